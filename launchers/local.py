@@ -1,0 +1,68 @@
+"""Ranks as processes of this machine, watched by torch's elastic agent: if one fails, all end at once."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from scaleprog.errors import ScaleprogError
+
+USER_ERROR = "user error: "  # marks, in a rank's error file, what needs no traceback
+
+
+class RankFailed(ScaleprogError):
+    """The first rank that failed, and why."""
+
+
+def launch(ranks: int, function: Callable[..., None], *arguments: Any) -> None:
+    """Runs `function(*arguments)` in `ranks` processes of this machine, with torch.distributed's environment set.
+
+    Raises RankFailed with the error of the rank that failed first; the others have ended by then.
+    """
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=f"scaleprog-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="spawn",
+    )
+    try:
+        elastic_launch(config, _rank)(function, arguments)
+    except ChildFailedError as error:
+        raise RankFailed(_describe(*error.get_first_failure())) from None
+
+
+def _rank(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """What one process does; an exception goes into the agent's error file instead of over the other ranks' output."""
+    try:
+        function(*arguments)
+    except Exception as error:
+        user = isinstance(error, ScaleprogError)
+        text = f"{USER_ERROR}{error}" if user else traceback.format_exc()
+        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+            json.dump({"message": {"message": text, "extraInfo": {"timestamp": _now()}}}, file)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if user else 1)  # no tidy end: a collective that waits for another rank would never return
+
+
+def _describe(rank: int, failure: ProcessFailure) -> str:
+    text = str(failure.message)
+    if failure.exitcode < 0:
+        return f"rank {rank} was ended by {failure.signal_name()}; all other ranks were stopped"
+    return f"rank {rank}: " + (text.removeprefix(USER_ERROR) if text.startswith(USER_ERROR) else f"failed\n{text}")
+
+
+def _now() -> int:
+    return int(time.time())

@@ -1,0 +1,130 @@
+"""The command line: plan · train · evaluate · export · report · shards."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from launchers.local import launch
+from scaleprog.errors import ScaleprogError
+from scaleprog.export import evaluate_run, export_run
+from scaleprog.plan import describe
+from scaleprog.recipe import Recipe
+from scaleprog.report import write_report
+from scaleprog.sharding.coordinator import process_group
+from scaleprog.train import train as train_run
+from shards.cli import app as shards_app
+
+app = typer.Typer(help="Progressive training of Vision Transformers.", no_args_is_help=True, add_completion=False)
+app.add_typer(shards_app, name="shards", help="Build and check WebDataset shards.")
+
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. configs/fashion_mnist/prog.yaml.")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.epochs=8")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+
+
+@app.command()
+def plan(recipe: RecipePath, overrides: Overrides = None, nproc: Annotated[int, typer.Option(min=1)] = 1) -> None:
+    """Shows stages, parameters, GMACs, memory per rank and the predicted speedup before anything is spent."""
+    outlook = describe(Recipe.load(recipe, overrides or ()), nproc)
+    table = Table("stage", "phase", "network", "parameters", "GMACs", "memory/rank", "epochs")
+    for row in outlook["stages"]:
+        table.add_row(
+            str(row["stage"]), row["phase"], f"{row['resolution']} px, {row['depth']} layers",
+            f"{row['parameters'] / 1e6:.2f} M", f"{row['gmacs']:.3g}", f"{row['bytes_per_rank'] / 2**20:.0f} MiB",
+            f"{row['epochs']:g}",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print(f"predicted speedup by GMACs: {outlook['speedup']:+.1%}; memory: weights, gradients, AdamW, EMA")
+    if outlook["searched"] == "automatic":
+        console.print("a search decides stage by stage; shown is what the equispaced schedule would take")
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine.")] = 1,
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-seedN.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="Run to give the speedup against.")] = None,
+) -> None:
+    """Trains a recipe; on a run directory that exists, goes on where it stands."""
+    loaded = Recipe.load(recipe, overrides or ())
+    folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
+    if nproc == 1:
+        train_rank(loaded, folder)
+    else:
+        launch(nproc, train_rank, loaded, folder)
+    results = folder / "results.json"
+    if results.exists():
+        if baseline is not None:
+            write_speedup(results, baseline / "results.json")
+        show(json.loads(results.read_text()), folder)
+
+
+def train_rank(recipe: Recipe, folder: Path) -> None:
+    """What every rank does."""
+    with process_group() as (coordinator, device):
+        train_run(recipe, folder, coordinator, device)
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    resolution: Annotated[int | None, typer.Option(help="Pixels; default: the model's full size.")] = None,
+    weights: Annotated[Literal["ema", "online", "best"], typer.Option()] = "best",
+) -> None:
+    """Top-1 accuracy of a run's newest checkpoint on the validation split."""
+    accuracy, chosen = evaluate_run(run, resolution, weights)
+    print(f"{run}: top-1 {accuracy:.2f} % ({chosen} weights)")
+
+
+@app.command()
+def export(run: RunPath, out: Annotated[Path, typer.Argument(metavar="OUT.safetensors")]) -> None:
+    """Writes the better of a run's online and EMA weights as a file that plain timm loads."""
+    print(export_run(run, out))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...")],
+    out: Annotated[Path, typer.Option(help="Folder of report.md and its pictures.")],
+) -> None:
+    """Compares runs: accuracy against time, schedules, search scores, a table. The first original run is the baseline."""
+    print(write_report(runs, out))
+
+
+def write_speedup(results: Path, baseline: Path) -> None:
+    """Adds the paper's speedup against another run to `results.json`."""
+    if not baseline.exists():
+        raise ScaleprogError(f"--baseline: {baseline} does not exist; has that run finished?")
+    mine, theirs = json.loads(results.read_text()), json.loads(baseline.read_text())
+    mine["speedup"] = theirs["train_seconds"] / mine["train_seconds"] - 1
+    results.write_text(json.dumps(mine, indent=1))
+
+
+def show(results: dict, folder: Path) -> None:
+    """One line of results."""
+    speedup = "" if results["speedup"] is None else f", speedup {results['speedup']:+.1%}"
+    print(
+        f"{folder}: top-1 {results['top1_best']:.2f} %, {results['train_seconds']:.1f} s of training steps, "
+        f"{results['wall_seconds']:.1f} s in all{speedup}"
+    )
+
+
+def main() -> None:
+    """Entry point: a mistake that the user can mend is told in plain words, and the exit code is not 0."""
+    try:
+        app()
+    except ScaleprogError as error:
+        print(f"scaleprog: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,197 @@
+"""The index beside the shards: how many samples each holds, its size and checksum, and what the labels mean."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator
+
+from scaleprog.errors import DataError
+from scaleprog.settings import Settings
+
+NAME = "manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of samples."""
+
+    name: Annotated[str, Field(pattern=r"^[^/\\]+\.tar$")]
+    """File name, relative to the manifest's folder."""
+    samples: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Checksum of the whole file, hexadecimal."""
+
+    @classmethod
+    def measure(cls, path: str | os.PathLike[str], samples: int) -> Self:
+        """The entry of the file at `path`, which holds `samples` samples; reads the whole file (OSError)."""
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return cls(os.path.basename(path), samples, file.tell(), digest)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All shards of one data set and its class names. The order of the shards is part of the order of the data."""
+
+    root: str
+    """The folder the shards lie in; not stored, so that the folder may move."""
+    classes: tuple[str, ...]
+    """Class names; the index is the label."""
+    splits: Mapping[str, tuple[Shard, ...]]
+    """Shards by split: "train", "val"."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """What the shards were built from, by which a builder knows its own finished work; empty if unknown."""
+
+    @classmethod
+    def load(cls, root: str | os.PathLike[str]) -> Self:
+        """Read `root/manifest.json`.
+
+        Raises:
+            DataError: the folder or the manifest is missing, unreadable, malformed or of a version unknown here.
+        """
+        path = Path(root, NAME)
+        if not Path(root).is_dir():
+            raise DataError(
+                f"{root}: there is no such folder of shards. Build it with `scaleprog shards image-folder SRC {root}` "
+                f"or, to try things, `scaleprog shards fashion-mnist {root}`."
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise DataError(
+                f"{root}: the folder has no {NAME}. If shards lie there (train-*.tar, val-*.tar), index them with "
+                f"`scaleprog shards check {root} --write-manifest`; else build them with `scaleprog shards "
+                f"image-folder SRC {root}` or the like (an interrupted build: the same command again)."
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read: {error}") from error
+        stored = _parse(path, text)
+        return cls(os.fspath(root), stored.classes, stored.splits, stored.source)
+
+    def save(self) -> None:
+        """Write `root/manifest.json`, which is there whole or not at all, even after a power cut.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        stored = {
+            "kind": "scaleprog-manifest",
+            "version": VERSION,
+            "classes": self.classes,
+            "source": self.source,
+            "splits": {name: [asdict(shard) for shard in shards] for name, shards in self.splits.items()},
+        }
+        temporary = Path(self.root, f".{NAME}.{os.getpid()}")
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                json.dump(stored, file, indent=1, ensure_ascii=False)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, Path(self.root, NAME))
+            sync_folder(self.root)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise DataError(f"{self.root}: cannot write {NAME}: {error}") from error
+
+    def split(self, name: str) -> tuple[Shard, ...]:
+        """The shards of split `name`; DataError where the data set has no such split."""
+        if name not in self.splits:
+            there = ", ".join(self.splits) or "none"
+            raise DataError(
+                f"{self.root}: no split {name!r} in {NAME} (there: {there}); add {name}-*.tar and index anew."
+            )
+        return self.splits[name]
+
+    def samples(self, name: str) -> int:
+        """Number of samples in split `name`; DataError where the data set has no such split."""
+        return sum(shard.samples for shard in self.split(name))
+
+    def path(self, shard: Shard) -> str:
+        """Where `shard` lies."""
+        return os.path.join(self.root, shard.name)
+
+    def verify_sizes(self, name: str) -> None:
+        """Preflight of split `name`: is every shard there, and of the right size? Reads no shard.
+
+        Raises:
+            DataError: a shard is missing, truncated or of another size; names the first, counts the others.
+        """
+        problems = [problem for shard in self.split(name) if (problem := self._size_problem(shard))]
+        if problems:
+            others = f" {len(problems) - 1} more shards of {name!r} have such a problem." if problems[1:] else ""
+            raise DataError(f"{problems[0]}{others}")
+
+    def _size_problem(self, shard: Shard) -> str | None:
+        path = self.path(shard)
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            return f"{path}: {NAME} lists this shard, but {error.strerror}. Copy or build it again."
+        if size == shard.bytes:
+            return None
+        state = "truncated" if size < shard.bytes else "not the indexed file"
+        return f"{path}: {state}, {size} bytes where {NAME} says {shard.bytes}. Copy or build it again."
+
+
+class _Stored(Settings):
+    """What manifest.json must look like."""
+
+    kind: Literal["scaleprog-manifest"]
+    version: Literal[1]
+    classes: tuple[str, ...]
+    source: dict[str, Any] = Field(default_factory=dict)
+    splits: dict[str, tuple[Shard, ...]]
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct_classes(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(classes)) < len(classes):
+            raise ValueError("two classes have the same name")
+        return classes
+
+    @field_validator("splits")
+    @classmethod
+    def _distinct_shards(cls, splits: dict[str, tuple[Shard, ...]]) -> dict[str, tuple[Shard, ...]]:
+        names = [shard.name for shards in splits.values() for shard in shards]
+        if len(set(names)) < len(names):
+            raise ValueError("a shard is listed twice")
+        return splits
+
+
+def _parse(path: Path, text: str) -> _Stored:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: malformed, not JSON: {error}. Write it anew: {_rewrite(path)}.") from None
+    if isinstance(value, dict) and value.get("kind") == "scaleprog-manifest" and value.get("version") != VERSION:
+        raise DataError(
+            f"{path}: format version {value.get('version')!r}, this scaleprog reads version {VERSION}. "
+            f"Use the scaleprog that wrote it, or remove it and write it anew: {_rewrite(path)}."
+        )
+    try:
+        return _Stored.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise DataError(f"{path}: malformed at {where}: {first['msg']}. Write it anew: {_rewrite(path)}.") from None
+
+
+def _rewrite(path: Path) -> str:
+    return f"remove the file, then `scaleprog shards check {path.parent} --write-manifest`"
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make renames in `folder` durable (OSError)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

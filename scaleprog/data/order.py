@@ -1,0 +1,130 @@
+"""Which sample comes when: lanes, as pure arithmetic.
+
+An epoch has one order of all samples: the shards in a permutation of (seed, epoch), inside each shard the samples in a
+permutation of (seed, epoch, shard). That sequence is cut into V equal, contiguous segments, the *lanes*. The global
+batch of a step takes the next B / V samples of every lane, and a rank owns V / W lanes, so the global batch is the same
+for every world size W that divides V, and the step number alone says where to resume.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from scaleprog.errors import DataError
+
+SEARCH_EPOCH = 2**31 - 1
+"""Reserved epoch: the order from which the search subset is cut; training epochs stay below it."""
+
+_SHARDS, _SAMPLES = 0, 1  # what a permutation is of: keeps the two kinds of draws apart
+
+
+def _permutation(size: int, *entropy: int) -> np.ndarray:
+    """A permutation of range(size) drawn from `entropy`.
+
+    Sorts raw bits instead of calling `Generator.permutation`: the raw stream of a bit generator is what numpy promises
+    never to change, so a run resumed under another numpy continues in the same order.
+    """
+    bits = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(size)
+    return np.argsort(bits, kind="stable")
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of the samples of one split, in every epoch.
+
+    Args:
+        counts: samples per shard.
+        seed: what all permutations are drawn from, with the epoch (>= 0).
+        lanes: V, into how many lanes an epoch is cut.
+        batch: B, samples in a global batch; V divides it.
+        repeats: R of repeated augmentation: position p of a lane takes sample p // R of its segment, so that an epoch
+            has as many steps as without, and uses the first 1 / R of each lane, each sample R times.
+
+    Raises:
+        DataError: V < 1, R < 1, V does not divide B, or the split holds less than one batch.
+    """
+
+    counts: tuple[int, ...]
+    seed: int
+    lanes: int
+    batch: int
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        if self.lanes < 1 or self.repeats < 1 or self.batch < 1:
+            raise DataError(
+                f"lanes ({self.lanes}), batch ({self.batch}) and repeats ({self.repeats}) must each be at least 1"
+            )
+        if self.batch % self.lanes:
+            raise DataError(
+                f"a global batch of {self.batch} cannot be taken evenly from {self.lanes} lanes: set data.lanes to a "
+                f"divisor of the batch, e.g. {_divisors(self.batch)}"
+            )
+        if self.steps_per_epoch < 1:
+            raise DataError(
+                f"{self.samples} samples in {self.lanes} lanes do not fill one global batch of {self.batch}: "
+                "use a smaller batch or more data"
+            )
+
+    @property
+    def samples(self) -> int:
+        """N, samples in the split."""
+        return sum(self.counts)
+
+    @property
+    def per_lane(self) -> int:
+        """B / V, samples that a lane gives to a step."""
+        return self.batch // self.lanes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in an epoch: whole batches only."""
+        return (self.samples // self.lanes) // self.per_lane
+
+    @property
+    def dropped(self) -> int:
+        """Positions of the epoch's order that no step takes; fewer than B."""
+        return self.samples - self.steps_per_epoch * self.batch
+
+    def lane(self, epoch: int, lane: int) -> np.ndarray:
+        """The samples that a lane gives in an epoch, in order; only the shards it touches are permuted.
+
+        Returns:
+            (steps_per_epoch * per_lane, 2) int64: shard, index in shard.
+        """
+        if not 0 <= lane < self.lanes:
+            raise ValueError(f"lane {lane} of {self.lanes}")
+        length = self.steps_per_epoch * self.per_lane
+        start = lane * (self.samples // self.lanes)
+        stop = start + -(-length // self.repeats)
+        shards = _permutation(len(self.counts), self.seed, _SHARDS, epoch)
+        ends = np.cumsum(np.asarray(self.counts, dtype=np.int64)[shards])
+        first, last = np.searchsorted(ends, (start, stop - 1), side="right")
+        rows = []
+        for shard, end in zip(shards[first : last + 1].tolist(), ends[first : last + 1].tolist()):
+            count = self.counts[shard]
+            begin = end - count
+            indices = _permutation(count, self.seed, _SAMPLES, epoch, shard)[max(start - begin, 0) : stop - begin]
+            rows.append(np.stack((np.full(len(indices), shard), indices), axis=1))
+        return np.repeat(np.concatenate(rows), self.repeats, axis=0)[:length]
+
+    def lanes_of(self, rank: int, world: int) -> range:
+        """The contiguous lanes that a rank owns.
+
+        Raises:
+            DataError: the world size does not divide the number of lanes.
+        """
+        if self.lanes % world:
+            raise DataError(
+                f"{self.lanes} lanes cannot be spread evenly over {world} ranks: use a world size that divides "
+                f"data.lanes ({_divisors(self.lanes)}), or set data.lanes to a multiple of {world}"
+            )
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world}")
+        owned = self.lanes // world
+        return range(rank * owned, (rank + 1) * owned)
+
+
+def _divisors(number: int) -> str:
+    """The divisors of a number, ascending, as a message shows them."""
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)

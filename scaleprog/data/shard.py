@@ -1,0 +1,164 @@
+"""One shard in memory: read whole from a file or a URL, checked against the manifest, taken apart into samples."""
+
+import hashlib
+import io
+import re
+import tarfile
+from dataclasses import dataclass
+from typing import NamedTuple
+from weakref import WeakValueDictionary
+
+import numpy as np
+import webdataset
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from scaleprog.data.augment import Encoded
+from scaleprog.data.manifest import Manifest, Shard
+from scaleprog.errors import DataError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+
+@dataclass(frozen=True)
+class LoadedShard:
+    """A shard in memory. Few large objects, so that forked workers share its pages: counting references to one object
+    per image would copy them all."""
+
+    path: str
+    keys: tuple[str, ...]
+    data: memoryview
+    """All encoded images, one behind the other."""
+    ends: np.ndarray
+    """(samples,) int64: where each image ends in `data`."""
+    labels: np.ndarray
+    """(samples,) int64."""
+
+    def image(self, index: int) -> Encoded:
+        """The encoded image, without a copy, and where it stands."""
+        start = int(self.ends[index - 1]) if index else 0
+        return self.data[start : int(self.ends[index])], f"{self.path}: sample {self.keys[index]!r}"
+
+
+class ShardReader:
+    """Reads the shards of a split whole and checks them against the manifest.
+
+    A shard is read once while anyone holds it, and once for good where the split fits into the cache. Size and checksum
+    are verified the first time that a process reads it.
+    """
+
+    def __init__(self, manifest: Manifest, split: str, cache: int = 0) -> None:
+        """`cache`: bytes up to which the split is kept."""
+        self.manifest = manifest
+        self.shards = manifest.split(split)
+        self.fits = sum(shard.bytes for shard in self.shards) <= cache
+        self._kept: list[LoadedShard] = []
+        self._held: WeakValueDictionary[int, LoadedShard] = WeakValueDictionary()
+        self._verified: set[int] = set()
+
+    def preload(self) -> None:
+        """Fills the cache, if the split fits; call it before forking workers, which then share it."""
+        if self.fits and not self._kept:
+            self._kept = [self.load(index) for index in range(len(self.shards))]
+
+    def load(self, index: int) -> LoadedShard:
+        """The shard with this index in the split.
+
+        Raises:
+            DataError: it cannot be read, is not what the manifest says, or holds samples that do not fit.
+        """
+        loaded = self._held.get(index)
+        if loaded is None:
+            shard = self.shards[index]
+            path = self.manifest.path(shard)
+            content = _read(path)
+            if index not in self._verified:
+                _verify(content, shard, path)
+                self._verified.add(index)
+            loaded = self._held[index] = _parse(content, shard, path, len(self.manifest.classes))
+        return loaded
+
+
+class Sample(NamedTuple):
+    """One encoded sample."""
+
+    image: Encoded
+    label: int
+    id: int
+    """Which sample of the split: samples of earlier shards + index in its shard."""
+
+
+class Cursor:
+    """Takes samples and holds one shard meanwhile: a walk along the shards reads each once."""
+
+    def __init__(self, shards: ShardReader) -> None:
+        self._shards = shards
+        self._offsets = np.cumsum([0] + [shard.samples for shard in shards.shards])
+        self._shard: LoadedShard | None = None
+        self._index = -1
+
+    def sample(self, shard: int, index: int) -> Sample:
+        """The sample with this index in this shard of the split (DataError as `ShardReader.load`)."""
+        if self._shard is None or shard != self._index:
+            self._shard = None  # lets the last one go before the next one is read
+            self._shard, self._index = self._shards.load(shard), shard
+        label, position = int(self._shard.labels[index]), int(self._offsets[shard]) + index
+        return Sample(self._shard.image(index), label, position)
+
+    def at(self, position: int) -> Sample:
+        """The sample with this id."""
+        shard = int(np.searchsorted(self._offsets, position, side="right")) - 1
+        return self.sample(shard, position - int(self._offsets[shard]))
+
+
+def _read(path: str) -> bytes:
+    """A whole shard, from a file or through webdataset from a URL (http:, pipe:, ...)."""
+    is_url = re.match(r"[a-z][a-z0-9+.-]*:", path)
+    try:
+        with webdataset.gopen(path, "rb") if is_url else open(path, "rb") as stream:
+            return stream.read()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: the shard cannot be read ({error}); is data.path right and reachable?") from error
+
+
+def _verify(content: bytes, shard: Shard, path: str) -> None:
+    hint = "copy or build the shard again; `scaleprog shards check` finds every damaged one"
+    if len(content) != shard.bytes:
+        state = "truncated" if len(content) < shard.bytes else "too long"
+        raise DataError(f"{path}: {state}: {len(content)} of {shard.bytes} bytes; {hint}")
+    if hashlib.sha256(content).hexdigest() != shard.sha256:
+        raise DataError(f"{path}: the checksum differs from the manifest's; {hint}")
+
+
+def _parse(content: bytes, shard: Shard, path: str, classes: int) -> LoadedShard:
+    keys, images, labels = [], [], []
+    try:
+        files = tar_file_expander([{"url": path, "stream": io.BytesIO(content)}])
+        for sample in group_by_keys(files):
+            key = sample["__key__"]
+            image = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
+            if image is None:
+                raise DataError(f"{path}: sample {key!r} has no image ({', '.join(IMAGE_EXTENSIONS)}); build it again")
+            keys.append(key)
+            images.append(image)
+            labels.append(_label(sample.get("cls", b""), classes, f"{path}: sample {key!r}"))
+    except (tarfile.TarError, ValueError, EOFError, OSError) as error:
+        raise DataError(f"{path}: not a tar of samples ({error}); build the shard again") from error
+    if len(keys) != shard.samples:
+        raise DataError(
+            f"{path}: holds {len(keys)} samples where the manifest says {shard.samples}; "
+            "write the manifest anew with `scaleprog shards check --write-manifest`"
+        )
+    ends = np.cumsum([len(image) for image in images], dtype=np.int64)
+    return LoadedShard(path, tuple(keys), memoryview(b"".join(images)), ends, np.array(labels, dtype=np.int64))
+
+
+def _label(text: bytes, classes: int, where: str) -> int:
+    if not re.fullmatch(rb"\s*-?\d+\s*", text):
+        raise DataError(f"{where}: its label (.cls) is {text[:20]!r}, not a number; build the shard again")
+    label = int(text)
+    if not 0 <= label < classes:
+        raise DataError(
+            f"{where}: label {label} is outside 0-{classes - 1}, the manifest's {classes} classes; "
+            "add the missing classes to the manifest or build the shard again"
+        )
+    return label

@@ -1,0 +1,21 @@
+"""What the user can be told: every mistake that is not a bug of ours ends in one of these, without a traceback."""
+
+
+class ScaleprogError(Exception):
+    """Something the user can put right; the message says what, where and how."""
+
+
+class RecipeError(ScaleprogError):
+    """A recipe that cannot be run: unknown key, bad value, settings that contradict each other."""
+
+
+class DataError(ScaleprogError):
+    """Shards, manifest or samples that are missing, damaged or do not fit the recipe."""
+
+
+class CheckpointError(ScaleprogError):
+    """A checkpoint or run directory that is missing, damaged or of another recipe."""
+
+
+class Disagreement(ScaleprogError):
+    """Ranks that would have acted on different values."""

@@ -1,0 +1,78 @@
+"""Subnet and growth space Omega (paper 3.2, 5): which sizes a network may take on its way to full size."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+CandidateRule = Literal["all", "window"]
+
+
+@dataclass(frozen=True, order=True)
+class Subnet:
+    """One size of the network: input resolution in pixels and depth in layers (over all layer groups)."""
+
+    resolution: int
+    depth: int
+
+    @property
+    def tag(self) -> str:
+        """A short name for curves and columns."""
+        return f"r{self.resolution}_l{self.depth}"
+
+    def __str__(self) -> str:
+        return f"{self.resolution} px, {self.depth} layers"
+
+
+@dataclass(frozen=True)
+class GrowthSpace:
+    """Omega: the ascending resolutions and depths whose product are the sub-networks a search may choose from."""
+
+    resolutions: tuple[int, ...]
+    depths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, subnets: Sequence[Subnet]) -> "GrowthSpace":
+        """The space spanned by `subnets`: every resolution with every depth, duplicates dropped."""
+        return cls(tuple(sorted({s.resolution for s in subnets})), tuple(sorted({s.depth for s in subnets})))
+
+    def candidates(self, previous: Subnet | None, rule: CandidateRule) -> tuple[Subnet, ...]:
+        """Lambda_k: what the stage after `previous` may become; ascending (None: the first stage).
+
+        `all` is eq. 8: every member with at least as many parameters as `previous` (parameters grow with depth alone).
+        `window` is what the published implementation does: the first stage takes smallest, middle and largest of either
+        list; a later one the current and the next resolution, and up to three depths above the current one.
+        """
+        if previous is None:
+            resolutions, depths = self.resolutions, self.depths
+            if rule == "window":
+                resolutions, depths = _spread(resolutions), _spread(depths)
+        elif rule == "all":
+            resolutions, depths = self.resolutions, tuple(d for d in self.depths if d >= previous.depth)
+        else:
+            resolutions = tuple(r for r in self.resolutions if r >= previous.resolution)[:2]
+            depths = tuple(d for d in self.depths if d > previous.depth)[:3] or self.depths[-1:]
+        return tuple(Subnet(r, d) for r, d in product(resolutions, depths))
+
+
+def ladder(full: Subnet, smallest: float, stages: int, multiple: int) -> tuple[Subnet, ...]:
+    """The `stages` sub-networks at equispaced ratios smallest..1 of both dimensions, ascending; the last is `full`.
+
+    Resolutions are rounded to `multiple` pixels and depths to whole layers, halves up and never below one unit.
+    """
+    if stages == 1:
+        return (full,)
+    ratios = [smallest + (1 - smallest) * k / (stages - 1) for k in range(stages - 1)]
+    steps = [Subnet(_nearest(s * full.resolution, multiple), _nearest(s * full.depth, 1)) for s in ratios]
+    return (*(Subnet(min(s.resolution, full.resolution), s.depth) for s in steps), full)
+
+
+def _nearest(value: float, multiple: int) -> int:
+    """`value` rounded to a multiple, halves up; the tolerance keeps 0.7 * 10 from being 6.999..."""
+    return max(1, math.floor(value / multiple + 0.5 + 1e-9)) * multiple
+
+
+def _spread(values: tuple[int, ...]) -> tuple[int, ...]:
+    """Smallest, middle and largest."""
+    return tuple(sorted({values[0], values[len(values) // 2], values[-1]}))

@@ -1,0 +1,166 @@
+"""What a run tells: metrics.jsonl and TensorBoard (each step once, over restarts), events.jsonl, a progress line."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from scaleprog.sharding.coordinator import Coordinator
+
+PLAIN_EVERY = 15.0  # seconds between two progress lines where the output is no terminal
+
+
+class StepTimer:
+    """Seconds and CPU seconds of one training step; on CUDA by events, so that nothing waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._events[0].record()
+        self._began, self._cpu_began = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        """Call once, when the step has been issued."""
+        self.cpu_seconds = time.process_time() - self._cpu_began
+        self._elapsed = time.perf_counter() - self._began
+        if self._cuda:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """The step's duration; waits for the device where it has not finished."""
+        if not self._cuda:
+            return self._elapsed
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1000
+
+
+class Recorder:
+    """Rank 0's record of a run. Steps are buffered on the device and resolved in `flush`, one reduction for all."""
+
+    def __init__(self, run: Path, coordinator: Coordinator, step: int, log_every: int) -> None:
+        """`step`: optimizer steps finished; whatever a run that got further wrote beyond it is dropped."""
+        self.coordinator, self.log_every = coordinator, log_every
+        self._pending: list[tuple[dict[str, Any], Tensor, Tensor, StepTimer]] = []
+        self._main = coordinator.rank == 0
+        if not self._main:
+            return
+        self._events = open(run / "events.jsonl", "a", buffering=1)  # noqa: SIM115
+        _truncate(run / "metrics.jsonl", step)
+        self._metrics = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def step(self, row: dict[str, Any], loss: Tensor, grad_norm: Tensor, timer: StepTimer) -> None:
+        """Takes one finished step; `loss` is this rank's mean, `row` holds everything known on the host."""
+        self._pending.append((row, loss.detach(), grad_norm.detach(), timer))
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Resolves the pending steps on all ranks and writes them; returns their rows with losses averaged over ranks."""
+        if not self._pending:
+            return []
+        rows, losses, norms, timers = zip(*self._pending)
+        self._pending = []
+        means = self.coordinator.mean(torch.stack(losses).double().tolist())
+        written = []
+        for row, loss, norm, timer in zip(rows, means, torch.stack(norms).tolist(), timers):
+            seconds = timer.seconds()
+            row |= {"loss": loss, "grad_norm": norm, "step_seconds": seconds}
+            row["images_per_second"] = row["images"] / (seconds + row["data_wait_seconds"])
+            row["cpu_seconds"] = timer.cpu_seconds
+            written.append(row)
+        if self._main:
+            self._metrics.write("".join(json.dumps(row) + "\n" for row in written))
+            for row in written:
+                if row["step"] % self.log_every == 0:
+                    self._scalars("train", row, skip=("step", "phase", "images"))
+        return written
+
+    def measurement(self, step: int, tag: str, values: Mapping[str, float]) -> None:
+        """Writes values that belong to the state after `step` steps, such as an evaluation."""
+        if self._main:
+            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._scalars(tag, {"step": step, **values}, skip=("step",))
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Writes one event of the run's life."""
+        if self._main:
+            self._events.write(json.dumps({"time": time.time(), "event": kind, **fields}) + "\n")
+
+    def close(self) -> None:
+        """Writes out what is buffered by TensorBoard."""
+        if self._main:
+            self._board.close()
+            self._metrics.close()
+            self._events.close()
+
+    def _scalars(self, tag: str, row: Mapping[str, Any], skip: tuple[str, ...]) -> None:
+        for key, value in row.items():
+            if key not in skip:
+                self._board.add_scalar(f"{tag}/{key}", value, row["step"])
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; a last line that was cut off is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+class ProgressLine:
+    """A live line on rank 0 where the output is a terminal, else a plain line every few seconds."""
+
+    def __init__(self, total: int, step: int, enabled: bool) -> None:
+        console = Console(file=sys.stderr)
+        self._live = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        )
+        self._enabled, self._terminal = enabled, console.is_terminal
+        self._task = self._live.add_task("starting", total=total, completed=step)
+        self._total, self._told = total, 0.0
+        if enabled and self._terminal:
+            self._live.start()
+
+    def update(self, row: Mapping[str, Any], total: int) -> None:
+        """Shows one resolved step; `total` may have become known better since."""
+        text = (
+            f"stage {row['stage']} {row['phase']} {row['resolution']} px x {row['depth']} "
+            f"loss {row['loss']:.3f} {row['images_per_second']:.0f} img/s"
+        )
+        if self._enabled and self._terminal:
+            self._live.update(self._task, completed=row["step"], total=total, description=text)
+        elif self._enabled and time.monotonic() - self._told > PLAIN_EVERY:
+            self._told = time.monotonic()
+            self.say(f"step {row['step']}/{total} {text}")
+
+    def say(self, text: str) -> None:
+        """Prints a line of its own on rank 0."""
+        if self._enabled:
+            self._live.console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Gives the terminal back."""
+        if self._enabled and self._terminal:
+            self._live.stop()
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drops rows beyond `step`: each step stands in the file once, however often it was trained."""
+    if not path.exists():
+        return
+    temporary = path.with_suffix(".writing")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
+    os.replace(temporary, path)

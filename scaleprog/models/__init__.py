@@ -1,0 +1,1 @@
+"""Elastic models; they know nothing of distribution."""

@@ -1,0 +1,215 @@
+"""What "elastic" means: a model in layer groups, run at any resolution with any of its layers active."""
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import timm
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from scaleprog.errors import RecipeError
+from scaleprog.growth.operators import LayerMap
+from scaleprog.growth.space import Subnet
+from scaleprog.settings import Settings
+
+Active = tuple[tuple[int, ...], ...]  # per layer group, the positions of the layers that run, ascending
+
+
+class ModelSettings(Settings):
+    """A timm model by name, and overrides of its sizes (None keeps timm's).
+
+    `resolution` and `patch` are in pixels, `width` is the embedding dimension, `drop_path` the stochastic-depth rate of
+    the last layer (it rises linearly from 0 at the first).
+    """
+
+    name: str
+    classes: int = Field(default=1000, ge=1)
+    channels: int = Field(default=3, ge=1)
+    resolution: int | None = Field(default=None, ge=1)
+    patch: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1)
+    depth: int | None = Field(default=None, ge=1)
+    heads: int | None = Field(default=None, ge=1)
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a network is made of beyond its settings: for each layer of each group, whether it has a residual gate."""
+
+    gated: tuple[tuple[bool, ...], ...]
+
+    @classmethod
+    def plain(cls, depths: Sequence[int]) -> "Structure":
+        """Groups of `depths` layers without gates."""
+        return cls(tuple((False,) * depth for depth in depths))
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Layers of each group."""
+        return tuple(len(group) for group in self.gated)
+
+    def after(self, layer_map: LayerMap) -> "Structure":
+        """The structure that `layer_map` grows this one into: gates are added by the map and inherited from sources."""
+        return Structure(
+            tuple(
+                tuple(o.gate == 0 or (o.source is not None and gated[o.source]) for o in group)
+                for gated, group in zip(self.gated, layer_map.groups, strict=True)
+            )
+        )
+
+
+class Residual(nn.Module):
+    """The end of a residual branch: stochastic depth with scales drawn outside, and a learnable gate where there is one.
+
+    It takes the place of timm's DropPath, whose draws would depend on how the batch is spread over ranks.
+    """
+
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(1)) if gated else None
+        self.scale: Tensor | None = None  # (B,): 0 or 1 / keep probability; None keeps every sample
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if self.gate is not None:
+            branch = branch * self.gate
+        if self.scale is not None:
+            branch = branch * self.scale.to(branch.dtype).view(-1, *(1,) * (branch.ndim - 1))
+        return branch
+
+
+class ElasticModel(nn.Module, ABC):
+    """A timm model (`net`) whose layer groups are elastic. A family says where its groups are and how they run.
+
+    A Subnet's depth counts the layers of all groups; `split` shares it out. Layers are addressed as (group, position).
+    """
+
+    layer_groups: ClassVar[tuple[str, ...]]  # attribute of `net` that holds each group's layers
+
+    def __init__(self, settings: ModelSettings, structure: Structure) -> None:
+        super().__init__()
+        self.net = self.create(settings, structure.depths)
+        for layers, gates in zip(self.groups(), structure.gated, strict=True):
+            for layer, gated in zip(layers, gates, strict=True):
+                _replace_drop_path(layer, gated, settings.name)
+
+    @classmethod
+    @abstractmethod
+    def arguments(cls, settings: ModelSettings, depths: tuple[int, ...] | None) -> dict[str, Any]:
+        """What timm.create_model takes for a network with `depths` layers (None: timm's own, or the settings')."""
+
+    @classmethod
+    def create(cls, settings: ModelSettings, depths: tuple[int, ...] | None) -> nn.Module:
+        """timm's model on the current default device."""
+        return timm.create_model(**cls.arguments(settings, depths))
+
+    @classmethod
+    @abstractmethod
+    def split(cls, depth: int) -> tuple[int, ...]:
+        """How many layers each group has in a network of `depth` layers."""
+
+    @classmethod
+    @abstractmethod
+    def sizes(cls, net: nn.Module) -> tuple[Subnet, int]:
+        """The full size of a timm model of this family and its stride in pixels."""
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, net: nn.Module) -> bool:
+        """Whether timm's model is of this family."""
+
+    @abstractmethod
+    def run(self, images: Tensor, active: Active) -> Tensor:
+        """(B, C, H, W) images through the active layers of each group -> (B, classes) logits."""
+
+    @abstractmethod
+    def fold_gates(self) -> None:
+        """Multiplies every residual gate into the weights before it, so that plain timm computes the same."""
+
+    def forward(self, images: Tensor, active: Active | None = None, drop: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) images -> (B, classes) logits.
+
+        `active`: the layers that run (None: all); `drop`: stochastic-depth scales (layers, 2, B), see `drop_scales`.
+        """
+        layers = [layer for group in self.groups() for layer in group]
+        for i, layer in enumerate(layers):
+            for j, residual in enumerate(residuals(layer)):
+                residual.scale = None if drop is None else drop[i, j]
+        return self.run(images, active or tuple(tuple(range(len(group))) for group in self.groups()))
+
+    def groups(self) -> tuple[Sequence[nn.Module], ...]:
+        """The layers of each group, in order."""
+        return tuple(list(getattr(self.net, name)) for name in self.layer_groups)
+
+    def locate(self, parameter: str) -> tuple[int, int, str] | None:
+        """(group, position, name inside the layer) of a parameter by its full name; None if it is in no layer."""
+        return locate(self.layer_groups, parameter)
+
+    def no_weight_decay(self) -> set[str]:
+        """Full names of parameters that weight decay must leave alone, beyond biases, norms and gates."""
+        return {f"net.{name}" for name in self.net.no_weight_decay()}
+
+
+def locate(layer_groups: Sequence[str], parameter: str) -> tuple[int, int, str] | None:
+    """See `ElasticModel.locate`."""
+    for group, name in enumerate(layer_groups):
+        prefix = f"net.{name}."
+        if parameter.startswith(prefix):
+            position, _, inner = parameter.removeprefix(prefix).partition(".")
+            return group, int(position), inner
+    return None
+
+
+def residuals(layer: nn.Module) -> list[Residual]:
+    """The ends of a layer's residual branches, in order."""
+    return [module for module in layer.modules() if isinstance(module, Residual)]
+
+
+def drop_scales(rate: float, layers: int, batch: int, seed: int, step: int) -> Tensor | None:
+    """Stochastic-depth scales (layers, 2, batch) of one global batch: 0, or 1 / keep; None if `rate` is 0.
+
+    A function of (seed, step) alone: a rank takes its rows of the batch. The rate rises linearly with depth to `rate`.
+    """
+    if rate == 0:
+        return None
+    keep = 1 - torch.linspace(0, rate, layers).view(-1, 1, 1)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return (torch.rand(layers, 2, batch, generator=generator) < keep) / keep
+
+
+def family(settings: ModelSettings) -> "tuple[type[ElasticModel], Subnet, int]":
+    """The elastic family of a recipe's model, its full size and its stride (pixels that resolutions are multiples of).
+
+    Raises RecipeError for a name timm does not know, a model of no elastic family, or sizes timm refuses.
+    """
+    from scaleprog.models.vit import ElasticViT
+
+    if not timm.is_model(settings.name):
+        near = difflib.get_close_matches(settings.name, timm.list_models(), 3) or timm.list_models("deit_*")[:3]
+        raise RecipeError(f"model.name: timm knows no {settings.name!r}; did you mean {' or '.join(near)}?")
+    for candidate in (ElasticViT,):
+        with torch.device("meta"):
+            try:
+                net = candidate.create(settings, None)
+            except TypeError:  # a model class without elastic resolution
+                continue
+            except (AssertionError, ValueError, RuntimeError) as error:
+                raise RecipeError(f"model: timm cannot build {settings.name} with these sizes: {error}") from error
+        if candidate.fits(net):
+            return candidate, *candidate.sizes(net)
+    raise RecipeError(
+        f"model.name: {settings.name} belongs to no elastic family; "
+        "what fits is a timm VisionTransformer of plain blocks: most vit_*, deit_* and deit3_* names"
+    )
+
+
+def _replace_drop_path(layer: nn.Module, gated: bool, name: str) -> None:
+    ends = [key for key in ("drop_path1", "drop_path2") if hasattr(layer, key)]
+    if len(ends) != 2:
+        raise RecipeError(f"model.name: the layers of {name} ({type(layer).__name__}) are not two residual branches")
+    for key in ends:
+        setattr(layer, key, Residual(gated))

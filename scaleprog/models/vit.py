@@ -1,0 +1,74 @@
+"""DeiT and ViT: timm's VisionTransformer family, one layer group."""
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from scaleprog.errors import RecipeError
+from scaleprog.growth.space import Subnet
+from scaleprog.models.elastic import Active, ElasticModel, ModelSettings, residuals
+
+
+class ElasticViT(ElasticModel):
+    """A timm VisionTransformer with elastic depth and resolution; positional encodings are interpolated on the fly."""
+
+    layer_groups = ("blocks",)
+    net: VisionTransformer
+
+    @classmethod
+    def arguments(cls, settings: ModelSettings, depths: tuple[int, ...] | None) -> dict[str, Any]:
+        overrides = {
+            "img_size": settings.resolution,
+            "patch_size": settings.patch,
+            "embed_dim": settings.width,
+            "depth": settings.depth if depths is None else depths[0],
+            "num_heads": settings.heads,
+        }
+        return {
+            "model_name": settings.name,
+            "in_chans": settings.channels,
+            "num_classes": settings.classes,
+            "dynamic_img_size": True,
+            **{key: value for key, value in overrides.items() if value is not None},
+        }
+
+    @classmethod
+    def fits(cls, net: nn.Module) -> bool:
+        # plain blocks of two residual branches, and no buffers that a growth would have to carry
+        return (
+            isinstance(net, VisionTransformer)
+            and all(isinstance(block, Block) for block in net.blocks)
+            and not list(net.buffers())
+        )
+
+    @classmethod
+    def split(cls, depth: int) -> tuple[int, ...]:
+        return (depth,)
+
+    @classmethod
+    def sizes(cls, net: nn.Module) -> tuple[Subnet, int]:
+        assert isinstance(net, VisionTransformer)
+        height, width = net.patch_embed.img_size
+        if height != width:
+            raise RecipeError(f"model.resolution: a square image is needed, timm's default is {height} x {width}")
+        return Subnet(height, len(net.blocks)), int(net.patch_embed.feat_ratio())
+
+    def run(self, images: Tensor, active: Active) -> Tensor:
+        net = self.net
+        tokens = net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(images))))
+        for position in active[0]:
+            tokens = net.blocks[position](tokens)
+        return net.forward_head(net.norm(tokens))
+
+    @torch.no_grad()
+    def fold_gates(self) -> None:
+        for block in self.net.blocks:
+            assert isinstance(block, Block)
+            for end, scale, last in zip(residuals(block), (block.ls1, block.ls2), (block.attn.proj, block.mlp.fc2)):
+                if end.gate is None:
+                    continue
+                for parameter in scale.parameters() if list(scale.parameters()) else last.parameters():
+                    parameter.mul_(end.gate)
+                end.gate = None

@@ -1,0 +1,136 @@
+"""What a recipe amounts to once model and shards are known; everything that can be refused is refused here."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from scaleprog.data.manifest import Manifest
+from scaleprog.data.order import Order
+from scaleprog.errors import RecipeError
+from scaleprog.growth.schedule import Phase, Schedule
+from scaleprog.growth.space import Subnet
+from scaleprog.models.cost import gmacs, parameters
+from scaleprog.models.elastic import ElasticModel, family
+from scaleprog.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with its numbers filled in. Steps count optimizer steps on one global batch."""
+
+    recipe: Recipe
+    family: type[ElasticModel]
+    manifest: Manifest
+    order: Order
+    schedule: Schedule
+    warmup_steps: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, world: int) -> "Plan":
+        """Checks a recipe against its model, its shards and the number of ranks. Raises RecipeError or DataError."""
+        manifest = Manifest.load(recipe.data.path)
+        manifest.verify_sizes("train")
+        manifest.verify_sizes("val")
+        if len(manifest.classes) != recipe.model.classes:
+            raise RecipeError(
+                f"model.classes: {recipe.model.classes}, but {manifest.root} has {len(manifest.classes)} classes"
+            )
+        counts = tuple(shard.samples for shard in manifest.split("train"))
+        order = Order(counts, recipe.seed, recipe.data.lanes, recipe.train.batch, recipe.augment.repeats)
+        order.lanes_of(0, world)
+        if (recipe.augment.mixup or recipe.augment.cutmix) and order.per_lane % 2:
+            raise RecipeError(
+                f"augment: Mixup and CutMix pair the samples of a lane, so train.batch / data.lanes must be even; "
+                f"{recipe.train.batch} / {recipe.data.lanes} is {order.per_lane}"
+            )
+        elastic, schedule = outline(recipe, order.steps_per_epoch)
+        return cls(recipe, elastic, manifest, order, schedule, _steps(recipe.optimizer.warmup_epochs, order))
+
+    @property
+    def search_batches(self) -> int:
+        """Global batches in the search subset."""
+        return max(1, min(self.recipe.search.subset // self.recipe.train.batch, self.order.steps_per_epoch))
+
+    def active(self, phase: Phase, subnet: Subnet) -> tuple[tuple[int, ...], ...]:
+        """The layers that `subnet` runs in the network of `phase`."""
+        return phase.active(subnet, self.recipe.growth.operator, self.family.split)
+
+
+def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], Schedule]:
+    """Model family and schedule of a recipe whose shards need not exist. Raises RecipeError."""
+    elastic, full, stride = family(recipe.model)
+    growth = recipe.growth
+    for key, multiple in (
+        ("growth.resolution_multiple", growth.resolution_multiple),
+        ("model.resolution", full.resolution),
+    ):
+        if multiple is not None and multiple % stride:
+            raise RecipeError(f"{key}: {multiple} is not a multiple of the model's stride, {stride} pixels")
+    if isinstance(growth.schedule, tuple):
+        _check_by_hand(recipe, full, stride)
+    steps = round(recipe.train.epochs * steps_per_epoch)
+    search_steps = max(1, round(recipe.search.epochs * steps_per_epoch))
+    schedule = Schedule.of(growth, full, stride, steps, search_steps, recipe.search.candidates)
+    if steps < schedule.stages:
+        raise RecipeError(f"train.epochs: {steps} steps cannot be cut into {schedule.stages} stages")
+    if schedule.kind == "automatic" and schedule.stages > 1 and search_steps >= steps // schedule.stages:
+        raise RecipeError(
+            f"search.epochs: {recipe.search.epochs} epochs of search do not fit into a stage of "
+            f"{recipe.train.epochs / schedule.stages:g}"
+        )
+    return elastic, schedule
+
+
+def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
+    """The stages of a recipe with parameters, GMACs, memory per rank and epochs, and the speedup they predict.
+
+    Keys: `stages` (rows) and `speedup` (of training time by GMACs, as a ratio minus 1). What a search will choose is not
+    known: its stages are shown as the equispaced ladder would have them, and so is the speedup.
+    """
+    scale = 1000  # schedule positions per epoch: shards are not needed
+    elastic, schedule = outline(recipe, scale)
+    model, full = recipe.model, schedule.full
+    full_cost = gmacs(elastic, model, full)
+    rows, cost = [], 0.0
+    for phase in schedule.phases(schedule.ladder):
+        epochs = (phase.stop - phase.start) / scale
+        mean = sum(gmacs(elastic, model, s) for s in phase.candidates) / len(phase.candidates)
+        cost += mean * epochs
+        rows.append(
+            {
+                "stage": phase.stage,
+                "phase": phase.kind,
+                "candidates": [str(s) for s in phase.candidates],
+                "resolution": phase.network.resolution,
+                "depth": phase.network.depth,
+                "parameters": parameters(elastic, model, phase.network.depth),
+                "gmacs": mean,
+                "epochs": epochs,
+                "bytes_per_rank": _bytes_per_rank(recipe, parameters(elastic, model, phase.network.depth), world),
+            }
+        )
+    return {"stages": rows, "speedup": full_cost * recipe.train.epochs / cost - 1, "searched": schedule.kind}
+
+
+def _bytes_per_rank(recipe: Recipe, count: int, world: int) -> int:
+    """Weights, gradients, two moments and the EMAs in fp32, sharded or not; activations come on top."""
+    copies = 4 + len(recipe.ema.momenta)
+    return 4 * copies * count // (world if recipe.sharding.engine == "fsdp" else 1)
+
+
+def _check_by_hand(recipe: Recipe, full: Subnet, stride: int) -> None:
+    stages = recipe.growth.schedule
+    assert isinstance(stages, tuple)
+    for i, stage in enumerate(stages):
+        if stage.resolution % stride or stage.resolution > full.resolution or stage.depth > full.depth:
+            raise RecipeError(
+                f"growth.schedule.{i}: {stage.resolution} px, {stage.depth} layers; needed are multiples of {stride} px "
+                f"up to {full.resolution} and up to {full.depth} layers"
+            )
+        if i and stage.depth < stages[i - 1].depth:
+            raise RecipeError(f"growth.schedule.{i}: depth {stage.depth} after {stages[i - 1].depth}; it never shrinks")
+    if not stages or (stages[-1].resolution, stages[-1].depth) != (full.resolution, full.depth):
+        raise RecipeError(f"growth.schedule: the last stage must be the complete model, {full}")
+
+
+def _steps(epochs: float, order: Order) -> int:
+    return round(epochs * order.steps_per_epoch)

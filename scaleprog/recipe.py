@@ -1,0 +1,153 @@
+"""One YAML file -> one validated, immutable Recipe. Unknown keys and bad values are errors that say what is valid."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from scaleprog.checkpoint import CheckpointSettings
+from scaleprog.data.augment import AugmentSettings
+from scaleprog.data.reader import DataSettings
+from scaleprog.errors import RecipeError
+from scaleprog.evaluate import EvaluateSettings
+from scaleprog.growth.schedule import GrowthSettings
+from scaleprog.growth.search import SearchSettings
+from scaleprog.models.elastic import ModelSettings
+from scaleprog.optim import OptimizerSettings
+from scaleprog.settings import Settings
+from scaleprog.sharding.backend import ShardingSettings
+from scaleprog.sharding.ema import EmaSettings
+
+# Keys that may change between two starts of one run: they alter speed or bookkeeping, never the weights.
+FREE = ("train.max_steps", "train.log_every", "data.path", "data.workers", "data.prefetch", "data.cache", "data.trace",
+        "sharding.engine", "checkpoint", "evaluate.batch")  # fmt: skip
+
+
+class TrainSettings(Settings):
+    """How long and with what global batch; `max_steps` stops early with a checkpoint (the schedule stays that of
+    `epochs`); `log_every`: steps between two points in TensorBoard and two reductions of the losses."""
+
+    epochs: float = Field(gt=0)
+    batch: int = Field(ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    log_every: int = Field(default=20, ge=1)
+
+
+class Recipe(Settings):
+    """Everything that determines a run."""
+
+    seed: int = Field(default=0, ge=0)
+    model: ModelSettings
+    data: DataSettings
+    augment: AugmentSettings = AugmentSettings()
+    train: TrainSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    growth: GrowthSettings = GrowthSettings()
+    search: SearchSettings = SearchSettings()
+    ema: EmaSettings = EmaSettings()
+    sharding: ShardingSettings = ShardingSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Recipe":
+        """Reads a recipe, the bases it names, and `key=value` overrides such as `growth.stages=3`."""
+        values = _read(Path(path), ())
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise RecipeError(f"override {override!r} is not of the form key=value")
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
+            for part in reversed(key.split(".")):
+                value = {part: value}
+            values = _merge(values, value)
+        return cls.of(values, str(path))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str) -> "Recipe":
+        """Validates plain values; `where` is named in errors."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError(f"{where}:\n" + "\n".join(f"  {line}" for line in _explain(error))) from None
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """Keys (with both values) in which two recipes differ so that a run cannot go on from one to the other."""
+        mine, theirs = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+        return [
+            f"{key}: {mine.get(key)} here, {theirs.get(key)} there"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE)
+        ]
+
+
+def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
+    """A recipe file merged over its `base` (a path relative to it)."""
+    if path.resolve() in parents:
+        raise RecipeError(f"{path}: a recipe cannot be its own base ({' -> '.join(map(str, parents))})")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise RecipeError(f"{path}: no such recipe{hint}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return _merge(_read(path.parent / str(base), (*parents, path.resolve())), values)
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, mapping by mapping; anything else replaces what it covers."""
+    merged = dict(below)
+    for key, value in above.items():
+        covered = merged.get(key)
+        merged[key] = _merge(covered, value) if isinstance(covered, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        location = [str(part) for part in problem["loc"]]
+        key = ".".join(location)
+        if problem["type"] == "extra_forbidden":
+            valid = _keys_at(location[:-1])
+            near = difflib.get_close_matches(location[-1], valid, 1, cutoff=0.5)
+            yield f"{key}: unknown key; " + (
+                f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"valid here: {', '.join(valid)}"
+            )
+        elif problem["type"] == "missing":
+            yield f"{key}: missing"
+        else:
+            yield f"{key}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}"
+
+
+def _keys_at(location: Sequence[str]) -> list[str]:
+    group: type[BaseModel] = Recipe
+    for part in location:
+        field = group.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        group = field.annotation
+    return list(group.model_fields)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,85 @@
+"""RunState: everything that must survive a preemption and is no tensor, named in one place."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from scaleprog.growth.search import Decision
+from scaleprog.growth.space import Subnet
+
+
+@dataclass
+class RunState:
+    """Where a run stands. Times in seconds; accuracies in percent."""
+
+    step: int = 0  # optimizer steps finished
+    phase: int = -1  # index of the phase whose network is built
+    growths: int = 0  # networks built so far
+    gated: tuple[tuple[bool, ...], ...] = ()  # the network's structure
+    decisions: list[Decision] = field(default_factory=list)
+    measured: list[dict[Subnet, float]] = field(default_factory=list)  # the present search: losses at each measurement
+    step_seconds: dict[Subnet, list[float]] = field(default_factory=dict)  # the present search: rank 0's step times
+    train_seconds: float = 0.0  # forward + backward + optimizer, as the paper counts
+    train_cpu_seconds: float = 0.0  # CPU time of rank 0 during the same
+    search_seconds: float = 0.0  # scoring of candidates
+    wall_seconds: float = 0.0
+    images: int = 0
+    accuracies: dict[str, float] = field(default_factory=dict)  # the last evaluation
+
+    @property
+    def chosen(self) -> list[Subnet]:
+        """The searches' choices so far."""
+        return [decision.chosen for decision in self.decisions]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that `from_json` turns back into an equal state."""
+        return {
+            **vars(self),
+            "gated": [list(group) for group in self.gated],
+            "decisions": [decision_to_json(d) for d in self.decisions],
+            "measured": [_pairs(losses) for losses in self.measured],
+            "step_seconds": _pairs(self.step_seconds),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "RunState":
+        """The inverse of `to_json`."""
+        return cls(
+            **{
+                **values,
+                "gated": tuple(tuple(group) for group in values["gated"]),
+                "decisions": [decision_from_json(d) for d in values["decisions"]],
+                "measured": [_unpaired(losses) for losses in values["measured"]],
+                "step_seconds": _unpaired(values["step_seconds"]),
+            }
+        )
+
+
+def decision_to_json(decision: Decision) -> dict[str, Any]:
+    """Plain values that `decision_from_json` turns back into an equal decision."""
+    return {
+        **vars(decision),
+        "candidates": [[c.resolution, c.depth] for c in decision.candidates],
+        "chosen": [decision.chosen.resolution, decision.chosen.depth],
+    }
+
+
+def decision_from_json(values: Mapping[str, Any]) -> Decision:
+    """The inverse of `decision_to_json`."""
+    return Decision(
+        stage=values["stage"],
+        candidates=tuple(Subnet(*c) for c in values["candidates"]),
+        losses=tuple(values["losses"]),
+        times=tuple(values["times"]),
+        alpha=values["alpha"],
+        scores=tuple(values["scores"]),
+        chosen=Subnet(*values["chosen"]),
+    )
+
+
+def _pairs(values: Mapping[Subnet, Any]) -> list[list[Any]]:
+    return [[subnet.resolution, subnet.depth, value] for subnet, value in values.items()]
+
+
+def _unpaired(pairs: list[list[Any]]) -> dict[Subnet, Any]:
+    return {Subnet(resolution, depth): value for resolution, depth, value in pairs}

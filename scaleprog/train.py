@@ -1,0 +1,397 @@
+"""One whole run, from top to bottom: world, data, model, resume, loop, results."""
+
+import gc
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scaleprog.checkpoint import Checkpoints, load_tensors, read_state
+from scaleprog.data.augment import Request, mix
+from scaleprog.data.order import SEARCH_EPOCH
+from scaleprog.data.reader import Batch, TrainReader
+from scaleprog.errors import CheckpointError
+from scaleprog.evaluate import evaluate
+from scaleprog.growth.schedule import Phase
+from scaleprog.growth.search import decide, measurement_steps
+from scaleprog.growth.space import Subnet
+from scaleprog.metrics import ProgressLine, Recorder, StepTimer
+from scaleprog.models.cost import gmacs
+from scaleprog.models.elastic import Active, ElasticModel, Structure, drop_scales
+from scaleprog.optim import learning_rate
+from scaleprog.plan import Plan
+from scaleprog.recipe import Recipe
+from scaleprog.sharding import ENGINES, Backend
+from scaleprog.sharding.coordinator import Coordinator
+from scaleprog.state import RunState, decision_from_json, decision_to_json
+
+COLLECT_EVERY = 500  # steps between two garbage collections, the same steps on all ranks
+
+
+@dataclass
+class Run:
+    """What one process of a run works with."""
+
+    folder: Path
+    recipe: Recipe
+    plan: Plan
+    coordinator: Coordinator
+    backend: Backend
+    reader: TrainReader
+    checkpoints: Checkpoints
+    recorder: Recorder
+    progress: ProgressLine
+    state: RunState
+
+
+def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.device) -> dict[str, Any]:
+    """Trains `recipe` in the run directory `folder`, from where it stands there; every rank calls this.
+
+    Returns what `results.json` holds; empty if `train.max_steps` ended the run before its last step. Raises
+    RecipeError, DataError or CheckpointError, and Disagreement if ranks would act on different values.
+    """
+    # ---- data
+    plan = Plan.of(recipe, coordinator.world)
+    rank, world = coordinator.rank, coordinator.world
+    coordinator.verify("recipe", recipe.dump())
+    coordinator.verify("shards", [[s.name, s.sha256] for s in plan.manifest.split("train")])
+    reader = TrainReader(
+        plan.manifest, plan.order, recipe.data, recipe.augment, recipe.model.channels, recipe.seed, rank, world
+    )
+    if rank == 0:
+        claim(folder, recipe)
+    coordinator.barrier()
+
+    # ---- model
+    backend = make_backend(recipe.sharding.engine, recipe, plan.family, device)
+
+    # ---- resume
+    progress = ProgressLine(plan.schedule.steps, 0, rank == 0)
+    checkpoints = Checkpoints(folder / "checkpoints", coordinator, recipe.checkpoint.keep)
+    state = restore(plan, checkpoints, backend, progress)
+    recorder = Recorder(folder, coordinator, state.step, recipe.train.log_every)
+    run = Run(folder, recipe, plan, coordinator, backend, reader, checkpoints, recorder, progress, state)
+    recorder.event(
+        "start", step=state.step, world=world, engine=recipe.sharding.engine, device=str(device),
+        host=os.uname().nodename, reader_bytes=reader.memory(plan.schedule.full.resolution),
+    )  # fmt: skip
+
+    # ---- loop
+    gc.disable()
+    began, earlier = time.perf_counter(), state.wall_seconds
+    try:
+        while (index := current_phase(run)) is not None and not stopped_early(run):
+            phases = plan.schedule.phases(state.chosen)
+            if state.phase != index:
+                enter(run, phases, index)
+            phase, operator_active = phases[index], {s: plan.active(phases[index], s) for s in phases[index].candidates}
+            with reader.stream(PhaseRequests(run, phase)) as batches:
+                while state.step < phase.stop and not stopped_early(run):
+                    waited = time.perf_counter()
+                    batch = next(batches)
+                    waited = time.perf_counter() - waited
+                    subnet = phase.subnet(recipe.seed, state.step)
+                    train_step(run, phase, subnet, operator_active[subnet], batch, waited)
+                    state.wall_seconds = earlier + time.perf_counter() - began
+                    after_step(run, phase)
+        return finish(run) if current_phase(run) is None else {}
+    except Exception as error:
+        recorder.event("error", step=state.step, rank=rank, message=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        gc.enable()
+        progress.close()
+        recorder.close()
+
+
+def claim(folder: Path, recipe: Recipe) -> None:
+    """Makes `folder` the run directory of `recipe`, or checks that it is. Raises CheckpointError naming what differs."""
+    path = folder / "recipe.yaml"
+    if path.exists():
+        there = Recipe.load(path)
+        if differences := recipe.differences(there):
+            listing = "\n".join(f"  {line}" for line in differences)
+            raise CheckpointError(
+                f"{folder} is the run directory of another recipe:\n{listing}\nuse another --run-dir, or this recipe"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(recipe.dump())
+
+
+def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: ProgressLine) -> RunState:
+    """The state of the newest checkpoint that verifies, its tensors in `backend`; a new state where there is none."""
+    newest = checkpoints.newest(progress.say)
+    if newest is None:
+        return RunState()
+    state = RunState.from_json(read_state(newest))
+    phase = plan.schedule.phases(state.chosen)[state.phase]
+    load_network(newest, state, backend, elastic=phase.kind == "supernet")
+    progress.say(f"resuming {newest}")
+    return state
+
+
+def make_backend(engine: str, recipe: Recipe, family: type[ElasticModel], device: torch.device) -> Backend:
+    """A backend of the given engine for a recipe's model, without a network yet."""
+    return ENGINES[engine](family, recipe.model, recipe.optimizer, recipe.ema, recipe.sharding, device, recipe.seed)
+
+
+def load_network(checkpoint: Path, state: RunState, backend: Backend, elastic: bool) -> None:
+    """Builds the network that a checkpoint holds, with everything that follows it."""
+    backend.growths = state.growths
+    backend.rebuild(Structure(state.gated), elastic)
+    load_tensors(checkpoint, backend.state())
+
+
+def current_phase(run: Run) -> int | None:
+    """Index of the phase that the next step belongs to; None when the last one is trained."""
+    phases = run.plan.schedule.phases(run.state.chosen)
+    return next((i for i, phase in enumerate(phases) if run.state.step < phase.stop), None)
+
+
+def stopped_early(run: Run) -> bool:
+    """Whether `train.max_steps` are done."""
+    return run.recipe.train.max_steps is not None and run.state.step >= run.recipe.train.max_steps
+
+
+# ---- growth
+
+
+def enter(run: Run, phases: list[Phase], index: int) -> None:
+    """Grows the network into that of phase `index`, and takes the first measurement of a search."""
+    state, backend, schedule = run.state, run.backend, run.plan.schedule
+    phase, growth = phases[index], run.recipe.growth
+    layer_map = schedule.entry(phases, index, growth.operator, run.plan.family.split)
+    if layer_map is not None:
+        began = time.perf_counter()
+        if index > 1 and phases[index - 1].searched and not schedule.recycle:
+            before = run.checkpoints.folder / f"step-{phases[index - 1].start:08d}"
+            load_network(before, RunState.from_json(read_state(before)), backend, elastic=False)
+            backend.growths = state.growths
+        backend.regrow(layer_map, inherit=growth.optimizer == "inherit", elastic=phase.kind == "supernet")
+        sources = [[o.source for o in group] for group in layer_map.groups]
+        run.recorder.event(
+            "growth", step=state.step, stage=phase.stage, phase=phase.kind, resolution=phase.network.resolution,
+            depth=phase.network.depth, sources=sources, weights=layer_map.rest, seconds=time.perf_counter() - began,
+        )  # fmt: skip
+        run.progress.say(f"stage {phase.stage} {phase.kind}: {', '.join(map(str, phase.candidates))}")
+    state.phase, state.growths, state.gated = index, backend.growths, backend.network.structure.gated
+    state.measured, state.step_seconds = [], {}
+    if phase.start in measuring_steps(run, phase):
+        measure(run, phase)
+
+
+def measuring_steps(run: Run, phase: Phase) -> tuple[int, ...]:
+    """After which steps the candidates of a phase are measured."""
+    if not phase.searched:
+        return ()
+    search = run.recipe.search
+    epoch = min(run.plan.order.steps_per_epoch, phase.stop - phase.start)
+    return measurement_steps(phase.start, phase.stop, epoch, search.measurements)
+
+
+def measure(run: Run, phase: Phase) -> None:
+    """Adds one loss per candidate to the state: on the search subset, with fixed augmentation, on the EMA weights."""
+    began = time.perf_counter()
+    resolutions = sorted({s.resolution for s in phase.candidates})
+    requests = [Request(SEARCH_EPOCH, i, r, erase=0.0) for r in resolutions for i in range(run.plan.search_batches)]
+    totals = dict.fromkeys(phase.candidates, 0.0)
+    grow_from = range(len(run.recipe.ema.momenta))[run.recipe.ema.grow_from]
+    with run.reader.stream(requests) as batches, run.backend.weights(grow_from):
+        for request, batch in zip(requests, batches, strict=True):
+            images, labels = batch.images.to(run.backend.device), batch.labels.to(run.backend.device)
+            for subnet in phase.candidates:
+                if subnet.resolution == request.resolution:
+                    logits = run.backend.forward(images, run.plan.active(phase, subnet))
+                    totals[subnet] += float(F.cross_entropy(logits.float(), labels)) / run.plan.search_batches
+    losses = dict(zip(totals, run.coordinator.mean(list(totals.values()))))
+    run.state.measured.append(losses)
+    run.state.search_seconds += time.perf_counter() - began
+    values = {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()}
+    run.recorder.measurement(run.state.step, "search", values)
+
+
+def choose(run: Run, phase: Phase) -> None:
+    """Ends a search: the slowest rank's times count, rank 0 decides, all ranks verify."""
+    state = run.state
+    local = [median(state.step_seconds[s]) if s in state.step_seconds else 0.0 for s in phase.candidates]
+    measured = run.coordinator.maximum(local)
+    costs = [gmacs(run.plan.family, run.recipe.model, s) for s in phase.candidates]
+    known = [t / c for t, c in zip(measured, costs) if t > 0]
+    if run.recipe.search.times == "modelled" or not known:
+        times = costs
+    else:  # a candidate that no step happened to sample: by its share of the work
+        times = [t or c * median(known) for t, c in zip(measured, costs)]
+    decision = decision_from_json(
+        run.coordinator.decide(
+            f"choice of stage {phase.stage}",
+            lambda: decision_to_json(decide(phase.stage, state.measured, dict(zip(phase.candidates, times)))),
+        )
+    )
+    state.decisions.append(decision)
+    run.recorder.event("choice", step=state.step, **decision_to_json(decision))
+    run.recorder.measurement(
+        state.step, "choice",
+        {"alpha": decision.alpha, "resolution": decision.chosen.resolution, "depth": decision.chosen.depth}
+        | {f"score_{s.tag}": score for s, score in zip(decision.candidates, decision.scores)}
+        | {f"time_{s.tag}": seconds for s, seconds in zip(decision.candidates, decision.times)},
+    )  # fmt: skip
+    run.progress.say(f"stage {phase.stage} chose {decision.chosen} (alpha {decision.alpha:.4f})")
+
+
+# ---- one step
+
+
+class PhaseRequests:
+    """What the steps of a phase want decoded from where the run stands; each worker iterates it anew."""
+
+    def __init__(self, run: Run, phase: Phase) -> None:
+        self._phase, self._first, self._seed = phase, run.state.step, run.recipe.seed
+        self._epoch = run.plan.order.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Request]:
+        strength = self._phase.regularization
+        for step in range(self._first, self._phase.stop):
+            epoch, within = divmod(self._phase.position_of(step), self._epoch)
+            resolution = self._phase.subnet(self._seed, step).resolution
+            yield Request(epoch, within, resolution, strength.magnitude, strength.erase)
+
+
+def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Batch, waited: float) -> None:
+    """Forward, backward, optimizer and EMA on one global batch; the record of it."""
+    recipe, plan, backend, step = run.recipe, run.plan, run.backend, run.state.step
+    position = phase.position_of(step)
+    lr = learning_rate(recipe.optimizer, position, plan.schedule.steps, plan.warmup_steps)
+    drop = drop_rows(run, phase, len(batch.labels))
+    images = batch.images.to(backend.device, non_blocking=True)
+    labels = batch.labels.to(backend.device, non_blocking=True)
+
+    timer = StepTimer(backend.device)
+    images, targets = mix(
+        images, labels, lanes=len(run.reader.lanes), seed=recipe.seed, step=step,
+        classes=recipe.model.classes, settings=recipe.augment,
+    )  # fmt: skip
+    logits = backend.forward(images, active, drop)
+    loss = F.cross_entropy(logits.float(), targets)
+    loss.backward()
+    grad_norm = backend.step(lr)
+    timer.stop()
+
+    row = {
+        "step": step + 1, "epoch": position / plan.order.steps_per_epoch, "stage": phase.stage, "phase": phase.kind,
+        "resolution": subnet.resolution, "depth": subnet.depth, "lr": lr, "data_wait_seconds": waited,
+        "images": recipe.train.batch,
+    }  # fmt: skip
+    if recipe.data.trace:
+        trace(run, batch)
+    run.recorder.step(row, loss, grad_norm, timer)
+    run.state.step += 1
+    run.state.images += recipe.train.batch
+
+
+def drop_rows(run: Run, phase: Phase, rows: int) -> Tensor | None:
+    """This rank's rows of the step's stochastic-depth scales."""
+    rate = run.recipe.model.drop_path * phase.regularization.drop_path
+    scales = drop_scales(rate, phase.network.depth, run.recipe.train.batch, run.recipe.seed, run.state.step)
+    if scales is None:
+        return None
+    first = run.coordinator.rank * rows
+    return scales[:, :, first : first + rows].to(run.backend.device, non_blocking=True)
+
+
+def trace(run: Run, batch: Batch) -> None:
+    """Writes down which samples this rank trained on."""
+    with open(run.folder / f"samples-{run.coordinator.rank}.jsonl", "a") as file:
+        file.write(json.dumps({"step": run.state.step + 1, "ids": batch.ids.tolist()}) + "\n")
+
+
+def after_step(run: Run, phase: Phase) -> None:
+    """Whatever is due after a step; all of it belongs to the state that a checkpoint of this step holds."""
+    state, recipe, order = run.state, run.recipe, run.plan.order
+    epoch_steps = max(1, round(recipe.evaluate.every * order.steps_per_epoch))
+    last = state.step == run.plan.schedule.phases(state.chosen)[-1].stop and not phase.searched
+    measuring = state.step in measuring_steps(run, phase)
+    evaluating = not phase.searched and (last or phase.position_of(state.step) % epoch_steps == 0)
+    every = recipe.checkpoint.every_steps
+    saving = state.step == phase.stop or stopped_early(run) or (every is not None and state.step % every == 0)
+    if state.step % COLLECT_EVERY == 0:
+        gc.collect()
+    if state.step % recipe.train.log_every == 0 or measuring or evaluating or saving:
+        settle_rows(run)
+    if measuring:
+        measure(run, phase)
+    if phase.searched and state.step == phase.stop:
+        choose(run, phase)
+    if evaluating:
+        network = phase.candidates[-1]
+        state.accuracies = evaluate(
+            run.backend, run.coordinator, run.plan.manifest, recipe.data, recipe.augment, recipe.evaluate,
+            network.resolution, run.plan.active(phase, network),
+        )  # fmt: skip
+        run.recorder.measurement(state.step, "evaluation", state.accuracies | {"train_seconds": state.train_seconds})
+        run.progress.say(
+            f"step {state.step}: top-1 {state.accuracies['top1']:.2f} %, EMA {state.accuracies['top1_ema']:.2f} %"
+        )
+    if saving:
+        # without recycling, a search goes back to where it began
+        protect = phase.start if phase.searched and not run.plan.schedule.recycle else None
+        commit = run.checkpoints.save(state.step, state.to_json(), run.backend.state(), protect)
+        run.recorder.event("checkpoint", step=commit.step, seconds=commit.seconds, bytes=commit.bytes)
+
+
+def settle_rows(run: Run) -> None:
+    """Resolves the recorded steps and books their times."""
+    state = run.state
+    for row in run.recorder.flush():
+        state.train_seconds += row["step_seconds"]
+        state.train_cpu_seconds += row["cpu_seconds"]
+        if row["phase"] == "supernet":
+            state.step_seconds.setdefault(Subnet(row["resolution"], row["depth"]), []).append(row["step_seconds"])
+        run.progress.update(row, run.plan.schedule.phases(state.chosen)[-1].stop)
+
+
+# ---- results
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """The run's results, written by rank 0."""
+    state, plan = run.state, run.plan
+    epoch = plan.order.steps_per_epoch
+    decisions = {d.stage: d for d in state.decisions}
+    stages = []
+    for phase in plan.schedule.phases(state.chosen):
+        if phase.searched:
+            continue
+        decision = decisions.get(phase.stage)
+        stages.append(
+            {
+                "stage": phase.stage, "resolution": phase.network.resolution, "depth": phase.network.depth,
+                "epochs": (phase.stop - phase.start) / epoch, "searched": decision is not None,
+                "alpha": decision.alpha if decision else None,
+                "scores": [
+                    {"resolution": s.resolution, "depth": s.depth, "loss": loss, "time": seconds, "score": score}
+                    for s, loss, seconds, score in zip(
+                        decision.candidates, decision.losses, decision.times, decision.scores
+                    )
+                ] if decision else [],
+            }
+        )  # fmt: skip
+    results = {
+        "schedule": run.recipe.model_dump(mode="json")["growth"]["schedule"],
+        **state.accuracies,
+        "top1_best": max(state.accuracies["top1"], state.accuracies["top1_ema"]),
+        "train_seconds": state.train_seconds, "train_cpu_seconds": state.train_cpu_seconds,
+        "search_seconds": state.search_seconds, "wall_seconds": state.wall_seconds,
+        "images": state.images, "steps": state.step, "speedup": None, "stages": stages,
+    }  # fmt: skip
+    if run.coordinator.rank == 0:
+        (run.folder / "results.json").write_text(json.dumps(results, indent=1))
+    run.recorder.event("finish", step=state.step, top1_best=results["top1_best"])
+    return results

@@ -1,0 +1,133 @@
+"""Build a folder of shards so that it is there whole or not at all, and only once.
+
+Shards are written into `OUT/.building`. When all are on disk they move to their final names; the manifest comes last.
+So a folder with shards, without a manifest and with `.building` is an interrupted build of ours, which starts again;
+one without `.building` is somebody's, which is left alone.
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from scaleprog.data.manifest import NAME, Manifest, Shard, sync_folder
+from scaleprog.errors import DataError
+from shards.pool import run_all
+from shards.samples import Sample, write_shard
+
+STAGING = ".building"
+SPLITS = ("train", "val")
+
+
+def finished(out: Path, source: Mapping[str, Any]) -> Manifest | None:
+    """The manifest of `out` if this very build was finished there and every shard is unharmed; reads all shards.
+
+    `source` names what the shards are built from and every parameter that changes them, in JSON types.
+
+    Raises:
+        DataError: `out` holds another build, or shards that no build here made.
+    """
+    if not Path(out, NAME).exists():
+        if shard_files(out) and not Path(out, STAGING).exists():
+            raise DataError(
+                f"{out}: holds shards ({shard_files(out)[0].name}, ...) but no {NAME}. To use them, run `scaleprog "
+                f"shards check {out} --write-manifest`; to build others, choose another folder or remove them."
+            )
+        return None
+    manifest = Manifest.load(out)
+    if manifest.source != source:
+        keys = sorted(set(manifest.source) | set(source))
+        there, wanted = ({key: side.get(key) for key in keys} for side in (manifest.source, source))
+        differences = ", ".join(
+            f"{key} {there[key]!r} there, {wanted[key]!r} asked for" for key in keys if there[key] != wanted[key]
+        )
+        raise DataError(
+            f"{out}: holds shards of another build ({differences}). Choose another folder or remove this one."
+        )
+    for shard in chain(*manifest.splits.values()):
+        if not _intact(manifest, shard):
+            print(f"{out}: {shard.name} is missing or damaged, building again")
+            return None
+    counts = ", ".join(f"{manifest.samples(split)} {split}" for split in manifest.splits)
+    print(f"{out}: already built, nothing to do ({counts} samples; all checksums equal)")
+    return manifest
+
+
+def build(
+    out: Path,
+    *,
+    classes: Sequence[str],
+    splits: Mapping[str, Sequence[Iterable[Sample]]],
+    source: Mapping[str, Any],
+    workers: int | None = None,
+) -> Manifest:
+    """Write one shard for each iterable of samples in each split, then the manifest.
+
+    Replaces the shards in `out`: ask `finished` first. With more than one worker the iterables are pickled, and read in
+    other processes.
+
+    Raises:
+        DataError: `out` cannot be written (a full disk), or reading the samples raised it. No shard is left behind.
+    """
+    jobs = [
+        (split, Path(out, STAGING, f"{split}-{index:06d}.tar"), samples)
+        for split, contents in splits.items()
+        for index, samples in enumerate(contents)
+    ]
+    try:
+        with _staging(out):
+            shards = run_all(_write, jobs, label=f"{out}: shards written", workers=workers)
+        written = {split: tuple(shard for job, shard in zip(jobs, shards) if job[0] == split) for split in splits}
+        manifest = Manifest(str(out), tuple(classes), written, source)
+        _publish(manifest)
+    except OSError as error:
+        raise DataError(
+            f"{out}: cannot write shards: {error}. Put that right, then run the same command again."
+        ) from error
+    counts = ", ".join(f"{manifest.samples(split)} {split} samples in {len(written[split])} shards" for split in splits)
+    print(f"{out}: built {counts}, {len(classes)} classes")
+    return manifest
+
+
+def shard_files(out: Path) -> list[Path]:
+    """The files in `out` that are named like shards, train before val, in the order of their names."""
+    return [path for split in SPLITS for path in sorted(out.glob(f"{split}-*.tar"))]
+
+
+def _write(job: tuple[str, Path, Iterable[Sample]]) -> Shard:
+    _, path, samples = job
+    return write_shard(path, samples)
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[None]:
+    """An empty OUT/.building, removed again on failure; an interrupted build's is removed first."""
+    folder = Path(out, STAGING)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _publish(manifest: Manifest) -> None:
+    """Give the staged shards their final names, instead of all shards there."""
+    out = Path(manifest.root)
+    for old in [out / NAME, *shard_files(out)]:
+        old.unlink(missing_ok=True)
+    for shard in chain(*manifest.splits.values()):
+        Path(out, STAGING, shard.name).rename(out / shard.name)
+    sync_folder(out)
+    manifest.save()
+    Path(out, STAGING).rmdir()
+
+
+def _intact(manifest: Manifest, shard: Shard) -> bool:
+    try:
+        return Shard.measure(manifest.path(shard), shard.samples) == shard
+    except OSError:
+        return False

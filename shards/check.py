@@ -1,0 +1,137 @@
+"""Is a folder of shards what its manifest says? And how plain WebDataset shards, made elsewhere, get a manifest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+from scaleprog.data.manifest import NAME, Manifest, Shard
+from scaleprog.errors import DataError
+from shards.build import SPLITS, shard_files
+from shards.pool import listed, run_all
+from shards.samples import image_extension, read_label, read_members
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a folder of sound shards holds."""
+
+    classes: int
+    shards: int
+    samples: dict[str, int]
+    """Samples by split."""
+    bytes: int
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {split}" for split, count in self.samples.items())
+        return f"{self.shards} shards, {self.bytes / 1e6:.1f} MB, {counts} samples, {self.classes} classes: all sound"
+
+
+@dataclass
+class Contents:
+    """What reading one shard from beginning to end found."""
+
+    samples: int = 0
+    largest_label: int = -1
+    problems: list[str] = field(default_factory=list)
+    """One line each; names the shard and, where it is about one sample, the key."""
+
+
+def check(out: Path, *, workers: int | None = None) -> Report:
+    """Read every shard of `out`: size, checksum, number of samples, one image and one label in range in every sample.
+
+    Raises:
+        DataError: lists the problems, the first twenty of them, each with its shard and key; or there is no manifest.
+    """
+    manifest = Manifest.load(out)
+    shards = list(chain(*manifest.splits.values()))
+    jobs = [(Path(manifest.path(shard)), shard, len(manifest.classes)) for shard in shards]
+    problems = list(chain(*run_all(_compare, jobs, label=f"{out}: shards checked", workers=workers)))
+    known = {shard.name for shard in shards}
+    problems += [
+        f"{path}: not in {NAME}; remove it, or index it with --write-manifest"
+        for path in shard_files(out)
+        if path.name not in known
+    ]
+    if problems:
+        raise DataError(f"{out}: {len(problems)} problems\n{listed(problems)}")
+    return _report(manifest)
+
+
+def write_manifest(out: Path, classes: Sequence[str] | None = None, *, workers: int | None = None) -> Report:
+    """Index the train-*.tar and val-*.tar in `out`, e.g. of `webdataset.ShardWriter`, and write `out/manifest.json`.
+
+    Class names are `classes`, else those of a manifest already there, else "0", "1", ... up to the largest label.
+
+    Raises:
+        DataError: no shards, or unsound ones: lists the problems, each with its shard and key.
+    """
+    paths = shard_files(out)
+    if not paths:
+        raise DataError(f"{out}: no shards named train-*.tar or val-*.tar; give the folder they lie in, or rename them")
+    if classes is None and Path(out, NAME).exists():
+        classes = Manifest.load(out).classes
+    jobs = [(path, None if classes is None else len(classes)) for path in paths]
+    found = run_all(_index, jobs, label=f"{out}: shards indexed", workers=workers)
+    if problems := list(chain(*(contents.problems for _, contents in found))):
+        raise DataError(f"{out}: {len(problems)} problems, no {NAME} written\n{listed(problems)}")
+    largest = max(contents.largest_label for _, contents in found)
+    names = tuple(classes) if classes is not None else tuple(str(label) for label in range(largest + 1))
+    by_split = {split: tuple(shard for shard, _ in found if shard.name.startswith(f"{split}-")) for split in SPLITS}
+    manifest = Manifest(str(out), names, {split: shards for split, shards in by_split.items() if shards})
+    manifest.save()
+    return _report(manifest)
+
+
+def read_contents(path: Path, classes: int | None) -> Contents:
+    """Read one shard from beginning to end; labels must be under `classes`, if that is known."""
+    contents = Contents()
+    keys: set[str] = set()
+    try:
+        for key, members in read_members(path):
+            contents.samples += 1
+            try:
+                image_extension(members)
+                label = read_label(members)
+                if classes is not None and label >= classes:
+                    raise ValueError(f"label {label} out of range, {classes} classes are known (0 to {classes - 1})")
+                if key in keys:
+                    raise ValueError("the key occurs twice")
+                keys.add(key)
+                contents.largest_label = max(contents.largest_label, label)
+            except ValueError as error:
+                contents.problems.append(f"{path}: key {key!r}: {error}")
+    except DataError as error:
+        contents.problems.append(str(error))
+    return contents
+
+
+def _compare(job: tuple[Path, Shard, int]) -> list[str]:
+    """The problems of one shard that the manifest lists."""
+    path, indexed, classes = job
+    if not path.is_file():
+        return [f"{path}: {NAME} lists this shard, but it is missing; copy or build it again"]
+    problems = []
+    contents = read_contents(path, classes)
+    actual = Shard.measure(path, contents.samples)
+    if actual.bytes != indexed.bytes:
+        problems.append(f"{path}: {actual.bytes} bytes, {NAME} says {indexed.bytes}; copy or build it again")
+    elif actual.sha256 != indexed.sha256:
+        problems.append(f"{path}: damaged, its checksum is not that of {NAME}; copy or build it again")
+    elif actual.samples != indexed.samples:
+        problems.append(f"{path}: {actual.samples} samples, {NAME} says {indexed.samples}; index it anew")
+    return problems + contents.problems
+
+
+def _index(job: tuple[Path, int | None]) -> tuple[Shard, Contents]:
+    path, classes = job
+    contents = read_contents(path, classes)
+    if not contents.samples and not contents.problems:
+        contents.problems.append(f"{path}: holds no samples; remove it")
+    return Shard.measure(path, contents.samples), contents
+
+
+def _report(manifest: Manifest) -> Report:
+    shards = list(chain(*manifest.splits.values()))
+    samples = {split: manifest.samples(split) for split in manifest.splits}
+    return Report(len(manifest.classes), len(shards), samples, sum(shard.bytes for shard in shards))

@@ -1,0 +1,75 @@
+"""`scaleprog shards`: build shards, check them, index shards made elsewhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scaleprog.errors import DataError
+
+app = typer.Typer(no_args_is_help=True, help="Build WebDataset shards, check them, index shards made elsewhere.")
+
+Out = Annotated[Path, typer.Argument(help="Folder of the shards and their manifest.json.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the order that samples are stored in.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default one for each CPU.")]
+
+
+@app.command("fashion-mnist")
+def fashion_mnist(
+    out: Out,
+    source: Annotated[Path | None, typer.Option(help="Folder of the four original idx.gz files.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many samples in each split, to try things.")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Build shards of Fashion-MNIST (60,000 + 10,000 images of 28 x 28, 10 classes)."""
+    from shards.fashion_mnist import build
+
+    build(out, source, limit=limit, seed=seed)
+
+
+@app.command("image-folder")
+def image_folder(
+    src: Annotated[Path, typer.Argument(help="Folder of train/CLASS/ and val/CLASS/ (ImageNet), or of CLASS/.")],
+    out: Out,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="At most so many samples in a shard.")] = 1000,
+    val_fraction: Annotated[float, typer.Option(help="Part to split off where SRC has no val/.")] = 0.1,
+    seed: Seed = 0,
+    workers: Workers = None,
+) -> None:
+    """Build shards of a tree of class folders, such as an extracted ImageNet; image files are stored as they are."""
+    from shards.image_folder import build
+
+    build(src, out, samples_per_shard=samples_per_shard, val_fraction=val_fraction, seed=seed, workers=workers)
+
+
+@app.command("check")
+def check(
+    out: Out,
+    write_manifest: Annotated[
+        bool, typer.Option("--write-manifest", help="Index train-*.tar and val-*.tar anew.")
+    ] = False,
+    classes: Annotated[
+        Path | None, typer.Option(help="With --write-manifest: file of class names, one a line.")
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """Read every shard: size, checksum, number of samples, labels. Lists every problem."""
+    from shards import check as shards_check
+
+    if classes is not None and not write_manifest:
+        raise DataError("--classes only goes with --write-manifest")
+    if write_manifest:
+        report = shards_check.write_manifest(out, _lines(classes) if classes else None, workers=workers)
+    else:
+        report = shards_check.check(out, workers=workers)
+    print(f"{out}: {report}")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    return [line.strip() for line in lines if line.strip()]

@@ -1,0 +1,115 @@
+"""Fashion-MNIST (Xiao et al., 2017) as shards of lossless PNGs: 60,000 + 10,000 images of 28 x 28, one channel."""
+
+import gzip
+import math
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from scaleprog.data.manifest import Manifest
+from scaleprog.errors import DataError
+from shards.build import build as build_shards
+from shards.build import finished
+from shards.samples import Sample
+
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+"""Where the Debian package `dataset-fashion-mnist` puts the files."""
+
+PREFIX = {"train": "train", "val": "t10k"}
+SHARDS = {"train": 8, "val": 4}
+UNSIGNED_BYTES = 0x08
+"""The data type of unsigned bytes in an idx file."""
+
+
+def build(out: Path, source: Path | None = None, *, limit: int | None = None, seed: int = 0) -> Manifest:
+    """Build `out`: 8 shards for training and 4 for validation, each split shuffled once by `seed`.
+
+    The key of a sample is its split and its place in the original file, `train-01234`.
+
+    Args:
+        source: folder of the four original idx.gz files; default the Debian package's, else torchvision downloads them.
+        limit: at most this many samples in each split, for smoke runs.
+
+    Raises:
+        DataError: the files are missing or damaged, or `out` holds something else or cannot be written.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit {limit}: at least 1 sample is needed in each split")
+    description = {"builder": "fashion-mnist", "limit": limit, "seed": seed}
+    if manifest := finished(out, description):
+        return manifest
+    with _originals(source) as folder:
+        splits = {split: _shuffled(folder, split, limit, seed) for split in PREFIX}
+    return build_shards(out, classes=CLASSES, splits=splits, source=description, workers=1)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The samples of one shard, encoded as they are read."""
+
+    split: str
+    indices: np.ndarray
+    """Places in the original file, (N,)."""
+    images: np.ndarray
+    """(N, 28, 28) uint8."""
+    labels: np.ndarray
+    """(N,) uint8."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        for index, image, label in zip(self.indices, self.images, self.labels):
+            _, png = cv2.imencode(".png", image)
+            yield Sample(f"{self.split}-{index:05d}", "png", png.tobytes(), int(label))
+
+
+def _shuffled(folder: Path, split: str, limit: int | None, seed: int) -> list[Pixels]:
+    """The shards of one split: its samples in an order drawn from `seed`, cut as evenly as can be."""
+    images = read_idx(folder / f"{PREFIX[split]}-images-idx3-ubyte.gz")
+    labels = read_idx(folder / f"{PREFIX[split]}-labels-idx1-ubyte.gz")
+    if len(images) != len(labels):
+        raise DataError(f"{folder}: {len(images)} images but {len(labels)} labels for {split}; get the files again")
+    order = np.random.default_rng([seed, list(PREFIX).index(split)]).permutation(len(images))[:limit]
+    parts = np.array_split(order, min(SHARDS[split], len(order)))
+    return [Pixels(split, part, images[part], labels[part]) for part in parts]
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """A gzipped idx file of unsigned bytes as an array of its shape; DataError where it is missing or damaged."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}. {_where_from()}") from error
+    # Two zero bytes, the data type, the number of dimensions; each dimension as a big-endian integer; the values.
+    start = 4 + 4 * (content[3] if len(content) > 3 else 0)
+    shape = [int.from_bytes(content[at : at + 4]) for at in range(4, start, 4)]
+    if content[:3] != bytes([0, 0, UNSIGNED_BYTES]) or len(content) != start + math.prod(shape):
+        raise DataError(f"{path}: not a whole idx file of bytes. {_where_from()}")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+@contextmanager
+def _originals(source: Path | None) -> Iterator[Path]:
+    """The folder of the original files, downloaded into a temporary one if there is no other."""
+    if source is not None or DEBIAN_FOLDER.is_dir():
+        yield source or DEBIAN_FOLDER
+        return
+    from torchvision.datasets import FashionMNIST
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            FashionMNIST(folder, train=True, download=True)
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"Fashion-MNIST cannot be downloaded: {error}. {_where_from()}") from error
+        yield Path(folder, "FashionMNIST", "raw")
+
+
+def _where_from() -> str:
+    return (
+        "Install the Debian package dataset-fashion-mnist, or give the folder of the four idx.gz files with --source."
+    )

@@ -1,0 +1,93 @@
+"""One job per shard, shared out over processes, with a progress bar (plain lines where the output is no terminal)."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from scaleprog.errors import DataError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+MAX_LISTED = 20
+
+
+def run_all(
+    function: Callable[[Job], Result], jobs: Sequence[Job], *, label: str, workers: int | None = None
+) -> list[Result]:
+    """`[function(job) for job in jobs]`, on `workers` processes (default: one for each CPU this process may use).
+
+    With more than one worker, `function` and the jobs are pickled. A DataError of one job does not stop the others, so
+    that all of them are known at the end; any other exception does.
+
+    Raises:
+        DataError: what the jobs raised, or a worker died.
+    """
+    results: dict[int, Result] = {}
+    problems: dict[int, str] = {}
+    with (
+        _executor(min(workers or len(os.sched_getaffinity(0)), len(jobs))) as pool,
+        _progress(label, len(jobs)) as advance,
+    ):
+        futures = {pool.submit(function, job): index for index, job in enumerate(jobs)}
+        for future in as_completed(futures):
+            index = futures[future]
+            try:
+                results[index] = future.result()
+            except DataError as error:
+                problems[index] = str(error)
+            except BrokenProcessPool as error:
+                raise DataError(
+                    f"{label}: a worker died, of too little memory perhaps; use fewer --workers."
+                ) from error
+            advance()
+    if problems:
+        raise DataError(listed([problems[index] for index in sorted(problems)]))
+    return [results[index] for index in range(len(jobs))]
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first MAX_LISTED problems, one a line, and how many more there are."""
+    more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+    return "\n".join([*problems[:MAX_LISTED], *more])
+
+
+@contextmanager
+def _executor(workers: int) -> Iterator[Executor]:
+    """Spawned processes, or this process where one worker is enough; jobs not yet begun are dropped on an exception."""
+    if workers > 1:
+        pool: Executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    else:
+        pool = ThreadPoolExecutor(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """Yields the function to call after each of `total` steps."""
+    console = Console()
+    if console.is_terminal:
+        name = TextColumn("{task.description}", markup=False)
+        with Progress(name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda: bar.advance(task)
+        return
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if done * 10 // total > (done - 1) * 10 // total:
+            print(f"{label}: {done}/{total}", flush=True)
+
+    yield advance

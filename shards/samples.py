@@ -1,0 +1,110 @@
+"""What a sample is inside a shard: `KEY.{png|jpg|jpeg|webp}` with the image's bytes, and `KEY.cls`, the class index.
+
+This is the WebDataset format, so other WebDataset tools read our shards and we read theirs.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from webdataset.tariterators import group_by_keys
+from webdataset.writer import TarWriter
+
+from scaleprog.data.manifest import Shard
+from scaleprog.errors import DataError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One labelled image, still encoded."""
+
+    key: str
+    extension: str
+    """One of IMAGE_EXTENSIONS."""
+    image: bytes
+    label: int
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
+    """Write `samples` to a new tar at `path`, on disk when this returns; the same samples give the same bytes.
+
+    Raises:
+        OSError: the file exists or cannot be written (a full disk); what was written so far is left behind.
+    """
+    count = 0
+    with open(path, "xb") as file:
+        with TarWriter(file, encoder=False, mtime=0) as tar:
+            for count, sample in enumerate(samples, start=1):  # noqa: B007, counts
+                tar.write(
+                    {"__key__": sample.key, sample.extension: sample.image, "cls": b"%d" % sample.label},
+                )
+        file.flush()
+        os.fsync(file.fileno())
+    return Shard.measure(path, count)
+
+
+def read_members(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The samples of a shard as they lie in it, as (key, {extension: bytes}); unchecked, see `read_label`.
+
+    Raises:
+        DataError: the tar is missing, damaged, or ends before its end marker; names the last key that could be read.
+    """
+    key = None
+    try:
+        for sample in group_by_keys(_files(path)):
+            key = sample.pop("__key__")
+            yield key, {name: value for name, value in sample.items() if not name.startswith("__")}
+    except (OSError, tarfile.TarError, ValueError) as error:
+        where = f"after key {key!r}" if key else "at its first sample"
+        what = next((part for part in error.args if isinstance(part, str)), repr(error))
+        raise DataError(f"{path}: not a readable tar {where}: {what}. Copy or build it again.") from error
+
+
+def _files(path: Path) -> Iterator[dict[str, Any]]:
+    """The files of a tar as webdataset's `group_by_keys` wants them; its metadata files (`__name__`) left out."""
+    with tarfile.open(path, "r:") as tar:
+        for info in tar:
+            content = tar.extractfile(info) if not info.name.startswith("__") else None
+            if content is not None:
+                yield {"fname": info.name, "data": content.read(), "__url__": path}
+        end = tar.offset
+    # tarfile takes a damaged header and a missing one for the end of the archive: only zeros may follow it.
+    with open(path, "rb") as file:
+        file.seek(end)
+        rest = file.read()
+    if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+        raise tarfile.ReadError(f"no end marker at byte {end}, truncated or damaged")
+
+
+def image_extension(members: Mapping[str, bytes]) -> str:
+    """Which of a sample's members is its image; ValueError unless there is exactly one."""
+    found = [extension for extension in IMAGE_EXTENSIONS if extension in members]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} images ({', '.join(members)}), expected one of .{', .'.join(IMAGE_EXTENSIONS)}")
+    return found[0]
+
+
+def read_label(members: Mapping[str, bytes]) -> int:
+    """The class index in a sample's `cls` member, ASCII decimal; ValueError where there is none."""
+    if "cls" not in members:
+        raise ValueError(f"no .cls member ({', '.join(members)})")
+    text = members["cls"].strip()
+    if not text.isdigit():
+        raise ValueError(f".cls is {text[:20]!r}, expected a class index such as b'7'")
+    return int(text)
+
+
+def sniff(image: bytes) -> str | None:
+    """The format that encoded bytes begin like: jpg, png, webp; None for anything else."""
+    if image.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if image.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    if image.startswith(b"RIFF") and image[8:12] == b"WEBP":
+        return "webp"
+    return None

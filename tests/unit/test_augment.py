@@ -1,0 +1,289 @@
+"""Augmentation: what it does, and that nothing but (seed, epoch, step, lane) decides it."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydantic import ValidationError
+from skimage import data
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.transforms import RandomResizedCrop
+
+from scaleprog.data import augment as augment_module
+from scaleprog.data.augment import (
+    Augmentation,
+    AugmentSettings,
+    Encoded,
+    Request,
+    central_box,
+    mix,
+    random_box,
+)
+from scaleprog.errors import DataError
+
+DEIT = AugmentSettings(randaugment="rand-m9-mstd0.5-inc1", erase=0.25, color_jitter=0.3, mixup=0.8, cutmix=1.0)
+
+
+def encoded(count: int, channels: int = 3, side: int = 40) -> list[Encoded]:
+    photo = Image.fromarray(data.astronaut()).convert("RGB" if channels == 3 else "L")
+    images = []
+    for index in range(count):
+        buffer = io.BytesIO()
+        photo.crop((index, index, index + 300, index + 300)).resize((side, side)).save(buffer, "PNG")
+        images.append((memoryview(buffer.getvalue()), f"sample {index}"))
+    return images
+
+
+def process_state() -> tuple[object, ...]:
+    name, keys, *rest = np.random.get_state()
+    return random.getstate(), name, keys.tolist(), rest, torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "chosen", [DEIT, AugmentSettings(crop="padded", color_jitter=0.4), AugmentSettings(crop="none")]
+)
+def test_only_seed_epoch_step_and_lane_decide(chosen: AugmentSettings, channels: int) -> None:
+    images, request = encoded(4, channels), Request(epoch=3, step=5, resolution=24)
+    first = Augmentation(chosen, channels, seed=1).lane(images, request, 2)
+    assert first.shape == (4, channels, 24, 24)
+    assert first.dtype == torch.float32
+    assert first.is_contiguous()
+    random.seed(123)
+    np.random.seed(123)
+    torch.manual_seed(123)
+    before = process_state()
+    again = Augmentation(chosen, channels, seed=1).lane(images, request, 2)
+    assert torch.equal(first, again)
+    assert process_state() == before, "the training process's own draws are left alone"
+    others = [
+        Augmentation(chosen, channels, seed=2).lane(images, request, 2),
+        Augmentation(chosen, channels, seed=1).lane(images, Request(4, 5, 24), 2),
+        Augmentation(chosen, channels, seed=1).lane(images, Request(3, 6, 24), 2),
+        Augmentation(chosen, channels, seed=1).lane(images, request, 3),
+    ]
+    assert not any(torch.equal(first, other) for other in others)
+
+
+def test_the_states_are_put_back_after_an_error() -> None:
+    before = process_state()
+    with pytest.raises(RuntimeError), augment_module._seeded(1, 2):
+        random.random()
+        raise RuntimeError
+    assert process_state() == before
+
+
+def test_nothing_on_is_decoding_and_normalising() -> None:
+    plain = AugmentSettings(crop="none", flip=0)
+    image = encoded(1, 3, side=24)
+    pixels = np.asarray(Image.open(io.BytesIO(image[0][0]))) / 255
+    expected = ((pixels - IMAGENET_DEFAULT_MEAN) / IMAGENET_DEFAULT_STD).transpose(2, 0, 1)
+    got = Augmentation(plain, 3).lane(image, Request(0, 0, 24), 0)[0]
+    assert torch.allclose(got.double(), torch.from_numpy(expected), atol=1e-5)
+    grey = Augmentation(plain, 1).lane(encoded(1, 1, 24), Request(0, 0, 24), 0)
+    assert grey.min() >= -1
+    assert grey.max() <= 1
+    own = Augmentation(AugmentSettings(crop="none", flip=0, mean=(0.0,), std=(1.0,)), 1)
+    assert torch.allclose(own.lane(encoded(1, 1, 24), Request(0, 0, 24), 0) * 2 - 1, grey, atol=1e-6)
+
+
+def test_flip_is_as_often_as_asked() -> None:
+    image = encoded(1, 1, 24) * 400
+    plain = Augmentation(AugmentSettings(crop="none", flip=0), 1).lane(image[:1], Request(0, 0, 24), 0)[0]
+    rows = Augmentation(AugmentSettings(crop="none", flip=0.25), 1).lane(image, Request(0, 0, 24), 0)
+    flipped = sum(torch.equal(row, plain.flip(-1)) for row in rows)
+    assert flipped + sum(torch.equal(row, plain) for row in rows) == 400
+    assert 65 <= flipped <= 140
+
+
+def test_a_padded_crop_is_a_window_of_the_padded_image() -> None:
+    image = encoded(1, 1, 12)
+    chosen = AugmentSettings(crop="padded", padding=2, flip=0)
+    rows = Augmentation(chosen, 1).lane(image * 300, Request(0, 0, 12), 0)
+    whole = Augmentation(AugmentSettings(crop="none", flip=0), 1).lane(image, Request(0, 0, 12), 0)[0]
+    padded = torch.nn.functional.pad(whole, (2, 2, 2, 2), value=-1.0)  # a pixel of 0 is -1 when normalised
+    windows = {(y, x): padded[:, y : y + 12, x : x + 12] for y in range(5) for x in range(5)}
+    found = [next(at for at, window in windows.items() if torch.equal(row, window)) for row in rows]
+    assert set(found) == set(windows), "every offset occurs"
+
+
+@given(st.integers(1, 900), st.integers(1, 900), st.lists(st.floats(0, 1, exclude_max=True), min_size=22, max_size=22))
+def test_a_resized_crop_lies_inside_the_image(height: int, width: int, draws: list[float]) -> None:
+    left, top, right, bottom = random_box(AugmentSettings(), height, width, draws)
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+
+
+def test_resized_crops_are_distributed_as_torchvisions() -> None:
+    size = (375, 500)
+    draws = np.random.default_rng(0).random((4000, 22)).tolist()
+    ours = np.array([random_box(AugmentSettings(), *size, row) for row in draws], dtype=float)
+    torch.manual_seed(0)
+    image = torch.empty(1, *size)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)], dtype=float
+    )
+    ours = np.stack((ours[:, 1], ours[:, 0], ours[:, 3] - ours[:, 1], ours[:, 2] - ours[:, 0]), axis=1)
+    for quantile in (0.1, 0.25, 0.5, 0.75, 0.9):
+        assert np.abs(np.quantile(ours, quantile, axis=0) - np.quantile(theirs, quantile, axis=0)).max() < 15
+
+
+def test_the_central_square() -> None:
+    assert central_box(375, 500, 1.0) == (62, 0, 437, 375)
+    assert central_box(256, 256, 0.875) == (16, 16, 240, 240)
+    assert central_box(1, 1, 0.875) == (0, 0, 1, 1)
+    images = encoded(2, 3, 32)
+    assert Augmentation(AugmentSettings(), 3).evaluation(images, 16).shape == (2, 3, 16, 16)
+
+
+def test_adareg_scales_the_magnitude() -> None:
+    full = augment_module._rand_augment("rand-m9-mstd0.5-inc1", 24, 1.0, (0.5,))
+    half = augment_module._rand_augment("rand-m9-mstd0.5-inc1", 24, 0.5, (0.5,))
+    assert {op.magnitude for op in full.ops} == {9}
+    assert {op.magnitude for op in half.ops} == {4.5}
+    images = encoded(64, 3, 32)
+    chosen = AugmentSettings(crop="none", flip=0, randaugment="rand-m9-n2-p1.0-inc1")
+    plain = Augmentation(AugmentSettings(crop="none", flip=0), 3).lane(images, Request(0, 0, 32), 0)
+    changes = [
+        (Augmentation(chosen, 3).lane(images, Request(0, 0, 32, magnitude), 0) - plain).abs().mean()
+        for magnitude in (0.25, 1.0)
+    ]
+    assert changes[0] < changes[1]
+
+
+@pytest.mark.parametrize("config", ["rand-m10-n4-p1.0-inc1", "rand-m1-n4-p1.0"])
+def test_randaugment_survives_both_ends_of_its_scale(config: str) -> None:
+    """timm asks Pillow for a posterisation to 0 bits there, which Pillow 13 refuses."""
+    chosen = AugmentSettings(crop="none", randaugment=config)
+    Augmentation(chosen, 1).lane(encoded(1, 1, 16) * 200, Request(0, 0, 16), 0)
+
+
+def test_adareg_scales_how_often_is_erased() -> None:
+    images = encoded(1, 1, 24) * 400
+    plain = Augmentation(AugmentSettings(crop="none", flip=0), 1).lane(images[:1], Request(0, 0, 24), 0)[0]
+    augmentation = Augmentation(AugmentSettings(crop="none", flip=0, erase=0.5), 1)
+    erased = {}
+    for factor in (0.0, 0.5, 1.0):
+        rows = augmentation.lane(images, Request(0, 0, 24, erase=factor), 0)
+        erased[factor] = sum(not torch.equal(row, plain) for row in rows)
+    assert erased[0.0] == 0
+    assert 65 <= erased[0.5] <= 140
+    assert 160 <= erased[1.0] <= 240
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"randaugment": "rand-q9"},
+        {"randaugment": "augmix-m3"},
+        {"scale": (0.5, 0.1)},
+        {"scale": (0.5, 1.5)},
+        {"ratio": (0.0, 1.0)},
+        {"flip": 1.5},
+        {"crop": "random"},
+        {"eval_crop": 0},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        AugmentSettings(**wrong)
+
+
+def test_normalisation_must_fit_the_channels() -> None:
+    with pytest.raises(DataError, match=r"must be 3 numbers each"):
+        Augmentation(AugmentSettings(mean=(0.5,), std=(0.5,)), 3)
+    with pytest.raises(DataError, match="1 or 3 channels"):
+        Augmentation(AugmentSettings(), 2)
+
+
+# Mixup and CutMix
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+def batch(lanes: int, per_lane: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    size = lanes * per_lane
+    return torch.randn(size, 1, 8, 8, generator=generator), torch.randint(0, 10, (size,), generator=generator)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(st.sampled_from((1, 2, 4)), st.sampled_from((2, 4, 6)), st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_mixing_does_not_depend_on_the_world_size(device: str, lanes: int, per_lane: int, step: int) -> None:
+    images, labels = (tensor.to(device) for tensor in batch(2 * lanes, per_lane, step))
+    arguments = {"seed": 3, "step": step, "classes": 10, "settings": DEIT}
+    whole = mix(images, labels, lanes=2 * lanes, **arguments)
+    half = len(images) // 2
+    parts = [mix(images[rows], labels[rows], lanes=lanes, **arguments) for rows in (slice(half), slice(half, None))]
+    for index in range(2):
+        assert torch.equal(whole[index], torch.cat([part[index] for part in parts]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_mixup_pairs_the_samples_of_a_lane(device: str) -> None:
+    """Row (lane, j) is lambda of itself and 1 - lambda of (lane, n - 1 - j), in pixels and in labels alike."""
+    lanes, per_lane = 3, 4
+    labels = torch.arange(12, device=device)
+    images = torch.eye(12, device=device).view(12, 12, 1, 1)
+    kept = images.clone()
+    chosen = AugmentSettings(mixup=0.8, smoothing=0)
+    mixed, targets = mix(images, labels, lanes=lanes, seed=0, step=1, classes=12, settings=chosen)
+    assert torch.equal(images, kept), "the caller's images are left as they were"
+    assert torch.allclose(mixed.flatten(1), targets)
+    partner = torch.arange(12).view(lanes, per_lane).flip(1).flatten().to(device)
+    factors = targets[labels, labels]
+    assert torch.unique(factors).numel() == 1
+    assert 0 < factors[0] < 1
+    assert torch.allclose(targets[labels, partner], 1 - factors)
+
+
+def test_cutmix_weighs_labels_by_area() -> None:
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 16, 16)
+    chosen = AugmentSettings(cutmix=1.0, smoothing=0)
+    for step in range(5):
+        mixed, targets = mix(images, torch.arange(4), lanes=1, seed=0, step=step, classes=4, settings=chosen)
+        own = (mixed == images).float().mean(dim=(1, 2, 3))
+        assert torch.allclose(own, targets.diagonal())
+        assert torch.unique(own).numel() == 1
+
+
+def test_one_draw_per_step() -> None:
+    images, labels = batch(2, 4)
+    states = process_state()
+    draws = [mix(images, labels, lanes=2, seed=0, step=step, classes=10, settings=DEIT)[1] for step in (0, 1, 0)]
+    assert torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[1])
+    assert process_state() == states
+
+
+def test_both_kinds_are_used_as_often_as_asked() -> None:
+    images = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 16, 16)
+    chosen = AugmentSettings(mixup=0.8, cutmix=1.0, mix_probability=0.8, mix_switch=0.5)
+    kinds = {"none": 0, "mixup": 0, "cutmix": 0}
+    for step in range(300):
+        values = mix(images, torch.arange(2), lanes=1, seed=0, step=step, classes=2, settings=chosen)[0][1].unique()
+        kinds["none" if values.tolist() == [1.0] else "mixup" if len(values) == 1 else "cutmix"] += 1
+    assert 40 <= kinds["none"] <= 90, "a fifth, and the boxes that happen to be empty"
+    assert 90 <= kinds["mixup"] <= 150
+    assert 85 <= kinds["cutmix"] <= 150
+
+
+def test_without_mixing_targets_are_smoothed_one_hot() -> None:
+    images, labels = batch(1, 3)
+    same, targets = mix(images, labels, lanes=1, seed=0, step=0, classes=10, settings=AugmentSettings(smoothing=0.1))
+    assert same is images
+    expected = torch.full((3, 10), 0.01)
+    expected[torch.arange(3), labels] = 0.91
+    assert torch.allclose(targets, expected)
+
+
+def test_an_odd_number_per_lane_is_refused() -> None:
+    images, labels = batch(2, 3)
+    with pytest.raises(DataError, match="6 samples in 2 lanes"):
+        mix(images, labels, lanes=2, seed=0, step=0, classes=10, settings=DEIT)

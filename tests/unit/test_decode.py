@@ -1,0 +1,145 @@
+"""Decoding against Pillow, which is what timm uses: same sizes, same boxes, nearly the same pixels."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+from scaleprog.data.decode import Box, decode
+from scaleprog.errors import DataError
+
+WIDTH, HEIGHT = 500, 375
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return Image.fromarray(data.astronaut()).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pillow(data: bytes, channels: int, resolution: int, box: Box) -> np.ndarray:
+    image = Image.open(io.BytesIO(data)).convert("L" if channels == 1 else "RGB").crop(box)
+    pixels = np.asarray(image.resize((resolution, resolution), Image.Resampling.BICUBIC))
+    return pixels.reshape(resolution, resolution, channels)
+
+
+def whole(height: int, width: int) -> Box:
+    return 0, 0, width, height
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:
+    """Mean and largest difference in levels of 255."""
+    absolute = np.abs(a.astype(int) - b.astype(int))
+    return float(absolute.mean()), int(absolute.max())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+@pytest.mark.parametrize(("resolution", "box"), [(224, (0, 0, WIDTH, HEIGHT)), (96, (31, 17, 240, 300))])
+def test_png_is_as_pillow_has_it(photo: Image.Image, channels: int, mode: str, resolution: int, box: Box) -> None:
+    content = encode(photo.convert(mode), "PNG")
+    pixels = decode(content, "here", channels, resolution, lambda height, width: box)
+    assert pixels.shape == (resolution, resolution, channels)
+    assert pixels.dtype == np.uint8
+    mean, largest = difference(pixels, pillow(content, channels, resolution, box))
+    assert mean < 0.7
+    assert largest <= 3
+
+
+def test_webp_is_as_pillow_has_it(photo: Image.Image) -> None:
+    content = encode(photo, "WEBP", lossless=True)
+    assert difference(decode(content, "here", 3, 128, whole), pillow(content, 3, 128, (0, 0, WIDTH, HEIGHT)))[1] <= 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    ("resolution", "box", "tolerance"),
+    [
+        (224, (0, 0, WIDTH, HEIGHT), 0.7),  # nothing to scale: the decoder gives every pixel
+        (224, (200, 100, 300, 200), 0.7),  # enlarged
+        (112, (0, 0, WIDTH, HEIGHT), 2.5),  # scaled in the frequency domain: other low-pass filters, same picture
+        (64, (101, 53, 439, 371), 2.5),
+        (32, (0, 0, WIDTH, HEIGHT), 2.5),
+    ],
+)
+def test_jpeg_is_close_to_pillow(
+    photo: Image.Image, channels: int, mode: str, resolution: int, box: Box, tolerance: float
+) -> None:
+    content = encode(photo.convert(mode), "JPEG", quality=92)
+    pixels = decode(content, "here", channels, resolution, lambda height, width: box)
+    assert pixels.shape == (resolution, resolution, channels)
+    assert difference(pixels, pillow(content, channels, resolution, box))[0] < tolerance
+
+
+def test_a_scaled_crop_is_where_it_should_be(photo: Image.Image) -> None:
+    """Off by a pixel of the scaled image would pass a loose tolerance; a shifted reference must be clearly worse."""
+    content = encode(photo, "JPEG", quality=95)
+    box = (60, 40, 460, 360)
+    pixels = decode(content, "here", 3, 64, lambda height, width: box)
+    right = difference(pixels, pillow(content, 3, 64, box))[0]
+    for shift in ((6, 0), (-6, 0), (0, 6), (0, -6)):
+        moved = (box[0] + shift[0], box[1] + shift[1], box[2] + shift[0], box[3] + shift[1])
+        assert difference(pixels, pillow(content, 3, 64, moved))[0] > 1.5 * right
+
+
+def test_the_crop_sees_the_full_size_even_where_the_decoder_scales(photo: Image.Image) -> None:
+    seen = []
+    decode(encode(photo, "JPEG"), "here", 3, 16, lambda *size: seen.append(size) or (0, 0, WIDTH, HEIGHT))
+    assert seen == [(HEIGHT, WIDTH)]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_cmyk_jpeg(photo: Image.Image, channels: int) -> None:
+    content = encode(photo.convert("CMYK"), "JPEG", quality=92)
+    box = (0, 0, WIDTH, HEIGHT)
+    assert difference(decode(content, "here", channels, 128, whole), pillow(content, channels, 128, box))[1] <= 2
+
+
+def test_what_lies_beyond_the_image_is_zero() -> None:
+    image = np.arange(1, 29, dtype=np.uint8).reshape(4, 7)
+    content = encode(Image.fromarray(image[:, :4]), "PNG")
+    pixels = decode(content, "here", 1, 4, lambda height, width: (-1, 2, 3, 6))[..., 0]
+    assert pixels.tolist() == [[0, 15, 16, 17], [0, 22, 23, 24], [0, 0, 0, 0], [0, 0, 0, 0]]
+    pixels = decode(content, "here", 1, 4, lambda height, width: (2, -1, 6, 3))[..., 0]
+    assert pixels.tolist() == [[0, 0, 0, 0], [3, 4, 0, 0], [10, 11, 0, 0], [17, 18, 0, 0]]
+
+
+def test_a_jpeg_box_beyond_the_image(photo: Image.Image) -> None:
+    content = encode(photo, "JPEG", quality=92)
+    pixels = decode(content, "here", 3, 64, lambda height, width: (-100, -100, width - 100, height - 100))
+    assert pixels[:10, :10].max() == 0
+    reference = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    reference[100:, 100:] = np.asarray(Image.open(io.BytesIO(content)))[:-100, :-100]
+    assert difference(pixels, np.asarray(Image.fromarray(reference).resize((64, 64), Image.Resampling.BICUBIC)))[0] < 1
+
+
+def test_the_content_decides_not_the_name_and_rotation_tags_are_ignored(photo: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("PNG", "JPEG"):
+        plain, tagged = encode(photo, kind), encode(photo, kind, exif=exif)
+        assert np.array_equal(decode(plain, "here", 3, 64, whole), decode(tagged, "here", 3, 64, whole))
+
+
+def test_memoryviews_are_read_without_a_copy(photo: Image.Image) -> None:
+    for kind in ("PNG", "JPEG"):
+        content = encode(photo, kind)
+        view = memoryview(b"before" + content + b"after")[6:-5]
+        assert np.array_equal(decode(view, "here", 3, 32, whole), decode(content, "here", 3, 32, whole))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("damage", ["half", "empty", "text"])
+def test_what_cannot_be_decoded_is_named(photo: Image.Image, kind: str, damage: str) -> None:
+    content = encode(photo, kind)
+    content = {"half": content[: len(content) // 2], "empty": b"", "text": b"no image at all"}[damage]
+    with pytest.raises(DataError, match=r"a\.tar: sample '7': cannot be decoded.*build the shard again"):
+        decode(content, "a.tar: sample '7'", 3, 64, whole)

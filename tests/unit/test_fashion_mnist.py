@@ -1,0 +1,63 @@
+"""Shards of Fashion-MNIST: every pixel and label as in the original files."""
+
+import gzip
+from itertools import chain
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scaleprog.data.manifest import Manifest
+from scaleprog.errors import DataError
+from shards import fashion_mnist
+from shards.samples import read_label, read_members
+
+needs_fashion_mnist = pytest.mark.skipif(
+    not fashion_mnist.DEBIAN_FOLDER.is_dir(), reason="needs the Debian package dataset-fashion-mnist"
+)
+
+
+@needs_fashion_mnist
+def test_fashion_mnist_round_trip(tmp_path: Path):
+    manifest = fashion_mnist.build(tmp_path, limit=50)
+    assert manifest == Manifest.load(tmp_path)
+    assert manifest.classes[9] == "Ankle boot"
+    assert [shard.samples for shard in manifest.split("train")] == [7, 7, 6, 6, 6, 6, 6, 6]
+    assert [shard.samples for shard in manifest.split("val")] == [13, 13, 12, 12]
+    for split, prefix in fashion_mnist.PREFIX.items():
+        images = fashion_mnist.read_idx(fashion_mnist.DEBIAN_FOLDER / f"{prefix}-images-idx3-ubyte.gz")
+        labels = fashion_mnist.read_idx(fashion_mnist.DEBIAN_FOLDER / f"{prefix}-labels-idx1-ubyte.gz")
+        samples = list(chain(*(read_members(Path(manifest.path(shard))) for shard in manifest.split(split))))
+        indices = [int(key.removeprefix(f"{split}-")) for key, _ in samples]
+        assert len(set(indices)) == 50
+        assert indices != sorted(indices)
+        for index, (_, members) in zip(indices, samples):
+            pixels = cv2.imdecode(np.frombuffer(members["png"], np.uint8), cv2.IMREAD_UNCHANGED)
+            np.testing.assert_array_equal(pixels, images[index])
+            assert read_label(members) == labels[index]
+
+
+@needs_fashion_mnist
+def test_fashion_mnist_is_the_same_bytes_everywhere(tmp_path: Path):
+    first = fashion_mnist.build(tmp_path / "a", limit=20)
+    assert fashion_mnist.build(tmp_path / "b", limit=20).splits == first.splits
+    assert fashion_mnist.build(tmp_path / "c", limit=20, seed=1).splits != first.splits
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no gzip", gzip.compress(b"no idx"), gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 5, 1]))]
+)
+def test_damaged_idx_file(tmp_path: Path, content: bytes):
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz.*dataset-fashion-mnist"):
+        fashion_mnist.build(tmp_path / "out", tmp_path)
+
+
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=20))
+def test_read_idx(tmp_path_factory: pytest.TempPathFactory, values: list[int]):
+    path = tmp_path_factory.mktemp("idx") / "values.gz"
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, 2]) + (1).to_bytes(4) + len(values).to_bytes(4) + bytes(values)))
+    assert fashion_mnist.read_idx(path).tolist() == [values]

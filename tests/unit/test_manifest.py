@@ -1,0 +1,134 @@
+"""The manifest: what is saved is what is loaded, and everything wrong with it is said with the file's name."""
+
+import json
+import pickle
+import string
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scaleprog.data.manifest import NAME, Manifest, Shard
+from scaleprog.errors import DataError
+
+SHARD = Shard("train-000000.tar", samples=3, bytes=5, sha256="0" * 64)
+
+shards = st.builds(
+    Shard,
+    name=st.text(string.ascii_letters + string.digits + "-_.", min_size=1).map(lambda stem: f"{stem}.tar"),
+    samples=st.integers(0, 10**9),
+    bytes=st.integers(0, 10**15),
+    sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
+)
+splits = st.lists(shards, unique_by=lambda shard: shard.name).flatmap(
+    lambda found: st.integers(0, len(found)).map(lambda cut: {"train": tuple(found[:cut]), "val": tuple(found[cut:])})
+)
+names = st.lists(st.text(st.characters(codec="utf-8")), unique=True).map(tuple)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(classes=names, splits=splits)
+def test_save_then_load_gives_the_same(tmp_path: Path, classes, splits):
+    manifest = Manifest(str(tmp_path), classes, splits, {"builder": "test", "seed": 1})
+    manifest.save()
+    assert Manifest.load(tmp_path) == manifest
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_counts_paths_and_missing_split(tmp_path: Path):
+    manifest = Manifest(str(tmp_path), ("a", "b"), {"train": (SHARD, Shard("train-1.tar", 4, 6, "1" * 64))})
+    assert manifest.samples("train") == 7
+    assert Path(manifest.path(SHARD)) == tmp_path / SHARD.name
+    with pytest.raises(DataError, match=r"no split 'val'.*there: train"):
+        manifest.split("val")
+
+
+def test_travels_to_data_workers(tmp_path: Path):
+    manifest = Manifest(str(tmp_path), ("a",), {"train": (SHARD,)})
+    assert pickle.loads(pickle.dumps(manifest)) == manifest
+
+
+def test_may_move_with_its_folder(tmp_path: Path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    Manifest(str(old), ("a",), {"train": (SHARD,)}).save()
+    old.rename(new)
+    assert str(tmp_path) not in (new / NAME).read_text()
+    assert Path(Manifest.load(new).path(SHARD)).parent == new
+
+
+def test_missing_folder_and_missing_manifest_say_how_to_build(tmp_path: Path):
+    with pytest.raises(DataError, match=r"gone: there is no such folder.*scaleprog shards"):
+        Manifest.load(tmp_path / "gone")
+    with pytest.raises(DataError, match=rf"{tmp_path}: .*no manifest.json.*--write-manifest"):
+        Manifest.load(tmp_path)
+
+
+def with_(**changes):
+    return {"kind": "scaleprog-manifest", "version": 1, "classes": ["a"], "splits": {}} | changes
+
+
+def entry(**changes):
+    return {"name": "train-0.tar", "samples": 1, "bytes": 1, "sha256": "0" * 64} | changes
+
+
+@pytest.mark.parametrize(
+    ("stored", "complaint"),
+    [
+        (with_(version=2), "format version 2, .* reads version 1"),
+        (with_(kind="something"), "malformed at kind"),
+        (with_(classes="ab"), "malformed at classes"),
+        (with_(classes=["a", "a"]), "same name"),
+        (with_(extra=1), "malformed at extra"),
+        ([], "malformed at the whole"),
+        (with_(splits={"train": [entry(samples=-1)]}), "malformed at splits.train.0.samples"),
+        (with_(splits={"train": [entry(sha256="abc")]}), "malformed at splits.train.0.sha256"),
+        (with_(splits={"train": [entry(name="../elsewhere.tar")]}), "malformed at splits.train.0.name"),
+        (with_(splits={"train": [entry()], "val": [entry()]}), "listed twice"),
+    ],
+)
+def test_malformed(tmp_path: Path, stored, complaint: str):
+    (tmp_path / NAME).write_text(json.dumps(stored))
+    with pytest.raises(DataError, match=complaint) as caught:
+        Manifest.load(tmp_path)
+    assert str(tmp_path / NAME) in str(caught.value)
+
+
+def test_well_formed_loads(tmp_path: Path):
+    """The counterpart of `test_malformed`: the values that its cases spoil are good."""
+    (tmp_path / NAME).write_text(json.dumps(with_(splits={"train": [entry()]})))
+    assert Manifest.load(tmp_path).samples("train") == 1
+
+
+@pytest.mark.parametrize("text", [b"", b'{"kind": ', b"\xff\xfe"])
+def test_not_json(tmp_path: Path, text: bytes):
+    (tmp_path / NAME).write_bytes(text)
+    with pytest.raises(DataError, match=NAME):
+        Manifest.load(tmp_path)
+
+
+def test_save_where_it_cannot(tmp_path: Path):
+    (tmp_path / NAME).mkdir()
+    with pytest.raises(DataError, match=r"cannot write manifest\.json"):
+        Manifest(str(tmp_path), (), {}).save()
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_verify_sizes(tmp_path: Path):
+    manifest = Manifest(str(tmp_path), ("a",), {"train": (SHARD, Shard("train-000001.tar", 1, 2, "0" * 64))})
+    for shard in manifest.split("train"):
+        Path(manifest.path(shard)).write_bytes(b"x" * shard.bytes)
+    manifest.verify_sizes("train")
+
+    first, second = (Path(manifest.path(shard)) for shard in manifest.split("train"))
+    first.write_bytes(b"xx")
+    with pytest.raises(DataError, match=r"train-000000\.tar: truncated, 2 bytes where manifest.json says 5") as caught:
+        manifest.verify_sizes("train")
+    assert "more" not in str(caught.value)
+    second.unlink()
+    with pytest.raises(DataError, match=r"train-000000\.tar: truncated.* 1 more"):
+        manifest.verify_sizes("train")
+    first.write_bytes(b"x" * 5)
+    with pytest.raises(DataError, match=r"train-000001\.tar: .*No such file"):
+        manifest.verify_sizes("train")

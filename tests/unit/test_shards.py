@@ -1,0 +1,393 @@
+"""Building, checking and indexing shards, of photographs that come with scikit-learn and scikit-image."""
+
+import io
+import os
+import resource
+from collections import Counter
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from typer.testing import CliRunner
+
+from scaleprog.data.manifest import NAME, Manifest
+from scaleprog.errors import DataError
+from shards import image_folder
+from shards.build import STAGING, shard_files
+from shards.check import check, write_manifest
+from shards.cli import app
+from shards.samples import read_label, read_members
+
+
+def encoded(pixels: np.ndarray, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def photographs() -> list[bytes]:
+    """Fourteen JPEGs: crops of four photographs."""
+    china, flower = load_sample_images().images
+    cat, astronaut = skimage.data.chelsea(), skimage.data.astronaut()
+    crops = [
+        photo[top : top + 64, left : left + 96]
+        for photo in (china, flower, cat, astronaut)
+        for top in (50, 200)
+        for left in (40, 250)
+    ]
+    return [encoded(crop, "JPEG") for crop in crops[:14]]
+
+
+@pytest.fixture
+def tree(tmp_path: Path, photographs: list[bytes]) -> Path:
+    """Two classes of seven photographs each, all named alike."""
+    src = tmp_path / "photos"
+    for index, photograph in enumerate(photographs):
+        path = src / ("tower", "blossom")[index % 2] / f"n.{index // 2}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photograph)
+    return src
+
+
+@pytest.fixture
+def built(tmp_path: Path, tree: Path) -> Path:
+    """A sound folder of four train shards and one val shard."""
+    out = tmp_path / "out"
+    image_folder.build(tree, out, samples_per_shard=3, val_fraction=0.2, workers=1)
+    return out
+
+
+def contents(out: Path, split: str) -> list[tuple[str, dict[str, bytes]]]:
+    manifest = Manifest.load(out)
+    return list(chain(*(read_members(Path(manifest.path(shard))) for shard in manifest.split(split))))
+
+
+def times(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+
+
+# A tree of class folders
+
+
+def test_image_folder_keeps_every_image_and_its_bytes(built: Path, photographs: list[bytes]):
+    manifest = Manifest.load(built)
+    assert manifest.classes == ("blossom", "tower")
+    assert [shard.samples for shard in manifest.split("train")] == [2, 3, 3, 3]
+    assert manifest.samples("val") == 3
+    samples = contents(built, "train") + contents(built, "val")
+    stored = Counter((members["jpeg"], manifest.classes[read_label(members)]) for _, members in samples)
+    assert stored == Counter((photo, ("tower", "blossom")[index % 2]) for index, photo in enumerate(photographs))
+    assert len({key for key, _ in contents(built, "train")}) == 11
+    assert all("." not in key for key, _ in samples)
+
+
+def test_image_folder_laid_out_like_imagenet(tmp_path: Path, tree: Path, photographs: list[bytes], capsys):
+    root = tmp_path / "imagenet"
+    (root / "val" / "blossom").mkdir(parents=True)
+    tree.rename(root / "train")
+    (root / "val" / "blossom" / "v.JPEG").write_bytes(photographs[0])
+    (root / "train" / "tower" / "deep").mkdir()
+    (root / "train" / "tower" / "deep" / "x.png").write_bytes(photographs[0])
+    (root / "train" / "tower" / "readme.txt").touch()
+    manifest = image_folder.build(root, tmp_path / "out", workers=1)
+    assert (manifest.samples("train"), manifest.samples("val")) == (15, 1)
+    [(key, members)] = contents(tmp_path / "out", "val")
+    assert key.endswith("-v")
+    assert read_label(members) == 0
+    kinds = Counter(kind for _, members in contents(tmp_path / "out", "train") for kind in members)
+    assert kinds == {"cls": 15, "jpeg": 14, "jpg": 1}, "a JPEG named .png is stored as what it is"
+    notes = capsys.readouterr().out
+    assert "1 files that are not images of class folders are left out" in notes
+    assert "readme.txt" in notes
+    assert "no images of 1 classes: tower" in notes
+
+
+def test_workers_do_not_change_the_shards(tmp_path: Path, tree: Path):
+    one = image_folder.build(tree, tmp_path / "one", samples_per_shard=8, workers=1)
+    two = image_folder.build(tree, tmp_path / "two", samples_per_shard=8, workers=2)
+    assert one.splits == two.splits
+
+
+@given(st.integers(1, 200), st.integers(1, 50))
+def test_cut_is_even_and_whole(count: int, samples_per_shard: int):
+    images = [image_folder.Image(Path(str(place)), 0) for place in range(count)]
+    parts = image_folder._cut(images, samples_per_shard)
+    assert list(chain(*(part.images for part in parts))) == images
+    assert all(part.images[0] == images[part.first] for part in parts)
+    sizes = [len(part.images) for part in parts]
+    assert max(sizes) <= samples_per_shard
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_image_folder_refuses(tmp_path: Path, tree: Path, photographs: list[bytes]):
+    def refused(src: Path, message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            image_folder.build(src, tmp_path / "out", workers=1)
+
+    refused(tmp_path / "gone", r"gone: cannot be read.*No such file")
+    (tmp_path / "loose").mkdir()
+    refused(tmp_path / "loose", "no class folders")
+    (tmp_path / "loose" / "a.jpg").write_bytes(photographs[0])
+    refused(tmp_path / "loose", "no class folders.* lie loose")
+    (tmp_path / "loose" / "only").mkdir()
+    (tmp_path / "loose" / "a.jpg").rename(tmp_path / "loose" / "only" / "a.jpg")
+    refused(tmp_path / "loose", "1 images are too few")
+    (tree / "hollow").mkdir()
+    refused(tree, r"class folders without an image \(\.jpg.*hollow")
+    (tree / "hollow").rmdir()
+    (tmp_path / "both" / "val" / "weed").mkdir(parents=True)
+    (tmp_path / "both" / "val" / "weed" / "w.jpg").write_bytes(photographs[0])
+    refused(tmp_path / "both", "has val/ but no train/")
+    tree.rename(tmp_path / "both" / "train")
+    refused(tmp_path / "both", "classes that train/ does not have: weed")
+    with pytest.raises(DataError, match="lies inside"):
+        image_folder.build(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_file_that_is_no_image_is_named(tmp_path: Path, tree: Path):
+    (tree / "tower" / "page.jpg").write_bytes(b"<html>not found")
+    (tree / "blossom" / "empty.png").touch()
+    with pytest.raises(DataError) as caught:
+        image_folder.build(tree, tmp_path / "out", samples_per_shard=8, workers=1)
+    assert "page.jpg: no JPEG" in str(caught.value)
+    assert "empty.png: no JPEG" in str(caught.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# Once, and whole or not at all
+
+
+def test_second_call_does_nothing(built: Path, tree: Path, capsys):
+    before = times(built)
+    image_folder.build(tree, built, samples_per_shard=3, val_fraction=0.2, workers=1)
+    assert times(built) == before
+    assert "already built, nothing to do" in capsys.readouterr().out
+
+
+def test_damaged_shard_is_built_again(built: Path, tree: Path, capsys):
+    shard = built / "train-000001.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    image_folder.build(tree, built, samples_per_shard=3, val_fraction=0.2, workers=1)
+    assert shard.read_bytes() == whole
+    assert "train-000001.tar is missing or damaged, building again" in capsys.readouterr().out
+
+
+def test_another_build_is_not_overwritten(built: Path, tree: Path):
+    before = times(built)
+    with pytest.raises(DataError, match=r"another build .*samples_per_shard 3 there, 4 asked for"):
+        image_folder.build(tree, built, samples_per_shard=4, val_fraction=0.2, workers=1)
+    (tree / "tower" / "n.0.JPEG").rename(tree / "tower" / "new.JPEG")
+    with pytest.raises(DataError, match=r"another build .*files"):
+        image_folder.build(tree, built, samples_per_shard=3, val_fraction=0.2, workers=1)
+    assert times(built) == before
+
+
+def test_shards_of_others_are_not_overwritten(built: Path, tree: Path):
+    (built / NAME).unlink()
+    before = times(built)
+    with pytest.raises(DataError, match=r"train-000000\.tar, .*no manifest\.json.*--write-manifest"):
+        image_folder.build(tree, built, workers=1)
+    assert times(built) == before
+
+
+@pytest.mark.parametrize("published", [0, 2])
+def test_interrupted_build_starts_cleanly(built: Path, tree: Path, published: int):
+    """Killed while shards were written, or after some of them had got their final names."""
+    whole = {path.name: path.read_bytes() for path in built.iterdir()}
+    (built / NAME).unlink()
+    (built / STAGING).mkdir()
+    for path in shard_files(built)[published:]:
+        path.rename(built / STAGING / path.name)
+    (built / STAGING / "train-000003.tar").write_bytes(b"half")
+    image_folder.build(tree, built, samples_per_shard=3, val_fraction=0.2, workers=1)
+    assert {path.name: path.read_bytes() for path in built.iterdir()} == whole
+
+
+def test_full_disk_leaves_no_shard(tmp_path: Path, tree: Path):
+    """A limit on the size of files stands in for the full disk: writing fails in the middle of a shard."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = tmp_path / "out"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10240, hard))
+    try:
+        with pytest.raises(DataError, match=r"out: cannot write shards: .*run the same command again"):
+            image_folder.build(tree, out, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(out.iterdir()) == []
+    image_folder.build(tree, out, workers=1)
+    check(out, workers=1)
+
+
+# Checking
+
+
+def problems(out: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        check(out, workers=1)
+    return str(caught.value)
+
+
+def test_check_finds_nothing_wrong(built: Path):
+    report = check(built, workers=1)
+    assert (report.shards, report.samples, report.classes) == (5, {"train": 11, "val": 3}, 2)
+    assert report.bytes == sum(path.stat().st_size for path in shard_files(built))
+
+
+def test_check_lists_all_problems(built: Path):
+    truncated, flipped, missing = (built / f"train-00000{index}.tar" for index in range(3))
+    os.truncate(truncated, truncated.stat().st_size // 2)
+    content = bytearray(flipped.read_bytes())
+    content[1600] ^= 1
+    flipped.write_bytes(content)
+    missing.unlink()
+    (built / "train-000009.tar").touch()
+    found = problems(built)
+    assert "train-000000.tar: not a readable tar after key '00000000-n_" in found
+    assert f"{truncated}: {truncated.stat().st_size} bytes, manifest.json says {2 * truncated.stat().st_size}" in found
+    assert f"{flipped}: damaged, its checksum" in found
+    assert f"{missing}: {NAME} lists this shard, but it is missing" in found
+    assert "train-000009.tar: not in manifest.json" in found
+    assert "train-000003.tar" not in found
+
+
+def test_check_finds_a_label_out_of_range(built: Path):
+    manifest = Manifest.load(built)
+    Manifest(manifest.root, manifest.classes[:1], manifest.splits).save()
+    found = problems(built)
+    for shard in manifest.split("train"):
+        for key, members in read_members(Path(manifest.path(shard))):
+            complaint = f"{shard.name}: key {key!r}: label 1 out of range, 1 classes"
+            assert (complaint in found) == (read_label(members) == 1)
+    assert found.count("out of range") == 7
+
+
+def test_check_finds_a_wrong_count(built: Path):
+    manifest = Manifest.load(built)
+    first, *others = manifest.split("train")
+    Manifest(manifest.root, manifest.classes, {"train": (replace(first, samples=9), *others)}).save()
+    assert "train-000000.tar: 2 samples, manifest.json says 9" in problems(built)
+
+
+def test_check_without_manifest(built: Path):
+    (built / NAME).unlink()
+    assert "no manifest.json" in problems(built)
+
+
+@given(st.binary(max_size=6))
+def test_only_decimal_labels_are_read(text: bytes):
+    try:
+        label = read_label({"cls": text})
+    except ValueError:
+        assert not text.strip().isdigit()
+    else:
+        assert label == int(text)
+        assert label >= 0
+
+
+# WebDataset reads ours, we read WebDataset's
+
+
+def test_plain_webdataset_reads_our_shards(built: Path):
+    manifest = Manifest.load(built)
+    pipeline = webdataset.WebDataset([manifest.path(shard) for shard in manifest.split("train")], shardshuffle=False)
+    samples = list(pipeline.decode("rgb8").to_tuple("jpeg", "cls"))
+    assert len(samples) == 11
+    assert {image.shape for image, _ in samples} == {(64, 96, 3)}
+    assert [label for _, label in samples] == [read_label(members) for _, members in contents(built, "train")]
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, photographs: list[bytes]) -> Path:
+    """What plain webdataset.ShardWriter writes: two train shards, one val shard, labels 0 to 4."""
+    for split in ("train", "val"):
+        with webdataset.ShardWriter(str(tmp_path / f"{split}-%d.tar"), maxcount=8, verbose=0) as writer:
+            for index, photograph in enumerate(photographs[:: 1 if split == "train" else 3]):
+                writer.write({"__key__": f"{split}{index}", "jpg": photograph, "cls": index % 5})
+    return tmp_path
+
+
+def test_write_manifest_makes_foreign_shards_usable(foreign: Path):
+    report = write_manifest(foreign, workers=1)
+    assert report.samples == {"train": 14, "val": 5}
+    manifest = Manifest.load(foreign)
+    assert manifest.classes == ("0", "1", "2", "3", "4")
+    assert [shard.samples for shard in manifest.split("train")] == [8, 6]
+    assert check(foreign, workers=1) == report
+    write_manifest(foreign, list("abcde"), workers=1)
+    write_manifest(foreign, workers=1)
+    assert Manifest.load(foreign).classes == tuple("abcde"), "names once given stay"
+
+
+def test_write_manifest_refuses_unsound_shards(foreign: Path):
+    def refused(classes=None) -> str:
+        with pytest.raises(DataError) as caught:
+            write_manifest(foreign, classes, workers=1)
+        assert not (foreign / NAME).exists()
+        return str(caught.value)
+
+    assert "train-0.tar: key 'train4': label 4 out of range" in refused(list("abcd"))
+    with webdataset.TarWriter(str(foreign / "train-9.tar")) as writer:
+        writer.write({"__key__": "negative", "jpg": b"\xff", "cls": -1})
+        writer.write({"__key__": "unlabelled", "jpg": b"\xff"})
+        writer.write({"__key__": "imageless", "cls": 1})
+        writer.write({"__key__": "twice", "jpg": b"\xff", "cls": 1})
+        writer.write({"__key__": "between", "png": b"\xff", "cls": 1})
+        writer.write({"__key__": "twice", "jpg": b"\xff", "cls": 1})
+    found = refused()
+    assert "4 problems" in found
+    assert "train-9.tar: key 'negative': .cls is b'-1'" in found
+    assert "train-9.tar: key 'unlabelled': no .cls member" in found
+    assert "train-9.tar: key 'imageless': 0 images" in found
+    assert "train-9.tar: key 'twice': the key occurs twice" in found
+
+
+@pytest.mark.parametrize("damage", ["cut between members", "header"])
+def test_write_manifest_notices_what_tarfile_overlooks(built: Path, damage: str):
+    """A tar that ends at a member's edge, or has a damaged header, looks complete to Python's tarfile."""
+    path = built / "train-000001.tar"
+    first, _, last = (key for key, _ in read_members(path))
+    content = bytearray(path.read_bytes())
+    header = content.index(f"{last}.cls".encode())
+    if damage == "header":
+        content[header] ^= 1
+    else:
+        del content[header:]
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"train-000001\.tar: not a readable tar after key '{first}': no end marker"):
+        write_manifest(built, workers=1)
+
+
+def test_write_manifest_without_shards(tmp_path: Path):
+    with pytest.raises(DataError, match="no shards named"):
+        write_manifest(tmp_path)
+
+
+# The command line
+
+
+def test_command_line(tmp_path: Path, tree: Path):
+    def run(*words: object) -> str:
+        result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    out = tmp_path / "out"
+    assert "built 13 train samples" in run("image-folder", tree, out, "--workers", 1)
+    assert "13 train, 1 val samples, 2 classes: all sound" in run("check", out, "--workers", 1)
+    names = tmp_path / "names.txt"
+    names.write_text("flower\nchurch\n")
+    run("check", out, "--write-manifest", "--classes", names, "--workers", 1)
+    assert Manifest.load(out).classes == ("flower", "church")
+    with pytest.raises(DataError, match="only goes with"):
+        run("check", out, "--classes", names)
