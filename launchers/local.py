@@ -20,7 +20,7 @@ class RankFailed(ScaleprogError):
     """The first rank that failed, and why."""
 
 
-def launch(ranks: int, function: Callable[..., None], *arguments: Any) -> None:
+def launch(ranks: int, function: Callable[..., object], *arguments: Any) -> None:
     """Runs `function(*arguments)` in `ranks` processes of this machine, with torch.distributed's environment set.
 
     Raises RankFailed with the error of the rank that failed first; the others have ended by then.
@@ -43,7 +43,7 @@ def launch(ranks: int, function: Callable[..., None], *arguments: Any) -> None:
         raise RankFailed(_describe(*error.get_first_failure())) from None
 
 
-def _rank(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _rank(function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     """What one process does; an exception goes into the agent's error file instead of over the other ranks' output."""
     try:
         function(*arguments)

@@ -15,8 +15,7 @@ from scaleprog.export import evaluate_run, export_run
 from scaleprog.plan import describe
 from scaleprog.recipe import Recipe
 from scaleprog.report import write_report
-from scaleprog.sharding.coordinator import process_group
-from scaleprog.train import train as train_run
+from scaleprog.train import train_rank
 from shards.cli import app as shards_app
 
 app = typer.Typer(help="Progressive training of Vision Transformers.", no_args_is_help=True, add_completion=False)
@@ -67,12 +66,6 @@ def train(
         if baseline is not None:
             write_speedup(results, baseline / "results.json")
         show(json.loads(results.read_text()), folder)
-
-
-def train_rank(recipe: Recipe, folder: Path) -> None:
-    """What every rank does."""
-    with process_group() as (coordinator, device):
-        train_run(recipe, folder, coordinator, device)
 
 
 @app.command()

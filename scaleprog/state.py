@@ -19,9 +19,9 @@ class RunState:
     decisions: list[Decision] = field(default_factory=list)
     measured: list[dict[Subnet, float]] = field(default_factory=list)  # the present search: losses at each measurement
     step_seconds: dict[Subnet, list[float]] = field(default_factory=dict)  # the present search: rank 0's step times
-    train_seconds: float = 0.0  # forward + backward + optimizer, as the paper counts
+    train_seconds: float = 0.0  # forward + backward + optimizer and the search's scoring, as the paper counts
     train_cpu_seconds: float = 0.0  # CPU time of rank 0 during the same
-    search_seconds: float = 0.0  # scoring of candidates
+    search_seconds: float = 0.0  # the scoring's part of it
     wall_seconds: float = 0.0
     images: int = 0
     accuracies: dict[str, float] = field(default_factory=dict)  # the last evaluation

@@ -30,7 +30,7 @@ from scaleprog.optim import learning_rate
 from scaleprog.plan import Plan
 from scaleprog.recipe import Recipe
 from scaleprog.sharding import ENGINES, Backend
-from scaleprog.sharding.coordinator import Coordinator
+from scaleprog.sharding.coordinator import Coordinator, process_group
 from scaleprog.state import RunState, decision_from_json, decision_to_json
 
 COLLECT_EVERY = 500  # steps between two garbage collections, the same steps on all ranks
@@ -50,6 +50,12 @@ class Run:
     recorder: Recorder
     progress: ProgressLine
     state: RunState
+
+
+def train_rank(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What every rank of a run does, whoever started it."""
+    with process_group() as (coordinator, device):
+        return train(recipe, folder, coordinator, device)
 
 
 def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.device) -> dict[str, Any]:
@@ -199,7 +205,7 @@ def measuring_steps(run: Run, phase: Phase) -> tuple[int, ...]:
 
 def measure(run: Run, phase: Phase) -> None:
     """Adds one loss per candidate to the state: on the search subset, with fixed augmentation, on the EMA weights."""
-    began = time.perf_counter()
+    timer = StepTimer(run.backend.device)
     resolutions = sorted({s.resolution for s in phase.candidates})
     requests = [Request(SEARCH_EPOCH, i, r, erase=0.0) for r in resolutions for i in range(run.plan.search_batches)]
     totals = dict.fromkeys(phase.candidates, 0.0)
@@ -213,7 +219,10 @@ def measure(run: Run, phase: Phase) -> None:
                     totals[subnet] += float(F.cross_entropy(logits.float(), labels)) / run.plan.search_batches
     losses = dict(zip(totals, run.coordinator.mean(list(totals.values()))))
     run.state.measured.append(losses)
-    run.state.search_seconds += time.perf_counter() - began
+    timer.stop()
+    run.state.search_seconds += timer.seconds()
+    run.state.train_seconds += timer.seconds()  # the paper's time includes the scoring
+    run.state.train_cpu_seconds += timer.cpu_seconds
     values = {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()}
     run.recorder.measurement(run.state.step, "search", values)
 

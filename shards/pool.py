@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -63,13 +64,25 @@ def listed(problems: Sequence[str]) -> str:
 def _executor(workers: int) -> Iterator[Executor]:
     """Spawned processes, or this process where one worker is enough; jobs not yet begun are dropped on an exception."""
     if workers > 1:
-        pool: Executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        pool: Executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
     else:
         pool = ThreadPoolExecutor(1)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent is killed would wait for jobs for ever, and write into the next build: end it too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in workers only"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

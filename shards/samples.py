@@ -39,10 +39,9 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
     count = 0
     with open(path, "xb") as file:
         with TarWriter(file, encoder=False, mtime=0) as tar:
-            for count, sample in enumerate(samples, start=1):  # noqa: B007, counts
-                tar.write(
-                    {"__key__": sample.key, sample.extension: sample.image, "cls": b"%d" % sample.label},
-                )
+            for sample in samples:
+                tar.write({"__key__": sample.key, sample.extension: sample.image, "cls": b"%d" % sample.label})
+                count += 1
         file.flush()
         os.fsync(file.fileno())
     return Shard.measure(path, count)

@@ -1,14 +1,19 @@
 """Shards of Fashion-MNIST: every pixel and label as in the original files."""
 
 import gzip
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from pathlib import Path
+from threading import Thread
 
 import cv2
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.datasets import FashionMNIST
 
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
@@ -61,3 +66,27 @@ def test_read_idx(tmp_path_factory: pytest.TempPathFactory, values: list[int]):
     path = tmp_path_factory.mktemp("idx") / "values.gz"
     path.write_bytes(gzip.compress(bytes([0, 0, 8, 2]) + (1).to_bytes(4) + len(values).to_bytes(4) + bytes(values)))
     assert fashion_mnist.read_idx(path).tolist() == [values]
+
+
+@pytest.fixture
+def mirror() -> Iterator[str]:
+    """Address of a server on this machine that offers the Debian package's files."""
+    handler = partial(SimpleHTTPRequestHandler, directory=fashion_mnist.DEBIAN_FOLDER)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@needs_fashion_mnist
+def test_torchvision_downloads_what_is_not_installed(tmp_path: Path, mirror: str, monkeypatch: pytest.MonkeyPatch):
+    expected = fashion_mnist.build(tmp_path / "expected", limit=5)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "nowhere")
+    # Debian's files are compressed anew, so torchvision's checksums are not theirs.
+    unchecked = [(name, None) for name, _ in FashionMNIST.resources]
+    monkeypatch.setattr(FashionMNIST, "resources", unchecked)
+    monkeypatch.setattr(FashionMNIST, "mirrors", [f"{mirror}nowhere/"])
+    with pytest.raises(DataError, match=r"(?s)cannot be downloaded.*dataset-fashion-mnist"):
+        fashion_mnist.build(tmp_path / "downloaded", limit=5)
+    monkeypatch.setattr(FashionMNIST, "mirrors", [mirror])
+    assert fashion_mnist.build(tmp_path / "downloaded", limit=5).splits == expected.splits

@@ -210,6 +210,8 @@ def test_interrupted_build_starts_cleanly(built: Path, tree: Path, published: in
     for path in shard_files(built)[published:]:
         path.rename(built / STAGING / path.name)
     (built / STAGING / "train-000003.tar").write_bytes(b"half")
+    if published:
+        (built / "train-000007.tar").write_bytes(b"of an interrupted build into more shards")
     image_folder.build(tree, built, samples_per_shard=3, val_fraction=0.2, workers=1)
     assert {path.name: path.read_bytes() for path in built.iterdir()} == whole
 

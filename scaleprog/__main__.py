@@ -1,0 +1,5 @@
+"""`python -m scaleprog` is the command `scaleprog`."""
+
+from scaleprog.cli import main
+
+main()

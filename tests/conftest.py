@@ -1,0 +1,108 @@
+"""What the tests share: a small data set of drawn patterns, recipes over it, runs on one or several ranks."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: neighbours on the machine must not slow each other down
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from webdataset.writer import ShardWriter
+
+from launchers.local import launch
+from scaleprog.checkpoint import committed, load_tensors, read_state
+from scaleprog.metrics import read_rows
+from scaleprog.models.elastic import Structure, family
+from scaleprog.recipe import Recipe
+from scaleprog.sharding.coordinator import process_group
+from scaleprog.state import RunState
+from scaleprog.train import make_backend, train_rank
+from shards.check import write_manifest
+
+SIDE, CLASSES = 32, 4
+
+
+def pattern(label: int, rng: np.random.Generator) -> np.ndarray:
+    """A (SIDE, SIDE, 3) uint8 grating whose direction is its class, in noise."""
+    y, x = np.mgrid[:SIDE, :SIDE] / SIDE
+    angle = np.pi * label / CLASSES
+    wave = np.sin(12 * (x * np.cos(angle) + y * np.sin(angle)) + rng.uniform(0, 6))
+    colour = rng.uniform(0.3, 1, 3)
+    return np.clip(128 + 90 * wave[..., None] * colour + rng.normal(0, 12, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def patterns(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards that plain webdataset wrote: 160 training and 24 validation images of 4 classes, in 5 + 2 tars."""
+    folder, rng = tmp_path_factory.mktemp("patterns"), np.random.default_rng(0)
+    for split, count, per_shard in (("train", 160, 36), ("val", 24, 13)):
+        with ShardWriter(str(folder / f"{split}-%06d.tar"), maxcount=per_shard, verbose=0) as writer:
+            for i in range(count):
+                image = cv2.imencode(".png", pattern(i % CLASSES, rng))[1].tobytes()
+                writer.write({"__key__": f"{split}{i:05d}", "png": image, "cls": i % CLASSES})
+    write_manifest(folder)
+    return folder
+
+
+@pytest.fixture
+def make_recipe(patterns: Path) -> Callable[..., Recipe]:
+    """A short AutoProg run over the patterns, 20 steps an epoch; keyword groups are merged over it."""
+
+    def make(**groups: Any) -> Recipe:
+        values: dict[str, Any] = {
+            "model": {"name": "vit_tiny_patch16_224", "classes": CLASSES, "resolution": SIDE, "patch": 8,
+                      "width": 32, "depth": 4, "heads": 2},
+            "data": {"path": str(patterns), "lanes": 4, "workers": 0},
+            "augment": {"crop": "none", "eval_crop": 1.0, "flip": 0.5},
+            "train": {"epochs": 4, "batch": 8, "log_every": 5},
+            "optimizer": {"lr": 5e-4, "warmup_epochs": 0.5},
+            "growth": {"schedule": "automatic", "stages": 3, "smallest": 0.5},
+            "search": {"epochs": 0.5, "subset": 16, "times": "modelled"},
+            "ema": {"momenta": [0.9]},
+            "evaluate": {"every": 2, "batch": 12},
+        }  # fmt: skip
+        for group, settings in groups.items():
+            values[group] = {**values.get(group, {}), **settings} if isinstance(settings, dict) else settings
+        return Recipe.of(values, "test recipe")
+
+    return make
+
+
+def run(recipe: Recipe, folder: Path, ranks: int = 1, **changes: Any) -> dict[str, Any]:
+    """Trains in this process (one rank) or in `ranks` new ones; `changes` to train.* such as max_steps."""
+    if changes:
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
+    if ranks > 1:
+        launch(ranks, train_rank, recipe, folder)
+        return {}
+    return train_rank(recipe, folder)
+
+
+def step_rows(folder: Path) -> dict[int, dict[str, Any]]:
+    """The training steps of a run by number."""
+    return {row["step"]: row for row in read_rows(folder / "metrics.jsonl") if "loss" in row}
+
+
+def final_tensors(folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's newest checkpoint, whole: weights, EMAs, moments."""
+    newest = committed(folder / "checkpoints")[-1]
+    state = RunState.from_json(read_state(newest))
+    with process_group() as (_, device):
+        backend = make_backend("replicated", recipe, family(recipe.model)[0], device)
+        backend.rebuild(Structure(state.gated), elastic=False)
+        load_tensors(newest, backend.state())
+        return backend.state()
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -1,0 +1,116 @@
+"""A run that was stopped anywhere and resumed ends, bit for bit, where a straight run ends."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from scaleprog.metrics import read_rows
+from scaleprog.recipe import Recipe
+from tests.conftest import final_tensors, run, step_rows
+
+CLOCK = ("step_seconds", "data_wait_seconds", "images_per_second", "cpu_seconds", "train_seconds")  # differ by nature
+HARD = {
+    "model": {"drop_path": 0.2},
+    "augment": {"crop": "resized", "scale": (0.4, 1.0), "randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25,
+                "mixup": 0.8, "cutmix": 1.0, "repeats": 2, "eval_crop": 0.875},
+    "ema": {"momenta": [0.8, 0.9]},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {}
+
+
+def recipe_and_straight(
+    growth: dict, make_recipe: Callable[..., Recipe], straight: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, Path]:
+    """The recipe and the folder of its undisturbed run, which is trained once."""
+    recipe = make_recipe(growth=growth, **HARD)
+    key = json.dumps(growth)
+    if key not in straight:
+        straight[key] = tmp_path_factory.mktemp("straight") / "run"
+        run(recipe, straight[key])
+    return recipe, straight[key]
+
+
+# steps 0-10 supernet (0-10 warm-up), 10-26 stage 1, 26-36 supernet, 36-53 stage 2, 53-80 the complete model
+STOPS = {"warm-up": (3, 7), "search": (10, 10), "stage 1": (12, 24), "before growth": (26, 26),
+         "after growth": (27, 27), "supernet": (29, 34), "choice": (36, 36), "last stage": (55, 78)}  # fmt: skip
+
+
+@pytest.mark.parametrize("where", STOPS)
+@pytest.mark.parametrize("mode", ["reset", "inherit, identity"])
+def test_stopped_and_resumed_equals_straight(
+    where: str, mode: str, make_recipe: Callable[..., Recipe], straight: dict[str, Path],
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    growth = {"schedule": "automatic", "stages": 3, "adaptive_regularization": True}
+    if mode != "reset":
+        growth |= {"operator": "identity", "optimizer": "inherit"}
+    recipe, reference = recipe_and_straight(growth, make_recipe, straight, tmp_path_factory)
+    stop = random.Random(f"{where} {mode}").randint(*STOPS[where])
+    assert run(recipe, tmp_path / "run", max_steps=stop) == {}
+    assert max(step_rows(tmp_path / "run")) == stop
+    run(recipe, tmp_path / "run")
+    assert_same_run(recipe, tmp_path / "run", reference)
+
+
+def test_resumed_many_times_and_without_recycling(
+    make_recipe: Callable[..., Recipe], straight: dict[str, Path], tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    growth = {"schedule": "automatic", "stages": 3, "recycle": False}
+    recipe, reference = recipe_and_straight(growth, make_recipe, straight, tmp_path_factory)
+    for stop in (2, 10, 11, 36, 40, 46, 47, 80, 99):
+        run(recipe, tmp_path / "run", max_steps=stop)
+    run(recipe, tmp_path / "run")
+    assert_same_run(recipe, tmp_path / "run", reference)
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint_without_doubled_points(
+    make_recipe: Callable[..., Recipe], straight: dict[str, Path], tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    growth = {"schedule": "automatic", "stages": 3, "adaptive_regularization": True}
+    recipe, reference = recipe_and_straight(growth, make_recipe, straight, tmp_path_factory)
+    run(recipe, tmp_path / "run", max_steps=33)
+    run(recipe, tmp_path / "run", max_steps=45)
+    newest = tmp_path / "run" / "checkpoints" / "step-00000045"
+    next(newest.glob("*.distcp")).write_bytes(b"cut off")  # metrics reach to 45, the newest sound checkpoint does not
+    run(recipe, tmp_path / "run")
+    assert_same_run(recipe, tmp_path / "run", reference)
+
+
+def test_sharded_ranks_resume_bit_for_bit(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make_recipe(**HARD)
+    run(recipe, tmp_path / "straight", ranks=2)
+    run(recipe, tmp_path / "resumed", ranks=2, max_steps=31)
+    run(recipe, tmp_path / "resumed", ranks=2)
+    assert_same_run(recipe, tmp_path / "resumed", tmp_path / "straight")
+
+
+def assert_same_run(recipe: Recipe, run_folder: Path, reference: Path) -> None:
+    """Weights, EMAs, moments, metrics and TensorBoard are equal, clocks aside."""
+    mine, theirs = final_tensors(run_folder, recipe), final_tensors(reference, recipe)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+    assert without_clock(run_folder) == without_clock(reference)
+    assert board(run_folder) == board(reference)
+
+
+def without_clock(folder: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def board(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """TensorBoard's series as TensorBoard shows them."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    series = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert {"train/loss", "train/resolution", "evaluation/top1_ema", "search/loss_r32_l4", "choice/alpha"} <= set(series)
+    return {tag: points for tag, points in series.items() if not tag.endswith(CLOCK)}

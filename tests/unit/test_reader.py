@@ -1,0 +1,398 @@
+"""Reading shards along lanes: what a batch holds must not depend on who reads it, nor on where reading started."""
+
+import dataclasses
+import io
+import multiprocessing
+import random
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from scaleprog.data.augment import AugmentSettings
+from scaleprog.data.manifest import Manifest, Shard
+from scaleprog.data.order import SEARCH_EPOCH, Order
+from scaleprog.data.reader import Batch, DataSettings, Request, TrainReader, evaluation_batches
+from scaleprog.errors import DataError
+
+CLASSES = 10
+SIZES = (13, 20, 9, 17, 14)  # samples per shard: 73
+EVERYTHING = AugmentSettings(randaugment="rand-m9-mstd0.5-inc1", erase=0.5)
+EXACT = AugmentSettings(crop="none", flip=0, eval_crop=1.0)
+LANES, BATCH = 4, 8
+
+
+def write_shard(path: Path, samples: Sequence[dict[str, object]]) -> Shard:
+    with webdataset.TarWriter(str(path)) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return Shard.measure(path, len(samples))
+
+
+def image(position: int) -> bytes:
+    """A picture whose pixels tell which sample it is."""
+    pixels = np.random.default_rng(position).integers(0, 256, (12, 14, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG" if position % 3 else "JPEG")
+    return buffer.getvalue()
+
+
+def samples_of(split: str) -> list[list[dict[str, object]]]:
+    shards, position = [], 0
+    for size in SIZES:
+        shard = []
+        for _ in range(size):
+            extension = "png" if position % 3 else "jpg"
+            label = str(position % CLASSES).encode()
+            shard.append({"__key__": f"{split}-{position:04d}", extension: image(position), "cls": label})
+            position += 1
+        shards.append(shard)
+    return shards
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    root = tmp_path_factory.mktemp("shards")
+    splits = {
+        split: tuple(write_shard(root / f"{split}-{i}.tar", s) for i, s in enumerate(samples_of(split)))
+        for split in ("train", "val")
+    }
+    return Manifest(str(root), tuple(f"class {i}" for i in range(CLASSES)), splits)
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    yield
+    assert multiprocessing.active_children() == []
+
+
+def make_reader(
+    manifest: Manifest,
+    *,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    cache: int = 0,
+    augment: AugmentSettings = EVERYTHING,
+    lanes: int = LANES,
+    repeats: int = 1,
+) -> TrainReader:
+    order = Order(tuple(shard.samples for shard in manifest.split("train")), 5, lanes, BATCH, repeats)
+    data = DataSettings(path=manifest.root, lanes=lanes, workers=workers, cache=cache)
+    return TrainReader(manifest, order, data, augment, 3, 11, rank, world)
+
+
+def read(reader: TrainReader, requests: Sequence[Request]) -> list[Batch]:
+    with reader.stream(requests) as batches:
+        return list(batches)
+
+
+def requests(start: int, stop: int) -> list[Request]:
+    """Steps of a run whose epochs have 9 steps, at changing resolutions and strengths."""
+    return [Request(t // 9, t % 9, (16, 12)[t % 2], magnitude=0.5 + t / 40, erase=t / 20) for t in range(start, stop)]
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and torch.equal(a.ids, b.ids)
+
+
+def rows(batches: Sequence[Batch]) -> Batch:
+    return Batch(*(torch.cat([getattr(b, name) for b in batches]) for name in ("images", "labels", "ids")))
+
+
+@pytest.fixture(scope="module")
+def straight(manifest: Manifest) -> list[Batch]:
+    """Two epochs and two steps, read by one rank in its own process."""
+    return read(make_reader(manifest), requests(0, 20))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_a_batch_is_the_same_for_every_world_size_and_number_of_workers(
+    manifest: Manifest, straight: list[Batch], world: int, workers: int
+) -> None:
+    ranks = [read(make_reader(manifest, workers=workers, rank=r, world=world), requests(0, 20)) for r in range(world)]
+    for step, expected in enumerate(straight):
+        assert same(rows([batches[step] for batches in ranks]), expected)
+
+
+@pytest.mark.parametrize("start", [4, 8, 9, 13, 18])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_starting_in_the_middle_continues_the_straight_stream(
+    manifest: Manifest, straight: list[Batch], start: int, workers: int
+) -> None:
+    resumed = read(make_reader(manifest, workers=workers), requests(start, 20))
+    assert len(resumed) == 20 - start
+    assert all(same(a, b) for a, b in zip(resumed, straight[start:]))
+
+
+def test_ids_labels_and_pixels_belong_together(manifest: Manifest) -> None:
+    reader = make_reader(manifest, augment=EXACT)
+    order = reader.order
+    offsets = np.cumsum((0, *SIZES))
+    plan = [Request(2, step, 14) for step in range(order.steps_per_epoch)]
+    seen = []
+    for step, batch in enumerate(read(reader, plan)):
+        assert batch.images.shape == (BATCH, 3, 14, 14)
+        expected = np.concatenate(
+            [order.lane(2, lane)[step * order.per_lane : (step + 1) * order.per_lane] for lane in range(LANES)]
+        )
+        assert batch.ids.tolist() == [int(offsets[shard]) + index for shard, index in expected.tolist()]
+        assert batch.labels.tolist() == [position % CLASSES for position in batch.ids.tolist()]
+        seen += batch.ids.tolist()
+    assert len(seen) == len(set(seen)) == 72
+    by_id = read(reader, plan[:1])[0]
+    again = next(b for b in evaluation_batches(manifest, "train", reader.data, EXACT, 3, 14, 100, 0, 1))
+    table = dict(zip(again.ids.tolist(), again.images))
+    for position, pixels in zip(by_id.ids.tolist(), by_id.images):
+        # evaluation cuts the central square, training here squeezes the whole: the same sample, not another one
+        distances = {other: float((pixels - table[other]).abs().mean()) for other in table if other >= 0}
+        assert min(distances, key=distances.__getitem__) == position
+
+
+def test_repeated_augmentation_gives_the_same_sample_in_other_views(manifest: Manifest) -> None:
+    batch = read(make_reader(manifest, repeats=2), [Request(0, 0, 16)])[0]
+    ids, images = batch.ids.view(LANES, 2), batch.images.view(LANES, 2, 3, 16, 16)
+    assert torch.equal(ids[:, 0], ids[:, 1])
+    assert not any(torch.equal(first, second) for first, second in images)
+
+
+def test_more_lanes_than_shards_and_the_search_epoch(manifest: Manifest) -> None:
+    plan = [Request(SEARCH_EPOCH, step, 12) for step in (0, 3, 7)]
+    whole = read(make_reader(manifest, lanes=8), plan)
+    halves = [read(make_reader(manifest, lanes=8, rank=rank, world=2, workers=2), plan) for rank in range(2)]
+    assert all(same(a, rows(parts)) for a, parts in zip(whole, zip(*halves)))
+    assert not torch.equal(whole[0].ids, read(make_reader(manifest, lanes=8), [Request(0, 0, 12)])[0].ids)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_process_random_numbers_are_left_alone(manifest: Manifest, workers: int) -> None:
+    def states() -> tuple[object, ...]:
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = states()
+    with make_reader(manifest, workers=workers).stream(requests(0, 5)) as batches:
+        for _ in batches:
+            assert states() == before
+    list(evaluation_batches(manifest, "val", DataSettings(path="", workers=workers), EVERYTHING, 3, 12, 16, 0, 1))
+    assert states() == before
+
+
+def test_requests_must_be_re_iterable_and_exist(manifest: Manifest) -> None:
+    with pytest.raises(TypeError, match="re-iterable"):
+        make_reader(manifest).stream(iter(requests(0, 2)))
+    with pytest.raises(ValueError, match="step 9 of an epoch of 9"):
+        read(make_reader(manifest), [Request(0, 9, 12)])
+
+
+def test_a_cached_split_is_read_once(manifest: Manifest, straight: list[Batch], tmp_path: Path) -> None:
+    moved = dataclasses.replace(manifest, root=str(tmp_path))
+    for shard in manifest.split("train"):
+        (tmp_path / shard.name).write_bytes(Path(manifest.path(shard)).read_bytes())
+    reader, uncached = make_reader(moved, workers=2, cache=1), make_reader(moved)
+    read(reader, requests(0, 3))
+    for shard in moved.split("train"):
+        (tmp_path / shard.name).unlink()
+    assert all(same(a, b) for a, b in zip(read(reader, requests(0, 20)), straight, strict=True))
+    with pytest.raises(DataError, match="cannot be read"):
+        read(uncached, requests(0, 3))
+
+
+def test_shards_from_a_pipe(manifest: Manifest, straight: list[Batch]) -> None:
+    piped = dataclasses.replace(manifest, root=f"pipe:cat {manifest.root}")
+    assert all(same(a, b) for a, b in zip(read(make_reader(piped, workers=1), requests(0, 3)), straight))
+    broken = dataclasses.replace(manifest, root="pipe:cat /nowhere 2>/dev/null")
+    with pytest.raises(DataError, match=r"train-\d\.tar: .*(cannot be read|truncated)"):
+        read(make_reader(broken), requests(0, 1))
+
+
+def test_an_order_of_other_shards_is_refused(manifest: Manifest) -> None:
+    with pytest.raises(DataError, match="not those that the order was made from"):
+        TrainReader(manifest, Order((99,), 0, 1, 1), DataSettings(path=""), EXACT, 3, 0, 0, 1)
+
+
+def test_memory_is_stated(manifest: Manifest) -> None:
+    total = sum(shard.bytes for shard in manifest.split("train"))
+    largest = max(shard.bytes for shard in manifest.split("train"))
+    pixels = BATCH * 3 * 16 * 16 * 4
+    assert make_reader(manifest).memory(16) == (LANES + 2) * largest + 2 * pixels
+    assert make_reader(manifest, workers=2).memory(16) == (LANES + 4) * largest + 4 * pixels
+    assert make_reader(manifest, cache=1).memory(16) == total + 2 * largest + 2 * pixels
+
+
+# Damage
+
+
+def damaged(manifest: Manifest, root: Path, kind: str) -> Manifest:
+    """The data set with one thing wrong in shard 1, whose samples are 13 to 32."""
+    samples = samples_of("train")
+    shards = [write_shard(root / f"train-{i}.tar", shard) for i, shard in enumerate(samples)]
+    path, wrong = root / "train-1.tar", samples[1]
+    content = path.read_bytes()
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(content[:5000])
+    elif kind == "too long":
+        path.write_bytes(content + bytes(512))
+    elif kind == "checksum":
+        path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    elif kind == "no tar":
+        path.write_bytes(b"text " * 1000)
+        shards[1] = Shard.measure(path, len(wrong))
+    elif kind == "count":
+        shards[1] = dataclasses.replace(write_shard(path, wrong[:-1]), samples=len(wrong))
+    else:
+        change: dict[str, object] = {
+            "undecodable": {"png": b"\x89PNG no picture"},
+            "label": {"cls": b"10"},
+            "negative": {"cls": b"-1"},
+            "no number": {"cls": b"cat"},
+        }.get(kind, {})
+        sample = {**wrong[6], **change}  # number 19 of the split, a PNG
+        if kind == "no image":
+            del sample["png"]
+        if kind == "no label":
+            del sample["cls"]
+        shards[1] = write_shard(path, [*wrong[:6], sample, *wrong[7:]])
+    return dataclasses.replace(manifest, root=str(root), splits={"train": tuple(shards), "val": tuple(shards)})
+
+
+DAMAGE = {
+    "missing": r"train-1\.tar: the shard cannot be read",
+    "truncated": r"train-1\.tar: truncated: 5000 of \d+ bytes.*scaleprog shards check",
+    "too long": r"train-1\.tar: too long: \d+ of \d+ bytes.*scaleprog shards check",
+    "checksum": r"train-1\.tar: the checksum differs.*scaleprog shards check",
+    "no tar": r"train-1\.tar: not a tar",
+    "count": r"train-1\.tar: holds 19 samples where the manifest says 20",
+    "undecodable": r"train-1\.tar: sample 'train-0019': cannot be decoded",
+    "label": r"train-1\.tar: sample 'train-0019': label 10 is outside 0-9",
+    "negative": r"train-1\.tar: sample 'train-0019': label -1 is outside 0-9",
+    "no number": r"train-1\.tar: sample 'train-0019': its label \(\.cls\) is b'cat'",
+    "no label": r"train-1\.tar: sample 'train-0019': its label \(\.cls\) is b''",
+    "no image": r"train-1\.tar: sample 'train-0019' has no image",
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_named(manifest: Manifest, tmp_path: Path, kind: str, workers: int) -> None:
+    wrong = damaged(manifest, tmp_path, kind)
+    with pytest.raises(DataError, match=DAMAGE[kind]) as caught:
+        read(make_reader(wrong, workers=workers), requests(0, 9))
+    assert "Traceback" not in str(caught.value)
+    with pytest.raises(DataError, match=DAMAGE[kind]):
+        list(evaluation_batches(wrong, "val", DataSettings(path="", workers=workers), EXACT, 3, 12, 16, 0, 1))
+
+
+def test_batches_before_the_damage_still_come(manifest: Manifest, straight: list[Batch], tmp_path: Path) -> None:
+    wrong = damaged(manifest, tmp_path, "undecodable")
+    at = next(step for step, batch in enumerate(straight) if 19 in batch.ids)
+    for workers in (0, 2):
+        with make_reader(wrong, workers=workers).stream(requests(0, 20)) as batches:
+            for step in range(at):
+                assert same(next(batches), straight[step])
+            with pytest.raises(DataError, match="train-0019"):
+                next(batches)
+
+
+# Workers
+
+
+def test_closing_early_leaves_no_process(manifest: Manifest) -> None:
+    batches = make_reader(manifest, workers=3).stream(requests(0, 900))
+    next(batches)
+    assert len(multiprocessing.active_children()) == 3
+    start = time.monotonic()
+    batches.close()
+    assert multiprocessing.active_children() == []
+    assert time.monotonic() - start < 5, "the workers left by themselves"
+    batches.close()
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_an_error_in_the_training_step_leaves_no_process(manifest: Manifest) -> None:
+    with pytest.raises(ZeroDivisionError), make_reader(manifest, workers=2).stream(requests(0, 900)) as batches:  # noqa: PT012
+        next(batches)
+        raise ZeroDivisionError
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "USR2"])
+def test_workers_outlive_the_signals_that_slurm_sends_to_all(
+    manifest: Manifest, straight: list[Batch], name: str
+) -> None:
+    """The rank stops some steps after a signal; until then it needs its workers."""
+    with make_reader(manifest, workers=2).stream(requests(0, 20)) as batches:
+        assert same(next(batches), straight[0])
+        for worker in multiprocessing.active_children():
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+        time.sleep(0.2)
+        assert all(same(a, b) for a, b in zip(batches, straight[1:], strict=True))
+
+
+def test_the_rank_can_still_terminate_its_workers(manifest: Manifest) -> None:
+    with make_reader(manifest, workers=1).stream(requests(0, 900)) as batches:
+        next(batches)
+        [worker] = multiprocessing.active_children()
+        worker.terminate()
+        worker.join(5)
+        assert worker.exitcode == 0
+
+
+def test_a_killed_worker_is_reported(manifest: Manifest) -> None:
+    with make_reader(manifest, workers=1).stream(requests(0, 900)) as batches:
+        next(batches)
+        [worker] = multiprocessing.active_children()
+        worker.kill()
+        with pytest.raises(DataError, match=r"a decoding worker died.*lower data\.workers"):
+            list(batches)
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("batch_local", [2, 7, 100])
+def test_evaluation_sees_every_sample_once_and_ranks_stay_in_step(
+    manifest: Manifest, world: int, workers: int, batch_local: int
+) -> None:
+    data = DataSettings(path="", workers=workers)
+    ranks = [
+        list(evaluation_batches(manifest, "val", data, EXACT, 3, 14, batch_local, rank, world)) for rank in range(world)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1, "else a collective hangs"
+    share = -(-sum(SIZES) // world)
+    assert len(ranks[0]) == -(-share // batch_local)
+    every = rows([batch for batches in ranks for batch in batches])
+    assert {len(batch.labels) for batches in ranks for batch in batches} == {batch_local}
+    real = every.labels >= 0
+    assert sorted(every.ids[real].tolist()) == list(range(sum(SIZES)))
+    assert torch.equal(every.labels[real], every.ids[real] % CLASSES)
+    assert every.images[real].flatten(1).std(dim=1).min() > 0.1
+    assert torch.equal(every.ids[~real], torch.full_like(every.ids[~real], -1))
+    assert not every.images[~real].any()
+
+
+def test_evaluation_does_not_depend_on_who_reads(manifest: Manifest) -> None:
+    def by_id(world: int, workers: int) -> dict[int, torch.Tensor]:
+        data = DataSettings(path="", workers=workers)
+        batches = [
+            b for r in range(world) for b in evaluation_batches(manifest, "val", data, EXACT, 3, 12, 8, r, world)
+        ]
+        every = rows(batches)
+        return {position: pixels for position, pixels in zip(every.ids.tolist(), every.images) if position >= 0}
+
+    alone = by_id(1, 0)
+    for world, workers in ((2, 0), (3, 2)):
+        other = by_id(world, workers)
+        assert other.keys() == alone.keys()
+        assert all(torch.equal(alone[position], other[position]) for position in alone)

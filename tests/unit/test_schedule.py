@@ -1,0 +1,424 @@
+"""The growth schedule: phases, positions and layer maps of every kind of run, executed on labels instead of weights."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise, product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scaleprog.growth.operators import LayerMap, grow, interpolation
+from scaleprog.growth.regularization import Regularization
+from scaleprog.growth.schedule import GrowthSettings, Phase, Schedule, SubnetSettings
+from scaleprog.growth.space import Subnet, ladder
+
+OPERATORS = ("rand_init", "stacking", "interpolation", "identity", "mogrow")
+DEIT = Subnet(224, 12)
+D1 = Subnet(224, 18)  # VOLO-D1's depth, 0.5 Omega: 9 12 15 18
+FULL_STRENGTH = Regularization()
+
+
+def one_group(depth: int) -> tuple[int, ...]:
+    return (depth,)
+
+
+def two_groups(depth: int) -> tuple[int, ...]:
+    """9 -> 2 + 7, 12 -> 2 + 10, 15 -> 2 + 13, 18 -> 4 + 14: as VOLO shares its layers out, roughly."""
+    first = max(2, depth // 4 // 2 * 2)
+    return first, depth - first
+
+
+def of(full: Subnet = DEIT, steps: int = 400, search_steps: int = 8, rule: str = "window", **growth: object) -> Schedule:
+    return Schedule.of(GrowthSettings(**growth), full, 32, steps, search_steps, rule)
+
+
+def unroll(schedule: Schedule, choose: Callable[[Phase], Subnet]) -> tuple[list[Phase], list[Subnet]]:
+    """All phases of a run whose searches choose as `choose` says, and the choices."""
+    chosen: list[Subnet] = []
+    while (phases := schedule.phases(chosen))[-1].searched:
+        chosen.append(choose(phases[-1]))
+    return phases, chosen
+
+
+@dataclass(frozen=True)
+class Run:
+    schedule: Schedule
+    phases: list[Phase]
+    chosen: list[Subnet]
+
+
+@st.composite
+def runs(draw: st.DrawFn, recycle: bool | None = None, full: Subnet = DEIT) -> Run:
+    """AutoProg with any number of stages, search length, rule and choices."""
+    stages = draw(st.integers(1, 6))
+    steps = draw(st.integers(stages * 3, 500))
+    schedule = of(
+        full,
+        steps,
+        draw(st.integers(1, max(1, steps // stages - 1))),
+        draw(st.sampled_from(("all", "window"))),
+        stages=stages,
+        smallest=draw(st.sampled_from((0.3, 0.4, 0.5, 1.0))),
+        recycle=draw(st.booleans()) if recycle is None else recycle,
+        adaptive_regularization=draw(st.booleans()),
+    )
+    return Run(schedule, *unroll(schedule, lambda phase: draw(st.sampled_from(phase.candidates))))
+
+
+def bounds(schedule: Schedule, stage: int) -> tuple[int, int]:
+    return (stage - 1) * schedule.steps // schedule.stages, stage * schedule.steps // schedule.stages
+
+
+# ---- kinds
+
+
+def test_original_trains_the_full_network_throughout() -> None:
+    schedule = of(schedule="original", adaptive_regularization=True)
+    (phase,) = schedule.phases([])
+    assert phase == Phase(1, "train", 0, 400, 0, (DEIT,), 12, False, FULL_STRENGTH)
+    assert schedule.stages == 1
+    assert schedule.full == DEIT
+
+
+def test_linear_trains_the_ladder_in_equal_parts() -> None:
+    phases = of(schedule="linear").phases([])
+    sizes = [Subnet(128, 6), Subnet(160, 8), Subnet(192, 10), DEIT]
+    assert [(p.kind, p.candidates, p.start, p.stop, p.position) for p in phases] == [
+        ("train", (size,), 100 * k, 100 * k + 100, 100 * k) for k, size in enumerate(sizes)
+    ]
+    assert [p.stage for p in phases] == [1, 2, 3, 4]
+
+
+def test_resolutions_follow_the_multiple_of_the_recipe_or_else_the_stride() -> None:
+    settings = GrowthSettings(schedule="linear")
+    own = GrowthSettings(schedule="linear", resolution_multiple=32)
+    for growth, resolutions in ((settings, [112, 144, 192, 224]), (own, [128, 160, 192, 224])):
+        schedule = Schedule.of(growth, DEIT, 16, 400, 8, "window")
+        assert [p.network.resolution for p in schedule.phases([])] == resolutions
+
+
+def test_a_schedule_by_hand_is_followed() -> None:
+    stages = (
+        SubnetSettings(resolution=96, depth=3),
+        SubnetSettings(resolution=96, depth=12),
+        SubnetSettings(resolution=224, depth=12),
+    )
+    schedule = of(schedule=stages, steps=10, adaptive_regularization=True)
+    phases = schedule.phases([])
+    assert [p.candidates for p in phases] == [(Subnet(96, 3),), (Subnet(96, 12),), (DEIT,)]
+    assert [(p.start, p.stop) for p in phases] == [(0, 3), (3, 6), (6, 10)]
+    assert [p.regularization.erase for p in phases] == [0, 0.5, 1]
+    assert schedule.full == DEIT
+
+
+def test_the_supernet_baseline_is_one_phase_without_a_choice() -> None:
+    schedule = of(schedule="supernet", adaptive_regularization=True)
+    (phase,) = schedule.phases([])
+    every = tuple(Subnet(r, d) for r, d in product((128, 160, 192, 224), (6, 8, 10, 12)))
+    assert phase == Phase(1, "supernet", 0, 400, 0, every, 6, False, FULL_STRENGTH)
+    assert phase.network == schedule.full == DEIT
+    assert {phase.subnet(0, step) for step in range(400)} == set(every)
+    assert schedule.entry([phase], 0, "mogrow", one_group).rest == "fresh"
+
+
+def test_the_published_automatic_run() -> None:
+    """DeiT-S, 0.5 Omega, 100 steps a stage, 8 of them searched."""
+    choices = [Subnet(128, 6), Subnet(160, 10), Subnet(192, 12)]
+    schedule = of()
+    phases = schedule.phases(choices)
+    assert [(p.stage, p.kind, p.start, p.stop, p.position, p.base) for p in phases] == [
+        (1, "supernet", 0, 8, 0, 6),
+        (1, "train", 8, 100, 8, 6),
+        (2, "supernet", 100, 108, 100, 6),
+        (2, "train", 108, 200, 108, 10),
+        (3, "supernet", 200, 208, 200, 10),
+        (3, "train", 208, 300, 208, 12),
+        (4, "train", 300, 400, 300, 12),
+    ]
+    assert [p.network for p in phases] == [
+        DEIT, Subnet(128, 6), Subnet(160, 12), Subnet(160, 10), Subnet(192, 12), Subnet(192, 12), DEIT
+    ]  # fmt: skip
+    assert phases[2].candidates == tuple(Subnet(r, d) for r in (128, 160) for d in (8, 10, 12))
+    assert phases[4].candidates == (Subnet(160, 12), Subnet(192, 12))
+
+
+def test_without_recycling_the_searched_epochs_are_repeated() -> None:
+    phases = of(recycle=False).phases([Subnet(128, 6), Subnet(160, 10), Subnet(192, 12)])
+    assert [(p.kind, p.start, p.stop, p.position) for p in phases] == [
+        ("supernet", 0, 8, 0),
+        ("train", 8, 108, 0),
+        ("supernet", 108, 116, 100),
+        ("train", 116, 216, 100),
+        ("supernet", 216, 224, 200),
+        ("train", 224, 324, 200),
+        ("train", 324, 424, 300),
+    ]
+
+
+# ---- properties of every automatic run
+
+
+@given(runs(recycle=True))
+def test_phases_tile_the_steps(run: Run) -> None:
+    assert run.phases[0].start == 0
+    assert run.phases[-1].stop == run.schedule.steps
+    assert all(left.stop == right.start for left, right in pairwise(run.phases))
+    for phase in run.phases:
+        assert phase.start < phase.stop
+        assert phase.position == phase.start
+        assert phase.position_of(phase.stop - 1) == phase.stop - 1
+
+
+@given(runs(recycle=False))
+def test_without_recycling_positions_are_trained_once_and_searched_on_top(run: Run) -> None:
+    assert run.phases[0].start == 0
+    assert all(left.stop == right.start for left, right in pairwise(run.phases))
+    trained = [p.position_of(step) for p in run.phases if p.kind == "train" for step in range(p.start, p.stop)]
+    assert trained == list(range(run.schedule.steps))
+    assert run.phases[-1].stop == run.schedule.steps + len(run.chosen) * run.schedule.search_steps
+    for phase, following in pairwise(run.phases):
+        if phase.searched:
+            assert following.position == phase.position, "the epochs of the search come again"
+
+
+@given(runs())
+def test_stages_are_equal_parts_and_the_last_is_full_and_unsearched(run: Run) -> None:
+    schedule = run.schedule
+    assert [p.stage for p in run.phases] == sorted(p.stage for p in run.phases)
+    for stage in range(1, schedule.stages + 1):
+        first, last = bounds(schedule, stage)
+        phases = [p for p in run.phases if p.stage == stage]
+        assert phases[0].position == first
+        assert phases[-1].position + phases[-1].stop - phases[-1].start == last
+        assert [p.kind for p in phases] == (["supernet", "train"] if phases[0].searched else ["train"])
+    assert phases == [run.phases[-1]]
+    assert phases[0].candidates == (DEIT,)
+
+
+@given(runs())
+def test_searches_take_their_time_and_their_choice_is_trained(run: Run) -> None:
+    searches = [i for i, p in enumerate(run.phases) if p.searched]
+    assert len(searches) == len(run.chosen)
+    for i, choice in zip(searches, run.chosen):
+        search, train = run.phases[i : i + 2]
+        assert search.stop - search.start == run.schedule.search_steps
+        assert search.kind == "supernet"
+        assert len(search.candidates) > 1
+        assert train.candidates == (choice,)
+    for phase in run.phases:
+        assert phase.searched == (phase.kind == "supernet")
+
+
+@given(runs())
+def test_candidates_follow_the_rule_from_the_network_before(run: Run) -> None:
+    before = None
+    for stage in range(1, run.schedule.stages):
+        first, *_, last = [p for p in run.phases if p.stage == stage] * 2
+        assert first.candidates == run.schedule.space.candidates(before, run.schedule.rule)
+        assert first.base == (before or min(first.candidates, key=lambda s: s.depth)).depth or not first.searched
+        before = last.network
+
+
+@given(runs())
+def test_an_open_search_ends_the_list(run: Run) -> None:
+    """What is known grows phase by phase and never changes."""
+    for known in range(len(run.chosen)):
+        phases = run.schedule.phases(run.chosen[:known])
+        assert phases == run.phases[: len(phases)]
+        assert phases[-1].searched
+        assert sum(p.searched for p in phases) == known + 1
+
+
+@given(runs())
+def test_searches_are_regularised_in_full_and_stages_by_their_place(run: Run) -> None:
+    for phase in run.phases:
+        ramp = (phase.stage - 1) / max(1, run.schedule.stages - 1)
+        if phase.kind == "supernet" or not run.schedule.adaptive_regularization or run.schedule.stages == 1:
+            assert phase.regularization == FULL_STRENGTH
+        else:
+            assert phase.regularization == Regularization(magnitude=(1 + ramp) / 2, erase=ramp, drop_path=ramp)
+
+
+def test_one_candidate_needs_no_search() -> None:
+    phases = of(smallest=1.0).phases([])
+    assert [(p.kind, p.candidates) for p in phases] == [("train", (DEIT,))] * 4
+    stuck = of().phases([DEIT])  # stage 1 chose the full network: nothing is left to choose
+    assert [p.kind for p in stuck] == ["supernet", "train", "train", "train", "train"]
+    assert [p.candidates for p in stuck[1:]] == [(DEIT,)] * 4
+
+
+# ---- phases
+
+
+@given(runs(), st.integers(0, 2**40), st.integers(0, 10**6))
+def test_a_step_trains_a_candidate(run: Run, seed: int, step: int) -> None:
+    for phase in run.phases:
+        assert phase.subnet(seed, step) in phase.candidates
+        assert phase.network.resolution == max(s.resolution for s in phase.candidates)
+        assert phase.network.depth == max(s.depth for s in phase.candidates)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@given(run=runs(full=D1))
+def test_active_layers_of_every_phase(operator: str, run: Run) -> None:
+    for phase in run.phases:
+        for subnet in phase.candidates:
+            (active,) = phase.active(subnet, operator, one_group)
+            assert len(active) == subnet.depth
+            if phase.kind == "train" or operator in ("rand_init", "stacking"):
+                assert active == tuple(range(subnet.depth))
+            else:
+                whole = interpolation(phase.base, phase.network.depth)
+                assert tuple(whole[i] for i in active) == interpolation(phase.base, subnet.depth)
+
+
+def test_active_layers_of_two_groups() -> None:
+    search = of(D1).phases([])[0]
+    assert search.network == D1
+    assert search.base == 9
+    # outlookers 2 -> 4: 0 0 1 1; transformers 7 -> 14: every layer twice
+    assert search.active(Subnet(128, 9), "mogrow", two_groups) == ((0, 2), (0, 2, 4, 6, 8, 10, 12))
+    assert search.active(Subnet(192, 15), "mogrow", two_groups) == ((0, 2), (0, *range(2, 14)))
+    assert search.active(D1, "mogrow", two_groups) == (tuple(range(4)), tuple(range(14)))
+    assert search.active(Subnet(192, 15), "stacking", two_groups) == ((0, 1), tuple(range(13)))
+
+
+# ---- entry: the layer maps, executed
+
+
+Network = tuple[tuple[object, ...], ...]
+
+
+def execute(layer_map: LayerMap, network: Network | None, fresh: str) -> Network:
+    """A network of labels grown by a layer map: what each layer is made of."""
+    assert network is None or len(network) == len(layer_map.groups)
+    return tuple(
+        tuple(fresh if o.source is None else network[g][o.source] for o in group)
+        for g, group in enumerate(layer_map.groups)
+    )
+
+
+def expected_growth(operator: str, network: Network, depths: tuple[int, ...], fresh: str) -> Network:
+    """Growth by the paper's words, on labels."""
+    grown = []
+    for group, depth in zip(network, depths):
+        old = len(group)
+        if operator == "rand_init":
+            grown.append((*group, *[fresh] * (depth - old)))
+        elif operator == "stacking":
+            grown.append((group * depth)[:depth])
+        else:
+            q, m = divmod(depth, old)
+            grown.append(tuple(label for i, label in enumerate(group) for _ in range(q + (i >= old - m))))
+    return tuple(grown)
+
+
+@pytest.mark.parametrize("split", [one_group, two_groups])
+@pytest.mark.parametrize("operator", OPERATORS)
+@given(data=st.data())
+def test_a_recycled_run_grows_as_if_it_had_grown_straight_into_each_choice(
+    operator: str, split: Callable[[int], tuple[int, ...]], data: st.DataObject
+) -> None:
+    """The supernet only ever adds what the operator would have added: its way in and out is the operator's growth."""
+    schedule = of(D1, rule=data.draw(st.sampled_from(("all", "window"))))
+    phases, _ = unroll(schedule, lambda phase: data.draw(st.sampled_from(phase.candidates)))
+    network: Network | None = None
+    trained: Network | None = None  # after the last train phase
+    for i, phase in enumerate(phases):
+        layer_map = schedule.entry(phases, i, operator, split)
+        if layer_map is None:
+            assert phase.candidates == phases[i - 1].candidates
+        else:
+            network = execute(layer_map, network, f"fresh {phase.stage}")
+        assert network is not None
+        depths = split(phase.network.depth)
+        assert tuple(len(group) for group in network) == depths
+        if phase.kind == "supernet":
+            assert layer_map.rest == ("ema" if operator == "mogrow" and i else "online" if i else "fresh")
+            continue
+        if i and phases[i - 1].searched:
+            assert layer_map.rest == "online", "weights are recycled as the search left them"
+            assert {(o.weights, o.gate) for group in layer_map.groups for o in group} == {("online", 1)}
+        if trained is not None:
+            assert network == expected_growth(operator, trained, depths, f"fresh {phase.stage}")
+        trained = network = tuple(tuple((phase.stage, label) for label in group) for group in network)
+
+
+@pytest.mark.parametrize("split", [one_group, two_groups])
+@pytest.mark.parametrize("operator", OPERATORS)
+@given(data=st.data())
+def test_without_recycling_a_stage_grows_the_network_from_before_its_search(
+    operator: str, split: Callable[[int], tuple[int, ...]], data: st.DataObject
+) -> None:
+    schedule = of(D1, rule=data.draw(st.sampled_from(("all", "window"))), recycle=False)
+    phases, _ = unroll(schedule, lambda phase: data.draw(st.sampled_from(phase.candidates)))
+    trained: Network | None = None
+    for i, phase in enumerate(phases):
+        layer_map = schedule.entry(phases, i, operator, split)
+        depths = split(phase.network.depth)
+        if i == 0 or (i == 1 and phases[0].searched):
+            assert layer_map.rest == "fresh"
+            network = execute(layer_map, None, "new")
+            assert network == tuple(("new",) * depth for depth in depths)
+        elif layer_map is None:
+            assert not phases[i - 1].searched, "after a search the network is the supernet: it must be left"
+            assert phase.candidates == phases[i - 1].candidates
+            network = trained
+        else:
+            network = execute(layer_map, trained, "new")
+            assert layer_map.rest == ("ema" if operator == "mogrow" else "online")
+            assert network == expected_growth(operator, trained, depths, "new")
+        if phase.kind == "train":
+            trained = network
+
+
+def test_a_search_that_chooses_the_network_it_started_from_still_leaves_the_supernet() -> None:
+    """Without recycling: 128 px, 6 layers again, after a search whose network has 12 layers."""
+    schedule = of(rule="all", recycle=False)
+    again = Subnet(128, 6)
+    phases = schedule.phases([again, again])
+    assert phases[2].network == DEIT
+    assert phases[3].candidates == phases[1].candidates == (again,)
+    layer_map = schedule.entry(phases, 3, "interpolation", one_group)
+    assert layer_map is not None, "None would train on in the supernet"
+    assert [o.source for o in layer_map.groups[0]] == list(range(6))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_entry_of_a_linear_run(operator: str) -> None:
+    schedule = of(schedule="linear")
+    phases = schedule.phases([])
+    first = schedule.entry(phases, 0, operator, one_group)
+    assert first.depths == (6,)
+    assert first.rest == "fresh"
+    for i, (old, new) in enumerate(((6, 8), (8, 10), (10, 12)), 1):
+        assert schedule.entry(phases, i, operator, one_group) == grow(operator, (old,), (new,))
+
+
+def test_entry_is_none_where_the_network_stays() -> None:
+    sizes = ((128, 6), (128, 6), (160, 6), (224, 12))
+    schedule = of(schedule=tuple(SubnetSettings(resolution=r, depth=d) for r, d in sizes))
+    entries = [schedule.entry(schedule.phases([]), i, "mogrow", one_group) for i in range(4)]
+    assert [entry is None for entry in entries] == [False, True, False, False]
+    assert entries[2] == grow("mogrow", (6,), (6,)), "a growth in resolution alone reads the EMA too"
+    automatic = of()
+    phases = automatic.phases([DEIT])  # the first search chose the full network
+    assert automatic.entry(phases, 1, "mogrow", one_group).depths == (12,), "the search's network is left once"
+    assert [automatic.entry(phases, i, "mogrow", one_group) for i in (2, 3, 4)] == [None] * 3
+
+
+def test_identity_opens_no_gate_on_the_way_out_of_a_supernet() -> None:
+    schedule = of()
+    phases = schedule.phases([Subnet(128, 6), Subnet(160, 8)])
+    into = schedule.entry(phases, 2, "identity", one_group)
+    out = schedule.entry(phases, 3, "identity", one_group)
+    assert [o.gate for o in into.groups[0]] == [1, 0] * 6
+    assert [o.source for o in out.groups[0]] == [0, 2, 4, 6, 8, 9, 10, 11]
+
+
+def test_the_ladder_of_a_schedule_is_that_of_the_space() -> None:
+    schedule = of(smallest=0.4)
+    assert schedule.ladder == ladder(DEIT, 0.4, 4, 32)
+    assert schedule.space.resolutions == (96, 128, 192, 224)
+    assert schedule.space.depths == (5, 7, 10, 12)
