@@ -89,7 +89,11 @@ def table(runs: Path, seeds: list[int]) -> str:
             f"| {statistics.mean(cpu):+.0%} | {statistics.mean(wall):+.0%} "
             f"| {statistics.mean(m['wall_seconds'] for m in mine):.0f} |"
         )
-    lines += ["", "| run | seed | stages | top-1 online | top-1 EMA | CPU s | wall s |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| run | seed | stages | top-1 online | top-1 EMA | CPU s | wall s |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for (recipe, seed), result in results.items():
         stages = " → ".join(f"{s['resolution']}x{s['depth']}" for s in result["stages"])
         lines.append(

@@ -1,6 +1,7 @@
 """Ranks as processes of this machine, watched by torch's elastic agent: if one fails, all end at once."""
 
 import json
+import logging
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from scaleprog.errors import ScaleprogError
 
 USER_ERROR = "user error: "  # marks, in a rank's error file, what needs no traceback
+ECHO_SECONDS = 3.0  # a failed collective is nearly always the echo of another rank's error, which is to be heard first
 
 
 class RankFailed(ScaleprogError):
@@ -37,6 +39,8 @@ def launch(ranks: int, function: Callable[..., object], *arguments: Any) -> None
         monitor_interval=0.1,
         start_method="spawn",
     )
+    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # RankFailed says it
     try:
         elastic_launch(config, _rank)(function, arguments)
     except ChildFailedError as error:
@@ -50,8 +54,10 @@ def _rank(function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     except Exception as error:
         user = isinstance(error, ScaleprogError)
         text = f"{USER_ERROR}{error}" if user else traceback.format_exc()
+        if isinstance(error, RuntimeError):
+            time.sleep(ECHO_SECONDS)
         with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
-            json.dump({"message": {"message": text, "extraInfo": {"timestamp": _now()}}}, file)
+            json.dump({"message": {"message": text, "extraInfo": {"timestamp": int(time.time())}}}, file)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2 if user else 1)  # no tidy end: a collective that waits for another rank would never return
@@ -62,7 +68,3 @@ def _describe(rank: int, failure: ProcessFailure) -> str:
     if failure.exitcode < 0:
         return f"rank {rank} was ended by {failure.signal_name()}; all other ranks were stopped"
     return f"rank {rank}: " + (text.removeprefix(USER_ERROR) if text.startswith(USER_ERROR) else f"failed\n{text}")
-
-
-def _now() -> int:
-    return int(time.time())

@@ -126,12 +126,12 @@ def read_run(folder: Path, name: str) -> Run:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such run directory")
     rows = read_rows(folder / "metrics.jsonl")
-    recipe = _parsed(folder / "recipe.yaml", yaml.safe_load)
+    recipe = _parsed(folder / "recipe.yaml", yaml.safe_load, ("seed", "train", "growth", "search"))
     if recipe is None:
         raise CheckpointError(f"{folder}: no recipe.yaml; a run directory is what `scaleprog train` writes")
     if not rows:
         raise CheckpointError(f"{folder}: metrics.jsonl is missing or empty; the run has not recorded anything yet")
-    results = _parsed(folder / "results.json", json.loads)
+    results = _parsed(folder / "results.json", json.loads, ("stages", *(key for key, _ in RESULTS.values())))
     steps = _last_told(row for row in rows if "step_seconds" in row)
     evaluations = _last_told(row for row in rows if "top1" in row)
     events = read_rows(folder / "events.jsonl")
@@ -141,16 +141,16 @@ def read_run(folder: Path, name: str) -> Run:
     )  # fmt: skip
 
 
-def _parsed(path: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
-    """A file's mapping; None where there is no such file."""
+def _parsed(path: Path, parse: Callable[[str], Any], keys: Sequence[str]) -> dict[str, Any] | None:
+    """A file's mapping, which must hold `keys`; None where there is no such file."""
     if not path.exists():
         return None
     try:
         values = parse(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path}: not readable: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected keys and values, found {type(values).__name__}")
+    if not isinstance(values, dict) or not values.keys() >= set(keys):
+        raise CheckpointError(f"{path}: expected the keys {', '.join(keys)}; was it written by another version?")
     return values
 
 
@@ -234,9 +234,8 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
         twins.setdefault(run.twins, []).append(run)
     groups: dict[str, Group] = {}
     for members in twins.values():
-        own = members[0].name
-        name = re.sub(r"[-_/]seed\d+$", "", own)
-        name = own if name in groups else name
+        short = re.sub(r"[-_/]seed\d+$", "", members[0].name)
+        name = short if short not in groups else members[0].name
         groups[name] = Group(name, members)
     return list(groups.values())
 
@@ -305,8 +304,7 @@ def _searches(runs: Sequence[Run]) -> list[str]:
     """What the searches found and chose."""
     if not runs:
         return []
-    picture = "![Losses and scores of the candidates](search.png)"
-    parts = ["## Searches", f"Chosen is the lowest score = loss x time^alpha.\n\n{picture}"]
+    parts = ["## Searches\n\nChosen is the lowest score = loss x time^alpha.\n\n![Losses and scores](search.png)"]
     for run in runs:
         modelled = run.recipe["search"]["times"] == "modelled"
         unit, scale = ("GMACs", 1.0) if modelled else ("step ms", 1e3)
@@ -336,7 +334,7 @@ def _life(run: Run) -> str:
     )
     growths = {(e["stage"], e["phase"]): e for e in _told(run.events) if e["event"] == "growth"}.values()
     lines = [
-        _listing("starts", [f"at step {e['step']} on {e['world']} ranks" for e in starts]),
+        _listing("starts", [f"at step {e['step']}, world size {e['world']}" for e in starts]),
         _listing(f"growths in {sum(e['seconds'] for e in growths):.2f} s", [
             f"stage {e['stage']} {'supernet up to ' * (e['phase'] == 'supernet')}{e['resolution']}x{e['depth']} "
             f"at step {e['step']} ({e['seconds']:.2f} s)" for e in growths

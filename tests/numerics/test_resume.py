@@ -28,7 +28,10 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def recipe_and_straight(
-    growth: dict, make_recipe: Callable[..., Recipe], straight: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    growth: dict,
+    make_recipe: Callable[..., Recipe],
+    straight: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Recipe, Path]:
     """The recipe and the folder of its undisturbed run, which is trained once."""
     recipe = make_recipe(growth=growth, **HARD)
@@ -112,5 +115,7 @@ def board(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """TensorBoard's series as TensorBoard shows them."""
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     series = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert {"train/loss", "train/resolution", "evaluation/top1_ema", "search/loss_r32_l4", "choice/alpha"} <= set(series)
+    assert {"train/loss", "train/resolution", "evaluation/top1_ema", "search/loss_r32_l4", "choice/alpha"} <= set(
+        series
+    )
     return {tag: points for tag, points in series.items() if not tag.endswith(CLOCK)}

@@ -1,6 +1,6 @@
 """What a sub-network costs, against timm's published figures, fvcore's counter and arithmetic on paper."""
 
-import logging
+from itertools import pairwise
 
 import pytest
 import timm
@@ -46,7 +46,7 @@ def test_fvcore_counts_the_same(subnet: Subnet) -> None:
     for block in plain.blocks:
         block.attn.fused_attn = False
     count = FlopCountAnalysis(plain, torch.zeros(1, 3, subnet.resolution, subnet.resolution))
-    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    count.unsupported_ops_warnings(False)
     assert gmacs(ElasticViT, DEIT_S, subnet) == pytest.approx(count.total() / 1e9, rel=0.01)
 
 
@@ -82,11 +82,6 @@ def test_every_layer_and_pixel_costs() -> None:
     elastic, full, stride = family(DEIT_S)
     for depth in (6, 12):
         rising = [gmacs(elastic, DEIT_S, Subnet(r, depth)) for r in range(8 * stride, full.resolution + 1, 2 * stride)]
-        assert all(a < b for a, b in zip(rising, rising[1:]))
+        assert all(a < b for a, b in pairwise(rising))
     one = gmacs(elastic, DEIT_S, Subnet(224, 7)) - gmacs(elastic, DEIT_S, Subnet(224, 6))
     assert gmacs(elastic, DEIT_S, Subnet(224, 12)) - gmacs(elastic, DEIT_S, Subnet(224, 6)) == pytest.approx(6 * one)
-
-
-def test_counting_leaves_nothing_behind() -> None:
-    gmacs(ElasticViT, DEIT_S, Subnet(160, 6))
-    assert torch.zeros(1).device.type == "cpu"

@@ -121,7 +121,7 @@ def test_a_misspelt_name_gets_the_nearest(name: str, nearest: str) -> None:
 
 
 def test_sizes_that_timm_refuses() -> None:
-    with pytest.raises(RecipeError, match="cannot build deit_tiny_patch16_224 with these sizes: .*divisible"):
+    with pytest.raises(RecipeError, match=r"cannot build deit_tiny_patch16_224 with these sizes: .*divisible"):
         family(ModelSettings(name="deit_tiny_patch16_224", width=64, heads=5))
 
 
@@ -275,6 +275,7 @@ def test_a_dropped_layer_is_an_absent_one() -> None:
     assert_close(network(images(), None, torch.zeros(3, 2, 3)), network(images(), ((),)))
 
 
+@torch.no_grad()
 def test_training_mode_draws_nothing_of_its_own() -> None:
     """timm's DropPath is gone: only scales from outside drop."""
     network = elastic("deit_tiny_patch16_224", [False] * 2, drop_path=0.5).train()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import timm
@@ -68,16 +69,18 @@ def test_ends_and_seam(drawn: tuple) -> None:
     assert rates[warmup] == pytest.approx(settings.lr)
     assert learning_rate(settings, steps, steps, warmup) == pytest.approx(settings.min_lr, abs=1e-15)
     if warmup:  # the last step of the line is as long as its others: no jump
-        assert rates[warmup] - rates[warmup - 1] == pytest.approx((settings.lr - settings.warmup_lr) / warmup, abs=1e-12)
+        assert rates[warmup] - rates[warmup - 1] == pytest.approx(
+            (settings.lr - settings.warmup_lr) / warmup, abs=1e-12
+        )
     slope = (settings.lr - settings.min_lr) * math.pi / 2 / (steps - warmup)
-    down = [a - b for a, b in zip(rates[warmup:], rates[warmup + 1 :])]
+    down = [a - b for a, b in pairwise(rates[warmup:])]
     assert all(-1e-12 <= d <= slope + 1e-12 for d in down), "falls, and never faster than the cosine's steepest"
-    assert all(a <= b + 1e-12 for a, b in zip(rates[:warmup], rates[1 : warmup + 1]))
+    assert all(a <= b + 1e-12 for a, b in pairwise(rates[: warmup + 1]))
 
 
 @pytest.mark.parametrize("recycle", [True, False])
 def test_growth_does_not_restart_it(recycle: bool) -> None:
-    """What an AutoProg run trains with is what a run of the full network would: search epochs repeated where they are."""
+    """AutoProg trains with the rates of a run of the full network, whether or not it repeats its searches."""
     settings, warmup = OptimizerSettings(), 20
     growth = GrowthSettings(recycle=recycle)
     schedule = Schedule.of(growth, Subnet(224, 12), 32, 400, 8, "window")
@@ -90,7 +93,7 @@ def test_growth_does_not_restart_it(recycle: bool) -> None:
         for step in range(phase.start, phase.stop)
     ]
     assert trained == [learning_rate(settings, position, 400, warmup) for position in range(400)]
-    assert all(a > b for a, b in zip(trained[warmup:], trained[warmup + 1 :]))
+    assert all(a > b for a, b in pairwise(trained[warmup:]))
 
 
 def test_a_run_that_is_all_warm_up() -> None:
@@ -168,7 +171,9 @@ def test_a_step_without_gradients_decays_matrices_alone() -> None:
 def test_moments_exist_from_the_start_and_change_nothing() -> None:
     """The form of the state before and after the first step is one; three steps equal those of a plain AdamW."""
     torch.manual_seed(0)
-    mine = {name: torch.randn(shape).requires_grad_() for name, shape in (("w", (3, 4)), ("b", (4,)), ("token", (1, 4)))}
+    mine = {
+        name: torch.randn(shape).requires_grad_() for name, shape in (("w", (3, 4)), ("b", (4,)), ("token", (1, 4)))
+    }
     theirs = copy.deepcopy(mine)
     settings = OptimizerSettings(lr=0.01, weight_decay=0.1, betas=(0.8, 0.9))
     optimizer = build_optimizer(mine, {"token"}, settings)

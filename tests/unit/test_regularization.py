@@ -1,5 +1,7 @@
 """AdaReg: strengths by stage (paper 5.3)."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +25,7 @@ def test_ramps_are_linear_from_end_to_end(stages: int) -> None:
     for name, first in (("magnitude", 0.5), ("erase", 0), ("drop_path", 0)):
         values = [getattr(s, name) for s in strengths]
         step = (1 - first) / (stages - 1)
-        assert [b - a for a, b in zip(values, values[1:])] == pytest.approx([step] * (stages - 1))
+        assert [b - a for a, b in pairwise(values)] == pytest.approx([step] * (stages - 1))
 
 
 @given(st.integers(1, 30), st.data())

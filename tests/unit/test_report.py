@@ -250,7 +250,7 @@ def test_a_restart_takes_back_what_was_told_of_later_steps(tmp_path: Path) -> No
     candidates = tables(markdown)[1]
     assert [(row["stage"], row["candidate"]) for row in candidates if row["chosen"]] == [("1", "16x4"), ("2", "28x4")]
     assert "alpha 9" not in markdown
-    assert "- starts: 2 (at step 0 on 2 ranks; at step 40 on 4 ranks)" in markdown
+    assert "- starts: 2 (at step 0, world size 2; at step 40, world size 4)" in markdown
     assert "- growths in 1.25 s: 5 (stage 1 supernet up to 28x6 at step 0 (0.25 s); stage 1 16x4 at step 20" in markdown
     assert "- checkpoints: 5 in 2.50 s, 5.0 MiB in all" in markdown
     assert "- error at step 60 on rank 1: RuntimeError: lost\n" in markdown
@@ -321,7 +321,8 @@ def test_the_report_names_no_place_of_this_machine(told: tuple[str, Path], markd
         (lambda run: (run / "metrics.jsonl").unlink(), "has not recorded anything"),
         (lambda run: (run / "metrics.jsonl").write_text(""), "has not recorded anything"),
         (lambda run: (run / "results.json").write_text('{"top1": '), "results.json: not readable"),
-        (lambda run: (run / "recipe.yaml").write_text("- a list"), "recipe.yaml: expected keys and values"),
+        (lambda run: (run / "recipe.yaml").write_text("- a list"), "recipe.yaml: expected the keys seed, train"),
+        (lambda run: (run / "results.json").write_text('{"top1": 1.0}'), "results.json: expected the keys stages"),
     ],
 )
 def test_what_is_no_run_is_named(runs: list[Path], tmp_path: Path, spoil: Any, message: str) -> None:

@@ -29,7 +29,9 @@ def two_groups(depth: int) -> tuple[int, ...]:
     return first, depth - first
 
 
-def of(full: Subnet = DEIT, steps: int = 400, search_steps: int = 8, rule: str = "window", **growth: object) -> Schedule:
+def of(
+    full: Subnet = DEIT, steps: int = 400, search_steps: int = 8, rule: str = "window", **growth: object
+) -> Schedule:
     return Schedule.of(GrowthSettings(**growth), full, 32, steps, search_steps, rule)
 
 

@@ -1,0 +1,41 @@
+# make demo: everything from nothing to a report · make test: everything from nothing to green tests
+SHELL := /bin/bash
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+SCALEPROG := $(VENV)/bin/scaleprog
+INSTALLED := $(VENV)/.installed
+FASHION := /usr/share/datasets/fashion-mnist
+DEMO := runs/demo
+
+.PHONY: install demo test lint clean
+
+install: $(INSTALLED)
+
+# Fashion-MNIST comes from its Debian package where root and apt are there, else `scaleprog shards` downloads it.
+$(INSTALLED): pyproject.toml
+	@if [ ! -d $(FASHION) ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		(apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist) || echo "no apt package: will download"; \
+	fi
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(SCALEPROG) shards fashion-mnist data/fashion_mnist
+	$(SCALEPROG) plan configs/fashion_mnist/autoprog.yaml
+	$(SCALEPROG) train configs/fashion_mnist/original.yaml $(DEMO_RECIPE) --nproc 2 --run-dir $(DEMO)/original
+	$(SCALEPROG) train configs/fashion_mnist/autoprog.yaml $(DEMO_RECIPE) --nproc 2 --run-dir $(DEMO)/autoprog --baseline $(DEMO)/original
+	$(SCALEPROG) export $(DEMO)/autoprog $(DEMO)/autoprog.safetensors
+	$(SCALEPROG) report $(DEMO)/original $(DEMO)/autoprog --out $(DEMO)/report
+	@echo "curves: $(VENV)/bin/tensorboard --logdir $(DEMO)"
+
+test: install
+	$(PYTHON) -m pytest
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf runs data $(VENV)

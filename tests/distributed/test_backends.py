@@ -1,0 +1,65 @@
+"""Engines against the unsharded reference, through every operator; growth without communication; ranks that agree."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from launchers.local import RankFailed, launch
+from tests.distributed import ranks
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("reference") / "out.json"
+    ranks.whole_life("replicated", out)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(("engine", "world"), [("fsdp", 1), ("fsdp", 2), ("fsdp", 4), ("replicated", 2)])
+def test_engines_train_what_one_unsharded_process_trains(
+    engine: str, world: int, reference: dict, tmp_path: Path
+) -> None:
+    launch(world, ranks.whole_life, engine, tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["record"] == pytest.approx(reference["record"], rel=1e-5)
+    # in exact arithmetic the key's bias has no gradient: AdamW normalises what rounding leaves of it
+    assert found["ema"] == pytest.approx(reference["ema"], rel=5e-4)
+
+
+def test_growth_under_fsdp_moves_nothing_between_ranks(tmp_path: Path) -> None:
+    launch(2, ranks.regrow_traffic, tmp_path / "out.json")
+    counted = json.loads((tmp_path / "out.json").read_text())
+    assert counted["step"] >= 3 * 4  # the counter sees the gathers and scatters of a step
+    assert counted["growths"] == dict.fromkeys(("mogrow", "identity", "stacking", "rand_init"), 0)
+
+
+def test_rank_0_decides_and_all_ranks_hold_the_same(tmp_path: Path) -> None:
+    launch(2, ranks.decide, tmp_path)
+    values = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert values[0] == values[1] == [{"on": 0, "value": 0.1}, [0.5, 2.0], [2.0], [0.0, 1.0]]
+
+
+def test_ranks_that_disagree_end_the_run_with_both_values_named(tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match=r"choice of stage 2: rank 0 has 7; rank 1 has 8"):
+        launch(2, ranks.disagree, tmp_path)
+
+
+def fail_on_rank_1(kind: str) -> None:
+    from scaleprog.errors import DataError
+    from scaleprog.sharding.coordinator import process_group
+
+    with process_group() as (coordinator, _):
+        if coordinator.rank == 1:
+            raise DataError("shard train-000003.tar is truncated") if kind == "user" else ZeroDivisionError("a bug")
+        coordinator.barrier()
+        time.sleep(600)
+
+
+@pytest.mark.parametrize(("kind", "text"), [("user", "rank 1: shard train-000003.tar is trunc"), ("bug", "a bug")])
+def test_a_rank_that_raises_ends_all_with_its_error_on_top(kind: str, text: str) -> None:
+    with pytest.raises(RankFailed, match=text) as caught:
+        launch(3, fail_on_rank_1, kind)
+    assert str(caught.value).startswith("rank 1")
+    assert ("Traceback" in str(caught.value)) == (kind == "bug")
