@@ -57,7 +57,7 @@ def _rank(function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
         if isinstance(error, RuntimeError):
             time.sleep(ECHO_SECONDS)
         with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
-            json.dump({"message": {"message": text, "extraInfo": {"timestamp": int(time.time())}}}, file)
+            json.dump({"message": text, "timestamp": int(time.time())}, file)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2 if user else 1)  # no tidy end: a collective that waits for another rank would never return

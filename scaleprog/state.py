@@ -35,6 +35,7 @@ class RunState:
         """Plain values that `from_json` turns back into an equal state."""
         return {
             **vars(self),
+            "accuracies": dict(self.accuracies),
             "gated": [list(group) for group in self.gated],
             "decisions": [decision_to_json(d) for d in self.decisions],
             "measured": [_pairs(losses) for losses in self.measured],

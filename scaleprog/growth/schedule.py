@@ -161,13 +161,14 @@ class Schedule:
         phase = phases[index]
         depths = split(phase.network.depth)
         before = phases[index - 1] if index else None
+        leaves_search = before is not None and before.searched
         if before is not None and before.searched:
             if self.recycle:
                 return keep(before.active(phase.network, operator, split))
             before = phases[index - 2] if index > 1 else None
         if before is None:
             return fresh(depths)
-        if phase.candidates == before.candidates:
+        if phase.candidates == before.candidates and not leaves_search:
             return None
         return grow(operator, split(before.network.depth), depths)
 

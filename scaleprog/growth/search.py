@@ -31,7 +31,8 @@ class SearchSettings(Settings):
 
 @dataclass(frozen=True)
 class Decision:
-    """What a search found and chose: per candidate the mean loss, the step time in seconds (or GMACs) and the score."""
+    """What a search found and chose: per candidate the mean loss, the step time in seconds (or GMACs) and the
+    score, whose unit of time is the cheapest candidate's."""
 
     stage: int
     candidates: tuple[Subnet, ...]
@@ -66,10 +67,11 @@ def decide(stage: int, measured: Sequence[Mapping[Subnet, float]], times: Mappin
     candidates = tuple(sorted(times))
     losses = [float(np.mean([losses[c] for losses in measured])) for c in candidates]
     seconds = [times[c] for c in candidates]
-    if not (np.isfinite(losses).all() and min(losses) > 0 and min(seconds) > 0):
+    if not (np.isfinite([*losses, *seconds]).all() and min(losses) > 0 and min(seconds) > 0):
         raise ValueError(f"stage {stage}: losses and times must be finite and positive, got {losses} and {seconds}")
     alpha = balancing_exponent(losses, seconds)
-    scores = [loss * time**alpha for loss, time in zip(losses, seconds)]
+    cheapest = min(seconds)  # in its units the scores neither overflow nor depend on the clock's
+    scores = [loss * (time / cheapest) ** alpha for loss, time in zip(losses, seconds)]
     best = min(scores)
     tied = [i for i, score in enumerate(scores) if score <= best * (1 + TIE)]
     winner = min(tied, key=lambda i: (seconds[i], candidates[i]))
