@@ -1,6 +1,6 @@
 """The paper's claim at micro scale: Original, Prog, AutoProg 0.5 and 0.4 over several seeds, side by side.
 
-    python benchmarks/lossless.py [--seeds 0 1 2] [--jobs 2] [--runs runs/lossless] [--out docs/results/lossless] [KEY=VALUE ...]
+    python benchmarks/lossless.py [--seeds 0 1 2] [--jobs 2] [--runs DIR] [--out DIR] [KEY=VALUE ...]
 
 Each run is one process with one thread; runs are interleaved (all recipes of a seed before the next seed), finished
 ones are not repeated. Costs are CPU seconds of the training steps and the search's scoring, so that neighbours on the

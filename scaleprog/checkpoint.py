@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -62,7 +63,7 @@ class Checkpoints:
         try:
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
         except (OSError, dcp.api.CheckpointException) as error:
-            raise CheckpointError(f"{temporary}: not written ({_first_line(error)}); older checkpoints stay") from error
+            raise CheckpointError(f"{temporary}: not written ({_reason(error)}); older checkpoints stay") from error
         size = self._on_rank_0(lambda: _publish(temporary, final, state), f"cannot publish {final}")
         self._on_rank_0(lambda: self._retire(step, protect), "cannot delete older checkpoints")
         return Commit(final, step, time.perf_counter() - began, size)
@@ -105,7 +106,7 @@ class Checkpoints:
 
 def committed(folder: Path) -> list[Path]:
     """The published checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
 
 
 def step_of(path: Path) -> int:
@@ -123,7 +124,7 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         dcp.load(tensors, storage_reader=_Reader(path))
     except (OSError, pickle.UnpicklingError, RuntimeError, dcp.api.CheckpointException) as error:
-        raise CheckpointError(f"{path}: does not fit this run: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: does not fit this run: {_reason(error)}") from error
 
 
 def verify(path: Path) -> None:
@@ -143,9 +144,12 @@ def _manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / MANIFEST}: not readable: {error}") from error
-    if manifest.get("kind") != "scaleprog-checkpoint" or manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path / MANIFEST}: format {manifest.get('format')}; this version of scaleprog reads {FORMAT}"
+    if not isinstance(manifest, dict) or manifest.pop("checksum", None) != _checksum(manifest):
+        raise CheckpointError(f"{path / MANIFEST}: the checksum differs")
+    if manifest["format"] != FORMAT:
+        raise NewerFormat(
+            f"{path / MANIFEST}: format {manifest['format']}, this version of scaleprog reads {FORMAT}; "
+            f"use the version that wrote it, {manifest['versions']['scaleprog']}"
         )
     return manifest
 
@@ -166,7 +170,7 @@ def _publish(temporary: Path, final: Path, state: Mapping[str, Any]) -> int:
         "files": files,
     }
     with open(temporary / MANIFEST, "w") as file:
-        json.dump(manifest, file, indent=1)
+        json.dump({**manifest, "checksum": _checksum(manifest)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     if final.exists():  # the same step written once more after a restart
@@ -183,7 +187,15 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _first_line(error: BaseException) -> str:
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong, on the first rank where something did."""
+    if isinstance(error, dcp.api.CheckpointException) and error.failures:
+        rank, (error, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        return f"rank {rank}: {_reason(error)}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -207,8 +219,8 @@ class _MetadataUnpickler(pickle.Unpickler):
             ("torch", "Size"),
             ("torch.serialization", "_get_layout"),
             *(("torch.distributed.checkpoint.metadata", name) for name in (
-                "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-                "TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta")),
+                "Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+                "_MEM_FORMAT_ENCODING", "StorageMeta")),  # not BytesStorageMetadata: DCP would unpickle such bytes
             ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
             ("torch.distributed.checkpoint._storage_utils", "_StorageInfo"),
         }

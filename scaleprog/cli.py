@@ -90,7 +90,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...")],
     out: Annotated[Path, typer.Option(help="Folder of report.md and its pictures.")],
 ) -> None:
-    """Compares runs: accuracy against time, schedules, search scores, a table. The first original run is the baseline."""
+    """Compares runs: accuracy against time, schedules, search scores, a table; the first original is the baseline."""
     print(write_report(runs, out))
 
 

@@ -1,4 +1,4 @@
-"""From a run directory to something to use: a network rebuilt from its checkpoint, its accuracy, its weights for timm."""
+"""From a run directory to something to use: the network of its checkpoint, its accuracy, its weights for timm."""
 
 import json
 from pathlib import Path

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -58,7 +58,7 @@ class Recipe(Settings):
         values = _read(Path(path), ())
         for override in overrides:
             key, equals, text = override.partition("=")
-            if not equals:
+            if not key or not equals:
                 raise RecipeError(f"override {override!r} is not of the form key=value")
             try:
                 value = yaml.safe_load(text)
@@ -121,9 +121,11 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
-    for problem in error.errors():
-        location = [str(part) for part in problem["loc"]]
+    problems = [(_location(problem["loc"]), problem) for problem in error.errors()]
+    for location, problem in problems:
         key = ".".join(location)
+        if any(len(other) > len(location) and other[: len(location)] == location for other, _ in problems):
+            continue  # of a value that may have several forms, the deeper problem is the one to mend
         if problem["type"] == "extra_forbidden":
             valid = _keys_at(location[:-1])
             near = difflib.get_close_matches(location[-1], valid, 1, cutoff=0.5)
@@ -132,18 +134,30 @@ def _explain(error: ValidationError) -> Iterator[str]:
             )
         elif problem["type"] == "missing":
             yield f"{key}: missing"
+        elif problem["type"] == "value_error":  # our own checks across a group name keys and values themselves
+            yield f"{key}: {problem['msg'].removeprefix('Value error, ')}"
         else:
-            yield f"{key}: {problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}"
+            yield f"{key}: {problem['msg']}, got {problem['input']!r}"
+
+
+def _location(parts: Sequence[str | int]) -> list[str]:
+    """Keys and list indices; pydantic also names the alternative of a union that it tried, as in `tuple[...]`."""
+    return [str(part) for part in parts if not str(part).startswith(("literal[", "tuple["))]
 
 
 def _keys_at(location: Sequence[str]) -> list[str]:
     group: type[BaseModel] = Recipe
     for part in location:
-        field = group.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return []
-        group = field.annotation
+        if not part.isdigit():  # an index: the groups of a list are alike
+            group = _group_in(group.model_fields[part].annotation) or group
     return list(group.model_fields)
+
+
+def _group_in(annotation: Any) -> type[BaseModel] | None:
+    """The settings group that a field holds, alone or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_group_in, get_args(annotation))), None)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,11 +18,11 @@ def active_layers(operator: Operator, base: int, full: int, depth: int) -> tuple
         raise ValueError(f"a supernet of {base} to {full} layers has no sub-network of {depth}")
     if operator in ("stacking", "rand_init"):
         return tuple(range(depth))
-    position, wanted = 0, []
-    for source, copies in enumerate(_counts(base, depth)):
-        wanted += range(position, position + copies)
-        position += _counts(base, full)[source]
-    return tuple(wanted)
+    position, active = 0, tuple[int, ...]()
+    for here, places in zip(_counts(base, depth), _counts(base, full)):
+        active += tuple(range(position, position + here))
+        position += places
+    return active
 
 
 def sample(candidates: Sequence[Subnet], seed: int, step: int) -> Subnet:

@@ -4,7 +4,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import timm
 import torch
@@ -145,23 +145,19 @@ class ElasticModel(nn.Module, ABC):
         """The layers of each group, in order."""
         return tuple(list(getattr(self.net, name)) for name in self.layer_groups)
 
-    def locate(self, parameter: str) -> tuple[int, int, str] | None:
+    @classmethod
+    def locate(cls, parameter: str) -> tuple[int, int, str] | None:
         """(group, position, name inside the layer) of a parameter by its full name; None if it is in no layer."""
-        return locate(self.layer_groups, parameter)
+        for group, name in enumerate(cls.layer_groups):
+            prefix = f"net.{name}."
+            if parameter.startswith(prefix):
+                position, _, inner = parameter.removeprefix(prefix).partition(".")
+                return group, int(position), inner
+        return None
 
     def no_weight_decay(self) -> set[str]:
         """Full names of parameters that weight decay must leave alone, beyond biases, norms and gates."""
-        return {f"net.{name}" for name in self.net.no_weight_decay()}
-
-
-def locate(layer_groups: Sequence[str], parameter: str) -> tuple[int, int, str] | None:
-    """See `ElasticModel.locate`."""
-    for group, name in enumerate(layer_groups):
-        prefix = f"net.{name}."
-        if parameter.startswith(prefix):
-            position, _, inner = parameter.removeprefix(prefix).partition(".")
-            return group, int(position), inner
-    return None
+        return {f"net.{name}" for name in cast(Any, self.net).no_weight_decay()}
 
 
 def residuals(layer: nn.Module) -> list[Residual]:

@@ -65,8 +65,9 @@ class ElasticViT(ElasticModel):
     @torch.no_grad()
     def fold_gates(self) -> None:
         for block in self.net.blocks:
-            assert isinstance(block, Block)
-            for end, scale, last in zip(residuals(block), (block.ls1, block.ls2), (block.attn.proj, block.mlp.fc2)):
+            lasts = block.get_submodule("attn.proj"), block.get_submodule("mlp.fc2")
+            scales = block.get_submodule("ls1"), block.get_submodule("ls2")
+            for end, scale, last in zip(residuals(block), scales, lasts):
                 if end.gate is None:
                     continue
                 for parameter in scale.parameters() if list(scale.parameters()) else last.parameters():

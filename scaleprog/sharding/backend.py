@@ -1,7 +1,7 @@
 """The contract between training and whatever spreads the model over ranks: wrap, step, regrow, EMA, state in and out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -219,7 +219,7 @@ def _has_fresh(layer_map: LayerMap) -> bool:
 
 
 @torch.no_grad()
-def _fill(tensors: "list[Tensor] | object", value: float) -> None:
+def _fill(tensors: Iterable[Tensor], value: float) -> None:
     for shard in shards(tensors):
         shard.fill_(value)
 

@@ -1,6 +1,6 @@
 """The momentum network (paper eq. 3), sharded like the model it follows: every operation is local to a shard."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from pydantic import Field, model_validator
@@ -35,11 +35,11 @@ class Ema:
         self._shards = shards(self.weights.values())
 
     @torch.no_grad()
-    def update(self, parameter_shards: Sequence[Tensor]) -> None:
+    def update(self, parameter_shards: list[Tensor]) -> None:
         """Follows the parameters after an optimizer step; `parameter_shards` in the order of construction."""
         torch._foreach_lerp_(self._shards, parameter_shards, 1 - self.momentum)
 
 
-def shards(tensors: "Sequence[Tensor] | object") -> list[Tensor]:
+def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor, without its gradient history; writing into it writes into the tensor."""
-    return [(t.to_local() if isinstance(t, DTensor) else t).detach() for t in tensors]  # type: ignore[attr-defined]
+    return [(t.to_local() if isinstance(t, DTensor) else t).detach() for t in tensors]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from scaleprog.errors import RecipeError
 from scaleprog.growth.operators import fresh, grow, keep
 from scaleprog.growth.space import Subnet
-from scaleprog.models.elastic import ModelSettings, Structure, drop_scales, family, locate, residuals
+from scaleprog.models.elastic import ModelSettings, Structure, drop_scales, family, residuals
 from scaleprog.models.vit import ElasticViT
 
 NAMES = (
@@ -389,8 +389,14 @@ def test_parameters_are_located() -> None:
     outside = {n for n, where in located.items() if where is None}
     assert {"net.pos_embed", "net.cls_token", "net.norm.weight", "net.head.bias"} <= outside
     assert not any(".blocks." in n for n in outside)
-    assert locate(("first", "second"), "net.second.3.mlp.fc1.weight") == (1, 3, "mlp.fc1.weight")
-    assert locate(("first", "second"), "net.seconds.3.mlp.fc1.weight") is None
+
+
+def test_parameters_of_two_groups_are_located() -> None:
+    class TwoGroups(ElasticViT):
+        layer_groups = ("first", "second")
+
+    assert TwoGroups.locate("net.second.3.mlp.fc1.weight") == (1, 3, "mlp.fc1.weight")
+    assert TwoGroups.locate("net.seconds.3.mlp.fc1.weight") is None
 
 
 def test_no_weight_decay_names_parameters_of_the_elastic_model() -> None:
