@@ -27,6 +27,10 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 
 
+class OtherFormat(CheckpointError):
+    """A sound checkpoint of another version of scaleprog: nothing to skip as if it were damaged."""
+
+
 class CheckpointSettings(Settings):
     """A checkpoint is committed at the end of every phase and of the run, and every `every_steps` optimizer steps;
     the newest `keep` stay."""
@@ -69,12 +73,17 @@ class Checkpoints:
         return Commit(final, step, time.perf_counter() - began, size)
 
     def newest(self, report: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint that verifies, agreed by all ranks; rank 0 reports what it skipped and why."""
+        """The newest checkpoint that verifies, agreed by all ranks; rank 0 reports what it skipped and why.
+
+        Raises OtherFormat where that is one of another version of scaleprog.
+        """
 
         def find() -> str | None:
             for path in reversed(committed(self.folder)):
                 try:
                     verify(path)
+                except OtherFormat:
+                    raise
                 except CheckpointError as error:
                     report(f"skipped a damaged checkpoint: {error}")
                 else:
@@ -106,7 +115,8 @@ class Checkpoints:
 
 def committed(folder: Path) -> list[Path]:
     """The published checkpoints, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
+    found = (p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir())
+    return sorted(found, key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -147,7 +157,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.pop("checksum", None) != _checksum(manifest):
         raise CheckpointError(f"{path / MANIFEST}: the checksum differs")
     if manifest["format"] != FORMAT:
-        raise NewerFormat(
+        raise OtherFormat(
             f"{path / MANIFEST}: format {manifest['format']}, this version of scaleprog reads {FORMAT}; "
             f"use the version that wrote it, {manifest['versions']['scaleprog']}"
         )

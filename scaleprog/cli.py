@@ -42,7 +42,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None, nproc: Annotated[int, 
     console = Console()
     console.print(table)
     console.print(f"predicted speedup by GMACs: {outlook['speedup']:+.1%}; memory: weights, gradients, AdamW, EMA")
-    if outlook["searched"] == "automatic":
+    if outlook["kind"] == "automatic":
         console.print("a search decides stage by stage; shown is what the equispaced schedule would take")
 
 
@@ -57,14 +57,15 @@ def train(
     """Trains a recipe; on a run directory that exists, goes on where it stands."""
     loaded = Recipe.load(recipe, overrides or ())
     folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
+    baseline_seconds = None if baseline is None else train_seconds(baseline)
     if nproc == 1:
         train_rank(loaded, folder)
     else:
         launch(nproc, train_rank, loaded, folder)
     results = folder / "results.json"
     if results.exists():
-        if baseline is not None:
-            write_speedup(results, baseline / "results.json")
+        if baseline_seconds is not None:
+            write_speedup(results, baseline_seconds)
         show(json.loads(results.read_text()), folder)
 
 
@@ -94,12 +95,21 @@ def report(
     print(write_report(runs, out))
 
 
-def write_speedup(results: Path, baseline: Path) -> None:
+def train_seconds(baseline: Path) -> float:
+    """Seconds of training steps that a finished run took. Raises ScaleprogError."""
+    results = baseline / "results.json"
+    try:
+        return float(json.loads(results.read_text())["train_seconds"])
+    except FileNotFoundError:
+        raise ScaleprogError(f"--baseline: {results} does not exist; has that run finished?") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ScaleprogError(f"--baseline: {results} is no results.json of a run: {error}") from error
+
+
+def write_speedup(results: Path, baseline_seconds: float) -> None:
     """Adds the paper's speedup against another run to `results.json`."""
-    if not baseline.exists():
-        raise ScaleprogError(f"--baseline: {baseline} does not exist; has that run finished?")
-    mine, theirs = json.loads(results.read_text()), json.loads(baseline.read_text())
-    mine["speedup"] = theirs["train_seconds"] / mine["train_seconds"] - 1
+    mine = json.loads(results.read_text())
+    mine["speedup"] = baseline_seconds / mine["train_seconds"] - 1
     results.write_text(json.dumps(mine, indent=1))
 
 

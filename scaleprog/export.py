@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from scaleprog.checkpoint import Checkpoints, read_state
-from scaleprog.errors import CheckpointError, RecipeError
+from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError
 from scaleprog.evaluate import evaluate
 from scaleprog.models.elastic import family
 from scaleprog.plan import Plan
@@ -23,11 +24,11 @@ Weights = Literal["ema", "online", "best"]
 
 def evaluate_run(run: Path, resolution: int | None, weights: Weights) -> tuple[float, str]:
     """Percent top-1 of a run's newest checkpoint at `resolution` (None: the model's full size), and which weights."""
-    recipe = Recipe.load(run / "recipe.yaml")
+    recipe = _recipe(run)
     with process_group() as (coordinator, device):
         plan = Plan.of(recipe, 1)
         backend, _ = _restored(run, recipe, coordinator, device)
-        size = resolution or plan.schedule.full.resolution
+        size = plan.schedule.full.resolution if resolution is None else resolution
         found = evaluate(
             backend, coordinator, plan.manifest, recipe.data, recipe.augment, recipe.evaluate, _fitting(recipe, size)
         )
@@ -38,7 +39,7 @@ def evaluate_run(run: Path, resolution: int | None, weights: Weights) -> tuple[f
 
 def export_run(run: Path, out: Path) -> str:
     """Writes the better of a run's online and EMA weights as safetensors with plain timm's names; says how to load."""
-    recipe = Recipe.load(run / "recipe.yaml")
+    recipe = _recipe(run)
     with process_group() as (coordinator, device):
         backend, state = _restored(run, recipe, coordinator, device)
         ema, chosen = _better(state, len(recipe.ema.momenta))
@@ -48,13 +49,22 @@ def export_run(run: Path, out: Path) -> str:
     model.fold_gates()
     arguments = model.arguments(recipe.model, backend.network.structure.depths)
     tensors = {name: tensor.contiguous() for name, tensor in model.net.state_dict().items()}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out, {"timm": json.dumps(arguments), "weights": chosen, "step": str(state.step)})
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, out, {"timm": json.dumps(arguments), "weights": chosen, "step": str(state.step)})
+    except (OSError, SafetensorError) as error:
+        raise ScaleprogError(f"{out}: cannot be written: {error}") from error
     keywords = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     return (
         f"{out}: {chosen} weights of step {state.step}\n"
         f"load with: timm.create_model({keywords}).load_state_dict(safetensors.torch.load_file({str(out)!r}))"
     )
+
+
+def _recipe(run: Path) -> Recipe:
+    if not (run / "recipe.yaml").exists():
+        raise CheckpointError(f"{run}: no run directory (no recipe.yaml); it is what `scaleprog train` writes")
+    return Recipe.load(run / "recipe.yaml")
 
 
 def _restored(run: Path, recipe: Recipe, coordinator: Coordinator, device: torch.device) -> tuple[Backend, RunState]:

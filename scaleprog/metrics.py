@@ -64,7 +64,7 @@ class Recorder:
         self._pending.append((row, loss.detach(), grad_norm.detach(), timer))
 
     def flush(self) -> list[dict[str, Any]]:
-        """Resolves the pending steps on all ranks and writes them; returns their rows with losses averaged over ranks."""
+        """Resolves the pending steps on all ranks and writes them; returns their rows, losses averaged over ranks."""
         if not self._pending:
             return []
         rows, losses, norms, timers = zip(*self._pending)
@@ -149,7 +149,7 @@ class ProgressLine:
     def say(self, text: str) -> None:
         """Prints a line of its own on rank 0."""
         if self._enabled:
-            self._live.console.print(text, highlight=False, markup=False)
+            self._live.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Gives the terminal back."""

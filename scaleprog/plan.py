@@ -83,15 +83,15 @@ def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], S
 def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     """The stages of a recipe with parameters, GMACs, memory per rank and epochs, and the speedup they predict.
 
-    Keys: `stages` (rows) and `speedup` (of training time by GMACs, as a ratio minus 1). What a search will choose is not
-    known: its stages are shown as the equispaced ladder would have them, and so is the speedup.
+    Keys: `stages` (rows), `speedup` (of training time by GMACs, as a ratio minus 1) and `kind` (of the schedule). What
+    a search will choose is not known: its stages are shown, and the speedup is, as the equispaced ladder has them.
     """
     scale = 1000  # schedule positions per epoch: shards are not needed
     elastic, schedule = outline(recipe, scale)
     model, full = recipe.model, schedule.full
     full_cost = gmacs(elastic, model, full)
     rows, cost = [], 0.0
-    for phase in schedule.phases(schedule.ladder):
+    for phase in schedule.phases(schedule.ladder if schedule.kind == "automatic" else ()):
         epochs = (phase.stop - phase.start) / scale
         mean = sum(gmacs(elastic, model, s) for s in phase.candidates) / len(phase.candidates)
         cost += mean * epochs
@@ -108,7 +108,7 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
                 "bytes_per_rank": _bytes_per_rank(recipe, parameters(elastic, model, phase.network.depth), world),
             }
         )
-    return {"stages": rows, "speedup": full_cost * recipe.train.epochs / cost - 1, "searched": schedule.kind}
+    return {"stages": rows, "speedup": full_cost * recipe.train.epochs / cost - 1, "kind": schedule.kind}
 
 
 def _bytes_per_rank(recipe: Recipe, count: int, world: int) -> int:
@@ -123,8 +123,8 @@ def _check_by_hand(recipe: Recipe, full: Subnet, stride: int) -> None:
     for i, stage in enumerate(stages):
         if stage.resolution % stride or stage.resolution > full.resolution or stage.depth > full.depth:
             raise RecipeError(
-                f"growth.schedule.{i}: {stage.resolution} px, {stage.depth} layers; needed are multiples of {stride} px "
-                f"up to {full.resolution} and up to {full.depth} layers"
+                f"growth.schedule.{i}: {stage.resolution} px, {stage.depth} layers; needed are multiples of "
+                f"{stride} px up to {full.resolution} and up to {full.depth} layers"
             )
         if i and stage.depth < stages[i - 1].depth:
             raise RecipeError(f"growth.schedule.{i}: depth {stage.depth} after {stages[i - 1].depth}; it never shrinks")

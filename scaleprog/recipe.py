@@ -100,7 +100,8 @@ def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise RecipeError(f"{path}: no such recipe{hint}") from None
+        of = f", the base of {parents[-1]}" if parents else ""
+        raise RecipeError(f"{path}: no such recipe{of}{hint}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(values, dict):

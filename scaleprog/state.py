@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from scaleprog.growth.schedule import Phase, Schedule
 from scaleprog.growth.search import Decision
 from scaleprog.growth.space import Subnet
 
@@ -54,6 +55,47 @@ class RunState:
                 "step_seconds": _unpaired(values["step_seconds"]),
             }
         )
+
+
+def summary(state: RunState, schedule: Schedule, steps_per_epoch: int) -> dict[str, Any]:
+    """What a finished run amounts to: accuracies in percent, costs in seconds, and what every stage trained."""
+    decisions = {decision.stage: decision for decision in state.decisions}
+    return {
+        **state.accuracies,
+        "top1_best": max(state.accuracies["top1"], state.accuracies["top1_ema"]),
+        "train_seconds": state.train_seconds,
+        "train_cpu_seconds": state.train_cpu_seconds,
+        "search_seconds": state.search_seconds,
+        "wall_seconds": state.wall_seconds,
+        "images": state.images,
+        "steps": state.step,
+        "speedup": None,
+        "stages": [
+            _stage(phase, decisions.get(phase.stage), steps_per_epoch)
+            for phase in schedule.phases(state.chosen)
+            if not phase.searched
+        ],
+    }
+
+
+def _stage(phase: Phase, decision: Decision | None, steps_per_epoch: int) -> dict[str, Any]:
+    stage: dict[str, Any] = {
+        "stage": phase.stage,
+        "resolution": phase.network.resolution,
+        "depth": phase.network.depth,
+        "epochs": (phase.stop - phase.start) / steps_per_epoch,
+        "searched": decision is not None,
+        "alpha": None,
+        "scores": [],
+    }
+    if decision is not None:
+        rows = zip(decision.candidates, decision.losses, decision.times, decision.scores)
+        stage["alpha"] = decision.alpha
+        stage["scores"] = [
+            {"resolution": s.resolution, "depth": s.depth, "loss": loss, "time": seconds, "score": score}
+            for s, loss, seconds, score in rows
+        ]
+    return stage
 
 
 def decision_to_json(decision: Decision) -> dict[str, Any]:

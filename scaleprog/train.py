@@ -31,7 +31,7 @@ from scaleprog.plan import Plan
 from scaleprog.recipe import Recipe
 from scaleprog.sharding import ENGINES, Backend
 from scaleprog.sharding.coordinator import Coordinator, process_group
-from scaleprog.state import RunState, decision_from_json, decision_to_json
+from scaleprog.state import RunState, decision_from_json, decision_to_json, summary
 
 COLLECT_EVERY = 500  # steps between two garbage collections, the same steps on all ranks
 
@@ -98,14 +98,15 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
             phases = plan.schedule.phases(state.chosen)
             if state.phase != index:
                 enter(run, phases, index)
-            phase, operator_active = phases[index], {s: plan.active(phases[index], s) for s in phases[index].candidates}
+            phase = phases[index]
+            actives = {s: plan.active(phase, s) for s in phase.candidates}
             with reader.stream(PhaseRequests(run, phase)) as batches:
                 while state.step < phase.stop and not stopped_early(run):
                     waited = time.perf_counter()
                     batch = next(batches)
                     waited = time.perf_counter() - waited
                     subnet = phase.subnet(recipe.seed, state.step)
-                    train_step(run, phase, subnet, operator_active[subnet], batch, waited)
+                    train_step(run, phase, subnet, actives[subnet], batch, waited)
                     state.wall_seconds = earlier + time.perf_counter() - began
                     after_step(run, phase)
         return finish(run) if current_phase(run) is None else {}
@@ -119,7 +120,7 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
 
 
 def claim(folder: Path, recipe: Recipe) -> None:
-    """Makes `folder` the run directory of `recipe`, or checks that it is. Raises CheckpointError naming what differs."""
+    """Makes `folder` the run directory of `recipe`, or checks that it is: CheckpointError names what differs."""
     path = folder / "recipe.yaml"
     if path.exists():
         there = Recipe.load(path)
@@ -363,7 +364,7 @@ def settle_rows(run: Run) -> None:
         state.train_cpu_seconds += row["cpu_seconds"]
         if row["phase"] == "supernet":
             state.step_seconds.setdefault(Subnet(row["resolution"], row["depth"]), []).append(row["step_seconds"])
-        run.progress.update(row, run.plan.schedule.phases(state.chosen)[-1].stop)
+        run.progress.update(row, max(run.plan.schedule.steps, run.plan.schedule.phases(state.chosen)[-1].stop))
 
 
 # ---- results
@@ -371,36 +372,11 @@ def settle_rows(run: Run) -> None:
 
 def finish(run: Run) -> dict[str, Any]:
     """The run's results, written by rank 0."""
-    state, plan = run.state, run.plan
-    epoch = plan.order.steps_per_epoch
-    decisions = {d.stage: d for d in state.decisions}
-    stages = []
-    for phase in plan.schedule.phases(state.chosen):
-        if phase.searched:
-            continue
-        decision = decisions.get(phase.stage)
-        stages.append(
-            {
-                "stage": phase.stage, "resolution": phase.network.resolution, "depth": phase.network.depth,
-                "epochs": (phase.stop - phase.start) / epoch, "searched": decision is not None,
-                "alpha": decision.alpha if decision else None,
-                "scores": [
-                    {"resolution": s.resolution, "depth": s.depth, "loss": loss, "time": seconds, "score": score}
-                    for s, loss, seconds, score in zip(
-                        decision.candidates, decision.losses, decision.times, decision.scores
-                    )
-                ] if decision else [],
-            }
-        )  # fmt: skip
     results = {
         "schedule": run.recipe.model_dump(mode="json")["growth"]["schedule"],
-        **state.accuracies,
-        "top1_best": max(state.accuracies["top1"], state.accuracies["top1_ema"]),
-        "train_seconds": state.train_seconds, "train_cpu_seconds": state.train_cpu_seconds,
-        "search_seconds": state.search_seconds, "wall_seconds": state.wall_seconds,
-        "images": state.images, "steps": state.step, "speedup": None, "stages": stages,
-    }  # fmt: skip
+        **summary(run.state, run.plan.schedule, run.plan.order.steps_per_epoch),
+    }
     if run.coordinator.rank == 0:
         (run.folder / "results.json").write_text(json.dumps(results, indent=1))
-    run.recorder.event("finish", step=state.step, top1_best=results["top1_best"])
+    run.recorder.event("finish", step=run.state.step, top1_best=results["top1_best"])
     return results

@@ -25,11 +25,11 @@ class SubnetSettings(Settings):
 class GrowthSettings(Settings):
     """How the network grows.
 
-    `schedule`: `original` (full size throughout), `linear` ("Prog"), `automatic` ("AutoProg"), `supernet` (the baseline of
-    Table 8) or a list of stages by hand; `smallest`: the ratio s1 of the growth space ("0.5 Omega"); `recycle`: whether a
-    stage inherits the weights of its search; `optimizer`: whether AdamW's moments start anew at growth or follow their
-    layers; `resolution_multiple`: resolutions are rounded to it (default: the model's stride; published: 32 for DeiT/16);
-    `adaptive_regularization`: AdaReg.
+    `schedule`: `original` (full size throughout), `linear` ("Prog"), `automatic` ("AutoProg"), `supernet` (the
+    baseline of Table 8) or a list of stages by hand; `smallest`: the ratio s1 of the growth space ("0.5 Omega");
+    `recycle`: whether a stage inherits the weights of its search; `optimizer`: whether AdamW's moments start anew at
+    growth or follow their layers; `resolution_multiple`: resolutions are rounded to it (default: the model's stride;
+    published: 32 for DeiT/16); `adaptive_regularization`: AdaReg.
     """
 
     schedule: Literal["original", "linear", "automatic", "supernet"] | tuple[SubnetSettings, ...] = "automatic"
@@ -83,7 +83,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Psi for a run of `steps` schedule positions; `ladder` holds the stages' sub-networks where nothing is searched."""
+    """Psi for a run of `steps` schedule positions; `ladder` holds the sub-networks of stages that are not searched."""
 
     kind: Literal["fixed", "automatic", "supernet"]
     ladder: tuple[Subnet, ...]
@@ -97,7 +97,7 @@ class Schedule:
     def of(
         cls, growth: GrowthSettings, full: Subnet, multiple: int, steps: int, search_steps: int, rule: CandidateRule
     ) -> "Schedule":
-        """The schedule of a recipe for a network of size `full` whose resolutions are multiples of `multiple` pixels."""
+        """The schedule of a recipe; `full` is the complete model, `multiple` the pixels resolutions are rounded to."""
         kind: Literal["fixed", "automatic", "supernet"] = "fixed"
         if growth.schedule == "original":
             rungs: tuple[Subnet, ...] = (full,)
@@ -124,7 +124,7 @@ class Schedule:
         return self.ladder[-1]
 
     def phases(self, chosen: Sequence[Subnet]) -> list[Phase]:
-        """All phases that follow from the searches' choices so far, in order; the last one may end in an open search."""
+        """All phases that follow from the searches' choices so far; the last one may end in an open search."""
         phases: list[Phase] = []
         undecided, step, previous = list(chosen), 0, None
         for stage in range(1, self.stages + 1):

@@ -17,9 +17,9 @@ class SearchSettings(Settings):
     """How a stage is searched.
 
     `epochs` of supernet training; `subset`: training images that score a candidate (rounded down to whole batches, at
-    least one); `candidates`: see `GrowthSpace.candidates`; `measurements`: how often the losses are measured, equispaced
-    from the start to the end of the last search epoch; `times`: `measured` step times, or `modelled` ones in proportion
-    to GMACs, for runs that must make the same choice twice.
+    least one); `candidates`: see `GrowthSpace.candidates`; `measurements`: how often the losses are measured,
+    equispaced from the start to the end of the last search epoch; `times`: `measured` step times, or `modelled` ones in
+    proportion to GMACs, for runs that must make the same choice twice.
     """
 
     epochs: float = Field(default=2, gt=0)

@@ -64,7 +64,7 @@ class Structure:
 
 
 class Residual(nn.Module):
-    """The end of a residual branch: stochastic depth with scales drawn outside, and a learnable gate where there is one.
+    """The end of a residual branch: stochastic depth with scales drawn outside, and a learnable gate if it has one.
 
     It takes the place of timm's DropPath, whose draws would depend on how the batch is spread over ranks.
     """

@@ -1,4 +1,4 @@
-"""The contract between training and whatever spreads the model over ranks: wrap, step, regrow, EMA, state in and out."""
+"""The contract between training and what spreads a model over ranks: wrap, step, regrow, EMA, state in and out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -120,7 +120,7 @@ class Backend(ABC):
         return self._network
 
     def _source(self, name: str, layer_map: LayerMap) -> tuple[Weights, str | None, bool]:
-        """Which weights of which old parameter a new one takes (None: fresh), and whether it is a gate that is closed."""
+        """Which weights of which old parameter a new one takes (None: fresh), and whether it is a closed gate."""
         place = self.network.elastic.locate(name)
         if place is None:
             return layer_map.rest, None if layer_map.rest == "fresh" else name, False
@@ -143,7 +143,7 @@ class Backend(ABC):
         return self.network.wrapped(images, active, drop)
 
     def step(self, lr: float) -> Tensor:
-        """One AdamW step on the gradients of the last backward, then every EMA follows. Returns the gradient norm (0-d).
+        """One AdamW step on the gradients of the last backward, then every EMA follows. Returns the gradient norm, 0-d.
 
         Layers that took no part have zero gradients: their moments decay and weight decay acts, in every engine.
         """

@@ -16,8 +16,11 @@ from scaleprog.errors import Disagreement
 
 @contextmanager
 def process_group() -> Iterator[tuple["Coordinator", torch.device]]:
-    """Joins the ranks that the launcher's environment describes (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT;
-    without it: one process alone) and gives the device of this one."""
+    """Joins the ranks that the launcher's environment describes and gives the device of this one.
+
+    The variables are torch.distributed's: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; without them this
+    process is alone.
+    """
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)

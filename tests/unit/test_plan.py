@@ -1,0 +1,264 @@
+"""Plans: what model, shards and ranks make of a recipe, and the refusal of all that cannot work before it starts."""
+
+import json
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scaleprog.errors import DataError, RecipeError
+from scaleprog.growth.space import Subnet
+from scaleprog.plan import Plan, describe, outline
+from scaleprog.recipe import Recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MakeRecipe = Callable[..., Recipe]
+
+
+def deit(schedule: str, *overrides: str) -> Recipe:
+    return Recipe.load(CONFIGS / "imagenet" / f"deit_small_{schedule}_100.yaml", overrides)
+
+
+def deit_small_parameters(depth: int) -> int:
+    """By hand, for width 384, patches of 16 and 1000 classes at 224 px."""
+    block = (384 * 3 * 384 + 3 * 384) + (384 * 384 + 384) + (384 * 1536 + 1536) + (1536 * 384 + 384) + 2 * 2 * 384
+    patches, positions, norm, head = 3 * 16 * 16 * 384 + 384, (1 + 14 * 14) * 384 + 384, 2 * 384, 384 * 1000 + 1000
+    return patches + positions + depth * block + norm + head
+
+
+def deit_small_gmacs(resolution: int, depth: int) -> float:
+    """By hand: linear layers are 12 width^2 a token, queries by keys and weights by values width each a pair."""
+    patches = (resolution // 16) ** 2
+    block = (patches + 1) * 12 * 384**2 + 2 * (patches + 1) ** 2 * 384
+    return (patches * 3 * 16 * 16 * 384 + depth * block + 384 * 1000) / 1e9
+
+
+# ---- what a recipe amounts to
+
+
+def test_a_plan_counts_steps_batches_and_layers(make_recipe: MakeRecipe, patterns: Path) -> None:
+    plan = Plan.of(make_recipe(), world=2)
+    assert (plan.order.samples, plan.order.steps_per_epoch, plan.order.per_lane) == (160, 20, 2)
+    assert (plan.schedule.steps, plan.schedule.search_steps, plan.warmup_steps) == (80, 10, 10)
+    assert plan.schedule.ladder == (Subnet(16, 2), Subnet(24, 3), Subnet(32, 4))
+    assert plan.search_batches == 2
+    assert plan.manifest.root == str(patterns)
+    supernet, trained = plan.schedule.phases([Subnet(16, 2)])[:2]
+    assert plan.active(trained, Subnet(16, 2)) == ((0, 1),)
+    assert [len(*plan.active(supernet, Subnet(32, depth))) for depth in (2, 3, 4)] == [2, 3, 4]
+
+
+@pytest.mark.parametrize(("subset", "batches"), [(1, 1), (7, 1), (8, 1), (17, 2), (159, 19), (10**9, 20)])
+def test_the_search_subset_is_whole_batches_of_an_epoch(subset: int, batches: int, make_recipe: MakeRecipe) -> None:
+    assert Plan.of(make_recipe(search={"subset": subset}), world=1).search_batches == batches
+
+
+@settings(max_examples=20, deadline=None)
+@given(steps_per_epoch=st.integers(1, 2000), epochs=st.floats(1, 50), stages=st.integers(1, 4))
+def test_the_schedule_covers_all_steps_whatever_their_number(steps_per_epoch: int, epochs: float, stages: int) -> None:
+    recipe = deit("prog", f"train.epochs={epochs}", f"growth.stages={stages}")
+    if round(epochs * steps_per_epoch) < stages:
+        return
+    _, schedule = outline(recipe, steps_per_epoch)
+    phases = schedule.phases([])
+    assert phases[0].start == 0
+    assert phases[-1].stop == round(epochs * steps_per_epoch)
+    assert all(before.stop == after.start for before, after in pairwise(phases))
+    assert max(p.stop - p.start for p in phases) - min(p.stop - p.start for p in phases) <= 1
+
+
+# ---- refused: batch, lanes, ranks
+
+
+def test_a_batch_that_the_lanes_do_not_divide_is_refused_with_lanes_that_do(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(train={"batch": 6}, data={"lanes": 4})
+    with pytest.raises(DataError, match=r"batch of 6 .* 4 lanes: set data\.lanes to a divisor .* 1, 2, 3, 6$"):
+        Plan.of(recipe, world=1)
+    for lanes in (1, 2, 3, 6):
+        Plan.of(make_recipe(train={"batch": 6}, data={"lanes": lanes}), world=1)
+
+
+def test_lanes_that_the_world_does_not_divide_are_refused_with_worlds_that_do(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(DataError, match=r"4 lanes .* 3 ranks: .*divides data\.lanes \(1, 2, 4\), or .* multiple of 3"):
+        Plan.of(make_recipe(), world=3)
+    for world in (1, 2, 4):
+        Plan.of(make_recipe(), world)
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+def test_mixing_needs_pairs_in_every_lane(mix: str, make_recipe: MakeRecipe) -> None:
+    odd = {"train": {"batch": 12}, "data": {"lanes": 4}}
+    with pytest.raises(RecipeError, match=r"train\.batch / data\.lanes must be even; 12 / 4 is 3"):
+        Plan.of(make_recipe(augment={mix: 0.8}, **odd), world=1)
+    Plan.of(make_recipe(**odd), world=1)
+    Plan.of(make_recipe(augment={mix: 0.8}), world=1)
+
+
+def test_a_batch_larger_than_the_data_is_refused(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(DataError, match="160 samples in 4 lanes do not fill one global batch of 164"):
+        Plan.of(make_recipe(train={"batch": 164}), world=1)
+
+
+# ---- refused: shards
+
+
+def test_missing_shards_are_refused_with_the_way_to_build_them(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no such folder of shards\. Build it with `scaleprog shards image-folder SRC"):
+        Plan.of(make_recipe(data={"path": str(tmp_path / "nowhere")}), world=1)
+    with pytest.raises(DataError, match=r"has no manifest\.json\. .* `scaleprog shards check .* --write-manifest`"):
+        Plan.of(make_recipe(data={"path": str(tmp_path)}), world=1)
+
+
+def damaged(patterns: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> str:
+    """A copy of the shards whose manifest `change` has edited."""
+    shutil.copytree(patterns, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["splits"].pop("val"), "no split 'val'"),
+        (lambda m: m["splits"].pop("train"), "no split 'train'"),
+        (lambda m: m["splits"].update(train=[]), "0 samples in 4 lanes do not fill one global batch"),
+        (lambda m: m["classes"].pop(), r"model\.classes: 4, but .* has 3 classes"),
+        (lambda m: m.update(version=2), "format version 2, this scaleprog reads version 1"),
+        (lambda m: m["splits"]["train"][2].update(bytes=7), r"train-000002\.tar: not the indexed file"),
+        (lambda m: m["splits"]["val"][1].update(bytes=10**9), r"val-000001\.tar: truncated"),
+        (lambda m: m["splits"]["val"][0].update(name="val-9.tar"), r"val-9\.tar: .* lists this shard, but No such"),
+    ],
+)
+def test_shards_that_do_not_fit_are_refused(
+    change: Callable[[dict[str, Any]], object], message: str, make_recipe: MakeRecipe, patterns: Path, tmp_path: Path
+) -> None:
+    path = damaged(patterns, tmp_path / "shards", change)
+    with pytest.raises((DataError, RecipeError), match=message) as caught:
+        Plan.of(make_recipe(data={"path": path}), world=1)
+    assert "lanes do not fill" in message or path in str(caught.value)
+
+
+# ---- refused: model and growth
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.resolution=220", "model.resolution: 220 is not a multiple of the model's stride, 16 pixels"),
+        ("growth.resolution_multiple=24", "growth.resolution_multiple: 24 is not a multiple of the model's stride, 16"),
+        ("model.name=deit_smal_patch16_224",
+         "model.name: timm knows no 'deit_smal_patch16_224'; did you mean deit_small_patch16_224 or "),
+        ("model.name=resnet18", "model.name: resnet18 belongs to no elastic family; what fits is "),
+        ("model.name=swin_tiny_patch4_window7_224", "swin_tiny_patch4_window7_224 belongs to no elastic family"),
+        ("model.heads=5", "model: timm cannot build deit_small_patch16_224 with these sizes: "),
+        ("train.epochs=0.003", "train.epochs: 3 steps cannot be cut into 4 stages"),
+    ],
+)  # fmt: skip
+def test_a_model_or_a_length_that_cannot_work_is_refused(override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        describe(deit("prog", override))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ("[100, 6], [224, 12]", "growth.schedule.0: 100 px, 6 layers; needed are multiples of 16 px up to 224 and up "
+         "to 12 layers"),
+        ("[128, 6], [192, 16], [224, 12]", "growth.schedule.1: 192 px, 16 layers; needed are"),
+        ("[240, 6], [224, 12]", "growth.schedule.0: 240 px, 6 layers; needed are"),
+        ("[128, 8], [160, 6], [224, 12]", "growth.schedule.1: depth 6 after 8; it never shrinks"),
+        ("[128, 6], [224, 10]", "growth.schedule: the last stage must be the complete model, 224 px, 12 layers"),
+        ("[128, 6], [192, 12]", "growth.schedule: the last stage must be the complete model"),
+        ("", "growth.schedule: the last stage must be the complete model"),
+    ],
+)  # fmt: skip
+def test_stages_by_hand_that_cannot_be_trained_are_refused(stages: str, message: str) -> None:
+    by_hand = [{"resolution": r, "depth": d} for r, d in json.loads(f"[{stages}]")]
+    with pytest.raises(RecipeError) as caught:
+        describe(deit("prog", f"growth.schedule={json.dumps(by_hand)}"))
+    assert message in str(caught.value)
+
+
+def test_a_search_must_leave_something_of_its_stage() -> None:
+    with pytest.raises(RecipeError, match=r"search\.epochs: 25\.0 epochs of search do not fit into a stage of 25$"):
+        describe(deit("autoprog", "search.epochs=25"))
+    describe(deit("autoprog", "search.epochs=24"))
+    describe(deit("prog", "search.epochs=25"))  # searches nothing
+    describe(deit("autoprog", "search.epochs=25", "growth.stages=1"))
+
+
+# ---- describe
+
+
+def test_deit_small_has_the_published_sizes() -> None:
+    outlook = describe(deit("autoprog"))
+    rows = {(row["resolution"], row["depth"]): row for row in outlook["stages"] if row["phase"] == "train"}
+    assert list(rows) == [(128, 6), (160, 8), (192, 10), (224, 12)]
+    for (resolution, depth), row in rows.items():
+        assert row["parameters"] == deit_small_parameters(depth)
+        assert row["gmacs"] == pytest.approx(deit_small_gmacs(resolution, depth), rel=1e-9)
+    assert rows[224, 12]["parameters"] == 22_050_664  # the paper's 22.05 M
+    assert round(rows[224, 12]["gmacs"], 1) == 4.6
+    assert outlook["kind"] == "automatic"
+
+
+def test_searches_are_shown_before_their_stages_and_cost_what_their_candidates_cost() -> None:
+    rows = describe(deit("autoprog"))["stages"]
+    assert [(row["stage"], row["phase"], row["epochs"]) for row in rows] == [
+        (1, "supernet", 2), (1, "train", 23), (2, "supernet", 2), (2, "train", 23), (3, "supernet", 2),
+        (3, "train", 23), (4, "train", 25),
+    ]  # fmt: skip
+    assert (rows[0]["resolution"], rows[0]["depth"], len(rows[0]["candidates"])) == (224, 12, 9)
+    assert "128 px, 6 layers" in rows[0]["candidates"]
+    mean = sum(deit_small_gmacs(r, d) for r in (128, 192, 224) for d in (6, 10, 12)) / 9
+    assert rows[0]["gmacs"] == pytest.approx(mean, rel=1e-9)
+
+
+def test_the_predicted_speedup_is_the_saved_work() -> None:
+    full = deit_small_gmacs(224, 12)
+    work = [deit_small_gmacs(*size) for size in ((128, 6), (160, 8), (192, 10), (224, 12))]
+    prog = describe(deit("prog"))
+    assert prog["speedup"] == pytest.approx(4 * full / sum(work) - 1, rel=1e-9)
+    assert 0.8 < describe(deit("autoprog"))["speedup"] < prog["speedup"]  # a search costs something
+    assert describe(deit("original"))["speedup"] == pytest.approx(0, abs=1e-12)
+    repeated = describe(deit("autoprog", "growth.recycle=false"))
+    assert 0 < repeated["speedup"] < describe(deit("autoprog"))["speedup"]
+    assert sum(row["epochs"] for row in repeated["stages"]) == 100 + 3 * 2
+
+
+def test_memory_is_shared_out_by_sharding_alone() -> None:
+    one, four = (describe(deit("prog"), world)["stages"][-1]["bytes_per_rank"] for world in (1, 4))
+    assert one == 4 * 5 * 22_050_664  # weights, gradients, two moments, one EMA
+    assert four == one // 4
+    replicated = describe(deit("prog", "sharding.engine=replicated", "ema.momenta=[0.9, 0.99]"), 4)
+    assert replicated["stages"][-1]["bytes_per_rank"] == 4 * 6 * 22_050_664
+
+
+def test_the_supernet_baseline_is_one_phase_of_the_whole_space() -> None:
+    outlook = describe(deit("prog", "growth.schedule=supernet", "growth.recycle=false"))
+    (row,) = outlook["stages"]
+    assert (row["stage"], row["phase"], row["epochs"], len(row["candidates"])) == (1, "supernet", 100, 16)
+    sizes = [(r, d) for r in (128, 160, 192, 224) for d in (6, 8, 10, 12)]
+    mean = sum(deit_small_gmacs(*size) for size in sizes) / 16
+    assert outlook["speedup"] == pytest.approx(deit_small_gmacs(224, 12) / mean - 1, rel=1e-9)
+
+
+RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.stem != "base")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_recipe_of_the_repository_has_an_outlook_that_ends_in_the_complete_model(path: Path) -> None:
+    recipe = Recipe.load(path)
+    outlook = describe(recipe)
+    _, schedule = outline(recipe, 1000)
+    last = outlook["stages"][-1]
+    assert (last["resolution"], last["depth"]) == (schedule.full.resolution, schedule.full.depth)
+    assert outlook["speedup"] >= -1e-12
