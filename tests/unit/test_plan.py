@@ -58,7 +58,7 @@ def test_the_search_subset_is_whole_batches_of_an_epoch(subset: int, batches: in
     assert Plan.of(make_recipe(search={"subset": subset}), world=1).search_batches == batches
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(steps_per_epoch=st.integers(1, 2000), epochs=st.floats(1, 50), stages=st.integers(1, 4))
 def test_the_schedule_covers_all_steps_whatever_their_number(steps_per_epoch: int, epochs: float, stages: int) -> None:
     recipe = deit("prog", f"train.epochs={epochs}", f"growth.stages={stages}")
@@ -189,10 +189,10 @@ def test_stages_by_hand_that_cannot_be_trained_are_refused(stages: str, message:
 
 def test_a_search_must_leave_something_of_its_stage() -> None:
     with pytest.raises(RecipeError, match=r"search\.epochs: 25\.0 epochs of search do not fit into a stage of 25$"):
-        describe(deit("autoprog", "search.epochs=25"))
-    describe(deit("autoprog", "search.epochs=24"))
-    describe(deit("prog", "search.epochs=25"))  # searches nothing
-    describe(deit("autoprog", "search.epochs=25", "growth.stages=1"))
+        outline(deit("autoprog", "search.epochs=25"), 1000)
+    outline(deit("autoprog", "search.epochs=24"), 1000)
+    outline(deit("prog", "search.epochs=25"), 1000)  # searches nothing
+    outline(deit("autoprog", "search.epochs=25", "growth.stages=1"), 1000)
 
 
 # ---- describe
