@@ -67,7 +67,9 @@ class Checkpoints:
         try:
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
         except (OSError, dcp.api.CheckpointException) as error:
-            raise CheckpointError(f"{temporary}: not written ({_reason(error)}); older checkpoints stay") from error
+            raise CheckpointError(
+                f"{temporary}: not written ({_reason(error)}); is the disk full or over quota? Older checkpoints stay"
+            ) from error
         size = self._on_rank_0(lambda: _publish(temporary, final, state), f"cannot publish {final}")
         self._on_rank_0(lambda: self._retire(step, protect), "cannot delete older checkpoints")
         return Commit(final, step, time.perf_counter() - began, size)

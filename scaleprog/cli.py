@@ -32,10 +32,10 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")
 def plan(recipe: RecipePath, overrides: Overrides = None, nproc: Annotated[int, typer.Option(min=1)] = 1) -> None:
     """Shows stages, parameters, GMACs, memory per rank and the predicted speedup before anything is spent."""
     outlook = describe(Recipe.load(recipe, overrides or ()), nproc)
-    table = Table("stage", "phase", "network", "parameters", "GMACs", "memory/rank", "epochs")
+    table = Table("stage", "phase", "px", "layers", "parameters", "GMACs", "memory/rank", "epochs")
     for row in outlook["stages"]:
         table.add_row(
-            str(row["stage"]), row["phase"], f"{row['resolution']} px, {row['depth']} layers",
+            str(row["stage"]), row["phase"], str(row["resolution"]), str(row["depth"]),
             f"{row['parameters'] / 1e6:.2f} M", f"{row['gmacs']:.3g}", f"{row['bytes_per_rank'] / 2**20:.0f} MiB",
             f"{row['epochs']:g}",
         )  # fmt: skip
@@ -43,7 +43,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None, nproc: Annotated[int, 
     console.print(table)
     console.print(f"predicted speedup by GMACs: {outlook['speedup']:+.1%}; memory: weights, gradients, AdamW, EMA")
     if outlook["kind"] == "automatic":
-        console.print("a search decides stage by stage; shown is what the equispaced schedule would take")
+        console.print("a search decides stage by stage; shown is the equispaced schedule")
 
 
 @app.command()

@@ -84,10 +84,15 @@ class Recorder:
                     self._scalars("train", row, skip=("step", "phase", "images"))
         return written
 
-    def measurement(self, step: int, tag: str, values: Mapping[str, float]) -> None:
-        """Writes values that belong to the state after `step` steps, such as an evaluation."""
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes accuracies after `step` steps, as a row of their own."""
         if self._main:
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self.curve(step, "evaluation", values)
+
+    def curve(self, step: int, tag: str, values: Mapping[str, float]) -> None:
+        """Draws one point of each value in TensorBoard."""
+        if self._main:
             self._scalars(tag, {"step": step, **values}, skip=("step",))
 
     def event(self, kind: str, **fields: Any) -> None:

@@ -27,7 +27,7 @@ class Plan:
     @classmethod
     def of(cls, recipe: Recipe, world: int) -> "Plan":
         """Checks a recipe against its model, its shards and the number of ranks. Raises RecipeError or DataError."""
-        manifest = Manifest.load(recipe.data.path)
+        manifest = Manifest.load(recipe.data.path).first("train", recipe.data.shards)
         manifest.verify_sizes("train")
         manifest.verify_sizes("val")
         if len(manifest.classes) != recipe.model.classes:

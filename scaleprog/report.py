@@ -15,7 +15,7 @@ from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.figures import Curve, Search, Segment, draw_accuracy, draw_schedules, draw_searches, stage_begins
 from scaleprog.growth.space import Subnet
 from scaleprog.metrics import read_rows
-from scaleprog.state import decision_from_json
+from scaleprog.state import decision_from_json, unpaired
 
 Row = dict[str, Any]
 NAMES = {"original": "Original", "linear": "Prog", "automatic": "AutoProg", "supernet": "Supernet"}  # the paper's
@@ -129,15 +129,15 @@ def read_run(folder: Path, name: str) -> Run:
     recipe = _parsed(folder / "recipe.yaml", yaml.safe_load, ("seed", "train", "growth", "search"))
     if recipe is None:
         raise CheckpointError(f"{folder}: no recipe.yaml; a run directory is what `scaleprog train` writes")
-    if not rows:
+    events = read_rows(folder / "events.jsonl")
+    if not rows and not events:
         raise CheckpointError(f"{folder}: metrics.jsonl is missing or empty; the run has not recorded anything yet")
     results = _parsed(folder / "results.json", json.loads, ("stages", *(key for key, _ in RESULTS.values())))
     steps = _last_told(row for row in rows if "step_seconds" in row)
     evaluations = _last_told(row for row in rows if "top1" in row)
-    events = read_rows(folder / "events.jsonl")
     return Run(
         name, recipe, results is not None, results or _so_far(steps, evaluations), evaluations, _segments(steps),
-        _read_searches(rows, events, steps), events, steps[-1]["epoch"] if steps else 0.0,
+        _read_searches(events, steps), events, steps[-1]["epoch"] if steps else 0.0,
     )  # fmt: skip
 
 
@@ -183,9 +183,9 @@ def _segments(steps: Sequence[Row]) -> list[Segment]:
     return segments
 
 
-def _read_searches(rows: Sequence[Row], events: Sequence[Row], steps: Sequence[Row]) -> list[Search]:
+def _read_searches(events: Sequence[Row], steps: Sequence[Row]) -> list[Search]:
     """The searches in order, each with the measurements since the one before; the last may be undecided."""
-    measured = _last_told(row for row in rows if any(key.startswith("loss_r") for key in row))
+    measured = _last_told(event for event in _told(events) if event["event"] == "measurement")
     choices = {event["stage"]: event for event in _told(events) if event["event"] == "choice"}
     searches, since = [], -1
     for stage, choice in sorted(choices.items()):
@@ -200,10 +200,9 @@ def _read_searches(rows: Sequence[Row], events: Sequence[Row], steps: Sequence[R
 
 def _losses(measured: Sequence[Row]) -> tuple[tuple[int, ...], dict[Subnet, tuple[float, ...]]]:
     """The steps of some measurements, and per candidate the losses."""
-    keys = [key for key in measured[-1] if key.startswith("loss_r")] if measured else []
-    subnets = {key: Subnet(*map(int, re.findall(r"\d+", key))) for key in keys}
-    losses = {subnet: tuple(row[key] for row in measured) for key, subnet in subnets.items()}
-    return tuple(row["step"] for row in measured), losses
+    told = [unpaired(event["losses"]) for event in measured]
+    losses = {subnet: tuple(losses[subnet] for losses in told) for subnet in (told[-1] if told else ())}
+    return tuple(event["step"] for event in measured), losses
 
 
 def _told(events: Sequence[Row]) -> list[Row]:

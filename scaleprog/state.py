@@ -39,8 +39,8 @@ class RunState:
             "accuracies": dict(self.accuracies),
             "gated": [list(group) for group in self.gated],
             "decisions": [decision_to_json(d) for d in self.decisions],
-            "measured": [_pairs(losses) for losses in self.measured],
-            "step_seconds": _pairs(self.step_seconds),
+            "measured": [pairs(losses) for losses in self.measured],
+            "step_seconds": pairs(self.step_seconds),
         }
 
     @classmethod
@@ -51,8 +51,8 @@ class RunState:
                 **values,
                 "gated": tuple(tuple(group) for group in values["gated"]),
                 "decisions": [decision_from_json(d) for d in values["decisions"]],
-                "measured": [_unpaired(losses) for losses in values["measured"]],
-                "step_seconds": _unpaired(values["step_seconds"]),
+                "measured": [unpaired(losses) for losses in values["measured"]],
+                "step_seconds": unpaired(values["step_seconds"]),
             }
         )
 
@@ -120,9 +120,11 @@ def decision_from_json(values: Mapping[str, Any]) -> Decision:
     )
 
 
-def _pairs(values: Mapping[Subnet, Any]) -> list[list[Any]]:
+def pairs(values: Mapping[Subnet, Any]) -> list[list[Any]]:
+    """A mapping from Subnets as JSON has it: [resolution, depth, value] each."""
     return [[subnet.resolution, subnet.depth, value] for subnet, value in values.items()]
 
 
-def _unpaired(pairs: list[list[Any]]) -> dict[Subnet, Any]:
+def unpaired(pairs: list[list[Any]]) -> dict[Subnet, Any]:
+    """The inverse of `pairs`."""
     return {Subnet(resolution, depth): value for resolution, depth, value in pairs}

@@ -31,7 +31,7 @@ from scaleprog.plan import Plan
 from scaleprog.recipe import Recipe
 from scaleprog.sharding import ENGINES, Backend
 from scaleprog.sharding.coordinator import Coordinator, process_group
-from scaleprog.state import RunState, decision_from_json, decision_to_json, summary
+from scaleprog.state import RunState, decision_from_json, decision_to_json, pairs, summary
 
 COLLECT_EVERY = 500  # steps between two garbage collections, the same steps on all ranks
 
@@ -224,8 +224,8 @@ def measure(run: Run, phase: Phase) -> None:
     run.state.search_seconds += timer.seconds()
     run.state.train_seconds += timer.seconds()  # the paper's time includes the scoring
     run.state.train_cpu_seconds += timer.cpu_seconds
-    values = {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()}
-    run.recorder.measurement(run.state.step, "search", values)
+    run.recorder.event("measurement", step=run.state.step, losses=pairs(losses))
+    run.recorder.curve(run.state.step, "search", {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()})
 
 
 def choose(run: Run, phase: Phase) -> None:
@@ -247,7 +247,7 @@ def choose(run: Run, phase: Phase) -> None:
     )
     state.decisions.append(decision)
     run.recorder.event("choice", step=state.step, **decision_to_json(decision))
-    run.recorder.measurement(
+    run.recorder.curve(
         state.step, "choice",
         {"alpha": decision.alpha, "resolution": decision.chosen.resolution, "depth": decision.chosen.depth}
         | {f"score_{s.tag}": score for s, score in zip(decision.candidates, decision.scores)}
@@ -345,7 +345,7 @@ def after_step(run: Run, phase: Phase) -> None:
             run.backend, run.coordinator, run.plan.manifest, recipe.data, recipe.augment, recipe.evaluate,
             network.resolution, run.plan.active(phase, network),
         )  # fmt: skip
-        run.recorder.measurement(state.step, "evaluation", state.accuracies | {"train_seconds": state.train_seconds})
+        run.recorder.evaluation(state.step, state.accuracies | {"train_seconds": state.train_seconds})
         run.progress.say(
             f"step {state.step}: top-1 {state.accuracies['top1']:.2f} %, EMA {state.accuracies['top1_ema']:.2f} %"
         )

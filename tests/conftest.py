@@ -28,6 +28,10 @@ from shards.check import write_manifest
 SIDE, CLASSES = 32, 4
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--regenerate-golden", action="store_true", dest="regenerate_golden", help="rewrite golden losses")
+
+
 def pattern(label: int, rng: np.random.Generator) -> np.ndarray:
     """A (SIDE, SIDE, 3) uint8 grating whose direction is its class, in noise."""
     y, x = np.mgrid[:SIDE, :SIDE] / SIDE

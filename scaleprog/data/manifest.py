@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -109,6 +109,18 @@ class Manifest:
                 f"{self.root}: no split {name!r} in {NAME} (there: {there}); add {name}-*.tar and index anew."
             )
         return self.splits[name]
+
+    def first(self, name: str, shards: int | None) -> "Manifest":
+        """The same data set with only the first `shards` shards of a split (None: all).
+
+        Raises:
+            DataError: the split has fewer.
+        """
+        if shards is None:
+            return self
+        if shards > len(self.split(name)):
+            raise DataError(f"data.shards: {shards}, but {self.root} has {len(self.split(name))} shards of {name!r}")
+        return replace(self, splits={**self.splits, name: self.split(name)[:shards]})
 
     def samples(self, name: str) -> int:
         """Number of samples in split `name`; DataError where the data set has no such split."""

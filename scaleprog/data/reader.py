@@ -44,6 +44,8 @@ class DataSettings(Settings):
     """Steps that each worker decodes ahead."""
     cache: int = Field(256, ge=0)
     """MiB: a split no larger than this is read once and kept in memory."""
+    shards: int | None = Field(None, ge=1)
+    """Train on the first so many shards only: a fixed random part of the images, which were shuffled when stored."""
     trace: bool = False
     """Write the ids of the samples of every step down."""
 

@@ -276,7 +276,7 @@ def small_files() -> Iterator[None]:
 def test_a_write_that_breaks_off_leaves_the_older_ones(save: Save, folder: Path, small_files: None) -> None:
     save(20)
     large = {"online/net.weight": torch.zeros(2**16)}
-    with pytest.raises(CheckpointError, match=r"step-00000040\.writing: not written \(rank 0: .*large.*older .* stay"):
+    with pytest.raises(CheckpointError, match=r"step-00000040\.writing: not written \(rank 0: .*\); is the disk full"):
         Checkpoints(folder, Coordinator(), keep=1).save(40, {}, large, None)
     assert newest(folder) == ("step-00000020", [])
     assert [path.name for path in committed(folder)] == ["step-00000020"]
@@ -351,6 +351,6 @@ def test_a_tensor_that_metadata_calls_bytes_is_not_unpickled(save: Save, tmp_pat
     entry.relative_path, entry.offset, entry.length = "__0_0.distcp", 0, (path / "__0_0.distcp").stat().st_size
     metadata.storage_data[MetadataIndex(name)] = entry
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"names .*\.BytesStorageMetadata, which no checkpoint metadata contains"):
         load_tensors(sign(path), {name: torch.zeros(7, 5)})
     assert not touched.exists()

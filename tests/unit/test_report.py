@@ -81,8 +81,8 @@ class Writer:
         self.event("checkpoint", seconds=0.5, bytes=2**20)
 
     def measure(self) -> None:
-        losses = {f"loss_r{r}_l{d}": 1.5 + 1 / (1 + self.step) - 0.001 * r - 0.01 * d for r, d in CANDIDATES}
-        self.rows.append({"step": self.step, **losses})
+        losses = [[r, d, 1.5 + 1 / (1 + self.step) - 0.001 * r - 0.01 * d] for r, d in CANDIDATES]
+        self.event("measurement", losses=losses)
 
     def choose(self, stage: int) -> None:
         chosen = CANDIDATES[0] if stage == 1 else CANDIDATES[2]
@@ -90,7 +90,6 @@ class Writer:
             "choice", stage=stage, candidates=CANDIDATES, losses=[1.51, 1.42, 1.43, 1.34], alpha=0.125 * stage,
             times=[seconds_of(*c, self.full) for c in CANDIDATES], scores=[1.9, 1.8, 1.7, 1.6], chosen=chosen,
         )  # fmt: skip
-        self.rows.append({"step": self.step, "alpha": 0.125 * stage, "resolution": chosen[0], "depth": chosen[1]})
 
     def save(self, finished: bool = True, top1: float = 80.0) -> Path:
         for name, rows in (("metrics", self.rows), ("events", self.events)):

@@ -1,0 +1,377 @@
+"""The command line: what it prints, and how it tells a mistake: plainly, once, with an exit code that is not 0."""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from scaleprog import cli
+from scaleprog.checkpoint import committed
+from scaleprog.data.manifest import Manifest, Shard
+from scaleprog.data.order import Order
+from scaleprog.recipe import Recipe
+
+ORIGINAL = {"growth": {"schedule": "original"}, "sharding": {"engine": "replicated"}}
+MakeRecipe = Callable[..., Recipe]
+
+
+class Told(NamedTuple):
+    """How a command ended, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Told]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs `scaleprog ARGUMENTS` in this process, as the console script does."""
+
+    def call(*arguments: object) -> Told:
+        monkeypatch.setattr(sys, "argv", ["scaleprog", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        code = ended.value.code
+        assert isinstance(code, int | None)
+        return Told(code or 0, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def write_recipe(make_recipe: MakeRecipe, tmp_path: Path) -> Callable[..., Path]:
+    """A recipe file over the patterns; by default one network throughout, without shards."""
+
+    def write(**groups: Any) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(make_recipe(**(ORIGINAL | groups)).dump())
+        return path
+
+    return write
+
+
+def is_mistake(told: Told, *parts: str) -> bool:
+    """Whether a mistake of the user was told as it should be, each of `parts` in the message."""
+    start = told.err.rfind("scaleprog: ")
+    message = told.err[start:]
+    assert told.code == 2, told
+    assert start >= 0, told
+    assert start == 0 or told.err[start - 1] == "\n"
+    assert "Traceback" not in told.err + told.out
+    assert [part for part in parts if part not in message] == [], message
+    return True
+
+
+# ---- plan
+
+
+def test_plan_prints_stages_and_the_predicted_speedup(command: Command, write_recipe: Callable[..., Path]) -> None:
+    recipe = write_recipe(growth={"schedule": "linear", "stages": 3}, data={"path": "not/there"})
+    told = command("plan", recipe)
+    assert (told.code, told.err) == (0, "")
+    rows = [[cell.strip() for cell in line.split("│")[1:5]] for line in told.out.splitlines() if "│" in line]
+    assert rows == [["1", "train", "16", "2"], ["2", "train", "24", "3"], ["3", "train", "32", "4"]]
+    assert re.search(r"predicted speedup by GMACs: \+\d+\.\d%", told.out)
+    assert "a search decides" not in told.out
+    assert "a search decides stage by stage" in command("plan", recipe, "growth.schedule=automatic").out
+
+
+def test_plan_shares_memory_out_over_ranks(command: Command, write_recipe: Callable[..., Path]) -> None:
+    recipe = write_recipe(model={"width": 384, "heads": 6}, sharding={"engine": "fsdp"})
+    one, four = (int(re.findall(r"(\d+) MiB", command("plan", recipe, "--nproc", n).out)[-1]) for n in (1, 4))
+    assert one == pytest.approx(4 * four, abs=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.epoch=3"], "recipe.yaml:\n  train.epoch: unknown key; did you mean train.epochs?"),
+        (["growht.stages=3"], "growht: unknown key; did you mean growth?"),
+        (["train.batch=0"], "train.batch: Input should be greater than or equal to 1, got 0"),
+        (["train.batch=many"], "train.batch: Input should be a valid integer"),
+        (["train.batch"], "override 'train.batch' is not of the form key=value"),
+        (["model.name=vit_tiny_patch16_225"], "model.name: timm knows no 'vit_tiny_patch16_225'; did you mean vit_"),
+        (["model.name=resnet18", "model.patch=null"], "model.name: resnet18 belongs to no elastic family"),
+        (["model.resolution=30"], "model.resolution: 30 is not a multiple of the model's stride, 8 pixels"),
+        (["growth.schedule=[{resolution: 32, depth: 3}]"], "growth.schedule: the last stage must be the complete"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_recipe(
+    arguments: list[str], message: str, command: Command, write_recipe: Callable[..., Path]
+) -> None:
+    assert is_mistake(command("plan", write_recipe(), *arguments), message)
+
+
+def test_a_missing_recipe_is_told_by_a_process_of_its_own(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "scaleprog", "plan", str(tmp_path / "nowhere.yaml")]
+    ended = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"scaleprog: {tmp_path}/nowhere.yaml: no such recipe\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("trian", "recipe.yaml"), ("train",), ("train", "recipe.yaml", "--nproc", "0"),
+        ("train", "recipe.yaml", "--ranks", "2"), ("evaluate", "run", "--weights", "worst"),
+        ("evaluate", "run", "--resolution", "large"), ("export", "run"), ("report", "run"), ("shards", "chekc", "x"),
+    ],
+)  # fmt: skip
+def test_what_is_no_command_says_how_to_find_out(arguments: tuple[str, ...], command: Command) -> None:
+    told = command(*arguments)
+    assert told.code == 2
+    assert "--help" in told.err
+    assert "Traceback" not in told.err
+
+
+def test_help_names_the_commands(command: Command) -> None:
+    told = command("--help")
+    assert told.code == 0
+    assert all(name in told.out for name in ("plan", "train", "evaluate", "export", "report", "shards"))
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, write_recipe: Callable[..., Path]) -> None:
+    monkeypatch.setattr(cli, "describe", lambda *_: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["scaleprog", "plan", str(write_recipe())])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_an_interrupt_is_no_success(
+    command: Command, monkeypatch: pytest.MonkeyPatch, write_recipe: Callable[..., Path]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train_rank", interrupt)
+    told = command("train", write_recipe())
+    assert told.code == 130
+    assert "Traceback" not in told.err
+
+
+# ---- train, evaluate, export, report
+
+
+def test_from_training_to_a_report(command: Command, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe, run = write_recipe(train={"epochs": 1}), tmp_path / "run"
+    told = command("train", recipe, "train.max_steps=3", "--run-dir", run)
+    assert (told.code, told.out) == (0, "")  # stopped early: no results yet
+    assert is_mistake(command("export", run, tmp_path / "early.safetensors"), "step 3 has no evaluation yet")
+    assert is_mistake(
+        command("train", recipe, "--run-dir", tmp_path / "other", "--baseline", run),
+        f"--baseline: {run}/results.json does not exist; has that run finished?",
+    )
+    assert not (tmp_path / "other").exists()  # told before anything was spent
+
+    told = command("train", recipe, "--run-dir", run)
+    assert told.code == 0
+    assert re.fullmatch(rf"{run}: top-1 \d+\.\d\d %, \S+ s of training steps, \S+ s in all\n", told.out)
+    assert "resuming" in told.err
+    top1 = json.loads((run / "results.json").read_text())["top1_best"]
+    assert command("evaluate", run).out.startswith(f"{run}: top-1 {top1:.2f} % (")
+    assert command("evaluate", run, "--resolution", 16, "--weights", "ema").out.endswith("% (ema weights)\n")
+    assert is_mistake(command("evaluate", run, "--resolution", 30), "--resolution: 30 is not a multiple of", "8 pixels")
+    assert is_mistake(command("evaluate", run, "--resolution", 0), "--resolution: 0 is not a multiple of")
+    told = command("export", run, tmp_path / "model.safetensors")
+    assert (told.code, (tmp_path / "model.safetensors").exists()) == (0, True)
+    assert "load with: timm.create_model(" in told.out
+    told = command("report", run, "--out", tmp_path / "report")
+    assert told.code == 0
+    assert f"{tmp_path}/report/report.md" in told.out
+
+
+def test_a_baseline_gives_the_speedup(command: Command, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe, baseline, run = write_recipe(train={"epochs": 1}), tmp_path / "baseline", tmp_path / "run"
+    baseline.mkdir()
+    for text in ("", "{}", "[]", '{"train_seconds": null}'):
+        (baseline / "results.json").write_text(text)
+        told = command("train", recipe, "--run-dir", run, "--baseline", baseline)
+        assert is_mistake(told, f"--baseline: {baseline}/results.json is no results.json of a run")
+    (baseline / "results.json").write_text('{"train_seconds": 1000}')
+    told = command("train", recipe, "--run-dir", run, "--baseline", baseline)
+    results = json.loads((run / "results.json").read_text())
+    assert results["speedup"] == pytest.approx(1000 / results["train_seconds"] - 1)
+    assert told.out.endswith(f", speedup {results['speedup']:+.1%}\n")
+
+
+def test_folders_that_are_no_runs(command: Command, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    nowhere, out = tmp_path / "nowhere", tmp_path / "out"
+    assert is_mistake(command("report", nowhere, "--out", out), f"{nowhere}: no such run directory")
+    assert is_mistake(command("evaluate", nowhere), f"{nowhere}: no run directory")
+    assert is_mistake(command("export", nowhere, out), f"{nowhere}: no run directory")
+    write_recipe()  # as a run directory holds it
+    assert is_mistake(command("report", tmp_path, "--out", out), "has not recorded anything yet")
+    assert is_mistake(command("evaluate", tmp_path), f"{tmp_path}: no checkpoint yet")
+    assert is_mistake(command("export", tmp_path, out), f"{tmp_path}: no checkpoint yet")
+    assert not out.exists()
+
+
+def test_a_run_directory_goes_on_with_its_own_recipe_alone(
+    command: Command, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe, run = write_recipe(), tmp_path / "run"
+    assert command("train", recipe, "train.max_steps=1", "--run-dir", run).code == 0
+    told = command("train", recipe, "optimizer.lr=0.25", "seed=3", "train.max_steps=7", "--run-dir", run)
+    assert is_mistake(
+        told,
+        f"{run} is the run directory of another recipe:\n  optimizer.lr: 0.25 here, 0.0005 there\n  seed: 3 here, 0 "
+        "there\nuse another --run-dir, or this recipe\n",
+    )
+    free = ["train.max_steps=2", "data.workers=1", "data.cache=0", "sharding.engine=fsdp", "checkpoint.keep=5"]
+    assert command("train", recipe, *free, "--run-dir", run).code == 0
+    assert [path.name for path in committed(run / "checkpoints")] == ["step-00000001", "step-00000002"]
+
+
+# ---- shards that are missing or damaged
+
+
+def test_missing_shards(command: Command, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = write_recipe()
+    told = command("train", recipe, f"data.path={tmp_path}/nowhere", "--run-dir", tmp_path / "run")
+    assert is_mistake(told, f"{tmp_path}/nowhere: there is no such folder of shards", "scaleprog shards ")
+    told = command("train", recipe, f"data.path={tmp_path}", "--run-dir", tmp_path / "run")
+    assert is_mistake(told, f"{tmp_path}: the folder has no manifest.json", "scaleprog shards check")
+    assert is_mistake(command("shards", "check", tmp_path), f"{tmp_path}: the folder has no manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batch=6", "a global batch of 6 cannot be taken evenly from 4 lanes: set data.lanes to a divisor"),
+        ("model.classes=5", "model.classes: 5, but "),
+    ],
+)
+def test_a_recipe_that_does_not_fit_its_shards(
+    override: str, message: str, command: Command, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    assert is_mistake(command("train", write_recipe(), override, "--run-dir", tmp_path / "run"), message)
+    assert not (tmp_path / "run").exists()
+
+
+FIRST = Order((36, 36, 36, 36, 16), seed=0, lanes=4, batch=8).lane(0, 2)[0].tolist()
+"""Shard, and index in it, of the sample that lane 2 gives first: with two ranks it is rank 1's."""
+KEY = f"train{36 * FIRST[0] + FIRST[1]:05d}"
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def with_member(path: Path, name: str, content: bytes) -> None:
+    """Writes the tar anew with another content of one member."""
+    with tarfile.open(path) as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    assert name in members
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, value in (members | {name: content}).items():
+            member = tarfile.TarInfo(key)
+            member.size = len(value)
+            tar.addfile(member, BytesIO(value))
+
+
+def undecodable(path: Path) -> None:
+    with_member(path, f"{KEY}.png", b"\x89PNG\r\n\x1a\n and nothing more")
+
+
+def mislabelled(path: Path) -> None:
+    with_member(path, f"{KEY}.cls", b"4")
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], bool, str]] = {
+    "truncated": (truncated, False, "{path}: truncated, {size} bytes where manifest.json says "),
+    "truncated before it was indexed": (truncated, True, "{path}: not a tar of samples ("),
+    "flipped bit": (flipped, False, "{path}: the checksum differs from the manifest's"),
+    "undecodable": (undecodable, True, "{path}: sample '{key}': cannot be decoded as an image"),
+    "label out of range": (mislabelled, True, "{path}: sample '{key}': label 4 is outside 0-3"),
+}
+"""What is done to the shard, whether the manifest is then made to fit, and the message."""
+
+
+def damage(patterns: Path, folder: Path, kind: str) -> tuple[Path, str]:
+    """A copy of the shards in which one is damaged, and the message that is due."""
+    harm, indexed, message = DAMAGES[kind]
+    shutil.copytree(patterns, folder)
+    path = folder / f"train-{FIRST[0]:06d}.tar"
+    harm(path)
+    if indexed:
+        manifest = Manifest.load(folder)
+        shards = [Shard.measure(path, s.samples) if s.name == path.name else s for s in manifest.split("train")]
+        replace(manifest, splits={**manifest.splits, "train": tuple(shards)}).save()
+    return folder, message.format(path=path, size=path.stat().st_size, key=KEY)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_shard_is_named_in_training(
+    kind: str, command: Command, write_recipe: Callable[..., Path], patterns: Path, tmp_path: Path
+) -> None:
+    folder, message = damage(patterns, tmp_path / "shards", kind)
+    recipe = write_recipe(data={"path": str(folder)})
+    for workers, cache in ((0, 0), (1, 0), (1, 256)):
+        told = command(
+            "train", recipe, f"data.workers={workers}", f"data.cache={cache}", "--run-dir", tmp_path / f"{workers}"
+        )
+        assert is_mistake(told, message)
+    assert multiprocessing.active_children() == []
+
+
+def test_a_damaged_image_of_the_validation_split_is_named(
+    command: Command, write_recipe: Callable[..., Path], patterns: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(patterns, tmp_path / "shards")
+    path = tmp_path / "shards" / "val-000001.tar"
+    with_member(path, "val00020.png", b"")
+    manifest = Manifest.load(tmp_path / "shards")
+    val = (manifest.split("val")[0], Shard.measure(path, 11))
+    replace(manifest, splits={**manifest.splits, "val": val}).save()
+    recipe = write_recipe(data={"path": str(tmp_path / "shards")}, train={"epochs": 0.1})
+    told = command("train", recipe, "--run-dir", tmp_path / "run")
+    assert is_mistake(told, f"{path}: sample 'val00020': cannot be decoded as an image")
+
+
+def test_a_rank_that_fails_is_named_and_ends_all(
+    command: Command, write_recipe: Callable[..., Path], patterns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCALEPROG_TEST", str(tmp_path))  # by which the processes of this run are known
+    folder, message = damage(patterns, tmp_path / "shards", "undecodable")
+    recipe = write_recipe(data={"path": str(folder), "workers": 1})
+    told = command("train", recipe, "--nproc", 2, "--run-dir", tmp_path / "run")
+    assert is_mistake(told, f"scaleprog: rank 1: {message}")
+    deadline = time.monotonic() + 30
+    while (left := processes(f"SCALEPROG_TEST={tmp_path}")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+
+
+def processes(setting: str) -> list[str]:
+    """Command lines of the processes that began with this environment setting, without Python's own housekeeper."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment, line = (folder / "environ").read_text(), (folder / "cmdline").read_text().replace("\0", " ")
+        except (OSError, UnicodeDecodeError):  # ended meanwhile, or not ours
+            continue
+        if setting in environment.split("\0") and "resource_tracker" not in line:
+            found.append(line)
+    return found
