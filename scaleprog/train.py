@@ -91,8 +91,11 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
     )  # fmt: skip
 
     # ---- loop
+    if current_phase(run) is None and (folder / "results.json").exists():
+        progress.say(f"{folder} is finished: {state.step} steps")
+        return json.loads((folder / "results.json").read_text())
     gc.disable()
-    began, earlier = time.perf_counter(), state.wall_seconds
+    began = time.perf_counter() - state.wall_seconds
     try:
         while (index := current_phase(run)) is not None and not stopped_early(run):
             phases = plan.schedule.phases(state.chosen)
@@ -107,8 +110,9 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
                     waited = time.perf_counter() - waited
                     subnet = phase.subnet(recipe.seed, state.step)
                     train_step(run, phase, subnet, actives[subnet], batch, waited)
-                    state.wall_seconds = earlier + time.perf_counter() - began
+                    state.wall_seconds = time.perf_counter() - began
                     after_step(run, phase)
+        state.wall_seconds = time.perf_counter() - began
         return finish(run) if current_phase(run) is None else {}
     except Exception as error:
         recorder.event("error", step=state.step, rank=rank, message=f"{type(error).__name__}: {error}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from pydantic import Field
@@ -125,6 +126,10 @@ class Schedule:
 
     def phases(self, chosen: Sequence[Subnet]) -> list[Phase]:
         """All phases that follow from the searches' choices so far; the last one may end in an open search."""
+        return list(self._phases(tuple(chosen)))
+
+    @cache  # noqa: B019 - asked at every step; a schedule and the choices are few and hashable
+    def _phases(self, chosen: tuple[Subnet, ...]) -> list[Phase]:
         phases: list[Phase] = []
         undecided, step, previous = list(chosen), 0, None
         for stage in range(1, self.stages + 1):
