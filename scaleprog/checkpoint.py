@@ -63,14 +63,16 @@ class Checkpoints:
         """
         began = time.perf_counter()
         final, temporary = self.folder / f"step-{step:08d}", self.folder / f".step-{step:08d}.writing"
-        self._on_rank_0(lambda: _clear(temporary), f"cannot prepare {temporary}")
+        self._on_rank_0(lambda: _clear(temporary), f"cannot prepare {temporary}; older checkpoints stay")
         try:
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
         except (OSError, dcp.api.CheckpointException) as error:
             raise CheckpointError(
                 f"{temporary}: not written ({_reason(error)}); is the disk full or over quota? Older checkpoints stay"
             ) from error
-        size = self._on_rank_0(lambda: _publish(temporary, final, state), f"cannot publish {final}")
+        size = self._on_rank_0(
+            lambda: _publish(temporary, final, state), f"cannot publish {final}; older checkpoints stay"
+        )
         self._on_rank_0(lambda: self._retire(step, protect), "cannot delete older checkpoints")
         return Commit(final, step, time.perf_counter() - began, size)
 
@@ -95,23 +97,29 @@ class Checkpoints:
         name = self.coordinator.decide("checkpoint to resume from", find)
         return self.folder / name if name else None
 
+    def at(self, step: int) -> Path:
+        """The checkpoint of a step, verified. Raises CheckpointError on every rank."""
+        path = self.folder / f"step-{step:08d}"
+        self._on_rank_0(lambda: verify(path), "cannot go back to the weights from before the search")
+        return path
+
     def _retire(self, step: int, protect: int | None) -> None:
         older = [p for p in committed(self.folder) if step_of(p) < step and step_of(p) != protect]
         for path in older[: max(0, len(older) - self.keep + 1)]:
             shutil.rmtree(path)
 
     def _on_rank_0(self, action: Callable[[], Any], failure: str) -> Any:
-        """Runs `action` on rank 0; its OSError becomes a CheckpointError on every rank."""
+        """Runs `action` on rank 0; its failure becomes a CheckpointError on every rank."""
 
         def attempt() -> list[Any]:
             try:
                 return [action(), None]
-            except OSError as error:
+            except (OSError, CheckpointError) as error:
                 return [None, str(error)]
 
         value, error = self.coordinator.decide("checkpoint", attempt)
         if error is not None:
-            raise CheckpointError(f"{failure}: {error}; older checkpoints stay")
+            raise CheckpointError(f"{failure}: {error}")
         return value
 
 

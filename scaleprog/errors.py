@@ -17,5 +17,9 @@ class CheckpointError(ScaleprogError):
     """A checkpoint or run directory that is missing, damaged or of another recipe."""
 
 
+class Diverged(ScaleprogError):
+    """A loss that is not a number any more."""
+
+
 class Disagreement(ScaleprogError):
     """Ranks that would have acted on different values."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from scaleprog.settings import Settings
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -18,7 +20,7 @@ class OptimizerSettings(Settings):
 
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     warmup_epochs: float = Field(default=5, ge=0)
     warmup_lr: float = Field(default=1e-6, ge=0)
     min_lr: float = Field(default=1e-5, ge=0)

@@ -39,7 +39,7 @@ class TrainSettings(Settings):
 class Recipe(Settings):
     """Everything that determines a run."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     model: ModelSettings
     data: DataSettings
     augment: AugmentSettings = AugmentSettings()

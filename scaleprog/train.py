@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from scaleprog.checkpoint import Checkpoints, load_tensors, read_state
 from scaleprog.data.augment import Request, mix
 from scaleprog.data.order import SEARCH_EPOCH
 from scaleprog.data.reader import Batch, TrainReader
-from scaleprog.errors import CheckpointError
+from scaleprog.errors import CheckpointError, Diverged
 from scaleprog.evaluate import evaluate
 from scaleprog.growth.schedule import Phase
 from scaleprog.growth.search import decide, measurement_steps
@@ -83,6 +84,9 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
     progress = ProgressLine(plan.schedule.steps, 0, rank == 0)
     checkpoints = Checkpoints(folder / "checkpoints", coordinator, recipe.checkpoint.keep)
     state = restore(plan, checkpoints, backend, progress)
+    if state.step == plan.schedule.phases(state.chosen)[-1].stop and (folder / "results.json").exists():
+        progress.say(f"{folder} is finished: {state.step} steps")
+        return json.loads((folder / "results.json").read_text())
     recorder = Recorder(folder, coordinator, state.step, recipe.train.log_every)
     run = Run(folder, recipe, plan, coordinator, backend, reader, checkpoints, recorder, progress, state)
     recorder.event(
@@ -91,9 +95,6 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
     )  # fmt: skip
 
     # ---- loop
-    if current_phase(run) is None and (folder / "results.json").exists():
-        progress.say(f"{folder} is finished: {state.step} steps")
-        return json.loads((folder / "results.json").read_text())
     gc.disable()
     began = time.perf_counter() - state.wall_seconds
     try:
@@ -133,8 +134,13 @@ def claim(folder: Path, recipe: Recipe) -> None:
             raise CheckpointError(
                 f"{folder} is the run directory of another recipe:\n{listing}\nuse another --run-dir, or this recipe"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(recipe.dump())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".writing")
+        temporary.write_text(recipe.dump())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be a run directory: {error}") from error
 
 
 def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: ProgressLine) -> RunState:
@@ -183,7 +189,7 @@ def enter(run: Run, phases: list[Phase], index: int) -> None:
     if layer_map is not None:
         began = time.perf_counter()
         if index > 1 and phases[index - 1].searched and not schedule.recycle:
-            before = run.checkpoints.folder / f"step-{phases[index - 1].start:08d}"
+            before = run.checkpoints.at(phases[index - 1].start)
             load_network(before, RunState.from_json(read_state(before)), backend, elastic=False)
             backend.growths = state.growths
         backend.regrow(layer_map, inherit=growth.optimizer == "inherit", elastic=phase.kind == "supernet")
@@ -364,6 +370,11 @@ def settle_rows(run: Run) -> None:
     """Resolves the recorded steps and books their times."""
     state = run.state
     for row in run.recorder.flush():
+        if not math.isfinite(row["loss"]):
+            raise Diverged(
+                f"step {row['step']}: the loss is {row['loss']} at lr {row['lr']:.3g}; lower optimizer.lr, set "
+                "optimizer.clip or warm up longer; the last checkpoint is from before this step"
+            )
         state.train_seconds += row["step_seconds"]
         state.train_cpu_seconds += row["cpu_seconds"]
         if row["phase"] == "supernet":

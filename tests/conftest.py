@@ -50,7 +50,7 @@ def patterns(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i in range(count):
                 image = cv2.imencode(".png", pattern(i % CLASSES, rng))[1].tobytes()
                 writer.write({"__key__": f"{split}{i:05d}", "png": image, "cls": i % CLASSES})
-    write_manifest(folder)
+    write_manifest(folder, workers=1)
     return folder
 
 

@@ -113,7 +113,7 @@ def _resize(image: np.ndarray, box: Box, resolution: int) -> np.ndarray:
     """Cuts the box from (H, W[, C]) and resizes it to (r, r[, C])."""
     height, width = image.shape[:2]
     left, top, right, bottom = box
-    inside = image[max(top, 0) : bottom, max(left, 0) : right]
+    inside = image[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
     if left < 0 or top < 0 or right > width or bottom > height:
         window = np.zeros((bottom - top, right - left, *image.shape[2:]), np.uint8)
         window[max(-top, 0) :, max(-left, 0) :][: inside.shape[0], : inside.shape[1]] = inside

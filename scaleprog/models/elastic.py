@@ -4,7 +4,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import timm
 import torch
@@ -23,7 +23,7 @@ class ModelSettings(Settings):
     """A timm model by name, and overrides of its sizes (None keeps timm's).
 
     `resolution` and `patch` are in pixels, `width` is the embedding dimension, `drop_path` the stochastic-depth rate of
-    the last layer (it rises linearly from 0 at the first).
+    the last layer (it rises linearly from 0 at the first), `init` timm's scheme of initialisation (None: its default).
     """
 
     name: str
@@ -35,6 +35,7 @@ class ModelSettings(Settings):
     depth: int | None = Field(default=None, ge=1)
     heads: int | None = Field(default=None, ge=1)
     drop_path: float = Field(default=0.0, ge=0, lt=1)
+    init: Literal["jax", "jax_nlhb", "moco"] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class ElasticModel(nn.Module, ABC):
         for layers, gates in zip(self.groups(), structure.gated, strict=True):
             for layer, gated in zip(layers, gates, strict=True):
                 _replace_drop_path(layer, gated, settings.name)
+        self._residuals = [residuals(layer) for group in self.groups() for layer in group]
 
     @classmethod
     @abstractmethod
@@ -135,10 +137,9 @@ class ElasticModel(nn.Module, ABC):
 
         `active`: the layers that run (None: all); `drop`: stochastic-depth scales (layers, 2, B), see `drop_scales`.
         """
-        layers = [layer for group in self.groups() for layer in group]
-        for i, layer in enumerate(layers):
-            for j, residual in enumerate(residuals(layer)):
-                residual.scale = None if drop is None else drop[i, j]
+        for i, ends in enumerate(self._residuals):
+            for j, end in enumerate(ends):
+                end.scale = None if drop is None else drop[i, j]
         return self.run(images, active or tuple(tuple(range(len(group))) for group in self.groups()))
 
     def groups(self) -> tuple[Sequence[nn.Module], ...]:

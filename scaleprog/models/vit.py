@@ -25,6 +25,7 @@ class ElasticViT(ElasticModel):
             "embed_dim": settings.width,
             "depth": settings.depth if depths is None else depths[0],
             "num_heads": settings.heads,
+            "weight_init": settings.init,
         }
         return {
             "model_name": settings.name,

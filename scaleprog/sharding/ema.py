@@ -42,4 +42,5 @@ class Ema:
 
 def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor, without its gradient history; writing into it writes into the tensor."""
-    return [(t.to_local() if isinstance(t, DTensor) else t).detach() for t in tensors]
+    with torch.no_grad():
+        return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]

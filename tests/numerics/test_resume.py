@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from scaleprog.errors import Diverged
 from scaleprog.metrics import read_rows
 from scaleprog.recipe import Recipe
 from tests.conftest import final_tensors, run, step_rows
@@ -119,3 +120,11 @@ def board(folder: Path) -> dict[str, list[tuple[int, float]]]:
         series
     )
     return {tag: points for tag, points in series.items() if not tag.endswith(CLOCK)}
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(
+    make_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = make_recipe(optimizer={"lr": 1e30, "warmup_epochs": 0}, train={"epochs": 1, "batch": 8, "log_every": 2})
+    with pytest.raises(Diverged, match=r"step \d+: the loss is (nan|inf) at lr 1e\+30"):
+        run(recipe, tmp_path)

@@ -205,6 +205,7 @@ def test_one_stray_letter_in_any_key_is_told_with_the_right_key(key: str, at: in
         ("train.epochs=.nan", "train.epochs: Input should be greater than 0, got nan"),
         ("train=[1, 2]", "train: Input should be a valid dictionary or instance of TrainSettings, got [1, 2]"),
         ("seed=-1", "seed: Input should be greater than or equal to 0, got -1"),
+        ("seed=4294967296", "seed: Input should be less than 4294967296, got 4294967296"),
         ("optimizer.lr=-1e-3", "optimizer.lr: Input should be greater than 0, got '-1e-3'"),
         ("optimizer.betas=[0.9]", "optimizer.betas.1: missing"),
         ("model.name=3", "model.name: Input should be a valid string, got 3"),
