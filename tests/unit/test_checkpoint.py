@@ -294,7 +294,8 @@ def test_a_disk_that_is_full_only_for_the_manifest_leaves_the_older_ones(
 def test_a_folder_that_cannot_be_made_is_named(one_rank: None, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        CheckpointError, match=r"cannot prepare .*file/checkpoints/\.step-00000001\.writing: .*Not a di"
+        CheckpointError,
+        match=r"cannot prepare .*file/checkpoints/\.step-00000001\.writing; older checkpoints stay: .*Not a di",
     ):
         Checkpoints(tmp_path / "file" / "checkpoints", Coordinator(), keep=1).save(1, {}, tensors(), None)
 
