@@ -21,7 +21,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from launchers.local import launch
 from scaleprog.growth.operators import fresh, grow
-from scaleprog.models.elastic import family
+from scaleprog.models import family
 from scaleprog.plan import outline
 from scaleprog.recipe import Recipe
 from scaleprog.sharding.coordinator import process_group

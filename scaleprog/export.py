@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from scaleprog.checkpoint import Checkpoints, read_state
 from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError
 from scaleprog.evaluate import evaluate
-from scaleprog.models.elastic import family
+from scaleprog.models import family
 from scaleprog.plan import Plan
 from scaleprog.recipe import Recipe
 from scaleprog.sharding import Backend

@@ -8,8 +8,9 @@ from scaleprog.data.order import Order
 from scaleprog.errors import RecipeError
 from scaleprog.growth.schedule import Phase, Schedule
 from scaleprog.growth.space import Subnet
+from scaleprog.models import family
 from scaleprog.models.cost import gmacs, parameters
-from scaleprog.models.elastic import ElasticModel, family
+from scaleprog.models.elastic import ElasticModel
 from scaleprog.recipe import Recipe
 
 

@@ -18,7 +18,8 @@ from webdataset.writer import ShardWriter
 from launchers.local import launch
 from scaleprog.checkpoint import committed, load_tensors, read_state
 from scaleprog.metrics import read_rows
-from scaleprog.models.elastic import Structure, family
+from scaleprog.models import family
+from scaleprog.models.elastic import Structure
 from scaleprog.recipe import Recipe
 from scaleprog.sharding.coordinator import process_group
 from scaleprog.state import RunState

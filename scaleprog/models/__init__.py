@@ -1,1 +1,37 @@
 """Elastic models; they know nothing of distribution."""
+
+import difflib
+
+import timm
+import torch
+
+from scaleprog.errors import RecipeError
+from scaleprog.growth.space import Subnet
+from scaleprog.models.elastic import ElasticModel, ModelSettings
+from scaleprog.models.vit import ElasticViT
+
+FAMILIES: tuple[type[ElasticModel], ...] = (ElasticViT,)
+
+
+def family(settings: ModelSettings) -> tuple[type[ElasticModel], Subnet, int]:
+    """The elastic family of a recipe's model, its full size and its stride (pixels that resolutions are multiples of).
+
+    Raises RecipeError for a name timm does not know, a model of no elastic family, or sizes timm refuses.
+    """
+    if not timm.is_model(settings.name):
+        near = difflib.get_close_matches(settings.name, timm.list_models(), 3) or timm.list_models("deit_*")[:3]
+        raise RecipeError(f"model.name: timm knows no {settings.name!r}; did you mean {' or '.join(near)}?")
+    for candidate in FAMILIES:
+        with torch.device("meta"):
+            try:
+                net = candidate.create(settings, None)
+            except TypeError:  # a model class without elastic resolution
+                continue
+            except (AssertionError, ValueError, RuntimeError) as error:
+                raise RecipeError(f"model: timm cannot build {settings.name} with these sizes: {error}") from error
+        if candidate.fits(net):
+            return candidate, *candidate.sizes(net)
+    raise RecipeError(
+        f"model.name: {settings.name} belongs to no elastic family; "
+        "what fits is a timm VisionTransformer of plain blocks: most vit_*, deit_* and deit3_* names"
+    )

@@ -1,6 +1,5 @@
 """What "elastic" means: a model in layer groups, run at any resolution with any of its layers active."""
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -176,32 +175,6 @@ def drop_scales(rate: float, layers: int, batch: int, seed: int, step: int) -> T
     keep = 1 - torch.linspace(0, rate, layers).view(-1, 1, 1)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     return (torch.rand(layers, 2, batch, generator=generator) < keep) / keep
-
-
-def family(settings: ModelSettings) -> "tuple[type[ElasticModel], Subnet, int]":
-    """The elastic family of a recipe's model, its full size and its stride (pixels that resolutions are multiples of).
-
-    Raises RecipeError for a name timm does not know, a model of no elastic family, or sizes timm refuses.
-    """
-    from scaleprog.models.vit import ElasticViT
-
-    if not timm.is_model(settings.name):
-        near = difflib.get_close_matches(settings.name, timm.list_models(), 3) or timm.list_models("deit_*")[:3]
-        raise RecipeError(f"model.name: timm knows no {settings.name!r}; did you mean {' or '.join(near)}?")
-    for candidate in (ElasticViT,):
-        with torch.device("meta"):
-            try:
-                net = candidate.create(settings, None)
-            except TypeError:  # a model class without elastic resolution
-                continue
-            except (AssertionError, ValueError, RuntimeError) as error:
-                raise RecipeError(f"model: timm cannot build {settings.name} with these sizes: {error}") from error
-        if candidate.fits(net):
-            return candidate, *candidate.sizes(net)
-    raise RecipeError(
-        f"model.name: {settings.name} belongs to no elastic family; "
-        "what fits is a timm VisionTransformer of plain blocks: most vit_*, deit_* and deit3_* names"
-    )
 
 
 def _replace_drop_path(layer: nn.Module, gated: bool, name: str) -> None:

@@ -9,7 +9,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from scaleprog.growth.operators import fresh, grow, keep
 from scaleprog.growth.supernet import active_layers
-from scaleprog.models.elastic import ModelSettings, drop_scales, family
+from scaleprog.models import family
+from scaleprog.models.elastic import ModelSettings, drop_scales
 from scaleprog.optim import OptimizerSettings
 from scaleprog.sharding import ENGINES, Backend
 from scaleprog.sharding.backend import ShardingSettings

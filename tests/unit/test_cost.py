@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaleprog.growth.space import Subnet, ladder
+from scaleprog.models import family
 from scaleprog.models.cost import gmacs, parameters
-from scaleprog.models.elastic import ModelSettings, family
+from scaleprog.models.elastic import ModelSettings
 from scaleprog.models.vit import ElasticViT
 
 DEIT_S = ModelSettings(name="deit_small_patch16_224")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from scaleprog.checkpoint import committed, read_state
 from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError
 from scaleprog.export import evaluate_run, export_run
-from scaleprog.models.elastic import ElasticModel, Structure, family
+from scaleprog.models import family
+from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.recipe import Recipe
 from scaleprog.state import RunState
 from tests.conftest import final_tensors, run

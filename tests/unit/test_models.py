@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from scaleprog.errors import RecipeError
 from scaleprog.growth.operators import fresh, grow, keep
 from scaleprog.growth.space import Subnet
-from scaleprog.models.elastic import ModelSettings, Structure, drop_scales, family, residuals
+from scaleprog.models import family
+from scaleprog.models.elastic import ModelSettings, Structure, drop_scales, residuals
 from scaleprog.models.vit import ElasticViT
 
 NAMES = (
