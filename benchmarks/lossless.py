@@ -19,16 +19,19 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from itertools import chain
+from itertools import accumulate, chain, groupby
 from pathlib import Path
+from typing import Any
 
+from scaleprog.figures import Curve, draw_accuracy
 from scaleprog.metrics import read_rows
 from scaleprog.report import write_report
 
 RECIPES = ("original", "prog", "late", "autoprog", "autoprog_04")
+Key = tuple[str, int]  # recipe and seed
 NAMES = dict(zip(RECIPES, ("Original", "Prog", "by hand: 4/7 small", "AutoProg 0.5 Ω", "AutoProg 0.4 Ω")))
 
 
@@ -44,9 +47,13 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda job: run(*job, options.runs, options.overrides), jobs))
     options.out.mkdir(parents=True, exist_ok=True)
-    text = table(options.runs, options.seeds)
+    folders = {job: options.runs / name(*job) for job in jobs}
+    results = {job: json.loads((folder / "results.json").read_text()) for job, folder in folders.items()}
+    clocks = priced(folders, results)
+    text = table(options.seeds, results, clocks)
     (options.out / "table.md").write_text(text)
-    write_report([options.runs / name(*job) for job in jobs], options.out)
+    write_report(list(folders.values()), options.out)
+    picture(options.out / "accuracy_over_priced_time.png", folders, clocks)
     print(text)
 
 
@@ -67,14 +74,12 @@ def run(recipe: str, seed: int, runs: Path, overrides: Iterable[str]) -> None:
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=True)
 
 
-def table(runs: Path, seeds: list[int]) -> str:
+def table(seeds: list[int], results: dict[Key, dict[str, Any]], clocks: dict[Key, Callable[[int], float]]) -> str:
     """Markdown: a row per recipe (mean and sample standard deviation over seeds) and the rows of each run."""
-    keys = [(recipe, seed) for recipe in RECIPES for seed in seeds]
-    results = {key: json.loads((runs / name(*key) / "results.json").read_text()) for key in keys}
-    prices = priced({key: steps(runs / name(*key)) for key in keys}, results)
+    prices = {key: clock(results[key]["steps"]) for key, clock in clocks.items()}
     lines = [
         f"{len(seeds)} seeds, {datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, one thread a run, several runs at a "
-        "time. Top-1 is the better of online and EMA weights at the end, in percent; Δ and speedup (Original / run - 1, "
+        "time. Top-1 is the better of online and EMA weights at the end, in percent; Δ and speedup (Original / run - 1 "
         "as the paper counts it) are against the Original of the same seed. Priced: every step at the median CPU time "
         "of its sub-network over all runs.",
         "",
@@ -102,7 +107,8 @@ def table(runs: Path, seeds: list[int]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for (recipe, seed), result in results.items():
-        stages = " → ".join(f"{s['resolution']}x{s['depth']}" for s in result["stages"])
+        sizes = [f"{s['resolution']}x{s['depth']}" for s in result["stages"]]
+        stages = " → ".join(size if n == 1 else f"{n} · {size}" for size, n in repeated(sizes))
         lines.append(
             f"| {NAMES[recipe]} | {seed} | {stages} | {result['top1']:.2f} | {result['top1_ema']:.2f} "
             f"| {prices[recipe, seed]:.0f} | {result['train_cpu_seconds']:.0f} | {result['train_seconds']:.0f} |"
@@ -110,21 +116,46 @@ def table(runs: Path, seeds: list[int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def steps(folder: Path) -> list[tuple[tuple[str, int, int], float]]:
-    """The kind of each training step (phase, resolution, depth) and the CPU seconds it took."""
-    rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
-    return [((row["phase"], row["resolution"], row["depth"]), row["cpu_seconds"]) for row in rows]
-
-
-def priced(
-    taken: dict[tuple[str, int], list[tuple[tuple[str, int, int], float]]], results: dict[tuple[str, int], dict]
-) -> dict[tuple[str, int], float]:
-    """Seconds of each run with every step at the median of its kind over all runs, and its scoring as measured."""
-    kinds: dict[tuple[str, int, int], list[float]] = defaultdict(list)
-    for kind, seconds in chain.from_iterable(taken.values()):
-        kinds[kind].append(seconds)
+def priced(folders: dict[Key, Path], results: dict[Key, dict[str, Any]]) -> dict[Key, Callable[[int], float]]:
+    """For each run: seconds up to a step, every step at the median CPU time of its kind over all runs, and the scoring
+    as it was measured, spread evenly over the run's searches."""
+    rows = {
+        key: [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row] for key, folder in folders.items()
+    }
+    kinds: dict[tuple, list[float]] = defaultdict(list)
+    for row in chain.from_iterable(rows.values()):
+        kinds[kind(row)].append(row["cpu_seconds"])
     medians = {kind: statistics.median(seconds) for kind, seconds in kinds.items()}
-    return {key: sum(medians[kind] for kind, _ in rows) + results[key]["search_seconds"] for key, rows in taken.items()}
+
+    def clock(key: Key) -> Callable[[int], float]:
+        before = list(accumulate((medians[kind(row)] for row in rows[key]), initial=0.0))
+        choices = {e["stage"]: e["step"] for e in read_rows(folders[key] / "events.jsonl") if e["event"] == "choice"}
+        scoring = results[key]["search_seconds"] / max(1, len(choices))
+        return lambda step: before[step] + scoring * sum(chosen <= step for chosen in choices.values())
+
+    return {key: clock(key) for key in folders}
+
+
+def kind(row: dict[str, Any]) -> tuple[str, int, int]:
+    """What a step's cost depends on."""
+    return row["phase"], row["resolution"], row["depth"]
+
+
+def picture(path: Path, folders: dict[Key, Path], clocks: dict[Key, Callable[[int], float]]) -> None:
+    """Accuracy against priced time, as the paper's Fig. 4."""
+    curves = []
+    for key, folder in folders.items():
+        rows = read_rows(folder / "metrics.jsonl")
+        points = [(clocks[key](r["step"]), max(r["top1"], r["top1_ema"])) for r in rows if "top1" in r]
+        growths = {e["step"] for e in read_rows(folder / "events.jsonl") if e["event"] == "growth" and e["step"]}
+        begins = tuple(clocks[key](step) for step in sorted(growths))
+        curves.append(Curve(NAMES[key[0]], *zip(*points), begins, finished=True))
+    draw_accuracy(path, curves)
+
+
+def repeated(values: list[str]) -> list[tuple[str, int]]:
+    """Each value with how often it follows itself."""
+    return [(value, len(list(group))) for value, group in groupby(values)]
 
 
 def spread(values: list[float]) -> str:
