@@ -125,6 +125,8 @@ def board(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(
     make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    recipe = make_recipe(optimizer={"lr": 1e30, "warmup_epochs": 0}, train={"epochs": 1, "batch": 8, "log_every": 2})
+    recipe = make_recipe(
+        growth={"schedule": "original"}, optimizer={"lr": 1e30, "warmup_epochs": 0}, train={"epochs": 1, "log_every": 2}
+    )
     with pytest.raises(Diverged, match=r"step \d+: the loss is (nan|inf) at lr 1e\+30"):
         run(recipe, tmp_path)
