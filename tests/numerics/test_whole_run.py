@@ -9,6 +9,7 @@ import pytest
 from scaleprog.recipe import Recipe
 from tests.conftest import run, step_rows
 
+CALM = {"lr": 2e-4}  # AdamW amplifies rounding with the learning rate: what is compared are engines, not chaos
 OPERATORS = ("mogrow", "identity", "stacking", "rand_init", "interpolation")
 
 
@@ -18,7 +19,7 @@ def test_two_fsdp_ranks_train_what_one_process_trains(
 ) -> None:
     optimizer = "inherit" if operator in ("stacking", "identity") else "reset"
     growth = {"schedule": "automatic", "stages": 3, "operator": operator, "optimizer": optimizer}
-    recipe = make_recipe(growth=growth, data={"trace": True})
+    recipe = make_recipe(growth=growth, data={"trace": True}, optimizer=CALM)
     alone = recipe.model_copy(update={"sharding": recipe.sharding.model_copy(update={"engine": "replicated"})})
     run(alone, tmp_path / "alone")
     run(recipe, tmp_path / "sharded", ranks=2)
@@ -38,7 +39,7 @@ def test_sample_ids_and_losses_do_not_depend_on_ranks_or_engine(
     ranks: int, engine: str, make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     recipe = make_recipe(
-        data={"trace": True}, sharding={"engine": engine}, model={"drop_path": 0.1},
+        data={"trace": True}, sharding={"engine": engine}, model={"drop_path": 0.1}, optimizer=CALM,
         augment={"crop": "resized", "scale": (0.4, 1.0), "mixup": 0.8, "cutmix": 1.0, "erase": 0.25},
     )  # fmt: skip
     run(recipe, tmp_path / "one")
@@ -52,7 +53,7 @@ def test_without_recycling_a_stage_goes_back_and_repeats_its_epochs(
     make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     growth = {"schedule": "automatic", "stages": 3, "recycle": False}
-    recipe = make_recipe(growth=growth, data={"trace": True})
+    recipe = make_recipe(growth=growth, data={"trace": True}, optimizer=CALM)
     run(recipe, tmp_path / "one")
     run(recipe, tmp_path / "two", ranks=2)
     rows, ids = step_rows(tmp_path / "one"), sample_ids(tmp_path / "one", 1)
