@@ -317,8 +317,11 @@ def test_the_report_names_no_place_of_this_machine(told: tuple[str, Path], markd
     [
         (lambda run: run.rename(run.with_name("away")), "no such run directory"),
         (lambda run: (run / "recipe.yaml").unlink(), "no recipe.yaml"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "has not recorded anything"),
-        (lambda run: (run / "metrics.jsonl").write_text(""), "has not recorded anything"),
+        (lambda run: [(run / f"{name}.jsonl").unlink() for name in ("metrics", "events")], "has not recorded anything"),
+        (
+            lambda run: [(run / f"{name}.jsonl").write_text("") for name in ("metrics", "events")],
+            "has not recorded any",
+        ),
         (lambda run: (run / "results.json").write_text('{"top1": '), "results.json: not readable"),
         (lambda run: (run / "recipe.yaml").write_text("- a list"), "recipe.yaml: expected the keys seed, train"),
         (lambda run: (run / "results.json").write_text('{"top1": 1.0}'), "results.json: expected the keys stages"),
