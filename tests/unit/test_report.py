@@ -312,12 +312,15 @@ def test_the_report_names_no_place_of_this_machine(told: tuple[str, Path], markd
     assert str(told[1].parent) not in markdown
 
 
+RECORDS = ("metrics", "events")
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda run: run.rename(run.with_name("away")), "no such run directory"),
         (lambda run: (run / "recipe.yaml").unlink(), "no recipe.yaml"),
-        (lambda run: [(run / f"{name}.jsonl").unlink() for name in ("metrics", "events")], "has not recorded anything"),
+        (lambda run: [(run / f"{name}.jsonl").unlink() for name in RECORDS], "has not recorded anything"),
         (
             lambda run: [(run / f"{name}.jsonl").write_text("") for name in ("metrics", "events")],
             "has not recorded any",
