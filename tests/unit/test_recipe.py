@@ -202,7 +202,7 @@ def test_one_stray_letter_in_any_key_is_told_with_the_right_key(key: str, at: in
         ("train.batch=0", "train.batch: Input should be greater than or equal to 1, got 0"),
         ("train.batch=", "train.batch: Input should be a valid integer, got None"),
         ("train.epochs=0", "train.epochs: Input should be greater than 0, got 0"),
-        ("train.epochs=.nan", "train.epochs: Input should be greater than 0, got nan"),
+        ("train.epochs=.nan", "train.epochs: Input should be a finite number, got nan"),
         ("train=[1, 2]", "train: Input should be a valid dictionary or instance of TrainSettings, got [1, 2]"),
         ("seed=-1", "seed: Input should be greater than or equal to 0, got -1"),
         ("seed=4294967296", "seed: Input should be less than 4294967296, got 4294967296"),
