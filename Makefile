@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 FASHION := /usr/share/datasets/fashion-mnist
 DEMO := runs/demo
 # the same recipes, shortened to minutes, on a batch that feeds two ranks
-DEMO_RECIPE := train.epochs=2 train.batch=128 optimizer.warmup_epochs=0.2 search.epochs=0.1 evaluate.every=0.5
+DEMO_RECIPE := train.epochs=1 train.batch=128 optimizer.warmup_epochs=0.1 search.epochs=0.05 evaluate.every=0.25
 
 .PHONY: install demo test lint clean
 
