@@ -1,5 +1,6 @@
 """Ranks as processes of this machine, watched by torch's elastic agent: if one fails, all end at once."""
 
+import atexit
 import json
 import logging
 import os
@@ -51,6 +52,7 @@ def _rank(function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     """What one process does; an exception goes into the agent's error file instead of over the other ranks' output."""
     try:
         function(*arguments)
+        atexit.register(_leave)
     except Exception as error:
         user = isinstance(error, ScaleprogError)
         text = f"{USER_ERROR}{error}" if user else traceback.format_exc()
@@ -61,6 +63,13 @@ def _rank(function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2 if user else 1)  # no tidy end: a collective that waits for another rank would never return
+
+
+def _leave() -> None:
+    """Ends a rank that is done without the interpreter's tear-down, in which threads of gloo have been seen to abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _describe(rank: int, failure: ProcessFailure) -> str:
