@@ -66,7 +66,7 @@ def _rank(function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
 
 
 def _leave() -> None:
-    """Ends a rank that is done without the interpreter's tear-down, in which threads of gloo have been seen to abort."""
+    """Ends a rank that is done, without the interpreter's tear-down: threads of gloo have been seen to abort in it."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
