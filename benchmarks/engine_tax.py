@@ -86,7 +86,7 @@ def bare_loop(recipe: Recipe, images: torch.Tensor, labels: torch.Tensor) -> Ite
 def turns(recipe: Recipe, bare: Iterator[None], steps: int) -> tuple[list[float], list[float]]:
     """Seconds of `steps` steps of the bare loop and of `train`, in turns.
 
-    While the bare loop runs, the worker decodes ahead; so `train` first takes as many untimed steps, which eat that lead.
+    While the bare loop runs, the worker decodes ahead; so `train` first takes as many untimed steps as eat that lead.
     """
     theirs: list[float] = []
     mine: list[float] = []

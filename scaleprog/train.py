@@ -18,7 +18,8 @@ from torch import Tensor
 from scaleprog.checkpoint import Checkpoints, load_tensors, read_state
 from scaleprog.data.augment import Request, mix
 from scaleprog.data.order import SEARCH_EPOCH
-from scaleprog.data.reader import Batch, TrainReader
+from scaleprog.data.reader import TrainReader
+from scaleprog.data.stream import Batch
 from scaleprog.errors import CheckpointError, Diverged
 from scaleprog.evaluate import evaluate
 from scaleprog.growth.schedule import Phase
@@ -104,7 +105,7 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
                 enter(run, phases, index)
             phase = phases[index]
             actives = {s: plan.active(phase, s) for s in phase.candidates}
-            with reader.stream(PhaseRequests(run, phase)) as batches:
+            with reader.stream(PhaseRequests(run, phase), phase.network.resolution) as batches:
                 while state.step < phase.stop and not stopped_early(run):
                     waited = time.perf_counter()
                     batch = next(batches)
@@ -221,7 +222,7 @@ def measure(run: Run, phase: Phase) -> None:
     requests = [Request(SEARCH_EPOCH, i, r, erase=0.0) for r in resolutions for i in range(run.plan.search_batches)]
     totals = dict.fromkeys(phase.candidates, 0.0)
     grow_from = range(len(run.recipe.ema.momenta))[run.recipe.ema.grow_from]
-    with run.reader.stream(requests) as batches, run.backend.weights(grow_from):
+    with run.reader.stream(requests, resolutions[-1]) as batches, run.backend.weights(grow_from):
         for request, batch in zip(requests, batches, strict=True):
             images, labels = batch.images.to(run.backend.device), batch.labels.to(run.backend.device)
             for subnet in phase.candidates:

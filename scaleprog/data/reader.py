@@ -4,25 +4,18 @@ Worker processes own contiguous parts of the rank's lanes and decode their part 
 the parts. What a batch holds is arithmetic (`order.py`, `augment.py`); who decodes it, and when, changes nothing.
 """
 
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any, Self
 
-import cv2
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from scaleprog.data.augment import Augmentation, AugmentSettings, Request
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.order import Order
 from scaleprog.data.shard import Cursor, Sample, ShardReader
+from scaleprog.data.stream import Batch, Stream
 from scaleprog.errors import DataError
 from scaleprog.settings import Settings
 
@@ -48,123 +41,6 @@ class DataSettings(Settings):
     """Train on the first so many shards only: a fixed random part of the images, which were shuffled when stored."""
     trace: bool = False
     """Write the ids of the samples of every step down."""
-
-
-@dataclass
-class Batch:
-    """One rank's part of a batch; in training its rows are lane-major: (lane, sample of the lane)."""
-
-    images: Tensor
-    """(B_local, C, r, r) float32, normalised."""
-    labels: Tensor
-    """(B_local,) int64; -1 where an evaluation batch is filled up."""
-    ids: Tensor
-    """(B_local,) int64: which sample of the split (samples of earlier shards + index in its shard); or -1."""
-
-
-class Stream:
-    """Batches, decoded ahead by worker processes; an iterator, and a context manager whose end stops the workers.
-
-    Args:
-        produce: (part, parts) -> that part of every batch, in order; every part yields as many.
-        workers: processes, one per part; 0 produces the whole in this process.
-        prefetch: batches decoded ahead.
-    """
-
-    def __init__(self, produce: Callable[[int, int], Iterator[Batch]], workers: int, prefetch: int) -> None:
-        self._workers = workers
-        self._pin = torch.cuda.is_available()
-        self._parts: Any = iter(_Parts(produce))
-        self._stop: Callable[[], None] = lambda: None
-        if workers:
-            loader = DataLoader(
-                _Parts(produce),
-                batch_size=None,
-                num_workers=workers,
-                prefetch_factor=prefetch,
-                worker_init_fn=_become_worker,
-                multiprocessing_context="fork",  # shares the cached shards
-                generator=torch.Generator(),  # else a seed is drawn from the training process's generator
-            )
-            self._parts = iter(loader)
-            self._stop = self._parts._shutdown_workers
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        try:
-            parts = [next(self._parts)]  # the parts come in order, and end together
-            parts += [next(self._parts) for _ in range(self._workers - 1)]
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
-                raise
-            self.close()
-            raise DataError(
-                f"a decoding worker died ({error}); if memory ran out, lower data.workers or data.prefetch"
-            ) from error
-        for part in parts:
-            if isinstance(part, DataError):
-                self.close()
-                raise part
-        return self._join(parts)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stops the workers; there are no batches afterwards."""
-        self._parts = iter(())
-        self._stop()
-
-    def _join(self, parts: list[Batch]) -> Batch:
-        """One batch of its parts, in page-locked memory where there is a GPU."""
-        if len(parts) == 1 and not self._pin:
-            return parts[0]
-        tensors = []
-        for pieces in zip(*((part.images, part.labels, part.ids) for part in parts)):
-            shape = (sum(len(piece) for piece in pieces), *pieces[0].shape[1:])
-            whole = torch.empty(shape, dtype=pieces[0].dtype, pin_memory=self._pin)
-            tensors.append(torch.cat(pieces, out=whole))
-        return Batch(*tensors)
-
-
-class _Parts(IterableDataset[Any]):
-    """One worker's part of every batch; a DataError is handed over as a value, so that it arrives as it was raised."""
-
-    def __init__(self, produce: Callable[[int, int], Iterator[Batch]]) -> None:
-        self.produce = produce
-
-    def __iter__(self) -> Iterator[Batch | DataError]:
-        info = get_worker_info()
-        try:
-            yield from self.produce(info.id, info.num_workers) if info else self.produce(0, 1)
-        except DataError as error:
-            yield error
-
-
-def _become_worker(_: int) -> None:
-    """Settles the signals and threads of a forked worker.
-
-    Slurm and terminals signal every process of a job, and the rank still takes some steps after that: so INT and USR2
-    are ignored, and of the TERMs only the rank's own ends the worker. A worker whose rank is gone leaves by itself.
-    """
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _leave_with(rank_process: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank_process:
-        pass
-    os._exit(0)
 
 
 class TrainReader:
@@ -203,11 +79,12 @@ class TrainReader:
         if order.counts != tuple(shard.samples for shard in self._shards.shards):
             raise DataError(f"{manifest.root}: the shards of {TRAIN!r} are not those that the order was made from")
 
-    def stream(self, requests: Iterable[Request]) -> Stream:
+    def stream(self, requests: Iterable[Request], resolution: int) -> Stream:
         """The batches of these steps, decoded ahead; close it (or leave its `with`) to stop the workers.
 
         Args:
             requests: one per batch, from any step on; iterated anew by every worker, so no one-way iterator.
+            resolution: the largest that they ask for, pixels of a side.
 
         Raises:
             DataError: while iterating: a shard or sample that is missing, damaged or does not fit.
@@ -215,7 +92,9 @@ class TrainReader:
         if isinstance(requests, Iterator):
             raise TypeError("requests are iterated by every worker: pass a list or another re-iterable value")
         self._shards.preload()
-        return Stream(partial(self._produce, requests), self.workers, self.data.prefetch)
+        rows = -(-len(self.lanes) // max(self.workers, 1)) * self.order.per_lane
+        largest = (rows, self._augmentation.channels, resolution, resolution)
+        return Stream(partial(self._produce, requests), self.workers, self.data.prefetch, largest)
 
     def memory(self, resolution: int) -> int:
         """Bytes that reading takes on the host at most: the cached split, or else one shard per lane (and two more per
@@ -306,4 +185,6 @@ def evaluation_batches(
             labels = torch.tensor([sample.label for sample in samples] + padding)
             yield Batch(images, labels, torch.tensor([sample.id for sample in samples] + padding))
 
-    return Stream(produce, min(data.workers, batch_local), data.prefetch)
+    workers = min(data.workers, batch_local)
+    rows = -(-batch_local // max(workers, 1))
+    return Stream(produce, workers, data.prefetch, (rows, channels, resolution, resolution))

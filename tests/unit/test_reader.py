@@ -18,7 +18,8 @@ from PIL import Image
 from scaleprog.data.augment import AugmentSettings
 from scaleprog.data.manifest import Manifest, Shard
 from scaleprog.data.order import SEARCH_EPOCH, Order
-from scaleprog.data.reader import Batch, DataSettings, Request, TrainReader, evaluation_batches
+from scaleprog.data.reader import DataSettings, Request, TrainReader, evaluation_batches
+from scaleprog.data.stream import Batch
 from scaleprog.errors import DataError
 
 CLASSES = 10
@@ -89,7 +90,7 @@ def make_reader(
 
 
 def read(reader: TrainReader, requests: Sequence[Request]) -> list[Batch]:
-    with reader.stream(requests) as batches:
+    with reader.stream(requests, 16) as batches:
         return list(batches)
 
 
@@ -177,7 +178,7 @@ def test_the_process_random_numbers_are_left_alone(manifest: Manifest, workers: 
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
     before = states()
-    with make_reader(manifest, workers=workers).stream(requests(0, 5)) as batches:
+    with make_reader(manifest, workers=workers).stream(requests(0, 5), 16) as batches:
         for _ in batches:
             assert states() == before
     list(evaluation_batches(manifest, "val", DataSettings(path="", workers=workers), EVERYTHING, 3, 12, 16, 0, 1))
@@ -186,7 +187,7 @@ def test_the_process_random_numbers_are_left_alone(manifest: Manifest, workers: 
 
 def test_requests_must_be_re_iterable_and_exist(manifest: Manifest) -> None:
     with pytest.raises(TypeError, match="re-iterable"):
-        make_reader(manifest).stream(iter(requests(0, 2)))
+        make_reader(manifest).stream(iter(requests(0, 2)), 16)
     with pytest.raises(ValueError, match="step 9 of an epoch of 9"):
         read(make_reader(manifest), [Request(0, 9, 12)])
 
@@ -295,7 +296,7 @@ def test_batches_before_the_damage_still_come(manifest: Manifest, straight: list
     wrong = damaged(manifest, tmp_path, "undecodable")
     at = next(step for step, batch in enumerate(straight) if 19 in batch.ids)
     for workers in (0, 2):
-        with make_reader(wrong, workers=workers).stream(requests(0, 20)) as batches:
+        with make_reader(wrong, workers=workers).stream(requests(0, 20), 16) as batches:
             for step in range(at):
                 assert same(next(batches), straight[step])
             with pytest.raises(DataError, match="train-0019"):
@@ -306,7 +307,7 @@ def test_batches_before_the_damage_still_come(manifest: Manifest, straight: list
 
 
 def test_closing_early_leaves_no_process(manifest: Manifest) -> None:
-    batches = make_reader(manifest, workers=3).stream(requests(0, 900))
+    batches = make_reader(manifest, workers=3).stream(requests(0, 900), 16)
     next(batches)
     assert len(multiprocessing.active_children()) == 3
     start = time.monotonic()
@@ -319,7 +320,7 @@ def test_closing_early_leaves_no_process(manifest: Manifest) -> None:
 
 
 def test_an_error_in_the_training_step_leaves_no_process(manifest: Manifest) -> None:
-    with pytest.raises(ZeroDivisionError), make_reader(manifest, workers=2).stream(requests(0, 900)) as batches:  # noqa: PT012
+    with pytest.raises(ZeroDivisionError), make_reader(manifest, workers=2).stream(requests(0, 900), 16) as batches:  # noqa: PT012
         next(batches)
         raise ZeroDivisionError
     assert multiprocessing.active_children() == []
@@ -330,7 +331,7 @@ def test_workers_outlive_the_signals_that_slurm_sends_to_all(
     manifest: Manifest, straight: list[Batch], name: str
 ) -> None:
     """The rank stops some steps after a signal; until then it needs its workers."""
-    with make_reader(manifest, workers=2).stream(requests(0, 20)) as batches:
+    with make_reader(manifest, workers=2).stream(requests(0, 20), 16) as batches:
         assert same(next(batches), straight[0])
         for worker in multiprocessing.active_children():
             subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
@@ -339,7 +340,7 @@ def test_workers_outlive_the_signals_that_slurm_sends_to_all(
 
 
 def test_the_rank_can_still_terminate_its_workers(manifest: Manifest) -> None:
-    with make_reader(manifest, workers=1).stream(requests(0, 900)) as batches:
+    with make_reader(manifest, workers=1).stream(requests(0, 900), 16) as batches:
         next(batches)
         [worker] = multiprocessing.active_children()
         worker.terminate()
@@ -348,7 +349,7 @@ def test_the_rank_can_still_terminate_its_workers(manifest: Manifest) -> None:
 
 
 def test_a_killed_worker_is_reported(manifest: Manifest) -> None:
-    with make_reader(manifest, workers=1).stream(requests(0, 900)) as batches:
+    with make_reader(manifest, workers=1).stream(requests(0, 900), 16) as batches:
         next(batches)
         [worker] = multiprocessing.active_children()
         worker.kill()

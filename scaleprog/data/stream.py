@@ -1,0 +1,223 @@
+"""Batches decoded ahead of the step by worker processes, handed over in shared memory.
+
+torch's DataLoader sends every tensor as a file through a socket, about a millisecond each: a fifth of a small network's
+step. Here a worker writes into slots of memory that it shares with the rank, and two semaphores say whose turn it is.
+"""
+
+import math
+import mmap
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Self
+
+import cv2
+import torch
+from torch import Tensor
+
+from scaleprog.errors import DataError
+
+FORK = multiprocessing.get_context("fork")  # shares the cached shards
+POLL_SECONDS = 1.0
+
+
+@dataclass
+class Batch:
+    """One rank's part of a batch; in training its rows are lane-major: (lane, sample of the lane)."""
+
+    images: Tensor
+    """(B_local, C, r, r) float32, normalised."""
+    labels: Tensor
+    """(B_local,) int64; -1 where an evaluation batch is filled up."""
+    ids: Tensor
+    """(B_local,) int64: which sample of the split (samples of earlier shards + index in its shard); or -1."""
+
+
+class Stream:
+    """Batches, decoded ahead by worker processes; an iterator, and a context manager whose end stops the workers.
+
+    Args:
+        produce: (part, parts) -> that part of every batch, in order; every part yields as many.
+        workers: processes, one per part; 0 produces the whole in this process.
+        prefetch: batches decoded ahead.
+        largest: (rows, C, r, r), the shape of a part's images at most.
+
+    Raises:
+        Exception: while iterating: what `produce` raised, of the same type.
+        DataError: while iterating: a worker died.
+    """
+
+    def __init__(
+        self,
+        produce: Callable[[int, int], Iterator[Batch]],
+        workers: int,
+        prefetch: int,
+        largest: tuple[int, int, int, int],
+    ) -> None:
+        self._pin = torch.cuda.is_available()
+        self._alone = iter(()) if workers else produce(0, 1)
+        self._workers = [_Worker(produce, part, workers, prefetch, largest) for part in range(workers)]
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            if not self._workers:
+                return next(self._alone)
+            parts = [worker.take() for worker in self._workers]  # they end together
+            images = self._whole([images for images, _ in parts], 0)
+            labels, ids = self._whole([rows for _, rows in parts], 1)
+        except BaseException:
+            self.close()
+            raise
+        for worker in self._workers:
+            worker.give_back()
+        return Batch(images, labels, ids)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the workers; there are no batches afterwards."""
+        self._alone = iter(())
+        for worker in self._workers:
+            worker.terminate()
+        while self._workers:
+            self._workers.pop().join()
+
+    def _whole(self, parts: list[Tensor], dim: int) -> Tensor:
+        """A copy of the parts as one tensor, in page-locked memory where there is a GPU."""
+        if not self._pin:
+            return torch.cat(parts, dim)
+        shape = list(parts[0].shape)
+        shape[dim] = sum(part.shape[dim] for part in parts)
+        return torch.cat(parts, dim, out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=True))
+
+
+class _Worker:
+    """A process that fills `prefetch` slots with its part of the batches, one after the other, round and round."""
+
+    def __init__(
+        self,
+        produce: Callable[[int, int], Iterator[Batch]],
+        part: int,
+        parts: int,
+        prefetch: int,
+        largest: tuple[int, int, int, int],
+    ) -> None:
+        rows, self._channels, *_ = largest
+        self._slots = prefetch
+        self._images = _shared((prefetch, math.prod(largest)), torch.float32)
+        self._rows = _shared((prefetch, 2, rows), torch.int64)  # labels, ids
+        self._shapes = _shared((prefetch, 2), torch.int64).numpy()  # rows, resolution; no rows: the end, or an error
+        self._free = FORK.Semaphore(prefetch)
+        self._filled = FORK.Semaphore(0)
+        self._errors, errors = FORK.Pipe(duplex=False)
+        self._next = 0
+        self._process = FORK.Process(target=self._fill, args=(produce, part, parts, errors), daemon=True)
+        self._process.start()
+        errors.close()
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The next part's images (B, C, r, r), and labels and ids (2, B), in shared memory: copy, then `give_back`.
+
+        Raises:
+            StopIteration: there are no more.
+            DataError: the worker died.
+            Exception: what the producer raised.
+        """
+        while not self._filled.acquire(timeout=POLL_SECONDS):
+            if not self._process.is_alive() and not self._filled.acquire(block=False):
+                raise DataError(
+                    f"a decoding worker died (exit code {self._process.exitcode}); "
+                    "if memory ran out, lower data.workers or data.prefetch"
+                )
+        rows, resolution = self._shapes[self._next].tolist()
+        if not rows:
+            raise self._errors.recv()
+        shape = (rows, self._channels, resolution, resolution)
+        return self._images[self._next, : math.prod(shape)].view(shape), self._rows[self._next, :, :rows]
+
+    def give_back(self) -> None:
+        """Lets the worker fill the slot that was taken."""
+        self._next = (self._next + 1) % self._slots
+        self._free.release()
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def join(self) -> None:
+        """Waits for the process to end."""
+        self._process.join()
+        self._process.close()
+        self._errors.close()
+
+    def _fill(self, produce: Callable[[int, int], Iterator[Batch]], part: int, parts: int, errors: Connection) -> None:
+        """What the process does."""
+        rank_process = os.getppid()
+        _settle(rank_process)
+        slot = 0
+
+        def await_slot() -> None:
+            while not self._free.acquire(timeout=POLL_SECONDS):
+                if os.getppid() != rank_process:
+                    os._exit(0)
+
+        end: BaseException = StopIteration()
+        try:
+            for batch in produce(part, parts):
+                rows, _, resolution, _ = batch.images.shape
+                await_slot()
+                self._shapes[slot] = rows, resolution
+                self._images[slot, : batch.images.numel()] = batch.images.flatten()
+                self._rows[slot, 0, :rows] = batch.labels
+                self._rows[slot, 1, :rows] = batch.ids
+                self._filled.release()
+                slot = (slot + 1) % self._slots
+        except Exception as error:
+            error.add_note(f"in a decoding worker:\n{traceback.format_exc()}")
+            end = error
+        errors.send(end)
+        await_slot()
+        self._shapes[slot] = 0
+        self._filled.release()
+
+
+def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory that forked processes share; anonymous, so that a small /dev/shm is no limit."""
+    memory = mmap.mmap(-1, max(1, math.prod(shape)) * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+def _settle(rank_process: int) -> None:
+    """Settles the signals and threads of a forked worker.
+
+    Slurm and terminals signal every process of a job, and the rank still takes some steps after that: so INT and USR2
+    are ignored, and of the TERMs only the rank's own ends the worker. A worker whose rank is gone leaves by itself.
+    """
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    if hasattr(
+        os, "SCHED_BATCH"
+    ):  # else the kernel lets a worker that wakes run for some milliseconds in the rank's place
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_leave_with, args=(rank_process,), daemon=True).start()
+
+
+def _leave_with(rank_process: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank_process:
+        pass
+    os._exit(0)
