@@ -1,80 +1,116 @@
-"""Checkpoints through torch.distributed.checkpoint: there whole or not at all, verified before they are trusted."""
+"""Checkpoints of a run: taken while training goes on, visible once all ranks agree that they are sound."""
 
-import hashlib
-import json
-import os
-import pickle
-import re
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic import Field
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-import scaleprog
-from scaleprog.errors import CheckpointError
+from scaleprog.errors import CheckpointError, OtherFormat
 from scaleprog.settings import Settings
 from scaleprog.sharding.coordinator import Coordinator
-
-MANIFEST = "manifest.json"
-FORMAT = 1
-
-
-class OtherFormat(CheckpointError):
-    """A sound checkpoint of another version of scaleprog: nothing to skip as if it were damaged."""
+from scaleprog.storage import FileList, committed, digest_files, prepare, publish, reason, retire, tidy, verify
 
 
 class CheckpointSettings(Settings):
-    """A checkpoint is committed at the end of every phase and of the run, and every `every_steps` optimizer steps;
-    the newest `keep` stay."""
+    """When a checkpoint is taken, beside the ends of phases and of the run and when the run is asked to stop, and which
+    ones stay."""
 
     every_steps: int | None = Field(default=None, ge=1)
+    every_minutes: float | None = Field(default=10.0, gt=0)
+    """By rank 0's clock; the least work that a crash can lose is what was done since the last commit."""
     keep: int = Field(default=2, ge=1)
+    """The newest so many stay."""
+    keep_best: bool = False
+    """One is taken at each evaluation with a new best top-1, and that one stays."""
+    keep_every_epochs: int | None = Field(default=None, ge=1)
+    """One is taken at the end of every so many epochs of the schedule, and they all stay."""
 
 
 @dataclass(frozen=True)
 class Commit:
-    """A checkpoint that became visible."""
+    """How a checkpoint ended: visible, or failed with `error`."""
 
     path: Path
     step: int
+    stall: float
+    """Seconds that training stood still for it."""
     seconds: float
+    """From then until it was visible."""
     bytes: int
+    error: str | None = None
 
 
 class Checkpoints:
-    """The checkpoints of one run directory, `step-N` each."""
+    """The checkpoints of one run directory. Every rank calls the same methods in the same order.
 
-    def __init__(self, folder: Path, coordinator: Coordinator, keep: int) -> None:
+    Args:
+        folder: where they are; one folder `step-N` each.
+        coordinator: of the ranks.
+        keep: how many of the newest stay.
+        fence: held on rank 0 while something becomes visible or is deleted; raises Superseded.
+        generation: of this start; names what is being written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        coordinator: Coordinator,
+        keep: int,
+        fence: Callable[[], AbstractContextManager[None]] = nullcontext,
+        generation: int = 0,
+    ) -> None:
         self.folder, self.coordinator, self.keep = folder, coordinator, keep
+        self._fence, self._generation = fence, generation
+        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._background = Coordinator(group)  # its collectives meet only each other
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[Commit] | None = None
+        self._finished: list[Commit] = []
 
-    def save(self, step: int, state: Mapping[str, Any], tensors: dict[str, Tensor], protect: int | None) -> Commit:
-        """Writes, verifies and then publishes a checkpoint; all ranks together. Older ones go only after that.
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        tensors: dict[str, Tensor],
+        protect: Collection[int] = (),
+        permanent: bool = False,
+    ) -> None:
+        """Copies the tensors and lets a thread write, verify and publish them; older checkpoints go only after that.
 
-        `protect`: the step of an older checkpoint that must stay. Raises CheckpointError on every rank, with the
-        previous checkpoints untouched, if any rank cannot write.
+        Waits for the save before. What cannot be written is told by `finished`, with older checkpoints untouched.
+
+        Args:
+            protect: steps of older checkpoints that must stay.
+            permanent: this one is never deleted.
         """
         began = time.perf_counter()
-        final, temporary = self.folder / f"step-{step:08d}", self.folder / f".step-{step:08d}.writing"
-        self._on_rank_0(lambda: _clear(temporary), f"cannot prepare {temporary}; older checkpoints stay")
-        try:
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
-        except (OSError, dcp.api.CheckpointException) as error:
-            raise CheckpointError(
-                f"{temporary}: not written ({_reason(error)}); is the disk full or over quota? Older checkpoints stay"
-            ) from error
-        size = self._on_rank_0(
-            lambda: _publish(temporary, final, state), f"cannot publish {final}; older checkpoints stay"
-        )
-        self._on_rank_0(lambda: self._retire(step, protect), "cannot delete older checkpoints")
-        return Commit(final, step, time.perf_counter() - began, size)
+        self.wait()
+        staged = _stage(tensors)
+        stall = time.perf_counter() - began
+        self._writing = self._writer.submit(self._write, step, state, staged, stall, tuple(protect), permanent)
+
+    def wait(self) -> None:
+        """Returns when the last save is visible or has failed. Raises Superseded."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self._finished.append(writing.result())
+
+    def finished(self) -> list[Commit]:
+        """The saves that have ended since the last call; may differ between ranks by the one still being written."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+        ended, self._finished = self._finished, []
+        return ended
 
     def newest(self, report: Callable[[str], None]) -> Path | None:
         """The newest checkpoint that verifies, agreed by all ranks; rank 0 reports what it skipped and why.
@@ -94,164 +130,81 @@ class Checkpoints:
                     return path.name
             return None
 
-        name = self.coordinator.decide("checkpoint to resume from", find)
+        name = self.coordinator.on_rank_0("checkpoint to resume from", find)
         return self.folder / name if name else None
 
     def at(self, step: int) -> Path:
         """The checkpoint of a step, verified. Raises CheckpointError on every rank."""
+        self.wait()
         path = self.folder / f"step-{step:08d}"
-        self._on_rank_0(lambda: verify(path), "cannot go back to the weights from before the search")
+        try:
+            self.coordinator.on_rank_0("checkpoint to go back to", lambda: verify(path))
+        except CheckpointError as error:
+            raise CheckpointError(f"cannot go back to the weights from before the search: {error}") from None
         return path
 
-    def _retire(self, step: int, protect: int | None) -> None:
-        older = [p for p in committed(self.folder) if step_of(p) < step and step_of(p) != protect]
-        for path in older[: max(0, len(older) - self.keep + 1)]:
-            shutil.rmtree(path)
+    def tidy(self) -> None:
+        """Removes what interrupted starts have left; to be called on rank 0 when no other start can be writing."""
+        tidy(self.folder)
 
-    def _on_rank_0(self, action: Callable[[], Any], failure: str) -> Any:
-        """Runs `action` on rank 0; its failure becomes a CheckpointError on every rank."""
+    def _write(
+        self, step: int, state: Mapping[str, Any], tensors: Any, stall: float, protect: Collection[int], permanent: bool
+    ) -> Commit:
+        """What the thread does."""
+        began = time.perf_counter()
+        group = self._background
+        final = self.folder / f"step-{step:08d}"
+        temporary = self.folder / f".step-{step:08d}.{self._generation}.writing"
 
-        def attempt() -> list[Any]:
+        def make_room() -> None:
+            with self._fence():
+                prepare(temporary)
+
+        def digest() -> FileList | str:
             try:
-                return [action(), None]
-            except (OSError, CheckpointError) as error:
-                return [None, str(error)]
+                return digest_files(temporary, group.rank)
+            except OSError as failure:
+                return f"rank {group.rank}: {failure}"
 
-        value, error = self.coordinator.decide("checkpoint", attempt)
-        if error is not None:
-            raise CheckpointError(f"{failure}: {error}")
-        return value
+        def make_visible() -> int:
+            files: FileList = {}
+            for part in parts:
+                if isinstance(part, str):
+                    raise CheckpointError(part)
+                files |= part
+            with self._fence():
+                return publish(temporary, final, state, files, permanent)
+
+        def delete_older() -> None:
+            with self._fence():
+                retire(self.folder, step, self.keep, protect)
+
+        size, error = 0, None
+        try:
+            group.on_rank_0("prepare", lambda: _on_disk(temporary, make_room))
+            dcp.save(
+                tensors,
+                storage_writer=dcp.FileSystemWriter(temporary, sync_files=True),
+                process_group=group.group,
+            )
+            parts = group.gather(digest())
+            size = group.on_rank_0("publish", lambda: _on_disk(final, make_visible))
+            group.on_rank_0("retire", lambda: _on_disk(self.folder, delete_older))
+        except (OSError, CheckpointError, dcp.api.CheckpointException) as failure:
+            error = f"{temporary}: not written ({reason(failure)}); is the disk full or over quota?"
+        return Commit(final, step, stall, time.perf_counter() - began, size, error)
 
 
-def committed(folder: Path) -> list[Path]:
-    """The published checkpoints, oldest first."""
-    found = (p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir())
-    return sorted(found, key=step_of)
+def _stage(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A copy on the host, sharded as the tensors are; complete when this returns."""
+    gpu = torch.cuda.is_available()
+    options = StagingOptions(gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu)
+    return DefaultStager(options).stage(tensors)  # type: ignore[return-value]
 
 
-def step_of(path: Path) -> int:
-    """The optimizer step a checkpoint was taken after."""
-    return int(path.name.removeprefix("step-"))
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """What `save` was given as state. Raises CheckpointError."""
-    return _manifest(path)["state"]
-
-
-def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Reads a checkpoint into `tensors` in place, however it and they are sharded. Raises CheckpointError."""
+def _on_disk(path: Path, action: Callable[[], Any]) -> Any:
+    """Runs `action`; an OSError becomes a CheckpointError."""
     try:
-        dcp.load(tensors, storage_reader=_Reader(path))
-    except (OSError, pickle.UnpicklingError, RuntimeError, dcp.api.CheckpointException) as error:
-        raise CheckpointError(f"{path}: does not fit this run: {_reason(error)}") from error
-
-
-def verify(path: Path) -> None:
-    """Raises CheckpointError unless every file of the checkpoint has the size and checksum of its manifest."""
-    for name, (size, digest) in _manifest(path)["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing")
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, {size} expected")
-        if _sha256(file) != digest:
-            raise CheckpointError(f"{file}: the checksum differs")
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: not readable: {error}") from error
-    if not isinstance(manifest, dict) or manifest.pop("checksum", None) != _checksum(manifest):
-        raise CheckpointError(f"{path / MANIFEST}: the checksum differs")
-    if manifest["format"] != FORMAT:
-        raise OtherFormat(
-            f"{path / MANIFEST}: format {manifest['format']}, this version of scaleprog reads {FORMAT}; "
-            f"use the version that wrote it, {manifest['versions']['scaleprog']}"
-        )
-    return manifest
-
-
-def _clear(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _publish(temporary: Path, final: Path, state: Mapping[str, Any]) -> int:
-    """Writes the manifest, makes everything durable, renames. Returns bytes."""
-    files = {p.name: (p.stat().st_size, _sha256(p)) for p in sorted(temporary.iterdir())}
-    manifest = {
-        "kind": "scaleprog-checkpoint",
-        "format": FORMAT,
-        "versions": {"scaleprog": scaleprog.__version__, "torch": torch.__version__},
-        "state": state,
-        "files": files,
-    }
-    with open(temporary / MANIFEST, "w") as file:
-        json.dump({**manifest, "checksum": _checksum(manifest)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    if final.exists():  # the same step written once more after a restart
-        shutil.rmtree(final)
-    os.rename(temporary, final)
-    directory = os.open(final.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
-    return sum(size for size, _ in files.values())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what went wrong, on the first rank where something did."""
-    if isinstance(error, dcp.api.CheckpointException) and error.failures:
-        rank, (error, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        return f"rank {rank}: {_reason(error)}"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class _Reader(dcp.FileSystemReader):
-    """DCP's reader, but its `.metadata` pickle may name nothing beyond what such metadata is made of."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    ALLOWED = frozenset(
-        {
-            ("collections", "OrderedDict"),
-            ("pathlib", "PosixPath"),
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            *(("torch.distributed.checkpoint.metadata", name) for name in (
-                "Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-                "_MEM_FORMAT_ENCODING", "StorageMeta")),  # not BytesStorageMetadata: DCP would unpickle such bytes
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.distributed.checkpoint._storage_utils", "_StorageInfo"),
-        }
-    )  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        value = super().find_class(module, name) if (module, name) in self.ALLOWED else None
-        if value is None and module == "torch":
-            value = getattr(torch, name, None)
-            if not isinstance(value, torch.dtype):
-                value = None
-        if value is None:
-            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint metadata contains")
-        return value
+        return action()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error}") from error

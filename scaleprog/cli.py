@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from launchers.local import launch
-from scaleprog.errors import ScaleprogError
+from scaleprog.errors import Preempted, ScaleprogError
 from scaleprog.export import evaluate_run, export_run
 from scaleprog.plan import describe
+from scaleprog.preemption import EXIT_CODE
 from scaleprog.recipe import Recipe
 from scaleprog.report import write_report
+from scaleprog.storage import committed
 from scaleprog.train import train_rank
 from shards.cli import app as shards_app
 
@@ -53,15 +55,25 @@ def train(
     nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine.")] = 1,
     run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-seedN.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="Run to give the speedup against.")] = None,
+    restarts: Annotated[
+        int | None, typer.Option(min=0, help="Crashes in a row to start again after; default 3, for one rank 0.")
+    ] = None,
 ) -> None:
-    """Trains a recipe; on a run directory that exists, goes on where it stands."""
+    """Trains a recipe; on a run directory that exists, goes on where it stands.
+
+    TERM, INT and USR2 end it after a checkpoint, with exit code 75; the same command goes on from there.
+    """
+    restarts = (3 if nproc > 1 else 0) if restarts is None else restarts
     loaded = Recipe.load(recipe, overrides or ())
     folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
     baseline_seconds = None if baseline is None else train_seconds(baseline)
-    if nproc == 1:
+    if nproc == 1 and restarts == 0:
         train_rank(loaded, folder)
     else:
-        launch(nproc, train_rank, loaded, folder)
+        launch(
+            nproc, train_rank, loaded, folder,
+            restarts=restarts, progress=lambda: committed(folder / "checkpoints")[-1:],
+        )  # fmt: skip
     results = folder / "results.json"
     if results.exists():
         if baseline_seconds is not None:
@@ -128,6 +140,6 @@ def main() -> None:
         app()
     except ScaleprogError as error:
         print(f"scaleprog: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_CODE if isinstance(error, Preempted) else 2)
     except KeyboardInterrupt:
         sys.exit(130)

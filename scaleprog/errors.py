@@ -17,9 +17,21 @@ class CheckpointError(ScaleprogError):
     """A checkpoint or run directory that is missing, damaged or of another recipe."""
 
 
+class OtherFormat(CheckpointError):
+    """A sound checkpoint of another version of scaleprog: nothing to skip as if it were damaged."""
+
+
 class Diverged(ScaleprogError):
     """A loss that is not a number any more."""
 
 
 class Disagreement(ScaleprogError):
     """Ranks that would have acted on different values."""
+
+
+class Superseded(ScaleprogError):
+    """A run directory that a later start has taken over; whoever reads this must write nothing into it any more."""
+
+
+class Preempted(ScaleprogError):
+    """A run that was asked to stop and has left; the same command goes on where it stood."""

@@ -8,16 +8,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from scaleprog.checkpoint import Checkpoints, read_state
+from scaleprog.checkpoint import Checkpoints
 from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError
 from scaleprog.evaluate import evaluate
 from scaleprog.models import family
 from scaleprog.plan import Plan
 from scaleprog.recipe import Recipe
+from scaleprog.run import load_network, make_backend
 from scaleprog.sharding import Backend
 from scaleprog.sharding.coordinator import Coordinator, process_group
 from scaleprog.state import RunState
-from scaleprog.train import load_network, make_backend
+from scaleprog.storage import read_state
 
 Weights = Literal["ema", "online", "best"]
 

@@ -1,10 +1,13 @@
 """What a run tells: metrics.jsonl and TensorBoard (each step once, over restarts), events.jsonl, a progress line."""
 
+import errno
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +57,9 @@ class Recorder:
         self._main = coordinator.rank == 0
         if not self._main:
             return
-        self._events = open(run / "events.jsonl", "a", buffering=1)  # noqa: SIM115
-        _truncate(run / "metrics.jsonl", step)
-        self._metrics = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115
+        self._events = _Lines(run / "events.jsonl")
+        self.repeated = _truncate(run / "metrics.jsonl", step)  # steps that were trained before and are lost
+        self._metrics = _Lines(run / "metrics.jsonl")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 
     def step(self, row: dict[str, Any], loss: Tensor, grad_norm: Tensor, timer: StepTimer) -> None:
@@ -78,7 +81,7 @@ class Recorder:
             row["cpu_seconds"] = timer.cpu_seconds
             written.append(row)
         if self._main:
-            self._metrics.write("".join(json.dumps(row) + "\n" for row in written))
+            self._metrics.write(*written)
             for row in written:
                 if row["step"] % self.log_every == 0:
                     self._scalars("train", row, skip=("step", "phase", "images"))
@@ -87,7 +90,7 @@ class Recorder:
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Writes accuracies after `step` steps, as a row of their own."""
         if self._main:
-            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._metrics.write({"step": step, **values})
             self.curve(step, "evaluation", values)
 
     def curve(self, step: int, tag: str, values: Mapping[str, float]) -> None:
@@ -96,9 +99,15 @@ class Recorder:
             self._scalars(tag, {"step": step, **values}, skip=("step",))
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Writes one event of the run's life."""
+        """Writes one event of the run's life; from any thread."""
         if self._main:
-            self._events.write(json.dumps({"time": time.time(), "event": kind, **fields}) + "\n")
+            self._events.write({"time": time.time(), "event": kind, **fields})
+
+    def sync(self) -> None:
+        """Makes everything recorded durable: a checkpoint of this step must not know more than its curves do."""
+        if self._main:
+            self._metrics.sync()
+            self._board.flush()
 
     def close(self) -> None:
         """Writes out what is buffered by TensorBoard."""
@@ -162,10 +171,44 @@ class ProgressLine:
             self._live.stop()
 
 
-def _truncate(path: Path, step: int) -> None:
-    """Drops rows beyond `step`: each step stands in the file once, however often it was trained."""
-    if not path.exists():
-        return
-    temporary = path.with_suffix(".writing")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
-    os.replace(temporary, path)
+class _Lines:
+    """Objects appended to a .jsonl file, whole or not at all; what a full disk refuses is kept for the next time."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._refused = b""
+        self._lock = threading.Lock()
+
+    def write(self, *rows: Mapping[str, Any]) -> None:
+        with self._lock:
+            data = self._refused + b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+            before = os.fstat(self._file.fileno()).st_size
+            try:
+                if self._file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._refused = b""
+            except OSError as error:
+                if not self._refused:
+                    print(f"{self._file.name}: {error}; kept for later", file=sys.stderr, flush=True)
+                self._file.truncate(before)
+                self._refused = data
+
+    def sync(self) -> None:
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._refused:
+            self.write()
+        self._file.close()
+
+
+def _truncate(path: Path, step: int) -> int:
+    """Drops rows beyond `step`: each step stands in the file once, however often it was trained. Returns how many."""
+    rows = read_rows(path)
+    kept = [row for row in rows if row["step"] <= step]
+    if path.exists():
+        temporary = path.with_suffix(".writing")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, path)
+    return sum("loss" in row for row in rows) - sum("loss" in row for row in kept)

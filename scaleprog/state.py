@@ -26,6 +26,8 @@ class RunState:
     wall_seconds: float = 0.0
     images: int = 0
     accuracies: dict[str, float] = field(default_factory=dict)  # the last evaluation
+    best_step: int = 0  # of the evaluation with the best top-1, of online or EMA weights
+    best_top1: float = 0.0
 
     @property
     def chosen(self) -> list[Subnet]:

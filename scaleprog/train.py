@@ -6,7 +6,9 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,43 +17,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scaleprog.checkpoint import Checkpoints, load_tensors, read_state
+from scaleprog.checkpoint import Checkpoints
+from scaleprog.claim import claim_run
 from scaleprog.data.augment import Request, mix
 from scaleprog.data.order import SEARCH_EPOCH
 from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
-from scaleprog.errors import CheckpointError, Diverged
+from scaleprog.errors import CheckpointError, Diverged, Preempted
 from scaleprog.evaluate import evaluate
 from scaleprog.growth.schedule import Phase
 from scaleprog.growth.search import decide, measurement_steps
 from scaleprog.growth.space import Subnet
 from scaleprog.metrics import ProgressLine, Recorder, StepTimer
 from scaleprog.models.cost import gmacs
-from scaleprog.models.elastic import Active, ElasticModel, Structure, drop_scales
+from scaleprog.models.elastic import Active, drop_scales
 from scaleprog.optim import learning_rate
 from scaleprog.plan import Plan
+from scaleprog.preemption import Due, Watch, deadline
 from scaleprog.recipe import Recipe
-from scaleprog.sharding import ENGINES, Backend
+from scaleprog.run import (
+    Run,
+    leave,
+    leave_at_once,
+    load_network,
+    make_backend,
+    restore,
+    save,
+    settle_checkpoints,
+    tell_signal,
+)
 from scaleprog.sharding.coordinator import Coordinator, process_group
 from scaleprog.state import RunState, decision_from_json, decision_to_json, pairs, summary
+from scaleprog.storage import read_state, tidy
 
 COLLECT_EVERY = 500  # steps between two garbage collections, the same steps on all ranks
-
-
-@dataclass
-class Run:
-    """What one process of a run works with."""
-
-    folder: Path
-    recipe: Recipe
-    plan: Plan
-    coordinator: Coordinator
-    backend: Backend
-    reader: TrainReader
-    checkpoints: Checkpoints
-    recorder: Recorder
-    progress: ProgressLine
-    state: RunState
 
 
 def train_rank(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -74,98 +73,74 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
     reader = TrainReader(
         plan.manifest, plan.order, recipe.data, recipe.augment, recipe.model.channels, recipe.seed, rank, world
     )
-    if rank == 0:
-        claim(folder, recipe)
-    coordinator.barrier()
+    claim = claim_run(folder, recipe, coordinator)
 
     # ---- model
     backend = make_backend(recipe.sharding.engine, recipe, plan.family, device)
 
     # ---- resume
     progress = ProgressLine(plan.schedule.steps, 0, rank == 0)
-    checkpoints = Checkpoints(folder / "checkpoints", coordinator, recipe.checkpoint.keep)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", coordinator, recipe.checkpoint.keep, claim.fence, claim.generation
+    )
+    if rank == 0:
+        tidy(checkpoints.folder)
     state = restore(plan, checkpoints, backend, progress)
     if state.step == plan.schedule.phases(state.chosen)[-1].stop and (folder / "results.json").exists():
         progress.say(f"{folder} is finished: {state.step} steps")
         return json.loads((folder / "results.json").read_text())
     recorder = Recorder(folder, coordinator, state.step, recipe.train.log_every)
-    run = Run(folder, recipe, plan, coordinator, backend, reader, checkpoints, recorder, progress, state)
-    recorder.event(
-        "start", step=state.step, world=world, engine=recipe.sharding.engine, device=str(device),
-        host=os.uname().nodename, reader_bytes=reader.memory(plan.schedule.full.resolution),
-    )  # fmt: skip
+    watch = Watch(coordinator, partial(tell_signal, recorder, rank), partial(leave_at_once, recorder),
+                  recipe.checkpoint.every_minutes, deadline())  # fmt: skip
+    run = Run(folder, recipe, plan, coordinator, claim, backend, reader, checkpoints, watch, recorder, progress, state)
+    hosts = [host for host, _ in groupby(coordinator.gather(os.uname().nodename))]
+    if rank == 0:
+        recorder.event(
+            "start", step=state.step, world=world, engine=recipe.sharding.engine, device=str(device), hosts=hosts,
+            generation=claim.generation, job=os.environ.get("SLURM_JOB_ID"), repeated_steps=recorder.repeated,
+            reader_bytes=reader.memory(plan.schedule.full.resolution),
+        )  # fmt: skip
 
     # ---- loop
     gc.disable()
     began = time.perf_counter() - state.wall_seconds
     try:
-        while (index := current_phase(run)) is not None and not stopped_early(run):
-            phases = plan.schedule.phases(state.chosen)
-            if state.phase != index:
-                enter(run, phases, index)
-            phase = phases[index]
-            actives = {s: plan.active(phase, s) for s in phase.candidates}
-            with reader.stream(PhaseRequests(run, phase), phase.network.resolution) as batches:
-                while state.step < phase.stop and not stopped_early(run):
-                    waited = time.perf_counter()
-                    batch = next(batches)
-                    waited = time.perf_counter() - waited
-                    subnet = phase.subnet(recipe.seed, state.step)
-                    train_step(run, phase, subnet, actives[subnet], batch, waited)
-                    state.wall_seconds = time.perf_counter() - began
-                    after_step(run, phase)
+        with watch:
+            while (index := current_phase(run)) is not None and not stopped_early(run):
+                phases = plan.schedule.phases(state.chosen)
+                if state.phase != index:
+                    enter(run, phases, index)
+                phase = phases[index]
+                actives = {s: plan.active(phase, s) for s in phase.candidates}
+                with reader.stream(PhaseRequests(run, phase), phase.network.resolution) as batches:
+                    while state.step < phase.stop and not stopped_early(run):
+                        waited = time.perf_counter()
+                        batch = next(batches)
+                        waited = time.perf_counter() - waited
+                        subnet = phase.subnet(recipe.seed, state.step)
+                        train_step(run, phase, subnet, actives[subnet], batch, waited)
+                        state.wall_seconds = time.perf_counter() - began
+                        due = watch.due()
+                        after_step(run, phase, due)
+                        if due.stop:
+                            leave(run, due.stop)
+            last = settle_checkpoints(run, wait=True)
+            if last is not None and last.error:
+                raise CheckpointError(f"{last.error}; free some space and start again: it goes on where it can")
         state.wall_seconds = time.perf_counter() - began
         return finish(run) if current_phase(run) is None else {}
+    except Preempted:
+        raise
     except Exception as error:
         recorder.event("error", step=state.step, rank=rank, message=f"{type(error).__name__}: {error}")
+        if world == 1:
+            with suppress(Exception):
+                checkpoints.wait()  # elsewhere the other ranks may be gone
         raise
     finally:
         gc.enable()
         progress.close()
         recorder.close()
-
-
-def claim(folder: Path, recipe: Recipe) -> None:
-    """Makes `folder` the run directory of `recipe`, or checks that it is: CheckpointError names what differs."""
-    path = folder / "recipe.yaml"
-    if path.exists():
-        there = Recipe.load(path)
-        if differences := recipe.differences(there):
-            listing = "\n".join(f"  {line}" for line in differences)
-            raise CheckpointError(
-                f"{folder} is the run directory of another recipe:\n{listing}\nuse another --run-dir, or this recipe"
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".writing")
-        temporary.write_text(recipe.dump())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be a run directory: {error}") from error
-
-
-def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: ProgressLine) -> RunState:
-    """The state of the newest checkpoint that verifies, its tensors in `backend`; a new state where there is none."""
-    newest = checkpoints.newest(progress.say)
-    if newest is None:
-        return RunState()
-    state = RunState.from_json(read_state(newest))
-    phase = plan.schedule.phases(state.chosen)[state.phase]
-    load_network(newest, state, backend, elastic=phase.kind == "supernet")
-    progress.say(f"resuming {newest}")
-    return state
-
-
-def make_backend(engine: str, recipe: Recipe, family: type[ElasticModel], device: torch.device) -> Backend:
-    """A backend of the given engine for a recipe's model, without a network yet."""
-    return ENGINES[engine](family, recipe.model, recipe.optimizer, recipe.ema, recipe.sharding, device, recipe.seed)
-
-
-def load_network(checkpoint: Path, state: RunState, backend: Backend, elastic: bool) -> None:
-    """Builds the network that a checkpoint holds, with everything that follows it."""
-    backend.growths = state.growths
-    backend.rebuild(Structure(state.gated), elastic)
-    load_tensors(checkpoint, backend.state())
 
 
 def current_phase(run: Run) -> int | None:
@@ -333,15 +308,19 @@ def trace(run: Run, batch: Batch) -> None:
         file.write(json.dumps({"step": run.state.step + 1, "ids": batch.ids.tolist()}) + "\n")
 
 
-def after_step(run: Run, phase: Phase) -> None:
+def after_step(run: Run, phase: Phase, due: Due) -> None:
     """Whatever is due after a step; all of it belongs to the state that a checkpoint of this step holds."""
     state, recipe, order = run.state, run.recipe, run.plan.order
     epoch_steps = max(1, round(recipe.evaluate.every * order.steps_per_epoch))
     last = state.step == run.plan.schedule.phases(state.chosen)[-1].stop and not phase.searched
     measuring = state.step in measuring_steps(run, phase)
     evaluating = not phase.searched and (last or phase.position_of(state.step) % epoch_steps == 0)
-    every = recipe.checkpoint.every_steps
-    saving = state.step == phase.stop or stopped_early(run) or (every is not None and state.step % every == 0)
+    settings = recipe.checkpoint
+    permanent = settings.keep_every_epochs is not None and not phase.searched and (
+        phase.position_of(state.step) % (settings.keep_every_epochs * order.steps_per_epoch) == 0
+    )  # fmt: skip
+    saving = permanent or due.save or due.stop is not None or state.step == phase.stop or stopped_early(run)
+    saving |= settings.every_steps is not None and state.step % settings.every_steps == 0
     if state.step % COLLECT_EVERY == 0:
         gc.collect()
     if state.step % recipe.train.log_every == 0 or measuring or evaluating or saving:
@@ -360,16 +339,19 @@ def after_step(run: Run, phase: Phase) -> None:
         run.progress.say(
             f"step {state.step}: top-1 {state.accuracies['top1']:.2f} %, EMA {state.accuracies['top1_ema']:.2f} %"
         )
+        if (best := max(state.accuracies["top1"], state.accuracies["top1_ema"])) > state.best_top1:
+            state.best_step, state.best_top1 = state.step, best
+            saving |= settings.keep_best
     if saving:
-        # without recycling, a search goes back to where it began
-        protect = phase.start if phase.searched and not run.plan.schedule.recycle else None
-        commit = run.checkpoints.save(state.step, state.to_json(), run.backend.state(), protect)
-        run.recorder.event("checkpoint", step=commit.step, seconds=commit.seconds, bytes=commit.bytes)
+        save(run, phase, permanent)
 
 
 def settle_rows(run: Run) -> None:
     """Resolves the recorded steps and books their times."""
     state = run.state
+    settle_checkpoints(run)
+    if run.coordinator.rank == 0:
+        run.claim.beat()
     for row in run.recorder.flush():
         if not math.isfinite(row["loss"]):
             raise Diverged(

@@ -16,14 +16,15 @@ import torch.distributed as dist
 from webdataset.writer import ShardWriter
 
 from launchers.local import launch
-from scaleprog.checkpoint import committed, load_tensors, read_state
 from scaleprog.metrics import read_rows
 from scaleprog.models import family
 from scaleprog.models.elastic import Structure
 from scaleprog.recipe import Recipe
+from scaleprog.run import make_backend
 from scaleprog.sharding.coordinator import process_group
 from scaleprog.state import RunState
-from scaleprog.train import make_backend, train_rank
+from scaleprog.storage import committed, load_tensors, read_state
+from scaleprog.train import train_rank
 from shards.check import write_manifest
 
 SIDE, CLASSES = 32, 4

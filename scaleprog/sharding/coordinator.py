@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scaleprog.errors import Disagreement
+from scaleprog import errors
+from scaleprog.errors import Disagreement, ScaleprogError
 
 
 @contextmanager
@@ -46,8 +47,9 @@ def process_group() -> Iterator[tuple["Coordinator", torch.device]]:
 class Coordinator:
     """The ranks of a run as one party. Everything that passes through it is small: decisions, counts, losses."""
 
-    def __init__(self) -> None:
-        """Needs an initialised default process group that can carry CPU tensors."""
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        """`group`: one of all ranks that can carry CPU tensors; default: the default process group."""
+        self.group = group
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
 
@@ -55,25 +57,43 @@ class Coordinator:
         """Evaluates `value` on rank 0 alone and returns it on every rank, verified. It must survive JSON."""
         text = json.dumps(value()).encode() if self.rank == 0 else b""
         length = torch.tensor([len(text)])
-        dist.broadcast(length, 0)
+        dist.broadcast(length, 0, group=self.group)
         payload = torch.frombuffer(bytearray(text), dtype=torch.uint8) if self.rank == 0 else None
         payload = payload if payload is not None else torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(payload, 0)
+        dist.broadcast(payload, 0, group=self.group)
         decided = json.loads(bytes(payload.tolist()))
         self.verify(what, decided)
         return decided
+
+    def on_rank_0(self, what: str, action: Callable[[], Any]) -> Any:
+        """Runs `action` on rank 0 alone; returns its value, or raises its ScaleprogError, on every rank."""
+
+        def attempt() -> list[Any]:
+            try:
+                return [action(), None, ""]
+            except ScaleprogError as error:
+                return [None, type(error).__name__, str(error)]
+
+        value, kind, text = self.decide(what, attempt)
+        if kind is not None:
+            raise getattr(errors, kind, ScaleprogError)(text)
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, by rank, on every rank. It must survive JSON."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def verify(self, what: str, value: Any) -> None:
         """Raises Disagreement on every rank, naming each rank's value, unless all ranks hold the same `value`."""
         text = json.dumps(value, sort_keys=True)
         digest = _digest(text)
         bounds = torch.tensor([digest, -digest])
-        dist.all_reduce(bounds, dist.ReduceOp.MAX)
+        dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.group)
         if int(bounds[0]) == -int(bounds[1]):
             return
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, text)
-        raise Disagreement(f"{what}: " + "; ".join(f"rank {r} has {v}" for r, v in enumerate(values)))
+        raise Disagreement(f"{what}: " + "; ".join(f"rank {r} has {v}" for r, v in enumerate(self.gather(text))))
 
     def mean(self, values: list[float]) -> list[float]:
         """Element-wise mean over ranks."""
@@ -87,13 +107,24 @@ class Coordinator:
         """Element-wise maximum over ranks."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
+    def maximum_later(self, values: list[float]) -> Callable[[], list[float]]:
+        """As `maximum`, begun now; call what it returns for the result."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group, async_op=True)
+
+        def result() -> list[float]:
+            work.wait()
+            return tensor.tolist()
+
+        return result
+
     def barrier(self) -> None:
         """Returns when every rank has come here."""
-        dist.barrier()
+        dist.barrier(group=self.group)
 
     def _reduce(self, values: list[float], op: dist.ReduceOp.RedOpType) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, op)
+        dist.all_reduce(tensor, op, group=self.group)
         return tensor.tolist()
 
 

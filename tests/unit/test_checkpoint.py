@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from scaleprog.checkpoint import (
-    MANIFEST,
-    Checkpoints,
-    OtherFormat,
-    _checksum,
-    committed,
-    load_tensors,
-    read_state,
-    step_of,
-    verify,
-)  # fmt: skip
-from scaleprog.errors import CheckpointError
+from scaleprog.checkpoint import Checkpoints, Commit
+from scaleprog.errors import CheckpointError, OtherFormat, Superseded
 from scaleprog.sharding.coordinator import Coordinator, process_group
+from scaleprog.storage import MANIFEST, _checksum, committed, load_tensors, read_state, step_of, tidy, verify
 
 Save = Callable[..., Path]
 
@@ -51,6 +44,23 @@ def blank() -> dict[str, Tensor]:
     return {name: torch.full_like(tensor, 99) for name, tensor in tensors().items()}
 
 
+def commit(
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    tensors: dict[str, Tensor],
+    keep: int = 9,
+    protect: tuple[int, ...] = (),
+    permanent: bool = False,
+) -> Commit:
+    """Saves, waits, and tells how it ended."""
+    checkpoints = Checkpoints(folder, Coordinator(), keep)
+    checkpoints.save(step, state, tensors, protect, permanent)
+    checkpoints.wait()
+    [ended] = checkpoints.finished()
+    return ended
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "run" / "checkpoints"
@@ -60,8 +70,8 @@ def folder(tmp_path: Path) -> Path:
 def save(folder: Path, one_rank: None) -> Save:
     """Saves a checkpoint whose tensors are drawn from its step."""
 
-    def write(step: int, keep: int = 9, protect: int | None = None) -> Path:
-        return Checkpoints(folder, Coordinator(), keep).save(step, {"step": step}, tensors(step), protect).path
+    def write(step: int, keep: int = 9, protect: tuple[int, ...] = ()) -> Path:
+        return commit(folder, step, {"step": step}, tensors(step), keep, protect).path
 
     return write
 
@@ -70,7 +80,7 @@ def newest(folder: Path) -> tuple[str | None, list[str]]:
     """The name of the newest checkpoint, and what was reported."""
     told: list[str] = []
     found = Checkpoints(folder, Coordinator(), keep=9).newest(told.append)
-    return found and found.name, told
+    return (found.name if found else None), told
 
 
 def names(folder: Path) -> list[str]:
@@ -91,11 +101,11 @@ def test_what_was_saved_is_loaded_bit_for_bit(save: Save, folder: Path) -> None:
 
 
 def test_a_commit_tells_what_it_wrote(one_rank: None, folder: Path) -> None:
-    commit = Checkpoints(folder, Coordinator(), keep=1).save(3, {"x": [1.5, None]}, tensors(), protect=None)
-    assert (commit.path, commit.step) == (folder / "step-00000003", 3)
-    assert commit.bytes == sum(p.stat().st_size for p in commit.path.iterdir() if p.name != MANIFEST)
-    assert commit.seconds > 0
-    assert read_state(commit.path) == {"x": [1.5, None]}
+    ended = commit(folder, 3, {"x": [1.5, None]}, tensors())
+    assert (ended.path, ended.step, ended.error) == (folder / "step-00000003", 3, None)
+    assert ended.bytes == sum(p.stat().st_size for p in ended.path.iterdir() if p.name != MANIFEST)
+    assert ended.seconds > 0
+    assert read_state(ended.path) == {"x": [1.5, None]}
 
 
 def test_loading_takes_what_is_asked_for_and_refuses_what_is_not_there(save: Save) -> None:
@@ -109,13 +119,26 @@ def test_loading_takes_what_is_asked_for_and_refuses_what_is_not_there(save: Sav
         load_tensors(path, {"online/net.weight": torch.zeros(5, 7)})
 
 
-def test_a_step_that_is_saved_again_replaces_its_checkpoint(one_rank: None, folder: Path) -> None:
-    checkpoints = Checkpoints(folder, Coordinator(), keep=2)
-    checkpoints.save(5, {"try": 1}, tensors(1), protect=None)
-    path = checkpoints.save(5, {"try": 2}, tensors(2), protect=None).path
+def test_a_step_that_is_saved_again_replaces_only_a_damaged_checkpoint(one_rank: None, folder: Path) -> None:
+    path = commit(folder, 5, {"try": 1}, tensors(1)).path
+    commit(folder, 5, {"try": 2}, tensors(2))
+    assert read_state(path) == {"try": 1}
+    flip(data_file(path))
+    commit(folder, 5, {"try": 3}, tensors(3))
     assert names(folder) == ["step-00000005"]
-    assert read_state(path) == {"try": 2}
+    assert read_state(path) == {"try": 3}
     verify(path)
+
+
+def test_what_is_saved_is_what_the_tensors_were_then(one_rank: None, folder: Path) -> None:
+    checkpoints, live = Checkpoints(folder, Coordinator(), keep=1), tensors(1)
+    checkpoints.save(1, {}, live)
+    for tensor in live.values():
+        tensor.fill_(7)
+    checkpoints.wait()
+    loaded = blank()
+    load_tensors(folder / "step-00000001", loaded)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(1).items())
 
 
 # ---- which one is the newest
@@ -142,7 +165,6 @@ def test_what_is_no_published_checkpoint_is_ignored(save: Save, folder: Path) ->
     assert newest(folder) == ("step-00000020", [])
     save(40)
     assert newest(folder) == ("step-00000040", [])
-    assert ".step-00000040.writing" not in names(folder)
 
 
 def flip(path: Path, at: int = -1, bit: int = 0) -> None:
@@ -209,9 +231,8 @@ def test_if_all_are_damaged_there_is_none(save: Save, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The manifest of a checkpoint."""
-    with process_group() as (coordinator, _):
-        folder = tmp_path_factory.mktemp("manifest")
-        path = Checkpoints(folder, coordinator, keep=1).save(7, {"step": 7, "top1": 9.25}, tensors(7), None).path
+    with process_group():
+        path = commit(tmp_path_factory.mktemp("manifest"), 7, {"step": 7, "top1": 9.25}, tensors(7)).path
     return (path / MANIFEST).read_bytes()
 
 
@@ -235,9 +256,9 @@ def same_values(mine: bytes, theirs: bytes) -> bool:
 
 def test_a_checkpoint_of_another_format_is_refused_rather_than_skipped(save: Save, folder: Path) -> None:
     save(20)
-    path = sign(save(40), format=2, versions={"scaleprog": "9.1.0", "torch": "4.0"})
+    path = sign(save(40), format=9, versions={"scaleprog": "9.1.0", "torch": "4.0"})
     for reading in (lambda: newest(folder), lambda: read_state(path), lambda: verify(path)):
-        with pytest.raises(OtherFormat, match=r"format 2, this version of scaleprog reads 1; .* 9\.1\.0$"):
+        with pytest.raises(OtherFormat, match=r"format 9, this version of scaleprog reads 2; .* 9\.1\.0$"):
             reading()
 
 
@@ -255,10 +276,41 @@ def test_the_protected_one_stays_beyond_those(save: Save, folder: Path) -> None:
     for step in (10, 20):
         save(step, keep=2)
     for step in (30, 40, 50):
-        save(step, keep=2, protect=10)
+        save(step, keep=2, protect=(10,))
     assert [step_of(path) for path in committed(folder)] == [10, 40, 50]
     save(60, keep=2)
     assert [step_of(path) for path in committed(folder)] == [50, 60]
+
+
+def test_a_permanent_one_stays(one_rank: None, folder: Path) -> None:
+    for step in (10, 20, 30, 40):
+        commit(folder, step, {}, tensors(), keep=1, permanent=step == 20)
+    assert [step_of(path) for path in committed(folder)] == [20, 40]
+
+
+def test_what_an_interruption_left_is_tidied_away(save: Save, folder: Path) -> None:
+    save(10)
+    for name in (".step-00000020.3.writing", ".step-00000005.old"):
+        (folder / name).mkdir()
+        (folder / name / "__0_0.distcp").write_bytes(b"half")
+    assert newest(folder) == ("step-00000010", [])
+    tidy(folder)
+    assert names(folder) == ["step-00000010"]
+
+
+def test_a_start_that_was_superseded_neither_commits_nor_deletes(one_rank: None, folder: Path, save: Save) -> None:
+    save(10)
+
+    @contextmanager
+    def fence() -> Iterator[None]:
+        raise Superseded("generation 1 was superseded by generation 2")
+        yield
+
+    orphan = Checkpoints(folder, Coordinator(), keep=1, fence=fence)
+    orphan.save(20, {}, tensors())
+    with pytest.raises(Superseded, match="generation 1 was superseded"):
+        orphan.wait()
+    assert names(folder) == ["step-00000010"]
 
 
 # ---- writing that fails
@@ -276,8 +328,8 @@ def small_files() -> Iterator[None]:
 def test_a_write_that_breaks_off_leaves_the_older_ones(save: Save, folder: Path, small_files: None) -> None:
     save(20)
     large = {"online/net.weight": torch.zeros(2**16)}
-    with pytest.raises(CheckpointError, match=r"step-00000040\.writing: not written \(rank 0: .*\); is the disk full"):
-        Checkpoints(folder, Coordinator(), keep=1).save(40, {}, large, None)
+    ended = commit(folder, 40, {}, large, keep=1)
+    assert re.search(r"step-00000040\.0\.writing: not written \(rank 0: .*\); is the disk full", str(ended.error))
     assert newest(folder) == ("step-00000020", [])
     assert [path.name for path in committed(folder)] == ["step-00000020"]
 
@@ -286,18 +338,15 @@ def test_a_disk_that_is_full_only_for_the_manifest_leaves_the_older_ones(
     save: Save, folder: Path, small_files: None
 ) -> None:
     save(20)
-    with pytest.raises(CheckpointError, match=r"cannot publish .*step-00000040; older checkpoints stay: .*large"):
-        Checkpoints(folder, Coordinator(), keep=1).save(40, {"x": "x" * 2**17}, tensors(), None)
+    ended = commit(folder, 40, {"x": "x" * 2**17}, tensors(), keep=1)
+    assert re.search(r"not written \(.*large\); is the disk full", str(ended.error))
     assert newest(folder) == ("step-00000020", [])
 
 
 def test_a_folder_that_cannot_be_made_is_named(one_rank: None, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        CheckpointError,
-        match=r"cannot prepare .*file/checkpoints/\.step-00000001\.writing; older checkpoints stay: .*Not a di",
-    ):
-        Checkpoints(tmp_path / "file" / "checkpoints", Coordinator(), keep=1).save(1, {}, tensors(), None)
+    ended = commit(tmp_path / "file" / "checkpoints", 1, {}, tensors())
+    assert re.search(r"file/checkpoints/\.step-00000001\.0\.writing: not written \(.*Not a di", str(ended.error))
 
 
 # ---- nothing is run

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from scaleprog import cli
-from scaleprog.checkpoint import committed
 from scaleprog.data.manifest import Manifest, Shard
 from scaleprog.data.order import Order
 from scaleprog.recipe import Recipe
+from scaleprog.storage import committed
 
 ORIGINAL = {"growth": {"schedule": "original"}, "sharding": {"engine": "replicated"}}
 MakeRecipe = Callable[..., Recipe]

@@ -11,13 +11,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from scaleprog.checkpoint import committed, read_state
 from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError
 from scaleprog.export import evaluate_run, export_run
 from scaleprog.models import family
 from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.recipe import Recipe
 from scaleprog.state import RunState
+from scaleprog.storage import committed, read_state
 from tests.conftest import final_tensors, run
 
 MakeRecipe = Callable[..., Recipe]

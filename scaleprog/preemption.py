@@ -1,0 +1,153 @@
+"""Signals, the time limit and the clock -> the same decision on every rank, after the same step.
+
+A signal reaches some ranks and not others, at different steps, and Python may not see it while the main thread is
+inside C code. So a handler only wakes a thread, the thread raises a flag, and the flags are reduced over the ranks now
+and then by a collective that is begun after one step and looked at after a later one, when it has long been finished.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Self
+
+from scaleprog.sharding.coordinator import Coordinator
+
+EXIT_CODE = 75
+"""Of a process that left with a checkpoint because it was asked to; BSD's EX_TEMPFAIL, "try again"."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+DEADLINE = 128  # among signal numbers, the time limit
+LOOK_SECONDS = 0.25  # about how often the flags are reduced
+MOST_STEPS = 1000  # at most so many steps between two reductions
+SECOND_SIGNAL_SECONDS = 2.0  # what comes sooner belongs to the first: launchers pass on what a terminal sent to all
+
+
+@dataclass(frozen=True)
+class Due:
+    """What all ranks have agreed to do after this step."""
+
+    stop: str | None = None
+    """Why the run must stop: a signal's name or "time limit"."""
+    save: bool = False
+    """Whether `every_minutes` have passed since the last checkpoint."""
+
+
+class Watch:
+    """Watches for reasons to stop or to save; a context manager, inside of which the signals no longer kill.
+
+    Args:
+        coordinator: of the ranks that must agree; every one of them makes a Watch and calls `due` after every step.
+        tell: called with (name of the signal) from a thread of its own, as soon as one arrives here.
+        hurry: called from that thread at a second signal, two or more seconds later; expected to leave at once.
+        every_minutes: between two agreements to save.
+        deadline: when this job ends, in seconds since the epoch; None if it may run for ever.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        tell: Callable[[str], None],
+        hurry: Callable[[], None],
+        every_minutes: float | None = None,
+        deadline: float | None = None,
+    ) -> None:
+        self._coordinator, self._tell, self._hurry = coordinator, tell, hurry
+        self._every = None if every_minutes is None else 60 * every_minutes
+        self._deadline = deadline
+        self._signal = 0
+        self._signalled = 0.0
+        self._saved = time.monotonic()
+        self._margin = 30.0
+        self._pending: Callable[[], list[float]] | None = None
+        self._interval = self._countdown = 1
+        self._looked = time.monotonic()
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def due(self) -> Due:
+        """What to do now that a step is done; the same on every rank after the same step."""
+        self._countdown -= 1
+        if self._countdown > 0:
+            return Due()
+        if self._coordinator.world == 1:
+            stop, save, seconds = self._flags()
+        else:
+            pending, self._pending = self._pending, None
+            stop, save, seconds = pending() if pending else (0.0, 0.0, 0.0)
+            if not stop:
+                self._pending = self._coordinator.maximum_later(self._flags())
+        if seconds:
+            self._interval = min(MOST_STEPS, max(1, round(LOOK_SECONDS / seconds)))
+        self._countdown = self._interval
+        return Due(_name(int(stop)) if stop else None, bool(save))
+
+    def saved(self, seconds: float = 0.0) -> None:
+        """Call when a checkpoint has been begun, and with its seconds when it has been written."""
+        if seconds:
+            self._margin = max(self._margin, 3 * seconds)
+        else:
+            self._saved = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._receiver, self._sender = socket.socketpair()
+            self._sender.setblocking(False)
+            self._wakeup = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+            for number in SIGNALS:
+                self._handlers[number] = signal.signal(number, _nothing)
+            self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handlers:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            signal.set_wakeup_fd(self._wakeup)
+            self._sender.close()  # ends the thread
+            self._thread.join()
+            self._receiver.close()
+            self._handlers = {}
+
+    def _flags(self) -> list[float]:
+        """This rank's part of the reduction: the reason to stop, whether to save, seconds per step."""
+        now = time.monotonic()
+        seconds = (now - self._looked) / self._interval
+        self._looked = now
+        stop, save = self._signal, False
+        if self._coordinator.rank == 0:  # one clock
+            if self._deadline is not None and time.time() > self._deadline - self._margin:
+                stop = max(stop, DEADLINE)
+            save = self._every is not None and now - self._saved >= self._every
+        return [float(stop), float(save), seconds]
+
+    def _listen(self) -> None:
+        """Runs in a thread: the C part of a handler writes the signal's number whatever the main thread is doing."""
+        while received := self._receiver.recv(1):
+            number = received[0]
+            if number not in SIGNALS:
+                continue
+            now = time.monotonic()
+            if not self._signal:
+                self._signal, self._signalled = number, now
+                self._tell(_name(number))
+            elif now - self._signalled >= SECOND_SIGNAL_SECONDS:
+                self._hurry()
+
+
+def deadline(environment: dict[str, str] | None = None) -> float | None:
+    """When Slurm will end this job, in seconds since the epoch, as far as its environment tells."""
+    end = (os.environ if environment is None else environment).get("SLURM_JOB_END_TIME", "")
+    return float(end) if end.isdigit() else None
+
+
+def _name(number: int) -> str:
+    return "time limit" if number == DEADLINE else signal.Signals(number).name
+
+
+def _nothing(_: int, __: FrameType | None) -> None:
+    """A handler must exist for the wake-up to be written."""

@@ -1,0 +1,123 @@
+"""What one process of a run works with, and what becomes of its checkpoints and of the signals it gets."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from scaleprog.checkpoint import Checkpoints, Commit
+from scaleprog.claim import Claim
+from scaleprog.data.reader import TrainReader
+from scaleprog.errors import Preempted
+from scaleprog.growth.schedule import Phase
+from scaleprog.metrics import ProgressLine, Recorder
+from scaleprog.models.elastic import ElasticModel, Structure
+from scaleprog.plan import Plan
+from scaleprog.preemption import EXIT_CODE, Watch
+from scaleprog.recipe import Recipe
+from scaleprog.sharding import ENGINES, Backend
+from scaleprog.sharding.coordinator import Coordinator
+from scaleprog.state import RunState
+from scaleprog.storage import load_tensors, read_state
+
+
+@dataclass
+class Run:
+    """What one process of a run works with."""
+
+    folder: Path
+    recipe: Recipe
+    plan: Plan
+    coordinator: Coordinator
+    claim: Claim
+    backend: Backend
+    reader: TrainReader
+    checkpoints: Checkpoints
+    watch: Watch
+    recorder: Recorder
+    progress: ProgressLine
+    state: RunState
+
+
+# ---- resume
+
+
+def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: ProgressLine) -> RunState:
+    """The state of the newest checkpoint that verifies, its tensors in `backend`; a new state where there is none."""
+    newest = checkpoints.newest(progress.say)
+    if newest is None:
+        return RunState()
+    state = RunState.from_json(read_state(newest))
+    phase = plan.schedule.phases(state.chosen)[state.phase]
+    load_network(newest, state, backend, elastic=phase.kind == "supernet")
+    progress.say(f"resuming {newest}")
+    return state
+
+
+def make_backend(engine: str, recipe: Recipe, family: type[ElasticModel], device: torch.device) -> Backend:
+    """A backend of the given engine for a recipe's model, without a network yet."""
+    return ENGINES[engine](family, recipe.model, recipe.optimizer, recipe.ema, recipe.sharding, device, recipe.seed)
+
+
+def load_network(checkpoint: Path, state: RunState, backend: Backend, elastic: bool) -> None:
+    """Builds the network that a checkpoint holds, with everything that follows it."""
+    backend.growths = state.growths
+    backend.rebuild(Structure(state.gated), elastic)
+    load_tensors(checkpoint, backend.state())
+
+
+# ---- checkpoints
+
+
+def save(run: Run, phase: Phase, permanent: bool) -> None:
+    """Begins a checkpoint of this step, which belongs to `phase`."""
+    run.recorder.sync()
+    # without recycling, a search goes back to where it began
+    protect = {phase.start} if phase.searched and not run.plan.schedule.recycle else set()
+    protect |= {run.state.best_step} if run.recipe.checkpoint.keep_best else set()
+    run.checkpoints.save(run.state.step, run.state.to_json(), run.backend.state(), protect, permanent)
+    run.watch.saved()
+
+
+def settle_checkpoints(run: Run, wait: bool = False) -> Commit | None:
+    """Tells how the checkpoints that have ended did; returns the last of them."""
+    if wait:
+        run.checkpoints.wait()
+    commit = None
+    for commit in run.checkpoints.finished():
+        if commit.error is None:
+            run.watch.saved(commit.seconds)
+            run.recorder.event(
+                "checkpoint", step=commit.step, seconds=commit.seconds, stall=commit.stall, bytes=commit.bytes
+            )
+        else:
+            run.recorder.event("checkpoint_failed", step=commit.step, message=commit.error)
+            run.progress.say(f"NO CHECKPOINT of step {commit.step}, training goes on; older ones stay: {commit.error}")
+    return commit
+
+
+def leave(run: Run, reason: str) -> None:
+    """Ends a run that was asked to stop, once its checkpoint is visible. Raises Preempted."""
+    step, last = run.state.step, settle_checkpoints(run, wait=True)
+    run.recorder.event("preempted", step=step, reason=reason)
+    if last is None or last.error:
+        raise Preempted(f"stopped by {reason} after step {step}, WITHOUT a checkpoint of it: {last and last.error}")
+    raise Preempted(f"stopped by {reason} after step {step} with a checkpoint; the same command goes on from there")
+
+
+# ---- signals
+
+
+def tell_signal(recorder: Recorder, rank: int, name: str) -> None:
+    """Says at once that a signal came; runs in a thread."""
+    recorder.event("signal", signal=name)
+    print(f"rank {rank}: {name}, stopping after a step that all ranks agree on", file=sys.stderr, flush=True)
+
+
+def leave_at_once(recorder: Recorder) -> None:
+    """What a second signal does: the last checkpoint has to do; runs in a thread."""
+    recorder.event("hurried")
+    print("a second signal: leaving without a checkpoint of this step", file=sys.stderr, flush=True)
+    os._exit(EXIT_CODE)
