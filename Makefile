@@ -9,7 +9,7 @@ DEMO := runs/demo
 # the same recipes, shortened to minutes, on a batch that feeds two ranks
 DEMO_RECIPE := train.epochs=1 train.batch=128 optimizer.warmup_epochs=0.1 search.epochs=0.05 evaluate.every=0.25
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint cluster cluster-down clean
 
 install: $(INSTALLED)
 
@@ -38,6 +38,13 @@ lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# A real Slurm of four nodes on this machine, for root: see slurm/dev_cluster.sh.
+cluster:
+	@slurm/dev_cluster.sh up
+
+cluster-down:
+	slurm/dev_cluster.sh down
 
 clean:
 	rm -rf runs data $(VENV)
