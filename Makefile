@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml
 		(apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist) || echo "no apt package: will download"; \
 	fi
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --editable '.[dev]'
+	$(PYTHON) -m pip install --quiet --editable '.[dev,slurm]'
 	touch $@
 
 demo: install
@@ -33,6 +33,12 @@ demo: install
 
 test: install
 	$(PYTHON) -m pytest
+
+# Runs under random faults, each compared with the undisturbed run; N of them, drawn by SEED.
+N := 20
+SEED := 0
+chaos: install
+	$(PYTHON) -m tests.chaos.harness --runs $(N) --seed $(SEED) --out docs/results/chaos.md
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -197,4 +197,8 @@ def _lock(folder: Path) -> Iterator[None]:
                 if time.monotonic() > give_up:
                     raise CheckpointError(f"{folder}: another process holds its lock") from error
                 time.sleep(0.05)
-        yield
+        try:
+            yield
+        finally:  # closing is not enough: a worker that was forked meanwhile has the file open, too
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)

@@ -60,7 +60,7 @@ class Recorder:
         self._events = _Lines(run / "events.jsonl")
         self.repeated = _truncate(run / "metrics.jsonl", step)  # steps that were trained before and are lost
         self._metrics = _Lines(run / "metrics.jsonl")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def step(self, row: dict[str, Any], loss: Tensor, grad_norm: Tensor, timer: StepTimer) -> None:
         """Takes one finished step; `loss` is this rank's mean, `row` holds everything known on the host."""

@@ -61,6 +61,7 @@ class Watch:
         self._deadline = deadline
         self._signal = 0
         self._signalled = 0.0
+        self._leaving = False
         self._saved = time.monotonic()
         self._margin = 30.0
         self._pending: Callable[[], list[float]] | None = None
@@ -83,6 +84,7 @@ class Watch:
         if seconds:
             self._interval = min(MOST_STEPS, max(1, round(LOOK_SECONDS / seconds)))
         self._countdown = self._interval
+        self._leaving = bool(stop)
         return Due(_name(int(stop)) if stop else None, bool(save))
 
     def saved(self, seconds: float = 0.0) -> None:
@@ -135,7 +137,7 @@ class Watch:
             if not self._signal:
                 self._signal, self._signalled = number, now
                 self._tell(_name(number))
-            elif now - self._signalled >= SECOND_SIGNAL_SECONDS:
+            elif not self._leaving and now - self._signalled >= SECOND_SIGNAL_SECONDS:
                 self._hurry()
 
 

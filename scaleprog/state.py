@@ -26,6 +26,7 @@ class RunState:
     wall_seconds: float = 0.0
     images: int = 0
     accuracies: dict[str, float] = field(default_factory=dict)  # the last evaluation
+    evaluation_due: bool = False  # the run was asked to stop when it should have evaluated
     best_step: int = 0  # of the evaluation with the best top-1, of online or EMA weights
     best_top1: float = 0.0
 

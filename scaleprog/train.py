@@ -106,6 +106,8 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
     began = time.perf_counter() - state.wall_seconds
     try:
         with watch:
+            if state.evaluation_due:
+                evaluate_now(run, plan.schedule.phases(state.chosen)[state.phase])
             while (index := current_phase(run)) is not None and not stopped_early(run):
                 phases = plan.schedule.phases(state.chosen)
                 if state.phase != index:
@@ -211,7 +213,9 @@ def measure(run: Run, phase: Phase) -> None:
     run.state.train_seconds += timer.seconds()  # the paper's time includes the scoring
     run.state.train_cpu_seconds += timer.cpu_seconds
     run.recorder.event("measurement", step=run.state.step, losses=pairs(losses))
-    run.recorder.curve(run.state.step, "search", {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()})
+    # before a phase's first step it belongs to that step: the checkpoint of the step before does not know it
+    at = run.state.step + (run.state.step == phase.start)
+    run.recorder.curve(at, "search", {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()})
 
 
 def choose(run: Run, phase: Phase) -> None:
@@ -329,21 +333,31 @@ def after_step(run: Run, phase: Phase, due: Due) -> None:
         measure(run, phase)
     if phase.searched and state.step == phase.stop:
         choose(run, phase)
-    if evaluating:
-        network = phase.candidates[-1]
-        state.accuracies = evaluate(
-            run.backend, run.coordinator, run.plan.manifest, recipe.data, recipe.augment, recipe.evaluate,
-            network.resolution, run.plan.active(phase, network),
-        )  # fmt: skip
-        run.recorder.evaluation(state.step, state.accuracies | {"train_seconds": state.train_seconds})
-        run.progress.say(
-            f"step {state.step}: top-1 {state.accuracies['top1']:.2f} %, EMA {state.accuracies['top1_ema']:.2f} %"
-        )
-        if (best := max(state.accuracies["top1"], state.accuracies["top1_ema"])) > state.best_top1:
-            state.best_step, state.best_top1 = state.step, best
-            saving |= settings.keep_best
+    if evaluating and due.stop:
+        state.evaluation_due = True  # the grace time is for the checkpoint
+    elif evaluating:
+        saving |= evaluate_now(run, phase) and settings.keep_best
     if saving:
         save(run, phase, permanent)
+
+
+def evaluate_now(run: Run, phase: Phase) -> bool:
+    """Measures the accuracies of a phase's network; returns whether one is the best so far."""
+    state, recipe, network = run.state, run.recipe, phase.candidates[-1]
+    state.accuracies = evaluate(
+        run.backend, run.coordinator, run.plan.manifest, recipe.data, recipe.augment, recipe.evaluate,
+        network.resolution, run.plan.active(phase, network),
+    )  # fmt: skip
+    state.evaluation_due = False
+    run.recorder.evaluation(state.step, state.accuracies | {"train_seconds": state.train_seconds})
+    run.progress.say(
+        f"step {state.step}: top-1 {state.accuracies['top1']:.2f} %, EMA {state.accuracies['top1_ema']:.2f} %"
+    )
+    best = max(state.accuracies["top1"], state.accuracies["top1_ema"])
+    if best <= state.best_top1:
+        return False
+    state.best_step, state.best_top1 = state.step, best
+    return True
 
 
 def settle_rows(run: Run) -> None:

@@ -5,25 +5,19 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: neighbours on the machine must not slow each other down
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 from webdataset.writer import ShardWriter
 
 from launchers.local import launch
 from scaleprog.metrics import read_rows
-from scaleprog.models import family
-from scaleprog.models.elastic import Structure
 from scaleprog.recipe import Recipe
-from scaleprog.run import make_backend
-from scaleprog.sharding.coordinator import process_group
-from scaleprog.state import RunState
-from scaleprog.storage import committed, load_tensors, read_state
 from scaleprog.train import train_rank
 from shards.check import write_manifest
 
@@ -43,10 +37,10 @@ def pattern(label: int, rng: np.random.Generator) -> np.ndarray:
     return np.clip(128 + 90 * wave[..., None] * colour + rng.normal(0, 12, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
 
 
-@pytest.fixture(scope="session")
-def patterns(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def draw_patterns(folder: Path) -> Path:
     """Shards that plain webdataset wrote: 160 training and 24 validation images of 4 classes, in 5 + 2 tars."""
-    folder, rng = tmp_path_factory.mktemp("patterns"), np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
     for split, count, per_shard in (("train", 160, 36), ("val", 24, 13)):
         with ShardWriter(str(folder / f"{split}-%06d.tar"), maxcount=per_shard, verbose=0) as writer:
             for i in range(count):
@@ -56,28 +50,35 @@ def patterns(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def short_recipe(shards: Path, **groups: Any) -> Recipe:
+    """A short AutoProg run over the patterns, 20 steps an epoch; keyword groups are merged over it."""
+    values: dict[str, Any] = {
+        "model": {"name": "vit_tiny_patch16_224", "classes": CLASSES, "resolution": SIDE, "patch": 8,
+                  "width": 32, "depth": 4, "heads": 2},
+        "data": {"path": str(shards), "lanes": 4, "workers": 0},
+        "augment": {"crop": "none", "eval_crop": 1.0, "flip": 0.5},
+        "train": {"epochs": 4, "batch": 8, "log_every": 5},
+        "optimizer": {"lr": 5e-4, "warmup_epochs": 0.5},
+        "growth": {"schedule": "automatic", "stages": 3, "smallest": 0.5},
+        "search": {"epochs": 0.5, "subset": 16, "times": "modelled"},
+        "ema": {"momenta": [0.9]},
+        "evaluate": {"every": 2, "batch": 12},
+    }  # fmt: skip
+    for group, settings in groups.items():
+        values[group] = {**values.get(group, {}), **settings} if isinstance(settings, dict) else settings
+    return Recipe.of(values, "test recipe")
+
+
+@pytest.fixture(scope="session")
+def patterns(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards of `draw_patterns`."""
+    return draw_patterns(tmp_path_factory.mktemp("patterns"))
+
+
 @pytest.fixture
 def make_recipe(patterns: Path) -> Callable[..., Recipe]:
-    """A short AutoProg run over the patterns, 20 steps an epoch; keyword groups are merged over it."""
-
-    def make(**groups: Any) -> Recipe:
-        values: dict[str, Any] = {
-            "model": {"name": "vit_tiny_patch16_224", "classes": CLASSES, "resolution": SIDE, "patch": 8,
-                      "width": 32, "depth": 4, "heads": 2},
-            "data": {"path": str(patterns), "lanes": 4, "workers": 0},
-            "augment": {"crop": "none", "eval_crop": 1.0, "flip": 0.5},
-            "train": {"epochs": 4, "batch": 8, "log_every": 5},
-            "optimizer": {"lr": 5e-4, "warmup_epochs": 0.5},
-            "growth": {"schedule": "automatic", "stages": 3, "smallest": 0.5},
-            "search": {"epochs": 0.5, "subset": 16, "times": "modelled"},
-            "ema": {"momenta": [0.9]},
-            "evaluate": {"every": 2, "batch": 12},
-        }  # fmt: skip
-        for group, settings in groups.items():
-            values[group] = {**values.get(group, {}), **settings} if isinstance(settings, dict) else settings
-        return Recipe.of(values, "test recipe")
-
-    return make
+    """`short_recipe` over the patterns."""
+    return partial(short_recipe, patterns)
 
 
 def run(recipe: Recipe, folder: Path, ranks: int = 1, **changes: Any) -> dict[str, Any]:
@@ -93,17 +94,6 @@ def run(recipe: Recipe, folder: Path, ranks: int = 1, **changes: Any) -> dict[st
 def step_rows(folder: Path) -> dict[int, dict[str, Any]]:
     """The training steps of a run by number."""
     return {row["step"]: row for row in read_rows(folder / "metrics.jsonl") if "loss" in row}
-
-
-def final_tensors(folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Every tensor of a run's newest checkpoint, whole: weights, EMAs, moments."""
-    newest = committed(folder / "checkpoints")[-1]
-    state = RunState.from_json(read_state(newest))
-    with process_group() as (_, device):
-        backend = make_backend("replicated", recipe, family(recipe.model)[0], device)
-        backend.rebuild(Structure(state.gated), elastic=False)
-        load_tensors(newest, backend.state())
-        return backend.state()
 
 
 @pytest.fixture

@@ -6,15 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scaleprog.errors import Diverged
-from scaleprog.metrics import read_rows
 from scaleprog.recipe import Recipe
-from tests.conftest import final_tensors, run, step_rows
+from tests.compare import board, differences
+from tests.conftest import run, step_rows
 
-CLOCK = ("step_seconds", "data_wait_seconds", "images_per_second", "cpu_seconds", "train_seconds")  # differ by nature
 HARD = {
     "model": {"drop_path": 0.2},
     "augment": {"crop": "resized", "scale": (0.4, 1.0), "randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25,
@@ -101,25 +98,10 @@ def test_sharded_ranks_resume_bit_for_bit(make_recipe: Callable[..., Recipe], tm
 
 def assert_same_run(recipe: Recipe, run_folder: Path, reference: Path) -> None:
     """Weights, EMAs, moments, metrics and TensorBoard are equal, clocks aside."""
-    mine, theirs = final_tensors(run_folder, recipe), final_tensors(reference, recipe)
-    assert mine.keys() == theirs.keys()
-    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
-    assert without_clock(run_folder) == without_clock(reference)
-    assert board(run_folder) == board(reference)
-
-
-def without_clock(folder: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(folder / "metrics.jsonl")]
-
-
-def board(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's series as TensorBoard shows them."""
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    series = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert {"train/loss", "train/resolution", "evaluation/top1_ema", "search/loss_r32_l4", "choice/alpha"} <= set(
-        series
-    )
-    return {tag: points for tag, points in series.items() if not tag.endswith(CLOCK)}
+    assert {"train/loss", "train/resolution", "evaluation/top1_ema", "search/loss_r32_l4", "choice/alpha"} <= board(
+        reference
+    ).keys()
+    assert differences(recipe, run_folder, reference) == []
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(

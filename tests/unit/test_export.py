@@ -18,7 +18,8 @@ from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.recipe import Recipe
 from scaleprog.state import RunState
 from scaleprog.storage import committed, read_state
-from tests.conftest import final_tensors, run
+from tests.compare import final_tensors
+from tests.conftest import run
 
 MakeRecipe = Callable[..., Recipe]
 GROWN = {"schedule": "linear", "stages": 2, "operator": "identity"}  # 16 px, 2 layers -> 32 px, 4 layers, two gated

@@ -150,7 +150,11 @@ def test_an_override_whose_value_is_no_yaml(least: Path) -> None:
         ("growth.stagess=3", "growth.stagess: unknown key; did you mean growth.stages?"),
         ("train.maxsteps=3", "train.maxsteps: unknown key; did you mean train.max_steps?"),
         ("checkpoint.every=3", "checkpoint.every: unknown key; did you mean checkpoint.every_steps?"),
-        ("checkpoint.folder=3", "checkpoint.folder: unknown key; valid here: every_steps, keep"),
+        (
+            "checkpoint.folder=3",
+            "checkpoint.folder: unknown key; valid here: every_steps, every_minutes, keep, keep_best, "
+            "keep_every_epochs",
+        ),
         ("train.batch.size=3", "train.batch: Input should be a valid integer, got {'size': 3}"),
         ("base=other.yaml", "base: unknown key; did you mean seed?"),  # a base is for files
     ],

@@ -43,6 +43,9 @@ FIELDS = {
     "wall_seconds": numbers,
     "images": counts,
     "accuracies": st.dictionaries(st.text(max_size=8), numbers, max_size=4),
+    "evaluation_due": st.booleans(),
+    "best_step": counts,
+    "best_top1": numbers,
 }
 
 

@@ -1,0 +1,152 @@
+"""What never losing a run costs: checkpoints, the agreement on a last step, leaving and coming back.
+
+    python benchmarks/checkpoint.py [--saves 5] [--out docs/results/checkpoint.md]
+
+One process trains a DeiT-S (weights, one EMA, AdamW) and saves it, in turns with and without training beside the
+writing. The agreement is timed on two ranks with the steps of the Fashion-MNIST recipe's smallest network, the shortest
+there are. Leaving and coming back are those of `scaleprog train` on that recipe.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from launchers.local import launch
+from scaleprog.checkpoint import Checkpoints
+from scaleprog.metrics import read_rows
+from scaleprog.models import family
+from scaleprog.models.elastic import Structure
+from scaleprog.preemption import EXIT_CODE, Watch
+from scaleprog.recipe import Recipe
+from scaleprog.run import make_backend
+from scaleprog.sharding.coordinator import process_group
+
+MINUTE = 60.0
+DEIT_S = "configs/imagenet/deit_small_original_100.yaml"
+SMALL = "configs/fashion_mnist/prog.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--saves", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/checkpoint.md"))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = saving(Path(folder), options.saves) + agreement(Path(folder)) + leaving(Path(folder))
+    text = "| | |\n|---|---|\n" + "".join(f"| {what} | {value} |\n" for what, value in rows)
+    options.out.write_text(text)
+    print(text)
+
+
+def saving(folder: Path, saves: int) -> list[tuple[str, str]]:
+    """Saves of a DeiT-S with training at rest, and with training going on."""
+    recipe = Recipe.load(DEIT_S, ["sharding.engine=replicated"])
+    kind, full, _ = family(recipe.model)
+    images = torch.randn(4, 3, full.resolution, full.resolution)
+    labels = torch.zeros(4, dtype=torch.int64)
+    with process_group() as (coordinator, device):
+        backend = make_backend("replicated", recipe, kind, device)
+        backend.rebuild(Structure.plain(kind.split(full.depth)), elastic=False)
+        checkpoints = Checkpoints(folder / "checkpoints", coordinator, keep=1)
+
+        def step() -> float:
+            began = time.perf_counter()
+            F.cross_entropy(backend.forward(images), labels).backward()
+            backend.step(1e-4)
+            return time.perf_counter() - began
+
+        for _ in range(3):
+            step()
+        state = backend.state()
+        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        at_rest, stalls, beside = [], [], []
+        for number in range(saves):
+            began = time.perf_counter()
+            checkpoints.save(2 * number, {}, backend.state())
+            checkpoints.wait()
+            at_rest.append(time.perf_counter() - began)
+            if number == 0:
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+            alone = statistics.median(step() for _ in range(5))
+            began = time.perf_counter()
+            checkpoints.save(2 * number + 1, {}, backend.state())
+            stall, slower = time.perf_counter() - began, 0.0
+            while not checkpoints.finished():
+                slower += step() - alone
+            stalls.append(stall)
+            beside.append(stall + slower)
+    still, whole, rest = (statistics.median(values) for values in (stalls, beside, at_rest))
+    return [
+        ("checkpoint of a DeiT-S with EMA and AdamW", f"{size / 2**20:.0f} MiB"),
+        ("a save that training waits for (durable, checksummed, renamed)", f"{rest:.2f} s"),
+        ("an asynchronous save: training stands still", f"{still:.3f} s, {still / rest:.1%} of that"),
+        ("... and with the steps that were slower beside it", f"{whole:.2f} s, {whole / rest:.1%} of that"),
+        ("... once a minute", f"{whole / MINUTE:.2%} of the time"),
+        ("peak of the first save on top of training, in copies of the shards", f"{peak * 1024 / size:.2f}"),
+    ]
+
+
+def agreement(folder: Path) -> list[tuple[str, str]]:
+    """`Watch.due` on two ranks."""
+    launch(2, step_and_ask, folder)
+    share, steps, seconds = json.loads((folder / "agreement.json").read_text())
+    return [("the agreement on a last step, 2 ranks", f"{share:.3%} of {steps} steps of {1e3 * seconds:.1f} ms")]
+
+
+def step_and_ask(folder: Path) -> None:
+    with process_group() as (coordinator, _):
+        matrix, asked, began, steps = torch.randn(400, 400), 0.0, time.perf_counter(), 1500
+        with Watch(coordinator, print, lambda: None, every_minutes=10) as watch:
+            for _ in range(steps):
+                until = time.perf_counter() + 0.010
+                while time.perf_counter() < until:
+                    matrix @ matrix
+                coordinator.barrier()  # as the gradients' reduction does: waiting for each other is no part of this
+                before = time.perf_counter()
+                watch.due()
+                asked += time.perf_counter() - before
+        seconds = (time.perf_counter() - began) / steps
+        if coordinator.rank == 0:
+            (folder / "agreement.json").write_text(json.dumps([asked / steps / seconds, steps, seconds]))
+
+
+def leaving(folder: Path, repeats: int = 3) -> list[tuple[str, str]]:
+    """From a signal to the exit, and from the same command again to the next step."""
+    leave, back, run = [], [], folder / "run"
+    command = [sys.executable, "-m", "scaleprog", "train", SMALL, "train.log_every=1", "--nproc", "2", "--run-dir", run]
+    known = 0
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(rows := read_rows(run / "metrics.jsonl")) == 0 or rows[-1]["step"] <= known:
+            time.sleep(0.05)
+        back.append(time.perf_counter() - began)
+        time.sleep(2)
+        began = time.perf_counter()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == EXIT_CODE
+        leave.append(time.perf_counter() - began)
+        known = read_rows(run / "metrics.jsonl")[-1]["step"]
+    return [
+        ("signal to exit, 2 ranks, checkpoint included", f"{statistics.median(leave):.2f} s"),
+        ("the same command again to its first step", f"{statistics.median(back[1:]):.1f} s"),
+    ]
+
+
+if __name__ == "__main__":
+    main()

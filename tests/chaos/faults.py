@@ -1,0 +1,200 @@
+"""What can happen to a run, and the ranks it happens to: `scaleprog train`, with one fault that strikes once."""
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import scaleprog.checkpoint
+import scaleprog.storage
+import scaleprog.train
+from launchers.local import launch
+from scaleprog.errors import Preempted, ScaleprogError
+from scaleprog.preemption import EXIT_CODE
+from scaleprog.recipe import Recipe
+from scaleprog.storage import committed
+
+MOMENTS = ("warm-up", "supernet", "search", "growth", "last stage")
+SIGNALS = {"TERM": signal.SIGTERM, "USR2": signal.SIGUSR2, "INT": signal.SIGINT}
+KINDS = (
+    *SIGNALS,
+    "second signal",
+    "kill one",
+    "kill all",
+    "kill while writing",
+    "kill before the rename",
+    "kill in retention",
+    "flipped bit",
+    "truncation",
+    "full disk",
+)  # fmt: skip
+STRUCK = "struck.json"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault: what, when, to which rank, and how many seconds after the moment began."""
+
+    kind: str
+    moment: str
+    rank: int
+    delay: float
+
+    def strike(self, folder: Path, step: int) -> None:
+        """Does it to this process, or to all; returns only where that does not end the process."""
+        (folder / STRUCK).write_text(json.dumps({**asdict(self), "step": step}))
+        if self.kind in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[self.kind])
+        elif self.kind == "second signal":
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Timer(2.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            time.sleep(2.5)  # a step so long that the second signal arrives in it
+        elif self.kind in ("kill all", "flipped bit", "truncation"):
+            os.killpg(os.getpgrp(), signal.SIGKILL)  # the launcher, too; the harness is in a group of its own
+        else:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def damage(fault: Fault, folder: Path) -> None:
+    """Harms the newest checkpoint of a run that lies still."""
+    newest = committed(folder / "checkpoints")[-1:]
+    if fault.kind not in ("flipped bit", "truncation") or not newest:
+        return
+    file = max(newest[0].iterdir(), key=lambda path: path.stat().st_size)
+    if fault.kind == "truncation":
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        content = bytearray(file.read_bytes())
+        content[random.Random(str(folder)).randrange(len(content))] ^= 16
+        file.write_bytes(content)
+
+
+def train_rank(recipe: Recipe, folder: Path, fault: Fault) -> None:
+    """A rank of the run, with the fault in its way until it has struck."""
+    if int(os.environ["RANK"]) == fault.rank and not (folder / STRUCK).exists():
+        _arm(fault, folder)
+    scaleprog.train.train_rank(recipe, folder)
+
+
+def _arm(fault: Fault, folder: Path) -> None:
+    """Wraps what the moment is made of."""
+    skip = random.Random(f"{fault}").randrange(2)  # the first or the second time that the moment comes
+
+    def reached(run: Any) -> None:
+        nonlocal skip
+        if skip:
+            skip -= 1
+            return
+        _disarm()
+        if fault.kind.startswith("kill ") and fault.kind not in ("kill one", "kill all"):
+            _in_the_next_save(fault, folder, run.state.step)
+        elif fault.kind == "full disk":
+            _fill_disk(fault, folder, run.state.step)
+        elif fault.delay:
+            threading.Timer(fault.delay, fault.strike, (folder, run.state.step)).start()
+        else:
+            fault.strike(folder, run.state.step)
+
+    original = {name: getattr(scaleprog.train, name) for name in ("measure", "enter", "train_step")}
+
+    def _disarm() -> None:
+        for name, function in original.items():
+            setattr(scaleprog.train, name, function)
+
+    def measure(run: Any, phase: Any) -> None:
+        if fault.moment == "search":
+            reached(run)
+        original["measure"](run, phase)
+
+    def enter(run: Any, phases: Any, index: int) -> None:
+        original["enter"](run, phases, index)
+        if fault.moment == "growth" and index > 0:
+            reached(run)
+
+    def train_step(run: Any, phase: Any, *arguments: Any) -> None:
+        original["train_step"](run, phase, *arguments)
+        last = phase.stop == run.plan.schedule.phases(run.state.chosen)[-1].stop and not phase.searched
+        here = {
+            "warm-up": run.state.step in (3, 6),
+            "supernet": phase.searched and phase.start > 0 and phase.start + 2 <= run.state.step < phase.stop,
+            "last stage": last and run.state.step >= phase.start + 3 and run.state.step % 7 == 3,
+        }  # fmt: skip
+        if here.get(fault.moment):
+            reached(run)
+
+    for function in (measure, enter, train_step):
+        setattr(scaleprog.train, function.__name__, function)
+
+
+def _in_the_next_save(fault: Fault, folder: Path, step: int) -> None:
+    """Kills this rank at a point of the next save."""
+    storage, checkpoint = scaleprog.storage, scaleprog.checkpoint
+
+    def killing(_: Any) -> Callable[..., Any]:
+        return lambda *_, **__: fault.strike(folder, step)
+
+    if fault.kind == "kill while writing":
+        digest = checkpoint.digest_files
+        checkpoint.digest_files = killing(digest)  # DCP has written, nothing is checked yet
+    elif fault.kind == "kill before the rename":
+        storage.os = _With(os, rename=killing(None))  # type: ignore[assignment]
+    else:
+        storage.shutil = _With(storage.shutil, rmtree=_rmtree_of_old(fault, folder, step))  # type: ignore[assignment]
+
+
+def _rmtree_of_old(fault: Fault, folder: Path, step: int) -> Callable[..., None]:
+    remove = scaleprog.storage.shutil.rmtree
+
+    def rmtree(path: Path, *arguments: Any, **keywords: Any) -> None:
+        if Path(path).name.endswith(".old") and Path(path).exists():
+            next(Path(path).iterdir()).unlink()  # half deleted
+            fault.strike(folder, step)
+        remove(path, *arguments, **keywords)
+
+    return rmtree
+
+
+def _fill_disk(fault: Fault, folder: Path, step: int) -> None:
+    """Fills the file system of the checkpoints (the harness mounts a small one) for a few saves."""
+    (folder / STRUCK).write_text(json.dumps({**asdict(fault), "step": step}))
+    ballast = folder / "checkpoints" / "ballast"
+    with open(ballast, "wb") as file:
+        try:
+            while file.write(bytes(2**16)):
+                file.flush()
+        except OSError:
+            pass
+    threading.Timer(1.0 + fault.delay, ballast.unlink, kwargs={"missing_ok": True}).start()
+
+
+class _With:
+    """A module with some functions replaced."""
+
+    def __init__(self, module: Any, **replaced: Any) -> None:
+        self._module = module
+        vars(self).update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def main() -> None:
+    """python -m tests.chaos.faults RECIPE FOLDER RANKS FAULT: one command of the user's."""
+    recipe, folder, ranks = Recipe.load(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    fault = Fault(**json.loads(sys.argv[4]))
+    try:
+        launch(ranks, train_rank, recipe, folder, fault, restarts=3)
+    except ScaleprogError as error:
+        print(f"scaleprog: {error}", file=sys.stderr)
+        sys.exit(EXIT_CODE if isinstance(error, Preempted) else 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Runs under faults, compared with the undisturbed run.
+
+    python -m tests.chaos.harness [--runs 20] [--seed 0] [--out docs/results/chaos.md]
+
+Every run is started as a user would: the same command again after each exit that says "try again" or each kill of all.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from scaleprog.metrics import read_rows
+from scaleprog.preemption import EXIT_CODE
+from tests.chaos.faults import KINDS, MOMENTS, STRUCK, Fault, damage
+from tests.compare import differences
+from tests.conftest import draw_patterns, short_recipe
+
+SAVE_STEPS = 7  # the least that a kill can lose is counted against it
+STARTS = 6
+TOLD = ("checkpoint_failed", "preempted", "hurried")
+HEAD = ("fault", "moment", "rank", "struck at step", "starts", "steps trained again", "told", "equal to undisturbed")
+DISK = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run under a fault ended."""
+
+    fault: Fault
+    ranks: int
+    step: int
+    """At which the fault struck; -1 if it never did."""
+    starts: int
+    lost: int
+    """Steps that were trained again."""
+    told: str
+    """What the run said about checkpoints that failed or were skipped."""
+    wrong: list[str]
+    """What differs from the undisturbed run."""
+
+
+class Chaos:
+    """A folder with shards, a recipe, and its undisturbed runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.recipe = short_recipe(
+            draw_patterns(folder / "shards"),
+            model={"drop_path": 0.2},
+            augment={"crop": "resized", "scale": (0.4, 1.0), "mixup": 0.8, "eval_crop": 0.875},
+            data={"trace": True, "workers": 1},
+            checkpoint={"every_steps": SAVE_STEPS},
+        )
+        self.recipe_path = folder / "recipe.yaml"
+        self.recipe_path.write_text(self.recipe.dump())
+
+    def reference(self, ranks: int) -> Path:
+        """The undisturbed run on so many ranks."""
+        folder = self.folder / f"undisturbed-{ranks}"
+        if not folder.exists():
+            nothing = Fault("TERM", "never", -1, 0)
+            done = self._start(folder, ranks, nothing)
+            assert done.returncode == 0, done.stdout
+        return folder
+
+    def run(self, fault: Fault, ranks: int, name: str) -> Outcome:
+        """Trains under the fault to the end. Raises RuntimeError if the run does not end by itself."""
+        folder = self.folder / name
+        if fault.kind == "full disk":
+            (folder / "checkpoints").mkdir(parents=True)
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "chaos", str(folder / "checkpoints")]
+            subprocess.run(mount, check=True)
+        for starts in range(1, STARTS + 1):
+            done = self._start(folder, ranks, fault)
+            if done.returncode == 0:
+                break
+            if done.returncode not in (EXIT_CODE, -signal.SIGKILL):
+                raise RuntimeError(f"{fault}: exit code {done.returncode}\n{done.stdout}")
+            if starts == 1:
+                damage(fault, folder)
+        else:
+            raise RuntimeError(f"{fault}: not finished after {STARTS} starts\n{done.stdout}")
+        events = read_rows(folder / "events.jsonl")
+        struck = folder / STRUCK
+        outcome = Outcome(
+            fault, ranks,
+            step=json.loads(struck.read_text())["step"] if struck.exists() else -1,
+            starts=sum(event["event"] == "start" for event in events),
+            lost=sum(event.get("repeated_steps", 0) for event in events),
+            told=", ".join(sorted({event["event"] for event in events} & set(TOLD))),
+            wrong=differences(self.recipe, folder, self.reference(ranks)),
+        )  # fmt: skip
+        if fault.kind == "full disk":
+            subprocess.run(["umount", str(folder / "checkpoints")], check=True)
+        return outcome
+
+    def _start(self, folder: Path, ranks: int, fault: Fault) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tests.chaos.faults", self.recipe_path, folder, str(ranks)]
+        return subprocess.run(
+            [*map(str, command), json.dumps(asdict(fault))],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+
+def draw(runs: int, seed: int) -> list[tuple[Fault, int]]:
+    """Faults and rank counts: every kind and every moment in turn, shuffled against each other, the rest at random."""
+    rng = random.Random(seed)
+    kinds = [kind for _ in range(-(-runs // len(KINDS))) for kind in rng.sample(KINDS, len(KINDS))][:runs]
+    moments = [moment for _ in range(-(-runs // len(MOMENTS))) for moment in rng.sample(MOMENTS, len(MOMENTS))][:runs]
+    drawn = []
+    for kind, moment in zip(kinds, moments):
+        ranks = rng.choice((2, 2, 4))
+        writes = kind in ("kill before the rename", "kill in retention", "full disk")  # rank 0's business
+        rank = 0 if writes else rng.randrange(ranks)
+        drawn.append((Fault(kind, moment, rank, rng.choice((0.0, rng.uniform(0, 0.3)))), ranks))
+    return drawn
+
+
+def row(cells: Iterable[object]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    rows = [row(HEAD), row(["---"] * len(HEAD))]
+    print(f"seed {options.seed}", flush=True)
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        chaos = Chaos(Path(folder))
+        for number, (fault, ranks) in enumerate(draw(options.runs, options.seed)):
+            began = time.monotonic()
+            outcome = chaos.run(fault, ranks, f"run-{number}")
+            good = not outcome.wrong and outcome.step >= 0
+            failed += not good
+            equal = "bit for bit" if good else "**NO**: " + ", ".join(outcome.wrong[:3])
+            rows.append(row([fault.kind, fault.moment, f"{fault.rank} of {ranks}", outcome.step, outcome.starts,
+                             outcome.lost, outcome.told, equal]))  # fmt: skip
+            print(f"{rows[-1]} {time.monotonic() - began:.0f} s", flush=True)
+    text = f"{options.runs} runs, seed {options.seed}, {failed} not equal. A checkpoint every {SAVE_STEPS} steps.\n\n"
+    if options.out:
+        options.out.write_text(text + "\n".join(rows) + "\n")
+    print(text)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

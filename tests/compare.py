@@ -1,0 +1,65 @@
+"""Two runs of one recipe compared: everything but the clocks must be equal, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from scaleprog.metrics import read_rows
+from scaleprog.models import family
+from scaleprog.models.elastic import Structure
+from scaleprog.recipe import Recipe
+from scaleprog.run import make_backend
+from scaleprog.sharding.coordinator import process_group
+from scaleprog.state import RunState
+from scaleprog.storage import committed, load_tensors, read_state
+
+CLOCK = ("step_seconds", "data_wait_seconds", "images_per_second", "cpu_seconds", "train_seconds")  # differ by nature
+
+
+def differences(recipe: Recipe, folder: Path, reference: Path) -> list[str]:
+    """What differs between two finished runs: weights, EMAs, moments, metrics, TensorBoard, sample ids."""
+    mine, theirs = final_tensors(folder, recipe), final_tensors(reference, recipe)
+    if mine.keys() != theirs.keys():
+        return ["the networks have different tensors"]
+    found = [f"tensor {name}" for name in mine if not torch.equal(mine[name], theirs[name])]
+    if without_clock(folder) != without_clock(reference):
+        found.append("metrics.jsonl")
+    curves = board(folder)
+    found += [f"curve {tag}" for tag, points in board(reference).items() if curves.get(tag) != points]
+    if samples(folder) != samples(reference):
+        found.append("sample ids")
+    return found
+
+
+def final_tensors(folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's newest checkpoint, whole: weights, EMAs, moments."""
+    newest = committed(folder / "checkpoints")[-1]
+    state = RunState.from_json(read_state(newest))
+    with process_group() as (_, device):
+        backend = make_backend("replicated", recipe, family(recipe.model)[0], device)
+        backend.rebuild(Structure(state.gated), elastic=False)
+        load_tensors(newest, backend.state())
+        return backend.state()
+
+
+def without_clock(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what differs by nature."""
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def board(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """TensorBoard's series as TensorBoard shows them."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    series = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {tag: points for tag, points in series.items() if not tag.endswith(CLOCK)}
+
+
+def samples(folder: Path) -> dict[int, list[int]]:
+    """The sample ids of every step, of all ranks (needs `data.trace`); of a step trained again, its last time."""
+    steps: dict[int, list[int]] = {}
+    for path in sorted(folder.glob("samples-*.jsonl")):
+        for step, ids in {row["step"]: row["ids"] for row in read_rows(path)}.items():
+            steps[step] = steps.get(step, []) + ids
+    return steps

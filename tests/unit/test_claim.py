@@ -1,0 +1,137 @@
+"""Run directories: one start at a time, the latest one, and only of their own recipe."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scaleprog.claim import OWNER, Claim, claim_run, read_owner
+from scaleprog.errors import CheckpointError, Superseded
+from scaleprog.recipe import Recipe
+from scaleprog.sharding.coordinator import Coordinator
+
+Take = Callable[..., Claim]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def take(folder: Path, make_recipe: Callable[..., Recipe], one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Take:
+    """Claims the folder, in the job that is given."""
+
+    def claim(job: str | None = None, restart: int = 0, **groups: Any) -> Claim:
+        for name, value in {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": job and str(restart)}.items():
+            monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+        return claim_run(folder, make_recipe(**groups), Coordinator())
+
+    return claim
+
+
+def owned_by(folder: Path, **changes: Any) -> None:
+    owner = {"generation": 4, "nonce": "x", "job": None, "restart": 0, "host": socket.gethostname(), "pid": 1,
+             "started": "0", **changes}  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / OWNER).write_text(json.dumps(owner))
+
+
+def test_each_start_takes_over_with_a_higher_number(take: Take, folder: Path) -> None:
+    first, second = take(), take()
+    assert (first.generation, second.generation) == (1, 2)
+    with second.fence():
+        pass
+    second.beat()
+    for act in (first.beat, lambda: first.fence().__enter__()):
+        with pytest.raises(Superseded, match=r"generation 1 was superseded by generation 2 \(process \d+ on "):
+            act()
+
+
+def test_the_recipe_is_kept_and_another_is_refused_with_what_differs(take: Take, folder: Path) -> None:
+    take()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(CheckpointError, match=r"another recipe:\n  seed: 3 here, 0 there\nuse another --run-dir"):
+        take(seed=3)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, "nothing overwritten"
+    assert take(checkpoint={"keep": 9}).generation == 2
+
+
+def test_a_directory_in_use_on_this_machine_is_refused(take: Take, folder: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        started = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        owned_by(folder, pid=process.pid, started=started)
+        with pytest.raises(CheckpointError, match=rf"in use by process {process.pid} on .*; wait for it, cancel it"):
+            take()
+        assert read_owner(folder)["generation"] == 4  # type: ignore[index]
+        owned_by(folder, pid=process.pid, started="1")  # that process ended, and its number is another's now
+        assert take().generation == 5
+        process.kill()
+
+
+def test_an_owner_on_another_host_is_alive_while_its_heart_beats(take: Take, folder: Path) -> None:
+    owned_by(folder, host="elsewhere")
+    with pytest.raises(CheckpointError, match="in use by process 1 on elsewhere"):
+        take()
+    os.utime(folder / OWNER, (time.time() - 200,) * 2)
+    assert take().generation == 5
+
+
+@pytest.mark.parametrize(
+    ("squeue", "refused"),
+    [("echo RUNNING", True), ("echo PENDING", True), ("echo COMPLETED", False), ("", False),
+     ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", False)],
+)  # fmt: skip
+def test_slurm_knows_whether_another_job_is_alive(
+    squeue: str, refused: bool, take: Take, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    owned_by(folder, job="17", restart=2, host="elsewhere")
+    if refused:
+        with pytest.raises(CheckpointError, match="in use by job 17 restart 2, process 1 on elsewhere"):
+            take(job="18")
+    else:
+        assert take(job="18").generation == 5
+
+
+def test_a_restart_of_the_same_job_takes_over_from_its_orphans_but_not_from_later_ones(
+    take: Take, folder: Path
+) -> None:
+    owned_by(folder, job="17", restart=2, host="elsewhere")
+    assert take(job="17", restart=3).generation == 5
+    with pytest.raises(Superseded, match="restart 2 of this job comes after job 17 restart 3"):
+        take(job="17", restart=2)
+
+
+def test_what_cannot_be_claimed_is_named(take: Take, folder: Path) -> None:
+    owned_by(folder)
+    (folder / OWNER).write_text("{")
+    with pytest.raises(CheckpointError, match=r"owner\.json: not readable .*delete it if nothing trains there"):
+        take()
+    (folder / OWNER).unlink()
+    folder.rmdir() if not any(folder.iterdir()) else None
+    for path in folder.glob(".*"):
+        path.unlink()
+    folder.rmdir()
+    folder.write_text("a file")
+    with pytest.raises(CheckpointError, match="run: cannot be a run directory"):
+        take()
+
+
+def test_ranks_that_do_not_see_the_directory_are_named(
+    take: Take, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scaleprog.claim.SHARED_SECONDS", 0.2)
+    monkeypatch.setattr("scaleprog.claim._sees", lambda *_: False)
+    with pytest.raises(CheckpointError, match=r"rank 0 on .* cannot see what rank 0 on .* wrote there; .*nodes share"):
+        take()
