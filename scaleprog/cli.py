@@ -1,7 +1,8 @@
-"""The command line: plan · train · evaluate · export · report · shards."""
+"""The command line: plan · train · submit · status · cancel · evaluate · export · report · shards."""
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launchers import slurm, status
 from launchers.local import launch
 from scaleprog.errors import Preempted, ScaleprogError
 from scaleprog.export import evaluate_run, export_run
@@ -79,6 +81,61 @@ def train(
         if baseline_seconds is not None:
             write_speedup(results, baseline_seconds)
         show(json.loads(results.read_text()), folder)
+
+
+@app.command()
+def submit(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="One rank per GPU.")] = None,
+    tasks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks per node where there are no GPUs.")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(min=1)] = None,
+    time: Annotated[str | None, typer.Option(help="Limit of one start: minutes, HH:MM:SS or D-HH:MM:SS.")] = None,
+    partition: Annotated[str | None, typer.Option()] = None,
+    account: Annotated[str | None, typer.Option()] = None,
+    qos: Annotated[str | None, typer.Option()] = None,
+    signal_before: Annotated[int, typer.Option(min=1, help="Seconds before its end that a job is told to stop.")] = 120,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Most starts after crashes.")] = 20,
+    sbatch: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other option of sbatch.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-seedN.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the job, end with its exit code.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and do nothing.")] = False,
+) -> None:
+    """Trains a recipe as a Slurm job, which comes back by itself until the run is finished."""
+    loaded = Recipe.load(recipe, overrides or ())
+    folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
+    request = slurm.Request(
+        nodes, gpus_per_node, tasks_per_node, cpus_per_task, time, partition, account, qos, signal_before,
+        max_restarts, tuple(sbatch or ()),
+    )  # fmt: skip
+    if dry_run:
+        print(slurm.script(loaded, folder, request), end="")
+        return
+    job = slurm.submit(loaded, folder, request)
+    print(
+        f"job {job.job}: {nodes} x {request.tasks} ranks\n  run directory  {folder}\n"
+        f"  watch          scaleprog status {folder}; tail -f {folder / job.log}\n"
+        f"  end            scaleprog cancel {folder}",
+        flush=True,
+    )
+    if wait:
+        raise typer.Exit(status.follow(folder, job))
+
+
+@app.command(name="status")
+def show_status(
+    run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="For programs, in seconds.")] = False
+) -> None:
+    """Says where a run stands: queued, running or ended, step, restarts, last checkpoint, time still needed."""
+    found = status.status(run)
+    print(json.dumps(asdict(found), indent=1) if as_json else found.text())
+
+
+@app.command()
+def cancel(run: RunPath) -> None:
+    """Ends a run, queued or running, under Slurm or on this machine; says what remains."""
+    print(status.cancel(run))
 
 
 @app.command()

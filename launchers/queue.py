@@ -1,0 +1,131 @@
+"""What Slurm knows about a job and can be asked to do with it, through its own commands; no accounting is needed."""
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+
+from scaleprog.errors import ScaleprogError
+
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",
+        "PREEMPTED", "REVOKED")  # fmt: skip
+ALSO_RUNNING = ("SIGNALING", "CONFIGURING", "STAGE_OUT")  # what scontrol says of a running job at times
+ANSWER_SECONDS = 60.0
+
+
+class NoAnswer(ScaleprogError):
+    """Slurm is not on this machine, or its controller does not answer."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as Slurm sees it."""
+
+    id: str
+    name: str
+    state: str
+    reason: str = ""
+    nodes: str = ""
+    restarts: int = 0
+    exit_code: int = 0
+    """Of the batch script; 128 + number if a signal ended it."""
+    preempted: bool = False
+    """Whether Slurm has announced that it takes the nodes away."""
+    end: float | None = None
+    """When its time limit ends it, in seconds since the epoch; None if it does not run or has no limit."""
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended for good, as far as Slurm itself is concerned."""
+        return self.state in OVER
+
+
+def find(job: str) -> Job | None:
+    """The job of this id; None if Slurm knows none (any more). Raises NoAnswer."""
+    told = _ask("scontrol", "-o", "show", "job", job)
+    if told.returncode == 0 and told.stdout.strip():
+        return _read(told.stdout.splitlines()[0])
+    if "Invalid job id" not in told.stderr:
+        raise NoAnswer(_last_line(told.stderr))
+    return _accounted(job)
+
+
+def requeue(job: str) -> None:
+    """Ends a running job and puts it into the queue again. Raises NoAnswer with what Slurm says against it."""
+    told = _ask("scontrol", "requeue", job)
+    if told.returncode:
+        raise NoAnswer(_last_line(told.stderr))
+
+
+def cancel(job: str) -> None:
+    """Ends a job: its tasks get TERM, and KILL after the cluster's KillWait. Raises NoAnswer."""
+    told = _ask("scancel", job)
+    if told.returncode:
+        raise NoAnswer(_last_line(told.stderr))
+
+
+def partitions() -> list[str]:
+    """The partitions' names. Raises NoAnswer."""
+    told = _ask("sinfo", "-h", "-o", "%R")
+    if told.returncode:
+        raise NoAnswer(_last_line(told.stderr))
+    return list(dict.fromkeys(told.stdout.split()))
+
+
+def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=ANSWER_SECONDS, env=environment, check=False
+        )
+    except FileNotFoundError:
+        raise NoAnswer(f"no Slurm on {os.uname().nodename}: {command[0]} is not there") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoAnswer(f"{command[0]}: {error}") from error
+
+
+def _read(line: str) -> Job:
+    """A line of `scontrol -o show job`."""
+
+    def value(key: str) -> str:
+        found = re.search(rf"(?:^| ){key}=(\S*)", line)
+        return "" if found is None or found[1] in ("(null)", "None") else found[1]
+
+    name = re.search(r"JobName=(.*?) UserId=", line)
+    state, end = value("JobState"), value("EndTime")
+    code, _, number = (value("ExitCode") or "0:0").partition(":")
+    return Job(
+        id=value("JobId"),
+        name=name[1] if name else "",
+        state="RUNNING" if state in ALSO_RUNNING else state,
+        reason=value("Reason"),
+        nodes=value("NodeList"),
+        restarts=int(value("Restarts") or 0),
+        exit_code=128 + int(number) if int(number or 0) else int(code),
+        preempted=value("PreemptTime").isdigit(),
+        end=float(end) if end.isdigit() else None,
+    )
+
+
+def _accounted(job: str) -> Job | None:
+    """The job as accounting remembers it, where there is accounting."""
+    try:
+        told = _ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "JobName,State,ExitCode,NodeList")
+    except NoAnswer:
+        return None
+    rows = [line.split("|") for line in told.stdout.splitlines()]
+    if told.returncode or not rows or len(rows[-1]) != 4 or not rows[-1][1]:
+        return None
+    name, state, code, nodes = rows[-1]
+    number = int(code.partition(":")[2] or 0)
+    return Job(
+        id=job,
+        name=name,
+        state=state.split()[0],  # "CANCELLED by 1000"
+        nodes=nodes,
+        exit_code=128 + number if number else int(code.partition(":")[0] or 0),
+    )
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["Slurm does not answer"])[-1]

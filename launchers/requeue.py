@@ -1,0 +1,206 @@
+"""Shall a Slurm job start again? Its batch script asks when the tasks have ended, in whatever way they did.
+
+`python -m launchers.requeue RUN CODE MAX_RESTARTS`, where CODE is what srun ended with. srun cannot say which task was
+the first to fail, since it kills the others: so a task that leaves for a reason writes it down (`report`).
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from launchers import queue
+
+FINISHED, CRASHED, MISTAKE, STOPPED = 0, 1, 2, 75
+"""What a task ends with; STOPPED is scaleprog.preemption.EXIT_CODE, whose module would import torch."""
+INTERRUPTED, USR2, TERM = (128 + number for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM))
+"""What a task ends with that is signalled before the run listens."""
+FRUITLESS = 3  # restarts in a row without a new checkpoint: it is not bad luck
+REQUEUES = "requeues.jsonl"
+
+Kind = Literal["finished", "mistake", "interrupted", "stopped", "crash"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a job: its id and how often Slurm had started it before."""
+
+    job: str
+    restart: int
+
+    @classmethod
+    def current(cls, variables: Mapping[str, str] = os.environ) -> "Start":
+        """The start that this process belongs to."""
+        return cls(variables["SLURM_JOB_ID"], int(variables.get("SLURM_RESTART_COUNT") or 0))
+
+
+@dataclass(frozen=True)
+class End:
+    """How a start ended. `code`: what the batch script is to end with."""
+
+    kind: Kind
+    code: int
+    cause: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the job starts again; `why` if it does not."""
+
+    requeue: bool
+    why: str = ""
+
+
+def report(run: Path, start: Start, rank: int, code: int, cause: str) -> None:
+    """Writes down why a task leaves with `code`. On a full disk the exit code alone has to do."""
+    with suppress(OSError):
+        path = _reports(run) / f"{start.job}-{start.restart}-{rank}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"time": time.time(), "rank": rank, "code": code, "cause": cause}))
+
+
+def how_it_ended(code: int, reports: Sequence[Mapping[str, Any]], signals: Sequence[str], preempted: bool) -> End:
+    """What happened.
+
+    Args:
+        code: what srun ended with: the highest exit code of a task, be it that of one that srun itself killed.
+        reports: of the tasks. A mistake explains whatever else went wrong, an orderly stop all but that.
+        signals: that made the run leave in a hurry, without a report.
+        preempted: whether Slurm has announced that it takes the nodes away.
+    """
+    if code == FINISHED:
+        return End("finished", FINISHED, "finished")
+    first = sorted(reports, key=lambda report: report["time"])
+    for report in first:
+        if report["code"] == MISTAKE:
+            return End("mistake", MISTAKE, report["cause"])
+    if code == MISTAKE:
+        return End("mistake", MISTAKE, "see the log")
+    for report in first:
+        if report["code"] == STOPPED:
+            return _stop(report["cause"])
+    for report in first:
+        return End("crash", code, f"rank {report['rank']}: {report['cause']}")
+    if signals:
+        return _stop(f"stopped by {' and '.join(signals)}, in a hurry")
+    if code in (INTERRUPTED, USR2, STOPPED) or (code == TERM and preempted):
+        by = {INTERRUPTED: "SIGINT", USR2: "SIGUSR2", TERM: "SIGTERM"}.get(code, "a signal")
+        return _stop(f"stopped by {by} before it trained")
+    return End("crash", code, f"{'a task was killed, ' if code > 128 else ''}exit code {code}")
+
+
+def _stop(cause: str) -> End:
+    return End("interrupted" if "SIGINT" in cause else "stopped", STOPPED, cause)
+
+
+def decide(
+    end: End, start: Start, job: queue.Job | None, earlier: Sequence[Mapping[str, Any]], step: int, limit: int
+) -> Verdict:
+    """Whether the job is to start again.
+
+    Args:
+        end: how this start ended.
+        start: which one it was; Slurm may have started the job again elsewhere, and this one be an orphan.
+        job: what Slurm says of it now; None if it cannot be asked.
+        earlier: the lines of `requeues.jsonl`.
+        step: of the newest checkpoint.
+        limit: most restarts after crashes; being stopped does not count.
+    """
+    if end.kind == "finished":
+        return Verdict(False)
+    if end.kind == "mistake":
+        return Verdict(False, "another try would end the same")
+    if end.kind == "interrupted":
+        return Verdict(False, "somebody asked it to stop")
+    if job is None:
+        return Verdict(False, "Slurm cannot be asked from here; submit it again, it goes on from the last checkpoint")
+    if job.restarts != start.restart:
+        return Verdict(False, f"Slurm has started it again by itself, restart {job.restarts}")
+    if job.state != "RUNNING":
+        return Verdict(False, f"Slurm is ending it: {job.state}")
+    if end.kind == "crash":
+        own = [row for row in earlier if row["job"] == start.job]
+        if (crashes := sum(row["kind"] == "crash" for row in own)) >= limit:
+            return Verdict(False, f"it has crashed {crashes + 1} times (--max-restarts {limit})")
+        if [(row["kind"], row["step"]) for row in own[-FRUITLESS:]] == [("crash", step)] * FRUITLESS:
+            return Verdict(False, f"{FRUITLESS} restarts in a row committed nothing new; see the log")
+    return Verdict(True)
+
+
+def after(run: Path, code: int, limit: int) -> int:
+    """Decides, requeues the job or says why not, and adds a line to `requeues.jsonl`.
+
+    Returns the batch script's exit code.
+    """
+    if code == FINISHED:
+        return code
+    start = Start.current()
+    try:
+        job = queue.find(start.job)
+    except queue.NoAnswer as error:
+        job = None
+        print(f"scaleprog: {error}", file=sys.stderr)
+    files = list(_reports(run).glob(f"{start.job}-{start.restart}-*.json"))
+    reports = [row for path in files for row in read_lines(path)]
+    end = how_it_ended(code, reports, _hurried(run, start), job is not None and job.preempted)
+    step = newest_step(run)
+    verdict = decide(end, start, job, read_lines(run / REQUEUES), step, limit)
+    row = {"time": time.time(), **asdict(start), **asdict(end), "step": step, **asdict(verdict)}
+    try:
+        with open(run / REQUEUES, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        for path in files:
+            path.unlink()
+    except OSError as error:
+        print(f"scaleprog: {error}", file=sys.stderr)
+    told = "starts again" if verdict.requeue else f"does not start again: {verdict.why}"
+    print(f"scaleprog: {end.cause}\nscaleprog: job {start.job} {told}", file=sys.stderr, flush=True)
+    if verdict.requeue:
+        try:
+            queue.requeue(start.job)
+        except queue.NoAnswer as error:
+            print(f"scaleprog: {error}; submit it again, it goes on from the last checkpoint", file=sys.stderr)
+    return end.code
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint; 0 where there is none."""
+    names = [path.name for path in (run / "checkpoints").glob("step-*")]
+    return max((int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name)), default=0)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, as far as they are whole."""
+    rows = []
+    with suppress(OSError):
+        for line in path.read_text().splitlines():
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def _hurried(run: Path, start: Start) -> list[str]:
+    """The signals, if `events.jsonl` says that they made this start leave at once."""
+    owner = next(iter(read_lines(run / "owner.json")), {})
+    if (owner.get("job"), owner.get("restart")) != (start.job, start.restart):
+        return []
+    events = read_lines(run / "events.jsonl")
+    begun = [i for i, event in enumerate(events) if event.get("generation") == owner["generation"]]
+    mine = events[begun[-1] :] if begun else []
+    hurried = any(event["event"] == "hurried" for event in mine)
+    return [event["signal"] for event in mine if event["event"] == "signal"] if hurried else []
+
+
+def _reports(run: Path) -> Path:
+    return run / "jobs" / "reports"
+
+
+if __name__ == "__main__":
+    sys.exit(after(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

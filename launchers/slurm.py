@@ -1,0 +1,206 @@
+"""`scaleprog submit`: a recipe becomes a Slurm job, through submitit, that starts again by itself until it is done."""
+
+import math
+import re
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launchers import queue
+from launchers.snapshot import JobFile, check_free, code_folder, take
+from launchers.task import task
+from scaleprog.errors import ScaleprogError
+from scaleprog.plan import Plan
+from scaleprog.recipe import Recipe
+
+CHECKPOINT_SECONDS = 60  # at least so long between the end of a job's start-up and the signal that stops it
+SRUN = ("--kill-on-bad-exit=1", "--wait=60")  # one task gone, all gone: the others would wait for it for ever
+OWN_OPTIONS = {
+    "nodes": "--nodes", "ntasks-per-node": "--tasks-per-node", "gpus-per-node": "--gpus-per-node", "time": "--time",
+    "cpus-per-task": "--cpus-per-task", "partition": "--partition", "account": "--account", "qos": "--qos",
+    "signal": "--signal-before", "job-name": "--run-dir",
+}  # fmt: skip
+RESERVED = ("ntasks", "array", "requeue", "no-requeue", "open-mode", "output", "error", "chdir")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a job asks Slurm for. `options`: further ones of sbatch, each KEY=VALUE or KEY."""
+
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    tasks_per_node: int | None = None
+    cpus_per_task: int | None = None
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    signal_before: int = 120
+    max_restarts: int = 20
+    options: tuple[str, ...] = ()
+
+    @property
+    def tasks(self) -> int:
+        """Tasks on each node: one per GPU."""
+        return self.gpus_per_node or self.tasks_per_node or 1
+
+    @property
+    def world(self) -> int:
+        """Ranks."""
+        return self.nodes * self.tasks
+
+    def further(self) -> dict[str, Any]:
+        """`options` as submitit takes them. Raises ScaleprogError for one that the job's life depends on."""
+        found: dict[str, Any] = {}
+        for option in self.options:
+            key, equals, value = option.lstrip("-").partition("=")
+            key = key.replace("_", "-")
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", key) or "\n" in value:
+                raise ScaleprogError(f"--sbatch {option}: not of the form KEY=VALUE, KEY being a long option of sbatch")
+            if key in OWN_OPTIONS:
+                raise ScaleprogError(f"--sbatch {option}: say it by {OWN_OPTIONS[key]}")
+            if key in RESERVED:
+                raise ScaleprogError(f"--sbatch {option}: scaleprog sets {key} itself, as the job needs it")
+            found[key] = value if equals else True
+        return found
+
+    def check(self) -> None:
+        """Raises ScaleprogError for what needs no Slurm to see that it cannot work."""
+        if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
+            raise ScaleprogError(
+                f"--tasks-per-node {self.tasks_per_node}: there is one task per GPU, and --gpus-per-node is "
+                f"{self.gpus_per_node}"
+            )
+        for name in ("partition", "account", "qos"):
+            if "\n" in (getattr(self, name) or ""):
+                raise ScaleprogError(f"--{name}: more than one line")
+        self.further()
+        if self.time is None:
+            return
+        least = self.signal_before + CHECKPOINT_SECONDS
+        if seconds(self.time) <= least:
+            raise ScaleprogError(
+                f"--time {self.time} leaves nothing for training: the job is told to stop {self.signal_before} s "
+                "before its end (--signal-before), and a checkpoint needs its time; ask for "
+                f"{math.ceil(least / 60) + 1} min or more, or a later signal"
+            )
+
+
+def submit(recipe: Recipe, run: Path, request: Request) -> JobFile:
+    """Queues `recipe` to be trained in the run directory `run`.
+
+    Raises:
+        ScaleprogError: of a kind that says what does not fit: recipe, shards, ranks, run directory, or the cluster.
+    """
+    run = run.absolute()
+    if "%" in str(run) or "\n" in str(run):
+        raise ScaleprogError(f"--run-dir {run}: Slurm would replace the %")
+    check(recipe, run, request)
+    check_cluster(request)
+    new = not run.exists()
+    take(recipe, run)
+    executor = make_executor(run, request)
+    try:
+        job = executor.submit(task, run)
+    except RuntimeError as error:  # submitit's are all of this kind
+        if new:
+            shutil.rmtree(run)
+        raise ScaleprogError(f"Slurm refuses the job: {str(error).strip()}") from error
+    code, log = (str(path.relative_to(run)) for path in (code_folder(run), job.paths.stdout))
+    file = JobFile(job.job_id, job_name(run), code, log)
+    file.write(run)
+    return file
+
+
+def script(recipe: Recipe, run: Path, request: Request) -> str:
+    """The batch script that `submit` would queue."""
+    run = run.absolute()
+    check(recipe, run, request)
+    executor = make_executor(run, request)
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def check(recipe: Recipe, run: Path, request: Request) -> None:
+    """Raises ScaleprogError for whatever the job would fail with at its start."""
+    request.check()
+    Plan.of(recipe, request.world)
+    check_free(recipe, run)
+
+
+def check_cluster(request: Request) -> None:
+    """Raises ScaleprogError unless there is a Slurm that has what is asked for."""
+    if shutil.which("sbatch") is None:
+        raise ScaleprogError(
+            "no Slurm on this machine: sbatch is not there; on a cluster, submit from a login node, and without one "
+            "train on this machine by `scaleprog train --nproc`"
+        )
+    known = queue.partitions()
+    for name in (request.partition or "").split(","):
+        if name and name not in known:
+            raise ScaleprogError(f"--partition {name}: there is none of this name; there are {', '.join(known)}")
+
+
+def make_executor(run: Path, request: Request) -> Any:
+    """submitit's executor for one job: its files, logs included, get a folder that no other submission has had."""
+    try:
+        from submitit.slurm.slurm import SlurmExecutor
+    except ImportError:
+        raise ScaleprogError("submitit is not installed: pip install 'scaleprog[slurm]'") from None
+
+    class Executor(SlurmExecutor):
+        @classmethod
+        def affinity(cls) -> int:
+            return 1  # the script can be shown where there is no Slurm
+
+    executor = Executor(run / "jobs" / time.strftime("%Y%m%d-%H%M%S"))
+    cpus = () if request.cpus_per_task is None else (f"--cpus-per-task={request.cpus_per_task}",)  # not inherited
+    executor.update_parameters(
+        job_name=job_name(run),
+        nodes=request.nodes,
+        ntasks_per_node=request.tasks,
+        gpus_per_node=request.gpus_per_node,
+        cpus_per_task=request.cpus_per_task,
+        time=request.time,
+        partition=request.partition,
+        account=request.account,
+        qos=request.qos,
+        wckey=None,
+        stderr_to_stdout=True,
+        setup=setup(run, code_folder(run), request.max_restarts),
+        srun_args=[*SRUN, *cpus],
+        additional_parameters={"signal": f"USR2@{request.signal_before}", "requeue": True, **request.further()},
+    )
+    return executor
+
+
+def setup(run: Path, code: Path, max_restarts: int) -> list[str]:
+    """What the batch script does before it starts the tasks; slurm/train.sbatch has the same lines."""
+    requeue = shlex.join([sys.executable, "-m", "launchers.requeue", str(run)])
+    return [
+        f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export SUBMITIT_PREEMPT_SIGNAL=USR2",
+        f'after() {{ {requeue} "$1" {max_restarts}; exit; }}',
+        "trap : TERM INT USR2  # the tasks get them too, and this shell waits for these",
+        "trap 'after $?' EXIT",
+    ]
+
+
+def job_name(run: Path) -> str:
+    """By which a job in the queue is known to be this run's."""
+    return f"scaleprog-{run.name}"
+
+
+def seconds(limit: str) -> int:
+    """Seconds of a time limit as sbatch takes it: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if found is None:
+        raise ScaleprogError(f"--time {limit}: not a time; write minutes, HH:MM:SS or D-HH:MM:SS")
+    days, *parts = (None if part is None else int(part) for part in found.groups())
+    if days is None and parts[2] is None:  # minutes lead
+        parts = [0, *parts[:2]]
+    hours, minutes, rest = (part or 0 for part in parts)
+    return ((days or 0) * 24 + hours) * 3600 + minutes * 60 + rest

@@ -1,0 +1,144 @@
+"""What a job runs is copied into its run directory, so that a working tree edited meanwhile does not change the job.
+
+`python -m launchers.snapshot RECIPE RUN [key=value]...` does it for slurm/train.sbatch, at the job's first start, and
+prints where the code lies.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import launchers
+from launchers import queue
+from scaleprog.claim import is_alive, read_owner
+from scaleprog.errors import CheckpointError, ScaleprogError
+from scaleprog.recipe import Recipe
+
+PACKAGES = ("scaleprog", "launchers", "shards")
+JOB = "job.json"
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """`job.json` of a run directory: the Slurm job that trains it, or the last that did; paths are relative to it."""
+
+    job: str
+    name: str
+    code: str
+    log: str = ""
+
+    def write(self, run: Path) -> None:
+        """Puts it into a run directory."""
+        _replace(run / JOB, json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, run: Path) -> "JobFile | None":
+        """That of a run directory; None where there is none. Raises CheckpointError."""
+        try:
+            return cls(**json.loads((run / JOB).read_text()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{run / JOB}: not readable: {error}") from error
+
+    def ask(self) -> queue.Job | None:
+        """What Slurm says of it; None if it does not know it any more. Raises NoAnswer."""
+        job = queue.find(self.job)
+        return job if job is not None and job.name == self.name else None  # a new cluster counts its jobs anew
+
+
+def code_folder(run: Path) -> Path:
+    """Where `take` puts the present code."""
+    return run / "code" / _digest(_sources())
+
+
+def take(recipe: Recipe, run: Path) -> Path:
+    """Copies the present code and `recipe` into `run`; returns the folder of the code. Raises ScaleprogError."""
+    sources = _sources()
+    folder = run / "code" / _digest(sources)
+    try:
+        if not folder.exists():
+            temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+            for name, content in sources.items():
+                path = temporary / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                shutil.rmtree(temporary)  # another process was faster
+        _replace(run / "recipe.yaml", recipe.dump())
+    except OSError as error:
+        raise ScaleprogError(f"{run}: cannot be a run directory: {error}") from error
+    return folder
+
+
+def check_free(recipe: Recipe, run: Path) -> None:
+    """Raises CheckpointError if `run` belongs to another recipe, or to a job or process that is alive."""
+    if (run / "recipe.yaml").exists() and (differences := recipe.differences(Recipe.load(run / "recipe.yaml"))):
+        listing = "\n".join(f"  {line}" for line in differences)
+        raise CheckpointError(
+            f"{run} is the run directory of another recipe:\n{listing}\nuse another --run-dir, or this recipe"
+        )
+    job = None
+    if (last := JobFile.read(run)) is not None:
+        with suppress(queue.NoAnswer):
+            job = last.ask()
+    if job is not None and not job.over:
+        raise CheckpointError(
+            f"{run} belongs to job {job.id}, which is {job.state}; `scaleprog cancel {run}` ends it, or use another "
+            "--run-dir"
+        )
+    owner = read_owner(run)
+    if owner is not None and is_alive(owner, run):
+        raise CheckpointError(f"{run} is in use by process {owner['pid']} on {owner['host']}; use another --run-dir")
+
+
+def prepare(recipe: Path, run: Path, overrides: Sequence[str]) -> Path:
+    """What a job started by train.sbatch does first; its restarts find what its first start laid down."""
+    job = os.environ["SLURM_JOB_ID"]
+    last = JobFile.read(run)
+    if last is not None and last.job == job and (run / last.code).is_dir():
+        return run / last.code
+    loaded = Recipe.load(recipe, overrides)
+    check_free(loaded, run)
+    code = take(loaded, run)
+    JobFile(job, os.environ["SLURM_JOB_NAME"], str(code.relative_to(run))).write(run)
+    return code
+
+
+def _sources() -> dict[str, bytes]:
+    """The text of every module, by its path below the checkout."""
+    root = Path(launchers.__file__).parents[1]
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for package in PACKAGES
+        for path in sorted((root / package).rglob("*.py"))
+    }
+
+
+def _digest(sources: dict[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for name, content in sources.items():
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    try:
+        print(prepare(Path(sys.argv[1]), Path(sys.argv[2]).absolute(), sys.argv[3:]))
+    except ScaleprogError as mistake:
+        print(f"scaleprog: {mistake}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,197 @@
+"""What every task of a Slurm job does, started by submitit or by slurm/train.sbatch: `python -m launchers.task RUN`."""
+
+import atexit
+import fcntl
+import os
+import re
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from launchers import queue
+from launchers.local import ECHO_SECONDS
+from launchers.requeue import CRASHED, FINISHED, MISTAKE, STOPPED, Start, report
+from scaleprog.errors import Preempted, ScaleprogError
+from scaleprog.preemption import SIGNALS
+from scaleprog.recipe import Recipe
+from scaleprog.train import train_rank
+
+PORTS = range(15_000, 30_000)  # below those that Linux gives out to clients
+LINGER_SECONDS = 60.0
+SIOCGIFADDR = 0x8915
+
+
+def task(run: Path) -> dict[str, Any]:
+    """Trains as one rank of the job; returns the results of a finished run, else ends the process."""
+    for number in SIGNALS:
+        # Until the run listens there is nothing to lose, and a handler in Python might wait for a rendezvous to end;
+        # submitit's, which are replaced here, would do nothing on all ranks but one.
+        signal.signal(number, signal.SIG_DFL)
+    start, rank = Start.current(), int(os.environ["SLURM_PROCID"])
+    try:
+        os.environ |= rank_variables(os.environ, start) | network_variables(os.environ)
+        if rank == 0:
+            tell_time_limit(start)
+            print(describe(os.environ), flush=True)
+        if not run.is_dir():
+            raise ScaleprogError(f"{run}: not there on {socket.gethostname()}; all nodes must share its file system")
+        results = train_rank(Recipe.load(run / "recipe.yaml"), run)
+    except Exception as error:
+        leave(run, start, rank, error)
+    atexit.register(_exit, FINISHED)  # without the interpreter's tear-down, in which threads of gloo may abort
+    return results
+
+
+def leave(run: Path, start: Start, rank: int, error: Exception) -> NoReturn:
+    """Ends this process by the error that ended its part of the run."""
+    if isinstance(error, Preempted):
+        if rank == 0:
+            print(f"scaleprog: {error}", file=sys.stderr, flush=True)
+            report(run, start, rank, STOPPED, str(error))
+        else:
+            time.sleep(LINGER_SECONDS)  # the first to go ends the step, and rank 0 may still have something to write
+        _exit(STOPPED)
+    if isinstance(error, ScaleprogError):
+        print(f"scaleprog: rank {rank}: {error}", file=sys.stderr, flush=True)
+        report(run, start, rank, MISTAKE, str(error))
+        _exit(MISTAKE)
+    traceback.print_exception(error)
+    if isinstance(error, RuntimeError):
+        time.sleep(ECHO_SECONDS)
+    report(run, start, rank, CRASHED, f"{type(error).__name__}: {error}".splitlines()[0])
+    _exit(CRASHED)
+
+
+def _exit(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+# ---- torch.distributed's variables from Slurm's
+
+
+def rank_variables(slurm: Mapping[str, str], start: Start) -> dict[str, str]:
+    """Which rank this task is, of how many."""
+    node = int(slurm.get("SLURM_NODEID", 0))
+    counts = tasks_per_node(slurm.get("SLURM_STEP_TASKS_PER_NODE") or slurm["SLURM_TASKS_PER_NODE"])
+    gpus = slurm.get("CUDA_VISIBLE_DEVICES", "")
+    bound = bool(gpus) and "," not in gpus  # Slurm shows each task its own GPU only
+    return {
+        "RANK": slurm["SLURM_PROCID"],
+        "WORLD_SIZE": slurm["SLURM_NTASKS"],
+        "LOCAL_RANK": "0" if bound else slurm["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(counts[node]),
+        "MASTER_PORT": str(port(start)),
+    }
+
+
+def port(start: Start) -> int:
+    """Where the ranks meet: another port at each start, so that a process left over cannot be in the way."""
+    return PORTS[(7 * int(start.job) + start.restart) % len(PORTS)]
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """The counts behind Slurm's "2(x3),1": 2, 2, 2, 1."""
+    counts = []
+    for part in text.split(","):
+        number, _, times = part.partition("(x")
+        counts += [int(number)] * int(times.rstrip(")") or 1)
+    return counts
+
+
+def hosts(nodelist: str) -> list[str]:
+    """The names behind Slurm's "gpu[08-10,12],login": gpu08, gpu09, gpu10, gpu12, login."""
+    names = []
+    for group in re.findall(r"(?:\[[^]]*\]|[^,[])+", nodelist):
+        prefix, _, rest = group.partition("[")
+        numbers, _, suffix = rest.partition("]")
+        if not rest:
+            names.append(group)
+            continue
+        for span in numbers.split(","):
+            first, _, last = span.partition("-")
+            for number in range(int(first), int(last or first) + 1):
+                names += hosts(f"{prefix}{number:0{len(first)}}{suffix}")
+    return names
+
+
+# ---- network
+
+
+def network_variables(slurm: Mapping[str, str]) -> dict[str, str]:
+    """Where rank 0 is, and the interface by which the ranks talk to each other unless the user has named one.
+
+    That is the one that leads to rank 0's node, and on that node the one that leads to the next.
+    """
+    names = hosts(slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"])
+    if len(names) == 1:
+        master, chosen = "127.0.0.1", "lo"
+    else:
+        master = address(names[0]) or slurm.get("SLURM_LAUNCH_NODE_IPADDR", "")
+        if not master:
+            raise ScaleprogError(f"{names[0]}: no address is known of this node, on which rank 0 runs")
+        first = slurm.get("SLURM_NODEID") == "0"
+        chosen = interface(address(names[1]) if first else master)
+    variables = {"MASTER_ADDR": master}
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if chosen and not slurm.get(name):
+            variables[name] = chosen
+    return variables
+
+
+def address(host: str) -> str:
+    """A host's IPv4 address; empty if the name cannot be resolved."""
+    try:
+        return socket.gethostbyname(host)
+    except OSError:
+        return ""
+
+
+def interface(peer: str) -> str:
+    """The network interface by which packets to an IPv4 address leave; empty if it cannot be told."""
+    if not peer:
+        return ""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))  # sends nothing
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return name
+    return ""
+
+
+def describe(variables: Mapping[str, str]) -> str:
+    """One line about who runs where."""
+    nodes = variables.get("SLURM_STEP_NODELIST") or variables["SLURM_JOB_NODELIST"]
+    by = [f"{kind} by {variables.get(f'{kind.upper()}_SOCKET_IFNAME', 'its own choice')}" for kind in ("gloo", "NCCL")]
+    return (
+        f"job {variables['SLURM_JOB_ID']}: {variables['WORLD_SIZE']} ranks on {nodes}, "
+        f"meeting at {variables['MASTER_ADDR']}:{variables['MASTER_PORT']}; {', '.join(by)}"
+    )
+
+
+def tell_time_limit(start: Start) -> None:
+    """Sets SLURM_JOB_END_TIME, which Slurm before 23.02 does not."""
+    if os.environ.get("SLURM_JOB_END_TIME"):
+        return
+    try:
+        job = queue.find(start.job)
+    except queue.NoAnswer as error:
+        print(f"scaleprog: the job's time limit is not known, only its signal will tell: {error}", file=sys.stderr)
+        return
+    if job is not None and job.end is not None:
+        os.environ["SLURM_JOB_END_TIME"] = str(int(job.end))
+
+
+if __name__ == "__main__":
+    task(Path(sys.argv[1]))
