@@ -19,7 +19,9 @@ from typing import Any, Literal
 from launchers import queue
 
 FINISHED, CRASHED, MISTAKE, STOPPED = 0, 1, 2, 75
-"""What a task ends with; STOPPED is scaleprog.preemption.EXIT_CODE, whose module would import torch."""
+"""What a run ends with; STOPPED is scaleprog.preemption.EXIT_CODE, whose module would import torch."""
+TASK_MISTAKE = 202
+"""What a task ends with instead of MISTAKE: srun tells the highest code, else that of a task which it killed."""
 INTERRUPTED, USR2, TERM = (128 + number for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM))
 """What a task ends with that is signalled before the run listens."""
 FRUITLESS = 3  # restarts in a row without a new checkpoint: it is not bad luck
@@ -59,10 +61,11 @@ class Verdict:
 
 
 def report(run: Path, start: Start, rank: int, code: int, cause: str) -> None:
-    """Writes down why a task leaves with `code`. On a full disk the exit code alone has to do."""
+    """Writes down why a task leaves with `code`. Where that is not possible, the exit code alone has to do."""
     with suppress(OSError):
         path = _reports(run) / f"{start.job}-{start.restart}-{rank}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        (run / "jobs").mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"time": time.time(), "rank": rank, "code": code, "cause": cause}))
 
 
@@ -81,7 +84,7 @@ def how_it_ended(code: int, reports: Sequence[Mapping[str, Any]], signals: Seque
     for report in first:
         if report["code"] == MISTAKE:
             return End("mistake", MISTAKE, report["cause"])
-    if code == MISTAKE:
+    if code in (MISTAKE, TASK_MISTAKE):
         return End("mistake", MISTAKE, "see the log")
     for report in first:
         if report["code"] == STOPPED:
@@ -154,8 +157,9 @@ def after(run: Path, code: int, limit: int) -> int:
     verdict = decide(end, start, job, read_lines(run / REQUEUES), step, limit)
     row = {"time": time.time(), **asdict(start), **asdict(end), "step": step, **asdict(verdict)}
     try:
-        with open(run / REQUEUES, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if _object(run / "job.json").get("job", start.job) == start.job:  # else it was refused
+            with open(run / REQUEUES, "a") as file:
+                file.write(json.dumps(row) + "\n")
         for path in files:
             path.unlink()
     except OSError as error:
@@ -188,7 +192,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _hurried(run: Path, start: Start) -> list[str]:
     """The signals, if `events.jsonl` says that they made this start leave at once."""
-    owner = next(iter(read_lines(run / "owner.json")), {})
+    owner = _object(run / "owner.json")
     if (owner.get("job"), owner.get("restart")) != (start.job, start.restart):
         return []
     events = read_lines(run / "events.jsonl")
@@ -196,6 +200,10 @@ def _hurried(run: Path, start: Start) -> list[str]:
     mine = events[begun[-1] :] if begun else []
     hurried = any(event["event"] == "hurried" for event in mine)
     return [event["signal"] for event in mine if event["event"] == "signal"] if hurried else []
+
+
+def _object(path: Path) -> dict[str, Any]:
+    return next(iter(read_lines(path)), {})
 
 
 def _reports(run: Path) -> Path:

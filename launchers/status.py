@@ -184,17 +184,20 @@ def outlook(recipe: Recipe, events: Sequence[Row], step: int, recent: Sequence[R
 
 def follow(run: Path, file: JobFile) -> int:
     """Tells how a queued run gets on until it has ended; returns its exit code."""
-    said, told, ended = "", 0.0, 0
+    said, told, ended, job = "", 0.0, 0, None
     while ended < 2:  # Slurm may put a job that has just ended into the queue again
-        job = file.ask()
-        now = f"job {file.job}: {_now(job)}"
+        try:
+            job = file.ask()
+            ended = ended + 1 if job is None or job.over else 0
+            now = f"job {file.job}: {_now(job)}"
+        except queue.NoAnswer as error:  # its controller is started anew, say
+            now = str(error)
         if now != said:
             said = now
             print(f"{_clock(time.time())} {now}", flush=True)
         if time.monotonic() - told > TELL_SECONDS and (line := _last_step(run)) is not None:
             told = time.monotonic()
             print(f"{_clock(time.time())} {line}", flush=True)
-        ended = ended + 1 if job is None or job.over else 0
         time.sleep(POLL_SECONDS)
     last = next(reversed(read_lines(run / REQUEUES)), None)
     if last is not None and last["job"] == file.job and not last["requeue"]:

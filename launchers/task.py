@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from launchers import queue
 from launchers.local import ECHO_SECONDS
-from launchers.requeue import CRASHED, FINISHED, MISTAKE, STOPPED, Start, report
+from launchers.requeue import CRASHED, FINISHED, MISTAKE, STOPPED, TASK_MISTAKE, Start, report
 from scaleprog.errors import Preempted, ScaleprogError
 from scaleprog.preemption import SIGNALS
 from scaleprog.recipe import Recipe
@@ -61,7 +61,7 @@ def leave(run: Path, start: Start, rank: int, error: Exception) -> NoReturn:
     if isinstance(error, ScaleprogError):
         print(f"scaleprog: rank {rank}: {error}", file=sys.stderr, flush=True)
         report(run, start, rank, MISTAKE, str(error))
-        _exit(MISTAKE)
+        _exit(TASK_MISTAKE)
     traceback.print_exception(error)
     if isinstance(error, RuntimeError):
         time.sleep(ECHO_SECONDS)

@@ -225,6 +225,7 @@ def test_the_batch_script_need_not_wait_for_torch() -> None:
     [
         (0, [], [], False, ("finished", 0, "finished")),
         (2, [], [], False, ("mistake", 2, "see the log")),
+        (202, [], [], False, ("mistake", 2, "see the log")),
         (137, [STOPPED, CRASHED, MISTAKE], ["SIGTERM"], True, ("mistake", 2, "a shard is damaged")),
         (137, [CRASHED, STOPPED], [], False, ("stopped", 75, STOPPED["cause"])),
         (143, [INTERRUPTED], [], False, ("interrupted", 75, INTERRUPTED["cause"])),
@@ -300,11 +301,17 @@ def test_after(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         "cause": "stopped by SIGUSR2 after step 9 with a checkpoint",
     }  # fmt: skip
     assert len(list((tmp_path / "jobs" / "reports").iterdir())) == 1  # read once
+    requeue.report(tmp_path / "not on this node", start, 0, 2, "x")
+    assert not (tmp_path / "not on this node").exists()
 
     fake.show(state="CANCELLED")
     assert requeue.after(tmp_path, 143, limit=3) == 143
     assert requeue.read_lines(tmp_path / "requeues.jsonl")[1]["why"] == "Slurm is ending it: CANCELLED"
     assert len(fake.calls("scontrol requeue")) == 1
+
+    (tmp_path / "job.json").write_text('{"job": "6"}')  # whose run directory it is; job 7 was refused
+    assert requeue.after(tmp_path, 2, limit=3) == 2
+    assert len(requeue.read_lines(tmp_path / "requeues.jsonl")) == 2
 
 
 def test_a_run_that_left_in_a_hurry(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -638,10 +645,11 @@ def test_follow(
     ending: dict[str, str], code: int, made_up: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    states: list[dict[str, Any]] = [
+    states: list[dict[str, Any] | None] = [  # None: Slurm does not answer
         {"state": "PENDING", "reason": "Priority"},
         {},
         ending,
+        None,
         {"restarts": 1},
         ending,
         ending,
@@ -649,12 +657,17 @@ def test_follow(
     file = JobFile("7", "scaleprog-a b", "code/x")
 
     def advance(_: float) -> None:
-        if states:
-            fake.show(**states.pop(0))
+        if not states:
+            return
+        if (fields := states.pop(0)) is not None:
+            fake.show(**fields)
+        else:
+            fake.command("scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
 
     advance(0)
     monkeypatch.setattr(status.time, "sleep", advance)
     assert status.follow(made_up, file) == code
     told = capfd.readouterr().out
-    assert [part in told for part in ("PENDING", "Priority", "RUNNING", "restart 1", "step 30, stage 1")] == [True] * 5
+    for part in ("PENDING", "Priority", "RUNNING", "Unable to contact", "restart 1", "step 30, stage 1"):
+        assert part in told
     assert states == []
