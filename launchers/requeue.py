@@ -1,7 +1,7 @@
 """Shall a Slurm job start again? Its batch script asks when the tasks have ended, in whatever way they did.
 
-`python -m launchers.requeue RUN CODE MAX_RESTARTS`, where CODE is what srun ended with. srun cannot say which task was
-the first to fail, since it kills the others: so a task that leaves for a reason writes it down (`report`).
+`python -m launchers.requeue RUN CODE MAX_RESTARTS`, where CODE is what srun ended with: the signal of a task that it
+killed hides what the first to fail ended with. So a task that leaves for a reason writes it down (`report`).
 """
 
 import json
@@ -19,9 +19,7 @@ from typing import Any, Literal
 from launchers import queue
 
 FINISHED, CRASHED, MISTAKE, STOPPED = 0, 1, 2, 75
-"""What a run ends with; STOPPED is scaleprog.preemption.EXIT_CODE, whose module would import torch."""
-TASK_MISTAKE = 202
-"""What a task ends with instead of MISTAKE: srun tells the highest code, else that of a task which it killed."""
+"""What a task ends with; STOPPED is scaleprog.preemption.EXIT_CODE, whose module would import torch."""
 INTERRUPTED, USR2, TERM = (128 + number for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM))
 """What a task ends with that is signalled before the run listens."""
 FRUITLESS = 3  # restarts in a row without a new checkpoint: it is not bad luck
@@ -73,7 +71,7 @@ def how_it_ended(code: int, reports: Sequence[Mapping[str, Any]], signals: Seque
     """What happened.
 
     Args:
-        code: what srun ended with: the highest exit code of a task, be it that of one that srun itself killed.
+        code: what srun ended with.
         reports: of the tasks. A mistake explains whatever else went wrong, an orderly stop all but that.
         signals: that made the run leave in a hurry, without a report.
         preempted: whether Slurm has announced that it takes the nodes away.
@@ -84,7 +82,7 @@ def how_it_ended(code: int, reports: Sequence[Mapping[str, Any]], signals: Seque
     for report in first:
         if report["code"] == MISTAKE:
             return End("mistake", MISTAKE, report["cause"])
-    if code in (MISTAKE, TASK_MISTAKE):
+    if code == MISTAKE:
         return End("mistake", MISTAKE, "see the log")
     for report in first:
         if report["code"] == STOPPED:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from launchers import queue
 from launchers.local import ECHO_SECONDS
-from launchers.requeue import CRASHED, FINISHED, MISTAKE, STOPPED, TASK_MISTAKE, Start, report
+from launchers.requeue import CRASHED, FINISHED, MISTAKE, STOPPED, Start, report
 from scaleprog.errors import Preempted, ScaleprogError
 from scaleprog.preemption import SIGNALS
 from scaleprog.recipe import Recipe
@@ -40,8 +40,6 @@ def task(run: Path) -> dict[str, Any]:
         if rank == 0:
             tell_time_limit(start)
             print(describe(os.environ), flush=True)
-        if not run.is_dir():
-            raise ScaleprogError(f"{run}: not there on {socket.gethostname()}; all nodes must share its file system")
         results = train_rank(Recipe.load(run / "recipe.yaml"), run)
     except Exception as error:
         leave(run, start, rank, error)
@@ -53,15 +51,14 @@ def leave(run: Path, start: Start, rank: int, error: Exception) -> NoReturn:
     """Ends this process by the error that ended its part of the run."""
     if isinstance(error, Preempted):
         if rank == 0:
-            print(f"scaleprog: {error}", file=sys.stderr, flush=True)
-            report(run, start, rank, STOPPED, str(error))
+            report(run, start, rank, STOPPED, str(error).partition(";")[0])  # the rest says what the job does itself
         else:
             time.sleep(LINGER_SECONDS)  # the first to go ends the step, and rank 0 may still have something to write
         _exit(STOPPED)
     if isinstance(error, ScaleprogError):
         print(f"scaleprog: rank {rank}: {error}", file=sys.stderr, flush=True)
         report(run, start, rank, MISTAKE, str(error))
-        _exit(TASK_MISTAKE)
+        _exit(MISTAKE)
     traceback.print_exception(error)
     if isinstance(error, RuntimeError):
         time.sleep(ECHO_SECONDS)

@@ -225,7 +225,6 @@ def test_the_batch_script_need_not_wait_for_torch() -> None:
     [
         (0, [], [], False, ("finished", 0, "finished")),
         (2, [], [], False, ("mistake", 2, "see the log")),
-        (202, [], [], False, ("mistake", 2, "see the log")),
         (137, [STOPPED, CRASHED, MISTAKE], ["SIGTERM"], True, ("mistake", 2, "a shard is damaged")),
         (137, [CRASHED, STOPPED], [], False, ("stopped", 75, STOPPED["cause"])),
         (143, [INTERRUPTED], [], False, ("interrupted", 75, INTERRUPTED["cause"])),
@@ -437,6 +436,7 @@ def test_script(make_recipe: MakeRecipe, tmp_path: Path) -> None:
 def run_batch(arguments: list[str | Path], cwd: Path) -> subprocess.CompletedProcess[str]:
     """A batch script as job 7 would run it, in an environment of Slurm's."""
     environment = os.environ | {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "scaleprog", "SLURM_SUBMIT_DIR": str(cwd)}
+    environment["SLURM_JOB_NUM_NODES"] = "2"
     environment["PYTHON"] = sys.executable
     return subprocess.run(
         ["bash", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
@@ -465,7 +465,13 @@ def test_a_batch_script_requeues_from_its_snapshot(
 def test_train_sbatch(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     script, recipe, run = ROOT / "slurm" / "train.sbatch", tmp_path / "my recipe.yaml", tmp_path / "a run"
     recipe.write_text(make_recipe().dump())
-    fake.command("srun", f'printf "%s\\n" "$PYTHONPATH" "$@" > "{tmp_path}/srun-arguments"; exit 1')
+    fake.command("srun", "exit 1")
+    done = run_batch([script, recipe, "a run", "seed=3"], tmp_path)
+    assert done.returncode == 2
+    assert f"scaleprog: {run}: not there on every node" in done.stderr
+    assert "requeue" not in " ".join(fake.calls("scontrol"))
+    seen = 'case $* in *bash*) exec "${@:3}" ;; esac'  # what is to be asked on every node, asked here
+    fake.command("srun", f'{seen}; printf "%s\\n" "$PYTHONPATH" "$@" > "{tmp_path}/srun-arguments"; exit 1')
     done = run_batch([script, recipe, "a run", "seed=3"], tmp_path)
     assert done.returncode == 1, done.stderr
     assert fake.calls("scontrol")[-1] == "scontrol requeue 7"
