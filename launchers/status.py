@@ -199,12 +199,12 @@ def follow(run: Path, file: JobFile) -> int:
             told = time.monotonic()
             print(f"{_clock(time.time())} {line}", flush=True)
         time.sleep(POLL_SECONDS)
+    if (job is None and (run / "results.json").exists()) or (job is not None and job.state == "COMPLETED"):
+        return 0
     last = next(reversed(read_lines(run / REQUEUES)), None)
-    if last is not None and last["job"] == file.job and not last["requeue"]:
+    if last is not None and last["job"] == file.job:
         print(f"scaleprog: {last['cause']}", file=sys.stderr)
-    if job is None or job.state == "COMPLETED":
-        return 0 if (run / "results.json").exists() or job is not None else 1
-    return job.exit_code or 1
+    return 1 if job is None else job.exit_code or 1
 
 
 def cancel(run: Path) -> str:

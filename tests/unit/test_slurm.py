@@ -673,7 +673,8 @@ def test_follow(
     advance(0)
     monkeypatch.setattr(status.time, "sleep", advance)
     assert status.follow(made_up, file) == code
-    told = capfd.readouterr().out
+    told, wrong = capfd.readouterr()
+    assert wrong == ("scaleprog: a task was killed\n" if code else "")
     for part in ("PENDING", "Priority", "RUNNING", "Unable to contact", "restart 1", "step 30, stage 1"):
         assert part in told
     assert states == []
