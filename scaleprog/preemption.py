@@ -1,8 +1,8 @@
 """Signals, the time limit and the clock -> the same decision on every rank, after the same step.
 
 A signal reaches some ranks and not others, at different steps, and Python may not see it while the main thread is
-inside C code. So a handler only wakes a thread, the thread raises a flag, and the flags are reduced over the ranks now
-and then by a collective that is begun after one step and looked at after a later one, when it has long been finished.
+inside C code. So a handler only wakes a thread, the thread raises a flag, and every few steps the flags are reduced
+over the ranks by a collective that is begun after one step and looked at after a later one, when it has long been done.
 """
 
 import os
@@ -22,7 +22,8 @@ EXIT_CODE = 75
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 DEADLINE = 128  # among signal numbers, the time limit
-LOOK_SECONDS = 0.25  # about how often the flags are reduced
+LOOK_SECONDS = 2.0  # about how often the flags are reduced
+FLIGHT_SECONDS = 0.1  # about how long after that the ranks act on what came out
 MOST_STEPS = 1000  # at most so many steps between two reductions
 SECOND_SIGNAL_SECONDS = 2.0  # what comes sooner belongs to the first: launchers pass on what a terminal sent to all
 
@@ -65,27 +66,31 @@ class Watch:
         self._saved = time.monotonic()
         self._margin = 30.0
         self._pending: Callable[[], list[float]] | None = None
-        self._interval = self._countdown = 1
+        self._interval = self._flight = self._countdown = 1  # steps
         self._looked = time.monotonic()
         self._handlers: dict[signal.Signals, Any] = {}
 
     def due(self) -> Due:
         """What to do now that a step is done; the same on every rank after the same step."""
+        if self._coordinator.world == 1:
+            return self._decided(*self._flags())
         self._countdown -= 1
         if self._countdown > 0:
             return Due()
-        if self._coordinator.world == 1:
-            stop, save, seconds = self._flags()
-        else:
-            pending, self._pending = self._pending, None
-            stop, save, seconds = pending() if pending else (0.0, 0.0, 0.0)
-            if not stop:
-                self._pending = self._coordinator.maximum_later(self._flags())
-        if seconds:
+        due = Due()
+        if self._pending is not None:
+            stop, save, seconds = self._pending()
+            due, self._pending = self._decided(stop, save), None
             self._interval = min(MOST_STEPS, max(1, round(LOOK_SECONDS / seconds)))
-        self._countdown = self._interval
-        self._leaving = bool(stop)
-        return Due(_name(int(stop)) if stop else None, bool(save))
+            self._flight = min(self._interval, max(1, round(FLIGHT_SECONDS / seconds)))
+            self._countdown = self._interval - self._flight
+            if due.stop or self._countdown:
+                return due
+        now = time.monotonic()
+        seconds, self._looked = (now - self._looked) / self._interval, now
+        self._pending = self._coordinator.maximum_later([*self._flags(), seconds])
+        self._countdown = self._flight
+        return due
 
     def saved(self, seconds: float = 0.0) -> None:
         """Call when a checkpoint has been begun, and with its seconds when it has been written."""
@@ -115,17 +120,19 @@ class Watch:
             self._receiver.close()
             self._handlers = {}
 
-    def _flags(self) -> list[float]:
-        """This rank's part of the reduction: the reason to stop, whether to save, seconds per step."""
-        now = time.monotonic()
-        seconds = (now - self._looked) / self._interval
-        self._looked = now
+    def _flags(self) -> tuple[float, float]:
+        """What this rank knows: the reason to stop, and whether to save."""
         stop, save = self._signal, False
         if self._coordinator.rank == 0:  # one clock
             if self._deadline is not None and time.time() > self._deadline - self._margin:
                 stop = max(stop, DEADLINE)
-            save = self._every is not None and now - self._saved >= self._every
-        return [float(stop), float(save), seconds]
+            save = self._every is not None and time.monotonic() - self._saved >= self._every
+        return float(stop), float(save)
+
+    def _decided(self, stop: float, save: float) -> Due:
+        """What the flags of all ranks come to."""
+        self._leaving = bool(stop)
+        return Due(_name(int(stop)) if stop else None, bool(save))
 
     def _listen(self) -> None:
         """Runs in a thread: the C part of a handler writes the signal's number whatever the main thread is doing."""
