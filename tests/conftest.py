@@ -1,5 +1,6 @@
 """What the tests share: a small data set of drawn patterns, recipes over it, runs on one or several ranks."""
 
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: neighbours on the machine must not slow each other down
@@ -22,6 +23,7 @@ from scaleprog.train import train_rank
 from shards.check import write_manifest
 
 SIDE, CLASSES = 32, 4
+MakeRecipe = Callable[..., Recipe]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -76,7 +78,7 @@ def patterns(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_recipe(patterns: Path) -> Callable[..., Recipe]:
+def make_recipe(patterns: Path) -> MakeRecipe:
     """`short_recipe` over the patterns."""
     return partial(short_recipe, patterns)
 
@@ -94,6 +96,11 @@ def run(recipe: Recipe, folder: Path, ranks: int = 1, **changes: Any) -> dict[st
 def step_rows(folder: Path) -> dict[int, dict[str, Any]]:
     """The training steps of a run by number."""
     return {row["step"]: row for row in read_rows(folder / "metrics.jsonl") if "loss" in row}
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A .jsonl file such as a run leaves."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture

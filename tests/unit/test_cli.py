@@ -20,11 +20,10 @@ import pytest
 from scaleprog import cli
 from scaleprog.data.manifest import Manifest, Shard
 from scaleprog.data.order import Order
-from scaleprog.recipe import Recipe
 from scaleprog.storage import committed
+from tests.conftest import MakeRecipe
 
 ORIGINAL = {"growth": {"schedule": "original"}, "sharding": {"engine": "replicated"}}
-MakeRecipe = Callable[..., Recipe]
 
 
 class Told(NamedTuple):

@@ -1,7 +1,6 @@
 """What a run leaves: weights that plain timm loads and that compute the same, and its accuracy measured again."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,8 @@ from scaleprog.recipe import Recipe
 from scaleprog.state import RunState
 from scaleprog.storage import committed, read_state
 from tests.compare import final_tensors
-from tests.conftest import run
+from tests.conftest import MakeRecipe, run
 
-MakeRecipe = Callable[..., Recipe]
 GROWN = {"schedule": "linear", "stages": 2, "operator": "identity"}  # 16 px, 2 layers -> 32 px, 4 layers, two gated
 
 

@@ -15,9 +15,9 @@ from scaleprog.errors import DataError, RecipeError
 from scaleprog.growth.space import Subnet
 from scaleprog.plan import Plan, describe, outline
 from scaleprog.recipe import Recipe
+from tests.conftest import MakeRecipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-MakeRecipe = Callable[..., Recipe]
 
 
 def deit(schedule: str, *overrides: str) -> Recipe:

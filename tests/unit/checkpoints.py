@@ -1,0 +1,69 @@
+"""Checkpoints to test, and ways to damage them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scaleprog.checkpoint import Checkpoints, Commit
+from scaleprog.sharding.coordinator import Coordinator
+
+Save = Callable[..., Path]
+
+
+def tensors(seed: int = 0) -> dict[str, Tensor]:
+    """One of each kind that a run has: matrix, vector, gate, scalar step count, half precision, integer."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "online/net.weight": torch.randn(7, 5, generator=generator),
+        "ema.0/net.bias": torch.randn(3, generator=generator),
+        "online/net.gate": torch.zeros(1),
+        "step/net.weight": torch.tensor(float(seed)),
+        "online/half": torch.randn(2, 2, generator=generator).bfloat16(),
+        "ids": torch.arange(4) + seed,
+    }
+
+
+def blank() -> dict[str, Tensor]:
+    return {name: torch.full_like(tensor, 99) for name, tensor in tensors().items()}
+
+
+def commit(
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    tensors: dict[str, Tensor],
+    keep: int = 9,
+    protect: tuple[int, ...] = (),
+    permanent: bool = False,
+) -> Commit:
+    """Saves, waits, and tells how it ended."""
+    checkpoints = Checkpoints(folder, Coordinator(), keep)
+    checkpoints.save(step, state, tensors, protect, permanent)
+    checkpoints.wait()
+    [ended] = checkpoints.finished()
+    return ended
+
+
+def newest(folder: Path) -> tuple[str | None, list[str]]:
+    """The name of the newest checkpoint, and what was reported."""
+    told: list[str] = []
+    found = Checkpoints(folder, Coordinator(), keep=9).newest(told.append)
+    return (found.name if found else None), told
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def flip(path: Path, at: int = -1, bit: int = 0) -> None:
+    """Turns over one bit; by default of the byte in the middle."""
+    data = bytearray(path.read_bytes())
+    data[at if at >= 0 else len(data) // 2] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def data_file(path: Path) -> Path:
+    return next(p for p in path.iterdir() if p.suffix == ".distcp")

@@ -1,0 +1,34 @@
+"""Schedules to test: of a model in one group of layers, and of one in two groups, as VOLO has them."""
+
+from collections.abc import Callable
+
+from scaleprog.growth.schedule import GrowthSettings, Phase, Schedule
+from scaleprog.growth.space import Subnet
+
+OPERATORS = ("rand_init", "stacking", "interpolation", "identity", "mogrow")
+DEIT = Subnet(224, 12)
+D1 = Subnet(224, 18)  # VOLO-D1's depth, 0.5 Omega: 9 12 15 18
+
+
+def one_group(depth: int) -> tuple[int, ...]:
+    return (depth,)
+
+
+def two_groups(depth: int) -> tuple[int, ...]:
+    """9 -> 2 + 7, 12 -> 2 + 10, 15 -> 2 + 13, 18 -> 4 + 14: as VOLO shares its layers out, roughly."""
+    first = max(2, depth // 4 // 2 * 2)
+    return first, depth - first
+
+
+def of(
+    full: Subnet = DEIT, steps: int = 400, search_steps: int = 8, rule: str = "window", **growth: object
+) -> Schedule:
+    return Schedule.of(GrowthSettings(**growth), full, 32, steps, search_steps, rule)
+
+
+def unroll(schedule: Schedule, choose: Callable[[Phase], Subnet]) -> tuple[list[Phase], list[Subnet]]:
+    """All phases of a run whose searches choose as `choose` says, and the choices."""
+    chosen: list[Subnet] = []
+    while (phases := schedule.phases(chosen))[-1].searched:
+        chosen.append(choose(phases[-1]))
+    return phases, chosen

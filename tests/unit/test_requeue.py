@@ -1,0 +1,143 @@
+"""How a start of a Slurm job ended, and whether the job starts again."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers import requeue
+from launchers.queue import Job
+from launchers.requeue import End, Start, decide, how_it_ended
+from scaleprog import preemption
+from tests.conftest import write_lines
+from tests.unit.fake_slurm import FakeSlurm
+
+ROOT = Path(__file__).parents[2]
+STOPPED = {"time": 2.0, "rank": 0, "code": 75, "cause": "stopped by SIGTERM after step 9 with a checkpoint"}
+INTERRUPTED = STOPPED | {"cause": "stopped by SIGINT after step 9 with a checkpoint"}
+CRASHED = {"time": 3.0, "rank": 1, "code": 1, "cause": "ValueError: x"}
+EARLIER = CRASHED | {"time": 1.0, "rank": 3}
+MISTAKE = {"time": 4.0, "rank": 2, "code": 2, "cause": "a shard is damaged"}
+
+
+def test_codes_are_those_of_the_core() -> None:
+    assert requeue.STOPPED == preemption.EXIT_CODE
+    assert {requeue.INTERRUPTED, requeue.USR2, requeue.TERM} == {128 + number for number in preemption.SIGNALS}
+
+
+def test_the_batch_script_need_not_wait_for_torch() -> None:
+    check = "import launchers.requeue, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "reports", "signals", "preempted", "end"),
+    [
+        (0, [], [], False, ("finished", 0, "finished")),
+        (2, [], [], False, ("mistake", 2, "see the log")),
+        (137, [STOPPED, CRASHED, MISTAKE], ["SIGTERM"], True, ("mistake", 2, "a shard is damaged")),
+        (137, [CRASHED, STOPPED], [], False, ("stopped", 75, STOPPED["cause"])),
+        (143, [INTERRUPTED], [], False, ("interrupted", 75, INTERRUPTED["cause"])),
+        (137, [CRASHED, EARLIER], ["SIGTERM"], False, ("crash", 137, "rank 3: ValueError: x")),
+        (137, [], ["SIGTERM"], False, ("stopped", 75, "stopped by SIGTERM, in a hurry")),
+        (137, [], ["SIGINT", "SIGTERM"], False, ("interrupted", 75, "stopped by SIGINT and SIGTERM, in a hurry")),
+        (75, [], [], False, ("stopped", 75, "stopped by a signal before it trained")),
+        (140, [], [], False, ("stopped", 75, "stopped by SIGUSR2 before it trained")),
+        (130, [], [], False, ("interrupted", 75, "stopped by SIGINT before it trained")),
+        (143, [], [], True, ("stopped", 75, "stopped by SIGTERM before it trained")),
+        (143, [], [], False, ("crash", 143, "a task was killed, exit code 143")),  # srun ends the others by TERM
+        (137, [], [], False, ("crash", 137, "a task was killed, exit code 137")),
+        (1, [], [], False, ("crash", 1, "exit code 1")),
+    ],
+)  # fmt: skip
+def test_how_it_ended(code: int, reports: list, signals: list, preempted: bool, end: tuple[str, int, str]) -> None:
+    assert how_it_ended(code, reports, signals, preempted) == End(*end)  # type: ignore[arg-type]
+
+
+RUNNING = Job("7", "n", "RUNNING", restarts=4)
+STOP, CRASH = End("stopped", 75, ""), End("crash", 137, "")
+
+
+def crash(step: int, job: str = "7", kind: str = "crash") -> dict[str, Any]:
+    return {"job": job, "kind": kind, "step": step}
+
+
+@pytest.mark.parametrize(
+    ("end", "job", "earlier", "again", "why"),
+    [
+        (End("finished", 0, ""), RUNNING, [], False, ""),
+        (End("mistake", 2, ""), RUNNING, [], False, "another try would end the same"),
+        (End("interrupted", 75, ""), RUNNING, [], False, "somebody asked it to stop"),
+        (STOP, RUNNING, [], True, ""),
+        (STOP, RUNNING, [crash(9)] * 30, True, ""),  # being preempted is no fault
+        (STOP, None, [], False, "Slurm cannot be asked from here"),
+        (STOP, replace(RUNNING, state="COMPLETING"), [], False, "Slurm is ending it: COMPLETING"),
+        (STOP, replace(RUNNING, state="CANCELLED"), [], False, "Slurm is ending it: CANCELLED"),
+        (STOP, replace(RUNNING, restarts=5), [], False, "Slurm has started it again by itself, restart 5"),  # an orphan
+        (CRASH, RUNNING, [], True, ""),
+        (CRASH, replace(RUNNING, state="CANCELLED"), [], False, "Slurm is ending it"),
+        (CRASH, RUNNING, [crash(n) for n in range(5)], False, "it has crashed 6 times (--max-restarts 5)"),
+        (CRASH, RUNNING, [crash(n, "6") for n in range(5)], True, ""),  # another job's
+        (CRASH, RUNNING, [crash(3), crash(9), crash(9)], True, ""),
+        (CRASH, RUNNING, [crash(9), crash(9), crash(9)], False, "3 restarts in a row committed nothing new"),
+        (CRASH, RUNNING, [crash(9), crash(9, kind="stopped"), crash(9)], True, ""),
+        (CRASH, RUNNING, [crash(9), crash(9), crash(9), crash(9, "6")], False, "3 restarts in a row"),
+    ],
+)
+def test_decide(end: End, job: Job | None, earlier: list[dict[str, Any]], again: bool, why: str) -> None:
+    verdict = decide(end, Start("7", 4), job, earlier, step=9, limit=5)
+    assert verdict.requeue == again
+    assert verdict.why.startswith(why)
+    assert bool(verdict.why) == bool(why)
+
+
+def test_after(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    start = Start.current()
+    (tmp_path / "checkpoints" / "step-00000009").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".step-00000012.1").mkdir()
+    assert requeue.after(tmp_path, 0, limit=3) == 0
+    assert not (tmp_path / "requeues.jsonl").exists()
+
+    requeue.report(tmp_path, start, 0, 75, "stopped by SIGUSR2 after step 9 with a checkpoint")
+    requeue.report(tmp_path, Start("7", 1), 1, 2, "a report of another start")
+    assert requeue.after(tmp_path, 137, limit=3) == 75
+    assert fake.calls("scontrol")[-1] == "scontrol requeue 7"
+    (row,) = requeue.read_lines(tmp_path / "requeues.jsonl")
+    assert row.pop("time") == pytest.approx(time.time(), abs=60)
+    assert row == {
+        "job": "7", "restart": 0, "kind": "stopped", "code": 75, "step": 9, "requeue": True, "why": "",
+        "cause": "stopped by SIGUSR2 after step 9 with a checkpoint",
+    }  # fmt: skip
+    assert len(list((tmp_path / "jobs" / "reports").iterdir())) == 1  # read once
+    requeue.report(tmp_path / "not on this node", start, 0, 2, "x")
+    assert not (tmp_path / "not on this node").exists()
+
+    fake.show(state="CANCELLED")
+    assert requeue.after(tmp_path, 143, limit=3) == 143
+    assert requeue.read_lines(tmp_path / "requeues.jsonl")[1]["why"] == "Slurm is ending it: CANCELLED"
+    assert len(fake.calls("scontrol requeue")) == 1
+
+    (tmp_path / "job.json").write_text('{"job": "6"}')  # whose run directory it is; job 7 was refused
+    assert requeue.after(tmp_path, 2, limit=3) == 2
+    assert len(requeue.read_lines(tmp_path / "requeues.jsonl")) == 2
+
+
+def test_a_run_that_left_in_a_hurry(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    events = [
+        {"event": "start", "generation": 2}, {"event": "signal", "signal": "SIGINT"}, {"event": "hurried"},
+        {"event": "start", "generation": 3}, {"event": "signal", "signal": "SIGTERM"},
+    ]  # fmt: skip
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (tmp_path / "owner.json").write_text(json.dumps({"generation": 3, "job": "7", "restart": 0}))
+    write_lines(tmp_path / "events.jsonl", events)
+    assert requeue.after(tmp_path, 137, limit=3) == 137  # signalled, but not for that
+    write_lines(tmp_path / "events.jsonl", [*events, {"event": "hurried"}])
+    assert requeue.after(tmp_path, 137, limit=3) == 75
+    rows = requeue.read_lines(tmp_path / "requeues.jsonl")
+    assert [row["kind"] for row in rows] == ["crash", "stopped"]

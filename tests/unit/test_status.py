@@ -1,0 +1,177 @@
+"""`scaleprog status`, `cancel` and `submit --wait`: where a run stands."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers import snapshot, status
+from launchers.snapshot import JobFile
+from scaleprog.claim import read_owner
+from scaleprog.errors import CheckpointError, ScaleprogError
+from scaleprog.growth.space import Subnet
+from scaleprog.models.cost import gmacs
+from scaleprog.plan import Plan
+from scaleprog.recipe import Recipe
+from tests.conftest import MakeRecipe, write_lines
+from tests.unit.fake_slurm import FakeSlurm
+
+OWNER = {
+    "generation": 1,
+    "nonce": "n",
+    "job": None,
+    "restart": 0,
+    "host": socket.gethostname(),
+    "pid": 0,
+    "started": "",
+}
+
+
+def step_row(step: int, subnet: Subnet, seconds: float) -> dict[str, Any]:
+    return {
+        "step": step, "stage": 1, "phase": "train", "resolution": subnet.resolution, "depth": subnet.depth, "images": 8,
+        "loss": 2.5 - step / 100, "step_seconds": seconds, "data_wait_seconds": 0.0,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def made_up(make_recipe: MakeRecipe, tmp_path: Path) -> Path:
+    """A run directory that Prog has left after 30 of 80 steps, with a restart at step 20."""
+    recipe, run = make_recipe(growth={"schedule": "linear", "stages": 2}), tmp_path / "run"
+    plan = Plan.of(recipe, 1)
+    small = plan.schedule.phases(())[0].network
+    cost = gmacs(plan.family, recipe.model, small)
+    (run / "checkpoints" / "step-00000020").mkdir(parents=True)
+    (run / "recipe.yaml").write_text(recipe.dump())
+    rows: list[dict[str, Any]] = [step_row(step, small, seconds=0.5 * cost) for step in range(1, 31)]
+    write_lines(run / "metrics.jsonl", [*rows[:20], {"step": 20, "top1": 40.0, "top1_ema": 41.5}, *rows[20:]])
+    write_lines(
+        run / "events.jsonl",
+        [
+            {"time": 1.0, "event": "start", "step": 0, "generation": 1},
+            {"time": 2.0, "event": "error", "step": 25, "message": "OSError: gone\nmore"},
+            {"time": 3.0, "event": "start", "step": 20, "generation": 2},
+            {"time": 5.0, "event": "start", "step": 20, "generation": 3},
+            {"time": 6.0, "event": "signal", "signal": "SIGTERM"},
+            {"time": 9.0, "event": "start", "step": 20, "generation": 4},
+        ],
+    )
+    write_lines(run / "requeues.jsonl", [{"time": 8.0, "job": "7", "cause": "a task was killed", "requeue": True}])
+    return run
+
+
+def test_status_of_a_run_directory(made_up: Path) -> None:
+    found = status.status(made_up)
+    assert (found.state, found.detail, found.job) == ("stopped", "never started", None)
+    assert (found.step, found.steps, found.stage, found.phase, found.network) == (30, 80, 1, "train", "16 px, 2 layers")
+    assert (found.loss, found.top1, found.top1_step) == (pytest.approx(2.2), 41.5, 20)
+    assert (found.commit_step, found.commit_age) == (20, pytest.approx(0, abs=60))
+    plan = Plan.of(Recipe.load(made_up / "recipe.yaml"), 1)
+    small, large = (gmacs(plan.family, plan.recipe.model, p.network) for p in plan.schedule.phases(()))
+    assert found.seconds_left == pytest.approx(0.5 * (10 * small + 40 * large))  # a later step takes longer
+    assert found.images_per_second == pytest.approx(8 / (0.5 * small))
+    told = [(restart.cause, restart.step) for restart in found.restarts]
+    assert told == [("OSError: gone", 20), ("ended without notice", 20), ("a task was killed", 20)]
+    text = found.text()
+    for part in ("stopped (never started)", "30 of 80 (38%)", "41.50 % after step 20", "at step 20: a task was killed"):
+        assert part in text
+
+
+def test_status_of_little(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no run directory"):
+        status.status(tmp_path)
+    recipe = make_recipe()
+    snapshot.take(recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": "not/here"})}), tmp_path)
+    found = status.status(tmp_path)
+    assert (found.step, found.steps, found.seconds_left, found.commit_age) == (0, None, None, None)
+    assert "none yet" in found.text()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo')  # being written
+    assert status.status(tmp_path).step == 0
+
+
+def test_status_of_a_job(made_up: Path, fake: FakeSlurm) -> None:
+    def standing(**fields: Any) -> tuple[str, str, str | None]:
+        fake.show(**fields)
+        return status.standing(made_up)
+
+    JobFile("7", "scaleprog-a b", "code/x").write(made_up)
+    assert standing(state="PENDING", reason="Resources") == ("pending", "job 7, on node[0-1], Resources", "7")
+    assert standing() == ("running", "job 7, on node[0-1]", "7")
+    assert standing(state="TIMEOUT") == ("stopped", "job 7: TIMEOUT", "7")
+    write_lines(made_up / "requeues.jsonl", [{"time": 9.0, "job": "7", "cause": "a shard is gone", "requeue": False}])
+    assert standing(state="FAILED") == ("stopped", "job 7: a shard is gone", "7")
+    JobFile("7", "of another cluster", "code/x").write(made_up)
+    (made_up / "requeues.jsonl").unlink()
+    assert standing() == ("stopped", "never started", "7")
+    fake.command("scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    assert status.standing(made_up) == ("stopped", "job 7; Unable to contact slurm controller", "7")
+    (made_up / "results.json").write_text("{}")
+    assert status.standing(made_up)[0] == "finished"
+
+
+def test_cancel_a_job(made_up: Path, fake: FakeSlurm) -> None:
+    JobFile("7", "scaleprog-a b", "code/x").write(made_up)
+    assert status.cancel(made_up).startswith(
+        "job 7, which was RUNNING, is cancelled; checkpoint of step 20, or a newer"
+    )
+    assert fake.calls("scancel") == ["scancel 7"]
+    fake.show(state="CANCELLED")
+    with pytest.raises(ScaleprogError, match="nothing to cancel"):
+        status.cancel(made_up)
+
+
+def test_cancel_a_process(made_up: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    started = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    (made_up / "owner.json").write_text(json.dumps(OWNER | {"pid": process.pid, "started": started}))
+    assert status.standing(made_up) == ("running", f"process {process.pid} on {socket.gethostname()}", None)
+    assert f"process {process.pid} is asked to stop" in status.cancel(made_up)
+    assert process.wait(timeout=30) == -15
+    assert status.standing(made_up)[0] == "stopped"
+    with pytest.raises(ScaleprogError, match="nothing to cancel"):
+        status.cancel(made_up)
+    (made_up / "owner.json").write_text(json.dumps(OWNER | {"host": "elsewhere"}))
+    with pytest.raises(ScaleprogError, match="is trained on elsewhere"):
+        status.cancel(made_up)
+    assert read_owner(made_up) is not None
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"), [({"state": "COMPLETED"}, 0), ({"state": "FAILED", "code": "2:0"}, 2),
+                         ({"state": "CANCELLED", "code": "0:15"}, 143), ({"state": "TIMEOUT"}, 1)],
+)  # fmt: skip
+def test_follow(
+    ending: dict[str, str], code: int, made_up: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    states: list[dict[str, Any] | None] = [  # None: Slurm does not answer
+        {"state": "PENDING", "reason": "Priority"},
+        {},
+        ending,
+        None,
+        {"restarts": 1},
+        ending,
+        ending,
+    ]
+    file = JobFile("7", "scaleprog-a b", "code/x")
+
+    def advance(_: float) -> None:
+        if not states:
+            return
+        if (fields := states.pop(0)) is not None:
+            fake.show(**fields)
+        else:
+            fake.command("scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
+
+    advance(0)
+    monkeypatch.setattr(status.time, "sleep", advance)
+    assert status.follow(made_up, file) == code
+    told, wrong = capfd.readouterr()
+    assert wrong == ("scaleprog: a task was killed\n" if code else "")
+    for part in ("PENDING", "Priority", "RUNNING", "Unable to contact", "restart 1", "step 30, stage 1"):
+        assert part in told
+    assert states == []

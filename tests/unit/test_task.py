@@ -1,0 +1,87 @@
+"""A task of a Slurm job: which rank it is, and where it meets the others."""
+
+import pytest
+
+from launchers import task
+from launchers.requeue import Start
+from scaleprog import preemption
+from scaleprog.errors import ScaleprogError
+from tests.unit.fake_slurm import FakeSlurm
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "names"),
+    [
+        ("node0", ["node0"]),
+        ("node[0-1]", ["node0", "node1"]),
+        ("gpu[08-10,12],login", ["gpu08", "gpu09", "gpu10", "gpu12", "login"]),
+        ("a-b[1-2]-c,x.y", ["a-b1-c", "a-b2-c", "x.y"]),
+        ("r[1-2]n[3-4]", ["r1n3", "r1n4", "r2n3", "r2n4"]),
+    ],
+)
+def test_hosts(nodelist: str, names: list[str]) -> None:
+    assert task.hosts(nodelist) == names
+
+
+@pytest.mark.parametrize(("text", "counts"), [("2", [2]), ("2(x3),1", [2, 2, 2, 1]), ("1,4(x2)", [1, 4, 4])])
+def test_tasks_per_node(text: str, counts: list[int]) -> None:
+    assert task.tasks_per_node(text) == counts
+
+
+def test_rank_variables() -> None:
+    variables = {
+        "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "2,3", "SLURM_PROCID": "4", "SLURM_NTASKS": "5",
+        "SLURM_LOCALID": "2",
+    }  # fmt: skip
+    ranks = task.rank_variables(variables, Start("12", 0))
+    port = ranks.pop("MASTER_PORT")
+    assert ranks == {"RANK": "4", "WORLD_SIZE": "5", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3"}
+    assert int(port) in range(15_000, 30_000)
+    for gpus, local in (("0,1,2", "2"), ("2", "0")):  # all GPUs of the node are visible, or only the task's own
+        assert task.rank_variables(variables | {"CUDA_VISIBLE_DEVICES": gpus}, Start("12", 0))["LOCAL_RANK"] == local
+
+
+def test_ports_differ_between_starts() -> None:
+    starts = [Start(str(job), restart) for job in (1, 2, 3, 10**8) for restart in range(6)]
+    ports = {task.port(start) for start in starts}
+    assert len(ports) == len(starts)
+    assert min(ports) >= 15_000
+    assert max(ports) < 32_768  # where Linux begins to give ports out
+
+
+def test_network_on_one_host() -> None:
+    variables = task.network_variables({"SLURM_JOB_NODELIST": "node3"})
+    assert variables == {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+
+
+def test_network_over_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = {"node0": "10.0.0.1", "node1": "10.0.0.2"}
+    monkeypatch.setattr(task, "address", lambda host: addresses.get(host, ""))
+    monkeypatch.setattr(task, "interface", lambda peer: {"10.0.0.1": "to0", "10.0.0.2": "to1"}.get(peer, ""))
+    nodes = {"SLURM_STEP_NODELIST": "node[0-1]", "SLURM_JOB_NODELIST": "x"}
+    for node, chosen in (("0", "to1"), ("1", "to0")):  # on rank 0's own node its address would lead to loopback
+        variables = task.network_variables(nodes | {"SLURM_NODEID": node, "NCCL_SOCKET_IFNAME": "ib0"})
+        assert variables == {"MASTER_ADDR": "10.0.0.1", "GLOO_SOCKET_IFNAME": chosen}
+    unknown = {"SLURM_JOB_NODELIST": "gone[0-1]", "SLURM_NODEID": "1"}
+    assert task.network_variables(unknown | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"})["MASTER_ADDR"] == "10.0.0.1"
+    with pytest.raises(ScaleprogError, match="gone0: no address is known"):
+        task.network_variables(unknown)
+
+
+def test_interface() -> None:
+    assert task.interface("127.0.0.1") == "lo"
+    assert task.interface("") == task.interface("no address") == ""
+
+
+def test_time_limit_is_asked_for_where_slurm_does_not_set_it(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.show(end="1795468837")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "5")
+    task.tell_time_limit(Start("7", 0))
+    assert preemption.deadline() == 5
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "")
+    task.tell_time_limit(Start("7", 0))
+    assert preemption.deadline() == 1795468837
+    fake.show(end="Unknown")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "")
+    task.tell_time_limit(Start("7", 0))
+    assert preemption.deadline() is None
