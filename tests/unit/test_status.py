@@ -4,7 +4,9 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,7 +170,8 @@ def test_follow(
             fake.command("scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
 
     advance(0)
-    monkeypatch.setattr(status.time, "sleep", advance)
+    # not time.sleep itself: subprocess waits by it, too
+    monkeypatch.setattr(status, "time", SimpleNamespace(**vars(time) | {"sleep": advance}))
     assert status.follow(made_up, file) == code
     told, wrong = capfd.readouterr()
     assert wrong == ("scaleprog: a task was killed\n" if code else "")
