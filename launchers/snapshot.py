@@ -16,7 +16,7 @@ from pathlib import Path
 
 import launchers
 from launchers import queue
-from scaleprog.claim import is_alive, read_owner
+from scaleprog.claim import check_recipe, is_alive, read_owner
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.recipe import Recipe
 
@@ -81,11 +81,7 @@ def take(recipe: Recipe, run: Path) -> Path:
 
 def check_free(recipe: Recipe, run: Path) -> None:
     """Raises CheckpointError if `run` belongs to another recipe, or to a job or process that is alive."""
-    if (run / "recipe.yaml").exists() and (differences := recipe.differences(Recipe.load(run / "recipe.yaml"))):
-        listing = "\n".join(f"  {line}" for line in differences)
-        raise CheckpointError(
-            f"{run} is the run directory of another recipe:\n{listing}\nuse another --run-dir, or this recipe"
-        )
+    check_recipe(run, recipe)
     job = None
     if (last := JobFile.read(run)) is not None:
         with suppress(queue.NoAnswer):

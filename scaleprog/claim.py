@@ -96,14 +96,15 @@ def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
             raise CheckpointError(
                 f"{folder} is in use by {_who(other)}; wait for it, cancel it, or use another --run-dir"
             )
-        _check_recipe(folder, recipe)
+        check_recipe(folder, recipe)
         generation = 1 if other is None else other["generation"] + 1
         _replace(folder / "recipe.yaml", recipe.dump())
         _replace(folder / OWNER, json.dumps({"generation": generation, **me}))
     return generation, str(me["nonce"])
 
 
-def _check_recipe(folder: Path, recipe: Recipe) -> None:
+def check_recipe(folder: Path, recipe: Recipe) -> None:
+    """Raises CheckpointError if `folder` is the run directory of another recipe."""
     path = folder / "recipe.yaml"
     if path.exists() and (differences := recipe.differences(Recipe.load(path))):
         listing = "\n".join(f"  {line}" for line in differences)
