@@ -18,6 +18,7 @@ import launchers
 from launchers import queue
 from scaleprog.claim import check_recipe, is_alive, read_owner
 from scaleprog.errors import CheckpointError, ScaleprogError
+from scaleprog.files import write_whole
 from scaleprog.recipe import Recipe
 
 PACKAGES = ("scaleprog", "launchers", "shards")
@@ -35,7 +36,7 @@ class JobFile:
 
     def write(self, run: Path) -> None:
         """Puts it into a run directory."""
-        _replace(run / JOB, json.dumps(asdict(self)))
+        write_whole(run / JOB, json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, run: Path) -> "JobFile | None":
@@ -73,7 +74,7 @@ def take(recipe: Recipe, run: Path) -> Path:
                 temporary.rename(folder)
             except OSError:
                 shutil.rmtree(temporary)  # another process was faster
-        _replace(run / "recipe.yaml", recipe.dump())
+        write_whole(run / "recipe.yaml", recipe.dump())
     except OSError as error:
         raise ScaleprogError(f"{run}: cannot be a run directory: {error}") from error
     return folder
@@ -124,12 +125,6 @@ def _digest(sources: dict[str, bytes]) -> str:
     for name, content in sources.items():
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:12]
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from scaleprog.errors import CheckpointError, Superseded
+from scaleprog.files import write_whole
 from scaleprog.recipe import Recipe
 from scaleprog.sharding.coordinator import Coordinator
 
@@ -98,8 +99,11 @@ def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
             )
         check_recipe(folder, recipe)
         generation = 1 if other is None else other["generation"] + 1
-        _replace(folder / "recipe.yaml", recipe.dump())
-        _replace(folder / OWNER, json.dumps({"generation": generation, **me}))
+        try:
+            write_whole(folder / "recipe.yaml", recipe.dump())
+            write_whole(folder / OWNER, json.dumps({"generation": generation, **me}))
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be a run directory: {error}") from error
     return generation, str(me["nonce"])
 
 
@@ -111,19 +115,6 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
         raise CheckpointError(
             f"{folder} is the run directory of another recipe:\n{listing}\nuse another --run-dir, or this recipe"
         )
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or as it was."""
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"{path.parent}: cannot be a run directory: {error}") from error
 
 
 def read_owner(folder: Path) -> dict[str, Any] | None:

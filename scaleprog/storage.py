@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 import scaleprog
 from scaleprog.errors import CheckpointError, OtherFormat
+from scaleprog.files import sync_folder
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -117,7 +118,7 @@ def publish(temporary: Path, final: Path, state: Mapping[str, Any], files: FileL
         if final.exists():
             os.rename(final, _aside(final))
         os.rename(temporary, final)
-        _sync(final.parent)
+        sync_folder(final.parent)
         shutil.rmtree(_aside(final), ignore_errors=True)
     return sum(size for size, _ in files.values())
 
@@ -147,14 +148,6 @@ def _permanent(path: Path) -> bool:
         return bool(_manifest(path)["permanent"])
     except CheckpointError:
         return False
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

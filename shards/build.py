@@ -12,8 +12,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from scaleprog.data.manifest import NAME, Manifest, Shard, sync_folder
+from scaleprog.data.manifest import NAME, Manifest, Shard
 from scaleprog.errors import DataError
+from scaleprog.files import sync_folder
 from shards.pool import run_all
 from shards.samples import Sample, write_shard
 

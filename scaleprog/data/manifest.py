@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator
 
 from scaleprog.errors import DataError
+from scaleprog.files import sync_folder, write_whole
 from scaleprog.settings import Settings
 
 NAME = "manifest.json"
@@ -88,17 +89,10 @@ class Manifest:
             "source": self.source,
             "splits": {name: [asdict(shard) for shard in shards] for name, shards in self.splits.items()},
         }
-        temporary = Path(self.root, f".{NAME}.{os.getpid()}")
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(stored, file, indent=1, ensure_ascii=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, Path(self.root, NAME))
+            write_whole(Path(self.root, NAME), json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
             sync_folder(self.root)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise DataError(f"{self.root}: cannot write {NAME}: {error}") from error
 
     def split(self, name: str) -> tuple[Shard, ...]:
@@ -198,12 +192,3 @@ def _parse(path: Path, text: str) -> _Stored:
 
 def _rewrite(path: Path) -> str:
     return f"remove the file, then `scaleprog shards check {path.parent} --write-manifest`"
-
-
-def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make renames in `folder` durable (OSError)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
