@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launchers import queue
+from scaleprog import queue
 
 FINISHED, CRASHED, MISTAKE, STOPPED = 0, 1, 2, 75
 """What a task ends with; STOPPED is scaleprog.preemption.EXIT_CODE, whose module would import torch."""

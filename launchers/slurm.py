@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers import queue
 from launchers.snapshot import JobFile, check_free, code_folder, take
 from launchers.task import task
+from scaleprog import queue
 from scaleprog.errors import ScaleprogError
 from scaleprog.plan import Plan
 from scaleprog.recipe import Recipe

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import launchers
-from launchers import queue
+from scaleprog import queue
 from scaleprog.claim import check_recipe, is_alive, read_owner
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files import write_whole

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launchers import queue
 from launchers.requeue import REQUEUES, newest_step, read_lines
 from launchers.snapshot import JobFile
+from scaleprog import queue
 from scaleprog.claim import is_alive, read_owner
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.growth.space import Subnet

@@ -15,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launchers import queue
 from launchers.local import ECHO_SECONDS
 from launchers.requeue import CRASHED, FINISHED, MISTAKE, STOPPED, Start, report
+from scaleprog import queue
 from scaleprog.errors import Preempted, ScaleprogError
 from scaleprog.preemption import SIGNALS
 from scaleprog.recipe import Recipe

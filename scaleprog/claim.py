@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import socket
-import subprocess
 import time
 import uuid
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scaleprog import queue
 from scaleprog.errors import CheckpointError, Superseded
 from scaleprog.files import write_whole
 from scaleprog.recipe import Recipe
@@ -26,7 +26,7 @@ from scaleprog.sharding.coordinator import Coordinator
 
 OWNER = "owner.json"
 SILENT_SECONDS = 120.0  # an owner on another host that cannot be asked about is gone after so long without a heartbeat
-LOCK_SECONDS = 30.0
+LOCK_SECONDS = 90.0  # longer than its holder waits for Slurm's answer
 SHARED_SECONDS = 15.0  # a network file system shows a new file on other nodes within so long
 
 
@@ -129,22 +129,13 @@ def read_owner(folder: Path) -> dict[str, Any] | None:
 
 def is_alive(owner: dict[str, Any], folder: Path) -> bool:
     """Whether that start still runs, as far as can be told: by Slurm, by its process, or by its heartbeat."""
-    if owner["job"] is not None and (state := _slurm_state(owner["job"])) is not None:
-        return state not in ("", "COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+    if owner["job"] is not None:
+        with suppress(queue.NoAnswer):
+            job = queue.find(owner["job"])
+            return job is not None and not job.over
     if owner["host"] == socket.gethostname():
         return owner["pid"] != os.getpid() and _started(owner["pid"]) == owner["started"]
     return time.time() - (folder / OWNER).stat().st_mtime < SILENT_SECONDS
-
-
-def _slurm_state(job: str) -> str | None:
-    """The state of a job; empty if Slurm does not know it (any more), None if Slurm cannot be asked."""
-    try:
-        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if asked.returncode == 0:
-        return asked.stdout.strip()
-    return "" if "Invalid job id" in asked.stderr else None
 
 
 def _started(pid: int) -> str | None:

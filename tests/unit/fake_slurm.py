@@ -18,7 +18,6 @@ class FakeSlurm:
         self.show()
         self.command("sinfo", "echo low; echo high; echo low")
         self.command("sbatch", "echo Submitted batch job 7")
-        self.command("squeue", "echo 'Invalid job id specified' >&2; exit 1")
         self.command("scancel", "exit 0")
 
     def command(self, name: str, script: str) -> None:

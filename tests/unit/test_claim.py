@@ -16,6 +16,7 @@ from scaleprog.claim import OWNER, Claim, claim_run, read_owner
 from scaleprog.errors import CheckpointError, Superseded
 from scaleprog.recipe import Recipe
 from scaleprog.sharding.coordinator import Coordinator
+from tests.unit.fake_slurm import FakeSlurm
 
 Take = Callable[..., Claim]
 
@@ -85,17 +86,16 @@ def test_an_owner_on_another_host_is_alive_while_its_heart_beats(take: Take, fol
 
 
 @pytest.mark.parametrize(
-    ("squeue", "refused"),
-    [("echo RUNNING", True), ("echo PENDING", True), ("echo COMPLETED", False), ("", False),
-     ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", False)],
-)  # fmt: skip
+    ("state", "refused"),
+    [("RUNNING", True), ("PENDING", True), ("COMPLETED", False), ("PREEMPTED", False), (None, False)],
+)
 def test_slurm_knows_whether_another_job_is_alive(
-    squeue: str, refused: bool, take: Take, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    state: str | None, refused: bool, take: Take, folder: Path, fake: FakeSlurm
 ) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
-    (tmp_path / "bin" / "squeue").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    if state is not None:
+        fake.show(state=state)
+    else:
+        fake.command("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     owned_by(folder, job="17", restart=2, host="elsewhere")
     if refused:
         with pytest.raises(CheckpointError, match="in use by job 17 restart 2, process 1 on elsewhere"):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from launchers import queue
-from launchers.queue import Job
+from scaleprog import queue
+from scaleprog.queue import Job
 from tests.unit.fake_slurm import FakeSlurm
 
 

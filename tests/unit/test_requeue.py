@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from launchers import requeue
-from launchers.queue import Job
 from launchers.requeue import End, Start, decide, how_it_ended
 from scaleprog import preemption
+from scaleprog.queue import Job
 from tests.conftest import write_lines
 from tests.unit.fake_slurm import FakeSlurm
 

@@ -117,11 +117,14 @@ def _accounted(job: str) -> Job | None:
     if told.returncode or not rows or len(rows[-1]) != 4 or not rows[-1][1]:
         return None
     name, state, code, nodes = rows[-1]
+    state = state.split()[0]  # "CANCELLED by 1000"
+    if state not in OVER:
+        return None  # accounting has missed its end
     number = int(code.partition(":")[2] or 0)
     return Job(
         id=job,
         name=name,
-        state=state.split()[0],  # "CANCELLED by 1000"
+        state=state,
         nodes=nodes,
         exit_code=128 + number if number else int(code.partition(":")[0] or 0),
     )
