@@ -25,6 +25,7 @@ class Settings:
     gpus: int = 0  # per node, to be asked for; none is there
     user_signal: bool = True  # preemption sends the signal of sbatch --signal; otherwise SIGTERM
     grace: int = 10  # seconds from a preemption's first signal to the end
+    kill_wait: int = 2  # seconds from the TERM of any end to the KILL
     private_dir: Path | None = None  # where every node has a file system of its own
 
     def env(self) -> dict[str, str]:
@@ -35,6 +36,7 @@ class Settings:
             "GPUS": str(self.gpus),
             "USERSIG": str(int(self.user_signal)),
             "GRACE": str(self.grace),
+            "EXTRA_CONF": f"KillWait={self.kill_wait}" if self.kill_wait != Settings.kill_wait else "",
             "PRIVATE_DIR": str(self.private_dir or ""),
         }
 

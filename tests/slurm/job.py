@@ -1,0 +1,215 @@
+"""A training job on the cluster, and what a test must know of it: where it stands, what it said, how to hold it."""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from launchers.queue import OVER
+from launchers.requeue import REQUEUES, newest_step, read_lines
+from scaleprog.recipe import Recipe
+from tests.slurm.cluster import Cluster
+from tests.slurm.control import Control
+
+ROOT = Path(__file__).parents[2]
+HOOK = ROOT / "tests" / "slurm" / "hook"
+SECONDS = 180.0  # more than anything takes, even on a machine that has other things to do
+By = Literal["submit", "sbatch"]
+BOTH: tuple[By, By] = ("submit", "sbatch")
+OWN = ("nodes", "tasks_per_node", "time", "signal_before", "partition", "account", "qos")
+"""Options that `scaleprog submit` has itself."""
+T = TypeVar("T")
+
+
+class TrainingJob:
+    """A recipe trained in a run directory by `scaleprog submit` or by slurm/train.sbatch, on nodes x tasks ranks.
+
+    Args:
+        cluster: where.
+        recipe: what.
+        run: the run directory; control files and sbatch's log are put beside it.
+        by: which way.
+        hooks: module:function to be called in every task before it trains, besides the one that lets it be held.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        recipe: Recipe,
+        run: Path,
+        by: By,
+        nodes: int = 2,
+        tasks_per_node: int = 1,
+        hooks: tuple[str, ...] = (),
+    ) -> None:
+        self.cluster, self.recipe, self.run, self.by = cluster, recipe, run, by
+        self.nodes, self.tasks_per_node = nodes, tasks_per_node
+        self.hooks = ("tests.slurm.control:install", *hooks)
+        self.id = ""
+        self.held_step: int | None = None
+        folder = run.with_name(f"{run.name}.control")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.control = Control(folder)
+        self.recipe_file = run.with_name(f"{run.name}.yaml")
+        self.recipe_file.write_text(recipe.dump())
+
+    # ---- what is done to it
+
+    def submit(self, signal_before: int = 35, **options: str) -> None:
+        """Submits it, or the same again; `options` of sbatch. Raises RuntimeError with what was said against it."""
+        options = {"nodes": str(self.nodes), "time": "60", **options}
+        command: list[str | Path]
+        if self.by == "submit":
+            options |= {"tasks_per_node": str(self.tasks_per_node), "signal_before": str(signal_before)}
+            command = [sys.executable, "-m", "scaleprog", "submit", self.recipe_file, f"--run-dir={self.run}"]
+            command += [
+                _option(*option) if option[0] in OWN else f"--sbatch={_option(*option)}" for option in options.items()
+            ]
+        else:
+            options |= {"ntasks_per_node": str(self.tasks_per_node), "signal": f"USR2@{signal_before}"}
+            command = ["sbatch", "--parsable", f"--output={self.run}.%j.log", *(_option(*o) for o in options.items())]
+            command += [ROOT / "slurm" / "train.sbatch", self.recipe_file, self.run]
+        environment = [f"{key}={value}" for key, value in self._environment().items()]
+        told = self.cluster.run(["env", f"--chdir={ROOT}", *environment, *command], seconds=SECONDS).stdout
+        self.id = re.findall(r"\d+", told)[0]
+
+    def _environment(self) -> dict[str, str]:
+        """What sbatch hands on to the job."""
+        return {
+            "PYTHONPATH": f"{HOOK}{os.pathsep}{ROOT}",  # the job puts its snapshot of the code before them
+            "PYTHON": sys.executable,
+            "TASK_HOOKS": " ".join(self.hooks),
+            "CONTROL": str(self.control.folder),
+        }
+
+    def hold_at(self, step: int) -> None:
+        """Holds it after this step instead of where it is, or was to be, held."""
+        if self.held_step is not None:
+            self.control.release("step", self.held_step)
+        self.held_step = step
+        self.control.hold("step", step)
+
+    def go_on(self) -> None:
+        """Lets it train on from where it is held."""
+        if self.held_step is not None:
+            self.control.release("step", self.held_step)
+        self.held_step = None
+
+    def finish(self) -> None:
+        """Lets it train to the end, undisturbed."""
+        self.go_on()
+        self.control.slow_down(0)
+        self.wait_state("COMPLETED")
+
+    def processes(self, rank: int) -> list[int]:
+        """The pids of a rank's process, seen from this machine."""
+        wanted = {f"SLURM_JOB_ID={self.id}".encode(), f"SLURM_PROCID={rank}".encode()}
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                variables = set((folder / "environ").read_bytes().split(b"\0"))
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if wanted <= variables and {b"launchers.task", b"submitit.core._submit"} & set(words) and b"-u" in words:
+                found += [int(folder.name)] * (b"python" in words[0])
+        return found
+
+    # ---- where it stands
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+    @property
+    def restarts(self) -> int:
+        return int(self.show()["Restarts"])
+
+    @property
+    def start(self) -> str:
+        """As `Control` names the present start."""
+        return f"{self.id}-{self.restarts}"
+
+    def show(self) -> dict[str, str]:
+        return self.cluster.show(self.id)
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The run's events, of all starts."""
+        events = read_lines(self.run / "events.jsonl")
+        return [event for event in events if kind is None or event["event"] == kind]
+
+    def signals(self) -> list[str]:
+        """The signals that the run has heard since its last start."""
+        events = self.events()
+        begun = max((i for i, event in enumerate(events) if event["event"] == "start"), default=0)
+        return [event["signal"] for event in events[begun:] if event["event"] == "signal"]
+
+    def trained(self) -> int:
+        """The last step that was written down."""
+        return max((row["step"] for row in read_lines(self.run / "metrics.jsonl") if "loss" in row), default=0)
+
+    def committed(self) -> int:
+        """The step of the newest visible checkpoint."""
+        return newest_step(self.run)
+
+    def requeues(self) -> list[dict[str, Any]]:
+        """What the batch script decided at the ends of the starts."""
+        return read_lines(self.run / REQUEUES)
+
+    def log(self) -> str:
+        """Everything that the job has printed, of all its tasks and starts."""
+        if self.by == "sbatch":
+            paths = [Path(f"{self.run}.{self.id}.log")]
+        else:
+            paths = sorted(self.run.glob(f"jobs/*/{self.id}_*log.*"))
+        return "".join(path.read_text(errors="replace") for path in paths if path.exists())
+
+    def told(self) -> str:
+        """What there is to say where something went wrong."""
+        lines = self.log().splitlines()[-60:]
+        events = [str(event) for event in self.events()[-8:]]
+        return "\n".join([f"{self.by}: {self.show()}", *events, *lines, self.cluster.log()])
+
+    # ---- waiting
+
+    def wait(self, what: str, condition: Callable[[], T], seconds: float = SECONDS) -> T:
+        """Waits for a condition to be true and returns its value. Raises TimeoutError with all that is known."""
+        end = time.monotonic() + seconds
+        while not (value := condition()):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{self.by}, job {self.id}: {seconds:.0f} s and not {what}\n{self.told()}")
+            time.sleep(0.1)
+        return value
+
+    def wait_held(self, kind: str = "step", step: int | None = None) -> None:
+        """Waits until all ranks of the present start are held at a moment, by default that of `hold_at`."""
+        at = self.held_step if step is None else step
+        assert at is not None
+
+        def all_held() -> bool:
+            job = self.show()
+            if job["JobState"] in OVER:
+                raise RuntimeError(f"{self.by}, job {self.id}: ended before {kind} {at}\n{self.told()}")
+            return len(self.control.held(kind, at, f"{self.id}-{job['Restarts']}")) == self.ranks
+
+        self.wait(f"held at {kind} {at}", all_held)
+
+    def wait_state(self, *states: str, restarts: int = 0) -> dict[str, str]:
+        """Waits until Slurm has it in one of `states`, started again `restarts` times or more."""
+
+        def there() -> dict[str, str] | None:
+            job = self.show()
+            if job["JobState"] in OVER and job["JobState"] not in states:
+                raise RuntimeError(
+                    f"{self.by}, job {self.id}: {job['JobState']}, not {' or '.join(states)}\n{self.told()}"
+                )
+            return job if job["JobState"] in states and int(job["Restarts"]) >= restarts else None
+
+        return self.wait(f"{' or '.join(states)} with {restarts} restarts", there)
+
+
+def _option(key: str, value: str) -> str:
+    return f"--{key.replace('_', '-')}={value}"
