@@ -150,7 +150,7 @@ def _describe(rank: int, failure: ProcessFailure) -> tuple[str, bool]:
     """What to tell, and whether it is a mistake of the user's."""
     text = str(failure.message)
     if failure.exitcode == EXIT_CODE and not text.startswith(USER_ERROR):
-        return "stopped by a signal; the same command goes on from the last checkpoint", False
+        return "stopped by a signal", False
     if failure.exitcode < 0:
         return f"rank {rank} was ended by {failure.signal_name()}; all other ranks were stopped", False
     if text.startswith(USER_ERROR):

@@ -58,13 +58,17 @@ class Verdict:
     why: str = ""
 
 
-def report(run: Path, start: Start, rank: int, code: int, cause: str) -> None:
-    """Writes down why a task leaves with `code`. Where that is not possible, the exit code alone has to do."""
+def report(run: Path, start: Start, rank: int, code: int, cause: str, reason: str | None = None) -> None:
+    """Writes down why a task leaves with `code`. Where that is not possible, the exit code alone has to do.
+
+    `reason`: that of a Preempted.
+    """
     with suppress(OSError):
         path = _reports(run) / f"{start.job}-{start.restart}-{rank}.json"
         (run / "jobs").mkdir(exist_ok=True)
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"time": time.time(), "rank": rank, "code": code, "cause": cause}))
+        row = {"time": time.time(), "rank": rank, "code": code, "cause": cause, "reason": reason}
+        path.write_text(json.dumps(row))
 
 
 def how_it_ended(code: int, reports: Sequence[Mapping[str, Any]], signals: Sequence[str], preempted: bool) -> End:
@@ -86,19 +90,19 @@ def how_it_ended(code: int, reports: Sequence[Mapping[str, Any]], signals: Seque
         return End("mistake", MISTAKE, "see the log")
     for report in first:
         if report["code"] == STOPPED:
-            return _stop(report["cause"])
+            return _stop(report["cause"], report["reason"])
     for report in first:
         return End("crash", code, f"rank {report['rank']}: {report['cause']}")
     if signals:
-        return _stop(f"stopped by {' and '.join(signals)}, in a hurry")
+        return _stop(f"stopped by {' and '.join(signals)}, in a hurry", *signals)
     if code in (INTERRUPTED, USR2, STOPPED) or (code == TERM and preempted):
         by = {INTERRUPTED: "SIGINT", USR2: "SIGUSR2", TERM: "SIGTERM"}.get(code, "a signal")
-        return _stop(f"stopped by {by} before it trained")
+        return _stop(f"stopped by {by} before it trained", by)
     return End("crash", code, f"{'a task was killed, ' if code > 128 else ''}exit code {code}")
 
 
-def _stop(cause: str) -> End:
-    return End("interrupted" if "SIGINT" in cause else "stopped", STOPPED, cause)
+def _stop(cause: str, *reasons: str) -> End:
+    return End("interrupted" if "SIGINT" in reasons else "stopped", STOPPED, cause)
 
 
 def decide(

@@ -51,7 +51,7 @@ def leave(run: Path, start: Start, rank: int, error: Exception) -> NoReturn:
     """Ends this process by the error that ended its part of the run."""
     if isinstance(error, Preempted):
         if rank == 0:
-            report(run, start, rank, STOPPED, str(error).partition(";")[0])  # the rest says what the job does itself
+            report(run, start, rank, STOPPED, str(error), error.reason)
         else:
             time.sleep(LINGER_SECONDS)  # the first to go ends the step, and rank 0 may still have something to write
         _exit(STOPPED)

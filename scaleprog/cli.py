@@ -195,8 +195,11 @@ def main() -> None:
     """Entry point: a mistake that the user can mend is told in plain words, and the exit code is not 0."""
     try:
         app()
+    except Preempted as error:
+        print(f"scaleprog: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(EXIT_CODE)
     except ScaleprogError as error:
         print(f"scaleprog: {error}", file=sys.stderr)
-        sys.exit(EXIT_CODE if isinstance(error, Preempted) else 2)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -34,4 +34,9 @@ class Superseded(ScaleprogError):
 
 
 class Preempted(ScaleprogError):
-    """A run that was asked to stop and has left; the same command goes on where it stood."""
+    """A run that was asked to stop and has left; the same command goes on from its last checkpoint."""
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        """`reason`: what asked, a signal's name or "time limit"; None where that is not known."""
+        super().__init__(message)
+        self.reason = reason

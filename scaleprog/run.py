@@ -102,9 +102,10 @@ def leave(run: Run, reason: str) -> None:
     """Ends a run that was asked to stop, once its checkpoint is visible. Raises Preempted."""
     step, last = run.state.step, settle_checkpoints(run, wait=True)
     run.recorder.event("preempted", step=step, reason=reason)
+    stopped = f"stopped by {reason} after step {step}"
     if last is None or last.error:
-        raise Preempted(f"stopped by {reason} after step {step}, WITHOUT a checkpoint of it: {last and last.error}")
-    raise Preempted(f"stopped by {reason} after step {step} with a checkpoint; the same command goes on from there")
+        raise Preempted(f"{stopped}, WITHOUT a checkpoint of it: {last and last.error}", reason)
+    raise Preempted(f"{stopped} with a checkpoint", reason)
 
 
 # ---- signals

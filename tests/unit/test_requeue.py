@@ -18,8 +18,8 @@ from tests.conftest import write_lines
 from tests.unit.fake_slurm import FakeSlurm
 
 ROOT = Path(__file__).parents[2]
-STOPPED = {"time": 2.0, "rank": 0, "code": 75, "cause": "stopped by SIGTERM after step 9 with a checkpoint"}
-INTERRUPTED = STOPPED | {"cause": "stopped by SIGINT after step 9 with a checkpoint"}
+STOPPED = {"time": 2.0, "rank": 0, "code": 75, "cause": "stopped after step 9", "reason": "SIGTERM"}
+INTERRUPTED = STOPPED | {"reason": "SIGINT"}
 CRASHED = {"time": 3.0, "rank": 1, "code": 1, "cause": "ValueError: x"}
 EARLIER = CRASHED | {"time": 1.0, "rank": 3}
 MISTAKE = {"time": 4.0, "rank": 2, "code": 2, "cause": "a shard is damaged"}
@@ -104,7 +104,7 @@ def test_after(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert requeue.after(tmp_path, 0, limit=3) == 0
     assert not (tmp_path / "requeues.jsonl").exists()
 
-    requeue.report(tmp_path, start, 0, 75, "stopped by SIGUSR2 after step 9 with a checkpoint")
+    requeue.report(tmp_path, start, 0, 75, "stopped by SIGUSR2 after step 9 with a checkpoint", "SIGUSR2")
     requeue.report(tmp_path, Start("7", 1), 1, 2, "a report of another start")
     assert requeue.after(tmp_path, 137, limit=3) == 75
     assert fake.calls("scontrol")[-1] == "scontrol requeue 7"
