@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import launchers
 from scaleprog import queue
-from scaleprog.claim import check_recipe, is_alive, read_owner
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files import write_whole
-from scaleprog.recipe import Recipe
+
+if TYPE_CHECKING:  # it imports torch, for which a job that starts again need not wait
+    from scaleprog.recipe import Recipe
 
 PACKAGES = ("scaleprog", "launchers", "shards")
 JOB = "job.json"
@@ -59,7 +61,7 @@ def code_folder(run: Path) -> Path:
     return run / "code" / _digest(_sources())
 
 
-def take(recipe: Recipe, run: Path) -> Path:
+def take(recipe: "Recipe", run: Path) -> Path:
     """Copies the present code and `recipe` into `run`; returns the folder of the code. Raises ScaleprogError."""
     sources = _sources()
     folder = run / "code" / _digest(sources)
@@ -80,8 +82,10 @@ def take(recipe: Recipe, run: Path) -> Path:
     return folder
 
 
-def check_free(recipe: Recipe, run: Path) -> None:
+def check_free(recipe: "Recipe", run: Path) -> None:
     """Raises CheckpointError if `run` belongs to another recipe, or to a job or process that is alive."""
+    from scaleprog.claim import check_recipe, is_alive, read_owner
+
     check_recipe(run, recipe)
     job = None
     if (last := JobFile.read(run)) is not None:
@@ -103,6 +107,8 @@ def prepare(recipe: Path, run: Path, overrides: Sequence[str]) -> Path:
     last = JobFile.read(run)
     if last is not None and last.job == job and (run / last.code).is_dir():
         return run / last.code
+    from scaleprog.recipe import Recipe
+
     loaded = Recipe.load(recipe, overrides)
     check_free(loaded, run)
     code = take(loaded, run)

@@ -1,4 +1,7 @@
-"""The command line: plan · train · submit · status · cancel · evaluate · export · report · shards."""
+"""The command line: plan · train · submit · status · cancel · evaluate · export · report · shards.
+
+A command imports what it needs itself: `scaleprog --help` need not wait for torch, nor training for matplotlib.
+"""
 
 import json
 import sys
@@ -10,16 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from launchers import slurm, status
-from launchers.local import launch
 from scaleprog.errors import Preempted, ScaleprogError
-from scaleprog.export import evaluate_run, export_run
-from scaleprog.plan import describe
-from scaleprog.preemption import EXIT_CODE
-from scaleprog.recipe import Recipe
-from scaleprog.report import write_report
-from scaleprog.storage import committed
-from scaleprog.train import train_rank
 from shards.cli import app as shards_app
 
 app = typer.Typer(help="Progressive training of Vision Transformers.", no_args_is_help=True, add_completion=False)
@@ -35,6 +29,9 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")
 @app.command()
 def plan(recipe: RecipePath, overrides: Overrides = None, nproc: Annotated[int, typer.Option(min=1)] = 1) -> None:
     """Shows stages, parameters, GMACs, memory per rank and the predicted speedup before anything is spent."""
+    from scaleprog.plan import describe
+    from scaleprog.recipe import Recipe
+
     outlook = describe(Recipe.load(recipe, overrides or ()), nproc)
     table = Table("stage", "phase", "px", "layers", "parameters", "GMACs", "memory/rank", "epochs")
     for row in outlook["stages"]:
@@ -65,6 +62,11 @@ def train(
 
     TERM, INT and USR2 end it after a checkpoint, with exit code 75; the same command goes on from there.
     """
+    from launchers.local import launch
+    from scaleprog.recipe import Recipe
+    from scaleprog.storage import committed
+    from scaleprog.train import train_rank
+
     restarts = (3 if nproc > 1 else 0) if restarts is None else restarts
     loaded = Recipe.load(recipe, overrides or ())
     folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
@@ -103,6 +105,9 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and do nothing.")] = False,
 ) -> None:
     """Trains a recipe as a Slurm job, which comes back by itself until the run is finished."""
+    from launchers import slurm, status
+    from scaleprog.recipe import Recipe
+
     loaded = Recipe.load(recipe, overrides or ())
     folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
     request = slurm.Request(
@@ -128,6 +133,8 @@ def show_status(
     run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="For programs, in seconds.")] = False
 ) -> None:
     """Says where a run stands: queued, running or ended, step, restarts, last checkpoint, time still needed."""
+    from launchers import status
+
     found = status.status(run)
     print(json.dumps(asdict(found), indent=1) if as_json else found.text())
 
@@ -135,6 +142,8 @@ def show_status(
 @app.command()
 def cancel(run: RunPath) -> None:
     """Ends a run, queued or running, under Slurm or on this machine; says what remains."""
+    from launchers import status
+
     print(status.cancel(run))
 
 
@@ -145,6 +154,8 @@ def evaluate(
     weights: Annotated[Literal["ema", "online", "best"], typer.Option()] = "best",
 ) -> None:
     """Top-1 accuracy of a run's newest checkpoint on the validation split."""
+    from scaleprog.export import evaluate_run
+
     accuracy, chosen = evaluate_run(run, resolution, weights)
     print(f"{run}: top-1 {accuracy:.2f} % ({chosen} weights)")
 
@@ -152,6 +163,8 @@ def evaluate(
 @app.command()
 def export(run: RunPath, out: Annotated[Path, typer.Argument(metavar="OUT.safetensors")]) -> None:
     """Writes the better of a run's online and EMA weights as a file that plain timm loads."""
+    from scaleprog.export import export_run
+
     print(export_run(run, out))
 
 
@@ -161,6 +174,8 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder of report.md and its pictures.")],
 ) -> None:
     """Compares runs: accuracy against time, schedules, search scores, a table; the first original is the baseline."""
+    from scaleprog.report import write_report
+
     print(write_report(runs, out))
 
 
@@ -196,6 +211,8 @@ def main() -> None:
     try:
         app()
     except Preempted as error:
+        from scaleprog.preemption import EXIT_CODE
+
         print(f"scaleprog: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(EXIT_CODE)
     except ScaleprogError as error:

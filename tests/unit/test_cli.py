@@ -145,8 +145,13 @@ def test_help_names_the_commands(command: Command) -> None:
     assert all(name in told.out for name in ("plan", "train", "evaluate", "export", "report", "shards"))
 
 
+def test_help_need_not_wait_for_torch() -> None:
+    check = "import scaleprog.cli, sys; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, write_recipe: Callable[..., Path]) -> None:
-    monkeypatch.setattr(cli, "describe", lambda *_: 1 / 0)
+    monkeypatch.setattr("scaleprog.plan.describe", lambda *_: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["scaleprog", "plan", str(write_recipe())])
     with pytest.raises(ZeroDivisionError):
         cli.main()
@@ -158,7 +163,7 @@ def test_an_interrupt_is_no_success(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "train_rank", interrupt)
+    monkeypatch.setattr("scaleprog.train.train_rank", interrupt)
     told = command("train", write_recipe())
     assert told.code == 130
     assert "Traceback" not in told.err

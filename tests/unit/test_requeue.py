@@ -31,7 +31,7 @@ def test_codes_are_those_of_the_core() -> None:
 
 
 def test_the_batch_script_need_not_wait_for_torch() -> None:
-    check = "import launchers.requeue, sys; sys.exit('torch' in sys.modules)"
+    check = "import launchers.requeue, launchers.snapshot, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
 
 
