@@ -9,7 +9,7 @@ DEMO := runs/demo
 # the same recipes, shortened to minutes, on a batch that feeds two ranks
 DEMO_RECIPE := train.epochs=1 train.batch=128 optimizer.warmup_epochs=0.1 search.epochs=0.05 evaluate.every=0.25
 
-.PHONY: install demo test lint cluster cluster-down clean
+.PHONY: install demo test chaos lint cluster cluster-down clean
 
 install: $(INSTALLED)
 
