@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml
 		(apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist) || echo "no apt package: will download"; \
 	fi
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --editable '.[dev,slurm]'
+	$(PYTHON) -m pip install --quiet --editable '.[dev]'
 	touch $@
 
 demo: install
