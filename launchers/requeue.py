@@ -64,11 +64,16 @@ def report(run: Path, start: Start, rank: int, code: int, cause: str, reason: st
     `reason`: that of a Preempted.
     """
     with suppress(OSError):
-        path = _reports(run) / f"{start.job}-{start.restart}-{rank}.json"
+        path = _report(run, start, rank)
         (run / "jobs").mkdir(exist_ok=True)
         path.parent.mkdir(exist_ok=True)
         row = {"time": time.time(), "rank": rank, "code": code, "cause": cause, "reason": reason}
         path.write_text(json.dumps(row))
+
+
+def has_reported(run: Path, start: Start, rank: int) -> bool:
+    """Whether a task has written down why it leaves."""
+    return _report(run, start, rank).exists()
 
 
 def how_it_ended(code: int, reports: Sequence[Mapping[str, Any]], signals: Sequence[str], preempted: bool) -> End:
@@ -206,6 +211,10 @@ def _hurried(run: Path, start: Start) -> list[str]:
 
 def _object(path: Path) -> dict[str, Any]:
     return next(iter(read_lines(path)), {})
+
+
+def _report(run: Path, start: Start, rank: int) -> Path:
+    return _reports(run) / f"{start.job}-{start.restart}-{rank}.json"
 
 
 def _reports(run: Path) -> Path:

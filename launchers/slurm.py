@@ -183,7 +183,7 @@ def setup(run: Path, code: Path, max_restarts: int) -> list[str]:
     return [
         f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export SUBMITIT_PREEMPT_SIGNAL=USR2",
-        f'after() {{ {requeue} "$1" {max_restarts}; exit; }}',
+        f'after() {{ {requeue} "$1" {max_restarts}; exit $?; }}',
         "trap : TERM INT USR2  # the tasks get them too, and this shell waits for these",
         "trap 'after $?' EXIT",
     ]

@@ -82,8 +82,8 @@ def take(recipe: "Recipe", run: Path) -> Path:
     return folder
 
 
-def check_free(recipe: "Recipe", run: Path) -> None:
-    """Raises CheckpointError if `run` belongs to another recipe, or to a job or process that is alive."""
+def check_free(recipe: "Recipe", run: Path, mine: str | None = None) -> None:
+    """Raises CheckpointError if `run` belongs to another recipe, or to a job (but `mine`) or process that is alive."""
     from scaleprog.claim import check_recipe, is_alive, read_owner
 
     check_recipe(run, recipe)
@@ -97,7 +97,7 @@ def check_free(recipe: "Recipe", run: Path) -> None:
             "--run-dir"
         )
     owner = read_owner(run)
-    if owner is not None and is_alive(owner, run):
+    if owner is not None and (mine is None or owner["job"] != mine) and is_alive(owner, run):
         raise CheckpointError(f"{run} is in use by process {owner['pid']} on {owner['host']}; use another --run-dir")
 
 
@@ -110,7 +110,7 @@ def prepare(recipe: Path, run: Path, overrides: Sequence[str]) -> Path:
     from scaleprog.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides)
-    check_free(loaded, run)
+    check_free(loaded, run, job)  # a job that was refused may have put its job.json in place of this one's
     code = take(loaded, run)
     JobFile(job, os.environ["SLURM_JOB_NAME"], str(code.relative_to(run))).write(run)
     return code

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launchers.local import ECHO_SECONDS
-from launchers.requeue import CRASHED, FINISHED, MISTAKE, STOPPED, Start, report
+from launchers.requeue import CRASHED, FINISHED, MISTAKE, STOPPED, Start, has_reported, report
 from scaleprog import queue
 from scaleprog.errors import Preempted, ScaleprogError
 from scaleprog.preemption import SIGNALS
@@ -52,8 +52,10 @@ def leave(run: Path, start: Start, rank: int, error: Exception) -> NoReturn:
     if isinstance(error, Preempted):
         if rank == 0:
             report(run, start, rank, STOPPED, str(error), error.reason)
-        else:
-            time.sleep(LINGER_SECONDS)  # the first to go ends the step, and rank 0 may still have something to write
+        else:  # the first to go ends the step, and rank 0 may still have something to write
+            give_up = time.monotonic() + LINGER_SECONDS
+            while time.monotonic() < give_up and not has_reported(run, start, rank=0):
+                time.sleep(0.2)
         _exit(STOPPED)
     if isinstance(error, ScaleprogError):
         print(f"scaleprog: rank {rank}: {error}", file=sys.stderr, flush=True)

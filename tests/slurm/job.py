@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from launchers.queue import OVER
 from launchers.requeue import REQUEUES, newest_step, read_lines
+from scaleprog.queue import OVER
 from scaleprog.recipe import Recipe
 from tests.slurm.cluster import Cluster
 from tests.slurm.control import Control
@@ -30,8 +30,9 @@ class TrainingJob:
     Args:
         cluster: where.
         recipe: what.
-        run: the run directory; control files and sbatch's log are put beside it.
+        run: the run directory.
         by: which way.
+        beside: where control files, the recipe and sbatch's log are put; default: beside the run directory.
         hooks: module:function to be called in every task before it trains, besides the one that lets it be held.
     """
 
@@ -43,6 +44,7 @@ class TrainingJob:
         by: By,
         nodes: int = 2,
         tasks_per_node: int = 1,
+        beside: Path | None = None,
         hooks: tuple[str, ...] = (),
     ) -> None:
         self.cluster, self.recipe, self.run, self.by = cluster, recipe, run, by
@@ -50,10 +52,10 @@ class TrainingJob:
         self.hooks = ("tests.slurm.control:install", *hooks)
         self.id = ""
         self.held_step: int | None = None
-        folder = run.with_name(f"{run.name}.control")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.control = Control(folder)
-        self.recipe_file = run.with_name(f"{run.name}.yaml")
+        self.beside = beside or run.parent
+        self.control = Control(self.beside / f"{run.name}.control")
+        self.control.folder.mkdir(parents=True, exist_ok=True)
+        self.recipe_file = self.beside / f"{run.name}.yaml"
         self.recipe_file.write_text(recipe.dump())
 
     # ---- what is done to it
@@ -70,7 +72,12 @@ class TrainingJob:
             ]
         else:
             options |= {"ntasks_per_node": str(self.tasks_per_node), "signal": f"USR2@{signal_before}"}
-            command = ["sbatch", "--parsable", f"--output={self.run}.%j.log", *(_option(*o) for o in options.items())]
+            command = [
+                "sbatch",
+                "--parsable",
+                f"--output={self.beside}/%j.log",
+                *(_option(*o) for o in options.items()),
+            ]
             command += [ROOT / "slurm" / "train.sbatch", self.recipe_file, self.run]
         environment = [f"{key}={value}" for key, value in self._environment().items()]
         told = self.cluster.run(["env", f"--chdir={ROOT}", *environment, *command], seconds=SECONDS).stdout
@@ -162,7 +169,7 @@ class TrainingJob:
     def log(self) -> str:
         """Everything that the job has printed, of all its tasks and starts."""
         if self.by == "sbatch":
-            paths = [Path(f"{self.run}.{self.id}.log")]
+            paths = [self.beside / f"{self.id}.log"]
         else:
             paths = sorted(self.run.glob(f"jobs/*/{self.id}_*log.*"))
         return "".join(path.read_text(errors="replace") for path in paths if path.exists())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launchers import requeue, slurm, snapshot
+from launchers.requeue import STOPPED
 from launchers.slurm import Request
 from launchers.snapshot import JobFile
 from scaleprog.recipe import Recipe
@@ -45,6 +46,8 @@ def test_a_batch_script_requeues_from_its_snapshot(
     fake.command("srun", "exit 0")
     assert run_batch([script], tmp_path).returncode == 0
     assert len(requeue.read_lines(run / "requeues.jsonl")) == 1
+    fake.command("srun", "exit 140")  # by SIGUSR2, before training
+    assert run_batch([script], tmp_path).returncode == STOPPED, "not with what srun ended with"
 
 
 def test_train_sbatch(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -67,6 +70,12 @@ def test_train_sbatch(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) 
     assert path.split(":")[0] == str(run / file.code)
     assert arguments[-4:] == ["-u", "-m", "launchers.task", str(run)]
     assert {"--kill-on-bad-exit=1", "--wait=60"} <= set(arguments)
+
+    fake.command("srun", f"{seen}; exit 140")
+    assert run_batch([script, recipe, "a run"], tmp_path).returncode == STOPPED
+    (run / "job.json").write_text('{"job": "6", "name": "", "code": "of a job that was refused"}')
+    (run / "owner.json").write_text('{"job": "7", "restart": 0, "generation": 1, "pid": 1, "host": "node0"}')
+    assert run_batch([script, recipe, "a run", "seed=3"], tmp_path).returncode == STOPPED, "it is its own run directory"
 
     recipe.write_text("seed: edited while the job was queued again")
     fake.command("srun", "exit 0")

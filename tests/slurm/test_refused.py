@@ -1,0 +1,79 @@
+"""Mistakes on a real cluster: each is told in words, costs no time in the queue, and harms nothing that is there."""
+
+from pathlib import Path
+
+import pytest
+
+from scaleprog.recipe import Recipe
+from tests.conftest import short_recipe
+from tests.slurm.cluster import Cluster, Settings
+from tests.slurm.job import BOTH, By, TrainingJob
+
+
+@pytest.fixture(scope="module")
+def recipe(patterns: Path) -> Recipe:
+    return short_recipe(patterns, growth={"schedule": "original"})
+
+
+@pytest.mark.parametrize(
+    ("by", "message"),
+    [
+        ("submit", "--partition hgih: there is none of this name; there are low, high"),
+        ("sbatch", "invalid partition specified: hgih"),
+    ],
+)
+def test_an_unknown_partition(by: By, message: str, cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
+    job = TrainingJob(cluster, recipe, tmp_path / "run", by)
+    with pytest.raises(RuntimeError, match=message):
+        job.submit(partition="hgih")
+    assert not job.run.exists()
+    assert cluster.run(["squeue", "-h"]).stdout == ""
+
+
+@pytest.mark.parametrize("by", BOTH)
+def test_a_run_directory_that_is_not_shared(by: By, cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
+    """Every node, this one too, sees a directory of its own at `local`."""
+    cluster.up(Settings(nodes=2, private_dir=tmp_path / "local"))
+    job = TrainingJob(cluster, recipe, tmp_path / "local" / "run", by, beside=tmp_path)
+    job.submit()
+    job.wait_state("FAILED")
+    assert job.restarts == 0
+    assert job.committed() == 0
+    if by == "sbatch":
+        assert f"{job.run}: not there on every node; it must be on a file system that all share" in job.log()
+        assert job.show()["ExitCode"] == "2:0"
+        assert not job.run.exists(), "on this machine"
+    else:
+        assert job.log() == ""  # Slurm had nowhere to write it: docs/slurm.md has this among what can go wrong
+
+
+def test_two_jobs_on_one_run_directory(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
+    first, second, third = (TrainingJob(cluster, recipe, tmp_path / "run", by, nodes=1) for by in ("sbatch", *BOTH))
+    first.control.slow_down(0.3)
+    first.hold_at(10)
+    first.submit()
+    first.wait_held()
+    present = files(first.run)
+    refusal = f"{first.run} belongs to job {first.id}, which is RUNNING"
+    with pytest.raises(RuntimeError, match=refusal):
+        second.submit()
+    assert files(first.run) == present
+    third.submit()
+    assert third.wait_state("FAILED")["ExitCode"] == "2:0"
+    assert refusal in third.log()
+    assert files(first.run) == present
+
+    (first.run / "job.json").unlink()  # both started at once, say, and neither saw the other's
+    third.submit()
+    assert third.wait_state("FAILED")["ExitCode"] == "2:0"
+    assert "is in use by" in third.log()
+    cluster.run(["scancel", "--signal=USR2", first.id])
+    first.wait("told", first.signals)
+    first.go_on()
+    first.wait_state("PENDING", "RUNNING", restarts=1)
+    first.finish()
+
+
+def files(run: Path) -> dict[str, bytes]:
+    """The files of a run directory but for those of what it holds in folders."""
+    return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
