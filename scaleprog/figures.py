@@ -1,5 +1,6 @@
-"""The pictures of a report, drawn without a display: accuracy over time, growth schedules, searches."""
+"""The pictures of a report, drawn without a display: accuracy over time, growth schedules, searches, lives."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, pairwise
@@ -11,15 +12,25 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from scaleprog.growth.search import Decision
 from scaleprog.growth.space import Subnet
+from scaleprog.life import Life, Mark, span, when
 
 # Okabe and Ito's colours, which stay apart under every common kind of colour blindness
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X")
+BLUE, VERMILION, GREEN, ORANGE, BLACK = (COLOURS[i] for i in (0, 1, 2, 4, 6))
+MARKS = {  # what happens in a run's life: marker, colour, words for the legend
+    "checkpoint": ("|", BLUE, "checkpoint"), "checkpoint_failed": ("X", ORANGE, "checkpoint failed"),
+    "growth": ("^", GREEN, "growth"), "choice": ("D", BLACK, "choice of the search"), "signal": ("v", ORANGE, "signal"),
+    "stop": ("s", BLUE, "left in order"), "killed": ("X", VERMILION, "ended otherwise"),
+    "requeue": (">", BLACK, "requeued"), "finish": ("*", GREEN, "finished"),
+}  # fmt: skip
+STARTING, DOWN, QUEUE = "#cfe0ee", "#ececec", "#dadada"
 WIDTH, DPI = 8.4, 160  # inches; readable where a README shows 800 to 1000 pixels
 STYLE: dict[Any, Any] = {
     "font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -120,7 +131,7 @@ def draw_schedules(path: Path, timelines: Sequence[tuple[str, Sequence[Segment]]
     deepest = max((s.network.depth for s in every), default=1)
     resolutions = sorted({s.network.resolution for s in every})
     last = max((s.stop for s in every), default=1)
-    shades = dict(zip(resolutions, matplotlib.colormaps["cividis_r"](np.linspace(0.1, 0.9, len(resolutions)))))
+    shades = _shades(resolutions)
     figure = Figure(figsize=(WIDTH, 1.2 + 0.72 * len(timelines)))
     axes = figure.subplots()
     for row, (_, segments) in enumerate(timelines):
@@ -131,9 +142,8 @@ def draw_schedules(path: Path, timelines: Sequence[tuple[str, Sequence[Segment]]
                 segment.start, height, size, bottom=-row, align="edge", color=shade, edgecolor="white", linewidth=0.8,
                 hatch="////" if segment.phase == "supernet" else None,
             )  # fmt: skip
-            ink = "white" if np.dot(shade[:3], (0.3, 0.59, 0.11)) < 0.52 else "black"
             axes.text(
-                segment.start + size / 2, height / 2 - row, _segment_text(segment, size / last), color=ink,
+                segment.start + size / 2, height / 2 - row, _segment_text(segment, size / last), color=_ink(shade),
                 ha="center", va="center", fontsize=8, linespacing=0.95,
                 bbox={"facecolor": shade, "edgecolor": "none", "pad": 1.5},
             )  # fmt: skip
@@ -147,6 +157,16 @@ def draw_schedules(path: Path, timelines: Sequence[tuple[str, Sequence[Segment]]
     legend.append(Patch(facecolor="#999999", hatch="////", label="supernet"))
     figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 7), handlelength=1.4)
     figure.savefig(path, dpi=DPI)
+
+
+def _shades(resolutions: Sequence[int]) -> dict[int, Any]:
+    """A colour for each resolution, the darker the larger."""
+    return dict(zip(resolutions, matplotlib.colormaps["cividis_r"](np.linspace(0.1, 0.9, len(resolutions)))))
+
+
+def _ink(shade: Any) -> str:
+    """What can be read on a colour."""
+    return "white" if np.dot(shade[:3], (0.3, 0.59, 0.11)) < 0.52 else "black"
 
 
 def _segment_text(segment: Segment, share: float) -> str:
@@ -210,3 +230,114 @@ def _draw_run(block: SubFigure, stages: Sequence[Search], columns: int) -> None:
 def stage_begins(segments: Sequence[Segment]) -> tuple[float, ...]:
     """Training seconds at which the stages after the first begin."""
     return tuple(after.seconds for before, after in pairwise(segments) if after.stage != before.stage)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_lives(path: Path, lives: Sequence[Life]) -> None:
+    """Per run the steps done over the time of day, with what happened; below, the networks that were trained."""
+    resolutions = sorted({s.network.resolution for life in lives for start in life.starts for s in start.stretches})
+    shades = _shades(resolutions)
+    figure = Figure(figsize=(WIDTH, 1.0 + 3.5 * len(lives)))
+    blocks = figure.subfigures(len(lives), 1, squeeze=False)[:, 0]
+    for life, block in zip(lives, blocks, strict=True):
+        block.suptitle(life.name, fontweight="bold", fontsize=11)
+        above, below = block.subplots(2, 1, sharex=True, height_ratios=(5, 1))
+        _draw_life(above, below, life, shades)
+    used = {mark.kind for life in lives for mark in life.marks}
+    legend: list[Any] = [
+        Line2D([], [], linestyle="", marker=marker, color=colour, markersize=8, label=words)
+        for kind, (marker, colour, words) in MARKS.items() if kind in used
+    ]  # fmt: skip
+    if any(life.lost for life in lives):
+        legend.append(Line2D([], [], linestyle=":", color=VERMILION, linewidth=2, label="lost, trained again"))
+    legend += [Patch(color=shade, label=f"{resolution} px") for resolution, shade in shades.items()]
+    legend.append(Patch(facecolor="#999999", hatch="////", label="supernet"))
+    legend.append(Patch(color=STARTING, label="start-up"))
+    figure.legend(handles=legend, loc="outside lower center", ncols=5, handlelength=1.4)
+    figure.savefig(path, dpi=DPI)
+
+
+def _draw_life(above: Axes, below: Axes, life: Life, shades: Mapping[int, Any]) -> None:
+    size, unit = next(
+        (s, u) for s, u in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s")) if life.wall >= 2 * s or s == 1
+    )
+    wall = max(life.wall, 1e-9) / size
+    for start in life.starts:
+        points = [(seconds / size, step) for seconds, step in start.points]
+        parting = min(start.kept, points[-1][1])
+        at = when(points, parting)
+        kept = [point for point in points if point[1] <= parting]
+        lost = [(at, parting), *(point for point in points if point[1] > parting)]
+        above.plot(*zip(*kept), color=BLUE, linewidth=1.8)
+        below.barh(0, (start.ready - start.began) / size, left=start.began / size, height=1, color=STARTING)
+        for stretch in start.stretches:
+            left, width, shade = (
+                stretch.begin / size,
+                (stretch.end - stretch.begin) / size,
+                shades[stretch.network.resolution],
+            )
+            below.barh(0, width, left=left, height=1, color=shade, edgecolor="white", linewidth=0.5,
+                       hatch="////" if stretch.phase == "supernet" else None)  # fmt: skip
+            text = f"{stretch.network.resolution}x{stretch.network.depth}"
+            if width / wall > 0.012 * len(text):
+                below.text(left + width / 2, 0, text, color=_ink(shade), ha="center", va="center", fontsize=8,
+                           bbox={"facecolor": shade, "edgecolor": "none", "pad": 1})  # fmt: skip
+        if len(lost) > 1:
+            above.plot(*zip(*lost), ":", color=VERMILION, linewidth=2)
+            below.barh(0, lost[-1][0] - at, left=at, height=1, color=VERMILION, linewidth=0, hatch="xxxx")
+            room = lost[-1][0] > 0.15 * wall
+            above.annotate(
+                f"{lost[-1][1] - parting} steps lost", lost[-1], (-4 if room else 4, 2), textcoords="offset points",
+                ha="right" if room else "left", fontsize=8, color=VERMILION,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+            )  # fmt: skip
+    for before, after in pairwise(life.starts):
+        parts = [(before.end, before.requeued or after.began, "down", DOWN),
+                 (before.requeued or after.began, after.began, "in the queue", QUEUE)]  # fmt: skip
+        for begin, end, what, colour in parts:
+            for axes in (above, below):
+                axes.axvspan(begin / size, end / size, color=colour, linewidth=0, zorder=0)
+            if (end - begin) / size / wall > 0.02:
+                above.text((begin + end) / 2 / size, 0.03, f"{what} {span(end - begin)}", fontsize=8, color="#666666",
+                           rotation=90, ha="center", va="bottom", transform=above.get_xaxis_transform())  # fmt: skip
+    levels = _draw_marks(above, life.marks, size, wall)
+    starts = f"{len(life.starts)} starts" if len(life.starts) > 1 else "one start"
+    again = [f"{life.lost} steps trained again"] if life.lost else []
+    begun = time.strftime("began %d %b %Y %H:%M:%S", time.localtime(life.epoch))
+    shares = {
+        what: (life.costs[what] or 0.0) / max(life.wall, 1e-9) for what in ("training", "start-up", "queue", "down")
+    }
+    told = ", ".join(f"{share:.0%} {what}" for what, share in shares.items() if share >= 0.005)
+    summary = f"{' · '.join([begun, span(life.wall), starts, *again])}\n{told}"
+    above.set_title(summary, loc="left", fontsize=9, color="#555555", pad=16 + 12 * levels)
+    above.set(ylabel="optimizer steps", xlim=(0, wall), ylim=(0, None))
+    above.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    below.set(xlabel=f"since the first start ({unit})", ylim=(-0.5, 0.5), yticks=[])
+    below.spines["left"].set_visible(False)
+    below.grid(visible=False)
+
+
+def _draw_marks(axes: Axes, marks: Sequence[Mark], size: float, wall: float) -> int:
+    """Those with a step on the curve, the others in a row above it, with as many words as there is room for in three
+    lines; returns how many lines that took."""
+    transform, ends = axes.get_xaxis_transform(), [-1.0] * 3
+    for mark in marks:
+        marker, colour, _ = MARKS[mark.kind]
+        x = mark.seconds / size
+        if mark.step is not None:
+            look = {"markersize": 11, "markeredgewidth": 1.4} if mark.kind == "checkpoint" else {"markersize": 6}
+            axes.plot(x, mark.step, marker, color=colour, zorder=4, **look)
+        elif mark.kind == "requeue":  # where others end, so not in their row
+            axes.plot(x, 0.95, marker, color=colour, markersize=5, transform=transform, zorder=5)
+        else:
+            top = mark.kind == "signal"  # its end is often no further than the width of a mark
+            axes.axvline(x, color=colour, linewidth=0.8, alpha=0.6, zorder=1)
+            axes.plot(x, 1.05, marker, color=colour, markersize=5 if top else 7.5, markeredgewidth=0,
+                      transform=transform, clip_on=False, zorder=6 if top else 5)  # fmt: skip
+        width = 0.0105 * len(mark.text)
+        left = min(max(x / wall - width / 2, 0.0), 1 - width)
+        level = next((level for level, end in enumerate(ends) if end < left), None)
+        if mark.text and level is not None:
+            ends[level] = left + width + 0.01
+            axes.text(left * wall, 1.1 + 0.083 * level, mark.text, color=colour, fontsize=8, transform=transform)
+    return sum(end >= 0 for end in ends)

@@ -1,15 +1,16 @@
 """What a run tells: metrics.jsonl and TensorBoard (each step once, over restarts), events.jsonl, a progress line."""
 
 import errno
+import fcntl
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from rich.console import Console
@@ -20,6 +21,8 @@ from torch.utils.tensorboard import SummaryWriter
 from scaleprog.sharding.coordinator import Coordinator
 
 PLAIN_EVERY = 15.0  # seconds between two progress lines where the output is no terminal
+LOCK_SECONDS = 2.0  # a line is written without the lock if another process has held it for so long
+PER_RANK = ("step_seconds", "data_wait_seconds")  # curves that every rank draws of its own
 
 
 class StepTimer:
@@ -48,22 +51,30 @@ class StepTimer:
 
 
 class Recorder:
-    """Rank 0's record of a run. Steps are buffered on the device and resolved in `flush`, one reduction for all."""
+    """The record of a run. Rank 0 writes what all ranks share; every rank what happens to it alone, and its own curves.
+    Steps are buffered on the device and resolved in `flush`, one reduction for all."""
 
-    def __init__(self, run: Path, coordinator: Coordinator, step: int, log_every: int) -> None:
-        """`step`: optimizer steps finished; whatever a run that got further wrote beyond it is dropped."""
+    def __init__(self, run: Path, coordinator: Coordinator, generation: int, step: int, log_every: int) -> None:
+        """`generation`: of this start, which all its events carry; `step`: optimizer steps finished; whatever a run
+        that got further wrote beyond it is dropped."""
         self.coordinator, self.log_every = coordinator, log_every
         self._pending: list[tuple[dict[str, Any], Tensor, Tensor, StepTimer]] = []
-        self._main = coordinator.rank == 0
+        self._generation, self._main = generation, coordinator.rank == 0
+        self._events = _Lines(run / "events.jsonl")
+        board, world = run / "tensorboard", coordinator.world
+        self._own_board = _board(board / f"rank_{coordinator.rank}", step) if world > 1 else None
         if not self._main:
             return
-        self._events = _Lines(run / "events.jsonl")
-        self.repeated = _truncate(run / "metrics.jsonl", step)  # steps that were trained before and are lost
+        self.lost = _truncate(run / "metrics.jsonl", step)
         self._metrics = _Lines(run / "metrics.jsonl")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._board = _board(board, step)
+        for folder in board.glob("rank_*"):  # of ranks that an earlier start had and this one has not
+            if world == 1 or int(folder.name[5:]) >= world:
+                _board(folder, step).close()
 
     def step(self, row: dict[str, Any], loss: Tensor, grad_norm: Tensor, timer: StepTimer) -> None:
         """Takes one finished step; `loss` is this rank's mean, `row` holds everything known on the host."""
+        row["time"] = time.time()
         self._pending.append((row, loss.detach(), grad_norm.detach(), timer))
 
     def flush(self) -> list[dict[str, Any]]:
@@ -82,9 +93,11 @@ class Recorder:
             written.append(row)
         if self._main:
             self._metrics.write(*written)
-            for row in written:
-                if row["step"] % self.log_every == 0:
-                    self._scalars("train", row, skip=("step", "phase", "images"))
+        for row in written:
+            if row["step"] % self.log_every == 0:
+                self.curve(row["step"], "train", {k: v for k, v in row.items() if k not in ("phase", "images", "time")})
+                if self._own_board is not None:
+                    _draw(self._own_board, "rank", row["step"], {key: row[key] for key in PER_RANK})
         return written
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
@@ -96,41 +109,56 @@ class Recorder:
     def curve(self, step: int, tag: str, values: Mapping[str, float]) -> None:
         """Draws one point of each value in TensorBoard."""
         if self._main:
-            self._scalars(tag, {"step": step, **values}, skip=("step",))
+            _draw(self._board, tag, step, values)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Writes one event of the run's life; from any thread."""
+        """Writes one event of the run's life, once for all ranks; from any thread."""
         if self._main:
-            self._events.write({"time": time.time(), "event": kind, **fields})
+            self._write_event(kind, fields)
+
+    def own_event(self, kind: str, **fields: Any) -> None:
+        """Writes what happens to this rank, whichever it is; from any thread."""
+        self._write_event(kind, {"rank": self.coordinator.rank, **fields})
 
     def sync(self) -> None:
         """Makes everything recorded durable: a checkpoint of this step must not know more than its curves do."""
         if self._main:
             self._metrics.sync()
             self._board.flush()
+        if self._own_board is not None:
+            self._own_board.flush()
 
     def close(self) -> None:
         """Writes out what is buffered by TensorBoard."""
+        if self._own_board is not None:
+            self._own_board.close()
         if self._main:
             self._board.close()
             self._metrics.close()
-            self._events.close()
+        self._events.close()
 
-    def _scalars(self, tag: str, row: Mapping[str, Any], skip: tuple[str, ...]) -> None:
-        for key, value in row.items():
-            if key not in skip:
-                self._board.add_scalar(f"{tag}/{key}", value, row["step"])
+    def _write_event(self, kind: str, fields: Mapping[str, Any]) -> None:
+        self._events.write({"time": time.time(), "event": kind, "generation": self._generation, **fields})
+
+
+def _board(folder: Path, step: int) -> SummaryWriter:
+    """Goes on with the curves of a folder; TensorBoard drops the points beyond `step` that earlier starts drew."""
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def _draw(board: SummaryWriter, tag: str, step: int, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if key != "step":
+            board.add_scalar(f"{tag}/{key}", value, step)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a last line that was cut off is left out."""
+    """The objects of a .jsonl file; lines that were cut off, by a loss of power say, are left out."""
     rows = []
     if path.exists():
-        for line in path.read_text().splitlines():
-            try:
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError):
                 rows.append(json.loads(line))
-            except ValueError:
-                break
     return rows
 
 
@@ -172,17 +200,20 @@ class ProgressLine:
 
 
 class _Lines:
-    """Objects appended to a .jsonl file, whole or not at all; what a full disk refuses is kept for the next time."""
+    """Objects appended to a .jsonl file, whole or not at all, by several processes; what a full disk refuses is kept
+    for the next time."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         self._refused = b""
         self._lock = threading.Lock()
 
     def write(self, *rows: Mapping[str, Any]) -> None:
-        with self._lock:
+        with self._lock, _locked(self._file):
             data = self._refused + b"".join(json.dumps(row).encode() + b"\n" for row in rows)
             before = os.fstat(self._file.fileno()).st_size
+            if before and os.pread(self._file.fileno(), 1, before - 1) != b"\n":
+                data = b"\n" + data  # a process died in the middle of a line
             try:
                 if self._file.write(data) < len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -203,12 +234,39 @@ class _Lines:
         self._file.close()
 
 
-def _truncate(path: Path, step: int) -> int:
-    """Drops rows beyond `step`: each step stands in the file once, however often it was trained. Returns how many."""
+@contextmanager
+def _locked(file: IO[bytes]) -> Iterator[None]:
+    """Keeps other processes from writing inside: on NFS two hosts that append at once write over each other."""
+    give_up = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) or time.monotonic() > give_up:
+                break  # a file system without locks, or a holder that hangs: a line is worth the risk
+            time.sleep(0.002)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _truncate(path: Path, step: int) -> dict[str, Any]:
+    """Drops rows beyond `step`: each step stands in the file once, however often it was trained.
+
+    Returns what a start event says of the steps that are lost: how many, how long they took, when they were trained.
+    """
     rows = read_rows(path)
-    kept = [row for row in rows if row["step"] <= step]
     if path.exists():
         temporary = path.with_suffix(".writing")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         os.replace(temporary, path)
-    return sum("loss" in row for row in rows) - sum("loss" in row for row in kept)
+    lost = [row for row in rows if row["step"] > step and "loss" in row]
+    told: dict[str, Any] = {"repeated_steps": len(lost)}
+    if lost and "time" in lost[0]:  # rows of early versions do not tell
+        seconds = [row["step_seconds"] + row["data_wait_seconds"] for row in lost]
+        told |= {"repeated_seconds": sum(seconds), "repeated_since": lost[0]["time"] - seconds[0],
+                 "repeated_until": lost[-1]["time"]}  # fmt: skip
+    return told

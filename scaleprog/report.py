@@ -12,8 +12,18 @@ from typing import Any
 import yaml
 
 from scaleprog.errors import CheckpointError, ScaleprogError
-from scaleprog.figures import Curve, Search, Segment, draw_accuracy, draw_schedules, draw_searches, stage_begins
+from scaleprog.figures import (
+    Curve,
+    Search,
+    Segment,
+    draw_accuracy,
+    draw_lives,
+    draw_schedules,
+    draw_searches,
+    stage_begins,
+)
 from scaleprog.growth.space import Subnet
+from scaleprog.life import Life, describe, read_life, still_told, table_row
 from scaleprog.metrics import read_rows
 from scaleprog.state import decision_from_json, unpaired
 
@@ -25,6 +35,12 @@ RESULTS = {  # columns, their keys in results.json and formats
     "train s": ("train_seconds", ".1f"), "CPU s": ("train_cpu_seconds", ".1f"), "scoring s": ("search_seconds", ".1f"),
     "wall s": ("wall_seconds", ".1f"),
 }  # fmt: skip
+LIVES = (
+    "![Steps over the time of day, with what happened](life.png)\n\nShares of the time from the first start to the "
+    "last sign of life. Steps and seconds lost count as far as they had been written down, every `train.log_every` "
+    "steps; start-up: from the beginning of the process; down: from the last sign of life to the next beginning; rest: "
+    "what nothing here measures, such as the way out."
+)
 SHORT = ("run", "schedule", "stages", "top-1 best", "train s", "wall s", "speedup")  # columns for a terminal
 
 
@@ -41,6 +57,7 @@ class Run:
     segments: Sequence[Segment]
     searches: Sequence[Search]
     events: Sequence[Row]
+    life: Life | None
     epoch: float
 
     @property
@@ -97,6 +114,9 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
     searches = {run.name: run.searches for run in read if run.searches}
     if searches:
         draw_searches(out / "search.png", searches)
+    lives = [run.life for run in read if run.life is not None]
+    if lives:
+        draw_lives(out / "life.png", lives)
     baseline = next((g for g in groups if g.runs[0].schedule == "Original" and g.values("train_seconds")), None)
     speedup = _speedup(baseline)
     rows = [_row(run, speedup) for run in read]
@@ -111,6 +131,7 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
         "## Growth schedules\n\n![Resolution and depth over the steps](schedule.png)",
         *_searches([run for run in read if run.searches]),
         "## The runs' lives",
+        *([LIVES, _markdown([table_row(life) for life in lives])] if lives else []),
         *(_life(run) for run in read),
     ]
     report = out / "report.md"
@@ -137,7 +158,8 @@ def read_run(folder: Path, name: str) -> Run:
     evaluations = _last_told(row for row in rows if "top1" in row)
     return Run(
         name, recipe, results is not None, results or _so_far(steps, evaluations), evaluations, _segments(steps),
-        _read_searches(events, steps), events, steps[-1]["epoch"] if steps else 0.0,
+        _read_searches(events, steps), events, read_life(folder, name, rows, events),
+        steps[-1]["epoch"] if steps else 0.0,
     )  # fmt: skip
 
 
@@ -154,7 +176,7 @@ def _parsed(path: Path, parse: Callable[[str], Any], keys: Sequence[str]) -> dic
     return values
 
 
-def _last_told(rows: Iterable[Row]) -> list[Row]:
+def _last_told(rows: Iterable[Mapping[str, Any]]) -> list[Any]:
     """One row per step, in the order of the steps: the last that was written."""
     return sorted({row["step"]: row for row in rows}.values(), key=lambda row: row["step"])
 
@@ -185,8 +207,8 @@ def _segments(steps: Sequence[Row]) -> list[Segment]:
 
 def _read_searches(events: Sequence[Row], steps: Sequence[Row]) -> list[Search]:
     """The searches in order, each with the measurements since the one before; the last may be undecided."""
-    measured = _last_told(event for event in _told(events) if event["event"] == "measurement")
-    choices = {event["stage"]: event for event in _told(events) if event["event"] == "choice"}
+    measured = _last_told(event for event in still_told(events) if event["event"] == "measurement")
+    choices = {event["stage"]: event for event in still_told(events) if event["event"] == "choice"}
     searches, since = [], -1
     for stage, choice in sorted(choices.items()):
         own = [row for row in measured if since < row["step"] <= choice["step"]]
@@ -203,16 +225,6 @@ def _losses(measured: Sequence[Row]) -> tuple[tuple[int, ...], dict[Subnet, tupl
     told = [unpaired(event["losses"]) for event in measured]
     losses = {subnet: tuple(losses[subnet] for losses in told) for subnet in (told[-1] if told else ())}
     return tuple(event["step"] for event in measured), losses
-
-
-def _told(events: Sequence[Row]) -> list[Row]:
-    """The events that still hold: a restart takes back what an earlier start told of the steps beyond its own."""
-    told: list[Row] = []
-    for event in events:
-        if event["event"] == "start":
-            told = [earlier for earlier in told if earlier["step"] <= event["step"]]
-        told.append(event)
-    return told
 
 
 # ---- naming and grouping
@@ -327,26 +339,9 @@ def _searches(runs: Sequence[Run]) -> list[str]:
 
 
 def _life(run: Run) -> str:
-    """Starts, growths, checkpoints and errors of one run."""
-    starts, checkpoints, errors = (
-        [event for event in run.events if event["event"] == kind] for kind in ("start", "checkpoint", "error")
-    )
-    growths = {(e["stage"], e["phase"]): e for e in _told(run.events) if e["event"] == "growth"}.values()
-    lines = [
-        _listing("starts", [f"at step {e['step']}, world size {e['world']}" for e in starts]),
-        _listing(f"growths in {sum(e['seconds'] for e in growths):.2f} s", [
-            f"stage {e['stage']} {'supernet up to ' * (e['phase'] == 'supernet')}{e['resolution']}x{e['depth']} "
-            f"at step {e['step']} ({e['seconds']:.2f} s)" for e in growths
-        ]),
-        f"checkpoints: {len(checkpoints)} in {sum(e['seconds'] for e in checkpoints):.2f} s, "
-        f"{sum(e['bytes'] for e in checkpoints) / 2**20:.1f} MiB in all",
-        *(f"error at step {e['step']} on rank {e['rank']}: {e['message'].splitlines()[0]}" for e in errors),
-    ]  # fmt: skip
-    return "\n".join([f"### {run.name}{'' if run.finished else ' (unfinished)'}", "", *(f"- {line}" for line in lines)])
-
-
-def _listing(what: str, things: Sequence[str]) -> str:
-    return f"{what}: {len(things)}" + (f" ({'; '.join(things)})" if things else "")
+    """Starts, growths, checkpoints, interruptions and errors of one run, and where its time went."""
+    lines = [f"- {line}" for line in describe(run.life, run.events)]
+    return "\n".join([f"### {run.name}{'' if run.finished else ' (unfinished)'}", "", *lines])
 
 
 def _cell(value: float | None, spec: str) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from scaleprog.recipe import Recipe
 from scaleprog.sharding import ENGINES, Backend
 from scaleprog.sharding.coordinator import Coordinator
 from scaleprog.state import RunState
-from scaleprog.storage import load_tensors, read_state
+from scaleprog.storage import committed, load_tensors, read_state, step_of
 
 
 @dataclass
@@ -93,7 +94,7 @@ def settle_checkpoints(run: Run, wait: bool = False) -> Commit | None:
                 "checkpoint", step=commit.step, seconds=commit.seconds, stall=commit.stall, bytes=commit.bytes
             )
         else:
-            run.recorder.event("checkpoint_failed", step=commit.step, message=commit.error)
+            run.recorder.event("checkpoint_failed", step=commit.step, message=commit.error, stall=commit.stall)
             run.progress.say(f"NO CHECKPOINT of step {commit.step}, training goes on; older ones stay: {commit.error}")
     return commit
 
@@ -111,14 +112,29 @@ def leave(run: Run, reason: str) -> None:
 # ---- signals
 
 
-def tell_signal(recorder: Recorder, rank: int, name: str) -> None:
-    """Says at once that a signal came; runs in a thread."""
-    recorder.event("signal", signal=name)
+def tell_signal(recorder: Recorder, checkpoints: Checkpoints, state: RunState, name: str) -> None:
+    """Says at once that a signal came, and what is lost if the time is too short for a checkpoint; runs in a thread."""
+    rank = checkpoints.coordinator.rank
+    steps = state.step - max(map(step_of, committed(checkpoints.folder)), default=0)
+    seconds = steps * state.wall_seconds / max(1, state.step)
+    recorder.own_event("signal", signal=name, unsaved_steps=steps, unsaved_seconds=seconds)
     print(f"rank {rank}: {name}, stopping after a step that all ranks agree on", file=sys.stderr, flush=True)
+    if rank == 0:
+        loss = f"{steps} steps since the last checkpoint, about {seconds:.1f} s of training"
+        print(f"rank 0: lost if there is no time for another: {loss}", file=sys.stderr, flush=True)
 
 
 def leave_at_once(recorder: Recorder) -> None:
     """What a second signal does: the last checkpoint has to do; runs in a thread."""
-    recorder.event("hurried")
+    recorder.own_event("hurried")
     print("a second signal: leaving without a checkpoint of this step", file=sys.stderr, flush=True)
     os._exit(EXIT_CODE)
+
+
+# ---- clocks
+
+
+def process_seconds() -> float:
+    """Seconds since this process was started, which imports and the rendezvous have taken when training begins."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

@@ -41,6 +41,7 @@ from scaleprog.run import (
     leave_at_once,
     load_network,
     make_backend,
+    process_seconds,
     restore,
     save,
     settle_checkpoints,
@@ -89,15 +90,15 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
     if state.step == plan.schedule.phases(state.chosen)[-1].stop and (folder / "results.json").exists():
         progress.say(f"{folder} is finished: {state.step} steps")
         return json.loads((folder / "results.json").read_text())
-    recorder = Recorder(folder, coordinator, state.step, recipe.train.log_every)
-    watch = Watch(coordinator, partial(tell_signal, recorder, rank), partial(leave_at_once, recorder),
+    recorder = Recorder(folder, coordinator, claim.generation, state.step, recipe.train.log_every)
+    watch = Watch(coordinator, partial(tell_signal, recorder, checkpoints, state), partial(leave_at_once, recorder),
                   recipe.checkpoint.every_minutes, deadline())  # fmt: skip
     run = Run(folder, recipe, plan, coordinator, claim, backend, reader, checkpoints, watch, recorder, progress, state)
     hosts = [host for host, _ in groupby(coordinator.gather(os.uname().nodename))]
     if rank == 0:
         recorder.event(
             "start", step=state.step, world=world, engine=recipe.sharding.engine, device=str(device), hosts=hosts,
-            generation=claim.generation, job=os.environ.get("SLURM_JOB_ID"), repeated_steps=recorder.repeated,
+            job=os.environ.get("SLURM_JOB_ID"), startup_seconds=process_seconds(), **recorder.lost,
             reader_bytes=reader.memory(plan.schedule.full.resolution),
         )  # fmt: skip
 
@@ -130,11 +131,14 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
             if last is not None and last.error:
                 raise CheckpointError(f"{last.error}; free some space and start again: it goes on where it can")
         state.wall_seconds = time.perf_counter() - began
-        return finish(run) if current_phase(run) is None else {}
+        if current_phase(run) is None:
+            return finish(run)
+        recorder.event("stopped_early", step=state.step)
+        return {}
     except Preempted:
         raise
     except Exception as error:
-        recorder.event("error", step=state.step, rank=rank, message=f"{type(error).__name__}: {error}")
+        recorder.own_event("error", step=state.step, message=f"{type(error).__name__}: {error}")
         if world == 1:
             with suppress(Exception):
                 checkpoints.wait()  # elsewhere the other ranks may be gone
@@ -212,7 +216,7 @@ def measure(run: Run, phase: Phase) -> None:
     run.state.search_seconds += timer.seconds()
     run.state.train_seconds += timer.seconds()  # the paper's time includes the scoring
     run.state.train_cpu_seconds += timer.cpu_seconds
-    run.recorder.event("measurement", step=run.state.step, losses=pairs(losses))
+    run.recorder.event("measurement", step=run.state.step, seconds=timer.seconds(), losses=pairs(losses))
     # before a phase's first step it belongs to that step: the checkpoint of the step before does not know it
     at = run.state.step + (run.state.step == phase.start)
     run.recorder.curve(at, "search", {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()})
@@ -343,13 +347,14 @@ def after_step(run: Run, phase: Phase, due: Due) -> None:
 
 def evaluate_now(run: Run, phase: Phase) -> bool:
     """Measures the accuracies of a phase's network; returns whether one is the best so far."""
-    state, recipe, network = run.state, run.recipe, phase.candidates[-1]
+    state, recipe, network, began = run.state, run.recipe, phase.candidates[-1], time.perf_counter()
     state.accuracies = evaluate(
         run.backend, run.coordinator, run.plan.manifest, recipe.data, recipe.augment, recipe.evaluate,
         network.resolution, run.plan.active(phase, network),
     )  # fmt: skip
     state.evaluation_due = False
     run.recorder.evaluation(state.step, state.accuracies | {"train_seconds": state.train_seconds})
+    run.recorder.event("evaluation", step=state.step, seconds=time.perf_counter() - began, **state.accuracies)
     run.progress.say(
         f"step {state.step}: top-1 {state.accuracies['top1']:.2f} %, EMA {state.accuracies['top1_ema']:.2f} %"
     )

@@ -15,11 +15,14 @@ from scaleprog.sharding.coordinator import process_group
 from scaleprog.state import RunState
 from scaleprog.storage import committed, load_tensors, read_state
 
-CLOCK = ("step_seconds", "data_wait_seconds", "images_per_second", "cpu_seconds", "train_seconds")  # differ by nature
+CLOCK = (  # differ by nature
+    "step_seconds", "data_wait_seconds", "images_per_second", "cpu_seconds", "train_seconds", "time"
+)  # fmt: skip
 
 
 def differences(recipe: Recipe, folder: Path, reference: Path) -> list[str]:
-    """What differs between two finished runs: weights, EMAs, moments, metrics, TensorBoard, sample ids."""
+    """What differs between two finished runs of as many ranks: weights, EMAs, moments, metrics, TensorBoard, sample
+    ids."""
     mine, theirs = final_tensors(folder, recipe), final_tensors(reference, recipe)
     if mine.keys() != theirs.keys():
         return ["the networks have different tensors"]
@@ -28,6 +31,8 @@ def differences(recipe: Recipe, folder: Path, reference: Path) -> list[str]:
         found.append("metrics.jsonl")
     curves = board(folder)
     found += [f"curve {tag}" for tag, points in board(reference).items() if curves.get(tag) != points]
+    if rank_curves(folder) != rank_curves(reference):
+        found.append("curves of the ranks")
     if samples(folder) != samples(reference):
         found.append("sample ids")
     return found
@@ -51,9 +56,21 @@ def without_clock(folder: Path) -> list[dict[str, Any]]:
 
 def board(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """TensorBoard's series as TensorBoard shows them."""
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    series = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    return {tag: points for tag, points in series.items() if not tag.endswith(CLOCK)}
+    return {tag: points for tag, points in curves(folder / "tensorboard").items() if not tag.endswith(CLOCK)}
+
+
+def rank_curves(folder: Path) -> dict[str, dict[str, list[int]]]:
+    """The steps of every series that a rank drew of its own; all of these are clocks."""
+    return {
+        path.name: {tag: [step for step, _ in points] for tag, points in curves(path).items()}
+        for path in (folder / "tensorboard").glob("rank_*")
+    }
+
+
+def curves(board: Path) -> dict[str, list[tuple[int, float]]]:
+    """The series of one folder as TensorBoard shows them."""
+    events = EventAccumulator(str(board), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def samples(folder: Path) -> dict[int, list[int]]:
