@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import scaleprog
+
 POLL_SECONDS = 0.05
 
 
@@ -51,7 +53,7 @@ class Control:
                 told = True
                 mark = self.folder / f"held-{kind}-{step}-{start}-{os.environ['SLURM_PROCID']}.json"
                 temporary = mark.with_suffix(".writing")
-                temporary.write_text(json.dumps({"code": __import__("scaleprog").__file__}))
+                temporary.write_text(json.dumps({"code": scaleprog.__file__}))
                 temporary.rename(mark)
             time.sleep(POLL_SECONDS)
 

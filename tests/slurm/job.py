@@ -60,7 +60,7 @@ class TrainingJob:
 
     # ---- what is done to it
 
-    def submit(self, signal_before: int = 35, **options: str) -> None:
+    def submit(self, signal_before: int = 60, **options: str) -> None:
         """Submits it, or the same again; `options` of sbatch. Raises RuntimeError with what was said against it."""
         options = {"nodes": str(self.nodes), "time": "60", **options}
         command: list[str | Path]
@@ -72,12 +72,8 @@ class TrainingJob:
             ]
         else:
             options |= {"ntasks_per_node": str(self.tasks_per_node), "signal": f"USR2@{signal_before}"}
-            command = [
-                "sbatch",
-                "--parsable",
-                f"--output={self.beside}/%j.log",
-                *(_option(*o) for o in options.items()),
-            ]
+            options |= {"output": f"{self.beside}/%j.log"}
+            command = ["sbatch", "--parsable", *(_option(*option) for option in options.items())]
             command += [ROOT / "slurm" / "train.sbatch", self.recipe_file, self.run]
         environment = [f"{key}={value}" for key, value in self._environment().items()]
         told = self.cluster.run(["env", f"--chdir={ROOT}", *environment, *command], seconds=SECONDS).stdout
