@@ -213,7 +213,7 @@ def test_what_the_searches_decided(markdown: str) -> None:
 
 
 def test_the_pictures_show_something(told: tuple[str, Path], markdown: str) -> None:
-    for name in ("accuracy_over_time.png", "schedule.png", "search.png"):
+    for name in ("accuracy_over_time.png", "schedule.png", "search.png", "life.png"):
         assert f"]({name})" in markdown
         with Image.open(told[1] / name) as picture:
             assert picture.format == "PNG"
@@ -223,6 +223,15 @@ def test_the_pictures_show_something(told: tuple[str, Path], markdown: str) -> N
             assert len(colours) > 50
             blank = sum(count for count, colour in colours if min(colour) > 250) / (picture.width * picture.height)
             assert 0.1 < blank < 0.98
+
+
+def test_every_run_has_a_row_of_its_life(markdown: str) -> None:
+    rows = tables(markdown)[-1]
+    assert [row["run"] for row in rows] == [
+        "original-seed0", "original-seed1", "prog-seed0", "prog-seed1", "autoprog-seed0", "stacking-seed0"
+    ]  # fmt: skip
+    assert {row["starts"] for row in rows} == {"1"}
+    assert rows[0]["checkpoint stall"] == "–"  # these events do not tell
 
 
 def test_no_search_no_picture_of_one(runs: list[Path], tmp_path: Path) -> None:
