@@ -203,10 +203,10 @@ def _hurried(run: Path, start: Start) -> list[str]:
     if (owner.get("job"), owner.get("restart")) != (start.job, start.restart):
         return []
     events = read_lines(run / "events.jsonl")
-    begun = [i for i, event in enumerate(events) if event.get("generation") == owner["generation"]]
-    mine = events[begun[-1] :] if begun else []
+    mine = [event for event in events if event.get("generation") == owner["generation"]]
     hurried = any(event["event"] == "hurried" for event in mine)
-    return [event["signal"] for event in mine if event["event"] == "signal"] if hurried else []
+    signals = (event["signal"] for event in mine if event["event"] == "signal")  # as every rank has heard them
+    return list(dict.fromkeys(signals)) if hurried else []
 
 
 def _object(path: Path) -> dict[str, Any]:

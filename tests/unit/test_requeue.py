@@ -130,14 +130,16 @@ def test_after(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_a_run_that_left_in_a_hurry(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     events = [
-        {"event": "start", "generation": 2}, {"event": "signal", "signal": "SIGINT"}, {"event": "hurried"},
-        {"event": "start", "generation": 3}, {"event": "signal", "signal": "SIGTERM"},
+        {"event": "start", "generation": 2}, {"event": "signal", "generation": 2, "rank": 0, "signal": "SIGINT"},
+        {"event": "hurried", "generation": 2, "rank": 0}, {"event": "start", "generation": 3},
+        *({"event": "signal", "generation": 3, "rank": rank, "signal": "SIGTERM"} for rank in range(2)),
     ]  # fmt: skip
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     (tmp_path / "owner.json").write_text(json.dumps({"generation": 3, "job": "7", "restart": 0}))
     write_lines(tmp_path / "events.jsonl", events)
     assert requeue.after(tmp_path, 137, limit=3) == 137  # signalled, but not for that
-    write_lines(tmp_path / "events.jsonl", [*events, {"event": "hurried"}])
+    write_lines(tmp_path / "events.jsonl", [*events, {"event": "hurried", "generation": 3, "rank": 1}])
     assert requeue.after(tmp_path, 137, limit=3) == 75
     rows = requeue.read_lines(tmp_path / "requeues.jsonl")
     assert [row["kind"] for row in rows] == ["crash", "stopped"]
+    assert rows[1]["cause"] == "stopped by SIGTERM, in a hurry"
