@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from scaleprog.errors import CheckpointError, OtherFormat
 from scaleprog.settings import Settings
 from scaleprog.sharding.coordinator import Coordinator
-from scaleprog.storage import FileList, committed, digest_files, prepare, publish, reason, retire, tidy, verify
+from scaleprog.storage import FileList, committed, digest_files, prepare, publish, reason, retire, step_of, tidy, verify
 
 
 class CheckpointSettings(Settings):
@@ -42,6 +42,8 @@ class Commit:
 
     path: Path
     step: int
+    taken: float
+    """When, by time.monotonic()."""
     stall: float
     """Seconds that training stood still for it."""
     seconds: float
@@ -76,6 +78,8 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Commit] | None = None
         self._finished: list[Commit] = []
+        self.newest_step, self.newest_taken = 0, time.monotonic()
+        """Of the newest checkpoint as far as this rank knows: its step, 0 if there is none, and when it was taken."""
 
     def save(
         self,
@@ -93,17 +97,19 @@ class Checkpoints:
             protect: steps of older checkpoints that must stay.
             permanent: this one is never deleted.
         """
-        began = time.perf_counter()
+        began = time.monotonic()
         self.wait()
         staged = _stage(tensors)
-        stall = time.perf_counter() - began
-        self._writing = self._writer.submit(self._write, step, state, staged, stall, tuple(protect), permanent)
+        stall = time.monotonic() - began
+        self._writing = self._writer.submit(self._write, step, state, staged, began, stall, tuple(protect), permanent)
 
     def wait(self) -> None:
         """Returns when the last save is visible or has failed. Raises Superseded."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            self._finished.append(writing.result())
+            self._finished.append(commit := writing.result())
+            if commit.error is None:
+                self.newest_step, self.newest_taken = commit.step, commit.taken
 
     def finished(self) -> list[Commit]:
         """The saves that have ended since the last call; may differ between ranks by the one still being written."""
@@ -131,7 +137,10 @@ class Checkpoints:
             return None
 
         name = self.coordinator.on_rank_0("checkpoint to resume from", find)
-        return self.folder / name if name else None
+        if name is None:
+            return None
+        self.newest_step, self.newest_taken = step_of(self.folder / name), time.monotonic()
+        return self.folder / name
 
     def at(self, step: int) -> Path:
         """The checkpoint of a step, verified. Raises CheckpointError on every rank."""
@@ -148,10 +157,17 @@ class Checkpoints:
         tidy(self.folder)
 
     def _write(
-        self, step: int, state: Mapping[str, Any], tensors: Any, stall: float, protect: Collection[int], permanent: bool
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        tensors: Any,
+        taken: float,
+        stall: float,
+        protect: Collection[int],
+        permanent: bool,
     ) -> Commit:
         """What the thread does."""
-        began = time.perf_counter()
+        began = time.monotonic()
         group = self._background
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".step-{step:08d}.{self._generation}.writing"
@@ -192,7 +208,7 @@ class Checkpoints:
             group.on_rank_0("retire", lambda: _on_disk(self.folder, delete_older))
         except (OSError, CheckpointError, dcp.api.CheckpointException) as failure:
             error = f"{temporary}: not written ({reason(failure)}); is the disk full or over quota?"
-        return Commit(final, step, stall, time.perf_counter() - began, size, error)
+        return Commit(final, step, taken, stall, time.monotonic() - began, size, error)
 
 
 def _stage(tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Top-1 accuracy on the validation split, every image counted once on any number of ranks."""
 
+from collections.abc import Callable
+
 from pydantic import Field
 
 from scaleprog.data.augment import AugmentSettings
@@ -28,15 +30,19 @@ def evaluate(
     resolution: int,
     active: Active | None = None,
     split: str = "val",
+    between: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Percent correct at `resolution` pixels: `top1` of the online weights, `top1_ema` of the best momentum network,
-    and `top1_ema_0`, ... of each where there are several."""
+    and `top1_ema_0`, ... of each where there are several. `between` is called between two batches, and may raise."""
     networks: list[int | None] = [None, *range(len(backend.network.emas))]
     correct, seen = [0.0] * len(networks), 0
-    for batch in evaluation_batches(
+    batches = evaluation_batches(
         manifest, split, data, augment, backend.model.channels, resolution, settings.batch,
         coordinator.rank, coordinator.world,
-    ):  # fmt: skip
+    )  # fmt: skip
+    for number, batch in enumerate(batches):
+        if number:
+            between()
         images, labels = batch.images.to(backend.device), batch.labels.to(backend.device)
         seen += int((labels >= 0).sum())
         for i, ema in enumerate(networks):

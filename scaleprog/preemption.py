@@ -38,6 +38,14 @@ class Due:
     """Whether `every_minutes` have passed since the last checkpoint."""
 
 
+class AskedToStop(Exception):
+    """What ends a part of a run where all ranks have agreed to stop; never seen outside the run."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 class Watch:
     """Watches for reasons to stop or to save; a context manager, inside of which the signals no longer kill.
 
@@ -91,6 +99,11 @@ class Watch:
         self._pending = self._coordinator.maximum_later([*self._flags(), seconds])
         self._countdown = self._flight
         return due
+
+    def asked(self) -> str | None:
+        """Whether to stop, and why, while there are no steps: all ranks ask at once, and wait for the answer."""
+        stop, save = self._coordinator.maximum(list(self._flags()))
+        return self._decided(stop, save).stop
 
     def saved(self, seconds: float = 0.0) -> None:
         """Call when a checkpoint has been begun, and with its seconds when it has been written."""

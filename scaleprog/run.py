@@ -101,12 +101,21 @@ def settle_checkpoints(run: Run, wait: bool = False) -> Commit | None:
 
 def leave(run: Run, reason: str) -> None:
     """Ends a run that was asked to stop, once its checkpoint is visible. Raises Preempted."""
-    step, last = run.state.step, settle_checkpoints(run, wait=True)
-    run.recorder.event("preempted", step=step, reason=reason)
+    step, kept = run.state.step, run.checkpoints.newest_step
     stopped = f"stopped by {reason} after step {step}"
-    if last is None or last.error:
-        raise Preempted(f"{stopped}, WITHOUT a checkpoint of it: {last and last.error}", reason)
-    raise Preempted(f"{stopped} with a checkpoint", reason)
+    if kept < step:
+        run.progress.say(
+            f"{stopped}: writing its checkpoint; if the grace time is too short for that, the {step - kept} steps "
+            f"since step {kept} are lost, {time.monotonic() - run.checkpoints.newest_taken:.0f} s of work"
+        )
+    run.recorder.event("stopping", step=step, reason=reason, committed=kept)
+    settle_checkpoints(run, wait=True)
+    kept = run.checkpoints.newest_step
+    run.recorder.event("preempted", step=step, reason=reason)
+    if kept < step:
+        lost = f"the {step - kept} steps since step {kept} are lost"
+        raise Preempted(f"{stopped} WITHOUT a checkpoint of it; {lost}", reason)
+    raise Preempted(f"{stopped} {'with a checkpoint' if step else 'before there was anything to save'}", reason)
 
 
 # ---- signals

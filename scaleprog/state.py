@@ -26,7 +26,7 @@ class RunState:
     wall_seconds: float = 0.0
     images: int = 0
     accuracies: dict[str, float] = field(default_factory=dict)  # the last evaluation
-    evaluation_due: bool = False  # the run was asked to stop when it should have evaluated
+    due: list[str] = field(default_factory=list)  # what this step calls for and the run was asked to stop before
     best_step: int = 0  # of the evaluation with the best top-1, of online or EMA weights
     best_top1: float = 0.0
 
@@ -40,6 +40,7 @@ class RunState:
         return {
             **vars(self),
             "accuracies": dict(self.accuracies),
+            "due": list(self.due),
             "gated": [list(group) for group in self.gated],
             "decisions": [decision_to_json(d) for d in self.decisions],
             "measured": [pairs(losses) for losses in self.measured],

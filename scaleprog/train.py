@@ -10,30 +10,26 @@ from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scaleprog.assess import measuring_steps, settle_due
 from scaleprog.checkpoint import Checkpoints
 from scaleprog.claim import claim_run
 from scaleprog.data.augment import Request, mix
-from scaleprog.data.order import SEARCH_EPOCH
 from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
 from scaleprog.errors import CheckpointError, Diverged, Preempted
-from scaleprog.evaluate import evaluate
 from scaleprog.growth.schedule import Phase
-from scaleprog.growth.search import decide, measurement_steps
 from scaleprog.growth.space import Subnet
 from scaleprog.metrics import ProgressLine, Recorder, StepTimer
-from scaleprog.models.cost import gmacs
 from scaleprog.models.elastic import Active, drop_scales
 from scaleprog.optim import learning_rate
 from scaleprog.plan import Plan
-from scaleprog.preemption import Due, Watch, deadline
+from scaleprog.preemption import AskedToStop, Due, Watch, deadline
 from scaleprog.recipe import Recipe
 from scaleprog.run import (
     Run,
@@ -48,7 +44,7 @@ from scaleprog.run import (
     tell_signal,
 )
 from scaleprog.sharding.coordinator import Coordinator, process_group
-from scaleprog.state import RunState, decision_from_json, decision_to_json, pairs, summary
+from scaleprog.state import RunState, summary
 from scaleprog.storage import read_state, tidy
 
 COLLECT_EVERY = 500  # steps between two garbage collections, the same steps on all ranks
@@ -107,26 +103,10 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
     began = time.perf_counter() - state.wall_seconds
     try:
         with watch:
-            if state.evaluation_due:
-                evaluate_now(run, plan.schedule.phases(state.chosen)[state.phase])
-            while (index := current_phase(run)) is not None and not stopped_early(run):
-                phases = plan.schedule.phases(state.chosen)
-                if state.phase != index:
-                    enter(run, phases, index)
-                phase = phases[index]
-                actives = {s: plan.active(phase, s) for s in phase.candidates}
-                with reader.stream(PhaseRequests(run, phase), phase.network.resolution) as batches:
-                    while state.step < phase.stop and not stopped_early(run):
-                        waited = time.perf_counter()
-                        batch = next(batches)
-                        waited = time.perf_counter() - waited
-                        subnet = phase.subnet(recipe.seed, state.step)
-                        train_step(run, phase, subnet, actives[subnet], batch, waited)
-                        state.wall_seconds = time.perf_counter() - began
-                        due = watch.due()
-                        after_step(run, phase, due)
-                        if due.stop:
-                            leave(run, due.stop)
+            try:
+                train_phases(run, began)
+            except AskedToStop as asked:
+                leave(run, asked.reason)
             last = settle_checkpoints(run, wait=True)
             if last is not None and last.error:
                 raise CheckpointError(f"{last.error}; free some space and start again: it goes on where it can")
@@ -147,6 +127,28 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
         gc.enable()
         progress.close()
         recorder.close()
+
+
+def train_phases(run: Run, began: float) -> None:
+    """Every step of every phase, from where the run stands. Raises AskedToStop."""
+    state, plan = run.state, run.plan
+    if state.due:
+        settle_due(run, plan.schedule.phases(state.chosen)[state.phase])
+    while (index := current_phase(run)) is not None and not stopped_early(run):
+        phases = plan.schedule.phases(state.chosen)
+        if state.phase != index:
+            enter(run, phases, index)
+        phase = phases[index]
+        actives = {s: plan.active(phase, s) for s in phase.candidates}
+        with run.reader.stream(PhaseRequests(run, phase), phase.network.resolution) as batches:
+            while state.step < phase.stop and not stopped_early(run):
+                waited = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - waited
+                subnet = phase.subnet(run.recipe.seed, state.step)
+                train_step(run, phase, subnet, actives[subnet], batch, waited)
+                state.wall_seconds = time.perf_counter() - began
+                after_step(run, phase, run.watch.due())
 
 
 def current_phase(run: Run) -> int | None:
@@ -184,70 +186,8 @@ def enter(run: Run, phases: list[Phase], index: int) -> None:
     state.phase, state.growths, state.gated = index, backend.growths, backend.network.structure.gated
     state.measured, state.step_seconds = [], {}
     if phase.start in measuring_steps(run, phase):
-        measure(run, phase)
-
-
-def measuring_steps(run: Run, phase: Phase) -> tuple[int, ...]:
-    """After which steps the candidates of a phase are measured."""
-    if not phase.searched:
-        return ()
-    search = run.recipe.search
-    epoch = min(run.plan.order.steps_per_epoch, phase.stop - phase.start)
-    return measurement_steps(phase.start, phase.stop, epoch, search.measurements)
-
-
-def measure(run: Run, phase: Phase) -> None:
-    """Adds one loss per candidate to the state: on the search subset, with fixed augmentation, on the EMA weights."""
-    timer = StepTimer(run.backend.device)
-    resolutions = sorted({s.resolution for s in phase.candidates})
-    requests = [Request(SEARCH_EPOCH, i, r, erase=0.0) for r in resolutions for i in range(run.plan.search_batches)]
-    totals = dict.fromkeys(phase.candidates, 0.0)
-    grow_from = range(len(run.recipe.ema.momenta))[run.recipe.ema.grow_from]
-    with run.reader.stream(requests, resolutions[-1]) as batches, run.backend.weights(grow_from):
-        for request, batch in zip(requests, batches, strict=True):
-            images, labels = batch.images.to(run.backend.device), batch.labels.to(run.backend.device)
-            for subnet in phase.candidates:
-                if subnet.resolution == request.resolution:
-                    logits = run.backend.forward(images, run.plan.active(phase, subnet))
-                    totals[subnet] += float(F.cross_entropy(logits.float(), labels)) / run.plan.search_batches
-    losses = dict(zip(totals, run.coordinator.mean(list(totals.values()))))
-    run.state.measured.append(losses)
-    timer.stop()
-    run.state.search_seconds += timer.seconds()
-    run.state.train_seconds += timer.seconds()  # the paper's time includes the scoring
-    run.state.train_cpu_seconds += timer.cpu_seconds
-    run.recorder.event("measurement", step=run.state.step, seconds=timer.seconds(), losses=pairs(losses))
-    # before a phase's first step it belongs to that step: the checkpoint of the step before does not know it
-    at = run.state.step + (run.state.step == phase.start)
-    run.recorder.curve(at, "search", {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()})
-
-
-def choose(run: Run, phase: Phase) -> None:
-    """Ends a search: the slowest rank's times count, rank 0 decides, all ranks verify."""
-    state = run.state
-    local = [median(state.step_seconds[s]) if s in state.step_seconds else 0.0 for s in phase.candidates]
-    measured = run.coordinator.maximum(local)
-    costs = [gmacs(run.plan.family, run.recipe.model, s) for s in phase.candidates]
-    known = [t / c for t, c in zip(measured, costs) if t > 0]
-    if run.recipe.search.times == "modelled" or not known:
-        times = costs
-    else:  # a candidate that no step happened to sample: by its share of the work
-        times = [t or c * median(known) for t, c in zip(measured, costs)]
-    decision = decision_from_json(
-        run.coordinator.decide(
-            f"choice of stage {phase.stage}",
-            lambda: decision_to_json(decide(phase.stage, state.measured, dict(zip(phase.candidates, times)))),
-        )
-    )
-    state.decisions.append(decision)
-    run.recorder.event("choice", step=state.step, **decision_to_json(decision))
-    run.recorder.curve(
-        state.step, "choice",
-        {"alpha": decision.alpha, "resolution": decision.chosen.resolution, "depth": decision.chosen.depth}
-        | {f"score_{s.tag}": score for s, score in zip(decision.candidates, decision.scores)}
-        | {f"time_{s.tag}": seconds for s, seconds in zip(decision.candidates, decision.times)},
-    )  # fmt: skip
-    run.progress.say(f"stage {phase.stage} chose {decision.chosen} (alpha {decision.alpha:.4f})")
+        state.due = ["measurement"]
+        settle_due(run, phase)
 
 
 # ---- one step
@@ -317,11 +257,15 @@ def trace(run: Run, batch: Batch) -> None:
 
 
 def after_step(run: Run, phase: Phase, due: Due) -> None:
-    """Whatever is due after a step; all of it belongs to the state that a checkpoint of this step holds."""
+    """Whatever is due after a step; all of it belongs to the state that a checkpoint of this step holds.
+
+    Raises AskedToStop with that checkpoint begun. What takes long is then left for later: the grace time is short.
+    """
     state, recipe, order = run.state, run.recipe, run.plan.order
     epoch_steps = max(1, round(recipe.evaluate.every * order.steps_per_epoch))
     last = state.step == run.plan.schedule.phases(state.chosen)[-1].stop and not phase.searched
     measuring = state.step in measuring_steps(run, phase)
+    choosing = phase.searched and state.step == phase.stop
     evaluating = not phase.searched and (last or phase.position_of(state.step) % epoch_steps == 0)
     settings = recipe.checkpoint
     permanent = settings.keep_every_epochs is not None and not phase.searched and (
@@ -333,36 +277,18 @@ def after_step(run: Run, phase: Phase, due: Due) -> None:
         gc.collect()
     if state.step % recipe.train.log_every == 0 or measuring or evaluating or saving:
         settle_rows(run)
-    if measuring:
-        measure(run, phase)
-    if phase.searched and state.step == phase.stop:
-        choose(run, phase)
-    if evaluating and due.stop:
-        state.evaluation_due = True  # the grace time is for the checkpoint
-    elif evaluating:
-        saving |= evaluate_now(run, phase) and settings.keep_best
+    state.due = ["measurement"] * measuring + ["choice"] * choosing + ["evaluation"] * evaluating
+    asked = AskedToStop(due.stop) if due.stop else None
+    if asked is None:
+        try:
+            settle_due(run, phase)
+        except AskedToStop as meanwhile:
+            asked = meanwhile
+    saving |= asked is not None or (settings.keep_best and evaluating and state.best_step == state.step)
     if saving:
         save(run, phase, permanent)
-
-
-def evaluate_now(run: Run, phase: Phase) -> bool:
-    """Measures the accuracies of a phase's network; returns whether one is the best so far."""
-    state, recipe, network, began = run.state, run.recipe, phase.candidates[-1], time.perf_counter()
-    state.accuracies = evaluate(
-        run.backend, run.coordinator, run.plan.manifest, recipe.data, recipe.augment, recipe.evaluate,
-        network.resolution, run.plan.active(phase, network),
-    )  # fmt: skip
-    state.evaluation_due = False
-    run.recorder.evaluation(state.step, state.accuracies | {"train_seconds": state.train_seconds})
-    run.recorder.event("evaluation", step=state.step, seconds=time.perf_counter() - began, **state.accuracies)
-    run.progress.say(
-        f"step {state.step}: top-1 {state.accuracies['top1']:.2f} %, EMA {state.accuracies['top1_ema']:.2f} %"
-    )
-    best = max(state.accuracies["top1"], state.accuracies["top1_ema"])
-    if best <= state.best_top1:
-        return False
-    state.best_step, state.best_top1 = state.step, best
-    return True
+    if asked is not None:
+        raise asked
 
 
 def settle_rows(run: Run) -> None:

@@ -43,7 +43,7 @@ FIELDS = {
     "wall_seconds": numbers,
     "images": counts,
     "accuracies": st.dictionaries(st.text(max_size=8), numbers, max_size=4),
-    "evaluation_due": st.booleans(),
+    "due": st.lists(st.text(max_size=8), max_size=3),
     "best_step": counts,
     "best_top1": numbers,
 }

@@ -1,0 +1,160 @@
+"""What a run judges its networks by, between its steps: the losses of a search, its choice, the accuracies.
+
+All of this may take minutes, so it ends where the run is asked to stop; it is then still due when the run goes on.
+"""
+
+import json
+import time
+from contextlib import suppress
+from statistics import median
+
+import torch.nn.functional as F
+
+from scaleprog.data.augment import Request
+from scaleprog.data.order import SEARCH_EPOCH
+from scaleprog.evaluate import evaluate
+from scaleprog.files import write_whole
+from scaleprog.growth.schedule import Phase
+from scaleprog.growth.search import decide, measurement_steps
+from scaleprog.growth.space import Subnet
+from scaleprog.metrics import StepTimer
+from scaleprog.models.cost import gmacs
+from scaleprog.preemption import AskedToStop
+from scaleprog.run import Run
+from scaleprog.state import decision_from_json, decision_to_json, pairs
+
+HALF_MEASURED = "measuring.json"
+
+
+def settle_due(run: Run, phase: Phase) -> None:
+    """Does what is due after the present step, which belongs to `phase`. Raises AskedToStop; the rest is due still."""
+    tasks = {"measurement": measure, "choice": choose, "evaluation": evaluate_now}
+    while run.state.due:
+        tasks[run.state.due[0]](run, phase)
+        run.state.due.pop(0)
+
+
+# ---- search
+
+
+def measuring_steps(run: Run, phase: Phase) -> tuple[int, ...]:
+    """After which steps the candidates of a phase are measured."""
+    if not phase.searched:
+        return ()
+    search = run.recipe.search
+    epoch = min(run.plan.order.steps_per_epoch, phase.stop - phase.start)
+    return measurement_steps(phase.start, phase.stop, epoch, search.measurements)
+
+
+def measure(run: Run, phase: Phase) -> None:
+    """Adds one loss per candidate to the state: on the search subset, with fixed augmentation, on the EMA weights."""
+    state, timer, stop = run.state, StepTimer(run.backend.device), None
+    resolutions = sorted({s.resolution for s in phase.candidates})
+    requests = [Request(SEARCH_EPOCH, i, r, erase=0.0) for r in resolutions for i in range(run.plan.search_batches)]
+    done, totals = _half_measured(run, phase.candidates)
+    grow_from = range(len(run.recipe.ema.momenta))[run.recipe.ema.grow_from]
+    with run.reader.stream(requests[done:], resolutions[-1]) as batches, run.backend.weights(grow_from):
+        for request, batch in zip(requests[done:], batches, strict=True):
+            images, labels = batch.images.to(run.backend.device), batch.labels.to(run.backend.device)
+            for subnet in phase.candidates:
+                if subnet.resolution == request.resolution:
+                    logits = run.backend.forward(images, run.plan.active(phase, subnet))
+                    totals[subnet] += float(F.cross_entropy(logits.float(), labels)) / run.plan.search_batches
+            done += 1
+            if done < len(requests) and (stop := run.watch.asked()):
+                break
+    timer.stop()
+    state.search_seconds += timer.seconds()
+    state.train_seconds += timer.seconds()  # the paper's time includes the scoring
+    state.train_cpu_seconds += timer.cpu_seconds
+    if stop:
+        _keep_half(run, done, totals)
+        raise AskedToStop(stop)
+    losses = dict(zip(totals, run.coordinator.mean(list(totals.values()))))
+    state.measured.append(losses)
+    run.recorder.event("measurement", step=state.step, seconds=timer.seconds(), losses=pairs(losses))
+    # before a phase's first step it belongs to that step: the checkpoint of the step before does not know it
+    at = state.step + (state.step == phase.start)
+    run.recorder.curve(at, "search", {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()})
+
+
+def _half_measured(run: Run, candidates: tuple[Subnet, ...]) -> tuple[int, dict[Subnet, float]]:
+    """How many batches of the present measurement were done when the run was stopped, and this rank's sums of them.
+
+    A file of its own keeps this, because the checkpoint that a search starts from is older than its network.
+    """
+
+    def read() -> tuple[int, list[list[float]]]:
+        with suppress(OSError, ValueError):
+            kept = json.loads((run.folder / HALF_MEASURED).read_text())
+            if kept["where"] == _where(run):
+                return kept["done"], kept["totals"]
+        return 0, [[0.0] * len(candidates)] * run.coordinator.world
+
+    done, totals = run.coordinator.decide("measurement so far", read)
+    return done, dict(zip(candidates, totals[run.coordinator.rank]))
+
+
+def _keep_half(run: Run, done: int, totals: dict[Subnet, float]) -> None:
+    everyones = run.coordinator.gather(list(totals.values()))
+    if run.coordinator.rank == 0:
+        with suppress(OSError):  # then it is done anew
+            write_whole(run.folder / HALF_MEASURED, json.dumps({"where": _where(run), "done": done, "totals": everyones}))
+
+
+def _where(run: Run) -> dict[str, int]:
+    """By which a measurement is known."""
+    return {"step": run.state.step, "phase": run.state.phase, "ranks": run.coordinator.world}
+
+
+def choose(run: Run, phase: Phase) -> None:
+    """Ends a search: the slowest rank's times count, rank 0 decides, all ranks verify."""
+    state = run.state
+    local = [median(state.step_seconds[s]) if s in state.step_seconds else 0.0 for s in phase.candidates]
+    measured = run.coordinator.maximum(local)
+    costs = [gmacs(run.plan.family, run.recipe.model, s) for s in phase.candidates]
+    known = [t / c for t, c in zip(measured, costs) if t > 0]
+    if run.recipe.search.times == "modelled" or not known:
+        times = costs
+    else:  # a candidate that no step happened to sample: by its share of the work
+        times = [t or c * median(known) for t, c in zip(measured, costs)]
+    decision = decision_from_json(
+        run.coordinator.decide(
+            f"choice of stage {phase.stage}",
+            lambda: decision_to_json(decide(phase.stage, state.measured, dict(zip(phase.candidates, times)))),
+        )
+    )
+    state.decisions.append(decision)
+    run.recorder.event("choice", step=state.step, **decision_to_json(decision))
+    run.recorder.curve(
+        state.step, "choice",
+        {"alpha": decision.alpha, "resolution": decision.chosen.resolution, "depth": decision.chosen.depth}
+        | {f"score_{s.tag}": score for s, score in zip(decision.candidates, decision.scores)}
+        | {f"time_{s.tag}": seconds for s, seconds in zip(decision.candidates, decision.times)},
+    )  # fmt: skip
+    run.progress.say(f"stage {phase.stage} chose {decision.chosen} (alpha {decision.alpha:.4f})")
+
+
+# ---- accuracy
+
+
+def evaluate_now(run: Run, phase: Phase) -> None:
+    """Measures the accuracies of a phase's network, and notes whether one is the best so far."""
+    state, recipe, network, began = run.state, run.recipe, phase.candidates[-1], time.perf_counter()
+
+    def between() -> None:
+        if reason := run.watch.asked():
+            raise AskedToStop(reason)
+
+    state.accuracies = evaluate(
+        run.backend, run.coordinator, run.plan.manifest, recipe.data, recipe.augment, recipe.evaluate,
+        network.resolution, run.plan.active(phase, network), between=between,
+    )  # fmt: skip
+    run.recorder.evaluation(state.step, state.accuracies | {"train_seconds": state.train_seconds})
+    run.recorder.event("evaluation", step=state.step, seconds=time.perf_counter() - began, **state.accuracies)
+    run.progress.say(
+        f"step {state.step}: top-1 {state.accuracies['top1']:.2f} %, EMA {state.accuracies['top1_ema']:.2f} %"
+    )
+    best = max(state.accuracies["top1"], state.accuracies["top1_ema"])
+    if best > state.best_top1:
+        state.best_step, state.best_top1 = state.step, best

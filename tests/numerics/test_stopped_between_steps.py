@@ -1,0 +1,72 @@
+"""A run that is asked to stop while it measures or evaluates leaves at once, and does the rest when it goes on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import scaleprog.train
+from scaleprog.assess import settle_due
+from scaleprog.errors import Preempted
+from scaleprog.growth.schedule import Phase
+from scaleprog.preemption import Watch
+from scaleprog.recipe import Recipe
+from scaleprog.run import Run
+from tests.compare import differences
+from tests.conftest import run
+
+Asked = list[tuple[str, int]]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], Asked]:
+    """Makes runs write down when they ask whether to stop: in what and at which step; the given time, they must."""
+
+    def script(stop: int | None) -> Asked:
+        asked: Asked = []
+
+        def settle(run: Run, phase: Phase) -> None:
+            def ask(_: Watch) -> str | None:
+                asked.append((run.state.due[0], run.state.step))
+                return "SIGTERM" if len(asked) - 1 == stop else None
+
+            monkeypatch.setattr(Watch, "asked", ask)
+            settle_due(run, phase)
+
+        monkeypatch.setattr(scaleprog.train, "settle_due", settle)
+        return asked
+
+    return script
+
+
+@pytest.mark.parametrize("recycle", [True, False])
+def test_what_is_left_is_done_later(
+    recycle: bool, make_recipe: Callable[..., Recipe], asked: Callable[[int | None], Asked], tmp_path: Path
+) -> None:
+    recipe = make_recipe(
+        growth={"schedule": "automatic", "stages": 3, "recycle": recycle}, evaluate={"every": 0.5, "batch": 12}
+    )
+    straight = asked(None)
+    run(recipe, tmp_path / "straight")
+    searched = sorted({step for task, step in straight if task == "measurement"})
+    evaluated = sorted({step for task, step in straight if task == "evaluation"})
+    places = {
+        "first of all": ("measurement", 0),
+        "in a supernet": ("measurement", searched[2]),
+        "before the choice": ("measurement", searched[4]),
+        "after growth": ("measurement", searched[5]),
+        "evaluation": ("evaluation", evaluated[1]),
+        "last evaluation": ("evaluation", evaluated[-1]),
+    }
+    for name, place in places.items():
+        folder = tmp_path / name
+        before = asked(straight.index(place) + (place[0] == "measurement"))
+        with pytest.raises(Preempted, match=f"stopped by SIGTERM after step {place[1]} (with a checkpoint|before there was anything)"):
+            run(recipe, folder)
+        after = asked(None)
+        run(recipe, folder)
+        assert differences(recipe, folder, tmp_path / "straight") == [], name
+        if place[0] == "measurement":
+            assert before + after == straight, f"{name}: every batch was measured once"
+        else:
+            assert before[:-1] + after == straight, f"{name}: evaluated from the start"
