@@ -1,4 +1,4 @@
-"""What can happen to a run, and the ranks it happens to: `scaleprog train`, with one fault that strikes once."""
+"""What can happen to a run, and the ranks it happens to: those of `scaleprog train` and of Slurm jobs."""
 
 import json
 import os
@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import scaleprog.assess
 import scaleprog.checkpoint
+import scaleprog.preemption
 import scaleprog.storage
 import scaleprog.train
 from launchers.local import launch
@@ -35,22 +37,31 @@ KINDS = (
     "truncation",
     "full disk",
 )  # fmt: skip
-STRUCK = "struck.json"
+SLURM_KINDS = ("preemption, USR2", "preemption, TERM", "scontrol requeue", "time limit", "power cut", "network cut")
+STRUCK, GO_ON = "struck.json", "go-on"
+LATER_STEPS = 0.02  # seconds longer is each step once a fault has struck: a signal must not come after the last one
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: what, when, to which rank, and how many seconds after the moment began."""
+    """One fault."""
 
     kind: str
     moment: str
     rank: int
+    """That it strikes, or that tells of the moment where it strikes from outside."""
     delay: float
+    """Seconds after the moment began."""
+    by: str = "train"
+    """What starts the run: `scaleprog train`, `scaleprog submit`, or sbatch with slurm/train.sbatch."""
 
     def strike(self, folder: Path, step: int) -> None:
         """Does it to this process, or to all; returns only where that does not end the process."""
         (folder / STRUCK).write_text(json.dumps({**asdict(self), "step": step}))
-        if self.kind in SIGNALS:
+        if self.kind in SLURM_KINDS:
+            while not (folder / GO_ON).exists():
+                time.sleep(0.02)
+        elif self.kind in SIGNALS:
             os.kill(os.getpid(), SIGNALS[self.kind])
         elif self.kind == "second signal":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -78,13 +89,23 @@ def damage(fault: Fault, folder: Path) -> None:
 
 def train_rank(recipe: Recipe, folder: Path, fault: Fault) -> None:
     """A rank of the run, with the fault in its way until it has struck."""
-    if int(os.environ["RANK"]) == fault.rank and not (folder / STRUCK).exists():
-        _arm(fault, folder)
+    arm(fault, folder, int(os.environ["RANK"]))
     scaleprog.train.train_rank(recipe, folder)
 
 
-def _arm(fault: Fault, folder: Path) -> None:
-    """Wraps what the moment is made of."""
+def arm_task() -> None:
+    """Does so in a task of a Slurm job; a hook of tests/slurm/hook."""
+    arm(Fault(**json.loads(os.environ["CHAOS_FAULT"])), Path(os.environ["CHAOS_RUN"]), int(os.environ["SLURM_PROCID"]))
+
+
+def arm(fault: Fault, folder: Path, rank: int) -> None:
+    """Wraps what the moment is made of, if it is to strike this rank and has not yet."""
+    scaleprog.preemption.LOOK_SECONDS = 0.05  # the whole run takes few seconds
+    if rank == fault.rank and not (folder / STRUCK).exists():
+        _wrap(fault, folder)
+
+
+def _wrap(fault: Fault, folder: Path) -> None:
     skip = random.Random(f"{fault}").randrange(2)  # the first or the second time that the moment comes
 
     def reached(run: Any) -> None:
@@ -92,7 +113,7 @@ def _arm(fault: Fault, folder: Path) -> None:
         if skip:
             skip -= 1
             return
-        _disarm()
+        disarm()
         if fault.kind.startswith("kill ") and fault.kind not in ("kill one", "kill all"):
             _in_the_next_save(fault, folder, run.state.step)
         elif fault.kind == "full disk":
@@ -102,24 +123,30 @@ def _arm(fault: Fault, folder: Path) -> None:
         else:
             fault.strike(folder, run.state.step)
 
-    original = {name: getattr(scaleprog.train, name) for name in ("measure", "enter", "train_step")}
+    original_measure, original_enter, original_step = (
+        scaleprog.assess.measure, scaleprog.train.enter, scaleprog.train.train_step
+    )  # fmt: skip
 
-    def _disarm() -> None:
-        for name, function in original.items():
-            setattr(scaleprog.train, name, function)
+    def disarm() -> None:
+        scaleprog.assess.measure, scaleprog.train.enter = original_measure, original_enter
+        scaleprog.train.train_step = slow_step
+
+    def slow_step(*arguments: Any) -> None:
+        original_step(*arguments)
+        time.sleep(LATER_STEPS)
 
     def measure(run: Any, phase: Any) -> None:
         if fault.moment == "search":
             reached(run)
-        original["measure"](run, phase)
+        original_measure(run, phase)
 
     def enter(run: Any, phases: Any, index: int) -> None:
-        original["enter"](run, phases, index)
+        original_enter(run, phases, index)
         if fault.moment == "growth" and index > 0:
             reached(run)
 
     def train_step(run: Any, phase: Any, *arguments: Any) -> None:
-        original["train_step"](run, phase, *arguments)
+        original_step(run, phase, *arguments)
         last = phase.stop == run.plan.schedule.phases(run.state.chosen)[-1].stop and not phase.searched
         here = {
             "warm-up": run.state.step in (3, 6),
@@ -129,8 +156,7 @@ def _arm(fault: Fault, folder: Path) -> None:
         if here.get(fault.moment):
             reached(run)
 
-    for function in (measure, enter, train_step):
-        setattr(scaleprog.train, function.__name__, function)
+    scaleprog.assess.measure, scaleprog.train.enter, scaleprog.train.train_step = measure, enter, train_step
 
 
 def _in_the_next_save(fault: Fault, folder: Path, step: int) -> None:

@@ -2,7 +2,8 @@
 
     python -m tests.chaos.harness [--runs 20] [--seed 0] [--out docs/results/chaos.md]
 
-Every run is started as a user would: the same command again after each exit that says "try again" or each kill of all.
+A run of `scaleprog train` is started as a user would: the same command again after each exit that says "try again" or
+each kill of all. A Slurm job comes back by itself. Jobs need root, for the cluster.
 """
 
 import argparse
@@ -15,19 +16,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from scaleprog.metrics import read_rows
 from scaleprog.preemption import EXIT_CODE
-from tests.chaos.faults import KINDS, MOMENTS, STRUCK, Fault, damage
+from tests.chaos import on_slurm
+from tests.chaos.faults import KINDS, MOMENTS, SLURM_KINDS, STRUCK, Fault, damage
 from tests.compare import differences
 from tests.conftest import draw_patterns, short_recipe
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import own_number
 
 SAVE_STEPS = 7  # the least that a kill can lose is counted against it
 STARTS = 6
 TOLD = ("checkpoint_failed", "preempted", "hurried")
-HEAD = ("fault", "moment", "rank", "struck at step", "starts", "steps trained again", "told", "equal to undisturbed")
+HEAD = (
+    "fault", "moment", "rank", "started by", "struck at step", "starts", "steps trained again", "told",
+    "equal to undisturbed",
+)  # fmt: skip
 DISK = 8 * 2**20
 
 
@@ -51,8 +59,9 @@ class Outcome:
 class Chaos:
     """A folder with shards, a recipe, and its undisturbed runs."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, cluster: Cluster | None = None) -> None:
+        """`cluster`: for faults of Slurm jobs, brought up as each needs it."""
+        self.folder, self.cluster = folder, cluster
         self.recipe = short_recipe(
             draw_patterns(folder / "shards"),
             model={"drop_path": 0.2},
@@ -75,20 +84,11 @@ class Chaos:
     def run(self, fault: Fault, ranks: int, name: str) -> Outcome:
         """Trains under the fault to the end. Raises RuntimeError if the run does not end by itself."""
         folder = self.folder / name
-        if fault.kind == "full disk":
-            (folder / "checkpoints").mkdir(parents=True)
-            mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "chaos", str(folder / "checkpoints")]
-            subprocess.run(mount, check=True)
-        for starts in range(1, STARTS + 1):
-            done = self._start(folder, ranks, fault)
-            if done.returncode == 0:
-                break
-            if done.returncode not in (EXIT_CODE, -signal.SIGKILL):
-                raise RuntimeError(f"{fault}: exit code {done.returncode}\n{done.stdout}")
-            if starts == 1:
-                damage(fault, folder)
+        if fault.kind in SLURM_KINDS:
+            assert self.cluster is not None
+            on_slurm.run(self.cluster, fault, self.recipe, folder, ranks)
         else:
-            raise RuntimeError(f"{fault}: not finished after {STARTS} starts\n{done.stdout}")
+            self._train(fault, ranks, folder)
         events = read_rows(folder / "events.jsonl")
         struck = folder / STRUCK
         outcome = Outcome(
@@ -103,6 +103,23 @@ class Chaos:
             subprocess.run(["umount", str(folder / "checkpoints")], check=True)
         return outcome
 
+    def _train(self, fault: Fault, ranks: int, folder: Path) -> None:
+        """By `scaleprog train`, again and again until it is finished."""
+        if fault.kind == "full disk":
+            (folder / "checkpoints").mkdir(parents=True)
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "chaos", str(folder / "checkpoints")]
+            subprocess.run(mount, check=True)
+        for starts in range(1, STARTS + 1):
+            done = self._start(folder, ranks, fault)
+            if done.returncode == 0:
+                break
+            if done.returncode not in (EXIT_CODE, -signal.SIGKILL):
+                raise RuntimeError(f"{fault}: exit code {done.returncode}\n{done.stdout}")
+            if starts == 1:
+                damage(fault, folder)
+        else:
+            raise RuntimeError(f"{fault}: not finished after {STARTS} starts\n{done.stdout}")
+
     def _start(self, folder: Path, ranks: int, fault: Fault) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "tests.chaos.faults", self.recipe_path, folder, str(ranks)]
         return subprocess.run(
@@ -112,17 +129,20 @@ class Chaos:
         )  # fmt: skip
 
 
-def draw(runs: int, seed: int) -> list[tuple[Fault, int]]:
+def draw(runs: int, seed: int, slurm: bool = True) -> list[tuple[Fault, int]]:
     """Faults and rank counts: every kind and every moment in turn, shuffled against each other, the rest at random."""
     rng = random.Random(seed)
-    kinds = [kind for _ in range(-(-runs // len(KINDS))) for kind in rng.sample(KINDS, len(KINDS))][:runs]
+    every = KINDS + SLURM_KINDS if slurm else KINDS
+    kinds = [kind for _ in range(-(-runs // len(every))) for kind in rng.sample(every, len(every))][:runs]
     moments = [moment for _ in range(-(-runs // len(MOMENTS))) for moment in rng.sample(MOMENTS, len(MOMENTS))][:runs]
     drawn = []
     for kind, moment in zip(kinds, moments):
-        ranks = rng.choice((2, 2, 4))
+        ranks = 2 if kind in SLURM_KINDS else rng.choice((2, 2, 4))
         writes = kind in ("kill before the rename", "kill in retention", "full disk")  # rank 0's business
         rank = 0 if writes else rng.randrange(ranks)
-        drawn.append((Fault(kind, moment, rank, rng.choice((0.0, rng.uniform(0, 0.3)))), ranks))
+        by = rng.choice(on_slurm.BOTH) if kind in SLURM_KINDS else "train"
+        delay = 0.0 if kind in SLURM_KINDS else rng.choice((0.0, rng.uniform(0, 0.3)))
+        drawn.append((Fault(kind, moment, rank, delay, by), ranks))
     return drawn
 
 
@@ -137,18 +157,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = [row(HEAD), row(["---"] * len(HEAD))]
-    print(f"seed {options.seed}", flush=True)
+    slurm = os.geteuid() == 0
+    print(f"seed {options.seed}{'' if slurm else '; no Slurm jobs: only root can bring a cluster up'}", flush=True)
     failed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        chaos = Chaos(Path(folder))
-        for number, (fault, ranks) in enumerate(draw(options.runs, options.seed)):
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        cluster = Cluster(stack.enter_context(own_number())) if slurm else None
+        if cluster is not None:
+            stack.callback(cluster.down)
+        chaos = Chaos(Path(folder), cluster)
+        for number, (fault, ranks) in enumerate(draw(options.runs, options.seed, slurm)):
             began = time.monotonic()
             outcome = chaos.run(fault, ranks, f"run-{number}")
             good = not outcome.wrong and outcome.step >= 0
             failed += not good
             equal = "bit for bit" if good else "**NO**: " + ", ".join(outcome.wrong[:3])
-            rows.append(row([fault.kind, fault.moment, f"{fault.rank} of {ranks}", outcome.step, outcome.starts,
-                             outcome.lost, outcome.told, equal]))  # fmt: skip
+            rows.append(row([fault.kind, fault.moment, f"{fault.rank} of {ranks}", fault.by, outcome.step,
+                             outcome.starts, outcome.lost, outcome.told, equal]))  # fmt: skip
             print(f"{rows[-1]} {time.monotonic() - began:.0f} s", flush=True)
     text = f"{options.runs} runs, seed {options.seed}, {failed} not equal. A checkpoint every {SAVE_STEPS} steps.\n\n"
     if options.out:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.chaos.faults import KINDS, MOMENTS, Fault
+from tests.chaos.faults import KINDS, MOMENTS, SLURM_KINDS, Fault
 from tests.chaos.harness import SAVE_STEPS, Chaos, draw
 
 
@@ -41,7 +41,8 @@ def test_a_run_under_a_fault_ends_as_the_undisturbed_one(kind: str, moment: str,
 @pytest.mark.parametrize("seed", range(20))
 def test_every_fault_and_moment_is_drawn(seed: int) -> None:
     drawn = draw(20, seed)
-    assert {fault.kind for fault, _ in drawn} == set(KINDS)
+    assert {fault.kind for fault, _ in drawn} == {*KINDS, *SLURM_KINDS}
+    assert {fault.kind for fault, _ in draw(20, seed, slurm=False)} == set(KINDS)
     assert {fault.moment for fault, _ in drawn} == set(MOMENTS)
     assert all(0 <= fault.rank < ranks for fault, ranks in drawn)
     assert drawn == draw(20, seed)

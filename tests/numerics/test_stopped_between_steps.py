@@ -61,7 +61,9 @@ def test_what_is_left_is_done_later(
     for name, place in places.items():
         folder = tmp_path / name
         before = asked(straight.index(place) + (place[0] == "measurement"))
-        with pytest.raises(Preempted, match=f"stopped by SIGTERM after step {place[1]} (with a checkpoint|before there was anything)"):
+        with pytest.raises(
+            Preempted, match=f"stopped by SIGTERM after step {place[1]} (with a checkpoint|before there was anything)"
+        ):
             run(recipe, folder)
         after = asked(None)
         run(recipe, folder)
