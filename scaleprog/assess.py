@@ -99,9 +99,8 @@ def _keep_half(run: Run, done: int, totals: dict[Subnet, float]) -> None:
     everyones = run.coordinator.gather(list(totals.values()))
     if run.coordinator.rank == 0:
         with suppress(OSError):  # then it is done anew
-            write_whole(
-                run.folder / HALF_MEASURED, json.dumps({"where": _where(run), "done": done, "totals": everyones})
-            )
+            kept = {"where": _where(run), "done": done, "totals": everyones}
+            write_whole(run.folder / HALF_MEASURED, json.dumps(kept))
 
 
 def _where(run: Run) -> dict[str, int]:

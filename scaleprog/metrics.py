@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from scaleprog.files import write_whole
 from scaleprog.sharding.coordinator import Coordinator
 
 PLAIN_EVERY = 15.0  # seconds between two progress lines where the output is no terminal
@@ -54,9 +55,11 @@ class Recorder:
     """The record of a run. Rank 0 writes what all ranks share; every rank what happens to it alone, and its own curves.
     Steps are buffered on the device and resolved in `flush`, one reduction for all."""
 
-    def __init__(self, run: Path, coordinator: Coordinator, generation: int, step: int, log_every: int) -> None:
+    def __init__(
+        self, run: Path, coordinator: Coordinator, generation: int, step: int, log_every: int, due: bool = False
+    ) -> None:
         """`generation`: of this start, which all its events carry; `step`: optimizer steps finished; whatever a run
-        that got further wrote beyond it is dropped."""
+        that got further wrote beyond it is dropped; `due`: so is what was measured after that step, as it is again."""
         self.coordinator, self.log_every = coordinator, log_every
         self._pending: list[tuple[dict[str, Any], Tensor, Tensor, StepTimer]] = []
         self._generation, self._main = generation, coordinator.rank == 0
@@ -65,9 +68,11 @@ class Recorder:
         self._own_board = _board(board / f"rank_{coordinator.rank}", step) if world > 1 else None
         if not self._main:
             return
-        self.lost = _truncate(run / "metrics.jsonl", step)
+        self.lost = _truncate(run / "metrics.jsonl", step, due)
         self._metrics = _Lines(run / "metrics.jsonl")
-        self._board = _board(board, step)
+        self._board = _board(board, step - due)
+        if due:
+            self._draw_step(read_rows(run / "metrics.jsonl")[-1])
         for folder in board.glob("rank_*"):  # of ranks that an earlier start had and this one has not
             if world == 1 or int(folder.name[5:]) >= world:
                 _board(folder, step).close()
@@ -94,10 +99,9 @@ class Recorder:
         if self._main:
             self._metrics.write(*written)
         for row in written:
-            if row["step"] % self.log_every == 0:
-                self.curve(row["step"], "train", {k: v for k, v in row.items() if k not in ("phase", "images", "time")})
-                if self._own_board is not None:
-                    _draw(self._own_board, "rank", row["step"], {key: row[key] for key in PER_RANK})
+            self._draw_step(row)
+            if self._own_board is not None and row["step"] % self.log_every == 0:
+                _draw(self._own_board, "rank", row["step"], {key: row[key] for key in PER_RANK})
         return written
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
@@ -136,6 +140,10 @@ class Recorder:
             self._board.close()
             self._metrics.close()
         self._events.close()
+
+    def _draw_step(self, row: Mapping[str, Any]) -> None:
+        if row["step"] % self.log_every == 0:
+            self.curve(row["step"], "train", {k: v for k, v in row.items() if k not in ("phase", "images", "time")})
 
     def _write_event(self, kind: str, fields: Mapping[str, Any]) -> None:
         self._events.write({"time": time.time(), "event": kind, "generation": self._generation, **fields})
@@ -253,16 +261,16 @@ def _locked(file: IO[bytes]) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _truncate(path: Path, step: int) -> dict[str, Any]:
-    """Drops rows beyond `step`: each step stands in the file once, however often it was trained.
+def _truncate(path: Path, step: int, due: bool) -> dict[str, Any]:
+    """Drops rows beyond `step`: each step stands in the file once, however often it was trained. With `due`, drops
+    the accuracies after that step, too.
 
     Returns what a start event says of the steps that are lost: how many, how long they took, when they were trained.
     """
     rows = read_rows(path)
     if path.exists():
-        temporary = path.with_suffix(".writing")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-        os.replace(temporary, path)
+        kept = [row for row in rows if row["step"] < step or (row["step"] == step and ("loss" in row or not due))]
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
     lost = [row for row in rows if row["step"] > step and "loss" in row]
     told: dict[str, Any] = {"repeated_steps": len(lost)}
     if lost and "time" in lost[0]:  # rows of early versions do not tell

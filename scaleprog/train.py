@@ -86,7 +86,7 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
     if state.step == plan.schedule.phases(state.chosen)[-1].stop and (folder / "results.json").exists():
         progress.say(f"{folder} is finished: {state.step} steps")
         return json.loads((folder / "results.json").read_text())
-    recorder = Recorder(folder, coordinator, claim.generation, state.step, recipe.train.log_every)
+    recorder = Recorder(folder, coordinator, claim.generation, state.step, recipe.train.log_every, due=bool(state.due))
     watch = Watch(coordinator, partial(tell_signal, recorder, checkpoints, state), partial(leave_at_once, recorder),
                   recipe.checkpoint.every_minutes, deadline())  # fmt: skip
     run = Run(folder, recipe, plan, coordinator, claim, backend, reader, checkpoints, watch, recorder, progress, state)
