@@ -19,6 +19,7 @@ import scaleprog.storage
 import scaleprog.train
 from launchers.local import launch
 from scaleprog.errors import Preempted, ScaleprogError
+from scaleprog.metrics import read_rows
 from scaleprog.preemption import EXIT_CODE
 from scaleprog.recipe import Recipe
 from scaleprog.storage import committed
@@ -188,7 +189,7 @@ def _rmtree_of_old(fault: Fault, folder: Path, step: int) -> Callable[..., None]
 
 
 def _fill_disk(fault: Fault, folder: Path, step: int) -> None:
-    """Fills the file system of the checkpoints (the harness mounts a small one) for a few saves."""
+    """Fills the file system of the checkpoints (the harness mounts a small one) until a save or more have failed."""
     (folder / STRUCK).write_text(json.dumps({**asdict(fault), "step": step}))
     ballast = folder / "checkpoints" / "ballast"
     with open(ballast, "wb") as file:
@@ -197,7 +198,14 @@ def _fill_disk(fault: Fault, folder: Path, step: int) -> None:
                 file.flush()
         except OSError:
             pass
-    threading.Timer(1.0 + fault.delay, ballast.unlink, kwargs={"missing_ok": True}).start()
+
+    def make_room() -> None:
+        while not any(event["event"] == "checkpoint_failed" for event in read_rows(folder / "events.jsonl")):
+            time.sleep(0.05)
+        time.sleep(fault.delay)
+        ballast.unlink()
+
+    threading.Thread(target=make_room, daemon=True).start()
 
 
 class _With:
