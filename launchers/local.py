@@ -18,8 +18,8 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from scaleprog.errors import Preempted, ScaleprogError
-from scaleprog.preemption import EXIT_CODE, SIGNALS
+from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
+from scaleprog.preemption import SIGNALS
 
 USER_ERROR = "user error: "  # marks, in a rank's error file, what needs no traceback
 ECHO_SECONDS = 3.0  # a failed collective is nearly always the echo of another rank's error, which is to be heard first

@@ -42,8 +42,6 @@ class Commit:
 
     path: Path
     step: int
-    taken: float
-    """When, by time.monotonic()."""
     stall: float
     """Seconds that training stood still for it."""
     seconds: float
@@ -78,8 +76,6 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[Commit] | None = None
         self._finished: list[Commit] = []
-        self.newest_step, self.newest_taken = 0, time.monotonic()
-        """Of the newest checkpoint as far as this rank knows: its step, 0 if there is none, and when it was taken."""
 
     def save(
         self,
@@ -101,15 +97,13 @@ class Checkpoints:
         self.wait()
         staged = _stage(tensors)
         stall = time.monotonic() - began
-        self._writing = self._writer.submit(self._write, step, state, staged, began, stall, tuple(protect), permanent)
+        self._writing = self._writer.submit(self._write, step, state, staged, stall, tuple(protect), permanent)
 
     def wait(self) -> None:
         """Returns when the last save is visible or has failed. Raises Superseded."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            self._finished.append(commit := writing.result())
-            if commit.error is None:
-                self.newest_step, self.newest_taken = commit.step, commit.taken
+            self._finished.append(writing.result())
 
     def finished(self) -> list[Commit]:
         """The saves that have ended since the last call; may differ between ranks by the one still being written."""
@@ -137,10 +131,12 @@ class Checkpoints:
             return None
 
         name = self.coordinator.on_rank_0("checkpoint to resume from", find)
-        if name is None:
-            return None
-        self.newest_step, self.newest_taken = step_of(self.folder / name), time.monotonic()
-        return self.folder / name
+        return self.folder / name if name else None
+
+    @property
+    def newest_step(self) -> int:
+        """The step of the newest visible checkpoint; 0 if there is none."""
+        return max(map(step_of, committed(self.folder)), default=0)
 
     def at(self, step: int) -> Path:
         """The checkpoint of a step, verified. Raises CheckpointError on every rank."""
@@ -157,14 +153,7 @@ class Checkpoints:
         tidy(self.folder)
 
     def _write(
-        self,
-        step: int,
-        state: Mapping[str, Any],
-        tensors: Any,
-        taken: float,
-        stall: float,
-        protect: Collection[int],
-        permanent: bool,
+        self, step: int, state: Mapping[str, Any], tensors: Any, stall: float, protect: Collection[int], permanent: bool
     ) -> Commit:
         """What the thread does."""
         began = time.monotonic()
@@ -208,7 +197,7 @@ class Checkpoints:
             group.on_rank_0("retire", lambda: _on_disk(self.folder, delete_older))
         except (OSError, CheckpointError, dcp.api.CheckpointException) as failure:
             error = f"{temporary}: not written ({reason(failure)}); is the disk full or over quota?"
-        return Commit(final, step, taken, stall, time.monotonic() - began, size, error)
+        return Commit(final, step, stall, time.monotonic() - began, size, error)
 
 
 def _stage(tensors: dict[str, Tensor]) -> dict[str, Any]:

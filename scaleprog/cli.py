@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from scaleprog.errors import Preempted, ScaleprogError
+from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
 from shards.cli import app as shards_app
 
 app = typer.Typer(help="Progressive training of Vision Transformers.", no_args_is_help=True, add_completion=False)
@@ -211,8 +211,6 @@ def main() -> None:
     try:
         app()
     except Preempted as error:
-        from scaleprog.preemption import EXIT_CODE
-
         print(f"scaleprog: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(EXIT_CODE)
     except ScaleprogError as error:

@@ -1,5 +1,8 @@
 """What the user can be told: every mistake that is not a bug of ours ends in one of these, without a traceback."""
 
+EXIT_CODE = 75
+"""Of a process that left with a checkpoint because it was asked to; BSD's EX_TEMPFAIL, "try again"."""
+
 
 class ScaleprogError(Exception):
     """Something the user can put right; the message says what, where and how."""

@@ -17,9 +17,6 @@ from typing import Any, Self
 
 from scaleprog.sharding.coordinator import Coordinator
 
-EXIT_CODE = 75
-"""Of a process that left with a checkpoint because it was asked to; BSD's EX_TEMPFAIL, "try again"."""
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 DEADLINE = 128  # among signal numbers, the time limit
 LOOK_SECONDS = 2.0  # about how often the flags are reduced

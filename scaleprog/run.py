@@ -11,17 +11,17 @@ import torch
 from scaleprog.checkpoint import Checkpoints, Commit
 from scaleprog.claim import Claim
 from scaleprog.data.reader import TrainReader
-from scaleprog.errors import Preempted
+from scaleprog.errors import EXIT_CODE, Preempted
 from scaleprog.growth.schedule import Phase
 from scaleprog.metrics import ProgressLine, Recorder
 from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.plan import Plan
-from scaleprog.preemption import EXIT_CODE, Watch
+from scaleprog.preemption import Watch
 from scaleprog.recipe import Recipe
 from scaleprog.sharding import ENGINES, Backend
 from scaleprog.sharding.coordinator import Coordinator
 from scaleprog.state import RunState
-from scaleprog.storage import committed, load_tensors, read_state, step_of
+from scaleprog.storage import load_tensors, read_state
 
 
 @dataclass
@@ -101,17 +101,10 @@ def settle_checkpoints(run: Run, wait: bool = False) -> Commit | None:
 
 def leave(run: Run, reason: str) -> None:
     """Ends a run that was asked to stop, once its checkpoint is visible. Raises Preempted."""
-    step, kept = run.state.step, run.checkpoints.newest_step
-    stopped = f"stopped by {reason} after step {step}"
-    if kept < step:
-        run.progress.say(
-            f"{stopped}: writing its checkpoint; if the grace time is too short for that, the {step - kept} steps "
-            f"since step {kept} are lost, {time.monotonic() - run.checkpoints.newest_taken:.0f} s of work"
-        )
-    run.recorder.event("stopping", step=step, reason=reason, committed=kept)
     settle_checkpoints(run, wait=True)
-    kept = run.checkpoints.newest_step
+    step, kept = run.state.step, run.checkpoints.newest_step
     run.recorder.event("preempted", step=step, reason=reason)
+    stopped = f"stopped by {reason} after step {step}"
     if kept < step:
         lost = f"the {step - kept} steps since step {kept} are lost"
         raise Preempted(f"{stopped} WITHOUT a checkpoint of it; {lost}", reason)
@@ -124,7 +117,7 @@ def leave(run: Run, reason: str) -> None:
 def tell_signal(recorder: Recorder, checkpoints: Checkpoints, state: RunState, name: str) -> None:
     """Says at once that a signal came, and what is lost if the time is too short for a checkpoint; runs in a thread."""
     rank = checkpoints.coordinator.rank
-    steps = state.step - max(map(step_of, committed(checkpoints.folder)), default=0)
+    steps = state.step - checkpoints.newest_step
     seconds = steps * state.wall_seconds / max(1, state.step)
     recorder.own_event("signal", signal=name, unsaved_steps=steps, unsaved_seconds=seconds)
     print(f"rank {rank}: {name}, stopping after a step that all ranks agree on", file=sys.stderr, flush=True)

@@ -18,9 +18,8 @@ import scaleprog.preemption
 import scaleprog.storage
 import scaleprog.train
 from launchers.local import launch
-from scaleprog.errors import Preempted, ScaleprogError
+from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
 from scaleprog.metrics import read_rows
-from scaleprog.preemption import EXIT_CODE
 from scaleprog.recipe import Recipe
 from scaleprog.storage import committed
 

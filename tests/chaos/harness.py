@@ -20,8 +20,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from scaleprog.errors import EXIT_CODE
 from scaleprog.metrics import read_rows
-from scaleprog.preemption import EXIT_CODE
 from tests.chaos import on_slurm
 from tests.chaos.faults import KINDS, MOMENTS, SLURM_KINDS, STRUCK, Fault, damage
 from tests.compare import differences

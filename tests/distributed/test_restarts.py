@@ -13,10 +13,9 @@ import pytest
 
 import scaleprog.train
 from launchers.local import RankFailed, launch
-from scaleprog.errors import Preempted
+from scaleprog.errors import EXIT_CODE, Preempted
 from scaleprog.life import read_life
 from scaleprog.metrics import read_rows
-from scaleprog.preemption import EXIT_CODE
 from scaleprog.recipe import Recipe
 from scaleprog.report import write_report
 from scaleprog.run import Run

@@ -25,8 +25,7 @@ EARLIER = CRASHED | {"time": 1.0, "rank": 3}
 MISTAKE = {"time": 4.0, "rank": 2, "code": 2, "cause": "a shard is damaged"}
 
 
-def test_codes_are_those_of_the_core() -> None:
-    assert requeue.STOPPED == preemption.EXIT_CODE
+def test_codes_are_those_of_the_signals_that_the_core_hears() -> None:
     assert {requeue.INTERRUPTED, requeue.USR2, requeue.TERM} == {128 + number for number in preemption.SIGNALS}
 
 
