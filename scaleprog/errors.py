@@ -24,6 +24,13 @@ class OtherFormat(CheckpointError):
     """A sound checkpoint of another version of scaleprog: nothing to skip as if it were damaged."""
 
 
+class Unavailable(ScaleprogError):
+    """Something that another try may find in order: a full disk, a file system that does not answer, a lost worker.
+
+    Launchers treat it as a crash, and start again.
+    """
+
+
 class Diverged(ScaleprogError):
     """A loss that is not a number any more."""
 
