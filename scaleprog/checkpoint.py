@@ -1,9 +1,10 @@
 """Checkpoints of a run: taken while training goes on, visible once all ranks agree that they are sound."""
 
+import copy
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from scaleprog.errors import CheckpointError, OtherFormat
+from scaleprog.errors import CheckpointError, OtherFormat, Unavailable
 from scaleprog.settings import Settings
 from scaleprog.sharding.coordinator import Coordinator
 from scaleprog.storage import FileList, committed, digest_files, prepare, publish, reason, retire, step_of, tidy, verify
@@ -58,7 +59,7 @@ class Checkpoints:
         coordinator: of the ranks.
         keep: how many of the newest stay.
         fence: held on rank 0 while something becomes visible or is deleted; raises Superseded.
-        generation: of this start; names what is being written.
+        generation: of this start; names what is being written. 0 for whoever only reads.
     """
 
     def __init__(
@@ -73,7 +74,12 @@ class Checkpoints:
         self._fence, self._generation = fence, generation
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         self._background = Coordinator(group)  # its collectives meet only each other
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        gpu = torch.cuda.is_available()
+        device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if gpu else (None, ())  # a thread has its own
+        self._writer = ThreadPoolExecutor(1, "checkpoint", *device)
+        # one for all saves: its host memory is used again, as `save` waits for the save before
+        options = StagingOptions(gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu)
+        self._stager = DefaultStager(options)
         self._writing: Future[Commit] | None = None
         self._finished: list[Commit] = []
 
@@ -85,7 +91,7 @@ class Checkpoints:
         protect: Collection[int] = (),
         permanent: bool = False,
     ) -> None:
-        """Copies the tensors and lets a thread write, verify and publish them; older checkpoints go only after that.
+        """Copies everything and lets a thread write, verify and publish it; older checkpoints go only after that.
 
         Waits for the save before. What cannot be written is told by `finished`, with older checkpoints untouched.
 
@@ -95,7 +101,7 @@ class Checkpoints:
         """
         began = time.monotonic()
         self.wait()
-        staged = _stage(tensors)
+        staged, state = self._stager.stage(tensors), copy.deepcopy(dict(state))  # complete when these return
         stall = time.monotonic() - began
         self._writing = self._writer.submit(self._write, step, state, staged, stall, tuple(protect), permanent)
 
@@ -113,12 +119,15 @@ class Checkpoints:
         return ended
 
     def newest(self, report: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint that verifies, agreed by all ranks; rank 0 reports what it skipped and why.
+        """The newest checkpoint that verifies, agreed by all ranks; rank 0 reports what it skipped and why, and takes
+        it out of the way.
 
-        Raises OtherFormat where that is one of another version of scaleprog.
+        Raises OtherFormat where that is one of another version of scaleprog, Unavailable where none can be read.
         """
 
         def find() -> str | None:
+            damaged: list[Path] = []
+            unreadable: Unavailable | None = None
             for path in reversed(committed(self.folder)):
                 try:
                     verify(path)
@@ -126,9 +135,23 @@ class Checkpoints:
                     raise
                 except CheckpointError as error:
                     report(f"skipped a damaged checkpoint: {error}")
+                    damaged.append(path)
+                except Unavailable as error:
+                    report(f"skipped a checkpoint that cannot be read: {error}")
+                    unreadable = error
                 else:
+                    set_aside(damaged)
                     return path.name
+            if unreadable is not None:
+                raise unreadable
+            set_aside(damaged)
             return None
+
+        def set_aside(damaged: list[Path]) -> None:
+            if damaged and self._generation:
+                with self._fence(), suppress(OSError):
+                    for path in damaged:
+                        path.rename(path.with_name(f"{path.name}.damaged"))
 
         name = self.coordinator.on_rank_0("checkpoint to resume from", find)
         return self.folder / name if name else None
@@ -195,16 +218,9 @@ class Checkpoints:
             parts = group.gather(digest())
             size = group.on_rank_0("publish", lambda: _on_disk(final, make_visible))
             group.on_rank_0("retire", lambda: _on_disk(self.folder, delete_older))
-        except (OSError, CheckpointError, dcp.api.CheckpointException) as failure:
+        except (OSError, CheckpointError, Unavailable, dcp.api.CheckpointException) as failure:
             error = f"{temporary}: not written ({reason(failure)}); is the disk full or over quota?"
         return Commit(final, step, stall, time.monotonic() - began, size, error)
-
-
-def _stage(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """A copy on the host, sharded as the tensors are; complete when this returns."""
-    gpu = torch.cuda.is_available()
-    options = StagingOptions(gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu)
-    return DefaultStager(options).stage(tensors)  # type: ignore[return-value]
 
 
 def _on_disk(path: Path, action: Callable[[], Any]) -> Any:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from scaleprog import queue
-from scaleprog.errors import CheckpointError, Superseded
+from scaleprog.errors import CheckpointError, Superseded, Unavailable
 from scaleprog.files import write_whole
 from scaleprog.recipe import Recipe
 from scaleprog.sharding.coordinator import Coordinator
@@ -27,7 +27,7 @@ from scaleprog.sharding.coordinator import Coordinator
 OWNER = "owner.json"
 SILENT_SECONDS = 120.0  # an owner on another host that cannot be asked about is gone after so long without a heartbeat
 LOCK_SECONDS = 90.0  # longer than its holder waits for Slurm's answer
-SHARED_SECONDS = 15.0  # a network file system shows a new file on other nodes within so long
+SHARED_SECONDS = 60.0  # a network file system shows a new file on other nodes within so long
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Claim:
 
     def beat(self) -> None:
         """Says that this start is alive. Raises Superseded if another has taken over."""
-        self._check()
-        with suppress(OSError):
+        with suppress(CheckpointError, OSError):  # a file system that does not answer now; commits look again
+            self._check()
             os.utime(self.folder / OWNER)
 
     def _check(self) -> None:
@@ -100,10 +100,11 @@ def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
         check_recipe(folder, recipe)
         generation = 1 if other is None else other["generation"] + 1
         try:
-            write_whole(folder / "recipe.yaml", recipe.dump())
+            if not (folder / "recipe.yaml").exists():
+                write_whole(folder / "recipe.yaml", recipe.dump())
             write_whole(folder / OWNER, json.dumps({"generation": generation, **me}))
         except OSError as error:
-            raise CheckpointError(f"{folder}: cannot be a run directory: {error}") from error
+            raise Unavailable(f"{folder}: cannot be written to: {error}") from error
     return generation, str(me["nonce"])
 
 
@@ -178,7 +179,7 @@ def _lock(folder: Path) -> Iterator[None]:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     break  # a file system without locks: the generation number alone decides
                 if time.monotonic() > give_up:
-                    raise CheckpointError(f"{folder}: another process holds its lock") from error
+                    raise Unavailable(f"{folder}: another process holds its lock") from error
                 time.sleep(0.05)
         try:
             yield

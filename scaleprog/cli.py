@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
+from scaleprog.files import write_whole
 from shards.cli import app as shards_app
 
 app = typer.Typer(help="Progressive training of Vision Transformers.", no_args_is_help=True, add_completion=False)
@@ -194,7 +195,7 @@ def write_speedup(results: Path, baseline_seconds: float) -> None:
     """Adds the paper's speedup against another run to `results.json`."""
     mine = json.loads(results.read_text())
     mine["speedup"] = baseline_seconds / mine["train_seconds"] - 1
-    results.write_text(json.dumps(mine, indent=1))
+    write_whole(results, json.dumps(mine, indent=1))
 
 
 def show(results: dict, folder: Path) -> None:

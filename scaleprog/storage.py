@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 import scaleprog
-from scaleprog.errors import CheckpointError, OtherFormat
+from scaleprog.errors import CheckpointError, OtherFormat, Unavailable
 from scaleprog.files import sync_folder
 
 MANIFEST = "manifest.json"
@@ -49,27 +49,38 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Reads a checkpoint into `tensors` in place, however it and they are sharded. Raises CheckpointError."""
     try:
         dcp.load(tensors, storage_reader=_Reader(path))
-    except (OSError, pickle.UnpicklingError, RuntimeError, dcp.api.CheckpointException) as error:
+    except (OSError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
+        failures = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
+        if any(isinstance(cause, OSError) for cause in failures):
+            raise Unavailable(f"{path}: cannot be read: {reason(error)}") from error
         raise CheckpointError(f"{path}: does not fit this run: {reason(error)}") from error
 
 
 def verify(path: Path) -> None:
-    """Raises CheckpointError unless every file of the checkpoint has the size and checksum of its manifest."""
+    """Raises CheckpointError unless every file of the checkpoint has the size and checksum of its manifest.
+
+    Raises Unavailable where that cannot be told.
+    """
     for name, (size, digest) in _manifest(path)["files"].items():
         file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing")
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, {size} expected")
-        if _sha256(file) != digest:
-            raise CheckpointError(f"{file}: the checksum differs")
+        try:
+            if file.stat().st_size != size:
+                raise CheckpointError(f"{file}: {file.stat().st_size} bytes, {size} expected")
+            if _sha256(file) != digest:
+                raise CheckpointError(f"{file}: the checksum differs")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{file}: missing") from error
+        except OSError as error:
+            raise Unavailable(f"{file}: {error}") from error
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise CheckpointError(f"{path / MANIFEST}: not readable: {error}") from error
+    except OSError as error:
+        raise Unavailable(f"{path / MANIFEST}: {error}") from error
     if not isinstance(manifest, dict) or manifest.pop("checksum", None) != _checksum(manifest):
         raise CheckpointError(f"{path / MANIFEST}: the checksum differs")
     if manifest["format"] != FORMAT:
@@ -87,7 +98,11 @@ def prepare(folder: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Removes what interrupted saves and deletions left behind."""
+    """Removes what interrupted saves and deletions left behind; a checkpoint that was being replaced comes back."""
+    for path in folder.glob(".step-*.old"):
+        final = folder / path.name.removeprefix(".").removesuffix(".old")
+        if not final.exists() and _sound(path):
+            os.rename(path, final)
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -99,7 +114,11 @@ def digest_files(folder: Path, rank: int) -> FileList:
 
 
 def publish(temporary: Path, final: Path, state: Mapping[str, Any], files: FileList, permanent: bool) -> int:
-    """Writes the manifest, makes everything durable, renames. Returns bytes."""
+    """Writes the manifest, makes everything durable, renames. Returns bytes.
+
+    In place of a checkpoint of the same step: after a restart, or with more done of what is due after that step.
+    """
+    permanent |= final.exists() and _permanent(final)
     manifest = {
         "kind": "scaleprog-checkpoint",
         "format": FORMAT,
@@ -112,14 +131,11 @@ def publish(temporary: Path, final: Path, state: Mapping[str, Any], files: FileL
         json.dump({**manifest, "checksum": _checksum(manifest)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    if final.exists() and _sound(final):  # the same step once more, after a restart
-        shutil.rmtree(temporary)
-    else:
-        if final.exists():
-            os.rename(final, _aside(final))
-        os.rename(temporary, final)
-        sync_folder(final.parent)
-        shutil.rmtree(_aside(final), ignore_errors=True)
+    if final.exists():
+        os.rename(final, _aside(final))
+    os.rename(temporary, final)
+    sync_folder(final.parent)
+    shutil.rmtree(_aside(final), ignore_errors=True)
     return sum(size for size, _ in files.values())
 
 
@@ -128,7 +144,7 @@ def retire(folder: Path, step: int, keep: int, protect: Collection[int]) -> None
     older = [p for p in committed(folder) if step_of(p) < step and step_of(p) not in protect and not _permanent(p)]
     for path in older[: max(0, len(older) - keep + 1)]:
         os.rename(path, _aside(path))  # at once invisible: an interrupted deletion must not look like damage
-        shutil.rmtree(_aside(path))
+        shutil.rmtree(_aside(path), ignore_errors=True)
 
 
 def _aside(path: Path) -> Path:
@@ -138,7 +154,7 @@ def _aside(path: Path) -> Path:
 def _sound(path: Path) -> bool:
     try:
         verify(path)
-    except CheckpointError:
+    except (CheckpointError, Unavailable):
         return False
     return True
 
@@ -148,6 +164,8 @@ def _permanent(path: Path) -> bool:
         return bool(_manifest(path)["permanent"])
     except CheckpointError:
         return False
+    except Unavailable:
+        return True  # not to be deleted as long as it is not known
 
 
 def _sha256(path: Path) -> str:

@@ -22,7 +22,8 @@ from scaleprog.claim import claim_run
 from scaleprog.data.augment import Request, mix
 from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
-from scaleprog.errors import CheckpointError, Diverged, Preempted
+from scaleprog.errors import Diverged, Preempted, Unavailable
+from scaleprog.files import write_whole
 from scaleprog.growth.schedule import Phase
 from scaleprog.growth.space import Subnet
 from scaleprog.metrics import ProgressLine, Recorder, StepTimer
@@ -47,6 +48,7 @@ from scaleprog.sharding.coordinator import Coordinator, process_group
 from scaleprog.state import RunState, summary
 from scaleprog.storage import read_state, tidy
 
+RESULTS = "results.json"
 COLLECT_EVERY = 500  # steps between two garbage collections, the same steps on all ranks
 
 
@@ -81,11 +83,13 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
         folder / "checkpoints", coordinator, recipe.checkpoint.keep, claim.fence, claim.generation
     )
     if rank == 0:
-        tidy(checkpoints.folder)
+        with claim.fence():
+            tidy(checkpoints.folder)
     state = restore(plan, checkpoints, backend, progress)
-    if state.step == plan.schedule.phases(state.chosen)[-1].stop and (folder / "results.json").exists():
+    finished = state.step == plan.schedule.phases(state.chosen)[-1].stop
+    if finished and (results := coordinator.on_rank_0("results", lambda: read_results(folder))) is not None:
         progress.say(f"{folder} is finished: {state.step} steps")
-        return json.loads((folder / "results.json").read_text())
+        return results
     recorder = Recorder(folder, coordinator, claim.generation, state.step, recipe.train.log_every, due=bool(state.due))
     watch = Watch(coordinator, partial(tell_signal, recorder, checkpoints, state), partial(leave_at_once, recorder),
                   recipe.checkpoint.every_minutes, deadline())  # fmt: skip
@@ -109,7 +113,7 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
                 leave(run, asked.reason)
             last = settle_checkpoints(run, wait=True)
             if last is not None and last.error:
-                raise CheckpointError(f"{last.error}; free some space and start again: it goes on where it can")
+                raise Unavailable(f"{last.error}; free some space and start again: it goes on where it can")
         state.wall_seconds = time.perf_counter() - began
         if current_phase(run) is None:
             return finish(run)
@@ -133,7 +137,9 @@ def train_phases(run: Run, began: float) -> None:
     """Every step of every phase, from where the run stands. Raises AskedToStop."""
     state, plan = run.state, run.plan
     if state.due:
-        settle_due(run, plan.schedule.phases(state.chosen)[state.phase])
+        phase = plan.schedule.phases(state.chosen)[state.phase]
+        settle_due(run, phase)
+        save(run, phase, permanent=False)
     while (index := current_phase(run)) is not None and not stopped_early(run):
         phases = plan.schedule.phases(state.chosen)
         if state.phase != index:
@@ -314,12 +320,25 @@ def settle_rows(run: Run) -> None:
 
 
 def finish(run: Run) -> dict[str, Any]:
-    """The run's results, written by rank 0."""
+    """The run's results, written by rank 0. Raises Unavailable."""
     results = {
         "schedule": run.recipe.model_dump(mode="json")["growth"]["schedule"],
         **summary(run.state, run.plan.schedule, run.plan.order.steps_per_epoch),
     }
-    if run.coordinator.rank == 0:
-        (run.folder / "results.json").write_text(json.dumps(results, indent=1))
+
+    def write() -> None:
+        try:
+            write_whole(run.folder / RESULTS, json.dumps(results, indent=1))
+        except OSError as error:
+            raise Unavailable(f"{run.folder / RESULTS}: {error}; start again, only this is left to be done") from error
+
+    run.coordinator.on_rank_0("results", write)
     run.recorder.event("finish", step=run.state.step, top1_best=results["top1_best"])
     return results
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """The results of a finished run; None where there are none, or not whole."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / RESULTS).read_text())
+    return None

@@ -27,6 +27,8 @@ def differences(recipe: Recipe, folder: Path, reference: Path) -> list[str]:
     if mine.keys() != theirs.keys():
         return ["the networks have different tensors"]
     found = [f"tensor {name}" for name in mine if not torch.equal(mine[name], theirs[name])]
+    state = final_state(reference)
+    found += [f"state {key}" for key, value in final_state(folder).items() if state[key] != value]
     if without_clock(folder) != without_clock(reference):
         found.append("metrics.jsonl")
     curves = board(folder)
@@ -47,6 +49,12 @@ def final_tensors(folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
         backend.rebuild(Structure(state.gated), elastic=False)
         load_tensors(newest, backend.state())
         return backend.state()
+
+
+def final_state(folder: Path) -> dict[str, Any]:
+    """The state of a run's newest checkpoint, without what differs by nature."""
+    state = read_state(committed(folder / "checkpoints")[-1])
+    return {key: value for key, value in state.items() if not key.endswith("seconds")}
 
 
 def without_clock(folder: Path) -> list[dict[str, Any]]:

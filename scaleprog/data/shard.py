@@ -14,7 +14,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from scaleprog.data.augment import Encoded
 from scaleprog.data.manifest import Manifest, Shard
-from scaleprog.errors import DataError
+from scaleprog.errors import DataError, Unavailable
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
@@ -116,8 +116,10 @@ def _read(path: str) -> bytes:
     try:
         with webdataset.gopen(path, "rb") if is_url else open(path, "rb") as stream:
             return stream.read()
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise DataError(f"{path}: the shard cannot be read ({error}); is data.path right and reachable?") from error
+    except OSError as error:
+        raise Unavailable(f"{path}: the shard cannot be read now: {error}") from error
 
 
 def _verify(content: bytes, shard: Shard, path: str) -> None:

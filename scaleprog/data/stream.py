@@ -20,7 +20,7 @@ import cv2
 import torch
 from torch import Tensor
 
-from scaleprog.errors import DataError
+from scaleprog.errors import Unavailable
 
 FORK = multiprocessing.get_context("fork")  # shares the cached shards
 POLL_SECONDS = 1.0
@@ -132,12 +132,12 @@ class _Worker:
 
         Raises:
             StopIteration: there are no more.
-            DataError: the worker died.
+            Unavailable: the worker died.
             Exception: what the producer raised.
         """
         while not self._filled.acquire(timeout=POLL_SECONDS):
             if not self._process.is_alive() and not self._filled.acquire(block=False):
-                raise DataError(
+                raise Unavailable(
                     f"a decoding worker died (exit code {self._process.exitcode}); "
                     "if memory ran out, lower data.workers or data.prefetch"
                 )

@@ -88,6 +88,14 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint_without_doubled_
     assert_same_run(recipe, tmp_path / "run", reference)
 
 
+def test_results_that_were_cut_off_are_written_again(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = make_recipe(growth={"schedule": "original"}, train={"epochs": 1})
+    whole = run(recipe, tmp_path)
+    (tmp_path / "results.json").write_text('{"top1": ')
+    assert run(recipe, tmp_path)["top1"] == whole["top1"]
+    assert json.loads((tmp_path / "results.json").read_text())["top1"] == whole["top1"]
+
+
 def test_sharded_ranks_resume_bit_for_bit(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe(**HARD)
     run(recipe, tmp_path / "straight", ranks=2)

@@ -1,8 +1,10 @@
 """Checkpoints of a run: whole or absent; which is the newest, and which ones stay."""
 
+import errno
 import re
 import resource
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import scaleprog.storage
 from scaleprog.checkpoint import Checkpoints
-from scaleprog.errors import Superseded
+from scaleprog.errors import Superseded, Unavailable
 from scaleprog.sharding.coordinator import Coordinator
-from scaleprog.storage import MANIFEST, committed, load_tensors, read_state, step_of, tidy, verify
+from scaleprog.storage import MANIFEST, committed, digest_files, load_tensors, read_state, step_of, tidy, verify
 from tests.unit.checkpoints import Save, blank, commit, data_file, flip, names, newest, tensors
 
 # ---- writing and reading
@@ -37,15 +40,39 @@ def test_a_commit_tells_what_it_wrote(one_rank: None, checkpoint_folder: Path) -
     assert read_state(ended.path) == {"x": [1.5, None]}
 
 
-def test_a_step_that_is_saved_again_replaces_only_a_damaged_checkpoint(one_rank: None, checkpoint_folder: Path) -> None:
-    path = commit(checkpoint_folder, 5, {"try": 1}, tensors(1)).path
+def test_a_step_that_is_saved_again_replaces_the_checkpoint(one_rank: None, checkpoint_folder: Path) -> None:
+    path = commit(checkpoint_folder, 5, {"try": 1}, tensors(1), permanent=True).path
     commit(checkpoint_folder, 5, {"try": 2}, tensors(2))
-    assert read_state(path) == {"try": 1}
-    flip(data_file(path))
-    commit(checkpoint_folder, 5, {"try": 3}, tensors(3))
     assert names(checkpoint_folder) == ["step-00000005"]
-    assert read_state(path) == {"try": 3}
+    assert read_state(path) == {"try": 2}
     verify(path)
+    for step in (6, 7):
+        commit(checkpoint_folder, step, {}, tensors(), keep=1)
+    assert names(checkpoint_folder) == ["step-00000005", "step-00000007"], "it stays permanent"
+
+
+def test_a_checkpoint_whose_replacement_was_cut_off_comes_back(one_rank: None, checkpoint_folder: Path) -> None:
+    path = commit(checkpoint_folder, 5, {"try": 1}, tensors(1)).path
+    path.rename(path.with_name(".step-00000005.old"))  # where a kill between the two renames leaves it
+    half_deleted = commit(checkpoint_folder, 4, {}, tensors()).path
+    data_file(half_deleted).unlink()
+    half_deleted.rename(half_deleted.with_name(".step-00000004.old"))
+    tidy(checkpoint_folder)
+    assert names(checkpoint_folder) == ["step-00000005"]
+    verify(path)
+
+
+def test_the_state_is_saved_as_it_was_then(
+    one_rank: None, checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going_on = threading.Event()
+    monkeypatch.setattr("scaleprog.checkpoint.digest_files", lambda *a: going_on.wait(10) and digest_files(*a))
+    checkpoints, live = Checkpoints(checkpoint_folder, Coordinator(), keep=1), {"times": [[16, 2, [1.0]]]}
+    checkpoints.save(1, live, tensors())
+    live["times"][0][2].append(2.0)
+    going_on.set()
+    checkpoints.wait()
+    assert read_state(checkpoint_folder / "step-00000001") == {"times": [[16, 2, [1.0]]]}
 
 
 def test_what_is_saved_is_what_the_tensors_were_then(one_rank: None, checkpoint_folder: Path) -> None:
@@ -60,6 +87,43 @@ def test_what_is_saved_is_what_the_tensors_were_then(one_rank: None, checkpoint_
 
 
 # ---- which one is the newest
+
+
+def test_a_damaged_checkpoint_is_taken_out_of_the_way_by_whoever_may_write(
+    one_rank: None, checkpoint_folder: Path
+) -> None:
+    commit(checkpoint_folder, 1, {}, tensors())
+    flip(data_file(commit(checkpoint_folder, 2, {}, tensors()).path))
+    assert newest(checkpoint_folder)[0] == "step-00000001"
+    assert names(checkpoint_folder) == ["step-00000001", "step-00000002"], "a reader changes nothing"
+    checkpoints = Checkpoints(checkpoint_folder, Coordinator(), keep=1, generation=1)
+    assert checkpoints.newest(print) is not None
+    assert names(checkpoint_folder) == ["step-00000001", "step-00000002.damaged"]
+    assert checkpoints.newest_step == 1
+
+
+def test_a_file_system_that_does_not_answer_is_no_damage(
+    one_rank: None, checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(checkpoint_folder, 1, {}, tensors())
+    commit(checkpoint_folder, 2, {}, tensors())
+
+    def failing(*steps: int) -> None:
+        def digest(file: Path) -> str:
+            if any(file.parent.name.endswith(str(step)) for step in steps):
+                raise OSError(errno.EIO, "Input/output error")
+            return sha256(file)
+
+        monkeypatch.setattr("scaleprog.storage._sha256", digest)
+
+    sha256 = scaleprog.storage._sha256
+    failing(2)
+    found, told = newest(checkpoint_folder)
+    assert found == "step-00000001"
+    assert "cannot be read" in told[0]
+    failing(1, 2)
+    with pytest.raises(Unavailable, match="Input/output error"):  # rather than to begin anew
+        newest(checkpoint_folder)
 
 
 def test_there_is_no_newest_where_nothing_was_saved(one_rank: None, checkpoint_folder: Path) -> None:
