@@ -9,20 +9,18 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from ctypes import c_int
 from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
+from launchers.exits import MISTAKE, STOPPED, exit_by
+from scaleprog.errors import Preempted, ScaleprogError
 from scaleprog.preemption import SIGNALS
-
-USER_ERROR = "user error: "  # marks, in a rank's error file, what needs no traceback
-ECHO_SECONDS = 3.0  # a failed collective is nearly always the echo of another rank's error, which is to be heard first
 
 
 class RankFailed(ScaleprogError):
@@ -43,7 +41,8 @@ def launch(
 ) -> None:
     """Runs `function(*arguments)` in `ranks` processes of this machine, with torch.distributed's environment set.
 
-    Signals that ask to stop (TERM, INT, USR2) are passed on to the ranks, which end by themselves.
+    Signals that ask to stop (TERM, INT, USR2) are passed on to the ranks, which end by themselves. From the first one
+    on nothing is started again, however the ranks end.
 
     Args:
         restarts: how many times in a row the ranks are started again after one crashed or was killed.
@@ -53,20 +52,34 @@ def launch(
         RankFailed: with the error of the rank that failed first; the others have ended by then.
         Preempted: the ranks were asked to stop, and did.
     """
-    left, before = restarts, progress()
-    while True:
-        try:
-            return _launch_once(ranks, function, arguments)
-        except RankFailed as error:
-            if (now := progress()) != before:
-                left, before = restarts, now
-            if error.mistake or left == 0:
-                raise
-            left -= 1
-            print(f"scaleprog: {error}\nscaleprog: starting again, {left} more tries", file=sys.stderr, flush=True)
+    with _passing_signals_on() as asked:
+        left, before = restarts, progress()
+        while True:
+            try:
+                if asked.value:
+                    raise Preempted("stopped before it started")
+                return _launch_once(asked, ranks, function, arguments)
+            except Exception as error:
+                if asked.value:
+                    raise _stopped(signal.Signals(asked.value).name, error) from None
+                if not isinstance(error, RankFailed):
+                    raise
+                if (now := progress()) != before:
+                    left, before = restarts, now
+                if error.mistake or left == 0:
+                    raise
+                left -= 1
+                print(f"scaleprog: {error}\nscaleprog: starting again, {left} more tries", file=sys.stderr, flush=True)
 
 
-def _launch_once(ranks: int, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+def _stopped(name: str, error: Exception) -> Preempted:
+    """What it means that ranks ended by `error` after a signal of this name."""
+    if not isinstance(error, Preempted):
+        return Preempted(f"stopped by {name}; {error}", name)
+    return error if error.reason else Preempted(f"stopped by {name}", name)
+
+
+def _launch_once(asked: c_int, ranks: int, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -83,24 +96,24 @@ def _launch_once(ranks: int, function: Callable[..., object], arguments: tuple[A
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # RankFailed says it
     try:
-        with _passing_signals_on():
-            elastic_launch(config, _rank)(function, arguments)
+        elastic_launch(config, _rank)(asked, function, arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        message, mistake = _describe(rank, failure)
-        if failure.exitcode == EXIT_CODE:
-            raise Preempted(message) from None
-        raise RankFailed(message, mistake) from None
+        raise _failure(*error.get_first_failure()) from None
 
 
 @contextmanager
-def _passing_signals_on() -> Iterator[None]:
-    """Inside, a signal that asks to stop goes to the ranks, and this process waits for them to end."""
+def _passing_signals_on() -> Iterator[c_int]:
+    """Inside, a signal that asks to stop goes to the ranks, and this process waits for them to end.
+
+    Gives the first one's number, 0 until there is one, in memory that ranks which are started later see, too.
+    """
+    asked = multiprocessing.get_context("spawn").RawValue(c_int, 0)
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
 
     def pass_on(number: int, _: FrameType | None) -> None:
+        asked.value = asked.value or number
         for rank in multiprocessing.active_children():
             if rank.pid is not None:
                 with suppress(ProcessLookupError):
@@ -108,30 +121,30 @@ def _passing_signals_on() -> Iterator[None]:
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def _rank(function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+def _rank(asked: c_int, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     """What one process does; an exception goes into the agent's error file instead of over the other ranks' output."""
     for number in SIGNALS:
         signal.signal(number, _too_early)
+    if asked.value:
+        os._exit(STOPPED)
     try:
         function(*arguments)
         atexit.register(_leave)
     except Exception as error:
-        user = isinstance(error, ScaleprogError)
-        text = f"{USER_ERROR}{error}" if user else traceback.format_exc()
-        if isinstance(error, RuntimeError):
-            time.sleep(ECHO_SECONDS)
+        end = exit_by(error)
+        time.sleep(end.delay)
         with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
-            json.dump({"message": text, "timestamp": int(time.time())}, file)
+            json.dump({"message": end.text, "timestamp": int(time.time()), "reason": end.reason}, file)
         sys.stdout.flush()
         sys.stderr.flush()
         # no tidy end: a collective that waits for another rank would never return
-        os._exit(EXIT_CODE if isinstance(error, Preempted) else 2 if user else 1)
+        os._exit(end.code)
 
 
 def _leave() -> None:
@@ -143,17 +156,17 @@ def _leave() -> None:
 
 def _too_early(number: int, _: FrameType | None) -> None:
     """Ends a rank that is asked to stop before it trains, or after: there is nothing to save."""
-    os._exit(EXIT_CODE)
+    os._exit(STOPPED)
 
 
-def _describe(rank: int, failure: ProcessFailure) -> tuple[str, bool]:
-    """What to tell, and whether it is a mistake of the user's."""
-    text = str(failure.message)
-    if failure.exitcode == EXIT_CODE and not text.startswith(USER_ERROR):
-        return "stopped by a signal", False
+def _failure(rank: int, failure: ProcessFailure) -> RankFailed | Preempted:
+    """What it means that a rank has ended so."""
+    said = failure.error_file_data
+    spoke = "reason" in said  # else it was ended from outside, or left at once
+    if failure.exitcode == STOPPED:
+        return Preempted(said["message"], said["reason"]) if spoke else Preempted("stopped by a signal")
     if failure.exitcode < 0:
-        return f"rank {rank} was ended by {failure.signal_name()}; all other ranks were stopped", False
-    if text.startswith(USER_ERROR):
-        text = text.removeprefix(USER_ERROR)
-        return (text if failure.exitcode == EXIT_CODE else f"rank {rank}: {text}"), True
-    return f"rank {rank}: failed\n{text}", False
+        how = f"was ended by {failure.signal_name()}; all other ranks were stopped"
+        return RankFailed(f"rank {rank} {how}", mistake=False)
+    text = said["message"] if spoke else f"failed with exit code {failure.exitcode}"
+    return RankFailed(f"rank {rank}: {text}", mistake=spoke and failure.exitcode == MISTAKE)

@@ -16,11 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from launchers.exits import FINISHED, MISTAKE, STOPPED
 from scaleprog import queue
-from scaleprog.errors import EXIT_CODE
 
-FINISHED, CRASHED, MISTAKE, STOPPED = 0, 1, 2, EXIT_CODE
-"""What a task ends with."""
 INTERRUPTED, USR2, TERM = (128 + number for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM))
 """What a task ends with that is signalled before the run listens."""
 FRUITLESS = 3  # restarts in a row without a new checkpoint: it is not bad luck

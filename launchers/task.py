@@ -9,16 +9,15 @@ import socket
 import struct
 import sys
 import time
-import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launchers.local import ECHO_SECONDS
-from launchers.requeue import CRASHED, FINISHED, MISTAKE, STOPPED, Start, has_reported, report
+from launchers.exits import FINISHED, STOPPED, exit_by
+from launchers.requeue import Start, has_reported, report
 from scaleprog import queue
-from scaleprog.errors import Preempted, ScaleprogError
+from scaleprog.errors import ScaleprogError
 from scaleprog.preemption import SIGNALS
 from scaleprog.recipe import Recipe
 from scaleprog.train import train_rank
@@ -49,23 +48,17 @@ def task(run: Path) -> dict[str, Any]:
 
 def leave(run: Path, start: Start, rank: int, error: Exception) -> NoReturn:
     """Ends this process by the error that ended its part of the run."""
-    if isinstance(error, Preempted):
-        if rank == 0:
-            report(run, start, rank, STOPPED, str(error), error.reason)
-        else:  # the first to go ends the step, and rank 0 may still have something to write
-            give_up = time.monotonic() + LINGER_SECONDS
-            while time.monotonic() < give_up and not has_reported(run, start, rank=0):
-                time.sleep(0.2)
+    end = exit_by(error)
+    if end.code == STOPPED and rank > 0:  # the first to go ends the step, and rank 0 may still have something to write
+        give_up = time.monotonic() + LINGER_SECONDS
+        while time.monotonic() < give_up and not has_reported(run, start, rank=0):
+            time.sleep(0.2)
         _exit(STOPPED)
-    if isinstance(error, ScaleprogError):
-        print(f"scaleprog: rank {rank}: {error}", file=sys.stderr, flush=True)
-        report(run, start, rank, MISTAKE, str(error))
-        _exit(MISTAKE)
-    traceback.print_exception(error)
-    if isinstance(error, RuntimeError):
-        time.sleep(ECHO_SECONDS)
-    report(run, start, rank, CRASHED, f"{type(error).__name__}: {error}".splitlines()[0])
-    _exit(CRASHED)
+    if end.code != STOPPED:
+        print(f"scaleprog: rank {rank}: {end.text}", file=sys.stderr, flush=True)
+        time.sleep(end.delay)
+    report(run, start, rank, end.code, end.cause, end.reason)
+    _exit(end.code)
 
 
 def _exit(code: int) -> NoReturn:

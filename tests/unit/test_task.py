@@ -1,11 +1,14 @@
 """A task of a Slurm job: which rank it is, and where it meets the others."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from launchers import task
-from launchers.requeue import Start
+from launchers.requeue import Start, read_lines
 from scaleprog import preemption
-from scaleprog.errors import ScaleprogError
+from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable
 from tests.unit.fake_slurm import FakeSlurm
 
 
@@ -85,3 +88,31 @@ def test_time_limit_is_asked_for_where_slurm_does_not_set_it(fake: FakeSlurm, mo
     monkeypatch.setenv("SLURM_JOB_END_TIME", "")
     task.tell_time_limit(Start("7", 0))
     assert preemption.deadline() is None
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "code", "cause", "reason"),
+    [
+        (0, Preempted("stopped after step 9", "SIGUSR2"), 75, "stopped after step 9", "SIGUSR2"),
+        (1, DataError("a shard is damaged"), 2, "a shard is damaged", None),
+        (1, Unavailable("a worker is gone"), 1, "a worker is gone", None),
+        (1, ValueError("x\ny"), 1, "ValueError: x", None),
+    ],
+)
+def test_a_task_that_leaves_says_why(
+    rank: int, error: Exception, code: int, cause: str, reason: str | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(task, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as left:
+        task.leave(tmp_path, Start("7", 2), rank, error)
+    assert left.value.code == code
+    (row,) = read_lines(tmp_path / "jobs" / "reports" / f"7-2-{rank}.json")
+    assert (row["code"], row["cause"], row["reason"]) == (code, cause, reason)
+    told = capsys.readouterr().err
+    if isinstance(error, Preempted):
+        assert told == ""
+    elif isinstance(error, ScaleprogError):
+        assert told == f"scaleprog: rank 1: {error}\n"
+    else:
+        assert told == "scaleprog: rank 1: failed\nValueError: x\ny\n\n"

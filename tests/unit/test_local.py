@@ -1,0 +1,107 @@
+"""Ranks as processes of this machine: what an end of theirs means, and signals that come before they listen."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launchers.exits import CRASHED, MISTAKE, STOPPED, Exit, exit_by
+from launchers.local import RankFailed, elastic_launch, launch
+from scaleprog.errors import DataError, Preempted, Unavailable
+
+
+def begin(folder: Path, kind: str = "") -> None:
+    """What the ranks do: one file for each that comes so far."""
+    (folder / f"{os.getpid()}").touch()
+    if kind == "unavailable":
+        raise Unavailable("shard 3: the disk does not answer")
+    if kind == "preempted":
+        raise Preempted("stopped after step 7", "time limit")
+    if kind == "crash":
+        os._exit(9)
+
+
+def begun(folder: Path) -> int:
+    return len(list(folder.iterdir()))
+
+
+def signal_me(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("error", "known"),
+    [
+        (Preempted("left", "SIGTERM"), Exit(STOPPED, "left", "left", reason="SIGTERM")),
+        (DataError("damaged"), Exit(MISTAKE, "damaged", "damaged")),
+        (Unavailable("full\ndisk"), Exit(CRASHED, "full\ndisk", "full\ndisk")),
+        (ValueError("a\nb"), Exit(CRASHED, "ValueError: a", "failed\nValueError: a\nb\n")),
+        (RuntimeError(), Exit(CRASHED, "RuntimeError: ", "failed\nRuntimeError\n", delay=3.0)),
+    ],
+)
+def test_what_an_error_means(error: Exception, known: Exit) -> None:
+    assert exit_by(error) == known
+
+
+def test_what_may_pass_is_tried_again_and_told_without_a_traceback(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RankFailed) as caught:
+        launch(1, begin, tmp_path, "unavailable", restarts=1)
+    assert str(caught.value) == "rank 0: shard 3: the disk does not answer"
+    assert not caught.value.mistake
+    assert begun(tmp_path) == 2
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_ranks_that_stop_by_themselves_say_why(tmp_path: Path) -> None:
+    with pytest.raises(Preempted, match=r"^stopped after step 7$") as caught:
+        launch(1, begin, tmp_path, "preempted", restarts=1)
+    assert caught.value.reason == "time limit"
+
+
+@pytest.mark.parametrize(
+    ("number", "call", "starts"), [(signal.SIGTERM, 1, 0), (signal.SIGUSR2, 1, 0), (signal.SIGTERM, 2, 1)]
+)
+def test_a_signal_before_a_start_lets_nothing_start(number: int, call: int, starts: int, tmp_path: Path) -> None:
+    calls = iter(range(1, 9))
+
+    def progress() -> None:
+        if next(calls) == call:
+            signal_me(number)
+
+    with pytest.raises(Preempted, match=f"stopped by {signal.Signals(number).name}") as caught:
+        launch(1, begin, tmp_path, "crash", restarts=2, progress=progress)
+    assert caught.value.reason == signal.Signals(number).name
+    assert begun(tmp_path) == starts
+
+
+def when_spawned() -> None:
+    """Signals this process as soon as its first rank is there, which then still imports torch."""
+    while not multiprocessing.active_children():
+        time.sleep(0.001)
+    signal_me(signal.SIGTERM)
+
+
+def test_a_signal_while_ranks_start_is_no_crash(tmp_path: Path) -> None:
+    watching = threading.Thread(target=when_spawned, daemon=True)
+    with pytest.raises(Preempted, match="stopped by SIGTERM") as caught:
+        launch(2, begin, tmp_path, restarts=2, progress=watching.start)
+    assert caught.value.reason == "SIGTERM"
+    assert begun(tmp_path) == 0
+
+
+def test_a_signal_just_before_the_spawn_reaches_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def after_the_signal(config: object, entrypoint: Callable[..., None]) -> object:
+        signal_me(signal.SIGTERM)  # nobody is there to be told
+        return elastic_launch(config, entrypoint)
+
+    monkeypatch.setattr("launchers.local.elastic_launch", after_the_signal)
+    with pytest.raises(Preempted, match=r"^stopped by SIGTERM$"):
+        launch(2, begin, tmp_path)
+    assert begun(tmp_path) == 0
