@@ -7,6 +7,7 @@ killed hides what the first to fail ended with. So a task that leaves for a reas
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -22,7 +23,9 @@ from scaleprog import queue
 INTERRUPTED, USR2, TERM = (128 + number for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM))
 """What a task ends with that is signalled before the run listens."""
 FRUITLESS = 3  # restarts in a row without a new checkpoint: it is not bad luck
+PAUSES = (1, 1, 2, 4, 8, 15, 30, 60, 60)  # seconds until Slurm is asked again; quick first, a grace time may be running
 REQUEUES = "requeues.jsonl"
+AGAIN = "submit it again, it goes on from the last checkpoint"
 
 Kind = Literal["finished", "mistake", "interrupted", "stopped", "crash"]
 
@@ -110,7 +113,12 @@ def _stop(cause: str, *reasons: str) -> End:
 
 
 def decide(
-    end: End, start: Start, job: queue.Job | None, earlier: Sequence[Mapping[str, Any]], step: int, limit: int
+    end: End,
+    start: Start,
+    job: queue.Job | None,
+    earlier: Sequence[Mapping[str, Any]],
+    progress: tuple[int, int],
+    limit: int,
 ) -> Verdict:
     """Whether the job is to start again.
 
@@ -119,7 +127,7 @@ def decide(
         start: which one it was; Slurm may have started the job again elsewhere, and this one be an orphan.
         job: what Slurm says of it now; None if it cannot be asked.
         earlier: the lines of `requeues.jsonl`.
-        step: of the newest checkpoint.
+        progress: what `progress_of` tells of the run.
         limit: most restarts after crashes; being stopped does not count.
     """
     if end.kind == "finished":
@@ -129,17 +137,22 @@ def decide(
     if end.kind == "interrupted":
         return Verdict(False, "somebody asked it to stop")
     if job is None:
-        return Verdict(False, "Slurm cannot be asked from here; submit it again, it goes on from the last checkpoint")
+        return Verdict(False, f"Slurm cannot be asked from here; {AGAIN}")
     if job.restarts != start.restart:
         return Verdict(False, f"Slurm has started it again by itself, restart {job.restarts}")
     if job.state != "RUNNING":
         return Verdict(False, f"Slurm is ending it: {job.state}")
-    if end.kind == "crash":
-        own = [row for row in earlier if row["job"] == start.job]
-        if (crashes := sum(row["kind"] == "crash" for row in own)) >= limit:
-            return Verdict(False, f"it has crashed {crashes + 1} times (--max-restarts {limit})")
-        if [(row["kind"], row["step"]) for row in own[-FRUITLESS:]] == [("crash", step)] * FRUITLESS:
+    own = [row for row in earlier if row["job"] == start.job]
+    crashes = sum(row["kind"] == "crash" for row in own)
+    if end.kind == "crash" and crashes >= limit:
+        return Verdict(False, f"it has crashed {crashes + 1} times (--max-restarts {limit})")
+    last = [(row["kind"], row["step"], row.get("measured", 0)) for row in own[-FRUITLESS:]]
+    if last == [(end.kind, *progress)] * FRUITLESS:
+        if end.kind == "crash":
             return Verdict(False, f"{FRUITLESS} restarts in a row committed nothing new; see the log")
+        if not job.preempted and not any(row.get("preempted") for row in own[-FRUITLESS:]):
+            why = "its time is too short to get on, or there is no room for a checkpoint"
+            return Verdict(False, f"{FRUITLESS} restarts in a row were stopped with nothing new: {why}; see the log")
     return Verdict(True)
 
 
@@ -150,18 +163,13 @@ def after(run: Path, code: int, limit: int) -> int:
     """
     if code == FINISHED:
         return code
-    start = Start.current()
-    try:
-        job = queue.find(start.job)
-    except queue.NoAnswer as error:
-        job = None
-        print(f"scaleprog: {error}", file=sys.stderr)
+    start, (step, measured) = Start.current(), progress_of(run)
     files = list(_reports(run).glob(f"{start.job}-{start.restart}-*.json"))
     reports = [row for path in files for row in read_lines(path)]
-    end = how_it_ended(code, reports, _hurried(run, start), job is not None and job.preempted)
-    step = newest_step(run)
-    verdict = decide(end, start, job, read_lines(run / REQUEUES), step, limit)
-    row = {"time": time.time(), **asdict(start), **asdict(end), "step": step, **asdict(verdict)}
+    ended = time.time()
+    end, verdict, preempted = _settle(run, start, code, reports, limit)
+    row = {"time": ended, **asdict(start), **asdict(end), "step": step, "measured": measured, "preempted": preempted}
+    row |= asdict(verdict)
     try:
         if _object(run / "job.json").get("job", start.job) == start.job:  # else it was refused
             with open(run / REQUEUES, "a") as file:
@@ -172,12 +180,43 @@ def after(run: Path, code: int, limit: int) -> int:
         print(f"scaleprog: {error}", file=sys.stderr)
     told = "starts again" if verdict.requeue else f"does not start again: {verdict.why}"
     print(f"scaleprog: {end.cause}\nscaleprog: job {start.job} {told}", file=sys.stderr, flush=True)
-    if verdict.requeue:
-        try:
-            queue.requeue(start.job)
-        except queue.NoAnswer as error:
-            print(f"scaleprog: {error}; submit it again, it goes on from the last checkpoint", file=sys.stderr)
     return end.code
+
+
+def _settle(
+    run: Path, start: Start, code: int, reports: Sequence[Mapping[str, Any]], limit: int
+) -> tuple[End, Verdict, bool]:
+    """Decides, and requeues the job; also tells whether Slurm has announced a preemption.
+
+    Where Slurm does not answer, all is asked and decided again: it may have heard the last try, or ended the job since.
+    """
+    signals, earlier, progress = _hurried(run, start), read_lines(run / REQUEUES), progress_of(run)
+    pauses = [*PAUSES] if shutil.which("scontrol") else []
+    while True:
+        job, unheard = None, ""
+        try:
+            job = queue.find(start.job)
+        except queue.NoAnswer as error:
+            unheard = str(error)
+        preempted = job is not None and job.preempted
+        end = how_it_ended(code, reports, signals, preempted)
+        verdict = decide(end, start, job, earlier, progress, limit)
+        if verdict.requeue:
+            try:
+                queue.requeue(start.job)
+            except queue.NoAnswer as error:
+                unheard, verdict = str(error), Verdict(False, f"Slurm does not requeue it: {error}; {AGAIN}")
+        if not unheard or end.kind in ("mistake", "interrupted"):  # these need no word of Slurm's
+            return end, verdict, preempted
+        print(f"scaleprog: {unheard}", file=sys.stderr, flush=True)
+        if not pauses:
+            return end, verdict, preempted
+        time.sleep(pauses.pop(0))
+
+
+def progress_of(run: Path) -> tuple[int, int]:
+    """The step of the newest checkpoint, and how much of a measurement a stop has kept since."""
+    return newest_step(run), int(_object(run / "measuring.json").get("done", 0))
 
 
 def newest_step(run: Path) -> int:
@@ -221,4 +260,6 @@ def _reports(run: Path) -> Path:
 
 
 if __name__ == "__main__":
+    for ending in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(ending, signal.SIG_IGN)  # those for the tasks, and Slurm's to a job that it has just requeued
     sys.exit(after(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

@@ -1,11 +1,13 @@
 """How a start of a Slurm job ended, and whether the job starts again."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +68,10 @@ def crash(step: int, job: str = "7", kind: str = "crash") -> dict[str, Any]:
     return {"job": job, "kind": kind, "step": step}
 
 
+def stop(measured: int = 0, preempted: bool = False) -> dict[str, Any]:
+    return {"job": "7", "kind": "stopped", "step": 9, "measured": measured, "preempted": preempted}
+
+
 @pytest.mark.parametrize(
     ("end", "job", "earlier", "again", "why"),
     [
@@ -73,7 +79,14 @@ def crash(step: int, job: str = "7", kind: str = "crash") -> dict[str, Any]:
         (End("mistake", 2, ""), RUNNING, [], False, "another try would end the same"),
         (End("interrupted", 75, ""), RUNNING, [], False, "somebody asked it to stop"),
         (STOP, RUNNING, [], True, ""),
-        (STOP, RUNNING, [crash(9)] * 30, True, ""),  # being preempted is no fault
+        (STOP, RUNNING, [crash(9)] * 30, True, ""),  # being stopped is no fault
+        (STOP, RUNNING, [stop()] * 2, True, ""),
+        (STOP, RUNNING, [stop()] * 3, False, "3 restarts in a row were stopped with nothing new"),
+        (STOP, RUNNING, [*[crash(9, kind="stopped")] * 3, crash(9, "6")], False, "3 restarts in a row were stopped"),
+        (STOP, RUNNING, [stop(), crash(9), stop()], True, ""),
+        (STOP, RUNNING, [stop(), stop(measured=1), stop()], True, ""),  # half a measurement is kept
+        (STOP, RUNNING, [stop(), stop(preempted=True), stop()], True, ""),
+        (STOP, replace(RUNNING, preempted=True), [stop()] * 9, True, ""),
         (STOP, None, [], False, "Slurm cannot be asked from here"),
         (STOP, replace(RUNNING, state="COMPLETING"), [], False, "Slurm is ending it: COMPLETING"),
         (STOP, replace(RUNNING, state="CANCELLED"), [], False, "Slurm is ending it: CANCELLED"),
@@ -89,7 +102,7 @@ def crash(step: int, job: str = "7", kind: str = "crash") -> dict[str, Any]:
     ],
 )
 def test_decide(end: End, job: Job | None, earlier: list[dict[str, Any]], again: bool, why: str) -> None:
-    verdict = decide(end, Start("7", 4), job, earlier, step=9, limit=5)
+    verdict = decide(end, Start("7", 4), job, earlier, progress=(9, 0), limit=5)
     assert verdict.requeue == again
     assert verdict.why.startswith(why)
     assert bool(verdict.why) == bool(why)
@@ -105,13 +118,14 @@ def test_after(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
     requeue.report(tmp_path, start, 0, 75, "stopped by SIGUSR2 after step 9 with a checkpoint", "SIGUSR2")
     requeue.report(tmp_path, Start("7", 1), 1, 2, "a report of another start")
+    (tmp_path / "measuring.json").write_text('{"where": {}, "done": 48}')
     assert requeue.after(tmp_path, 137, limit=3) == 75
     assert fake.calls("scontrol")[-1] == "scontrol requeue 7"
     (row,) = requeue.read_lines(tmp_path / "requeues.jsonl")
     assert row.pop("time") == pytest.approx(time.time(), abs=60)
     assert row == {
         "job": "7", "restart": 0, "kind": "stopped", "code": 75, "step": 9, "requeue": True, "why": "",
-        "cause": "stopped by SIGUSR2 after step 9 with a checkpoint",
+        "cause": "stopped by SIGUSR2 after step 9 with a checkpoint", "measured": 48, "preempted": False,
     }  # fmt: skip
     assert len(list((tmp_path / "jobs" / "reports").iterdir())) == 1  # read once
     requeue.report(tmp_path / "not on this node", start, 0, 2, "x")
@@ -125,6 +139,75 @@ def test_after(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     (tmp_path / "job.json").write_text('{"job": "6"}')  # whose run directory it is; job 7 was refused
     assert requeue.after(tmp_path, 2, limit=3) == 2
     assert len(requeue.read_lines(tmp_path / "requeues.jsonl")) == 2
+
+
+SILENT = "echo 'Socket timed out on send/recv operation' >&2; exit 1"
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "calls", "again", "why"),
+    [
+        (SILENT, {}, ["show", "show", "requeue"], True, ""),
+        (f'[ "$1" = -o ] && cat shown || {{ {SILENT}; }}', {}, ["show", "requeue"] * 2, True, ""),
+        (f'[ "$1" = -o ] && cat shown || {{ {SILENT}; }}', {"restarts": 1}, ["show", "requeue", "show"], False,
+         "Slurm has started it again by itself, restart 1"),  # it had heard the first try
+    ],
+)  # fmt: skip
+def test_slurm_that_does_not_answer_is_asked_again(
+    first: str, then: dict[str, Any], calls: list[str], again: bool, why: str, fake: FakeSlurm,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    fake.command("scontrol", first.replace("shown", str(fake.folder / "shown")))
+    written = []
+
+    def wait(_: float) -> None:
+        written.append((tmp_path / "requeues.jsonl").exists())
+        fake.show(**then)
+
+    monkeypatch.setattr(requeue, "time", SimpleNamespace(**vars(time) | {"sleep": wait}))
+    requeue.after(tmp_path, 75, limit=3)
+    asked = ["requeue" if "requeue" in call else "show" for call in fake.calls("scontrol")]
+    (row,) = requeue.read_lines(tmp_path / "requeues.jsonl")
+    assert (asked, row["requeue"], row["why"]) == (calls, again, why)
+    assert written == [False]
+
+
+@pytest.mark.parametrize(
+    ("code", "tries", "why"),
+    [
+        (75, len(requeue.PAUSES) + 1, "Slurm cannot be asked from here; submit it again"),
+        (2, 1, "another try would end the same"),  # for which Slurm need not be asked
+    ],
+)
+def test_slurm_that_never_answers(
+    code: int, tries: int, why: str, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    fake.command("scontrol", SILENT)
+    monkeypatch.setattr(requeue, "PAUSES", (0,) * len(requeue.PAUSES))
+    requeue.after(tmp_path, code, limit=3)
+    (row,) = requeue.read_lines(tmp_path / "requeues.jsonl")
+    assert (len(fake.calls("scontrol")), row["requeue"]) == (tries, False)
+    assert row["why"].startswith(why)
+
+
+def test_without_scontrol_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(requeue, "PAUSES", (600,))
+    assert requeue.after(tmp_path, 75, limit=3) == 75
+    (row,) = requeue.read_lines(tmp_path / "requeues.jsonl")
+    assert row["why"].startswith("Slurm cannot be asked from here")
+
+
+def test_slurms_signals_to_a_job_that_it_requeues_do_not_end_the_decision(fake: FakeSlurm, tmp_path: Path) -> None:
+    shown = fake.folder / "shown"
+    fake.command("scontrol", f'[ "$1" = requeue ] && kill -TERM $PPID && sleep 0.2 || cat {shown}')
+    command = [sys.executable, "-m", "launchers.requeue", str(tmp_path), "75", "3"]
+    ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"SLURM_JOB_ID": "7"}, check=False)
+    assert ended.returncode == 75
+    assert requeue.read_lines(tmp_path / "requeues.jsonl")[0]["requeue"]
 
 
 def test_a_run_that_left_in_a_hurry(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
