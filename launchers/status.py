@@ -140,22 +140,25 @@ def standing(run: Path) -> tuple[str, str, str | None]:
 
 
 def restarts(events: Sequence[Row], ends: Sequence[Row]) -> Iterator[Restart]:
-    """The starts after the first, each with the last that was heard of the one before."""
+    """The starts after the first, each with why the one before ended: the batch script's word on it, else what ended it
+    first (later errors are echoes of other ranks), else the last signal that it heard."""
     before = None
     for start in (event for event in events if event["event"] == "start"):
         if before is not None:
-            between = [e for e in (*events, *ends) if before["time"] < e["time"] < start["time"]]
-            causes = [cause for e in sorted(between, key=lambda e: e["time"]) if (cause := _cause(e))]
-            yield Restart(start["time"], causes[-1] if causes else "ended without notice", start["step"])
+            own = [e for e in events if e.get("generation") == before.get("generation") and e["time"] < start["time"]]
+            signals = [e for e in own if e["event"] == "signal"]
+            ended = [e for e in own if e["event"] in ("error", "preempted")]
+            words = [e for e in ends if before["time"] < e["time"] < start["time"]]
+            told = [*signals[-1:], *ended[:1], *words[-1:]]
+            yield Restart(start["time"], _cause(told[-1]) if told else "ended without notice", start["step"])
         before = start
 
 
-def _cause(row: Row) -> str | None:
-    """Why a start ended, as far as an event or a line of `requeues.jsonl` tells."""
+def _cause(row: Row) -> str:
+    """Why a start ended, by an event of its end or a line of `requeues.jsonl`."""
     if "cause" in row:
         return row["cause"]
-    said = {"preempted": "reason", "error": "message", "signal": "signal"}.get(row["event"])
-    return None if said is None else row[said].splitlines()[0]
+    return row[{"preempted": "reason", "error": "message", "signal": "signal"}[row["event"]]].splitlines()[0]
 
 
 def outlook(recipe: Recipe, events: Sequence[Row], step: int, recent: Sequence[Row]) -> tuple[int | None, float | None]:

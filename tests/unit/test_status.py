@@ -55,10 +55,10 @@ def made_up(make_recipe: MakeRecipe, tmp_path: Path) -> Path:
         run / "events.jsonl",
         [
             {"time": 1.0, "event": "start", "step": 0, "generation": 1},
-            {"time": 2.0, "event": "error", "step": 25, "message": "OSError: gone\nmore"},
+            {"time": 2.0, "event": "error", "step": 25, "message": "OSError: gone\nmore", "generation": 1},
             {"time": 3.0, "event": "start", "step": 20, "generation": 2},
             {"time": 5.0, "event": "start", "step": 20, "generation": 3},
-            {"time": 6.0, "event": "signal", "signal": "SIGTERM"},
+            {"time": 6.0, "event": "signal", "signal": "SIGTERM", "generation": 3},
             {"time": 9.0, "event": "start", "step": 20, "generation": 4},
         ],
     )
@@ -81,6 +81,26 @@ def test_status_of_a_run_directory(made_up: Path) -> None:
     text = found.text()
     for part in ("stopped (never started)", "30 of 80 (38%)", "41.50 % after step 20", "at step 20: a task was killed"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("between", "ends", "cause"),
+    [
+        ([("error", 2, "OSError: gone"), ("error", 2, "RuntimeError: Connection closed")], [], "OSError: gone"),
+        ([("error", 1, "Superseded: x")], [], "ended without notice"),  # an orphan's
+        ([("signal", 2, "SIGTERM"), ("error", 1, "Superseded: x")], [], "SIGTERM"),
+        ([("signal", 2, "SIGTERM"), ("error", 2, "OSError: gone")], [], "OSError: gone"),
+        ([("preempted", 2, "SIGINT"), ("error", 2, "RuntimeError: Connection closed")], [], "SIGINT"),
+        ([("error", 2, "RuntimeError: Connection closed")], ["a task was killed"], "a task was killed"),
+    ],
+)
+def test_the_cause_of_a_restart(between: list[tuple[str, int, str]], ends: list[str], cause: str) -> None:
+    said = {"error": "message", "signal": "signal", "preempted": "reason"}
+    events = [{"time": float(g), "event": "start", "generation": g, "step": 20} for g in (1, 2)]
+    events += [{"time": 3.0 + i, "event": e, "generation": g, said[e]: t} for i, (e, g, t) in enumerate(between)]
+    events.append({"time": 9.0, "event": "start", "generation": 3, "step": 20})
+    rows = [{"time": 8.0, "cause": text} for text in ends]
+    assert [restart.cause for restart in status.restarts(events, rows)] == ["ended without notice", cause]
 
 
 def test_status_of_little(make_recipe: MakeRecipe, tmp_path: Path) -> None:
