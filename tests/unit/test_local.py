@@ -68,8 +68,16 @@ def test_ranks_that_stop_by_themselves_say_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "call", "starts"), [(signal.SIGTERM, 1, 0), (signal.SIGUSR2, 1, 0), (signal.SIGTERM, 2, 1)]
 )
-def test_a_signal_before_a_start_lets_nothing_start(number: int, call: int, starts: int, tmp_path: Path) -> None:
-    calls = iter(range(1, 9))
+def test_a_signal_before_a_start_lets_nothing_start(
+    number: int, call: int, starts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, launches = iter(range(1, 9)), []
+
+    def counted(config: object, entrypoint: Callable[..., None]) -> object:
+        launches.append(config)
+        return elastic_launch(config, entrypoint)
+
+    monkeypatch.setattr("launchers.local.elastic_launch", counted)
 
     def progress() -> None:
         if next(calls) == call:
@@ -78,7 +86,7 @@ def test_a_signal_before_a_start_lets_nothing_start(number: int, call: int, star
     with pytest.raises(Preempted, match=f"stopped by {signal.Signals(number).name}") as caught:
         launch(1, begin, tmp_path, "crash", restarts=2, progress=progress)
     assert caught.value.reason == signal.Signals(number).name
-    assert begun(tmp_path) == starts
+    assert begun(tmp_path) == len(launches) == starts
 
 
 def when_spawned() -> None:
