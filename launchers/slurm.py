@@ -183,6 +183,7 @@ def setup(run: Path, code: Path, max_restarts: int) -> list[str]:
     return [
         f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export SUBMITIT_PREEMPT_SIGNAL=USR2",
+        "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
         f'after() {{ {requeue} "$1" {max_restarts}; exit $?; }}',
         "trap : TERM INT USR2  # the tasks get them too, and this shell waits for these",
         "trap 'after $?' EXIT",

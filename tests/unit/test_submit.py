@@ -1,6 +1,7 @@
 """`scaleprog submit`: what is refused, what sbatch gets, and what the batch script says."""
 
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -113,3 +114,8 @@ def test_script(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     (srun,) = (shlex.split(line) for line in text.splitlines() if line.startswith("srun"))
     assert {"--kill-on-bad-exit=1", "--wait=60", "--cpus-per-task=3"} <= set(srun)
     assert "time=" not in slurm.script(make_recipe(), tmp_path / "run", Request())  # the partition's own
+    (threads,) = (line for line in text.splitlines() if "OMP_NUM_THREADS" in line)
+    assert threads in (ROOT / "slurm" / "train.sbatch").read_text().splitlines()
+    for given, expected in (({}, "1"), ({"SLURM_CPUS_PER_TASK": "3"}, "3"), ({"OMP_NUM_THREADS": "2"}, "2")):
+        told = subprocess.run(["bash", "-c", f"{threads}; echo $OMP_NUM_THREADS"], env=given, capture_output=True)
+        assert told.stdout.decode().strip() == expected
