@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -15,8 +16,10 @@ from typing import IO, Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from scaleprog.files import write_whole
 from scaleprog.sharding.coordinator import Coordinator
@@ -64,18 +67,20 @@ class Recorder:
         self._pending: list[tuple[dict[str, Any], Tensor, Tensor, StepTimer]] = []
         self._generation, self._main = generation, coordinator.rank == 0
         self._events = _Lines(run / "events.jsonl")
+        self._samples: _Lines | None = None
+        self._samples_path = run / f"samples-{coordinator.rank}.jsonl"
         board, world = run / "tensorboard", coordinator.world
-        self._own_board = _board(board / f"rank_{coordinator.rank}", step) if world > 1 else None
+        self._own_board = _Board(board / f"rank_{coordinator.rank}", step) if world > 1 else None
         if not self._main:
             return
         self.lost = _truncate(run / "metrics.jsonl", step, due)
         self._metrics = _Lines(run / "metrics.jsonl")
-        self._board = _board(board, step - due)
+        self._board = _Board(board, step - due)
         if due:
             self._draw_step(read_rows(run / "metrics.jsonl")[-1])
         for folder in board.glob("rank_*"):  # of ranks that an earlier start had and this one has not
             if world == 1 or int(folder.name[5:]) >= world:
-                _board(folder, step).close()
+                _Board(folder, step).close()
 
     def step(self, row: dict[str, Any], loss: Tensor, grad_norm: Tensor, timer: StepTimer) -> None:
         """Takes one finished step; `loss` is this rank's mean, `row` holds everything known on the host."""
@@ -101,7 +106,7 @@ class Recorder:
         for row in written:
             self._draw_step(row)
             if self._own_board is not None and row["step"] % self.log_every == 0:
-                _draw(self._own_board, "rank", row["step"], {key: row[key] for key in PER_RANK})
+                self._own_board.draw("rank", row["step"], {key: row[key] for key in PER_RANK})
         return written
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
@@ -113,7 +118,13 @@ class Recorder:
     def curve(self, step: int, tag: str, values: Mapping[str, float]) -> None:
         """Draws one point of each value in TensorBoard."""
         if self._main:
-            _draw(self._board, tag, step, values)
+            self._board.draw(tag, step, values)
+
+    def samples(self, step: int, ids: list[int]) -> None:
+        """Writes down which samples this rank trained on in a step, in a file of its own."""
+        if self._samples is None:
+            self._samples = _Lines(self._samples_path)
+        self._samples.write({"step": step, "ids": ids})
 
     def event(self, kind: str, **fields: Any) -> None:
         """Writes one event of the run's life, once for all ranks; from any thread."""
@@ -128,17 +139,19 @@ class Recorder:
         """Makes everything recorded durable: a checkpoint of this step must not know more than its curves do."""
         if self._main:
             self._metrics.sync()
-            self._board.flush()
+            self._board.sync()
         if self._own_board is not None:
-            self._own_board.flush()
+            self._own_board.sync()
 
     def close(self) -> None:
-        """Writes out what is buffered by TensorBoard."""
+        """Writes out what a full disk has refused, or tells that it is lost; raises neither then nor otherwise."""
         if self._own_board is not None:
             self._own_board.close()
         if self._main:
             self._board.close()
             self._metrics.close()
+        if self._samples is not None:
+            self._samples.close()
         self._events.close()
 
     def _draw_step(self, row: Mapping[str, Any]) -> None:
@@ -147,17 +160,6 @@ class Recorder:
 
     def _write_event(self, kind: str, fields: Mapping[str, Any]) -> None:
         self._events.write({"time": time.time(), "event": kind, "generation": self._generation, **fields})
-
-
-def _board(folder: Path, step: int) -> SummaryWriter:
-    """Goes on with the curves of a folder; TensorBoard drops the points beyond `step` that earlier starts drew."""
-    return SummaryWriter(str(folder), purge_step=step + 1)
-
-
-def _draw(board: SummaryWriter, tag: str, step: int, values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if key != "step":
-            board.add_scalar(f"{tag}/{key}", value, step)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -197,9 +199,10 @@ class ProgressLine:
             self.say(f"step {row['step']}/{total} {text}")
 
     def say(self, text: str) -> None:
-        """Prints a line of its own on rank 0."""
+        """Prints a line of its own on rank 0, as far as the disk of the log takes it."""
         if self._enabled:
-            self._live.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            with suppress(OSError):
+                self._live.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Gives the terminal back."""
@@ -207,39 +210,108 @@ class ProgressLine:
             self._live.stop()
 
 
-class _Lines:
-    """Objects appended to a .jsonl file, whole or not at all, by several processes; what a full disk refuses is kept
-    for the next time."""
+class _Appended:
+    """A file that is appended to whole or not at all; what a full disk refuses is kept for the next time."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
+        self.file = open(path, "a+b", buffering=0)  # noqa: SIM115
         self._refused = b""
-        self._lock = threading.Lock()
 
-    def write(self, *rows: Mapping[str, Any]) -> None:
-        with self._lock, _locked(self._file):
-            data = self._refused + b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-            before = os.fstat(self._file.fileno()).st_size
-            if before and os.pread(self._file.fileno(), 1, before - 1) != b"\n":
-                data = b"\n" + data  # a process died in the middle of a line
-            try:
-                if self._file.write(data) < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self._refused = b""
-            except OSError as error:
-                if not self._refused:
-                    print(f"{self._file.name}: {error}; kept for later", file=sys.stderr, flush=True)
-                self._file.truncate(before)
-                self._refused = data
+    def write(self, data: bytes = b"", mend: bytes = b"") -> None:
+        """Appends what was refused so far and `data`; `mend` goes before both."""
+        data = self._refused + data
+        try:
+            size = os.fstat(self.file.fileno()).st_size
+            if self.file.write(mend + data) < len(mend + data):
+                self.file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._refused = b""
+        except OSError as error:
+            if not self._refused:
+                self._tell(f"{error}; kept for later")
+            self._refused = data
 
     def sync(self) -> None:
         with suppress(OSError):
-            os.fsync(self._file.fileno())
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         if self._refused:
-            self.write()
-        self._file.close()
+            self._tell(f"the last {len(self._refused)} bytes ARE LOST, the disk did not take them")
+        try:
+            self.file.close()
+        except OSError as error:  # what a network file system has put off
+            self._tell(str(error))
+
+    def _tell(self, text: str) -> None:
+        with suppress(OSError):  # the log may lie on the same disk
+            print(f"{self.file.name}: {text}", file=sys.stderr, flush=True)
+
+
+class _Lines:
+    """Objects appended to a .jsonl file by several processes."""
+
+    def __init__(self, path: Path) -> None:
+        self._appended = _Appended(path)
+        self._lock = threading.Lock()
+
+    def write(self, *rows: Mapping[str, Any]) -> None:
+        file = self._appended.file
+        with self._lock, _locked(file):
+            lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+            self._appended.write(lines, mend=b"\n" if _torn(file) else b"")
+
+    def sync(self) -> None:
+        self.write()
+        self._appended.sync()
+
+    def close(self) -> None:
+        self.write()
+        self._appended.close()
+
+
+class _Board:
+    """Curves in a file of TensorBoard's.
+
+    Not by its SummaryWriter: that raises in the training loop what a full disk did to its thread, and leaves half a
+    record, beyond which nothing of the file is read.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Goes on with the curves of a folder; TensorBoard drops the points beyond `step` that earlier starts drew."""
+        folder.mkdir(parents=True, exist_ok=True)
+        # read in the order of their names
+        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._appended = _Appended(folder / name)
+        self._records = RecordWriter(self._appended)
+        self._add(file_version="brain.Event:2")
+        self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def draw(self, tag: str, step: int, values: Mapping[str, Any]) -> None:
+        """Draws one point of each value."""
+        points = [
+            Summary.Value(tag=f"{tag}/{key}", simple_value=value) for key, value in values.items() if key != "step"
+        ]
+        self._add(step=step, summary=Summary(value=points))
+
+    def sync(self) -> None:
+        self._appended.write()
+        self._appended.sync()
+
+    def close(self) -> None:
+        self._appended.write()
+        self._appended.close()
+
+    def _add(self, **event: Any) -> None:
+        self._records.write(Event(wall_time=time.time(), **event).SerializeToString())
+
+
+def _torn(file: IO[bytes]) -> bool:
+    """Whether a process died in the middle of the last line."""
+    with suppress(OSError):
+        size = os.fstat(file.fileno()).st_size
+        return size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+    return False
 
 
 @contextmanager

@@ -258,8 +258,7 @@ def drop_rows(run: Run, phase: Phase, rows: int) -> Tensor | None:
 
 def trace(run: Run, batch: Batch) -> None:
     """Writes down which samples this rank trained on."""
-    with open(run.folder / f"samples-{run.coordinator.rank}.jsonl", "a") as file:
-        file.write(json.dumps({"step": run.state.step + 1, "ids": batch.ids.tolist()}) + "\n")
+    run.recorder.samples(run.state.step + 1, batch.ids.tolist())
 
 
 def after_step(run: Run, phase: Phase, due: Due) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import scaleprog.storage
 import scaleprog.train
 from launchers.local import launch
 from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
-from scaleprog.metrics import read_rows
 from scaleprog.recipe import Recipe
 from scaleprog.storage import committed
 
@@ -117,7 +117,7 @@ def _wrap(fault: Fault, folder: Path) -> None:
         if fault.kind.startswith("kill ") and fault.kind not in ("kill one", "kill all"):
             _in_the_next_save(fault, folder, run.state.step)
         elif fault.kind == "full disk":
-            _fill_disk(fault, folder, run.state.step)
+            _fill_disk(fault, folder, run)
         elif fault.delay:
             threading.Timer(fault.delay, fault.strike, (folder, run.state.step)).start()
         else:
@@ -187,23 +187,27 @@ def _rmtree_of_old(fault: Fault, folder: Path, step: int) -> Callable[..., None]
     return rmtree
 
 
-def _fill_disk(fault: Fault, folder: Path, step: int) -> None:
-    """Fills the file system of the checkpoints (the harness mounts a small one) until a save or more have failed."""
-    (folder / STRUCK).write_text(json.dumps({**asdict(fault), "step": step}))
-    ballast = folder / "checkpoints" / "ballast"
-    with open(ballast, "wb") as file:
-        try:
-            while file.write(bytes(2**16)):
-                file.flush()
-        except OSError:
-            pass
+def _fill_disk(fault: Fault, folder: Path, run: Any) -> None:
+    """Fills the run's file system (the harness mounts a small one) until a save or more have failed."""
+    (folder / STRUCK).write_text(json.dumps({**asdict(fault), "step": run.state.step}))
+    ballast, failed, tell = folder / "ballast", threading.Event(), run.recorder.event
+    for path in (ballast, *folder.glob("*.jsonl")):  # of these, what is left of their last blocks, too
+        with open(path, "ab", buffering=0) as file, suppress(OSError):
+            while file.write(b"\n" * 2**16):
+                pass
+    run.recorder.curve(run.state.step, "ballast", {str(number): 0.0 for number in range(1000)})  # more than a block
+
+    def event(kind: str, **fields: Any) -> None:  # what is told cannot be written down now
+        tell(kind, **fields)
+        if kind == "checkpoint_failed":
+            failed.set()
 
     def make_room() -> None:
-        while not any(event["event"] == "checkpoint_failed" for event in read_rows(folder / "events.jsonl")):
-            time.sleep(0.05)
+        failed.wait()
         time.sleep(fault.delay)
         ballast.unlink()
 
+    run.recorder.event = event
     threading.Thread(target=make_room, daemon=True).start()
 
 

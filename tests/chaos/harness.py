@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -84,6 +84,12 @@ class Chaos:
     def run(self, fault: Fault, ranks: int, name: str) -> Outcome:
         """Trains under the fault to the end. Raises RuntimeError if the run does not end by itself."""
         folder = self.folder / name
+        if fault.kind == "full disk":
+            with small_disk(folder):
+                return self._run(fault, ranks, folder)
+        return self._run(fault, ranks, folder)
+
+    def _run(self, fault: Fault, ranks: int, folder: Path) -> Outcome:
         if fault.kind in SLURM_KINDS:
             assert self.cluster is not None
             on_slurm.run(self.cluster, fault, self.recipe, folder, ranks)
@@ -91,7 +97,7 @@ class Chaos:
             self._train(fault, ranks, folder)
         events = read_rows(folder / "events.jsonl")
         struck = folder / STRUCK
-        outcome = Outcome(
+        return Outcome(
             fault, ranks,
             step=json.loads(struck.read_text())["step"] if struck.exists() else -1,
             starts=sum(event["event"] == "start" for event in events),
@@ -99,16 +105,9 @@ class Chaos:
             told=", ".join(sorted({event["event"] for event in events} & set(TOLD))),
             wrong=differences(self.recipe, folder, self.reference(ranks)),
         )  # fmt: skip
-        if fault.kind == "full disk":
-            subprocess.run(["umount", str(folder / "checkpoints")], check=True)
-        return outcome
 
     def _train(self, fault: Fault, ranks: int, folder: Path) -> None:
         """By `scaleprog train`, again and again until it is finished."""
-        if fault.kind == "full disk":
-            (folder / "checkpoints").mkdir(parents=True)
-            mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "chaos", str(folder / "checkpoints")]
-            subprocess.run(mount, check=True)
         for starts in range(1, STARTS + 1):
             done = self._start(folder, ranks, fault)
             if done.returncode == 0:
@@ -127,6 +126,17 @@ class Chaos:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A file system of DISK bytes at `folder`; only root can mount it."""
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "chaos", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def draw(runs: int, seed: int, slurm: bool = True) -> list[tuple[Fault, int]]:

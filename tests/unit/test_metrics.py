@@ -2,14 +2,17 @@
 
 import json
 import multiprocessing
-import time
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 
-from scaleprog.metrics import Recorder, StepTimer, read_rows
+from scaleprog.metrics import ProgressLine, Recorder, StepTimer, read_rows
 from scaleprog.sharding.coordinator import Coordinator
 from tests.compare import curves
 
@@ -107,7 +110,6 @@ def test_curves_of_every_rank_go_on_without_doubled_points(tmp_path: Path) -> No
         train(record, *range(1, 9))
         record.sync()  # and never closed: it was killed
     assert steps(board / "rank_1") == {"rank/step_seconds": [2, 4, 6, 8], "rank/data_wait_seconds": [2, 4, 6, 8]}
-    time.sleep(1.1)  # TensorBoard reads files in the order of their names, which tell the second
     for rank in range(2):
         record = recorder(tmp_path, rank, world=2, generation=2, step=5)
         train(record, *range(6, 11))
@@ -117,8 +119,83 @@ def test_curves_of_every_rank_go_on_without_doubled_points(tmp_path: Path) -> No
         assert points == {"rank/step_seconds": [2, 4, 6, 8, 10], "rank/data_wait_seconds": [2, 4, 6, 8, 10]}
     assert steps(board)["train/loss"] == [2, 4, 6, 8, 10]
     assert not {"train/time", "train/images", "train/phase", "train/step"} & steps(board).keys()
-    time.sleep(1.1)
     alone = recorder(tmp_path, generation=3, step=7)  # the second rank is gone
     alone.close()
     for folder in (board, board / "rank_0", board / "rank_1"):
         assert {tuple(points) for points in steps(folder).values()} == {(2, 4, 6)}
+
+
+@contextmanager
+def full_beyond(size: int) -> Iterator[None]:
+    """Inside, no file can grow beyond `size` bytes: the kernel takes what fits and refuses the rest."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def board_size(folder: Path) -> int:
+    return max(file.stat().st_size for file in folder.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("half_a_record", [0, 30])
+def test_a_full_disk_stops_no_step_and_costs_no_point(
+    half_a_record: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = tmp_path / "tensorboard"
+    record = recorder(tmp_path, world=2)
+    train(record, *range(1, 5))
+    record.sync()
+    with full_beyond(min(map(board_size, (board, board / "rank_0"))) + half_a_record):
+        for step in range(5, 9):
+            train(record, step)
+            record.samples(step, list(range(100)))
+            record.event("checkpoint_failed", step=step)
+            record.sync()
+        record.curve(8, "search", {"loss_r32_l4": 1.5})
+        record.evaluation(8, {"top1": 50.0})
+        record.sync()
+        assert set(steps(board)["train/loss"]) == {2, 4}, "it is full"
+    told = capsys.readouterr().err
+    assert told.count("events.out.tfevents") == 2, "each board says so, once"
+    assert "kept for later" in told
+    train(record, 9, 10)
+    record.close()
+    assert steps(board)["train/loss"] == [2, 4, 6, 8, 10]
+    assert steps(board)["search/loss_r32_l4"] == steps(board)["evaluation/top1"] == [8]
+    assert steps(board / "rank_0")["rank/step_seconds"] == [2, 4, 6, 8, 10]
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
+    assert [row["step"] for row in read_rows(tmp_path / "samples-0.jsonl")] == [5, 6, 7, 8]
+    assert [row["step"] for row in read_rows(tmp_path / "events.jsonl")] == [5, 6, 7, 8]
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_refused_to_the_end_is_lost_aloud_and_drawn_by_the_next_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = recorder(tmp_path)
+    train(record, *range(1, 5))
+    with full_beyond(board_size(tmp_path / "tensorboard") + 30):
+        train(record, *range(5, 9))
+        record.close()
+    assert "ARE LOST" in capsys.readouterr().err
+    again = recorder(tmp_path, step=4, generation=2)
+    train(again, *range(5, 9))
+    again.close()
+    assert steps(tmp_path / "tensorboard")["train/loss"] == [2, 4, 6, 8]
+
+
+def test_a_log_on_a_full_disk_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = open("/dev/full", "w")  # noqa: SIM115  # closing it would raise, too
+    monkeypatch.setattr(sys, "stderr", log)
+    ProgressLine(total=8, step=0, enabled=True).say("NO CHECKPOINT of step 4")
+    record = recorder(tmp_path)
+    train(record, *range(1, 5))
+    with full_beyond(board_size(tmp_path / "tensorboard")):
+        train(record, *range(5, 9))
+    record.close()
+    with pytest.raises(OSError, match="No space left"):
+        log.close()
