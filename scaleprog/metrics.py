@@ -77,7 +77,8 @@ class Recorder:
         self._metrics = _Lines(run / "metrics.jsonl")
         self._board = _Board(board, step - due)
         if due:
-            self._draw_step(read_rows(run / "metrics.jsonl")[-1])
+            for row in read_rows(run / "metrics.jsonl")[-1:]:
+                self._draw_step(row)
         for folder in board.glob("rank_*"):  # of ranks that an earlier start had and this one has not
             if world == 1 or int(folder.name[5:]) >= world:
                 _Board(folder, step).close()

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -90,7 +90,8 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
     if finished and (results := coordinator.on_rank_0("results", lambda: read_results(folder))) is not None:
         progress.say(f"{folder} is finished: {state.step} steps")
         return results
-    recorder = Recorder(folder, coordinator, claim.generation, state.step, recipe.train.log_every, due=bool(state.due))
+    with claim.fence() if rank == 0 else nullcontext():  # a start that was superseded meanwhile cuts nothing back
+        recorder = Recorder(folder, coordinator, claim.generation, state.step, recipe.train.log_every, bool(state.due))
     watch = Watch(coordinator, partial(tell_signal, recorder, checkpoints, state), partial(leave_at_once, recorder),
                   recipe.checkpoint.every_minutes, deadline())  # fmt: skip
     run = Run(folder, recipe, plan, coordinator, claim, backend, reader, checkpoints, watch, recorder, progress, state)
