@@ -49,7 +49,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = saving(Path(folder), options.saves) + agreement(Path(folder)) + leaving(Path(folder))
-    text = "| | |\n|---|---|\n" + "".join(f"| {what} | {value} |\n" for what, value in rows)
+    method = (__doc__ or "").strip().rpartition("\n\n")[2]
+    text = f"{method} {os.cpu_count()} CPU cores.\n\n| | |\n|---|---|\n" + "".join(f"| {what} | {value} |\n" for what, value in rows)
     options.out.write_text(text)
     print(text)
 

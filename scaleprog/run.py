@@ -128,9 +128,11 @@ def tell_signal(recorder: Recorder, checkpoints: Checkpoints, state: RunState, n
 
 def leave_at_once(recorder: Recorder) -> None:
     """What a second signal does: the last checkpoint has to do; runs in a thread."""
-    recorder.own_event("hurried")
-    print("a second signal: leaving without a checkpoint of this step", file=sys.stderr, flush=True)
-    os._exit(EXIT_CODE)
+    try:
+        recorder.own_event("hurried")
+        print("a second signal: leaving without a checkpoint of this step", file=sys.stderr, flush=True)
+    finally:
+        os._exit(EXIT_CODE)
 
 
 # ---- clocks
