@@ -50,7 +50,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = saving(Path(folder), options.saves) + agreement(Path(folder)) + leaving(Path(folder))
     method = (__doc__ or "").strip().rpartition("\n\n")[2]
-    text = f"{method} {os.cpu_count()} CPU cores.\n\n| | |\n|---|---|\n" + "".join(f"| {what} | {value} |\n" for what, value in rows)
+    table = "".join(f"| {what} | {value} |\n" for what, value in rows)
+    text = f"{method} {os.cpu_count()} CPU cores.\n\n| | |\n|---|---|\n{table}"
     options.out.write_text(text)
     print(text)
 
