@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from scaleprog.errors import Unavailable
 
 FORK = multiprocessing.get_context("fork")  # shares the cached shards
 POLL_SECONDS = 1.0
+START_SECONDS = 20.0  # after which a worker that has not begun is taken to hang
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Stream:
 
     Raises:
         Exception: while iterating: what `produce` raised, of the same type.
-        DataError: while iterating: a worker died.
+        Unavailable: while iterating: a worker died.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class _Worker:
         prefetch: int,
         largest: tuple[int, int, int, int],
     ) -> None:
+        self._produce, self._part, self._parts = produce, part, parts
         rows, self._channels, *_ = largest
         self._slots = prefetch
         self._images = _shared((prefetch, math.prod(largest)), torch.float32)
@@ -121,10 +124,15 @@ class _Worker:
         self._shapes = _shared((prefetch, 2), torch.int64).numpy()  # rows, resolution; no rows: the end, or an error
         self._free = FORK.Semaphore(prefetch)
         self._filled = FORK.Semaphore(0)
-        self._errors, errors = FORK.Pipe(duplex=False)
+        self._begun = _shared((1,), torch.int64).numpy()
         self._next = 0
-        self._process = FORK.Process(target=self._fill, args=(produce, part, parts, errors), daemon=True)
+        self._fork()
+
+    def _fork(self) -> None:
+        self._errors, errors = FORK.Pipe(duplex=False)
+        self._process = FORK.Process(target=self._fill, args=(errors,), daemon=True)
         self._process.start()
+        self._forked = time.monotonic()
         errors.close()
 
     def take(self) -> tuple[Tensor, Tensor]:
@@ -136,6 +144,14 @@ class _Worker:
             Exception: what the producer raised.
         """
         while not self._filled.acquire(timeout=POLL_SECONDS):
+            if not self._begun[0] and time.monotonic() - self._forked > START_SECONDS:
+                # Python 3.11 itself hangs in a fork that meets a thread of C++ which just enters Python (seen with gdb:
+                # PyOS_AfterFork_Child waits for the lock of the thread states); what it was to do can be done anew
+                self._process.kill()
+                self._process.join()
+                if not self._begun[0]:
+                    self.join()
+                    self._fork()
             if not self._process.is_alive() and not self._filled.acquire(block=False):
                 raise Unavailable(
                     f"a decoding worker died (exit code {self._process.exitcode}); "
@@ -153,7 +169,11 @@ class _Worker:
         self._free.release()
 
     def terminate(self) -> None:
-        self._process.terminate()
+        """Ends the process; by KILL where it still has the rank's handlers, by which a TERM would reach the rank."""
+        if self._begun[0]:
+            self._process.terminate()
+        else:
+            self._process.kill()
 
     def join(self) -> None:
         """Waits for the process to end."""
@@ -161,10 +181,11 @@ class _Worker:
         self._process.close()
         self._errors.close()
 
-    def _fill(self, produce: Callable[[int, int], Iterator[Batch]], part: int, parts: int, errors: Connection) -> None:
+    def _fill(self, errors: Connection) -> None:
         """What the process does."""
         rank_process = os.getppid()
         _settle(rank_process)
+        self._begun[0] = 1
         slot = 0
 
         def await_slot() -> None:
@@ -174,7 +195,7 @@ class _Worker:
 
         end: BaseException = StopIteration()
         try:
-            for batch in produce(part, parts):
+            for batch in self._produce(self._part, self._parts):
                 rows, _, resolution, _ = batch.images.shape
                 await_slot()
                 self._shapes[slot] = rows, resolution
