@@ -5,8 +5,6 @@ the directory over with a number higher than the last, its generation; an older 
 a checkpoint finds the higher number and must leave. Two jobs on one directory are a mistake; the second is told so.
 """
 
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -20,7 +18,7 @@ from typing import Any
 
 from scaleprog import queue
 from scaleprog.errors import CheckpointError, Superseded, Unavailable
-from scaleprog.files import write_whole
+from scaleprog.files import lock, unlock, write_whole
 from scaleprog.recipe import Recipe
 from scaleprog.sharding.coordinator import Coordinator
 
@@ -170,19 +168,11 @@ def _lock(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be a run directory: {error}") from error
     with file:
-        give_up = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    break  # a file system without locks: the generation number alone decides
-                if time.monotonic() > give_up:
-                    raise Unavailable(f"{folder}: another process holds its lock") from error
-                time.sleep(0.05)
+        try:
+            lock(file, LOCK_SECONDS, pause=0.05)  # on a file system without locks the generation number alone decides
+        except TimeoutError as error:
+            raise Unavailable(f"{folder}: another process holds its lock") from error
         try:
             yield
-        finally:  # closing is not enough: a worker that was forked meanwhile has the file open, too
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_UN)
+        finally:
+            unlock(file)

@@ -1,7 +1,6 @@
 """What a run tells: metrics.jsonl and TensorBoard (each step once, over restarts), events.jsonl, a progress line."""
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -21,7 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 
-from scaleprog.files import write_whole
+from scaleprog.files import lock, unlock, write_whole
 from scaleprog.sharding.coordinator import Coordinator
 
 PLAIN_EVERY = 15.0  # seconds between two progress lines where the output is no terminal
@@ -318,20 +317,12 @@ def _torn(file: IO[bytes]) -> bool:
 @contextmanager
 def _locked(file: IO[bytes]) -> Iterator[None]:
     """Keeps other processes from writing inside: on NFS two hosts that append at once write over each other."""
-    give_up = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES) or time.monotonic() > give_up:
-                break  # a file system without locks, or a holder that hangs: a line is worth the risk
-            time.sleep(0.002)
+    with suppress(TimeoutError):  # a holder that hangs: a line is worth the risk
+        lock(file, LOCK_SECONDS, pause=0.002)
     try:
         yield
     finally:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_UN)
+        unlock(file)
 
 
 def _truncate(path: Path, step: int, due: bool) -> dict[str, Any]:
