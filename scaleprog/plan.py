@@ -28,6 +28,7 @@ class Plan:
     @classmethod
     def of(cls, recipe: Recipe, world: int) -> "Plan":
         """Checks a recipe against its model, its shards and the number of ranks. Raises RecipeError or DataError."""
+        recipe.sharding.check_world(world)
         manifest = Manifest.load(recipe.data.path).first("train", recipe.data.shards)
         manifest.verify_sizes("train")
         manifest.verify_sizes("val")

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +13,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from scaleprog.growth.operators import LayerMap, Weights
 from scaleprog.models.elastic import Active, ElasticModel, ModelSettings, Structure
 from scaleprog.optim import MOMENTS, OptimizerSettings, build_optimizer
-from scaleprog.settings import Settings
 from scaleprog.sharding.ema import Ema, EmaSettings, shards
-
-
-class ShardingSettings(Settings):
-    """`engine`: `fsdp` (FSDP2: parameters, gradients, moments and EMA sharded) or `replicated` (one process, or DDP);
-    `precision`: of forward and backward; master weights, moments and EMA are always fp32."""
-
-    engine: Literal["fsdp", "replicated"] = "fsdp"
-    precision: Literal["fp32", "bf16"] = "fp32"
+from scaleprog.sharding.settings import ShardingSettings
 
 
 @dataclass

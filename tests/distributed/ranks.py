@@ -13,9 +13,9 @@ from scaleprog.models import family
 from scaleprog.models.elastic import ModelSettings, drop_scales
 from scaleprog.optim import OptimizerSettings
 from scaleprog.sharding import ENGINES, Backend
-from scaleprog.sharding.backend import ShardingSettings
 from scaleprog.sharding.coordinator import Coordinator, process_group
 from scaleprog.sharding.ema import EmaSettings
+from scaleprog.sharding.settings import ShardingSettings
 
 MODEL = ModelSettings(name="vit_tiny_patch16_224", classes=10, channels=1, resolution=28, patch=4, width=32, depth=8,
                       heads=2, drop_path=0.1)  # fmt: skip

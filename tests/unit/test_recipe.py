@@ -232,7 +232,7 @@ def test_one_stray_letter_in_any_key_is_told_with_the_right_key(key: str, at: in
         ("augment.scale=[1, 0.5]", "augment: scale must be two positive numbers, the lower first, not (1.0, 0.5)"),
         ("augment.randaugment=strong", "augment: randaugment: 'strong' is not understood by timm, e.g. "
          "rand-m9-mstd0.5-inc1"),
-        ("sharding.engine=fspd", "sharding.engine: Input should be 'fsdp' or 'replicated', got 'fspd'"),
+        ("sharding.engine=fspd", "sharding.engine: Input should be 'fsdp', 'hsdp', 'zero' or 'replicated', got 'fspd'"),
         ("evaluate.every=0", "evaluate.every: Input should be greater than 0, got 0"),
         ("checkpoint.keep=0", "checkpoint.keep: Input should be greater than or equal to 1, got 0"),
     ],
