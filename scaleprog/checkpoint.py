@@ -19,7 +19,20 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from scaleprog.errors import CheckpointError, OtherFormat, Unavailable
 from scaleprog.settings import Settings
 from scaleprog.sharding.coordinator import Coordinator
-from scaleprog.storage import FileList, committed, digest_files, prepare, publish, reason, retire, step_of, tidy, verify
+from scaleprog.sharding.spread import Part
+from scaleprog.storage import (
+    FileList,
+    committed,
+    digest_files,
+    flat,
+    prepare,
+    publish,
+    reason,
+    retire,
+    step_of,
+    tidy,
+    verify,
+)
 
 
 class CheckpointSettings(Settings):
@@ -87,7 +100,7 @@ class Checkpoints:
         self,
         step: int,
         state: Mapping[str, Any],
-        tensors: dict[str, Tensor],
+        parts: Mapping[str, Part],
         protect: Collection[int] = (),
         permanent: bool = False,
     ) -> None:
@@ -101,7 +114,9 @@ class Checkpoints:
         """
         began = time.monotonic()
         self.wait()
-        staged, state = self._stager.stage(tensors), copy.deepcopy(dict(state))  # complete when these return
+        copies = cast(dict[str, Tensor], self._stager.stage({name: part.tensor for name, part in parts.items()}))
+        staged = {name: flat(part, copies[name]) for name, part in parts.items()}
+        state = copy.deepcopy(dict(state))
         stall = time.monotonic() - began
         self._writing = self._writer.submit(self._write, step, state, staged, stall, tuple(protect), permanent)
 

@@ -45,10 +45,10 @@ def export_run(run: Path, out: Path) -> str:
         backend, state = _restored(run, recipe, coordinator, device)
         ema, chosen = _better(state, len(recipe.ema.momenta))
         whole = backend.gather(ema)
-    model = backend.family(recipe.model, backend.network.structure)
+    model = backend.family(recipe.model, backend.structure)
     model.load_state_dict(whole)
     model.fold_gates()
-    arguments = model.arguments(recipe.model, backend.network.structure.depths)
+    arguments = model.arguments(recipe.model, backend.structure.depths)
     tensors = {name: tensor.contiguous() for name, tensor in model.net.state_dict().items()}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """AdamW, its parameter groups and the learning-rate schedule."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -35,20 +36,40 @@ def learning_rate(settings: OptimizerSettings, position: int, steps: int, warmup
     return settings.min_lr + (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def build_optimizer(
-    parameters: Mapping[str, Tensor], undecayed: set[str], settings: OptimizerSettings
-) -> torch.optim.AdamW:
-    """A new AdamW over `parameters` by name; no weight decay on vectors (biases, norms, gates) and on `undecayed`.
+@dataclass(frozen=True)
+class Group:
+    """Parameters, by name, that AdamW treats alike; `steps`: those behind their moments."""
 
-    Its moments exist from the start, as the zeros that the first step would create: state in and out has one form.
-    """
-    decayed = [p for name, p in parameters.items() if p.ndim > 1 and name not in undecayed]
-    others = [p for name, p in parameters.items() if p.ndim <= 1 or name in undecayed]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
-    for parameter in parameters.values():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
-        }
-    return optimizer
+    names: tuple[str, ...]
+    weight_decay: float
+    steps: float
+
+
+def alike(
+    shapes: Mapping[str, torch.Size], undecayed: set[str], settings: OptimizerSettings, steps: Mapping[str, float]
+) -> list[Group]:
+    """The groups of a network: no weight decay on vectors (biases, norms, gates) and `undecayed`; 0 steps if unnamed."""
+    groups: dict[tuple[bool, float], list[str]] = {}
+    for name, shape in shapes.items():
+        vector = len(shape) <= 1 or name in undecayed
+        groups.setdefault((vector, steps.get(name, 0.0)), []).append(name)
+    return [
+        Group(tuple(names), 0.0 if vector else settings.weight_decay, taken)
+        for (vector, taken), names in sorted(groups.items())
+    ]
+
+
+def adamw(groups: Sequence[Group], parameters: Mapping[str, Tensor], settings: OptimizerSettings) -> torch.optim.AdamW:
+    """A new AdamW over `parameters` by name."""
+    return torch.optim.AdamW(
+        [{"params": [parameters[name] for name in g.names], "weight_decay": g.weight_decay} for g in groups],
+        lr=settings.lr, betas=settings.betas, fused=True,
+    )  # fmt: skip
+
+
+def moments(like: Tensor, steps: float) -> dict[str, Tensor]:
+    """AdamW's state of a parameter, from the start as the zeros that the first step would create: it has one form."""
+    return {
+        "step": torch.tensor(steps, dtype=torch.float32, device=like.device),
+        **{moment: torch.zeros_like(like, requires_grad=False) for moment in MOMENTS},
+    }

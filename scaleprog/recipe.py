@@ -22,9 +22,10 @@ from scaleprog.sharding.ema import EmaSettings
 from scaleprog.sharding.settings import ShardingSettings
 
 # Keys that may change between two starts of one run: they alter speed or bookkeeping, never the weights.
-FREE = ("train.max_steps", "train.log_every", "train.micro_batch", "data.path", "data.workers", "data.prefetch", "data.cache",
-        "data.trace", "sharding.engine", "sharding.stage", "sharding.shard", "sharding.offload",
-        "sharding.reshard_after_forward", "sharding.recompute", "sharding.compile", "checkpoint", "evaluate.batch")  # fmt: skip
+FREE = ("train.max_steps", "train.log_every", "train.micro_batch", "data.path", "data.workers", "data.prefetch",
+        "data.cache", "data.trace", "sharding.engine", "sharding.stage", "sharding.shard", "sharding.offload",
+        "sharding.reshard_after_forward", "sharding.recompute", "sharding.compile", "checkpoint",
+        "evaluate.batch")  # fmt: skip
 
 
 class TrainSettings(Settings):
@@ -34,7 +35,7 @@ class TrainSettings(Settings):
     epochs: float = Field(gt=0)
     batch: int = Field(ge=1)
     micro_batch: int | None = Field(default=None, ge=1)
-    """Most images of a rank in one forward and backward; where its part of the batch is larger, gradients accumulate."""
+    """Most images of a rank in one forward and backward; of a larger part of the batch, gradients are accumulated."""
     max_steps: int | None = Field(default=None, ge=1)
     log_every: int = Field(default=20, ge=1)
 

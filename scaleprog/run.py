@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.plan import Plan
 from scaleprog.preemption import Watch
 from scaleprog.recipe import Recipe
-from scaleprog.sharding import ENGINES, Backend
+from scaleprog.sharding import Backend, Engine, engine
 from scaleprog.sharding.coordinator import Coordinator
 from scaleprog.state import RunState
 from scaleprog.storage import load_tensors, read_state
@@ -57,16 +58,15 @@ def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: Pr
     return state
 
 
-def make_backend(engine: str, recipe: Recipe, family: type[ElasticModel], device: torch.device) -> Backend:
+def make_backend(name: Engine, recipe: Recipe, family: type[ElasticModel], device: torch.device) -> Backend:
     """A backend of the given engine for a recipe's model, without a network yet."""
-    return ENGINES[engine](family, recipe.model, recipe.optimizer, recipe.ema, recipe.sharding, device, recipe.seed)
+    return engine(name)(family, recipe.model, recipe.optimizer, recipe.ema, recipe.sharding, device, recipe.seed)
 
 
 def load_network(checkpoint: Path, state: RunState, backend: Backend, elastic: bool) -> None:
     """Builds the network that a checkpoint holds, with everything that follows it."""
     backend.growths = state.growths
-    backend.rebuild(Structure(state.gated), elastic)
-    load_tensors(checkpoint, backend.state())
+    backend.restore(Structure(state.gated), elastic, partial(load_tensors, checkpoint))
 
 
 # ---- checkpoints

@@ -21,9 +21,10 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 import scaleprog
 from scaleprog.errors import CheckpointError, OtherFormat, Unavailable
 from scaleprog.files import sync_folder
+from scaleprog.sharding.spread import Part
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 
 FileList = dict[str, tuple[int, str]]
 """Name -> (bytes, SHA-256)."""
@@ -45,15 +46,33 @@ def read_state(path: Path) -> dict[str, Any]:
     return _manifest(path)["state"]
 
 
-def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Reads a checkpoint into `tensors` in place, however it and they are sharded. Raises CheckpointError."""
+def load_tensors(path: Path, parts: Mapping[str, Part]) -> None:
+    """Reads a checkpoint into `parts` in place, however it and they are spread. Raises CheckpointError."""
     try:
-        dcp.load(tensors, storage_reader=_Reader(path))
+        dcp.load({name: flat(part) for name, part in parts.items()}, storage_reader=_Reader(path))
     except (OSError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
         failures = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
         if any(isinstance(cause, OSError) for cause in failures):
             raise Unavailable(f"{path}: cannot be read: {reason(error)}") from error
         raise CheckpointError(f"{path}: does not fit this run: {reason(error)}") from error
+
+
+def flat(part: Part, tensor: Tensor | None = None) -> Tensor:
+    """A part (or `tensor`, a copy of it) as DCP takes it: 1-D, with the attributes of DCP's CheckpointableTensor.
+
+    So a checkpoint holds every tensor flattened, whatever the shapes in which an engine had cut it.
+    """
+    local = (part.tensor if tensor is None else tensor).view(-1)
+    held = local.numel() > 0
+    attributes = {
+        "global_shape": (part.numel,),
+        "global_offsets": ((part.start,),) * held,
+        "local_offsets": ((0,),) * held,
+        "local_sizes": ((local.numel(),),) * held,
+    }
+    for name, value in attributes.items():
+        setattr(local, name, value)
+    return local
 
 
 def verify(path: Path) -> None:

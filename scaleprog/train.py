@@ -190,7 +190,7 @@ def enter(run: Run, phases: list[Phase], index: int) -> None:
             depth=phase.network.depth, sources=sources, weights=layer_map.rest, seconds=time.perf_counter() - began,
         )  # fmt: skip
         run.progress.say(f"stage {phase.stage} {phase.kind}: {', '.join(map(str, phase.candidates))}")
-    state.phase, state.growths, state.gated = index, backend.growths, backend.network.structure.gated
+    state.phase, state.growths, state.gated = index, backend.growths, backend.structure.gated
     state.measured, state.step_seconds = [], {}
     if phase.start in measuring_steps(run, phase):
         state.due = ["measurement"]
@@ -231,7 +231,7 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
     )  # fmt: skip
     logits = backend.forward(images, active, drop)
     loss = F.cross_entropy(logits.float(), targets)
-    loss.backward()
+    backend.backward(loss)
     grad_norm = backend.step(lr)
     timer.stop()
 

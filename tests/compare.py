@@ -8,12 +8,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scaleprog.metrics import read_rows
 from scaleprog.models import family
-from scaleprog.models.elastic import Structure
 from scaleprog.recipe import Recipe
-from scaleprog.run import make_backend
+from scaleprog.run import load_network, make_backend
 from scaleprog.sharding.coordinator import process_group
 from scaleprog.state import RunState
-from scaleprog.storage import committed, load_tensors, read_state
+from scaleprog.storage import committed, read_state
 
 CLOCK = (  # differ by nature
     "step_seconds", "data_wait_seconds", "images_per_second", "cpu_seconds", "train_seconds", "time"
@@ -46,9 +45,8 @@ def final_tensors(folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
     state = RunState.from_json(read_state(newest))
     with process_group() as (_, device):
         backend = make_backend("replicated", recipe, family(recipe.model)[0], device)
-        backend.rebuild(Structure(state.gated), elastic=False)
-        load_tensors(newest, backend.state())
-        return backend.state()
+        load_network(newest, state, backend, elastic=False)
+        return {name: part.tensor for name, part in backend.state().items()}
 
 
 def final_state(folder: Path) -> dict[str, Any]:

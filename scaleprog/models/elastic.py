@@ -9,6 +9,7 @@ import timm
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from scaleprog.errors import RecipeError
 from scaleprog.growth.operators import LayerMap
@@ -92,6 +93,8 @@ class ElasticModel(nn.Module, ABC):
 
     def __init__(self, settings: ModelSettings, structure: Structure) -> None:
         super().__init__()
+        self.structure = structure
+        self.recompute = False  # a layer's activations in backward, instead of keeping them
         self.net = self.create(settings, structure.depths)
         for layers, gates in zip(self.groups(), structure.gated, strict=True):
             for layer, gated in zip(layers, gates, strict=True):
@@ -139,7 +142,17 @@ class ElasticModel(nn.Module, ABC):
         for i, ends in enumerate(self._residuals):
             for j, end in enumerate(ends):
                 end.scale = None if drop is None else drop[i, j]
-        return self.run(images, active or tuple(tuple(range(len(group))) for group in self.groups()))
+        return self.run(images, active or self.all_active())
+
+    def all_active(self) -> Active:
+        """Every layer of each group."""
+        return tuple(tuple(range(len(group))) for group in self.groups())
+
+    def run_layer(self, layer: nn.Module, tokens: Tensor) -> Tensor:
+        """What a family calls a layer by."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, tokens, use_reentrant=False)
+        return layer(tokens)
 
     def groups(self) -> tuple[Sequence[nn.Module], ...]:
         """The layers of each group, in order."""

@@ -60,7 +60,7 @@ class ElasticViT(ElasticModel):
         net = self.net
         tokens = net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(images))))
         for position in active[0]:
-            tokens = net.blocks[position](tokens)
+            tokens = self.run_layer(net.blocks[position], tokens)
         return net.forward_head(net.norm(tokens))
 
     @torch.no_grad()

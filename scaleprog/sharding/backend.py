@@ -1,40 +1,50 @@
-"""The contract between training and what spreads a model over ranks: wrap, step, regrow, EMA, state in and out."""
+"""The contract between training and what spreads a model over ranks: build, step, regrow, EMA, state in and out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+import torch.distributed as dist
+from torch import Tensor
 
 from scaleprog.growth.operators import LayerMap, Weights
 from scaleprog.models.elastic import Active, ElasticModel, ModelSettings, Structure
-from scaleprog.optim import MOMENTS, OptimizerSettings, build_optimizer
-from scaleprog.sharding.ema import Ema, EmaSettings, shards
+from scaleprog.optim import MOMENTS, OptimizerSettings
+from scaleprog.sharding.ema import Ema, EmaSettings
 from scaleprog.sharding.settings import ShardingSettings
+from scaleprog.sharding.spread import Part, Spread, move
+
+Moments = dict[str, Tensor]
+"""AdamW's state of one parameter: `exp_avg` and `exp_avg_sq`, this rank's elements, 1-D; `step`, 0-d."""
 
 
 @dataclass
 class Network:
-    """A wrapped model and everything that follows it, as one backend holds it: all tensors by full parameter name."""
+    """A model that an engine has spread over the ranks, and everything that follows it, by full parameter name.
 
-    structure: Structure
+    Tensors are fp32, 1-D, and hold this rank's elements, as `spreads` says; writing into them changes the network.
+    """
+
     elastic: ElasticModel  # the model itself
-    wrapped: nn.Module  # what is called: the model, or what an engine put around it
-    parameters: dict[str, Tensor]
-    optimizer: torch.optim.AdamW
-    emas: list[Ema]
+    forward: Callable[..., Tensor]  # the model, or what an engine put around it
+    shapes: dict[str, torch.Size]
+    spreads: dict[str, Spread]
+    weights: dict[str, Tensor]
+    moments: dict[str, Moments]
+    emas: list[Ema] = field(default_factory=list)
 
 
 class Backend(ABC):
     """One elastic model, its AdamW and its momentum networks, spread over the ranks of the default process group.
 
-    A subclass says how a model is wrapped; layer maps, steps and state are the same for all engines that keep
-    parameters as plain tensors or DTensors. There is no network until the first `regrow` or `rebuild`.
+    A subclass says where parameters lie and how a step is taken; layer maps, EMA and state are the same for all
+    engines. There is no network until the first `regrow` or `restore`.
     """
+
+    group: dist.ProcessGroup | None = None
+    """The ranks that one copy of the network is spread over; None: each rank has it whole."""
 
     def __init__(
         self,
@@ -52,74 +62,107 @@ class Backend(ABC):
         self.growths = 0  # networks built so far; fresh layers draw from (seed, growths)
         self._network: Network | None = None
 
-    @abstractmethod
-    def wrap(self, model: ElasticModel, elastic: bool) -> tuple[nn.Module, dict[str, Tensor]]:
-        """Gives the meta-device `model` storage on this rank's device and its place among the ranks.
+    # ---- what an engine is
 
-        Returns what is to be called and the parameters by name; their values are still undefined. `elastic`: steps may
-        skip layers, on all ranks alike.
+    @abstractmethod
+    def build(self, model: ElasticModel, steps: Mapping[str, float], elastic: bool) -> Network:
+        """Gives the meta-device `model` storage and its place among the ranks; no EMAs yet, values undefined.
+
+        `steps`: AdamW steps behind each parameter's moments, 0 where not named; `elastic`: training steps may skip
+        layers, on all ranks alike.
         """
 
     @abstractmethod
     def settle(self) -> None:
-        """Forgets whatever the engine cached of the parameters' values, before or after they change outside a step."""
+        """Makes the model compute with the weights as they are now, after they changed outside a step or were used
+        without a backward; all ranks call it."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of this rank's `loss`, 0-d, to those since the last step; ranks are averaged."""
+
+    @abstractmethod
+    def update(self, lr: float) -> Tensor:
+        """One clipped AdamW step on the gradients, which are then gone. Returns their norm, 0-d.
+
+        Layers that took no part have zero gradients: their moments decay and weight decay acts, in every engine.
+        """
+
+    def release(self) -> None:  # noqa: B027 - most engines hold nothing
+        """Lets go of whatever would outlive the network: it is about to be replaced."""
+
+    # ---- growth
 
     @property
     def network(self) -> Network:
         """The present network."""
-        assert self._network is not None, "no network yet: regrow or rebuild first"
+        assert self._network is not None, "no network yet: regrow or restore first"
         return self._network
 
-    # ---- growth
+    @property
+    def structure(self) -> Structure:
+        """The present network's structure."""
+        return self.network.elastic.structure
 
     def regrow(self, layer_map: LayerMap, *, inherit: bool, elastic: bool) -> None:
-        """Replaces the network by the one that `layer_map` describes, without communication.
+        """Replaces the network by the one that `layer_map` describes.
 
         Online weights come from where the map says; every EMA grows from itself by the same map; AdamW starts anew, or
         with `inherit` takes the moments of each layer's source. Without a network all of `layer_map` must be fresh.
+        Elements move between ranks only where the two networks are spread differently.
         """
         old = self._network
-        structure = old.structure.after(layer_map) if old else Structure.plain(layer_map.depths)
+        structure = old.elastic.structure.after(layer_map) if old else Structure.plain(layer_map.depths)
         self.growths += 1
-        new = self.rebuild(structure, elastic)
-        fresh = self._fresh(structure) if _has_fresh(layer_map) else {}
-        for name, target in new.parameters.items():
-            weights, source, closed = self._source(name, layer_map)
-            followers = [ema.weights[name] for ema in new.emas]
-            if closed:
-                _fill([target, *followers], 0.0)
-            elif source is None:
-                for tensor in (target, *followers):
-                    _copy_full(tensor, fresh[name])
+        model = self._on_meta(structure)
+        origins = {name: _origin(model, name, layer_map) for name, _ in model.named_parameters()}
+        steps = {}
+        if old and inherit:
+            steps = {n: float(old.moments[o.source]["step"]) for n, o in origins.items() if o.source is not None}
+        new = self._replace(model, steps, elastic)
+        fresh = self._fresh(structure) if any(o.source is None and not o.closed for o in origins.values()) else {}
+        for name, origin in origins.items():
+            targets = [new.weights[name], *(ema.weights[name] for ema in new.emas)]
+            if origin.closed:
+                _fill(targets, 0.0)
+            elif origin.source is None:
+                _fill_from(targets, fresh[name], new.spreads[name].part(self._rank))
             else:
                 assert old is not None, "the first network must be fresh"
-                online = old.emas[self.ema.grow_from].weights if weights == "ema" else old.parameters
-                _copy([target, *followers], [online[source], *(ema.weights[source] for ema in old.emas)])
+                source = origin.source
+                online = old.emas[self.ema.grow_from].weights if origin.weights == "ema" else old.weights
+                sources = [online[source], *(ema.weights[source] for ema in old.emas)]
                 if inherit:
-                    mine, theirs = new.optimizer.state[target], old.optimizer.state[old.parameters[source]]
-                    _copy([mine[key] for key in mine], [theirs[key] for key in mine])
+                    sources += [old.moments[source][key] for key in MOMENTS]
+                    targets += [new.moments[name][key] for key in MOMENTS]
+                move(sources, old.spreads[source], targets, new.spreads[name], self.group)
+        self.settle()
 
-    def rebuild(self, structure: Structure, elastic: bool) -> Network:
-        """Builds a network of `structure` whose weights are NaN, so that one that nobody fills fails loudly."""
+    def restore(self, structure: Structure, elastic: bool, load: Callable[[dict[str, Part]], None]) -> None:
+        """Replaces the network by one of `structure`; `load` writes its `state`, which is asked for twice."""
+        model = self._on_meta(structure)
+        steps = {name: torch.zeros(1) for name, _ in model.named_parameters()}
+        load({f"step/{name}": Part.whole(step) for name, step in steps.items()})  # an engine may lay out by them
+        self._replace(model, {name: float(step) for name, step in steps.items()}, elastic)
+        load(self.state())
+        self.settle()
+
+    def _on_meta(self, structure: Structure) -> ElasticModel:
         with torch.device("meta"):
-            model = self.family(self.model, structure)
-        wrapped, parameters = self.wrap(model, elastic)
-        _fill(parameters.values(), float("nan"))
-        optimizer = build_optimizer(parameters, model.no_weight_decay(), self.optimizer)
-        emas = [Ema(momentum, parameters) for momentum in self.ema.momenta]
-        self._network = Network(structure, model, wrapped, parameters, optimizer, emas)
-        return self._network
+            return self.family(self.model, structure)
 
-    def _source(self, name: str, layer_map: LayerMap) -> tuple[Weights, str | None, bool]:
-        """Which weights of which old parameter a new one takes (None: fresh), and whether it is a closed gate."""
-        place = self.network.elastic.locate(name)
-        if place is None:
-            return layer_map.rest, None if layer_map.rest == "fresh" else name, False
-        group, position, inner = place
-        origin = layer_map.groups[group][position]
-        closed = origin.gate == 0 and inner.endswith(".gate")
-        source = None if origin.source is None else f"net.{self.family.layer_groups[group]}.{origin.source}.{inner}"
-        return origin.weights, source, closed
+    def _replace(self, model: ElasticModel, steps: Mapping[str, float], elastic: bool) -> Network:
+        """A network whose weights are NaN, so that one that nobody fills fails loudly."""
+        if self._network is not None:
+            self.release()
+        self._network = network = self.build(model, steps, elastic)
+        _fill(network.weights.values(), float("nan"))
+        network.emas = [Ema(momentum, network.weights) for momentum in self.ema.momenta]
+        return network
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.group is None else dist.get_rank(self.group)
 
     def _fresh(self, structure: Structure) -> Mapping[str, Tensor]:
         """timm's own initialisation of a whole network on the host, the same on every rank."""
@@ -131,29 +174,14 @@ class Backend(ABC):
 
     def forward(self, images: Tensor, active: Active | None = None, drop: Tensor | None = None) -> Tensor:
         """(B, C, H, W) images of this rank -> (B, classes) logits; see `ElasticModel.forward`."""
-        return self.network.wrapped(images, active, drop)
+        return self.network.forward(images, active, drop)
 
     def step(self, lr: float) -> Tensor:
-        """One AdamW step on the gradients of the last backward, then every EMA follows. Returns the gradient norm, 0-d.
-
-        Layers that took no part have zero gradients: their moments decay and weight decay acts, in every engine.
-        """
-        network = self.network
-        for parameter in network.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        norm = get_total_norm([p.grad for p in network.parameters.values() if p.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        if self.optimizer.clip is not None:
-            clip_grads_with_norm_(network.parameters.values(), self.optimizer.clip, norm)
-        for group in network.optimizer.param_groups:
-            group["lr"] = lr
-        network.optimizer.step()
-        parameter_shards = shards(network.parameters.values())
-        for ema in network.emas:
-            ema.update(parameter_shards)
-        network.optimizer.zero_grad()
+        """One AdamW step on the gradients since the last, then every EMA follows. Returns the gradient norm, 0-d."""
+        norm = self.update(lr)
+        weights = list(self.network.weights.values())
+        for ema in self.network.emas:
+            ema.update(weights)
         return norm
 
     # ---- weights and state
@@ -162,12 +190,12 @@ class Backend(ABC):
     def weights(self, ema: int | None) -> Iterator[None]:
         """For inference inside the block: the weights of momentum network `ema` in place of the online ones (None)."""
         network = self.network
-        network.wrapped.eval()
+        network.elastic.eval()
         try:
             with self._exchanged(ema), torch.no_grad():
                 yield
         finally:
-            network.wrapped.train()
+            network.elastic.train()
             self.settle()
 
     @contextmanager
@@ -175,7 +203,7 @@ class Backend(ABC):
         if ema is None:
             yield
             return
-        pair = shards(self.network.parameters.values()), shards(self.network.emas[ema].weights.values())
+        pair = self.network.weights.values(), self.network.emas[ema].weights.values()
         _exchange(*pair)
         self.settle()
         try:
@@ -183,56 +211,75 @@ class Backend(ABC):
         finally:
             _exchange(*pair)
 
-    def state(self) -> dict[str, Tensor]:
-        """Every tensor that must survive, by name; writing into them restores it. Sharded ones are DTensors."""
+    def state(self) -> dict[str, Part]:
+        """Everything that must survive, by name, the same on any number of ranks; writing into it restores it."""
         network = self.network
-        state = {f"online/{name}": p.detach() for name, p in network.parameters.items()}
+
+        def part(name: str, tensor: Tensor) -> Part:
+            spread = network.spreads[name]
+            return Part(tensor, spread.part(self._rank).start, spread.numel)
+
+        state = {f"online/{name}": part(name, tensor) for name, tensor in network.weights.items()}
         for i, ema in enumerate(network.emas):
-            state |= {f"ema.{i}/{name}": weight for name, weight in ema.weights.items()}
-        for name, parameter in network.parameters.items():
-            state |= {f"{key}/{name}": network.optimizer.state[parameter][key] for key in (*MOMENTS, "step")}
+            state |= {f"ema.{i}/{name}": part(name, tensor) for name, tensor in ema.weights.items()}
+        for name, moments in network.moments.items():
+            state |= {f"{key}/{name}": part(name, moments[key]) for key in MOMENTS}
+            state[f"step/{name}"] = Part.whole(moments["step"])
         return state
 
     def gather(self, ema: int | None) -> dict[str, Tensor]:
-        """The whole weights (online, or of momentum network `ema`) on the host of rank 0; empty elsewhere."""
+        """The whole weights (online, or of momentum network `ema`) on the host of rank 0; empty elsewhere.
+
+        They come one parameter at a time.
+        """
         network = self.network
-        source = network.parameters if ema is None else network.emas[ema].weights
-        whole = {}
-        for name, tensor in source.items():
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if torch.distributed.get_rank() == 0:
-                whole[name] = full.detach().cpu().clone()
-        return whole
+        source = network.weights if ema is None else network.emas[ema].weights
+        if self.group is not None and 0 not in dist.get_process_group_ranks(self.group):
+            return {}  # another copy than rank 0's
+        gathered = {}
+        for name, shape in network.shapes.items():
+            spread, first = network.spreads[name], self._rank == 0
+            whole = source[name].new_empty(spread.numel if first else 0)
+            move([source[name]], spread, [whole], Spread.whole(spread.numel), self.group)
+            if dist.get_rank() == 0:
+                gathered[name] = whole.view(shape).cpu()
+        return gathered
 
 
-def _has_fresh(layer_map: LayerMap) -> bool:
-    return layer_map.rest == "fresh" or any(o.source is None for group in layer_map.groups for o in group)
+@dataclass(frozen=True)
+class _Origin:
+    """Where one parameter's value comes from: an old parameter (None: none), its weights, or a closed gate."""
+
+    source: str | None
+    weights: Weights
+    closed: bool
+
+
+def _origin(model: ElasticModel, name: str, layer_map: LayerMap) -> _Origin:
+    place = model.locate(name)
+    if place is None:
+        return _Origin(None if layer_map.rest == "fresh" else name, layer_map.rest, closed=False)
+    group, position, inner = place
+    origin = layer_map.groups[group][position]
+    closed = origin.gate == 0 and inner.endswith(".gate")
+    source = None if origin.source is None else f"net.{model.layer_groups[group]}.{origin.source}.{inner}"
+    return _Origin(None if closed else source, origin.weights, closed)
 
 
 @torch.no_grad()
 def _fill(tensors: Iterable[Tensor], value: float) -> None:
-    for shard in shards(tensors):
-        shard.fill_(value)
+    for tensor in tensors:
+        tensor.fill_(value)
 
 
 @torch.no_grad()
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    for target, source in zip(shards(targets), shards(sources), strict=True):
-        target.copy_(source)
+def _fill_from(targets: Iterable[Tensor], whole: Tensor, part: range) -> None:
+    for target in targets:
+        target.copy_(whole.flatten()[part.start : part.stop])
 
 
 @torch.no_grad()
-def _copy_full(target: Tensor, whole: Tensor) -> None:
-    """Fills this rank's shard of `target` from the whole tensor that every rank holds."""
-    if isinstance(target, DTensor):
-        whole = torch.distributed.tensor.distribute_tensor(
-            whole.detach().to(target.device), target.device_mesh, target.placements, src_data_rank=None
-        )
-    _copy([target], [whole])
-
-
-@torch.no_grad()
-def _exchange(left: list[Tensor], right: list[Tensor]) -> None:
+def _exchange(left: Iterable[Tensor], right: Iterable[Tensor]) -> None:
     for a, b in zip(left, right, strict=True):
         kept = a.clone()
         a.copy_(b)

@@ -1,11 +1,10 @@
 """The momentum network (paper eq. 3), sharded like the model it follows: every operation is local to a shard."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from scaleprog.settings import Settings
 
@@ -26,21 +25,14 @@ class EmaSettings(Settings):
 
 
 class Ema:
-    """One exponential moving average of a network's parameters: w_ema <- m * w_ema + (1 - m) * w."""
+    """One exponential moving average of a network's weights: w_ema <- m * w_ema + (1 - m) * w."""
 
-    def __init__(self, momentum: float, parameters: Mapping[str, Tensor]) -> None:
-        """Starts as a copy of `parameters`."""
+    def __init__(self, momentum: float, weights: Mapping[str, Tensor]) -> None:
+        """Starts as a copy of `weights`, which may be this rank's elements only."""
         self.momentum = momentum
-        self.weights = {name: p.detach().clone() for name, p in parameters.items()}
-        self._shards = shards(self.weights.values())
+        self.weights = {name: tensor.clone() for name, tensor in weights.items()}
 
     @torch.no_grad()
-    def update(self, parameter_shards: list[Tensor]) -> None:
-        """Follows the parameters after an optimizer step; `parameter_shards` in the order of construction."""
-        torch._foreach_lerp_(self._shards, parameter_shards, 1 - self.momentum)
-
-
-def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's part of each tensor, without its gradient history; writing into it writes into the tensor."""
-    with torch.no_grad():
-        return [t.to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
+    def update(self, weights: list[Tensor]) -> None:
+        """Follows the weights after an optimizer step; `weights` in the order of construction."""
+        torch._foreach_lerp_(list(self.weights.values()), weights, 1 - self.momentum)

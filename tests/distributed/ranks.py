@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from scaleprog.growth.supernet import active_layers
 from scaleprog.models import family
 from scaleprog.models.elastic import ModelSettings, drop_scales
 from scaleprog.optim import OptimizerSettings
-from scaleprog.sharding import ENGINES, Backend
+from scaleprog.sharding import Backend, engine
 from scaleprog.sharding.coordinator import Coordinator, process_group
 from scaleprog.sharding.ema import EmaSettings
 from scaleprog.sharding.settings import ShardingSettings
@@ -22,10 +23,10 @@ MODEL = ModelSettings(name="vit_tiny_patch16_224", classes=10, channels=1, resol
 BATCH = 8
 
 
-def make(engine: str, device: torch.device, precision: str = "fp32") -> Backend:
-    sharding = ShardingSettings.model_validate({"engine": engine, "precision": precision})
+def make(sharding: dict[str, Any], device: torch.device) -> Backend:
+    settings = ShardingSettings.model_validate(sharding)
     optimizer, ema = OptimizerSettings(clip=1.0), EmaSettings(momenta=(0.9, 0.5))
-    return ENGINES[engine](family(MODEL)[0], MODEL, optimizer, ema, sharding, device, seed=0)
+    return engine(settings.engine)(family(MODEL)[0], MODEL, optimizer, ema, settings, device, seed=0)
 
 
 class Trainer:
@@ -40,13 +41,13 @@ class Trainer:
     def train(self, steps: int, actives: list, resolution: int) -> None:
         rows = BATCH // self.coordinator.world
         mine = slice(self.coordinator.rank * rows, (self.coordinator.rank + 1) * rows)
-        depth = sum(self.backend.network.structure.depths)
+        depth = sum(self.backend.structure.depths)
         for i in range(steps):
             images = torch.randn(BATCH, 1, resolution, resolution, generator=self.generator)
             labels = torch.randint(0, 10, (BATCH,), generator=self.generator)
             drop = drop_scales(0.1, depth, BATCH, 0, self.step)[:, :, mine]
             loss = F.cross_entropy(self.backend.forward(images[mine], actives[i % len(actives)], drop), labels[mine])
-            loss.backward()
+            self.backend.backward(loss)
             norm = self.backend.step(1e-3)
             self.record += [self.coordinator.mean([loss.item()])[0], float(norm)]
             self.step += 1
@@ -59,10 +60,10 @@ class Trainer:
                 self.record.append(float(self.backend.forward(images, active).square().mean()))
 
 
-def whole_life(engine: str, out: Path) -> None:
+def whole_life(sharding: dict[str, Any], out: Path) -> None:
     """Every operator in turn, supernets with skipped layers, inference on EMAs in between, recycling at the end."""
     with process_group() as (coordinator, device):
-        backend = make(engine, device)
+        backend = make(sharding, device)
         trainer = Trainer(backend, coordinator)
         backend.regrow(fresh((3,)), inherit=False, elastic=False)
         trainer.train(3, [None], 16)
@@ -73,7 +74,7 @@ def whole_life(engine: str, out: Path) -> None:
             ("stacking", 7),
             ("rand_init", 8),
         ):
-            base = backend.network.structure.depths[0]
+            base = backend.structure.depths[0]
             backend.regrow(grow(operator, (base,), (depth,)), inherit=operator != "stacking", elastic=True)
             actives = [(active_layers(operator, base, depth, d),) for d in range(base, depth + 1)]
             trainer.train(3, actives, 20)
@@ -89,14 +90,14 @@ def whole_life(engine: str, out: Path) -> None:
 def regrow_traffic(out: Path) -> None:
     """Collectives that a training step and a growth issue, counted where torch dispatches them."""
     with process_group() as (coordinator, device):
-        backend = make("fsdp", device)
+        backend = make({"engine": "fsdp"}, device)
         backend.regrow(fresh((4,)), inherit=False, elastic=False)
         trainer = Trainer(backend, coordinator)
         with CommDebugMode() as step:
             trainer.train(1, [None], 28)
         growths = {}
         for operator, depth in (("mogrow", 5), ("identity", 6), ("stacking", 7), ("rand_init", 8)):
-            old = backend.network.structure.depths
+            old = backend.structure.depths
             with CommDebugMode() as growth:
                 backend.regrow(grow(operator, old, (depth,)), inherit=True, elastic=True)
             growths[operator] = growth.get_total_counts()

@@ -9,19 +9,33 @@ import pytest
 from launchers.local import RankFailed, launch
 from tests.distributed import ranks
 
+MORE = ({"recompute": True}, {"reshard_after_forward": False}, {"offload": "all"})
+
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("reference") / "out.json"
-    ranks.whole_life("replicated", out)
+    ranks.whole_life({"engine": "replicated"}, out)
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize(("engine", "world"), [("fsdp", 1), ("fsdp", 2), ("fsdp", 4), ("replicated", 2)])
+ZERO = [{"engine": "zero", "stage": stage} for stage in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("sharding", "world"),
+    [
+        *((sharding, world) for sharding in ({"engine": "fsdp"}, *ZERO) for world in (1, 2, 4)),
+        ({"engine": "hsdp", "shard": 2}, 4),
+        ({"engine": "replicated"}, 2),
+        *(({"engine": "fsdp", **more}, 2) for more in MORE),
+    ],
+    ids=str,
+)
 def test_engines_train_what_one_unsharded_process_trains(
-    engine: str, world: int, reference: dict, tmp_path: Path
+    sharding: dict, world: int, reference: dict, tmp_path: Path
 ) -> None:
-    launch(world, ranks.whole_life, engine, tmp_path / "out.json")
+    launch(world, ranks.whole_life, sharding, tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["record"] == pytest.approx(reference["record"], rel=1e-5)
     # in exact arithmetic the key's bias has no gradient: AdamW normalises what rounding leaves of it

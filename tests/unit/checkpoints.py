@@ -9,6 +9,7 @@ from torch import Tensor
 
 from scaleprog.checkpoint import Checkpoints, Commit
 from scaleprog.sharding.coordinator import Coordinator
+from scaleprog.sharding.spread import Part
 
 Save = Callable[..., Path]
 
@@ -30,6 +31,11 @@ def blank() -> dict[str, Tensor]:
     return {name: torch.full_like(tensor, 99) for name, tensor in tensors().items()}
 
 
+def parts(tensors: dict[str, Tensor]) -> dict[str, Part]:
+    """Each tensor as one rank alone holds it."""
+    return {name: Part.whole(tensor) for name, tensor in tensors.items()}
+
+
 def commit(
     folder: Path,
     step: int,
@@ -41,7 +47,7 @@ def commit(
 ) -> Commit:
     """Saves, waits, and tells how it ended."""
     checkpoints = Checkpoints(folder, Coordinator(), keep)
-    checkpoints.save(step, state, tensors, protect, permanent)
+    checkpoints.save(step, state, parts(tensors), protect, permanent)
     checkpoints.wait()
     [ended] = checkpoints.finished()
     return ended

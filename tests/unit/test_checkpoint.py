@@ -17,7 +17,7 @@ from scaleprog.checkpoint import Checkpoints
 from scaleprog.errors import Superseded, Unavailable
 from scaleprog.sharding.coordinator import Coordinator
 from scaleprog.storage import MANIFEST, committed, digest_files, load_tensors, read_state, step_of, tidy, verify
-from tests.unit.checkpoints import Save, blank, commit, data_file, flip, names, newest, tensors
+from tests.unit.checkpoints import Save, blank, commit, data_file, flip, names, newest, parts, tensors
 
 # ---- writing and reading
 
@@ -25,7 +25,7 @@ from tests.unit.checkpoints import Save, blank, commit, data_file, flip, names, 
 def test_what_was_saved_is_loaded_bit_for_bit(save_checkpoint: Save, checkpoint_folder: Path) -> None:
     path = save_checkpoint(40)
     loaded = blank()
-    load_tensors(path, loaded)
+    load_tensors(path, parts(loaded))
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(40).items())
     assert {name: t.dtype for name, t in loaded.items()} == {name: t.dtype for name, t in tensors().items()}
     assert read_state(path) == {"step": 40}
@@ -68,7 +68,7 @@ def test_the_state_is_saved_as_it_was_then(
     going_on = threading.Event()
     monkeypatch.setattr("scaleprog.checkpoint.digest_files", lambda *a: going_on.wait(10) and digest_files(*a))
     checkpoints, live = Checkpoints(checkpoint_folder, Coordinator(), keep=1), {"times": [[16, 2, [1.0]]]}
-    checkpoints.save(1, live, tensors())
+    checkpoints.save(1, live, parts(tensors()))
     live["times"][0][2].append(2.0)
     going_on.set()
     checkpoints.wait()
@@ -77,12 +77,12 @@ def test_the_state_is_saved_as_it_was_then(
 
 def test_what_is_saved_is_what_the_tensors_were_then(one_rank: None, checkpoint_folder: Path) -> None:
     checkpoints, live = Checkpoints(checkpoint_folder, Coordinator(), keep=1), tensors(1)
-    checkpoints.save(1, {}, live)
+    checkpoints.save(1, {}, parts(live))
     for tensor in live.values():
         tensor.fill_(7)
     checkpoints.wait()
     loaded = blank()
-    load_tensors(checkpoint_folder / "step-00000001", loaded)
+    load_tensors(checkpoint_folder / "step-00000001", parts(loaded))
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(1).items())
 
 
@@ -204,7 +204,7 @@ def test_a_start_that_was_superseded_neither_commits_nor_deletes(
         yield
 
     orphan = Checkpoints(checkpoint_folder, Coordinator(), keep=1, fence=fence)
-    orphan.save(20, {}, tensors())
+    orphan.save(20, {}, parts(tensors()))
     with pytest.raises(Superseded, match="generation 1 was superseded"):
         orphan.wait()
     assert names(checkpoint_folder) == ["step-00000010"]

@@ -37,7 +37,7 @@ def trained(folder: Path, recipe: Recipe, weights: str) -> ElasticModel:
     state = RunState.from_json(read_state(committed(folder / "checkpoints")[-1]))
     model = family(recipe.model)[0](recipe.model, Structure(state.gated))
     tensors = final_tensors(folder, recipe)
-    model.load_state_dict({name: tensors[f"{weights}/{name}"] for name, _ in model.named_parameters()})
+    model.load_state_dict({name: tensors[f"{weights}/{name}"].view_as(p) for name, p in model.named_parameters()})
     return model.eval()
 
 

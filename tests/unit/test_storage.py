@@ -17,18 +17,18 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from scaleprog.errors import CheckpointError, OtherFormat
 from scaleprog.sharding.coordinator import process_group
 from scaleprog.storage import MANIFEST, _checksum, load_tensors, read_state, verify
-from tests.unit.checkpoints import Save, blank, commit, data_file, flip, newest, tensors
+from tests.unit.checkpoints import Save, blank, commit, data_file, flip, newest, parts, tensors
 
 
 def test_loading_takes_what_is_asked_for_and_refuses_what_is_not_there(save_checkpoint: Save) -> None:
     path = save_checkpoint(1)
     part = {"online/net.weight": torch.zeros(7, 5)}
-    load_tensors(path, part)
+    load_tensors(path, parts(part))
     assert torch.equal(part["online/net.weight"], tensors(1)["online/net.weight"])
     with pytest.raises(CheckpointError, match=r"step-00000001: does not fit this run: .*online/other"):
-        load_tensors(path, {"online/other": torch.zeros(1)})
+        load_tensors(path, parts({"online/other": torch.zeros(1)}))
     with pytest.raises(CheckpointError, match=r"does not fit this run: .*[Ss]ize.*online/net.weight"):
-        load_tensors(path, {"online/net.weight": torch.zeros(5, 7)})
+        load_tensors(path, parts({"online/net.weight": torch.zeros(5, 8)}))
 
 
 # ---- damage
@@ -110,7 +110,7 @@ def test_a_checkpoint_of_another_format_is_refused_rather_than_skipped(
     save_checkpoint(20)
     path = sign(save_checkpoint(40), format=9, versions={"scaleprog": "9.1.0", "torch": "4.0"})
     for reading in (lambda: newest(checkpoint_folder), lambda: read_state(path), lambda: verify(path)):
-        with pytest.raises(OtherFormat, match=r"format 9, this version of scaleprog reads 2; .* 9\.1\.0$"):
+        with pytest.raises(OtherFormat, match=r"format 9, this version of scaleprog reads 3; .* 9\.1\.0$"):
             reading()
 
 
@@ -136,7 +136,7 @@ def test_a_metadata_pickle_that_runs_a_command_is_refused(place: str, save_check
     (path / ".metadata").write_bytes(pickle.dumps(metadata if place == "inside" else Command(touched)))
     verify(sign(path))
     with pytest.raises(CheckpointError, match=r"\.metadata names posix\.system, which no checkpoint metadata contains"):
-        load_tensors(path, blank())
+        load_tensors(path, parts(blank()))
     assert not touched.exists()
     pickle.loads((path / ".metadata").read_bytes())  # it is no empty threat
     assert touched.exists()
@@ -153,7 +153,7 @@ def test_metadata_names_nothing_but_what_metadata_is_made_of(name: tuple[str, st
         + b"\x93."
     )  # fmt: skip
     with pytest.raises(CheckpointError, match=rf"\.metadata names {name[0]}\.{name[1]}, which"):
-        load_tensors(path, blank())
+        load_tensors(path, parts(blank()))
 
 
 def test_a_tensor_that_metadata_calls_bytes_is_not_unpickled(save_checkpoint: Save, tmp_path: Path) -> None:
@@ -167,5 +167,5 @@ def test_a_tensor_that_metadata_calls_bytes_is_not_unpickled(save_checkpoint: Sa
     metadata.storage_data[MetadataIndex(name)] = entry
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match=r"names .*\.BytesStorageMetadata, which no checkpoint metadata contains"):
-        load_tensors(sign(path), {name: torch.zeros(7, 5)})
+        load_tensors(sign(path), parts({name: torch.zeros(7, 5)}))
     assert not touched.exists()

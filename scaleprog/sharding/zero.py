@@ -1,0 +1,195 @@
+"""DeepSpeed ZeRO: optimizer state (stage 1), gradients (2) and parameters (3) sharded over all ranks."""
+
+import gc
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from scaleprog.errors import RecipeError
+from scaleprog.growth.operators import LayerMap
+from scaleprog.models.elastic import Active, ElasticModel
+from scaleprog.optim import MOMENTS, adamw, alike, moments
+from scaleprog.sharding.backend import Backend, Network
+from scaleprog.sharding.spread import Spread
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks a process alone, too
+
+try:
+    import deepspeed
+    from deepspeed.runtime.zero import parameter_offload
+except ImportError as error:
+    raise RecipeError(f"sharding.engine: zero needs DeepSpeed: pip install 'scaleprog[deepspeed]' ({error})") from error
+
+# DeepSpeed calls torch's collectives by names that torch is about to drop
+warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+
+BUCKET = 2**26  # elements that are reduced or gathered at a time, at most
+
+
+class ZeroBackend(Backend):
+    """A DeepSpeed engine around the model, replaced at each growth; in stage 3 its parameters are born sharded.
+
+    AdamW is torch's, fused, on CPU and GPU alike: it steps a handful of flat tensors, so that DeepSpeed's own would
+    gain nothing, and needs a compiler where it runs.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm_op"] = False  # for inference; it would be compiled now
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        self.group = deepspeed.utils.groups._get_data_parallel_group()
+        self._dtype = torch.bfloat16 if self.sharding.precision == "bf16" else torch.float32
+        self._engine: Any = None
+
+    @property
+    def _configuration(self) -> dict[str, Any]:
+        """What `deepspeed.initialize` takes."""
+        sharding, host = self.sharding, {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        zero: dict[str, Any] = {
+            "stage": sharding.stage,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+            "stage3_prefetch_bucket_size": BUCKET,
+            "stage3_param_persistence_threshold": 0,  # small parameters, too, lie where `Spread` says
+            "memory_efficient_linear": False,  # it replaces torch's own function, for the whole process
+        }
+        if sharding.offload:
+            zero["offload_optimizer"] = host
+        if sharding.offload == "all":
+            zero["offload_param"] = host
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # it must be there; gradients accumulate until a step is asked for
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": self.optimizer.clip or 0.0,
+            "bf16": {"enabled": sharding.precision == "bf16"},
+            "communication_data_type": "fp32",
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**62,
+        }
+
+    def build(self, model: ElasticModel, steps: Mapping[str, float], elastic: bool) -> Network:
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        if self.sharding.stage == 3:
+            deepspeed.utils.set_z3_leaf_modules(
+                model, list({type(layer) for group in model.groups() for layer in group})
+            )
+            self._bear_sharded(model)
+            for parameter in model.net.parameters(
+                recurse=False
+            ):  # used by ours, though the module's forward never runs
+                deepspeed.zero.register_external_parameter(model, parameter)
+        else:
+            model.to_empty(device=self.device)
+        named = dict(model.named_parameters())
+        names = {id(parameter): name for name, parameter in named.items()}
+        groups = alike(shapes, model.no_weight_decay(), self.optimizer, steps)
+        self._adamw = adamw(groups, named, self.optimizer)
+        self._engine, self._zero, *_ = deepspeed.initialize(
+            model=model, optimizer=self._adamw, config=self._configuration
+        )
+        spreads, weights, state = {}, {}, {}
+        for group, flat, laid in zip(groups, self._masters, self._laid_out(), strict=True):
+            flat.data.zero_()
+            ours = self._adamw.state[flat] = moments(flat, group.steps)
+            for parameter, spread, position in laid:
+                name, count = names[id(parameter)], len(spread.part(self._rank))
+                spreads[name], weights[name] = spread, flat.detach()[position : position + count]
+                state[name] = {key: ours[key][position : position + count] for key in MOMENTS} | {"step": ours["step"]}
+        return Network(
+            model,
+            self._engine,
+            shapes,
+            spreads={name: spreads[name] for name in shapes},
+            weights={name: weights[name] for name in shapes},
+            moments={name: state[name] for name in shapes},
+        )
+
+    def _bear_sharded(self, model: ElasticModel) -> None:
+        """Gives a meta-device model parameters that exist in parts only: one at a time is whole, for a moment."""
+        birth = _Birth(config_dict_or_path=self._configuration, dtype=self._dtype)
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                whole = nn.Parameter(torch.empty(parameter.shape, dtype=self._dtype, device=self.device))
+                setattr(module, name, whole)
+                birth.part(whole)
+
+    @property
+    def _masters(self) -> list[Tensor]:
+        """The fp32 master weights that this rank steps, one flat tensor for each group of the optimizer."""
+        zero = self._zero
+        return zero.fp32_partitioned_groups_flat if self.sharding.stage == 3 else zero.single_partition_of_fp32_groups
+
+    def _laid_out(self) -> Iterator[list[tuple[nn.Parameter, Spread, int]]]:
+        """For each master: its parameters, how they are spread, and where in the master this rank's elements begin."""
+        zero = self._zero
+        if self.sharding.stage == 3:
+            for group in zero.fp16_groups:
+                laid, position = [], 0
+                for parameter in group:
+                    laid.append((parameter, Spread(parameter.ds_numel, parameter.partition_numel()), position))
+                    position += parameter.partition_numel()
+                yield laid
+            return
+        for i, group in enumerate(zero.round_robin_bit16_groups):
+            size = int(zero.partition_size[i])
+            laid = []
+            for parameter, offset in zip(group, zero.round_robin_bit16_offsets[i], strict=True):
+                spread = Spread(parameter.numel(), size, offset)
+                laid.append((parameter, spread, max(0, offset - self._rank * size)))
+            yield laid
+
+    def regrow(self, layer_map: LayerMap, *, inherit: bool, elastic: bool) -> None:
+        super().regrow(layer_map, inherit=inherit, elastic=elastic)
+        gc.collect()  # DeepSpeed's objects refer to each other in circles; training has switched collection off
+
+    def release(self) -> None:
+        self._engine.destroy()
+        if self.sharding.stage == 3:  # DeepSpeed leaves the model there
+            parameter_offload.FWD_MODULE_STACK.clear()
+        self._engine = self._zero = None
+
+    def forward(self, images: Tensor, active: Active | None = None, drop: Tensor | None = None) -> Tensor:
+        return super().forward(images.to(self._dtype), active, drop)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def update(self, lr: float) -> Tensor:
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm = torch.as_tensor(self._engine.get_global_grad_norm())
+        # where gradients have a place of their own, those of a layer that the next step skips would count again
+        if self.sharding.stage == 3:
+            self._zero.grad_partitions_flat_buffer.zero_()
+        for master in self._masters if self.sharding.offload else ():
+            if master.grad is not None:
+                master.grad.zero_()
+        return norm
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        if self.sharding.stage < 3:
+            self._zero.update_lp_params()
+            return
+        self._zero.parameter_offload.partition_all_parameters()
+        for shard, master in zip(self._zero.fp16_partitioned_groups_flat, self._masters, strict=True):
+            shard.copy_(master)
+
+
+class _Birth(deepspeed.zero.Init):
+    """zero.Init for parameters whose values come later: it would send rank 0's to all, though they mean nothing."""
+
+    def part(self, parameter: nn.Parameter) -> None:
+        """Keeps this rank's part of `parameter` and frees the whole."""
+        self._convert_to_deepspeed_param(parameter)
+        cast(Any, parameter).partition()
