@@ -48,7 +48,7 @@ class Group:
 def alike(
     shapes: Mapping[str, torch.Size], undecayed: set[str], settings: OptimizerSettings, steps: Mapping[str, float]
 ) -> list[Group]:
-    """The groups of a network: no weight decay on vectors (biases, norms, gates) and `undecayed`; 0 steps if unnamed."""
+    """The groups of a network: no weight decay on vectors (biases, norms, gates) and `undecayed`."""
     groups: dict[tuple[bool, float], list[str]] = {}
     for name, shape in shapes.items():
         vector = len(shape) <= 1 or name in undecayed

@@ -41,6 +41,7 @@ class Run:
     recorder: Recorder
     progress: ProgressLine
     state: RunState
+    compilations: int = 0  # as last recorded
 
 
 # ---- resume

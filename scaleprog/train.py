@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -229,9 +229,12 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
         images, labels, lanes=len(run.reader.lanes), seed=recipe.seed, step=step,
         classes=recipe.model.classes, settings=recipe.augment,
     )  # fmt: skip
-    logits = backend.forward(images, active, drop)
-    loss = F.cross_entropy(logits.float(), targets)
-    backend.backward(loss)
+    loss = torch.zeros((), device=backend.device)
+    for rows in micro_batches(len(images), recipe.train.micro_batch):
+        logits = backend.forward(images[rows], active, None if drop is None else drop[:, :, rows])
+        part = F.cross_entropy(logits.float(), targets[rows]) * (len(logits) / len(images))
+        backend.backward(part)
+        loss += part.detach()
     grad_norm = backend.step(lr)
     timer.stop()
 
@@ -245,6 +248,13 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
     run.recorder.step(row, loss, grad_norm, timer)
     run.state.step += 1
     run.state.images += recipe.train.batch
+
+
+def micro_batches(rows: int, most: int | None) -> list[slice]:
+    """Cuts a rank's rows of a batch into as few and as equal stretches of at most `most` rows as possible."""
+    count = -(-rows // (most or rows))
+    bounds = [rows * i // count for i in range(count + 1)]
+    return [slice(*bound) for bound in pairwise(bounds)]
 
 
 def drop_rows(run: Run, phase: Phase, rows: int) -> Tensor | None:
@@ -301,6 +311,9 @@ def settle_rows(run: Run) -> None:
     """Resolves the recorded steps and books their times."""
     state = run.state
     settle_checkpoints(run)
+    if run.backend.compilations > run.compilations:
+        run.compilations = run.backend.compilations
+        run.recorder.event("compiled", step=state.step, graphs=run.compilations)
     if run.coordinator.rank == 0:
         run.claim.beat()
     for row in run.recorder.flush():

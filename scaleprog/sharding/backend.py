@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -100,6 +101,11 @@ class Backend(ABC):
         return self._network
 
     @property
+    def compilations(self) -> int:
+        """Graphs that torch.compile has made so far in this process; it stops growing when all variants were seen."""
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"] if self.sharding.compile else 0
+
+    @property
     def structure(self) -> Structure:
         """The present network's structure."""
         return self.network.elastic.structure
@@ -149,7 +155,12 @@ class Backend(ABC):
 
     def _on_meta(self, structure: Structure) -> ElasticModel:
         with torch.device("meta"):
-            return self.family(self.model, structure)
+            model = self.family(self.model, structure)
+        model.recompute = self.sharding.recompute
+        if self.sharding.compile:
+            for layer in chain.from_iterable(model.groups()):  # the code is that of one layer: compiled once for all
+                layer.forward = torch.compile(layer.forward, dynamic=True)
+        return model
 
     def _replace(self, model: ElasticModel, steps: Mapping[str, float], elastic: bool) -> Network:
         """A network whose weights are NaN, so that one that nobody fills fails loudly."""

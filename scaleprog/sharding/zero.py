@@ -42,7 +42,7 @@ class ZeroBackend(Backend):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         deepspeed.utils.logger.setLevel(logging.WARNING)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm_op"] = False  # for inference; it would be compiled now
+        deepspeed.ops.__compatible_ops__ = {}  # none of its own is used, and finding that out compiles one
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         self.group = deepspeed.utils.groups._get_data_parallel_group()
         self._dtype = torch.bfloat16 if self.sharding.precision == "bf16" else torch.float32

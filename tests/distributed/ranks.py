@@ -60,31 +60,36 @@ class Trainer:
                 self.record.append(float(self.backend.forward(images, active).square().mean()))
 
 
-def whole_life(sharding: dict[str, Any], out: Path) -> None:
-    """Every operator in turn, supernets with skipped layers, inference on EMAs in between, recycling at the end."""
+def whole_lives(shardings: list[dict[str, Any]], out: Path) -> None:
+    """A network's life under one engine after the other; what they recorded, in that order."""
     with process_group() as (coordinator, device):
-        backend = make(sharding, device)
-        trainer = Trainer(backend, coordinator)
-        backend.regrow(fresh((3,)), inherit=False, elastic=False)
-        trainer.train(3, [None], 16)
-        for operator, depth in (
-            ("mogrow", 4),
-            ("interpolation", 5),
-            ("identity", 6),
-            ("stacking", 7),
-            ("rand_init", 8),
-        ):
-            base = backend.structure.depths[0]
-            backend.regrow(grow(operator, (base,), (depth,)), inherit=operator != "stacking", elastic=True)
-            actives = [(active_layers(operator, base, depth, d),) for d in range(base, depth + 1)]
-            trainer.train(3, actives, 20)
-            trainer.infer(actives[0], 24)
-            trainer.train(2, actives, 20)
-        backend.regrow(keep(actives[0]), inherit=True, elastic=False)
-        trainer.train(2, [None], 28)
-        sums = {name: float(w.double().abs().sum()) for name, w in backend.gather(1).items()}
+        lives = [whole_life(make(sharding, device), coordinator) for sharding in shardings]
         if coordinator.rank == 0:
-            out.write_text(json.dumps({"record": trainer.record, "ema": sums}))
+            out.write_text(json.dumps(lives))
+
+
+def whole_life(backend: Backend, coordinator: Coordinator) -> dict[str, Any]:
+    """Every operator in turn, supernets with skipped layers, inference on EMAs in between, recycling at the end."""
+    trainer = Trainer(backend, coordinator)
+    backend.regrow(fresh((3,)), inherit=False, elastic=False)
+    trainer.train(3, [None], 16)
+    for operator, depth in (
+        ("mogrow", 4),
+        ("interpolation", 5),
+        ("identity", 6),
+        ("stacking", 7),
+        ("rand_init", 8),
+    ):
+        base = backend.structure.depths[0]
+        backend.regrow(grow(operator, (base,), (depth,)), inherit=operator != "stacking", elastic=True)
+        actives = [(active_layers(operator, base, depth, d),) for d in range(base, depth + 1)]
+        trainer.train(3, actives, 20)
+        trainer.infer(actives[0], 24)
+        trainer.train(2, actives, 20)
+    backend.regrow(keep(actives[0]), inherit=True, elastic=False)
+    trainer.train(2, [None], 28)
+    sums = {name: float(w.double().abs().sum()) for name, w in backend.gather(1).items()}
+    return {"record": trainer.record, "ema": sums}
 
 
 def regrow_traffic(out: Path) -> None:
