@@ -87,7 +87,8 @@ def ranks_to_start(count: Count, demand: Demand) -> int:
             f"--nproc {count}: only {room} {of} here; --nproc N, a number and no range, starts N ranks all the same"
         )
     wanted = min(count.most, room)
-    taken = largest("--nproc", Count(count.least, wanted), demand)
+    option = "--nproc" if wanted == count.most else f"--nproc {count} with {room} {of} here, so"
+    taken = largest(option, Count(count.least, wanted), demand)
     why = [f"{room} {of} here"] * (wanted < count.most) + [demand.obstacle(wanted)] * (taken < wanted)
     if why:
         print(f"scaleprog: {taken} ranks of --nproc {count}: {'; '.join(why)}", file=sys.stderr, flush=True)

@@ -127,7 +127,7 @@ def test_a_missing_recipe_is_told_by_a_process_of_its_own(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("trian", "recipe.yaml"), ("train",), ("train", "recipe.yaml", "--nproc", "0"),
+        ("trian", "recipe.yaml"), ("train",),
         ("train", "recipe.yaml", "--ranks", "2"), ("evaluate", "run", "--weights", "worst"),
         ("evaluate", "run", "--resolution", "large"), ("export", "run"), ("report", "run"), ("shards", "chekc", "x"),
     ],
