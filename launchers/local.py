@@ -84,14 +84,14 @@ def ranks_to_start(count: Count, demand: Demand) -> int:
     room, of = room_here()
     if room < count.least:
         raise ScaleprogError(
-            f"--nproc {count}: only {room} {of} here; --nproc N, a number and no range, starts N ranks all the same"
+            f"--nproc {count}: {of} here: {room}; --nproc N, a number and no range, starts N ranks all the same"
         )
     wanted = min(count.most, room)
-    option = "--nproc" if wanted == count.most else f"--nproc {count} with {room} {of} here, so"
+    option = "--nproc" if wanted == count.most else f"--nproc {count}, {of} here: {room}; with"
     taken = largest(option, Count(count.least, wanted), demand)
-    why = [f"{room} {of} here"] * (wanted < count.most) + [demand.obstacle(wanted)] * (taken < wanted)
+    why = [f"{of} here: {room}"] * (wanted < count.most) + [demand.obstacle(wanted)] * (taken < wanted)
     if why:
-        print(f"scaleprog: {taken} ranks of --nproc {count}: {'; '.join(why)}", file=sys.stderr, flush=True)
+        print(f"scaleprog: {taken} of at most {count.most} ranks; {'; '.join(why)}", file=sys.stderr, flush=True)
     return taken
 
 

@@ -368,6 +368,19 @@ def test_a_rank_that_fails_is_named_and_ends_all(
     assert left == []
 
 
+def test_a_range_of_ranks(
+    command: Command, write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for nproc in ("0", "4:1"):
+        assert is_mistake(command("train", write_recipe(), "--nproc", nproc), f"--nproc {nproc}: neither a number")
+    monkeypatch.setattr("launchers.local.room_here", lambda: (3, "CPU cores"))
+    recipe = write_recipe(train={"max_steps": 2})
+    told = command("train", recipe, "--nproc", "1:4", "--run-dir", tmp_path / "run")
+    assert "scaleprog: 2 of at most 4 ranks; CPU cores here: 3; 3 ranks do not divide data.lanes, 4; " in told.err
+    (start,) = (row for row in map(json.loads, (tmp_path / "run" / "events.jsonl").open()) if row["event"] == "start")
+    assert start["world"] == 2
+
+
 def processes(setting: str) -> list[str]:
     """Command lines of the processes that began with this environment setting, without Python's own housekeeper."""
     found = []

@@ -79,9 +79,9 @@ def test_each_start_asks_for_the_number_of_ranks(tmp_path: Path) -> None:
     ("asked", "room", "taken", "why"),
     [
         (Count(1, 4), 8, 4, ""),
-        (Count(1, 4), 3, 2, "2 ranks of --nproc 1:4: 3 GPUs here; 3 ranks do not divide data.lanes, 4; a new run with"),
-        (Count(1, 4), 2, 2, "2 ranks of --nproc 1:4: 2 GPUs here\n"),
-        (Count(1, 6), 8, 4, "4 ranks of --nproc 1:6: 6 ranks do not divide data.lanes, 4; a new run"),
+        (Count(1, 4), 3, 2, "2 of at most 4 ranks; GPUs here: 3; 3 ranks do not divide data.lanes, 4; a new run with"),
+        (Count(1, 4), 2, 2, "2 of at most 4 ranks; GPUs here: 2\n"),
+        (Count(1, 6), 8, 4, "4 of at most 6 ranks; 6 ranks do not divide data.lanes, 4; a new run"),
     ],
 )
 def test_a_start_takes_what_the_machine_has_and_can_train(
@@ -97,11 +97,11 @@ def test_a_start_takes_what_the_machine_has_and_can_train(
 def test_a_range_that_the_machine_has_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 5, 7})
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(ScaleprogError, match="--nproc 4:8: only 3 CPU cores here; --nproc N"):
+    with pytest.raises(ScaleprogError, match="--nproc 4:8: CPU cores here: 3; --nproc N"):
         ranks_to_start(Count(4, 8), Demand(8))
     with pytest.raises(
         ScaleprogError,
-        match=r"^--nproc 3:8 with 3 CPU cores here, so 3: no such number of ranks can train; .* 8 \(1, 2, 4, 8\)$",
+        match=r"^--nproc 3:8, CPU cores here: 3; with 3: no such number of ranks can train; .* 8 \(1, 2, 4, 8\)$",
     ):
         ranks_to_start(Count(3, 8), Demand(8))
 
