@@ -15,10 +15,12 @@ from ctypes import c_int
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from launchers.exits import MISTAKE, STOPPED, exit_by
+from launchers.world import Count, Demand, largest
 from scaleprog.errors import Preempted, ScaleprogError
 from scaleprog.preemption import SIGNALS
 
@@ -33,7 +35,7 @@ class RankFailed(ScaleprogError):
 
 
 def launch(
-    ranks: int,
+    ranks: int | Callable[[], int],
     function: Callable[..., object],
     *arguments: Any,
     restarts: int = 0,
@@ -45,6 +47,7 @@ def launch(
     on nothing is started again, however the ranks end.
 
     Args:
+        ranks: how many, or what is asked for the number at each start.
         restarts: how many times in a row the ranks are started again after one crashed or was killed.
         progress: a value that has changed since the last start where the ranks got on; the count then begins anew.
 
@@ -58,7 +61,7 @@ def launch(
             try:
                 if asked.value:
                     raise Preempted("stopped before it started")
-                return _launch_once(asked, ranks, function, arguments)
+                return _launch_once(asked, ranks() if callable(ranks) else ranks, function, arguments)
             except Exception as error:
                 if asked.value:
                     raise _stopped(signal.Signals(asked.value).name, error) from None
@@ -70,6 +73,33 @@ def launch(
                     raise
                 left -= 1
                 print(f"scaleprog: {error}\nscaleprog: starting again, {left} more tries", file=sys.stderr, flush=True)
+
+
+def ranks_to_start(count: Count, demand: Demand) -> int:
+    """The largest number in a range that this machine has room for and that can train; says why if it is not the most.
+
+    Raises:
+        ScaleprogError: there is no such number.
+    """
+    room, of = room_here()
+    if room < count.least:
+        raise ScaleprogError(
+            f"--nproc {count}: {of} here: {room}; --nproc N, a number and no range, starts N ranks all the same"
+        )
+    wanted = min(count.most, room)
+    option = "--nproc" if wanted == count.most else f"--nproc {count}, {of} here: {room}; with"
+    taken = largest(option, Count(count.least, wanted), demand)
+    why = [f"{of} here: {room}"] * (wanted < count.most) + [demand.obstacle(wanted)] * (taken < wanted)
+    if why:
+        print(f"scaleprog: {taken} of at most {count.most} ranks; {'; '.join(why)}", file=sys.stderr, flush=True)
+    return taken
+
+
+def room_here() -> tuple[int, str]:
+    """How many ranks this machine has room for, and what of: CUDA devices, or the CPU cores that are ours."""
+    if devices := torch.cuda.device_count():
+        return devices, "CUDA devices"
+    return len(os.sched_getaffinity(0)), "CPU cores"
 
 
 def _stopped(name: str, error: Exception) -> Preempted:

@@ -6,12 +6,13 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launchers.snapshot import JobFile, check_free, code_folder, take
 from launchers.task import task
+from launchers.world import Count, Demand, largest, usable
 from scaleprog import queue
 from scaleprog.errors import ScaleprogError
 from scaleprog.plan import Plan
@@ -19,11 +20,16 @@ from scaleprog.recipe import Recipe
 
 CHECKPOINT_SECONDS = 60  # at least so long between the end of a job's start-up and the signal that stops it
 SRUN = ("--kill-on-bad-exit=1", "--wait=60")  # one task gone, all gone: the others would wait for it for ever
+STEP = (  # srun reads these, and starts so many tasks on so many of the job's nodes
+    "export SLURM_JOB_NUM_NODES=$NODES SLURM_NNODES=$NODES SLURM_NTASKS_PER_NODE=$TASKS",
+    "export SLURM_NTASKS=$((NODES * TASKS)) SLURM_NPROCS=$((NODES * TASKS))",
+)
 OWN_OPTIONS = {
     "nodes": "--nodes", "ntasks-per-node": "--tasks-per-node", "gpus-per-node": "--gpus-per-node", "time": "--time",
     "cpus-per-task": "--cpus-per-task", "partition": "--partition", "account": "--account", "qos": "--qos",
     "signal": "--signal-before", "job-name": "--run-dir",
 }  # fmt: skip
+ONE = Count(1, 1)
 RESERVED = ("ntasks", "array", "requeue", "no-requeue", "open-mode", "output", "error", "chdir")
 
 
@@ -31,7 +37,7 @@ RESERVED = ("ntasks", "array", "requeue", "no-requeue", "open-mode", "output", "
 class Request:
     """What a job asks Slurm for. `options`: further ones of sbatch, each KEY=VALUE or KEY."""
 
-    nodes: int = 1
+    nodes: Count = ONE
     gpus_per_node: int | None = None
     tasks_per_node: int | None = None
     cpus_per_task: int | None = None
@@ -50,8 +56,8 @@ class Request:
 
     @property
     def world(self) -> int:
-        """Ranks."""
-        return self.nodes * self.tasks
+        """Ranks, at most."""
+        return self.nodes.most * self.tasks
 
     def further(self) -> dict[str, Any]:
         """`options` as submitit takes them. Raises ScaleprogError for one that the job's life depends on."""
@@ -99,6 +105,7 @@ def submit(recipe: Recipe, run: Path, request: Request) -> JobFile:
     run = run.absolute()
     if "%" in str(run) or "\n" in str(run):
         raise ScaleprogError(f"--run-dir {run}: Slurm would replace the %")
+    request = narrow(recipe, request)
     check(recipe, run, request)
     check_cluster(request)
     new = not run.exists()
@@ -119,9 +126,28 @@ def submit(recipe: Recipe, run: Path, request: Request) -> JobFile:
 def script(recipe: Recipe, run: Path, request: Request) -> str:
     """The batch script that `submit` would queue."""
     run = run.absolute()
+    request = narrow(recipe, request)
     check(recipe, run, request)
     executor = make_executor(run, request)
     return executor._make_submission_file_text(executor._submitit_command_str, "")
+
+
+def narrow(recipe: Recipe, request: Request) -> Request:
+    """The request with a range of nodes whose ends can train, so that every start finds a number that can.
+
+    Raises:
+        ScaleprogError: the range holds none.
+    """
+    if request.nodes.fixed:
+        return request
+    demand = Demand.of(recipe)
+    most = largest("--nodes", request.nodes, demand, request.tasks)
+    nodes = Count(usable(request.nodes, demand, request.tasks)[0], most)
+    if nodes != request.nodes:
+        end = request.nodes.most if most < request.nodes.most else request.nodes.least
+        why = demand.obstacle(end * request.tasks)
+        print(f"scaleprog: --nodes {request.nodes}: Slurm is asked for {nodes}; {why}", file=sys.stderr)
+    return replace(request, nodes=nodes)
 
 
 def check(recipe: Recipe, run: Path, request: Request) -> None:
@@ -156,12 +182,19 @@ def make_executor(run: Path, request: Request) -> Any:
         def affinity(cls) -> int:
             return 1  # the script can be shown where there is no Slurm
 
+        def _num_tasks(self) -> int:
+            return request.world  # submitit's own knows no range
+
     executor = Executor(run / "jobs" / time.strftime("%Y%m%d-%H%M%S"))
+    nodes = request.nodes
+    further: dict[str, Any] = {"signal": f"USR2@{request.signal_before}", "requeue": True, **request.further()}
+    if not nodes.fixed:  # with ntasks-per-node, Slurm gives no more nodes than the tasks of the fewest would fill
+        further = {"mincpus": request.tasks * (request.cpus_per_task or 1), **further}
     cpus = () if request.cpus_per_task is None else (f"--cpus-per-task={request.cpus_per_task}",)  # not inherited
     executor.update_parameters(
         job_name=job_name(run),
-        nodes=request.nodes,
-        ntasks_per_node=request.tasks,
+        nodes=nodes.most if nodes.fixed else f"{nodes.least}-{nodes.most}",
+        ntasks_per_node=request.tasks if nodes.fixed else None,
         gpus_per_node=request.gpus_per_node,
         cpus_per_task=request.cpus_per_task,
         time=request.time,
@@ -170,24 +203,28 @@ def make_executor(run: Path, request: Request) -> Any:
         qos=request.qos,
         wckey=None,
         stderr_to_stdout=True,
-        setup=setup(run, code_folder(run), request.max_restarts),
+        setup=setup(run, code_folder(run), request),
         srun_args=[*SRUN, *cpus],
-        additional_parameters={"signal": f"USR2@{request.signal_before}", "requeue": True, **request.further()},
+        additional_parameters=further,
     )
     return executor
 
 
-def setup(run: Path, code: Path, max_restarts: int) -> list[str]:
+def setup(run: Path, code: Path, request: Request) -> list[str]:
     """What the batch script does before it starts the tasks; slurm/train.sbatch has the same lines."""
     requeue = shlex.join([sys.executable, "-m", "launchers.requeue", str(run)])
-    return [
+    lines = [
         f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export SUBMITIT_PREEMPT_SIGNAL=USR2",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
-        f'after() {{ {requeue} "$1" {max_restarts}; exit $?; }}',
+        f'after() {{ {requeue} "$1" {request.max_restarts}; exit $?; }}',
         "trap : TERM INT USR2  # the tasks get them too, and this shell waits for these",
         "trap 'after $?' EXIT",
     ]
+    if request.nodes.fixed:
+        return lines
+    world = shlex.join([sys.executable, "-m", "launchers.world", str(run), str(request.nodes.least)])
+    return [*lines, f"TASKS={request.tasks}", f'NODES=$({world} "$TASKS") || exit', *STEP]
 
 
 def job_name(run: Path) -> str:

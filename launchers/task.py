@@ -3,7 +3,6 @@
 import atexit
 import fcntl
 import os
-import re
 import signal
 import socket
 import struct
@@ -99,22 +98,6 @@ def tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def hosts(nodelist: str) -> list[str]:
-    """The names behind Slurm's "gpu[08-10,12],login": gpu08, gpu09, gpu10, gpu12, login."""
-    names = []
-    for group in re.findall(r"(?:\[[^]]*\]|[^,[])+", nodelist):
-        prefix, _, rest = group.partition("[")
-        numbers, _, suffix = rest.partition("]")
-        if not rest:
-            names.append(group)
-            continue
-        for span in numbers.split(","):
-            first, _, last = span.partition("-")
-            for number in range(int(first), int(last or first) + 1):
-                names += hosts(f"{prefix}{number:0{len(first)}}{suffix}")
-    return names
-
-
 # ---- network
 
 
@@ -123,7 +106,7 @@ def network_variables(slurm: Mapping[str, str]) -> dict[str, str]:
 
     That is the one that leads to rank 0's node, and on that node the one that leads to the next.
     """
-    names = hosts(slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"])
+    names = queue.hosts(slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"])
     if len(names) == 1:
         master, chosen = "127.0.0.1", "lo"
     else:

@@ -6,6 +6,7 @@ A command imports what it needs itself: `scaleprog --help` need not wait for tor
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,7 +53,13 @@ def plan(recipe: RecipePath, overrides: Overrides = None, nproc: Annotated[int, 
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Ranks on this machine.")] = 1,
+    nproc: Annotated[
+        str,
+        typer.Option(
+            metavar="N|LEAST:MOST",
+            help="Ranks on this machine; of a range each start takes what can train on the GPUs, or else CPU cores.",
+        ),
+    ] = "1",
     run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-seedN.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="Run to give the speedup against.")] = None,
     restarts: Annotated[
@@ -63,20 +70,23 @@ def train(
 
     TERM, INT and USR2 end it after a checkpoint, with exit code 75; the same command goes on from there.
     """
-    from launchers.local import launch
+    from launchers.local import launch, ranks_to_start
+    from launchers.world import Count, Demand
     from scaleprog.recipe import Recipe
     from scaleprog.storage import committed
     from scaleprog.train import train_rank
 
-    restarts = (3 if nproc > 1 else 0) if restarts is None else restarts
+    ranks = Count.parse(nproc, "--nproc")
+    restarts = (3 if ranks.most > 1 else 0) if restarts is None else restarts
     loaded = Recipe.load(recipe, overrides or ())
     folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
     baseline_seconds = None if baseline is None else train_seconds(baseline)
-    if nproc == 1 and restarts == 0:
+    if ranks.most == 1 and restarts == 0:
         train_rank(loaded, folder)
     else:
+        number = ranks.most if ranks.fixed else partial(ranks_to_start, ranks, Demand.of(loaded))
         launch(
-            nproc, train_rank, loaded, folder,
+            number, train_rank, loaded, folder,
             restarts=restarts, progress=lambda: committed(folder / "checkpoints")[-1:],
         )  # fmt: skip
     results = folder / "results.json"
@@ -90,7 +100,13 @@ def train(
 def submit(
     recipe: RecipePath,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    nodes: Annotated[
+        str,
+        typer.Option(
+            metavar="N|LEAST:MOST",
+            help="Of a range, each start takes as many as Slurm has free and can train.",
+        ),
+    ] = "1",
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="One rank per GPU.")] = None,
     tasks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks per node where there are no GPUs.")] = None,
     cpus_per_task: Annotated[int | None, typer.Option(min=1)] = None,
@@ -107,12 +123,14 @@ def submit(
 ) -> None:
     """Trains a recipe as a Slurm job, which comes back by itself until the run is finished."""
     from launchers import slurm, status
+    from launchers.world import Count
     from scaleprog.recipe import Recipe
 
+    count = Count.parse(nodes, "--nodes")
     loaded = Recipe.load(recipe, overrides or ())
     folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
     request = slurm.Request(
-        nodes, gpus_per_node, tasks_per_node, cpus_per_task, time, partition, account, qos, signal_before,
+        count, gpus_per_node, tasks_per_node, cpus_per_task, time, partition, account, qos, signal_before,
         max_restarts, tuple(sbatch or ()),
     )  # fmt: skip
     if dry_run:
@@ -120,7 +138,7 @@ def submit(
         return
     job = slurm.submit(loaded, folder, request)
     print(
-        f"job {job.job}: {nodes} x {request.tasks} ranks\n  run directory  {folder}\n"
+        f"job {job.job}: {count} x {request.tasks} ranks\n  run directory  {folder}\n"
         f"  watch          scaleprog status {folder}; tail -f {folder / job.log}\n"
         f"  end            scaleprog cancel {folder}",
         flush=True,

@@ -72,6 +72,22 @@ def partitions() -> list[str]:
     return list(dict.fromkeys(told.stdout.split()))
 
 
+def hosts(nodelist: str) -> list[str]:
+    """The names behind Slurm's "gpu[08-10,12],login": gpu08, gpu09, gpu10, gpu12, login."""
+    names = []
+    for group in re.findall(r"(?:\[[^]]*\]|[^,[])+", nodelist):
+        prefix, _, rest = group.partition("[")
+        numbers, _, suffix = rest.partition("]")
+        if not rest:
+            names.append(group)
+            continue
+        for span in numbers.split(","):
+            first, _, last = span.partition("-")
+            for number in range(int(first), int(last or first) + 1):
+                names += hosts(f"{prefix}{number:0{len(first)}}{suffix}")
+    return names
+
+
 def _ask(*command: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
     try:

@@ -58,7 +58,7 @@ class Order:
         if self.batch % self.lanes:
             raise DataError(
                 f"a global batch of {self.batch} cannot be taken evenly from {self.lanes} lanes: set data.lanes to a "
-                f"divisor of the batch, e.g. {_divisors(self.batch)}"
+                f"divisor of the batch, e.g. {divisors(self.batch)}"
             )
         if self.steps_per_epoch < 1:
             raise DataError(
@@ -117,7 +117,7 @@ class Order:
         if self.lanes % world:
             raise DataError(
                 f"{self.lanes} lanes cannot be spread evenly over {world} ranks: use a world size that divides "
-                f"data.lanes ({_divisors(self.lanes)}), or set data.lanes to a multiple of {world}"
+                f"data.lanes ({divisors(self.lanes)}), or set data.lanes to a multiple of {world}"
             )
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")
@@ -125,6 +125,6 @@ class Order:
         return range(rank * owned, (rank + 1) * owned)
 
 
-def _divisors(number: int) -> str:
+def divisors(number: int) -> str:
     """The divisors of a number, ascending, as a message shows them."""
     return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)

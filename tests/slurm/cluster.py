@@ -101,6 +101,17 @@ class Cluster:
         """Ends the daemon alone: the node's jobs go on, unwatched."""
         self._change("kill-slurmd", node)
 
+    def drain(self, *nodes: int) -> None:
+        """Lets no further job start on nodes; those that run there stay."""
+        self.changed = True
+        names = ",".join(f"node{node}" for node in nodes)
+        self.run(["scontrol", "update", f"NodeName={names}", "State=DRAIN", "Reason=test"])
+
+    def undrain(self, *nodes: int) -> None:
+        """Takes `drain` back."""
+        names = ",".join(f"node{node}" for node in nodes)
+        self.run(["scontrol", "update", f"NodeName={names}", "State=RESUME"])
+
     def _change(self, command: str, node: int) -> None:
         self.changed = True
         self.run([SCRIPT, command, str(node)])

@@ -27,6 +27,8 @@ T = TypeVar("T")
 class TrainingJob:
     """A recipe trained in a run directory by `scaleprog submit` or by slurm/train.sbatch, on nodes x tasks ranks.
 
+    `nodes`: those that train, where `submit` asks for a range.
+
     Args:
         cluster: where.
         recipe: what.
@@ -64,6 +66,7 @@ class TrainingJob:
         """Submits it, or the same again; `options` of sbatch. Raises RuntimeError with what was said against it."""
         options = {"nodes": str(self.nodes), "time": "60", **options}
         command: list[str | Path]
+        least, colon, most = options["nodes"].partition(":")
         if self.by == "submit":
             options |= {"tasks_per_node": str(self.tasks_per_node), "signal_before": str(signal_before)}
             command = [sys.executable, "-m", "scaleprog", "submit", self.recipe_file, f"--run-dir={self.run}"]
@@ -71,11 +74,16 @@ class TrainingJob:
                 _option(*option) if option[0] in OWN else f"--sbatch={_option(*option)}" for option in options.items()
             ]
         else:
-            options |= {"ntasks_per_node": str(self.tasks_per_node), "signal": f"USR2@{signal_before}"}
+            if colon:  # with ntasks_per_node Slurm would give least x tasks_per_node nodes at most
+                options["nodes"] = f"{least}-{most}"
+            else:
+                options["ntasks_per_node"] = str(self.tasks_per_node)
+            options["signal"] = f"USR2@{signal_before}"
             options |= {"output": f"{self.beside}/%j.log"}
             command = ["sbatch", "--parsable", *(_option(*option) for option in options.items())]
             command += [ROOT / "slurm" / "train.sbatch", self.recipe_file, self.run]
         environment = [f"{key}={value}" for key, value in self._environment().items()]
+        environment += [f"MIN_NODES={least}"] * bool(colon)
         told = self.cluster.run(["env", f"--chdir={ROOT}", *environment, *command], seconds=SECONDS).stdout
         self.id = re.findall(r"\d+", told)[0]
 

@@ -127,7 +127,7 @@ def test_a_missing_recipe_is_told_by_a_process_of_its_own(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("trian", "recipe.yaml"), ("train",), ("train", "recipe.yaml", "--nproc", "0"),
+        ("trian", "recipe.yaml"), ("train",),
         ("train", "recipe.yaml", "--ranks", "2"), ("evaluate", "run", "--weights", "worst"),
         ("evaluate", "run", "--resolution", "large"), ("export", "run"), ("report", "run"), ("shards", "chekc", "x"),
     ],
@@ -366,6 +366,19 @@ def test_a_rank_that_fails_is_named_and_ends_all(
     while (left := processes(f"SCALEPROG_TEST={tmp_path}")) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == []
+
+
+def test_a_range_of_ranks(
+    command: Command, write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for nproc in ("0", "4:1"):
+        assert is_mistake(command("train", write_recipe(), "--nproc", nproc), f"--nproc {nproc}: neither a number")
+    monkeypatch.setattr("launchers.local.room_here", lambda: (3, "CPU cores"))
+    recipe = write_recipe(train={"max_steps": 2})
+    told = command("train", recipe, "--nproc", "1:4", "--run-dir", tmp_path / "run")
+    assert "scaleprog: 2 of at most 4 ranks; CPU cores here: 3; 3 ranks do not divide data.lanes, 4; " in told.err
+    (start,) = (row for row in map(json.loads, (tmp_path / "run" / "events.jsonl").open()) if row["event"] == "start")
+    assert start["world"] == 2
 
 
 def processes(setting: str) -> list[str]:

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from launchers.exits import CRASHED, MISTAKE, STOPPED, Exit, exit_by
-from launchers.local import RankFailed, elastic_launch, launch
-from scaleprog.errors import DataError, Preempted, Unavailable
+from launchers.local import RankFailed, elastic_launch, launch, ranks_to_start
+from launchers.world import Count, Demand
+from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable
 
 
 def begin(folder: Path, kind: str = "") -> None:
@@ -57,6 +58,52 @@ def test_what_may_pass_is_tried_again_and_told_without_a_traceback(
     assert not caught.value.mistake
     assert begun(tmp_path) == 2
     assert "Traceback" not in capfd.readouterr().err
+
+
+def begin_with(folder: Path) -> None:
+    """What ranks do of which there are too many until there are two."""
+    (folder / f"{os.environ['WORLD_SIZE']}-{os.environ['RANK']}").touch()
+    if os.environ["WORLD_SIZE"] != "2":
+        os._exit(9)
+
+
+def test_each_start_asks_for_the_number_of_ranks(tmp_path: Path) -> None:
+    numbers = iter((3, 1, 2))
+    launch(lambda: next(numbers), begin_with, tmp_path, restarts=2)
+    assert {path.name for path in tmp_path.iterdir()} >= {"1-0", "2-0", "2-1"}
+    assert next(numbers, None) is None
+    assert not list(tmp_path.glob("2-2"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "room", "taken", "why"),
+    [
+        (Count(1, 4), 8, 4, ""),
+        (Count(1, 4), 3, 2, "2 of at most 4 ranks; GPUs here: 3; 3 ranks do not divide data.lanes, 4; a new run with"),
+        (Count(1, 4), 2, 2, "2 of at most 4 ranks; GPUs here: 2\n"),
+        (Count(1, 6), 8, 4, "4 of at most 6 ranks; 6 ranks do not divide data.lanes, 4; a new run"),
+    ],
+)
+def test_a_start_takes_what_the_machine_has_and_can_train(
+    asked: Count, room: int, taken: int, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launchers.local.room_here", lambda: (room, "GPUs"))
+    assert ranks_to_start(asked, Demand(4)) == taken
+    told = capsys.readouterr().err
+    assert told.startswith(f"scaleprog: {why}") if why else told == ""
+    assert told.count("\n") == bool(why)
+
+
+def test_a_range_that_the_machine_has_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 5, 7})
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ScaleprogError, match="--nproc 4:8: CPU cores here: 3; --nproc N"):
+        ranks_to_start(Count(4, 8), Demand(8))
+    with pytest.raises(
+        ScaleprogError,
+        match=r"^--nproc 3:8, CPU cores here: 3; with 3: no such number of ranks can train; .* 8 \(1, 2, 4, 8\)$",
+    ):
+        ranks_to_start(Count(3, 8), Demand(8))
 
 
 def test_ranks_that_stop_by_themselves_say_why(tmp_path: Path) -> None:

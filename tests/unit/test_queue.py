@@ -35,3 +35,17 @@ def test_no_answer(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(queue.NoAnswer, match="scontrol is not there"):
         queue.find("7")
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "names"),
+    [
+        ("node0", ["node0"]),
+        ("node[0-1]", ["node0", "node1"]),
+        ("gpu[08-10,12],login", ["gpu08", "gpu09", "gpu10", "gpu12", "login"]),
+        ("a-b[1-2]-c,x.y", ["a-b1-c", "a-b2-c", "x.y"]),
+        ("r[1-2]n[3-4]", ["r1n3", "r1n4", "r2n3", "r2n4"]),
+    ],
+)
+def test_hosts(nodelist: str, names: list[str]) -> None:
+    assert queue.hosts(nodelist) == names

@@ -10,6 +10,7 @@ import pytest
 from launchers import slurm
 from launchers.slurm import Request
 from launchers.snapshot import JobFile
+from launchers.world import Count
 from scaleprog.errors import CheckpointError, DataError, ScaleprogError
 from scaleprog.recipe import Recipe
 from tests.conftest import MakeRecipe
@@ -39,8 +40,8 @@ def test_time_limits(limit: str, expected: int) -> None:
         (Request(options=("-N3",)), "--sbatch -N3: not of the form KEY=VALUE"),
         (Request(options=("comment=a\n#SBATCH --uid=0",)), "not of the form KEY=VALUE"),
         (Request(qos="a\nb"), "--qos: more than one line"),
-        (Request(nodes=3), "4 lanes cannot be spread evenly over 3 ranks"),
-        (Request(nodes=2, gpus_per_node=4), "4 lanes cannot be spread evenly over 8 ranks"),
+        (Request(nodes=Count(3, 3)), "4 lanes cannot be spread evenly over 3 ranks"),
+        (Request(nodes=Count(2, 2), gpus_per_node=4), "4 lanes cannot be spread evenly over 8 ranks"),
     ],
 )
 def test_what_cannot_work_is_refused(
@@ -70,7 +71,7 @@ def test_no_slurm(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ScaleprogError, match="no Slurm on this machine: sbatch is not there"):
         slurm.submit(make_recipe(), tmp_path / "run", Request())
-    assert "#SBATCH --nodes=2\n" in slurm.script(make_recipe(), tmp_path / "run", Request(nodes=2))
+    assert "#SBATCH --nodes=2\n" in slurm.script(make_recipe(), tmp_path / "run", Request(nodes=Count(2, 2)))
     assert not (tmp_path / "run").exists()
     monkeypatch.setitem(sys.modules, "submitit.slurm.slurm", None)
     with pytest.raises(ScaleprogError, match=r"submitit is not installed: pip install 'scaleprog\[slurm\]'"):
@@ -79,7 +80,7 @@ def test_no_slurm(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.M
 
 def test_submit(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe, run = make_recipe(), tmp_path / "run"
-    file = slurm.submit(recipe, run, Request(nodes=2, time="10", partition="high"))
+    file = slurm.submit(recipe, run, Request(nodes=Count(2, 2), time="10", partition="high"))
     assert (file.job, file.name) == ("7", "scaleprog-run")
     assert JobFile.read(run) == file
     assert Recipe.load(run / "recipe.yaml") == recipe
@@ -100,7 +101,7 @@ def test_submit(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> Non
 
 def test_script(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     request = Request(
-        nodes=2, gpus_per_node=2, cpus_per_task=3, time="2:00:00", account="me", qos="long", signal_before=90,
+        nodes=Count(2, 2), gpus_per_node=2, cpus_per_task=3, time="2:00:00", account="me", qos="long", signal_before=90,
         options=("mem=4G", "exclusive", "constraint=a&b"), max_restarts=5,
     )  # fmt: skip
     text = slurm.script(make_recipe(), tmp_path / "run", request)

@@ -12,20 +12,6 @@ from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable
 from tests.unit.fake_slurm import FakeSlurm
 
 
-@pytest.mark.parametrize(
-    ("nodelist", "names"),
-    [
-        ("node0", ["node0"]),
-        ("node[0-1]", ["node0", "node1"]),
-        ("gpu[08-10,12],login", ["gpu08", "gpu09", "gpu10", "gpu12", "login"]),
-        ("a-b[1-2]-c,x.y", ["a-b1-c", "a-b2-c", "x.y"]),
-        ("r[1-2]n[3-4]", ["r1n3", "r1n4", "r2n3", "r2n4"]),
-    ],
-)
-def test_hosts(nodelist: str, names: list[str]) -> None:
-    assert task.hosts(nodelist) == names
-
-
 @pytest.mark.parametrize(("text", "counts"), [("2", [2]), ("2(x3),1", [2, 2, 2, 1]), ("1,4(x2)", [1, 4, 4])])
 def test_tasks_per_node(text: str, counts: list[int]) -> None:
     assert task.tasks_per_node(text) == counts

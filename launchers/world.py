@@ -1,0 +1,139 @@
+"""How many ranks a start has where the user leaves it open: as many as there is room for and as the recipe can use.
+
+`python -m launchers.world RUN MIN_NODES TASKS` tells a batch script on how many of its job's nodes to start TASKS ranks
+each. It needs no torch, for which every start would have to wait.
+"""
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from launchers.exits import exit_by
+from scaleprog.data.order import divisors
+from scaleprog.errors import CheckpointError, ScaleprogError, Unavailable
+from scaleprog.queue import hosts
+
+if TYPE_CHECKING:
+    from scaleprog.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many nodes, or ranks, each start of a run is to have: at least `least`, at most `most`."""
+
+    least: int
+    most: int
+
+    @classmethod
+    def parse(cls, text: str, option: str) -> "Count":
+        """The value of an option: N, or LEAST:MOST. Raises ScaleprogError."""
+        found = re.fullmatch(r"([0-9]+)(?::([0-9]+))?", text)
+        if found is not None:
+            least, most = int(found[1]), int(found[2] or found[1])
+            if 1 <= least <= most:
+                return cls(least, most)
+        raise ScaleprogError(
+            f"{option} {text}: neither a number such as 4 nor a range LEAST:MOST such as 2:8, with 1 <= LEAST <= MOST"
+        )
+
+    def __str__(self) -> str:
+        return str(self.most) if self.fixed else f"{self.least}:{self.most}"
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it is a number and no range."""
+        return self.least == self.most
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a recipe demands of the number of ranks: that it divides `lanes`, and is a multiple of hsdp's `shard`."""
+
+    lanes: int
+    shard: int = 1
+
+    @classmethod
+    def of(cls, recipe: "Recipe") -> "Demand":
+        """That of a recipe."""
+        return cls(recipe.data.lanes, recipe.sharding.shard or 1)
+
+    @classmethod
+    def read(cls, run: Path) -> "Demand":
+        """That of the recipe of a run directory. Raises Unavailable or CheckpointError."""
+        path = run / "recipe.yaml"
+        try:
+            values = yaml.safe_load(path.read_text())
+            return cls(int(values["data"]["lanes"]), int(values["sharding"]["shard"] or 1))
+        except OSError as error:
+            raise Unavailable(f"{path}: not readable: {error}") from error
+        except (UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: damaged, {error}; submit the run again") from error
+
+    def obstacle(self, ranks: int) -> str:
+        """Why so many ranks cannot train, and how a run can be set up so that they can; empty if they can."""
+        if self.lanes % ranks:
+            return (
+                f"{ranks} ranks do not divide data.lanes, {self.lanes}; "
+                f"a new run with data.lanes a multiple of {ranks} can use them"
+            )
+        if ranks % self.shard:
+            return f"{ranks} ranks are no multiple of sharding.shard, {self.shard}"
+        return ""
+
+
+def usable(count: Count, demand: Demand, each: int = 1) -> list[int]:
+    """The numbers in a range, of nodes with `each` ranks, that can train; ascending."""
+    # more ranks than lanes never can, and the end of a range may be any number
+    most = min(count.most, demand.lanes // each)
+    return [number for number in range(count.least, most + 1) if not demand.obstacle(number * each)]
+
+
+def largest(option: str, count: Count, demand: Demand, each: int = 1) -> int:
+    """The largest number in a range, of nodes with `each` ranks, that can train.
+
+    Raises:
+        ScaleprogError: none of them can; `option` is what the message calls the range by.
+    """
+    if not (numbers := usable(count, demand, each)):
+        nodes = f" x {each} ranks" if each > 1 else ""
+        multiple = "" if demand.shard == 1 else f", and be a multiple of sharding.shard, {demand.shard}"
+        raise ScaleprogError(
+            f"{option} {count}{nodes}: no such number of ranks can train; it must divide "
+            f"data.lanes, {demand.lanes} ({divisors(demand.lanes)}){multiple}"
+        )
+    return numbers[-1]
+
+
+def nodes_to_use(run: Path, least: int, each: int) -> int:
+    """On how many of this job's nodes, the first ones, ranks are to start; says which stay idle, and why.
+
+    Raises:
+        ScaleprogError: the job has fewer nodes than `least`, or no number of them can train.
+    """
+    there = int(os.environ["SLURM_JOB_NUM_NODES"])
+    if there < least:
+        raise ScaleprogError(f"the job has {there} nodes, fewer than MIN_NODES, {least}: ask Slurm for as many")
+    demand = Demand.read(run)
+    used = largest("nodes", Count(least, there), demand, each)
+    if used < there:
+        idle = ", ".join(hosts(os.environ["SLURM_JOB_NODELIST"])[used:])
+        print(
+            f"scaleprog: {used} of {there} nodes train, idle: {idle}; {demand.obstacle(there * each)}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    return used
+
+
+if __name__ == "__main__":
+    folder, fewest, tasks = sys.argv[1:]
+    try:
+        print(nodes_to_use(Path(folder), Count.parse(fewest, "MIN_NODES").least, int(tasks)))
+    except Exception as error:
+        end = exit_by(error)
+        print(f"scaleprog: how many nodes are to train? {end.text}", file=sys.stderr)
+        sys.exit(end.code)

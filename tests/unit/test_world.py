@@ -1,0 +1,206 @@
+"""How many ranks a start takes where the user leaves it open."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launchers import slurm
+from launchers.slurm import Request
+from launchers.world import Count, Demand, largest, usable
+from scaleprog.data.order import Order
+from scaleprog.errors import DataError, RecipeError, ScaleprogError
+from scaleprog.sharding.settings import ShardingSettings
+from tests.conftest import MakeRecipe
+from tests.unit.fake_slurm import FakeSlurm
+
+ROOT = Path(__file__).parents[2]
+SHOW = "env | grep -E '^SLURM_(NTASKS|NNODES|JOB_NUM_NODES|NTASKS_PER_NODE|NPROCS)=' | sort > srun-reads; exit 0"
+
+
+def can_train(ranks: int, lanes: int, sharding: ShardingSettings) -> bool:
+    """What a rank says of its world when it starts."""
+    try:
+        Order((2 * lanes,), 0, lanes, lanes).lanes_of(0, ranks)
+        sharding.check_world(ranks)
+    except (DataError, RecipeError):
+        return False
+    return True
+
+
+@given(
+    least=st.integers(1, 12),
+    further=st.integers(0, 40),
+    each=st.integers(1, 8),
+    lanes=st.integers(1, 96),
+    shard=st.none() | st.integers(1, 8),
+)
+def test_the_largest_number_that_no_rank_would_refuse_is_taken(
+    least: int, further: int, each: int, lanes: int, shard: int | None
+) -> None:
+    sharding = ShardingSettings(engine="hsdp" if shard else "fsdp", shard=shard)
+    count, demand = Count(least, least + further), Demand(lanes, shard or 1)
+    known = [n for n in range(least, least + further + 1) if can_train(n * each, lanes, sharding)]
+    assert usable(count, demand, each) == known
+    if known:
+        assert largest("--nodes", count, demand, each) == known[-1]
+    else:
+        with pytest.raises(ScaleprogError, match=f"^--nodes {count}.* no such number of ranks can train"):
+            largest("--nodes", count, demand, each)
+
+
+def test_a_range_may_end_anywhere() -> None:
+    assert largest("--nodes", Count(1, 10**12), Demand(64), each=8) == 8
+
+
+def test_what_is_said_where_no_number_can_train() -> None:
+    with pytest.raises(ScaleprogError) as caught:
+        largest("--nodes", Count(4, 5), Demand(12, 4), each=2)
+    assert str(caught.value) == (
+        "--nodes 4:5 x 2 ranks: no such number of ranks can train; it must divide data.lanes, 12 (1, 2, 3, 4, 6, 12), "
+        "and be a multiple of sharding.shard, 4"
+    )
+
+
+@pytest.mark.parametrize(("text", "known"), [("4", Count(4, 4)), ("2:8", Count(2, 8)), ("3:3", Count(3, 3))])
+def test_a_number_or_a_range(text: str, known: Count) -> None:
+    assert Count.parse(text, "--nodes") == known
+    assert Count.parse(str(known), "--nodes") == known
+
+
+@pytest.mark.parametrize("text", ["8:2", "0:3", "0", "a:b", "", "2:", ":2", "1:2:3", "2-8", "-1", "1.5", "2 :8"])
+def test_a_range_that_is_none(text: str) -> None:
+    with pytest.raises(ScaleprogError) as caught:
+        Count.parse(text, "--nproc")
+    assert str(caught.value) == (
+        f"--nproc {text}: neither a number such as 4 nor a range LEAST:MOST such as 2:8, with 1 <= LEAST <= MOST"
+    )
+
+
+def ask(run: Path, least: str, tasks: int, nodelist: str, nodes: int) -> subprocess.CompletedProcess[str]:
+    """`python -m launchers.world` in a job of so many nodes."""
+    environment = os.environ | {"SLURM_JOB_NUM_NODES": str(nodes), "SLURM_JOB_NODELIST": nodelist}
+    return subprocess.run(
+        [sys.executable, "-m", "launchers.world", run, least, str(tasks)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_job_says_which_nodes_stay_idle(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(make_recipe(sharding={"engine": "hsdp", "shard": 2}).dump())
+    told = ask(tmp_path, "1", 1, "gpu[08-09,11],login", 4)
+    assert (told.stdout, told.stderr, told.returncode) == ("4\n", "", 0)
+    told = ask(tmp_path, "1", 1, "gpu[08-09,11]", 3)
+    assert (told.stdout, told.returncode) == ("2\n", 0)
+    assert told.stderr == (
+        "scaleprog: 2 of 3 nodes train, idle: gpu11; 3 ranks do not divide data.lanes, 4; "
+        "a new run with data.lanes a multiple of 3 can use them\n"
+    )
+    for least, tasks, code, message in (
+        ("3", 1, 2, "nodes 3: no such number of ranks can train; it must divide data.lanes, 4 (1, 2, 4), and be"),
+        ("4", 1, 2, "the job has 3 nodes, fewer than MIN_NODES, 4"),
+        ("two", 1, 2, "MIN_NODES two: neither a number"),
+        ("1", 3, 2, "nodes 1:3 x 3 ranks: no such number of ranks can train"),
+    ):
+        told = ask(tmp_path, least, tasks, "gpu[08-09,11]", 3)
+        assert (told.stdout, told.returncode) == ("", code)
+        assert told.stderr.startswith(f"scaleprog: how many nodes are to train? {message}")
+    recipe.write_text("data: 3")
+    told = ask(tmp_path, "1", 1, "gpu1", 1)
+    assert told.returncode == 2
+    assert f"{recipe}: damaged" in told.stderr
+    recipe.unlink()
+    told = ask(tmp_path, "1", 1, "gpu1", 1)
+    assert told.returncode == 1, "the file system may answer next time"
+    assert f"{recipe}: not readable" in told.stderr
+
+
+def test_a_start_need_not_wait_for_torch() -> None:
+    question = "import launchers.world, sys; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", question], cwd=ROOT, capture_output=True).stdout == b"False\n"
+
+
+def test_slurm_is_asked_for_a_range(make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    request = Request(nodes=Count(1, 4), tasks_per_node=2, cpus_per_task=3)
+    text = slurm.script(make_recipe(data={"lanes": 8}), tmp_path / "run", request)
+    lines = text.splitlines()
+    assert {"#SBATCH --nodes=1-4", "#SBATCH --mincpus=6", "#SBATCH --cpus-per-task=3"} <= set(lines)
+    assert "ntasks-per-node" not in text
+    assert capsys.readouterr().err == ""
+    shared = {line.strip() for line in (ROOT / "slurm" / "train.sbatch").read_text().splitlines()}
+    assert set(slurm.STEP) <= shared & set(lines)
+    plain = slurm.script(make_recipe(data={"lanes": 8}), tmp_path / "run", Request(nodes=Count(4, 4)))
+    assert "launchers.world" not in plain
+    assert not {*slurm.STEP} & {*plain.splitlines()}
+
+
+def test_a_range_is_narrowed_to_what_can_train(
+    make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for asked, given_, why in (
+        (Count(1, 3), "1-2", "3 ranks do not divide data.lanes, 4"),
+        (Count(2, 999), "2-4", "999 ranks do not divide data.lanes, 4"),
+        (Count(3, 4), "4", "3 ranks do not divide data.lanes, 4"),
+    ):
+        text = slurm.script(make_recipe(), tmp_path / "run", Request(nodes=asked))
+        assert f"#SBATCH --nodes={given_}\n" in text
+        told = capsys.readouterr().err
+        assert told.startswith(f"scaleprog: --nodes {asked}: Slurm is asked for {given_.replace('-', ':')}; {why}; ")
+    with pytest.raises(ScaleprogError, match=r"^--nodes 5:9: no such number of ranks can train; .* 4 \(1, 2, 4\)$"):
+        slurm.script(make_recipe(), tmp_path / "run", Request(nodes=Count(5, 9)))
+
+
+def test_the_step_gets_the_nodes_that_train(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    slurm.submit(make_recipe(), run, Request(nodes=Count(1, 4)))
+    (script,) = run.glob("jobs/*/7_submission.sh")
+    fake.command("srun", SHOW)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SLURM_NNODES": "3", "SLURM_JOB_NODELIST": "node[0-2]"}
+    done = start(script, tmp_path, job)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 3 nodes train, idle: node2" in done.stderr
+    assert step(tmp_path) == {"NTASKS": 2, "NNODES": 2, "JOB_NUM_NODES": 2, "NTASKS_PER_NODE": 1, "NPROCS": 2}
+
+    (tmp_path / "srun-reads").unlink()
+    (run / "recipe.yaml").write_text("data: 3")
+    done = start(script, tmp_path, job)
+    assert done.returncode == 2
+    assert "how many nodes are to train?" in done.stderr
+    assert "does not start again: another try would end the same" in done.stderr
+    assert not (tmp_path / "srun-reads").exists()
+
+
+def test_the_step_of_train_sbatch(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe, script = tmp_path / "recipe.yaml", ROOT / "slurm" / "train.sbatch"
+    recipe.write_text(make_recipe().dump())
+    fake.command("srun", SHOW)
+    job = {
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "scaleprog", "SLURM_SUBMIT_DIR": str(tmp_path), "PYTHON": sys.executable,
+        "SLURM_JOB_NUM_NODES": "3", "SLURM_NNODES": "3", "SLURM_JOB_NODELIST": "node[0-2]",
+    }  # fmt: skip
+    done = start(script, tmp_path, job | {"MIN_NODES": "1", "SLURM_NTASKS_PER_NODE": "2"}, recipe, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "2 of 3 nodes train, idle: node2" in done.stderr
+    assert step(tmp_path) == {"NTASKS": 4, "NNODES": 2, "JOB_NUM_NODES": 2, "NTASKS_PER_NODE": 2, "NPROCS": 4}
+    done = start(script, tmp_path, job, recipe, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert step(tmp_path) == {"NNODES": 3, "JOB_NUM_NODES": 3}, "as sbatch was told"
+
+
+def start(script: Path, folder: Path, job: dict[str, str], *arguments: Path) -> subprocess.CompletedProcess[str]:
+    """A batch script, run with a job's variables."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | job
+    return subprocess.run(
+        ["bash", script, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def step(folder: Path) -> dict[str, int]:
+    """What `srun` has read of the size of its step."""
+    lines = (folder / "srun-reads").read_text().split()
+    return {name.removeprefix("SLURM_"): int(value) for name, value in (line.split("=") for line in lines)}
