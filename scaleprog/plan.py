@@ -28,7 +28,6 @@ class Plan:
     @classmethod
     def of(cls, recipe: Recipe, world: int) -> "Plan":
         """Checks a recipe against its model, its shards and the number of ranks. Raises RecipeError or DataError."""
-        recipe.sharding.check_world(world)
         manifest = Manifest.load(recipe.data.path).first("train", recipe.data.shards)
         manifest.verify_sizes("train")
         manifest.verify_sizes("val")
@@ -55,6 +54,12 @@ class Plan:
     def active(self, phase: Phase, subnet: Subnet) -> tuple[tuple[int, ...], ...]:
         """The layers that `subnet` runs in the network of `phase`."""
         return phase.active(subnet, self.recipe.growth.operator, self.family.split)
+
+
+def check_start(recipe: Recipe, world: int, per_node: int) -> None:
+    """Raises RecipeError or DataError for what `world` ranks, `per_node` of them on each node, would fail with."""
+    Plan.of(recipe, world)
+    recipe.sharding.check_world(world, per_node)
 
 
 def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], Schedule]:

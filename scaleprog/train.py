@@ -29,7 +29,7 @@ from scaleprog.growth.space import Subnet
 from scaleprog.metrics import ProgressLine, Recorder, StepTimer
 from scaleprog.models.elastic import Active, drop_scales
 from scaleprog.optim import learning_rate
-from scaleprog.plan import Plan
+from scaleprog.plan import Plan, check_start
 from scaleprog.preemption import AskedToStop, Due, Watch, deadline
 from scaleprog.recipe import Recipe
 from scaleprog.run import (
@@ -44,7 +44,7 @@ from scaleprog.run import (
     settle_checkpoints,
     tell_signal,
 )
-from scaleprog.sharding.coordinator import Coordinator, process_group
+from scaleprog.sharding.coordinator import Coordinator, process_group, ranks_per_node
 from scaleprog.state import RunState, summary
 from scaleprog.storage import read_state, tidy
 
@@ -65,6 +65,7 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
     RecipeError, DataError or CheckpointError, and Disagreement if ranks would act on different values.
     """
     # ---- data
+    check_start(recipe, coordinator.world, ranks_per_node())
     plan = Plan.of(recipe, coordinator.world)
     rank, world = coordinator.rank, coordinator.world
     coordinator.verify("recipe", recipe.dump())

@@ -22,7 +22,7 @@ def process_group() -> Iterator[tuple["Coordinator", torch.device]]:
     The variables are torch.distributed's: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; without them this
     process is alone.
     """
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -30,7 +30,7 @@ def process_group() -> Iterator[tuple["Coordinator", torch.device]]:
     else:
         device, backend = torch.device("cpu"), "gloo"
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_per_node()))
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
     else:
@@ -42,6 +42,11 @@ def process_group() -> Iterator[tuple["Coordinator", torch.device]]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def ranks_per_node() -> int:
+    """As the launcher's environment says; a process alone is one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class Coordinator:

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from scaleprog.models.elastic import Active, ElasticModel
+from scaleprog.sharding.coordinator import ranks_per_node
 from scaleprog.sharding.native import NativeBackend
 from scaleprog.sharding.spread import Spread
 
@@ -26,7 +27,7 @@ class FsdpBackend(NativeBackend):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         world = dist.get_world_size()
-        ranks = self.sharding.shard_ranks(world)
+        ranks = self.sharding.shard_ranks(world, ranks_per_node())
         if self.sharding.engine == "hsdp":
             mesh = init_device_mesh(self.device.type, (world // ranks, ranks), mesh_dim_names=("replicate", "shard"))
             self.group = mesh["shard"].get_group()

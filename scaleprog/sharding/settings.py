@@ -1,7 +1,6 @@
 """How a recipe says what spreads the model over the ranks, and what of it can be refused before there are any."""
 
 import importlib.util
-import os
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -54,18 +53,18 @@ class ShardingSettings(Settings):
             raise ValueError(f"engine {self.engine} offloads all or nothing, got offload: optimizer")
         return self
 
-    def check_world(self, world: int) -> None:
-        """Raises RecipeError for what cannot run on `world` ranks here."""
+    def check_world(self, world: int, per_node: int) -> None:
+        """Raises RecipeError for what cannot run here on `world` ranks, `per_node` of them on each node."""
         if self.engine == "zero" and importlib.util.find_spec("deepspeed") is None:
             raise RecipeError("sharding.engine: zero needs DeepSpeed: pip install 'scaleprog[deepspeed]'")
         if self.engine == "hsdp":
-            self.shard_ranks(world)
+            self.shard_ranks(world, per_node)
 
-    def shard_ranks(self, world: int) -> int:
+    def shard_ranks(self, world: int, per_node: int) -> int:
         """Ranks that one copy of the model is spread over. Raises RecipeError if hsdp's do not divide `world`."""
         if self.engine != "hsdp":
             return 1 if self.engine == "replicated" else world
-        ranks = self.shard or min(world, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+        ranks = self.shard or per_node
         if world % ranks:
             raise RecipeError(
                 f"sharding.shard: groups of {ranks} ranks do not divide a world of {world}; "

@@ -2,51 +2,93 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from scaleprog.growth.operators import Operator
 from scaleprog.recipe import Recipe
-from tests.conftest import run, step_rows
+from tests.conftest import run, short_recipe, step_rows
+from tests.numerics.whole_runs import train_all
 
-CALM = {"lr": 2e-4}  # AdamW amplifies rounding with the learning rate: what is compared are engines, not chaos
-OPERATORS = ("mogrow", "identity", "stacking", "rand_init", "interpolation")
+CALM = {"lr": 2e-4, "clip": 1.0}  # AdamW amplifies rounding with the learning rate: what is compared are engines
+OPERATORS: tuple[Operator, ...] = ("mogrow", "identity", "stacking", "rand_init", "interpolation")
+SHARDINGS: tuple[dict[str, Any], ...] = (
+    {"engine": "fsdp"},
+    {"engine": "hsdp", "shard": 2},
+    {"engine": "zero", "stage": 1},
+    {"engine": "zero", "stage": 2},
+    {"engine": "zero", "stage": 3},
+    {"engine": "replicated"},
+)
+MICRO_BATCH = {1: 3, 2: 3, 4: 1}  # of 8, 4 and 2 rows
+WORLDS = tuple(MICRO_BATCH)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_two_fsdp_ranks_train_what_one_process_trains(
-    operator: str, make_recipe: Callable[..., Recipe], tmp_path: Path
-) -> None:
-    optimizer = "inherit" if operator in ("stacking", "identity") else "reset"
-    growth = {"schedule": "automatic", "stages": 3, "operator": operator, "optimizer": optimizer}
-    recipe = make_recipe(growth=growth, data={"trace": True}, optimizer=CALM)
-    alone = recipe.model_copy(update={"sharding": recipe.sharding.model_copy(update={"engine": "replicated"})})
-    run(alone, tmp_path / "alone")
-    run(recipe, tmp_path / "sharded", ranks=2)
-    reference, sharded = step_rows(tmp_path / "alone"), step_rows(tmp_path / "sharded")
-    assert reference.keys() == sharded.keys() == set(range(1, 81))
+def cases(world: int) -> list[tuple[dict[str, Any], Operator]]:
+    """Each engine on so many ranks with one of the operators: another one on each number of ranks."""
+    shardings = [s if world > 1 else {k: v for k, v in s.items() if k != "shard"} for s in SHARDINGS]
+    return [(s, OPERATORS[(i + 2 * WORLDS.index(world)) % len(OPERATORS)]) for i, s in enumerate(shardings)]
+
+
+class Runs:
+    """The runs of all cases: those on as many ranks are trained together when the first of them is asked for."""
+
+    def __init__(self, folder: Path, shards: Path) -> None:
+        self.folder, self.shards = folder, shards
+
+    def recipe(self, operator: Operator, sharding: dict[str, Any], micro_batch: int | None) -> Recipe:
+        return short_recipe(
+            self.shards,
+            model={"drop_path": 0.1},
+            growth={"operator": operator, "optimizer": "inherit" if operator in ("stacking", "identity") else "reset"},
+            augment={"crop": "resized", "scale": (0.4, 1.0), "mixup": 0.8, "cutmix": 1.0, "erase": 0.25},
+            train={"micro_batch": micro_batch}, data={"trace": True}, optimizer=CALM, sharding=sharding,
+        )  # fmt: skip
+
+    @cache
+    def reference(self, operator: Operator) -> Path:
+        """The run of one unsharded process, whole batches at a time."""
+        folder = self.folder / operator
+        run(self.recipe(operator, {"engine": "replicated"}, None), folder)
+        return folder
+
+    @cache
+    def trained(self, world: int) -> Path:
+        """The folder of the runs on so many ranks, by their number in `cases`."""
+        folder = self.folder / f"world-{world}"
+        recipes = [self.recipe(operator, sharding, MICRO_BATCH[world]) for sharding, operator in cases(world)]
+        train_all(world, [(recipe, folder / str(i)) for i, recipe in enumerate(recipes)])
+        return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, patterns: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), patterns)
+
+
+@pytest.mark.parametrize(
+    ("world", "number"), [pytest.param(w, i, id=f"{w} {c}") for w in WORLDS for i, c in enumerate(cases(w))]
+)
+def test_every_engine_trains_what_one_unsharded_process_trains(world: int, number: int, runs: Runs) -> None:
+    _, operator = cases(world)[number]
+    theirs, mine = runs.reference(operator), runs.trained(world) / str(number)
+    reference, rows = step_rows(theirs), step_rows(mine)
+    assert reference.keys() == rows.keys() == set(range(1, 81))
     assert {r["phase"] for r in reference.values()} == {"supernet", "train"}
+    assert any(r["grad_norm"] > CALM["clip"] for r in reference.values()), "gradients were clipped"
     for step, row in reference.items():
-        mine = sharded[step]
-        assert mine["loss"] == pytest.approx(row["loss"], rel=1e-5), f"step {step}"
-        assert (mine["resolution"], mine["depth"], mine["lr"]) == (row["resolution"], row["depth"], row["lr"])
-    assert choices(tmp_path / "sharded") == choices(tmp_path / "alone")
-    assert len(choices(tmp_path / "alone")) == 2
-
-
-@pytest.mark.parametrize(("ranks", "engine"), [(2, "replicated"), (4, "fsdp")])
-def test_sample_ids_and_losses_do_not_depend_on_ranks_or_engine(
-    ranks: int, engine: str, make_recipe: Callable[..., Recipe], tmp_path: Path
-) -> None:
-    recipe = make_recipe(
-        data={"trace": True}, sharding={"engine": engine}, model={"drop_path": 0.1}, optimizer=CALM,
-        augment={"crop": "resized", "scale": (0.4, 1.0), "mixup": 0.8, "cutmix": 1.0, "erase": 0.25},
-    )  # fmt: skip
-    run(recipe, tmp_path / "one")
-    run(recipe, tmp_path / "many", ranks=ranks)
-    assert sample_ids(tmp_path / "one", 1) == sample_ids(tmp_path / "many", ranks)
-    one, many = step_rows(tmp_path / "one"), step_rows(tmp_path / "many")
-    assert [many[s]["loss"] for s in one] == pytest.approx([row["loss"] for row in one.values()], rel=1e-5)
+        assert rows[step]["loss"] == pytest.approx(row["loss"], rel=1e-5), f"step {step}"
+        assert [rows[step][key] for key in ("resolution", "depth", "lr")] == [
+            row["resolution"],
+            row["depth"],
+            row["lr"],
+        ]
+    assert choices(mine) == choices(theirs)
+    assert len(choices(mine)) == 2
+    assert sample_ids(mine, world) == sample_ids(theirs, 1)
 
 
 def test_without_recycling_a_stage_goes_back_and_repeats_its_epochs(
