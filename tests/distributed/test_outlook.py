@@ -1,0 +1,39 @@
+"""Predicted memory and traffic against bytes counted on ranks, and on one rank of larger worlds that are not there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launchers.local import launch
+from scaleprog.sharding.settings import ShardingSettings
+from tests.distributed import ranks
+
+
+DEPTH = 4
+
+
+def predicted(engine: str, precision: str, world: int) -> dict:
+    """What `ranks.count_step` should find."""
+    sharding = ShardingSettings.model_validate({"engine": engine, "precision": precision})
+    return ranks.predicted_step(sharding, ranks.MODEL, DEPTH, world)
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "world"),
+    [("fsdp", "fp32", 1), ("fsdp", "fp32", 2), ("fsdp", "bf16", 2), ("fsdp", "fp32", 4),
+     ("replicated", "fp32", 1), ("replicated", "bf16", 2), ("replicated", "fp32", 4)],
+)  # fmt: skip
+def test_a_step_holds_and_moves_what_was_predicted(engine: str, precision: str, world: int, tmp_path: Path) -> None:
+    launch(world, ranks.count_here, engine, precision, ranks.MODEL, DEPTH, tmp_path / "out.json")
+    counted = json.loads((tmp_path / "out.json").read_text())
+    if world == 1:  # collectives of one rank with itself move nothing
+        counted["collectives"] = {}
+    assert counted == predicted(engine, precision, world)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("world", [3, 8, 64, 512])
+def test_worlds_that_do_not_fit_here(world: int, precision: str) -> None:
+    counted = ranks.count_pretended("fsdp", precision, ranks.MODEL, DEPTH, world)
+    assert counted == predicted("fsdp", precision, world)
