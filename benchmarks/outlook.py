@@ -41,7 +41,8 @@ def main() -> None:
         "Written by `python -m benchmarks.outlook`.", "",
         "DeiT-S at full size, two EMAs, rank 0: bytes counted / bytes predicted of what it holds (weights, gradients, "
         "AdamW's moments, EMA) and of the tensors that a step's collectives carry, padding included.", "",
-        "| engine | ranks | held, MiB | counted / predicted | collectives | predicted | carried, MiB | counted / predicted |",
+        "| engine | ranks | held, MiB | counted / predicted | collectives | predicted | carried, MiB "
+        "| counted / predicted |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [row(*case) for case in COUNTED]
@@ -66,11 +67,12 @@ def row(engine: str, precision: str, world: int, real: bool) -> str:
     if world == 1:  # collectives of one rank with itself
         counted["collectives"] = {}
     held, foreseen = (sum(found["memory"].values()) for found in (counted, expected))
-    numbers, sizes = zip(*(map(sum, zip(*found["collectives"].values(), strict=True)) if found["collectives"] else (0, 0)
-                           for found in (counted, expected)), strict=True)  # fmt: skip
+    numbers = [sum(number for number, _ in found["collectives"].values()) for found in (counted, expected)]
+    sizes = [sum(size for _, size in found["collectives"].values()) for found in (counted, expected)]
     carried = f"{sizes[0] / sizes[1]:.4f}" if sizes[1] else "-"
+    where = world if real else f"{world} (pretended)"
     return (
-        f"| {engine}, {precision} | {world}{'' if real else ' (pretended)'} | {held / 2**20:.2f} | {held / foreseen:.4f} "
+        f"| {engine}, {precision} | {where} | {held / 2**20:.2f} | {held / foreseen:.4f} "
         f"| {numbers[0]} | {numbers[1]} | {sizes[0] / 2**20:.2f} | {carried} |"
     )
 

@@ -212,8 +212,8 @@ def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", con
     from scaleprog.plan import forecast
 
     console.print(
-        f"\na step of {recipe.model.name} at full size on {device.name}, of one rank: MiB of memory, and the run's peak;"
-        " collectives, MiB sent, and of them to other nodes; modelled ms and efficiency",
+        f"\na step of {recipe.model.name} at full size on {device.name}, of one rank: MiB of memory, and the run's "
+        "peak; collectives, MiB sent, and of them to other nodes; modelled ms and efficiency",
         highlight=False,
     )
     for world in worlds:

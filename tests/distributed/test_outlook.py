@@ -9,7 +9,6 @@ from launchers.local import launch
 from scaleprog.sharding.settings import ShardingSettings
 from tests.distributed import ranks
 
-
 DEPTH = 4
 
 
