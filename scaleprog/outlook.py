@@ -1,12 +1,12 @@
 """What a step costs a rank under each engine: memory, bytes between ranks and, by a model that nobody timed, seconds.
 
-Memory and traffic are arithmetic on the shapes of the parameters. Those of `fsdp` and `replicated` are held against
-counted bytes (tests/distributed/test_outlook.py); `hsdp` and `zero` follow their documentation.
+Memory and traffic are arithmetic on the shapes of the parameters. Those of `fsdp` and `replicated`, and the traffic of
+`hsdp`, are held against counted bytes (tests/distributed/test_outlook.py); `zero` follows its documentation.
 """
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scaleprog.devices import Collective, Device, Kind
@@ -222,7 +222,7 @@ def predict(recipe: Recipe, elastic: type[ElasticModel], subnet: Subnet, world: 
     own = sum(map(_elements, network)) / sharding.shard_ranks(world)
     return Prediction(
         images=images,
-        memory=Memory(**{**vars(memory), "activations": kept}),
+        memory=replace(memory, activations=kept),
         traffic=moved,
         compute=work / (device.achieved * (device.bf16_flops if bf16 else device.fp32_flops)),
         update=FP32 * own * (7 + 3 * emas) / device.memory_bandwidth,
@@ -322,8 +322,8 @@ def assumptions(recipe: Recipe, device: Device) -> tuple[str, ...]:
         "bf16 is counted with the CPU's autocast, a GPU's keeps more of it in fp32.",
         "Buffers, never counted: the root, two layers (or all, without reshard_after_forward) and a unit's gradients "
         "twice; DDP's buckets. Left out: the allocator, kernels' workspace, batches, DeepSpeed's own buckets.",
-        "zero holds fp32 weights apart from the parameters, also in fp32. hsdp and zero follow their documentation and "
-        "were not counted.",
+        "zero holds fp32 weights apart from the parameters, also in fp32; it follows its documentation and was not "
+        "counted, as the traffic of hsdp and traffic and memory of fsdp and replicated were.",
         "Gradients are reduced in fp32; after each micro-batch, in replicated and zero 1 once a step.",
         "Peak: a step of the complete model, or a growth, when the old and the new network are held together.",
         "Left out of the time: reading data, launching kernels, the engines' own work on the host, an offload's copies "

@@ -7,8 +7,11 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.utils import get_total_norm
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,7 +20,7 @@ from scaleprog.growth.operators import fresh, grow, keep
 from scaleprog.growth.supernet import active_layers
 from scaleprog.models import family
 from scaleprog.models.cost import units
-from scaleprog.models.elastic import ModelSettings, drop_scales
+from scaleprog.models.elastic import ModelSettings, Structure, drop_scales
 from scaleprog.optim import OptimizerSettings
 from scaleprog.outlook import state_memory, traffic
 from scaleprog.sharding import ENGINES, Backend
@@ -186,6 +189,28 @@ def count_pretended(engine: str, precision: str, model: ModelSettings, depth: in
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         return count_step(engine, precision, model, depth, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def count_hsdp(sharding: ShardingSettings, model: ModelSettings, depth: int, world: int) -> dict:
+    """The collectives of a step of FSDP2 itself on a mesh of groups, in a world that is pretended."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        group = sharding.shard_ranks(world)
+        mesh = init_device_mesh("cpu", (world // group, group), mesh_dim_names=("groups", "ranks"))
+        dtype = torch.bfloat16 if sharding.precision == "bf16" else torch.float32
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        elastic, full, _ = family(model)
+        network = elastic(model, Structure.plain((depth,)))
+        for layer in network.groups()[0]:
+            fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=sharding.reshard_after_forward)
+        fully_shard(network, mesh=mesh, mp_policy=policy)
+        with Collectives() as collectives:
+            logits = network(torch.randn(2, model.channels, full.resolution, full.resolution))
+            F.cross_entropy(logits.float(), torch.zeros(2, dtype=torch.long)).backward()
+            get_total_norm([p.grad for p in network.parameters() if p.grad is not None]).full_tensor()
+        return collectives.found
     finally:
         dist.destroy_process_group()
 

@@ -36,3 +36,13 @@ def test_a_step_holds_and_moves_what_was_predicted(engine: str, precision: str, 
 def test_worlds_that_do_not_fit_here(world: int, precision: str) -> None:
     counted = ranks.count_pretended("fsdp", precision, ranks.MODEL, DEPTH, world)
     assert counted == predicted("fsdp", precision, world)
+
+
+@pytest.mark.parametrize(("world", "group"), [(8, 4), (6, 3), (64, 8)])
+@pytest.mark.parametrize(("precision", "again"), [("fp32", True), ("bf16", True), ("bf16", False)])
+def test_what_groups_send(world: int, group: int, precision: str, again: bool) -> None:
+    sharding = ShardingSettings.model_validate(
+        {"engine": "hsdp", "shard": group, "precision": precision, "reshard_after_forward": again}
+    )
+    counted = ranks.count_hsdp(sharding, ranks.MODEL, DEPTH, world)
+    assert counted == ranks.predicted_step(sharding, ranks.MODEL, DEPTH, world)["collectives"]

@@ -61,7 +61,6 @@ def test_more_ranks_never_hold_more_each(
         less, more = (state_memory(network, engine, emas, world) for world in (many, few))
         for part in ("parameters", "gradients", "optimizer", "ema"):
             assert getattr(less, part) <= getattr(more, part)
-        assert less.state * many >= more.state * few / few  # all ranks together hold the network at least once
 
 
 @given(NETWORKS, WORLDS, st.integers(1, 3), PRECISIONS)
