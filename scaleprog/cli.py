@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -17,6 +17,10 @@ from rich.table import Table
 from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
 from scaleprog.files import write_whole
 from shards.cli import app as shards_app
+
+if TYPE_CHECKING:
+    from scaleprog.devices import Device
+    from scaleprog.recipe import Recipe
 
 app = typer.Typer(help="Progressive training of Vision Transformers.", no_args_is_help=True, add_completion=False)
 app.add_typer(shards_app, name="shards", help="Build and check WebDataset shards.")
@@ -29,12 +33,23 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")
 
 
 @app.command()
-def plan(recipe: RecipePath, overrides: Overrides = None, nproc: Annotated[int, typer.Option(min=1)] = 1) -> None:
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1)] = 1,
+    world: Annotated[
+        str | None, typer.Option(help="Ranks, e.g. 8,64,512: what a step costs under each engine.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="With --world: h100, a100 or cpu.")] = "h100",
+) -> None:
     """Shows stages, parameters, GMACs, memory per rank and the predicted speedup before anything is spent."""
+    from scaleprog.devices import Device
     from scaleprog.plan import describe
     from scaleprog.recipe import Recipe
 
-    outlook = describe(Recipe.load(recipe, overrides or ()), nproc)
+    loaded = Recipe.load(recipe, overrides or ())
+    worlds, described = rank_counts(world) if world is not None else (), Device.named(device)
+    outlook = describe(loaded, nproc)
     table = Table("stage", "phase", "px", "layers", "parameters", "GMACs", "memory/rank", "epochs")
     for row in outlook["stages"]:
         table.add_row(
@@ -47,6 +62,8 @@ def plan(recipe: RecipePath, overrides: Overrides = None, nproc: Annotated[int, 
     console.print(f"predicted speedup by GMACs: {outlook['speedup']:+.1%}; memory: weights, gradients, AdamW, EMA")
     if outlook["kind"] == "automatic":
         console.print("a search decides stage by stage; shown is the equispaced schedule")
+    if worlds:
+        show_worlds(loaded, worlds, described, console)
 
 
 @app.command()
@@ -199,6 +216,53 @@ def report(
     from scaleprog.report import write_report
 
     print(write_report(runs, out))
+
+
+def rank_counts(text: str) -> tuple[int, ...]:
+    """Numbers of ranks from `8,64,512`. Raises ScaleprogError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+        raise ScaleprogError(f"--world: {text!r} is no list of numbers of ranks from 1 on, such as 8,64,512")
+    return tuple(map(int, parts))
+
+
+def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", console: Console) -> None:
+    """What a step of the complete model costs a rank, a table for every number of ranks; then what it rests on."""
+    from scaleprog.errors import RecipeError
+    from scaleprog.outlook import assumptions
+    from scaleprog.plan import forecast
+
+    console.print(
+        f"\na step of {recipe.model.name} at full size on {device.name}, of one rank: MiB of memory, and the run's "
+        "peak; collectives, MiB sent, and of them to other nodes; modelled ms and efficiency",
+        highlight=False,
+    )
+    for world in worlds:
+        try:
+            found = forecast(recipe, world, device)
+        except RecipeError as error:
+            console.print(f"\n{world} ranks: cannot run: {error}", soft_wrap=True, markup=False, highlight=False)
+            continue
+        console.print(f"\n{world} ranks, {next(iter(found.values()))[0].images} images each", highlight=False)
+        hosts = any(prediction.memory.host for prediction, _ in found.values())
+        titles = ["engine", "weights", "grads", "AdamW", "EMA", "activ.", "buffers", *["host"] * hosts, "peak",
+                  "coll.", "sent", "outside", "step ms", "effic."]  # fmt: skip
+        table = Table(*titles, padding=(0, 0, 0, 1))
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, (prediction, peak) in found.items():
+            memory, traffic = prediction.memory, prediction.traffic
+            held = [memory.parameters, memory.gradients, memory.optimizer, memory.ema, memory.activations,
+                    memory.buffers, *[memory.host] * hosts]  # fmt: skip
+            table.add_row(
+                name, *(f"{size / 2**20:.1f}" for size in held), f"{peak / 2**20:.0f}" + "!" * (peak > device.memory),
+                str(traffic.count()), f"{traffic.sent() / 2**20:.1f}", f"{traffic.between_nodes(device) / 2**20:.1f}",
+                f"{1000 * prediction.step:.2f}", f"{prediction.efficiency:.0%}",
+            )  # fmt: skip
+        console.print(table)
+    console.print("\n* the recipe's engine; ! more than the device has. What this rests on:")
+    for line in assumptions(recipe, device):
+        console.print(f"- {line}", soft_wrap=True, markup=False, highlight=False)
 
 
 def train_seconds(baseline: Path) -> float:

@@ -5,13 +5,18 @@ from typing import Any
 
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.order import Order
+from scaleprog.devices import Device
 from scaleprog.errors import RecipeError
 from scaleprog.growth.schedule import Phase, Schedule
 from scaleprog.growth.space import Subnet
 from scaleprog.models import family
-from scaleprog.models.cost import gmacs, parameters
+from scaleprog.models.cost import gmacs, parameters, units
 from scaleprog.models.elastic import ElasticModel
+from scaleprog.outlook import Prediction, check_offload, check_world, engines, predict, state_memory
 from scaleprog.recipe import Recipe
+
+SCALE = 1000
+"""Schedule positions per epoch where shards are not needed, nor there to be counted."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ def check_start(recipe: Recipe, world: int, per_node: int) -> None:
     """Raises RecipeError or DataError for what `world` ranks, `per_node` of them on each node, would fail with."""
     Plan.of(recipe, world)
     recipe.sharding.check_world(world, per_node)
+    check_offload(recipe, world, per_node)
 
 
 def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], Schedule]:
@@ -93,13 +99,12 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     Keys: `stages` (rows), `speedup` (of training time by GMACs, as a ratio minus 1) and `kind` (of the schedule). What
     a search will choose is not known: its stages are shown, and the speedup is, as the equispaced ladder has them.
     """
-    scale = 1000  # schedule positions per epoch: shards are not needed
-    elastic, schedule = outline(recipe, scale)
+    elastic, schedule = outline(recipe, SCALE)
     model, full = recipe.model, schedule.full
     full_cost = gmacs(elastic, model, full)
     rows, cost = [], 0.0
-    for phase in schedule.phases(schedule.ladder if schedule.kind == "automatic" else ()):
-        epochs = (phase.stop - phase.start) / scale
+    for phase in _expected_phases(schedule):
+        epochs = (phase.stop - phase.start) / SCALE
         mean = sum(gmacs(elastic, model, s) for s in phase.candidates) / len(phase.candidates)
         cost += mean * epochs
         rows.append(
@@ -112,16 +117,44 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
                 "parameters": parameters(elastic, model, phase.network.depth),
                 "gmacs": mean,
                 "epochs": epochs,
-                "bytes_per_rank": _bytes_per_rank(recipe, parameters(elastic, model, phase.network.depth), world),
+                "bytes_per_rank": state_memory(
+                    units(elastic, model, phase.network.depth), recipe.sharding, len(recipe.ema.momenta), world
+                ).state,
             }
         )
     return {"stages": rows, "speedup": full_cost * recipe.train.epochs / cost - 1, "kind": schedule.kind}
 
 
-def _bytes_per_rank(recipe: Recipe, count: int, world: int) -> int:
-    """Weights, gradients, two moments and the EMAs in fp32, sharded or not; activations come on top."""
-    copies = 4 + len(recipe.ema.momenta)
-    return 4 * copies * count // (world if recipe.sharding.engine == "fsdp" else 1)
+def forecast(recipe: Recipe, world: int, device: Device) -> dict[str, tuple[Prediction, int]]:
+    """By engine, the recipe's own with a star: a step on the complete model, and the peak of memory in the whole run.
+
+    The peak is in bytes on the device of the fullest rank: of a step on the complete model, which every schedule ends
+    in, or of a growth, when the old and the new network are held together. Raises RecipeError if the recipe cannot run
+    on `world` ranks.
+    """
+    check_world(recipe, world)
+    elastic, schedule = outline(recipe, SCALE)
+    phases = _expected_phases(schedule)
+    found = {}
+    for name, variant in engines(recipe, world, device).items():
+        held = []
+        for phase in phases:
+            network = units(elastic, recipe.model, phase.network.depth)
+            memory = state_memory(network, variant.sharding, len(recipe.ema.momenta), world)
+            held.append(memory.parameters + memory.optimizer + memory.ema)
+        growths = [
+            held[i - 1] + held[i]
+            for i in range(1, len(phases))
+            if schedule.entry(phases, i, recipe.growth.operator, elastic.split) is not None
+        ]
+        prediction = predict(variant, elastic, schedule.full, world, device)
+        found[name] = prediction, max(prediction.memory.device, *growths, 0)
+    return found
+
+
+def _expected_phases(schedule: Schedule) -> list[Phase]:
+    """All phases; what a search will choose is taken from the equispaced ladder."""
+    return schedule.phases(schedule.ladder if schedule.kind == "automatic" else ())
 
 
 def _check_by_hand(recipe: Recipe, full: Subnet, stride: int) -> None:

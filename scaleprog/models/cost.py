@@ -1,19 +1,38 @@
-"""What a sub-network costs: parameters, and multiply-accumulates counted by torch's own counter on the meta device."""
+"""What a sub-network costs: parameters, multiply-accumulates and activations, counted by torch without any data."""
 
 from functools import cache
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from scaleprog.growth.space import Subnet
 from scaleprog.models.elastic import ElasticModel, ModelSettings, Structure
 
+Unit = tuple[tuple[int, ...], ...]
+"""Shapes of the parameters that are gathered together."""
+Arithmetic = Literal["fp32", "bf16", "autocast"]
+"""What forward and backward compute in: `autocast` keeps fp32 weights and casts them to bf16 where torch would."""
+
 
 @cache
 def parameters(family: type[ElasticModel], model: ModelSettings, depth: int) -> int:
     """Parameters of the network of `depth` layers."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in family(model, Structure.plain(family.split(depth))).parameters())
+    return sum(p.numel() for p in _on_paper(family, model, depth).parameters())
+
+
+@cache
+def units(family: type[ElasticModel], model: ModelSettings, depth: int) -> tuple[Unit, ...]:
+    """Parameter shapes of the network of `depth` layers: of what is in no layer, then of each layer."""
+    found: dict[tuple[int, int], list[tuple[int, ...]]] = {(-1, -1): []}
+    for name, parameter in _on_paper(family, model, depth).named_parameters():
+        place = family.locate(name)
+        found.setdefault((-1, -1) if place is None else place[:2], []).append(tuple(parameter.shape))
+    return tuple(tuple(found[place]) for place in sorted(found))
 
 
 @cache
@@ -23,3 +42,82 @@ def gmacs(family: type[ElasticModel], model: ModelSettings, subnet: Subnet) -> f
         network = family(model, Structure.plain(family.split(subnet.depth)))
         network(torch.empty(1, model.channels, subnet.resolution, subnet.resolution))
     return counter.get_total_flops() / 2e9
+
+
+def activations(
+    family: type[ElasticModel],
+    model: ModelSettings,
+    subnet: Subnet,
+    images: int,
+    arithmetic: Arithmetic,
+    recompute: bool = False,
+) -> int:
+    """Bytes that autograd keeps from the forward of `images` images for their backward, parameters not counted.
+
+    `recompute`: of every layer only its input, and all that the largest one keeps while it is computed again. Counted
+    with attention fused, as torch does it wherever it can; without, the (tokens, tokens) matrices come on top.
+    """
+    one, two = (_kept(family, model, subnet, n, arithmetic, recompute) for n in (1, 2))
+    return one + (images - 1) * (two - one)
+
+
+@cache
+def _kept(
+    family: type[ElasticModel],
+    model: ModelSettings,
+    subnet: Subnet,
+    images: int,
+    arithmetic: Arithmetic,
+    recompute: bool,
+) -> int:
+    network = _on_paper(family, model, subnet.depth)
+    dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float32
+    kept: dict[int, dict[int, torch.UntypedStorage]] = {-1: {}}  # of each layer, and of what is in none
+    inputs: list[int] = []
+    place = -1
+
+    def enter(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        nonlocal place
+        place = len(inputs)
+        kept[place] = {}
+        inputs.append(arguments[0].untyped_storage().nbytes())
+
+    def leave(*_: Any) -> None:
+        nonlocal place
+        place = -1
+
+    for group in network.groups():
+        for layer in group:
+            layer.register_forward_pre_hook(enter)
+            layer.register_forward_hook(leave)
+
+    with FakeTensorMode():  # not meta tensors: torch fuses attention on real devices only
+        weights = {
+            name: torch.empty(p.shape, dtype=dtype, requires_grad=True) for name, p in network.named_parameters()
+        }
+        own = {weight.untyped_storage()._cdata for weight in weights.values()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                own.add(storage._cdata)
+                kept[place][storage._cdata] = storage
+            return tensor
+
+        batch = torch.empty(images, model.channels, subnet.resolution, subnet.resolution, dtype=dtype)
+        with (
+            saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=arithmetic == "autocast"),
+        ):
+            logits = functional_call(network, weights, (batch,))
+        sizes = {at: sum(storage.nbytes() for storage in storages.values()) for at, storages in kept.items()}
+        del logits
+    outside = sizes.pop(-1)
+    if not recompute:
+        return outside + sum(sizes.values())
+    return outside + sum(inputs) + max(size - inputs[at] for at, size in sizes.items())
+
+
+def _on_paper(family: type[ElasticModel], model: ModelSettings, depth: int) -> ElasticModel:
+    with torch.device("meta"):
+        return family(model, Structure.plain(family.split(depth)))

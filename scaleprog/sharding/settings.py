@@ -60,11 +60,14 @@ class ShardingSettings(Settings):
         if self.engine == "hsdp":
             self.shard_ranks(world, per_node)
 
-    def shard_ranks(self, world: int, per_node: int) -> int:
-        """Ranks that one copy of the model is spread over. Raises RecipeError if hsdp's do not divide `world`."""
+    def shard_ranks(self, world: int, per_node: int | None = None) -> int:
+        """Ranks that one copy of the model is spread over; hsdp without `shard`: `per_node`, or all of them.
+
+        Raises RecipeError if hsdp's do not divide `world`.
+        """
         if self.engine != "hsdp":
             return 1 if self.engine == "replicated" else world
-        ranks = self.shard or per_node
+        ranks = self.shard or per_node or world
         if world % ranks:
             raise RecipeError(
                 f"sharding.shard: groups of {ranks} ranks do not divide a world of {world}; "

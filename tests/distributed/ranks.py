@@ -2,17 +2,24 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from scaleprog.growth.operators import fresh, grow, keep
 from scaleprog.growth.supernet import active_layers
 from scaleprog.models import family
+from scaleprog.models.cost import units
 from scaleprog.models.elastic import ModelSettings, drop_scales
 from scaleprog.optim import OptimizerSettings
+from scaleprog.outlook import state_memory, traffic
 from scaleprog.sharding import Backend, engine
 from scaleprog.sharding.coordinator import Coordinator, process_group
 from scaleprog.sharding.ema import EmaSettings
@@ -23,10 +30,10 @@ MODEL = ModelSettings(name="vit_tiny_patch16_224", classes=10, channels=1, resol
 BATCH = 8
 
 
-def make(sharding: dict[str, Any], device: torch.device) -> Backend:
+def make(sharding: dict[str, Any], device: torch.device, model: ModelSettings = MODEL) -> Backend:
     settings = ShardingSettings.model_validate(sharding)
     optimizer, ema = OptimizerSettings(clip=1.0), EmaSettings(momenta=(0.9, 0.5))
-    return engine(settings.engine)(family(MODEL)[0], MODEL, optimizer, ema, settings, device, seed=0)
+    return engine(settings.engine)(family(model)[0], model, optimizer, ema, settings, device, seed=0)
 
 
 class Trainer:
@@ -124,3 +131,77 @@ def decide(out: Path) -> None:
                   coordinator.mean([coordinator.rank, 2.0]), coordinator.total([1.0]),
                   coordinator.maximum([-coordinator.rank, coordinator.rank])]  # fmt: skip
         (out / f"{coordinator.rank}.json").write_text(json.dumps(values))
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that torch dispatches: `found` holds [number, bytes of whole tensors] by kind."""
+
+    KINDS: ClassVar = {
+        "c10d::_allgather_base_": "all_gather",
+        "c10d::_reduce_scatter_base_": "reduce_scatter",
+        "c10d::allreduce_": "all_reduce",
+        "_c10d_functional::all_reduce": "all_reduce",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # let it become collectives on plain tensors first
+        if (kind := self.KINDS.get(func.name().partition(".")[0])) is not None:
+            whole = max(t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+            number, size = self.found.get(kind, (0, 0))
+            self.found[kind] = [number + 1, size + whole]
+        return func(*args, **(kwargs or {}))
+
+
+def count_step(sharding: dict[str, Any], model: ModelSettings, depth: int, device: torch.device) -> dict:
+    """A step of two images: bytes of this rank's tensors by what they are, collectives as in `Collectives`."""
+    backend = make(sharding, device, model)
+    backend.regrow(fresh((depth,)), inherit=False, elastic=False)
+    network, pixels = backend.network, family(model)[1].resolution
+    for counted in (False, True):  # DistributedDataParallel forms its buckets anew after the first step
+        with Collectives() as collectives:
+            logits = backend.forward(torch.randn(2, model.channels, pixels, pixels, device=device))
+            backend.backward(F.cross_entropy(logits.float(), torch.zeros(2, dtype=torch.long, device=device)))
+            gradients = [p.grad for p in network.elastic.parameters() if p.grad is not None]
+            held = {"gradients": sum((g.to_local() if isinstance(g, DTensor) else g).nbytes for g in gradients)}
+            if counted:
+                backend.step(1e-3)
+        network.elastic.zero_grad()
+    names = {"online": "parameters", "exp_avg": "optimizer", "exp_avg_sq": "optimizer", "ema.0": "ema", "ema.1": "ema"}
+    for name, part in backend.state().items():
+        if (what := names.get(name.partition("/")[0])) is not None:
+            held[what] = held.get(what, 0) + part.tensor.nbytes
+    return {"memory": held, "collectives": collectives.found}
+
+
+def count_here(sharding: dict[str, Any], model: ModelSettings, depth: int, out: Path) -> None:
+    """`count_step` of rank 0, the fullest."""
+    with process_group() as (coordinator, device):
+        counted = count_step(sharding, model, depth, device)
+        if coordinator.rank == 0:
+            out.write_text(json.dumps(counted))
+
+
+def count_pretended(sharding: dict[str, Any], model: ModelSettings, depth: int, world: int) -> dict:
+    """`count_step` of rank 0 in a world of which this process is all there is: its collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        return count_step(sharding, model, depth, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def predicted_step(sharding: dict[str, Any], model: ModelSettings, depth: int, world: int) -> dict:
+    """What `count_step` should find."""
+    network, settings = units(family(model)[0], model, depth), ShardingSettings.model_validate(sharding)
+    memory, moved = state_memory(network, settings, 2, world), traffic(network, settings, world)
+    collectives: dict[str, list[int]] = {}
+    for c in moved.collectives:
+        number, size = collectives.get(c.kind, (0, 0))
+        collectives[c.kind] = [number + c.count, size + round(c.count * c.size)]
+    held = {key: getattr(memory, key) for key in ("parameters", "gradients", "optimizer", "ema")}
+    return {"memory": held, "collectives": collectives}

@@ -38,6 +38,7 @@ class Runs:
 
     def __init__(self, folder: Path, shards: Path) -> None:
         self.folder, self.shards = folder, shards
+        self.reference, self.trained = cache(self._reference), cache(self._trained)
 
     def recipe(self, operator: Operator, sharding: dict[str, Any], micro_batch: int | None) -> Recipe:
         return short_recipe(
@@ -48,15 +49,13 @@ class Runs:
             train={"micro_batch": micro_batch}, data={"trace": True}, optimizer=CALM, sharding=sharding,
         )  # fmt: skip
 
-    @cache
-    def reference(self, operator: Operator) -> Path:
+    def _reference(self, operator: Operator) -> Path:
         """The run of one unsharded process, whole batches at a time."""
         folder = self.folder / operator
         run(self.recipe(operator, {"engine": "replicated"}, None), folder)
         return folder
 
-    @cache
-    def trained(self, world: int) -> Path:
+    def _trained(self, world: int) -> Path:
         """The folder of the runs on so many ranks, by their number in `cases`."""
         folder = self.folder / f"world-{world}"
         recipes = [self.recipe(operator, sharding, MICRO_BATCH[world]) for sharding, operator in cases(world)]
@@ -81,11 +80,7 @@ def test_every_engine_trains_what_one_unsharded_process_trains(world: int, numbe
     assert any(r["grad_norm"] > CALM["clip"] for r in reference.values()), "gradients were clipped"
     for step, row in reference.items():
         assert rows[step]["loss"] == pytest.approx(row["loss"], rel=1e-5), f"step {step}"
-        assert [rows[step][key] for key in ("resolution", "depth", "lr")] == [
-            row["resolution"],
-            row["depth"],
-            row["lr"],
-        ]
+        assert all(rows[step][key] == row[key] for key in ("resolution", "depth", "lr"))
     assert choices(mine) == choices(theirs)
     assert len(choices(mine)) == 2
     assert sample_ids(mine, world) == sample_ids(theirs, 1)

@@ -97,6 +97,24 @@ def test_plan_shares_memory_out_over_ranks(command: Command, write_recipe: Calla
     assert one == pytest.approx(4 * four, abs=4)
 
 
+def test_plan_prints_worlds_and_engines(
+    command: Command, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    told = command("plan", write_recipe(sharding={"engine": "fsdp"}), "--world=2,3,4", "--device=cpu")
+    assert max(len(line) for line in told.out.splitlines() if "│" in line) <= 120
+    rows = [line.split("│")[1].strip() for line in told.out.splitlines() if line.endswith("%│")]
+    assert rows == ["replicated", "fsdp *", "hsdp/2", "zero 1", "zero 2", "zero 3"] * 2
+    parts = "2 ranks, 4 images each", "3 ranks: cannot run: batch 8 in 4 lanes", "Nothing here was timed"
+    assert [part for part in parts if part not in told.out] == []
+
+
+@pytest.mark.parametrize("text", ["8,x", "0", "", "8,,64", "-1", "8;64", "²"])
+def test_worlds_and_devices_that_are_none(text: str, command: Command, write_recipe: Callable[..., Path]) -> None:
+    assert is_mistake(command("plan", write_recipe(), f"--world={text}"), repr(text), "such as 8,64,512")
+    assert is_mistake(command("plan", write_recipe(), "--device", "b200"), "no such device 'b200'; ", "h100, a100, cpu")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

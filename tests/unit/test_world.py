@@ -26,7 +26,7 @@ def can_train(ranks: int, lanes: int, sharding: ShardingSettings) -> bool:
     """What a rank says of its world when it starts."""
     try:
         Order((2 * lanes,), 0, lanes, lanes).lanes_of(0, ranks)
-        sharding.check_world(ranks)
+        sharding.check_world(ranks, ranks)
     except (DataError, RecipeError):
         return False
     return True
