@@ -14,6 +14,8 @@ import torch.distributed as dist
 from scaleprog import errors
 from scaleprog.errors import Disagreement, ScaleprogError
 
+NAMED = 8  # different values that an error names
+
 
 @contextmanager
 def process_group() -> Iterator[tuple["Coordinator", torch.device]]:
@@ -50,7 +52,11 @@ def ranks_per_node() -> int:
 
 
 class Coordinator:
-    """The ranks of a run as one party. Everything that passes through it is small: decisions, counts, losses."""
+    """The ranks of a run as one party. Everything that passes through it is small: decisions, counts, losses.
+
+    What a decision costs is three collectives, whatever the number of ranks: two broadcasts, along a tree, and a
+    reduction by which it is verified.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         """`group`: one of all ranks that can carry CPU tensors; default: the default process group."""
@@ -98,7 +104,7 @@ class Coordinator:
         dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.group)
         if int(bounds[0]) == -int(bounds[1]):
             return
-        raise Disagreement(f"{what}: " + "; ".join(f"rank {r} has {v}" for r, v in enumerate(self.gather(text))))
+        raise Disagreement(f"{what}: {_camps(self.gather(text))}")
 
     def mean(self, values: list[float]) -> list[float]:
         """Element-wise mean over ranks."""
@@ -131,6 +137,17 @@ class Coordinator:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op, group=self.group)
         return tensor.tolist()
+
+
+def _camps(values: list[str]) -> str:
+    """Who has which value, in a line that is short in a large world, too."""
+    camps: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        camps.setdefault(value, []).append(rank)
+    return "; ".join(
+        f"rank {ranks[0]} has {value}" + (f", and {len(ranks) - 1} more ranks" if ranks[1:] else "")
+        for value, ranks in list(camps.items())[:NAMED]
+    ) + (f"; {len(camps) - NAMED} more values" if len(camps) > NAMED else "")
 
 
 def _digest(text: str) -> int:

@@ -29,7 +29,7 @@ class ShardingSettings(Settings):
     """What lives in the host's memory: zero's optimizer state, or with it (stage 3) and under fsdp and hsdp the
     parameters, too."""
     reshard_after_forward: bool = True
-    """fsdp, hsdp: whether a layer's parameters are gathered anew for backward, which saves memory for bandwidth."""
+    """Whether a layer's sharded parameters are gathered anew for backward, which saves memory for bandwidth."""
     recompute: bool = False
     """Whether a layer's activations are computed again in backward (activation checkpointing) instead of kept."""
     compile: bool = False

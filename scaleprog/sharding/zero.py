@@ -58,6 +58,7 @@ class ZeroBackend(Backend):
             "allgather_bucket_size": BUCKET,
             "stage3_prefetch_bucket_size": BUCKET,
             "stage3_param_persistence_threshold": 0,  # small parameters, too, lie where `Spread` says
+            "stage3_max_reuse_distance": 0 if sharding.reshard_after_forward else 2**62,
             "memory_efficient_linear": False,  # it replaces torch's own function, for the whole process
         }
         if sharding.offload:
@@ -89,6 +90,7 @@ class ZeroBackend(Backend):
                 deepspeed.zero.register_external_parameter(model, parameter)
         else:
             model.to_empty(device=self.device)
+        self._traced: tuple[Active, bool] | None = None
         named = dict(model.named_parameters())
         names = {id(parameter): name for name, parameter in named.items()}
         groups = alike(shapes, model.no_weight_decay(), self.optimizer, steps)
@@ -153,12 +155,23 @@ class ZeroBackend(Backend):
 
     def release(self) -> None:
         self._engine.destroy()
-        if self.sharding.stage == 3:  # DeepSpeed leaves the model there
-            parameter_offload.FWD_MODULE_STACK.clear()
         self._engine = self._zero = None
+        parameter_offload.FWD_MODULE_STACK.clear()  # DeepSpeed leaves the model there
+        _forget_releases()
 
     def forward(self, images: Tensor, active: Active | None = None, drop: Tensor | None = None) -> Tensor:
+        if self.sharding.stage == 3:
+            self._retrace((active or self.network.elastic.all_active(), torch.is_grad_enabled()))
         return super().forward(images.to(self._dtype), active, drop)
+
+    def _retrace(self, pass_: tuple[Active, bool]) -> None:
+        """Has DeepSpeed forget the order of layers by which it prefetches, where another one is about to run."""
+        if pass_ != self._traced:
+            coordinator = self._zero.parameter_offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
+            _forget_releases()
+            self._traced = pass_
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
@@ -184,6 +197,16 @@ class ZeroBackend(Backend):
         self._zero.parameter_offload.partition_all_parameters()
         for shard, master in zip(self._zero.fp16_partitioned_groups_flat, self._masters, strict=True):
             shard.copy_(master)
+
+
+def _forget_releases() -> None:
+    """Clears a cache around a method, in which DeepSpeed keeps every model for good, and releases by old traces."""
+    cached = vars(parameter_offload.PartitionedParameterCoordinator)[
+        "_PartitionedParameterCoordinator__params_to_release"
+    ]
+    for cell in cached.__closure__ or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
 
 
 class _Birth(deepspeed.zero.Init):

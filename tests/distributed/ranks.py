@@ -127,7 +127,9 @@ def disagree(out: Path) -> None:
 def decide(out: Path) -> None:
     """A decision and reductions."""
     with process_group() as (coordinator, _):
-        values = [coordinator.decide("where", lambda: {"on": coordinator.rank, "value": 0.1}),
+        with Collectives() as collectives:
+            decided = coordinator.decide("where", lambda: {"on": coordinator.rank, "value": 0.1})
+        values = [decided, {kind: number for kind, (number, _) in collectives.found.items()},
                   coordinator.mean([coordinator.rank, 2.0]), coordinator.total([1.0]),
                   coordinator.maximum([-coordinator.rank, coordinator.rank])]  # fmt: skip
         (out / f"{coordinator.rank}.json").write_text(json.dumps(values))
@@ -141,6 +143,7 @@ class Collectives(TorchDispatchMode):
         "c10d::_reduce_scatter_base_": "reduce_scatter",
         "c10d::allreduce_": "all_reduce",
         "_c10d_functional::all_reduce": "all_reduce",
+        "c10d::broadcast_": "broadcast",
     }
 
     def __init__(self) -> None:

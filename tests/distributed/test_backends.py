@@ -63,10 +63,15 @@ def test_growth_under_fsdp_moves_nothing_between_ranks(tmp_path: Path) -> None:
     assert counted["growths"] == dict.fromkeys(("mogrow", "identity", "stacking", "rand_init"), 0)
 
 
-def test_rank_0_decides_and_all_ranks_hold_the_same(tmp_path: Path) -> None:
-    launch(2, ranks.decide, tmp_path)
-    values = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert values[0] == values[1] == [{"on": 0, "value": 0.1}, [0.5, 2.0], [2.0], [0.0, 1.0]]
+@pytest.mark.parametrize("world", [2, 3])
+def test_rank_0_decides_and_all_ranks_hold_the_same(world: int, tmp_path: Path) -> None:
+    launch(world, ranks.decide, tmp_path)
+    decided, collectives, mean, total, maximum = json.loads((tmp_path / "0.json").read_text())
+    assert decided == {"on": 0, "value": 0.1}
+    assert collectives == {"broadcast": 2, "all_reduce": 1}
+    assert (mean, total, maximum) == ([(world - 1) / 2, 2.0], [world], [0.0, world - 1])
+    for rank in range(1, world):
+        assert (tmp_path / f"{rank}.json").read_text() == (tmp_path / "0.json").read_text()
 
 
 def test_ranks_that_disagree_end_the_run_with_both_values_named(tmp_path: Path) -> None:

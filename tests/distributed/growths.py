@@ -1,0 +1,79 @@
+"""What the ranks of the tests on many growths and on counted collectives do; results go to files."""
+
+import gc
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.distributed_c10d import _world
+
+from scaleprog.growth.operators import fresh, grow, keep
+from scaleprog.models.elastic import ModelSettings
+from scaleprog.sharding.coordinator import process_group
+from tests.distributed.ranks import Collectives, Trainer, make
+
+WIDE = ModelSettings(name="vit_tiny_patch16_224", classes=10, channels=1, resolution=28, patch=4, width=192, depth=8,
+                     heads=3, drop_path=0.1)  # fmt: skip
+GROWTHS = 20
+
+
+def grow_often(shardings: list[dict[str, Any]], out: Path) -> None:
+    """A network that grows and shrinks by turns, trained in between; what the process holds after each second turn."""
+    with process_group() as (coordinator, device):
+        told = []
+        for sharding in shardings:
+            backend = make(sharding, device, WIDE)
+            backend.regrow(fresh((4,)), inherit=False, elastic=False)
+            trainer, held = Trainer(backend, coordinator), []
+            for turn in range(GROWTHS // 2):
+                backend.regrow(grow("mogrow", (4,), (6,)), inherit=turn % 2 == 0, elastic=True)
+                trainer.train(1, [((0, 1, 2, 3, 5),)], 16)
+                trainer.infer(((0, 1, 2, 3),), 16)
+                backend.regrow(keep(((0, 1, 2, 4),)), inherit=True, elastic=False)
+                trainer.train(1, [None], 16)
+                held.append(holds())
+            told.append(held)
+            del backend, trainer
+        if coordinator.rank == 0:
+            out.write_text(json.dumps(told))
+
+
+def holds() -> dict[str, int]:
+    """What this process has at the moment; `tensors` are those that Python knows, in bytes."""
+    gc.collect()
+    storages = {
+        storage.data_ptr(): storage.nbytes()
+        for tensor in gc.get_objects()
+        if isinstance(tensor, torch.Tensor) and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        for storage in [tensor.untyped_storage()]
+        if tensor.device.type == "cpu"
+    }
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "resident": pages * os.sysconf("SC_PAGE_SIZE"),
+        "tensors": sum(storages.values()),
+        "modules": sum(isinstance(thing, torch.nn.Module) for thing in gc.get_objects()),
+        "groups": len(_world.pg_map),
+        "threads": threading.active_count(),
+        "descriptors": len(list(Path("/proc/self/fd").iterdir())),
+    }
+
+
+def count_collectives(shardings: list[dict[str, Any]], out: Path) -> None:
+    """How many collectives of each kind a training step takes with all of six layers, and with three of them."""
+    with process_group() as (coordinator, device):
+        told = []
+        for sharding in shardings:
+            backend = make(sharding, device)
+            backend.regrow(fresh((6,)), inherit=False, elastic=True)
+            trainer, counted = Trainer(backend, coordinator), {}
+            for name, active in (("warm-up", None), ("all", None), ("three", ((0, 2, 5),)), ("all again", None)):
+                with Collectives() as collectives:
+                    trainer.train(1, [active], 28)
+                counted[name] = collectives.found
+            told.append(counted)
+        if coordinator.rank == 0:
+            out.write_text(json.dumps(told))

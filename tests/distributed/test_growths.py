@@ -1,0 +1,94 @@
+"""Twenty growths in one process leave nothing behind."""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from launchers.local import launch
+from scaleprog.models import family
+from scaleprog.models.cost import units
+from tests.distributed import growths
+from tests.distributed.ranks import MODEL
+
+SHARDINGS: tuple[dict[str, Any], ...] = (
+    {"engine": "fsdp"},
+    {"engine": "hsdp", "shard": 1},
+    {"engine": "zero", "stage": 1},
+    {"engine": "zero", "stage": 2},
+    {"engine": "zero", "stage": 3},
+    {"engine": "replicated"},
+)
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, int]]]:
+    out = tmp_path_factory.mktemp("growths") / "out.json"
+    launch(2, growths.grow_often, list(SHARDINGS), out)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("number", range(len(SHARDINGS)), ids=[str(s) for s in SHARDINGS])
+def test_twenty_growths_leave_nothing_behind(number: int, told: list[list[dict[str, int]]]) -> None:
+    held = told[number]
+    assert len(held) == growths.GROWTHS // 2
+    second, last = held[0], held[-1]
+    assert last["resident"] <= 1.03 * second["resident"]
+    assert last["tensors"] <= 1.001 * second["tensors"]
+    for what in ("modules", "groups", "threads", "descriptors"):
+        assert last[what] <= second[what], what
+
+
+# ---- collectives of a training step, of A active layers and the root; one all-reduce is the test's own
+
+
+def gathers(layers: int, times: int) -> dict[str, int]:
+    """FSDP2's: each layer's parameters so many times, the root's once; each one's gradient once; the norm."""
+    return {"all_gather": times * layers + 1, "reduce_scatter": layers + 1, "all_reduce": 1 + 1}
+
+
+COUNTED: tuple[tuple[dict[str, Any], Callable[[int], dict[str, int]]], ...] = (
+    ({"engine": "fsdp"}, lambda layers: gathers(layers, 2)),
+    ({"engine": "fsdp", "recompute": True}, lambda layers: gathers(layers, 2)),
+    ({"engine": "fsdp", "reshard_after_forward": False}, lambda layers: gathers(layers, 1)),
+    # the shards' gradients across the copies
+    ({"engine": "hsdp", "shard": 2}, lambda layers: gathers(layers, 2) | {"all_reduce": layers + 1 + 1 + 1}),
+    # one bucket of gradients, and who had none
+    ({"engine": "replicated"}, lambda layers: {"all_reduce": 2 + 1}),
+    # one bucket of gradients, the norms of decayed and other parameters; both of which are gathered after the step
+    ({"engine": "zero", "stage": 1}, lambda layers: {"all_reduce": 3 + 1, "all_gather": 2}),
+    ({"engine": "zero", "stage": 2}, lambda layers: {"all_reduce": 3 + 1, "all_gather": 2}),
+    # each layer's parameters twice, in DeepSpeed's own way those of the root, module by module: once where only forward
+    # needs them; one bucket of gradients; the norms
+    ({"engine": "zero", "stage": 3},
+     lambda layers: {"all_gather": 2 * layers + 8, "reduce_scatter": 1, "all_reduce": 2 + 1}),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, tuple[int, int]]]]:
+    out = tmp_path_factory.mktemp("collectives") / "out.json"
+    launch(2, growths.count_collectives, [sharding for sharding, _ in COUNTED], out)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("number", range(len(COUNTED)), ids=[str(s) for s, _ in COUNTED])
+def test_a_step_takes_the_collectives_of_theory_and_none_for_inactive_layers(
+    number: int, counted: list[dict[str, dict[str, tuple[int, int]]]]
+) -> None:
+    sharding, theory = COUNTED[number]
+    for name, layers in (("all", 6), ("three", 3), ("all again", 6)):
+        found = counted[number][name]
+        if name == "all" and sharding.get("stage") == 3:
+            continue  # the same layers a second time: DeepSpeed prefetches several with one collective
+        assert {kind: count for kind, (count, _) in found.items()} == theory(layers), name
+
+
+def test_zero_3_carries_active_layers_only(counted: list[dict[str, dict[str, tuple[int, int]]]]) -> None:
+    root, layer, *_ = (4 * sum(map(math.prod, unit)) for unit in units(family(MODEL)[0], MODEL, 6))
+    found = counted[-1]
+    for name, layers in (("three", 3), ("all again", 6)):
+        assert found[name]["all_gather"][1] == 2 * (root + layers * layer)
+        assert found[name]["reduce_scatter"][1] == root + layers * layer

@@ -1,0 +1,49 @@
+"""A run that goes on under another engine and on another number of ranks: nobody notices in its losses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers.local import launch
+from scaleprog.train import train_rank
+from tests.compare import samples
+from tests.conftest import MakeRecipe, run, step_rows
+
+# steps 0-10 supernet, 10-26 stage 1, 26-36 supernet, 36-53 stage 2, 53-80 the complete model
+LEGS: tuple[tuple[int | None, int, dict[str, Any]], ...] = (
+    (5, 4, {"engine": "fsdp"}),
+    (18, 2, {"engine": "zero", "stage": 3}),
+    (31, 4, {"engine": "hsdp", "shard": 2}),
+    (45, 1, {"engine": "replicated"}),
+    (60, 4, {"engine": "zero", "stage": 1}),
+    (70, 2, {"engine": "zero", "stage": 2, "offload": "optimizer", "recompute": True}),
+    (None, 1, {"engine": "fsdp"}),
+)
+"""Until which step, on how many ranks, how sharded."""
+
+
+def test_engines_and_worlds_in_turn_train_what_one_process_trains(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(
+        model={"drop_path": 0.1}, data={"trace": True}, optimizer={"lr": 2e-4, "clip": 1.0},
+        growth={"operator": "rand_init", "optimizer": "inherit"}, augment={"mixup": 0.8, "erase": 0.25},
+    )  # fmt: skip
+    run(recipe, tmp_path / "alone")
+    for stop, ranks, sharding in LEGS:
+        leg = recipe.model_copy(
+            update={
+                "sharding": recipe.sharding.model_validate(sharding),
+                "train": recipe.train.model_copy(update={"max_steps": stop, "micro_batch": 2}),
+            }
+        )
+        launch(ranks, train_rank, leg, tmp_path / "moved")
+        assert max(step_rows(tmp_path / "moved")) == (stop or 80)
+    reference, moved = step_rows(tmp_path / "alone"), step_rows(tmp_path / "moved")
+    assert list(moved) == list(reference) == list(range(1, 81))
+    for step, row in reference.items():
+        assert moved[step]["loss"] == pytest.approx(row["loss"], rel=1e-5), f"step {step}"
+        assert (moved[step]["resolution"], moved[step]["depth"]) == (row["resolution"], row["depth"])
+    theirs, mine = samples(tmp_path / "alone"), samples(tmp_path / "moved")
+    assert {step: sorted(ids) for step, ids in mine.items()} == {step: sorted(ids) for step, ids in theirs.items()}
+    for epoch in range(4):
+        assert sorted(i for step in range(20 * epoch + 1, 20 * epoch + 21) for i in mine[step]) == list(range(160))
