@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from scaleprog.settings import Settings
@@ -19,6 +19,7 @@ class OptimizerSettings(Settings):
     """AdamW with a linear warm-up from `warmup_lr` over `warmup_epochs`, then a cosine to `min_lr`; `clip` is the
     largest global gradient norm (None: no clipping)."""
 
+    name: str = "adamw"
     lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
@@ -26,6 +27,16 @@ class OptimizerSettings(Settings):
     warmup_lr: float = Field(default=1e-6, ge=0)
     min_lr: float = Field(default=1e-5, ge=0)
     clip: float | None = Field(default=None, gt=0)
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name != "adamw":
+            raise ValueError(
+                f"{name!r} cannot be sharded: engines cut tensors anywhere, so a step must go element by element, as "
+                "that of adamw does; lamb, lars and muon need whole tensors"
+            )
+        return name
 
 
 def learning_rate(settings: OptimizerSettings, position: int, steps: int, warmup_steps: int) -> float:
