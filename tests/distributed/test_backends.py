@@ -23,6 +23,8 @@ SHARDINGS = {
         {"engine": "fsdp", "offload": "all"},
         {"engine": "zero", "stage": 2, "offload": "optimizer", "recompute": True},
         {"engine": "zero", "stage": 3, "offload": "all"},
+        {"engine": "fsdp", "precision": "bf16"},
+        {"engine": "zero", "stage": 3, "precision": "bf16"},
     ],
     4: [*ENGINES, {"engine": "hsdp", "shard": 2}, {"engine": "zero", "stage": 3, "recompute": True}],
 }
@@ -51,6 +53,9 @@ def test_engines_train_what_one_unsharded_process_trains(
     reference = lives(1)[SHARDINGS[1].index({"engine": "replicated"})]
     found = lives(world)[SHARDINGS[world].index(sharding)]
     assert len(reference["record"]) == 2 * (3 + 5 * 5 + 2) + 5 * 3
+    if sharding.get("precision") == "bf16":
+        assert found["record"] == pytest.approx(reference["record"], rel=2e-2)
+        return
     assert found["record"] == pytest.approx(reference["record"], rel=1e-5)
     # in exact arithmetic the key's bias has no gradient: AdamW normalises what rounding leaves of it
     assert found["ema"] == pytest.approx(reference["ema"], rel=5e-4)
