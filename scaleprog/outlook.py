@@ -166,8 +166,8 @@ def traffic(network: Sequence[Unit], sharding: ShardingSettings, world: int, pas
     found: list[Collective] = []
     if sharding.engine == "replicated":
         buckets = _buckets(network)
-        found = [Collective("all_reduce", size, world) for size in buckets[:-1]]
-        found.append(Collective("all_reduce", buckets[-1], world, exposed=True))
+        found = [Collective("all_reduce", size, world, passes) for size in buckets[:-1]]
+        found.append(Collective("all_reduce", buckets[-1], world, passes, exposed=True))
     elif sharding.engine == "zero" and sharding.stage < 3:
         reductions = passes if sharding.stage == 2 else 1
         found = [
@@ -324,7 +324,7 @@ def assumptions(recipe: Recipe, device: Device) -> tuple[str, ...]:
         "twice; DDP's buckets. Left out: the allocator, kernels' workspace, batches, DeepSpeed's own buckets.",
         "zero holds fp32 weights apart from the parameters, also in fp32; it follows its documentation and was not "
         "counted, as the traffic of hsdp and traffic and memory of fsdp and replicated were.",
-        "Gradients are reduced in fp32; after each micro-batch, in replicated and zero 1 once a step.",
+        "Gradients are reduced in fp32; after each micro-batch, in zero 1 once a step.",
         "Peak: a step of the complete model, or a growth, when the old and the new network are held together.",
         "Left out of the time: reading data, launching kernels, the engines' own work on the host, an offload's copies "
         "and AdamW, searches, evaluation, checkpoints.",

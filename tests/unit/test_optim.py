@@ -15,7 +15,7 @@ from scaleprog.growth.schedule import GrowthSettings, Schedule
 from scaleprog.growth.space import Subnet
 from scaleprog.models.elastic import ModelSettings, Structure
 from scaleprog.models.vit import ElasticViT
-from scaleprog.optim import OptimizerSettings, build_optimizer, learning_rate
+from scaleprog.optim import OptimizerSettings, adamw, alike, learning_rate, moments
 
 TINY = {"width": 16, "heads": 2, "depth": 2, "resolution": 32, "classes": 5}
 
@@ -105,6 +105,19 @@ def test_a_run_that_is_all_warm_up() -> None:
 # ---- weight decay
 
 
+def build(parameters: dict[str, torch.Tensor], undecayed: set[str], settings: OptimizerSettings) -> torch.optim.AdamW:
+    shapes = {name: p.shape for name, p in parameters.items()}
+    return adamw(alike(shapes, undecayed, settings, {}), parameters, settings)
+
+
+def test_parameters_of_another_age_are_groups_of_their_own() -> None:
+    shapes = {"w": torch.Size((2, 2)), "old": torch.Size((2, 2)), "b": torch.Size((2,)), "old.b": torch.Size((2,))}
+    groups = alike(shapes, set(), OptimizerSettings(weight_decay=0.1), {"old": 7.0, "old.b": 7.0})
+    assert [(g.names, g.weight_decay, g.steps) for g in groups] == [
+        (("w",), 0.1, 0.0), (("old",), 0.1, 7.0), (("b",), 0.0, 0.0), (("old.b",), 0.0, 7.0)
+    ]  # fmt: skip
+
+
 def undecayed_names(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.Tensor]) -> set[str]:
     names = {id(p): name for name, p in parameters.items()}
     by_decay: dict[float, list[str]] = {}
@@ -127,7 +140,7 @@ def undecayed_names(optimizer: torch.optim.Optimizer, parameters: dict[str, torc
 def test_weight_decay_acts_as_in_timm(name: str, tokens: set[str]) -> None:
     network = ElasticViT(ModelSettings(name=name, **TINY), Structure.plain((2,)))
     parameters = dict(network.named_parameters())
-    found = undecayed_names(build_optimizer(parameters, network.no_weight_decay(), OptimizerSettings()), parameters)
+    found = undecayed_names(build(parameters, network.no_weight_decay(), OptimizerSettings()), parameters)
 
     plain = timm.create_model(name, embed_dim=16, num_heads=2, depth=2, img_size=32, num_classes=5)
     groups = param_groups_weight_decay(plain, 0.05, no_weight_decay_list=plain.no_weight_decay())
@@ -145,7 +158,7 @@ def test_weight_decay_acts_as_in_timm(name: str, tokens: set[str]) -> None:
 def test_gates_are_not_decayed() -> None:
     network = ElasticViT(ModelSettings(name="deit_tiny_patch16_224", **TINY), Structure(((False, True),)))
     parameters = dict(network.named_parameters())
-    found = undecayed_names(build_optimizer(parameters, network.no_weight_decay(), OptimizerSettings()), parameters)
+    found = undecayed_names(build(parameters, network.no_weight_decay(), OptimizerSettings()), parameters)
     gates = {n for n in parameters if n.endswith("gate")}
     assert len(gates) == 2
     assert gates <= found
@@ -156,7 +169,7 @@ def test_a_step_without_gradients_decays_matrices_alone() -> None:
     parameters = dict(network.named_parameters())
     settings = OptimizerSettings(lr=0.1, weight_decay=0.5)
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer = build_optimizer(parameters, network.no_weight_decay(), settings)
+    optimizer = build(parameters, network.no_weight_decay(), settings)
     for p in parameters.values():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -176,7 +189,8 @@ def test_moments_exist_from_the_start_and_change_nothing() -> None:
     }
     theirs = copy.deepcopy(mine)
     settings = OptimizerSettings(lr=0.01, weight_decay=0.1, betas=(0.8, 0.9))
-    optimizer = build_optimizer(mine, {"token"}, settings)
+    optimizer = build(mine, {"token"}, settings)
+    optimizer.state.update({p: moments(p, 0) for p in mine.values()})
     reference = torch.optim.AdamW(
         [
             {"params": [theirs["w"]], "weight_decay": 0.1},
