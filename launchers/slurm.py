@@ -15,7 +15,7 @@ from launchers.task import task
 from launchers.world import Count, Demand, largest, usable
 from scaleprog import queue
 from scaleprog.errors import ScaleprogError
-from scaleprog.plan import check_start
+from scaleprog.plan import plan_start
 from scaleprog.recipe import Recipe
 
 CHECKPOINT_SECONDS = 60  # at least so long between the end of a job's start-up and the signal that stops it
@@ -153,7 +153,7 @@ def narrow(recipe: Recipe, request: Request) -> Request:
 def check(recipe: Recipe, run: Path, request: Request) -> None:
     """Raises ScaleprogError for whatever the job would fail with at its start."""
     request.check()
-    check_start(recipe, request.world, request.tasks)
+    plan_start(recipe, request.world, request.tasks)
     check_free(recipe, run)
 
 

@@ -89,7 +89,7 @@ def train(
     """
     from launchers.local import launch, ranks_to_start
     from launchers.world import Count, Demand
-    from scaleprog.plan import check_start
+    from scaleprog.plan import plan_start
     from scaleprog.recipe import Recipe
     from scaleprog.storage import committed
     from scaleprog.train import train_rank
@@ -100,7 +100,7 @@ def train(
     folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
     baseline_seconds = None if baseline is None else train_seconds(baseline)
     if ranks.fixed:
-        check_start(loaded, ranks.most, ranks.most)  # before any process is started
+        plan_start(loaded, ranks.most, ranks.most)  # before any process is started
     if ranks.most == 1 and restarts == 0:
         train_rank(loaded, folder)
     else:

@@ -61,11 +61,12 @@ class Plan:
         return phase.active(subnet, self.recipe.growth.operator, self.family.split)
 
 
-def check_start(recipe: Recipe, world: int, per_node: int) -> None:
-    """Raises RecipeError or DataError for what `world` ranks, `per_node` of them on each node, would fail with."""
-    Plan.of(recipe, world)
+def plan_start(recipe: Recipe, world: int, per_node: int) -> Plan:
+    """As `Plan.of`; refuses, too, what the engine cannot do on so many ranks, `per_node` of them on each node."""
+    plan = Plan.of(recipe, world)
     recipe.sharding.check_world(world, per_node)
     check_offload(recipe, world, per_node)
+    return plan
 
 
 def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], Schedule]:

@@ -29,7 +29,7 @@ from scaleprog.growth.space import Subnet
 from scaleprog.metrics import ProgressLine, Recorder, StepTimer
 from scaleprog.models.elastic import Active, drop_scales
 from scaleprog.optim import learning_rate
-from scaleprog.plan import Plan, check_start
+from scaleprog.plan import plan_start
 from scaleprog.preemption import AskedToStop, Due, Watch, deadline
 from scaleprog.recipe import Recipe
 from scaleprog.run import (
@@ -65,8 +65,7 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
     RecipeError, DataError or CheckpointError, and Disagreement if ranks would act on different values.
     """
     # ---- data
-    check_start(recipe, coordinator.world, ranks_per_node())
-    plan = Plan.of(recipe, coordinator.world)
+    plan = plan_start(recipe, coordinator.world, ranks_per_node())
     rank, world = coordinator.rank, coordinator.world
     coordinator.verify("recipe", recipe.dump())
     coordinator.verify("shards", [[s.name, s.sha256] for s in plan.manifest.split("train")])

@@ -74,9 +74,9 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def settle(self) -> None:
-        """Makes the model compute with the weights as they are now, after they changed outside a step or were used
-        without a backward; all ranks call it."""
+    def settle(self, changed: bool = True) -> None:
+        """Makes the model compute with the weights as they are now, after a forward without a backward or (`changed`)
+        after they changed outside a step; all ranks call it."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -207,7 +207,7 @@ class Backend(ABC):
                 yield
         finally:
             network.elastic.train()
-            self.settle()
+            self.settle(changed=ema is not None)
 
     @contextmanager
     def _exchanged(self, ema: int | None) -> Iterator[None]:

@@ -63,7 +63,7 @@ class FsdpBackend(NativeBackend):
             self._prefetched = active
         return super().forward(images, active, drop)
 
-    def settle(self) -> None:
+    def settle(self, changed: bool = True) -> None:
         # after a forward without backward, FSDP keeps the root's parameters gathered
         for module in self.network.elastic.modules():
             if isinstance(module, FSDPModule):

@@ -33,5 +33,5 @@ class ReplicatedBackend(NativeBackend):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.sharding.precision == "bf16"):
             return super().forward(images, active, drop)
 
-    def settle(self) -> None:
+    def settle(self, changed: bool = True) -> None:
         pass

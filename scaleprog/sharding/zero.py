@@ -80,13 +80,10 @@ class ZeroBackend(Backend):
     def build(self, model: ElasticModel, steps: Mapping[str, float], elastic: bool) -> Network:
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         if self.sharding.stage == 3:
-            deepspeed.utils.set_z3_leaf_modules(
-                model, list({type(layer) for group in model.groups() for layer in group})
-            )
+            layers = {type(layer) for group in model.groups() for layer in group}
+            deepspeed.utils.set_z3_leaf_modules(model, list(layers))  # each is gathered as a whole
             self._bear_sharded(model)
-            for parameter in model.net.parameters(
-                recurse=False
-            ):  # used by ours, though the module's forward never runs
+            for parameter in model.net.parameters(recurse=False):  # ours uses them; the forward of `net` never runs
                 deepspeed.zero.register_external_parameter(model, parameter)
         else:
             model.to_empty(device=self.device)
@@ -190,13 +187,14 @@ class ZeroBackend(Backend):
         return norm
 
     @torch.no_grad()
-    def settle(self) -> None:
-        if self.sharding.stage < 3:
+    def settle(self, changed: bool = True) -> None:
+        if self.sharding.stage == 3:
+            self._zero.parameter_offload.partition_all_parameters()
+        if changed and self.sharding.stage < 3:
             self._zero.update_lp_params()
-            return
-        self._zero.parameter_offload.partition_all_parameters()
-        for shard, master in zip(self._zero.fp16_partitioned_groups_flat, self._masters, strict=True):
-            shard.copy_(master)
+        elif changed:
+            for shard, master in zip(self._zero.fp16_partitioned_groups_flat, self._masters, strict=True):
+                shard.copy_(master)
 
 
 def _forget_releases() -> None:

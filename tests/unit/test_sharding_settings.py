@@ -7,7 +7,7 @@ import pytest
 
 from scaleprog.cli import main
 from scaleprog.errors import RecipeError
-from scaleprog.plan import check_start
+from scaleprog.plan import plan_start
 from scaleprog.sharding.settings import ShardingSettings
 from tests.conftest import MakeRecipe
 
@@ -37,7 +37,7 @@ def test_an_optimizer_that_cannot_be_sharded(make_recipe: MakeRecipe) -> None:
 def test_groups_that_do_not_divide_the_ranks(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(sharding={"engine": "hsdp", "shard": 3})
     with pytest.raises(RecipeError, match=r"sharding\.shard: groups of 3 ranks do not divide .* 4; use one of 1, 2, 4"):
-        check_start(recipe, world=4, per_node=4)
+        plan_start(recipe, world=4, per_node=4)
     by_node = ShardingSettings(engine="hsdp")
     assert by_node.shard_ranks(8, per_node=4) == 4
     with pytest.raises(RecipeError, match="groups of 3 ranks"):
@@ -46,18 +46,18 @@ def test_groups_that_do_not_divide_the_ranks(make_recipe: MakeRecipe) -> None:
 
 def test_zero_without_deepspeed(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make_recipe(sharding={"engine": "zero"})
-    check_start(recipe, world=2, per_node=2)
+    plan_start(recipe, world=2, per_node=2)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"zero needs DeepSpeed: pip install 'scaleprog\[deepspeed\]'"):
-        check_start(recipe, world=2, per_node=2)
+        plan_start(recipe, world=2, per_node=2)
 
 
 def test_offload_to_a_host_that_is_too_small(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make_recipe(sharding={"engine": "fsdp", "offload": "all"})
-    check_start(recipe, world=2, per_node=2)
+    plan_start(recipe, world=2, per_node=2)
     monkeypatch.setattr("scaleprog.outlook.host_memory_available", lambda: 1000)
     with pytest.raises(RecipeError, match=r"offload: all puts .* of 2 ranks into this machine's memory, 0\.0 GiB"):
-        check_start(recipe, world=2, per_node=2)
+        plan_start(recipe, world=2, per_node=2)
 
 
 @pytest.mark.parametrize(
