@@ -34,7 +34,12 @@ from tests.slurm.conftest import own_number
 
 SAVE_STEPS = 7  # the least that a kill can lose is counted against it
 STARTS = 6
-ENGINES: tuple[Engine, ...] = ("fsdp", "hsdp", "zero")
+ENGINES: dict[Engine, str] = {
+    "fsdp": "Sharded over all ranks",
+    "hsdp": "Two copies of the model, each sharded over half of the ranks",
+    "zero": "Stage 3",
+}
+START_SECONDS = 900  # more than a start takes, even on a machine that has other things to do
 TOLD = ("checkpoint_failed", "preempted", "hurried")
 HEAD = (
     "fault", "moment", "rank", "started by", "struck at step", "starts", "steps trained again", "told",
@@ -135,7 +140,7 @@ class Chaos:
         recipe.write_text(self.recipe(ranks).dump())
         return subprocess.run(
             [sys.executable, "-m", "tests.chaos.faults", recipe, folder, str(ranks), json.dumps(asdict(fault))],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=START_SECONDS, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
@@ -208,10 +213,10 @@ def main() -> None:
                              outcome.starts, outcome.lost, outcome.told, equal]))  # fmt: skip
             print(f"{rows[-1]} {time.monotonic() - began:.0f} s", flush=True)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    command = f"make chaos N={options.runs} SEED={options.seed} ENGINE={options.engine}"
     text = (
-        f"{options.runs} runs by `make chaos N={options.runs} SEED={options.seed} ENGINE={options.engine}` of commit "
-        f"{commit or 'unknown'}, {failed} not equal. A checkpoint every {SAVE_STEPS} steps; a signal that gave notice "
-        "costs none."
+        f"{ENGINES[options.engine]}. {options.runs} runs by `{command}` of commit {commit or 'unknown'}, {failed} not "
+        f"equal. A checkpoint every {SAVE_STEPS} steps; a signal that gave notice costs none."
     )
     if options.out:
         put_section(options.out, options.engine, text + "\n\n" + "\n".join(rows))
