@@ -34,11 +34,12 @@ demo: install
 test: install
 	$(PYTHON) -m pytest
 
-# Runs under random faults, each compared with the undisturbed run; N of them, drawn by SEED.
+# Runs under random faults, each compared with the undisturbed run; N of them, drawn by SEED, on fsdp, hsdp or zero.
 N := 20
 SEED := 0
+ENGINE := fsdp
 chaos: install
-	$(PYTHON) -m tests.chaos.harness --runs $(N) --seed $(SEED) --out docs/results/chaos.md
+	$(PYTHON) -m tests.chaos.harness --runs $(N) --seed $(SEED) --engine $(ENGINE) --out docs/results/chaos.md
 
 lint: install
 	$(VENV)/bin/ruff check .

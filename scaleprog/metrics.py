@@ -60,8 +60,9 @@ class Recorder:
     def __init__(
         self, run: Path, coordinator: Coordinator, generation: int, step: int, log_every: int, due: bool = False
     ) -> None:
-        """`generation`: of this start, which all its events carry; `step`: optimizer steps finished; whatever a run
-        that got further wrote beyond it is dropped; `due`: so is what was measured after that step, as it is again."""
+        """`generation`: of this start, which its events and samples carry; `step`: optimizer steps finished; whatever
+        a run that got further wrote beyond it is dropped; `due`: so is what was measured after that step, as it is
+        again."""
         self.coordinator, self.log_every = coordinator, log_every
         self._pending: list[tuple[dict[str, Any], Tensor, Tensor, StepTimer]] = []
         self._generation, self._main = generation, coordinator.rank == 0
@@ -124,7 +125,7 @@ class Recorder:
         """Writes down which samples this rank trained on in a step, in a file of its own."""
         if self._samples is None:
             self._samples = _Lines(self._samples_path)
-        self._samples.write({"step": step, "ids": ids})
+        self._samples.write({"step": step, "generation": self._generation, "ids": ids})
 
     def event(self, kind: str, **fields: Any) -> None:
         """Writes one event of the run's life, once for all ranks; from any thread."""

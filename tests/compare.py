@@ -81,8 +81,10 @@ def curves(board: Path) -> dict[str, list[tuple[int, float]]]:
 
 def samples(folder: Path) -> dict[int, list[int]]:
     """The sample ids of every step, of all ranks (needs `data.trace`); of a step trained again, its last time."""
+    rows = [row for path in sorted(folder.glob("samples-*.jsonl")) for row in read_rows(path)]
+    last = dict(sorted((row["step"], row["generation"]) for row in rows))
     steps: dict[int, list[int]] = {}
-    for path in sorted(folder.glob("samples-*.jsonl")):
-        for step, ids in {row["step"]: row["ids"] for row in read_rows(path)}.items():
-            steps[step] = steps.get(step, []) + ids
+    for row in rows:
+        if row["generation"] == last[row["step"]]:
+            steps.setdefault(row["step"], []).extend(row["ids"])
     return steps

@@ -1,6 +1,6 @@
 """Runs under faults, compared with the undisturbed run.
 
-    python -m tests.chaos.harness [--runs 20] [--seed 0] [--out docs/results/chaos.md]
+    python -m tests.chaos.harness [--runs 20] [--seed 0] [--engine fsdp] [--out docs/results/chaos.md]
 
 A run of `scaleprog train` is started as a user would: the same command again after each exit that says "try again" or
 each kill of all. A Slurm job comes back by itself. Jobs need root, for the cluster.
@@ -21,7 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from scaleprog.errors import EXIT_CODE
+from scaleprog.files import write_whole
 from scaleprog.metrics import read_rows
+from scaleprog.recipe import Recipe
+from scaleprog.sharding.settings import Engine
 from tests.chaos import on_slurm
 from tests.chaos.faults import KINDS, MOMENTS, SLURM_KINDS, STRUCK, Fault, damage
 from tests.compare import differences
@@ -31,6 +34,12 @@ from tests.slurm.conftest import own_number
 
 SAVE_STEPS = 7  # the least that a kill can lose is counted against it
 STARTS = 6
+ENGINES: dict[Engine, str] = {
+    "fsdp": "Sharded over all ranks",
+    "hsdp": "Two copies of the model, each sharded over half of the ranks",
+    "zero": "Stage 3",
+}
+START_SECONDS = 900  # more than a start takes, even on a machine that has other things to do
 TOLD = ("checkpoint_failed", "preempted", "hurried")
 HEAD = (
     "fault", "moment", "rank", "started by", "struck at step", "starts", "steps trained again", "told",
@@ -57,20 +66,27 @@ class Outcome:
 
 
 class Chaos:
-    """A folder with shards, a recipe, and its undisturbed runs."""
+    """A folder with shards, runs of one recipe on one engine, and the undisturbed ones among them."""
 
-    def __init__(self, folder: Path, cluster: Cluster | None = None) -> None:
+    def __init__(self, folder: Path, engine: Engine = "fsdp", cluster: Cluster | None = None) -> None:
         """`cluster`: for faults of Slurm jobs, brought up as each needs it."""
-        self.folder, self.cluster = folder, cluster
-        self.recipe = short_recipe(
-            draw_patterns(folder / "shards"),
+        self.folder, self.engine, self.cluster = folder, engine, cluster
+        self.shards = draw_patterns(folder / "shards")
+
+    def recipe(self, ranks: int) -> Recipe:
+        """What is trained on so many ranks; under hsdp they hold two copies of the model."""
+        sharding: dict[str, object] = {"engine": self.engine}
+        if self.engine == "hsdp":
+            sharding["shard"] = ranks // 2
+        return short_recipe(
+            self.shards,
             model={"drop_path": 0.2},
             augment={"crop": "resized", "scale": (0.4, 1.0), "mixup": 0.8, "eval_crop": 0.875},
+            optimizer={"clip": 1.0},
             data={"trace": True, "workers": 1},
             checkpoint={"every_steps": SAVE_STEPS},
+            sharding=sharding,
         )
-        self.recipe_path = folder / "recipe.yaml"
-        self.recipe_path.write_text(self.recipe.dump())
 
     def reference(self, ranks: int) -> Path:
         """The undisturbed run on so many ranks."""
@@ -92,7 +108,7 @@ class Chaos:
     def _run(self, fault: Fault, ranks: int, folder: Path) -> Outcome:
         if fault.kind in SLURM_KINDS:
             assert self.cluster is not None
-            on_slurm.run(self.cluster, fault, self.recipe, folder, ranks)
+            on_slurm.run(self.cluster, fault, self.recipe(ranks), folder, ranks)
         else:
             self._train(fault, ranks, folder)
         events = read_rows(folder / "events.jsonl")
@@ -103,7 +119,7 @@ class Chaos:
             starts=sum(event["event"] == "start" for event in events),
             lost=sum(event.get("repeated_steps", 0) for event in events),
             told=", ".join(sorted({event["event"] for event in events} & set(TOLD))),
-            wrong=differences(self.recipe, folder, self.reference(ranks)),
+            wrong=differences(self.recipe(ranks), folder, self.reference(ranks)),
         )  # fmt: skip
 
     def _train(self, fault: Fault, ranks: int, folder: Path) -> None:
@@ -120,10 +136,11 @@ class Chaos:
             raise RuntimeError(f"{fault}: not finished after {STARTS} starts\n{done.stdout}")
 
     def _start(self, folder: Path, ranks: int, fault: Fault) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tests.chaos.faults", self.recipe_path, folder, str(ranks)]
+        recipe = self.folder / f"recipe-{ranks}.yaml"
+        recipe.write_text(self.recipe(ranks).dump())
         return subprocess.run(
-            [*map(str, command), json.dumps(asdict(fault))],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, start_new_session=True,
+            [sys.executable, "-m", "tests.chaos.faults", recipe, folder, str(ranks), json.dumps(asdict(fault))],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=START_SECONDS, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
@@ -160,22 +177,32 @@ def row(cells: Iterable[object]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def put_section(path: Path, heading: str, text: str) -> None:
+    """Puts `text` under a heading of a Markdown file, in place of what stood there."""
+    sections = (path.read_text() if path.exists() else "").split("## ")
+    others = [s.strip() for s in sections if s.strip() and s.split("\n")[0] != heading]
+    whole = sorted([*others, f"{heading}\n\n{text.strip()}"])
+    write_whole(path, "\n\n".join(f"## {section}" for section in whole) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--engine", choices=ENGINES, default="fsdp")
+    parser.add_argument("--out", type=Path, help="a file with a section for each engine; this one's is replaced")
     options = parser.parse_args()
     rows = [row(HEAD), row(["---"] * len(HEAD))]
     slurm = os.geteuid() == 0
-    print(f"seed {options.seed}{'' if slurm else '; no Slurm jobs: only root can bring a cluster up'}", flush=True)
+    without = "" if slurm else "; no Slurm jobs: only root can bring a cluster up"
+    print(f"{options.engine}, seed {options.seed}{without}", flush=True)
     failed = 0
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         cluster = Cluster(stack.enter_context(own_number())) if slurm else None
         if cluster is not None:
             stack.callback(cluster.down)
-        chaos = Chaos(Path(folder), cluster)
+        chaos = Chaos(Path(folder), options.engine, cluster)
         for number, (fault, ranks) in enumerate(draw(options.runs, options.seed, slurm)):
             began = time.monotonic()
             outcome = chaos.run(fault, ranks, f"run-{number}")
@@ -185,9 +212,14 @@ def main() -> None:
             rows.append(row([fault.kind, fault.moment, f"{fault.rank} of {ranks}", fault.by, outcome.step,
                              outcome.starts, outcome.lost, outcome.told, equal]))  # fmt: skip
             print(f"{rows[-1]} {time.monotonic() - began:.0f} s", flush=True)
-    text = f"{options.runs} runs, seed {options.seed}, {failed} not equal. A checkpoint every {SAVE_STEPS} steps.\n\n"
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    command = f"make chaos N={options.runs} SEED={options.seed} ENGINE={options.engine}"
+    text = (
+        f"{ENGINES[options.engine]}. {options.runs} runs by `{command}` of commit {commit or 'unknown'}, {failed} not "
+        f"equal. A checkpoint every {SAVE_STEPS} steps; a signal that gave notice costs none."
+    )
     if options.out:
-        options.out.write_text(text + "\n".join(rows) + "\n")
+        put_section(options.out, options.engine, text + "\n\n" + "\n".join(rows))
     print(text)
     sys.exit(bool(failed))
 

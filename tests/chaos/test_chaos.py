@@ -1,32 +1,41 @@
 """A few of the faults that `make chaos` draws; each run must end as if nothing had happened."""
 
 import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import pytest
 
+from scaleprog.sharding.settings import Engine
 from tests.chaos.faults import KINDS, MOMENTS, SLURM_KINDS, Fault
-from tests.chaos.harness import SAVE_STEPS, Chaos, draw
+from tests.chaos.harness import SAVE_STEPS, Chaos, draw, put_section
 
 
 @pytest.fixture(scope="module")
-def chaos(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
-    return Chaos(tmp_path_factory.mktemp("chaos"))
+def chaos(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Engine], Chaos]:
+    """Gives that of an engine."""
+    return cache(lambda engine: Chaos(tmp_path_factory.mktemp(engine), engine))
 
 
 @pytest.mark.parametrize(
-    ("kind", "moment", "rank"),
+    ("engine", "kind", "moment", "rank"),
     [
-        ("TERM", "search", 1),
-        ("kill one", "growth", 1),
-        ("kill before the rename", "supernet", 0),
-        ("truncation", "last stage", 0),
+        ("fsdp", "TERM", "search", 1),
+        ("fsdp", "kill one", "growth", 1),
+        ("fsdp", "kill before the rename", "supernet", 0),
+        ("fsdp", "truncation", "last stage", 0),
         pytest.param(
-            "full disk", "warm-up", 0, marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+            "fsdp", "full disk", "warm-up", 0, marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
         ),
+        ("hsdp", "TERM", "supernet", 1),
+        ("zero", "kill one", "search", 1),
     ],
 )
-def test_a_run_under_a_fault_ends_as_the_undisturbed_one(kind: str, moment: str, rank: int, chaos: Chaos) -> None:
-    outcome = chaos.run(Fault(kind, moment, rank, 0.0), 2, f"{kind} {moment}".replace(" ", "-"))
+def test_a_run_under_a_fault_ends_as_the_undisturbed_one(
+    engine: Engine, kind: str, moment: str, rank: int, chaos: Callable[[Engine], Chaos]
+) -> None:
+    outcome = chaos(engine).run(Fault(kind, moment, rank, 0.0), 2, f"{kind} {moment}".replace(" ", "-"))
     assert outcome.wrong == []
     assert outcome.step >= 0, "it struck"
     if kind == "TERM":
@@ -46,3 +55,10 @@ def test_every_fault_and_moment_is_drawn(seed: int) -> None:
     assert {fault.moment for fault, _ in drawn} == set(MOMENTS)
     assert all(0 <= fault.rank < ranks for fault, ranks in drawn)
     assert drawn == draw(20, seed)
+
+
+def test_the_table_of_one_engine_leaves_those_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "chaos.md"
+    for engine, text in (("zero", "one\n\n| a |"), ("fsdp", "two"), ("zero", "three\n\n| b |"), ("fsdp", "four")):
+        put_section(path, engine, text)
+    assert path.read_text() == "## fsdp\n\nfour\n\n## zero\n\nthree\n\n| b |\n"

@@ -4,13 +4,16 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scaleprog.errors import Diverged
+from scaleprog.metrics import read_rows
 from scaleprog.recipe import Recipe
 from tests.compare import board, differences
-from tests.conftest import run, step_rows
+from tests.conftest import run, short_recipe, step_rows
+from tests.numerics.whole_runs import train_all
 
 HARD = {
     "model": {"drop_path": 0.2},
@@ -96,12 +99,39 @@ def test_results_that_were_cut_off_are_written_again(make_recipe: Callable[..., 
     assert json.loads((tmp_path / "results.json").read_text())["top1"] == whole["top1"]
 
 
-def test_sharded_ranks_resume_bit_for_bit(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    recipe = make_recipe(**HARD)
-    run(recipe, tmp_path / "straight", ranks=2)
-    run(recipe, tmp_path / "resumed", ranks=2, max_steps=31)
-    run(recipe, tmp_path / "resumed", ranks=2)
-    assert_same_run(recipe, tmp_path / "resumed", tmp_path / "straight")
+SHARDINGS: dict[str, dict[str, Any]] = {
+    "fsdp": {"engine": "fsdp"},
+    "hsdp": {"engine": "hsdp", "shard": 1},
+    **{f"zero-{stage}": {"engine": "zero", "stage": stage} for stage in (1, 2, 3)},
+}
+# in 40 steps: 0-5 supernet, 5-13 stage 1, 13-18 supernet, 18-26 stage 2, 26-40 the complete model
+SHARDED_STOPS = (4, 16, 31)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory, patterns: Path) -> dict[str, tuple[Recipe, Path]]:
+    """A recipe for each engine, and the folder of a straight run and of one that is resumed after each stop, all on the
+    same two ranks."""
+    recipes = {name: short_recipe(
+        patterns, **HARD, data={"trace": True}, optimizer={"clip": 1.0}, sharding=sharding,
+        train={"epochs": 2, "micro_batch": 3}, search={"epochs": 0.25}, growth={"optimizer": "inherit"},
+    ) for name, sharding in SHARDINGS.items()}  # fmt: skip
+    folder = tmp_path_factory.mktemp("sharded")
+    runs = [(recipe, folder / name / "straight") for name, recipe in recipes.items()]
+    for stop in (*SHARDED_STOPS, None):  # engine after engine, so that what one leaves in the process cannot help
+        for name, recipe in recipes.items():
+            train = recipe.train.model_copy(update={"max_steps": stop})
+            runs.append((recipe.model_copy(update={"train": train}), folder / name / "resumed"))
+    train_all(2, runs)
+    return {name: (recipe, folder / name) for name, recipe in recipes.items()}
+
+
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_sharded_ranks_resume_bit_for_bit(name: str, sharded: dict[str, tuple[Recipe, Path]]) -> None:
+    recipe, folder = sharded[name]
+    events = read_rows(folder / "resumed" / "events.jsonl")
+    assert [event["step"] for event in events if event["event"] == "start"] == [0, *SHARDED_STOPS]
+    assert_same_run(recipe, folder / "resumed", folder / "straight")
 
 
 def assert_same_run(recipe: Recipe, run_folder: Path, reference: Path) -> None:

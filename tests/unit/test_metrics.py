@@ -14,7 +14,7 @@ import torch
 
 from scaleprog.metrics import ProgressLine, Recorder, StepTimer, read_rows
 from scaleprog.sharding.coordinator import Coordinator
-from tests.compare import curves
+from tests.compare import curves, samples
 
 
 class Rank:
@@ -123,6 +123,19 @@ def test_curves_of_every_rank_go_on_without_doubled_points(tmp_path: Path) -> No
     alone.close()
     for folder in (board, board / "rank_0", board / "rank_1"):
         assert {tuple(points) for points in steps(folder).values()} == {(2, 4, 6)}
+
+
+def test_the_samples_of_a_step_trained_again_on_fewer_ranks_count_once(tmp_path: Path) -> None:
+    starts = [(2, range(1, 6)), (1, range(4, 8)), (3, range(6, 8))]  # ranks, steps; a crash ends all but the last
+    for generation, (world, trained) in enumerate(starts, start=1):
+        for rank in range(world):
+            record = recorder(tmp_path, rank, world, generation, trained[0] - 1)
+            for step in trained:
+                record.samples(step, [100 * generation + 10 * step + rank])
+            record.close()
+    assert samples(tmp_path) == {
+        1: [110, 111], 2: [120, 121], 3: [130, 131], 4: [240], 5: [250], 6: [360, 361, 362], 7: [370, 371, 372]
+    }  # fmt: skip
 
 
 @contextmanager
