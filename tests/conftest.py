@@ -23,6 +23,15 @@ from scaleprog.train import train_rank
 from shards.check import write_manifest
 
 SIDE, CLASSES = 32, 4
+SHARDINGS: tuple[dict[str, Any], ...] = (
+    {"engine": "fsdp"},
+    {"engine": "hsdp", "shard": 2},
+    {"engine": "zero", "stage": 1},
+    {"engine": "zero", "stage": 2},
+    {"engine": "zero", "stage": 3},
+    {"engine": "replicated"},
+)
+"""Every engine on two or more ranks."""
 MakeRecipe = Callable[..., Recipe]
 
 

@@ -10,17 +10,9 @@ import pytest
 from launchers.local import launch
 from scaleprog.models import family
 from scaleprog.models.cost import units
+from tests.conftest import SHARDINGS
 from tests.distributed import growths
 from tests.distributed.ranks import MODEL
-
-SHARDINGS: tuple[dict[str, Any], ...] = (
-    {"engine": "fsdp"},
-    {"engine": "hsdp", "shard": 1},
-    {"engine": "zero", "stage": 1},
-    {"engine": "zero", "stage": 2},
-    {"engine": "zero", "stage": 3},
-    {"engine": "replicated"},
-)
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,11 @@ import pytest
 
 from scaleprog.growth.operators import Operator
 from scaleprog.recipe import Recipe
-from tests.conftest import run, short_recipe, step_rows
+from tests.conftest import SHARDINGS, run, short_recipe, step_rows
 from tests.numerics.whole_runs import train_all
 
 CALM = {"lr": 2e-4, "clip": 1.0}  # AdamW amplifies rounding with the learning rate: what is compared are engines
 OPERATORS: tuple[Operator, ...] = ("mogrow", "identity", "stacking", "rand_init", "interpolation")
-SHARDINGS: tuple[dict[str, Any], ...] = (
-    {"engine": "fsdp"},
-    {"engine": "hsdp", "shard": 2},
-    {"engine": "zero", "stage": 1},
-    {"engine": "zero", "stage": 2},
-    {"engine": "zero", "stage": 3},
-    {"engine": "replicated"},
-)
 MICRO_BATCH = {1: 3, 2: 3, 4: 1}  # of 8, 4 and 2 rows
 WORLDS = tuple(MICRO_BATCH)
 
