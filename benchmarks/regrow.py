@@ -1,84 +1,203 @@
-"""What a growth costs under FSDP2 at DeiT-S size: seconds, in training steps, and bytes between ranks.
+"""What a growth costs at DeiT-S size: seconds and bytes between ranks, against saving, loading and then growing.
 
-    python benchmarks/regrow.py [--ranks 2] [--batch 16] [--out docs/results/regrow.md]
+    python -m benchmarks.regrow [--ranks 2] [--repeats 5] [--out docs/results/regrow.md]
 
-Each rank trains a few steps at the size before every growth of the 0.5 Omega ladder (128 px x 6 ... 224 px x 12),
-grows by MoGrow, and trains on; a growth is compared with the median step *before* it, the cheaper one.
+Along the 0.5 Omega ladder (6, 8, 10, 12 layers; weights, AdamW's moments, one EMA, fp32) every network is grown by MoGrow
+in two ways, one straight after the other. In place: `Backend.regrow`. By checkpoint: what training has is saved and
+awaited (durable, checksummed), let go, verified, read into a new backend and grown there; starting new processes, which
+people do on top, is left out, and what is read has just been written. Seconds are those of the slower rank, medians of
+the repeats; the ratio is the median of the pairs' ratios: other programs ran on the same cores.
+
+Bytes are counted in a round of their own, where torch dispatches collectives and messages: what all ranks together
+send, in rings, with whatever the engine itself does.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import os
 import statistics
 import tempfile
 import time
+import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from launchers.local import launch
-from scaleprog.growth.operators import fresh, grow
+from scaleprog.checkpoint import Checkpoints
+from scaleprog.growth.operators import LayerMap, fresh, grow
 from scaleprog.models import family
 from scaleprog.plan import outline
 from scaleprog.recipe import Recipe
-from scaleprog.sharding.coordinator import process_group
-from scaleprog.train import make_backend
+from scaleprog.run import make_backend
+from scaleprog.sharding import Backend
+from scaleprog.sharding.coordinator import Coordinator, process_group
+from scaleprog.storage import load_tensors
 
-STEPS = 4
+RECIPE = "configs/imagenet/deit_small_prog_100.yaml"
+ENGINES = {
+    "fsdp": ["sharding.engine=fsdp"],
+    "hsdp, shard 1": ["sharding.engine=hsdp", "sharding.shard=1"],
+    "replicated": ["sharding.engine=replicated"],
+    **{f"zero {stage}": ["sharding.engine=zero", f"sharding.stage={stage}"] for stage in (1, 2, 3)},
+}
+MIB = 2**20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=16, help="images a rank")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("docs/results/regrow.md"))
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows.json"
-        launch(options.ranks, measure, options.batch, out)
-        rows = json.loads(out.read_text())
+    rows = []
+    for engine in ENGINES:
+        with tempfile.TemporaryDirectory() as folder:
+            launch(options.ranks, measure, engine, options.repeats, Path(folder))
+            rows += json.loads((Path(folder) / "rows.json").read_text())
+    method = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip()
     lines = [
-        f"DeiT-S, {options.ranks} FSDP2 ranks, {options.batch} images a rank.", "",
-        "| growth | step before, s | growth, s | in steps | collectives |", "|---|---|---|---|---|",
+        f"Written by `python -m benchmarks.regrow --ranks {options.ranks} --repeats {options.repeats}`.", "", method,
+        "", f"{options.ranks} ranks, {os.cpu_count()} CPU cores.", "",
+        "| engine | layers | bytes moved, MiB | in place, s | by checkpoint, s | of it saving | times slower |",
+        "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    lines += [f"| {r['growth']} | {r['step']:.2f} | {r['seconds']:.2f} | {r['seconds'] / r['step']:.2f} "
-              f"| {r['collectives']} |" for r in rows]  # fmt: skip
+    lines += map(line, rows)
     text = "\n".join(lines) + "\n"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text)
     print(text)
 
 
-def measure(batch: int, out: Path) -> None:
-    recipe = Recipe.load("configs/imagenet/deit_small_prog_100.yaml", ["sharding.precision=fp32"])
+def line(row: dict[str, Any]) -> str:
+    place, checkpoint, save = (statistics.median(row[key]) for key in ("place", "checkpoint", "save"))
+    ratio = statistics.median(slow / fast for slow, fast in zip(row["checkpoint"], row["place"], strict=True))
+    sent = f"{row['sent'] / MIB:.1f}" if row["sent"] else "0"
+    return (
+        f"| {row['engine']} | {row['before']} -> {row['after']} | {sent} | {place:.3f} | {checkpoint:.2f} | {save:.2f} "
+        f"| {ratio:.1f} |"
+    )
+
+
+def measure(engine: str, repeats: int, folder: Path) -> None:
+    """Climbs the ladder once to count and warm up, then `repeats` times by the clock."""
+    warnings.simplefilter("ignore")
+    gc.disable()  # as in training
+    recipe = Recipe.load(RECIPE, ["sharding.precision=fp32", *ENGINES[engine]])
+    depths = [subnet.depth for subnet in outline(recipe, 1000)[1].ladder]
+    rows: list[dict[str, Any]] = [
+        {"engine": engine, "before": before, "after": after, "place": [], "checkpoint": [], "save": []}
+        for before, after in itertools.pairwise(depths)
+    ]
     with process_group() as (coordinator, device):
-        backend = make_backend("fsdp", recipe, family(recipe.model)[0], device)
-        ladder = outline(recipe, 1000)[1].ladder
-        backend.regrow(fresh((ladder[0].depth,)), inherit=False, elastic=False)
-        rows = []
-        for before, after in itertools.pairwise(ladder):
-            seconds = []
-            for _ in range(STEPS):
-                images = torch.randn(batch, 3, before.resolution, before.resolution, device=device)
-                coordinator.barrier()
-                began = time.perf_counter()
-                F.cross_entropy(backend.forward(images), torch.zeros(batch, dtype=torch.long, device=device)).backward()
-                backend.step(1e-4)
-                seconds.append(time.perf_counter() - began)
-            coordinator.barrier()
-            began = time.perf_counter()
-            with CommDebugMode() as traffic:
-                backend.regrow(grow("mogrow", (before.depth,), (after.depth,)), inherit=False, elastic=False)
-            grown = time.perf_counter() - began
-            step, grown = coordinator.maximum([statistics.median(seconds), grown])
-            rows.append({"growth": f"{before} -> {after}", "step": step, "seconds": grown,
-                         "collectives": traffic.get_total_counts()})  # fmt: skip
+        make = partial(make_backend, recipe.sharding.engine, recipe, family(recipe.model)[0], device)
+        checkpoints = Checkpoints(folder / "checkpoints", coordinator, keep=1)
+        for repeat in range(repeats + 1):
+            backend = make()
+            backend.regrow(fresh((depths[0],)), inherit=False, elastic=False)
+            for row in rows:
+                train(backend)
+                growth = grow("mogrow", (row["before"],), (row["after"],))
+                if repeat == 0:
+                    with Sent() as sent:
+                        backend.regrow(growth, inherit=False, elastic=False)
+                    row["sent"] = round(coordinator.total([float(sent.bytes)])[0])
+                    continue
+                holder = [backend]
+                del backend
+                backend, seconds = grow_both_ways(holder, growth, make, checkpoints, row["before"])
+                for key, value in seconds.items():
+                    row[key].append(value)
+            backend.release()
+            del backend
+            gc.collect()
         if coordinator.rank == 0:
-            out.write_text(json.dumps(rows))
+            (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def train(backend: Backend) -> None:
+    """Two small steps, in which engines make what they make late."""
+    for _ in range(2):
+        logits = backend.forward(torch.randn(2, 3, 64, 64, device=backend.device))
+        backend.backward(F.cross_entropy(logits, torch.zeros(2, dtype=torch.long, device=backend.device)))
+        backend.step(1e-4)
+
+
+def grow_both_ways(
+    holder: list[Backend], growth: LayerMap, make: Callable[[], Backend], checkpoints: Checkpoints, step: int
+) -> tuple[Backend, dict[str, float]]:
+    """Grows the network that `holder` is emptied of by checkpoint and in place; a grown backend, and the seconds."""
+    backend = holder.pop()
+    structure = backend.structure
+
+    def read() -> Backend:
+        path = checkpoints.at(step)
+        backend = make()
+        backend.restore(structure, False, partial(load_tensors, path))
+        return backend
+
+    clock = Clock(checkpoints.coordinator)
+    checkpoints.save(step, {}, backend.state())
+    checkpoints.wait()
+    save = clock.read()
+    assert not any(commit.error for commit in checkpoints.finished())
+    backend.release()
+    del backend  # its process would have ended
+    gc.collect()
+    clock = Clock(checkpoints.coordinator)
+    backend = read()
+    backend.regrow(growth, inherit=False, elastic=False)
+    loaded = clock.read()
+    backend.release()
+    del backend
+    gc.collect()
+    backend = read()
+    train(backend)
+    gc.collect()
+    clock = Clock(checkpoints.coordinator)
+    backend.regrow(growth, inherit=False, elastic=False)
+    place = clock.read()
+    gc.collect()
+    return backend, {"place": place, "checkpoint": save + loaded, "save": save}
+
+
+class Clock:
+    """Seconds since all ranks were here, on the slowest of them."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self.coordinator = coordinator
+        coordinator.barrier()
+        self.began = time.perf_counter()
+
+    def read(self) -> float:
+        return self.coordinator.maximum([time.perf_counter() - self.began])[0]
+
+
+class Sent(TorchDispatchMode):
+    """Adds up the bytes that this rank sends: messages as they are, collectives as rings do them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, _, name = func.name().partition(".")[0].partition("::")
+        if "c10d" in space and not name.startswith(("recv", "barrier", "wait", "monitored")):
+            whole = max((t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)), default=0)
+            group = next((a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.ScriptObject)), None)
+            ranks = dist.ProcessGroup.unbox(group).size() if group is not None else dist.get_world_size()
+            rounds = {"send": ranks, "broadcast_": ranks, "allreduce_": 2 * (ranks - 1)}.get(name, ranks - 1)
+            self.bytes += whole * rounds / ranks if ranks > 1 else 0
+        return func(*args, **(kwargs or {}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a step costs a rank under each engine: memory, bytes between ranks and, by a model that nobody timed, seconds.
 
-Memory and traffic are arithmetic on the shapes of the parameters. Those of `fsdp` and `replicated`, and the traffic of
-`hsdp`, are held against counted bytes (tests/distributed/test_outlook.py); `zero` follows its documentation.
+Memory and traffic are arithmetic on the shapes of the parameters, held against counted bytes: what lasts of memory under
+every engine, the traffic of all but `zero` (tests/distributed/test_outlook.py), which follows its documentation.
 """
 
 import math
@@ -105,7 +105,7 @@ def state_memory(network: Sequence[Unit], sharding: ShardingSettings, emas: int,
     ranks, whole = sharding.shard_ranks(world), sum(map(_elements, network))
     compute = BF16 if sharding.precision == "bf16" else FP32
     if sharding.engine == "replicated":
-        buckets = FP32 * whole if world > 1 else 0
+        buckets = lasting_buffers(network, sharding, world)
         memory = Memory(FP32 * whole, FP32 * whole, 2 * FP32 * whole, FP32 * emas * whole, buckets)
     elif sharding.engine == "zero":
         own = sum(_zero_shard(unit, ranks) for unit in network) if sharding.stage == 3 else -(-whole // ranks)
@@ -114,7 +114,8 @@ def state_memory(network: Sequence[Unit], sharding: ShardingSettings, emas: int,
             gradients=FP32 * own + (compute * whole if sharding.stage == 1 else 0),
             optimizer=3 * FP32 * own,
             ema=FP32 * emas * own,
-            buffers=_gathered(network, sharding, ranks, compute) if sharding.stage == 3 else 0,
+            buffers=lasting_buffers(network, sharding, world)
+            + (_gathered(network, sharding, ranks, compute) if sharding.stage == 3 else 0),
         )
     else:
         own = sum(_fsdp_shard(unit, ranks) for unit in network)
@@ -126,6 +127,13 @@ def state_memory(network: Sequence[Unit], sharding: ShardingSettings, emas: int,
         held = memory.optimizer + memory.ema
         return Memory(memory.parameters, memory.gradients, 0, 0, memory.buffers, host=held)
     return memory
+
+
+def lasting_buffers(network: Sequence[Unit], sharding: ShardingSettings, world: int) -> int:
+    """Bytes of the buffers of gradients that an engine keeps, at least from a backward to the step."""
+    if sharding.engine == "replicated":
+        return FP32 * sum(map(_elements, network)) if world > 1 else 0
+    return FP32 * max(map(_elements, network)) if sharding.engine == "zero" else 0
 
 
 def _elements(unit: Unit) -> int:

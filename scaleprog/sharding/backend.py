@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from scaleprog.growth.operators import LayerMap, Weights
 from scaleprog.models.elastic import Active, ElasticModel, ModelSettings, Structure
@@ -154,7 +156,7 @@ class Backend(ABC):
         self.settle()
 
     def _on_meta(self, structure: Structure) -> ElasticModel:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unwritten():
             model = self.family(self.model, structure)
         model.recompute = self.sharding.recompute
         if self.sharding.compile:
@@ -255,6 +257,17 @@ class Backend(ABC):
             if dist.get_rank() == 0:
                 gathered[name] = whole.view(shape).cpu()
         return gathered
+
+
+class _Unwritten(TorchFunctionMode):
+    """Skips what initialisations write: tensors on the meta device have no values, yet it takes a while."""
+
+    WRITES = frozenset(
+        getattr(Tensor, f"{name}_") for name in ("uniform", "normal", "erfinv", "mul", "add", "clamp", "fill", "zero")
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return args[0] if func in self.WRITES else func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

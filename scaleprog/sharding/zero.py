@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO: optimizer state (stage 1), gradients (2) and parameters (3) sharded over all ranks."""
 
 import gc
+import inspect
 import logging
 import os
 import warnings
@@ -8,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from scaleprog.errors import RecipeError
@@ -23,13 +25,14 @@ os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks a process alone, too
 try:
     import deepspeed
     from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 except ImportError as error:
     raise RecipeError(f"sharding.engine: zero needs DeepSpeed: pip install 'scaleprog[deepspeed]' ({error})") from error
 
 # DeepSpeed calls torch's collectives by names that torch is about to drop
 warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
 
-BUCKET = 2**26  # elements that are reduced or gathered at a time, at most
+BUCKET = 2**26  # elements that are reduced or gathered at a time, at most: DeepSpeed allocates as many
 
 
 class ZeroBackend(Backend):
@@ -48,17 +51,21 @@ class ZeroBackend(Backend):
         self._dtype = torch.bfloat16 if self.sharding.precision == "bf16" else torch.float32
         self._engine: Any = None
 
-    @property
-    def _configuration(self) -> dict[str, Any]:
+    def _configuration(self, model: ElasticModel) -> dict[str, Any]:
         """What `deepspeed.initialize` takes."""
+        whole, unit = _elements(model)
+        ranks, bucket = dist.get_world_size(self.group), min(BUCKET, unit)
         sharding, host = self.sharding, {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         zero: dict[str, Any] = {
             "stage": sharding.stage,
-            "reduce_bucket_size": BUCKET,
-            "allgather_bucket_size": BUCKET,
-            "stage3_prefetch_bucket_size": BUCKET,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": BUCKET,  # gathered in place
+            "stage3_prefetch_bucket_size": bucket if sharding.reshard_after_forward else BUCKET,
+            # a buffer of as many elements times `ranks` exists while the optimizer is built: a shard, or a unit
+            "sub_group_size": max(whole // ranks, unit) // ranks,
             "stage3_param_persistence_threshold": 0,  # small parameters, too, lie where `Spread` says
             "stage3_max_reuse_distance": 0 if sharding.reshard_after_forward else 2**62,
+            "stage3_max_live_parameters": 2 * bucket if sharding.reshard_after_forward else 2**62,
             "memory_efficient_linear": False,  # it replaces torch's own function, for the whole process
         }
         if sharding.offload:
@@ -79,10 +86,11 @@ class ZeroBackend(Backend):
 
     def build(self, model: ElasticModel, steps: Mapping[str, float], elastic: bool) -> Network:
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        configuration = self._configuration(model)
         if self.sharding.stage == 3:
             layers = {type(layer) for group in model.groups() for layer in group}
             deepspeed.utils.set_z3_leaf_modules(model, list(layers))  # each is gathered as a whole
-            self._bear_sharded(model)
+            self._bear_sharded(model, configuration)
             for parameter in model.net.parameters(recurse=False):  # ours uses them; the forward of `net` never runs
                 deepspeed.zero.register_external_parameter(model, parameter)
         else:
@@ -92,13 +100,12 @@ class ZeroBackend(Backend):
         names = {id(parameter): name for name, parameter in named.items()}
         groups = alike(shapes, model.no_weight_decay(), self.optimizer, steps)
         self._adamw = adamw(groups, named, self.optimizer)
-        self._engine, self._zero, *_ = deepspeed.initialize(
-            model=model, optimizer=self._adamw, config=self._configuration
-        )
+        self._engine, self._zero, *_ = deepspeed.initialize(model=model, optimizer=self._adamw, config=configuration)
         spreads, weights, state = {}, {}, {}
-        for group, flat, laid in zip(groups, self._masters, self._laid_out(), strict=True):
+        of = self._zero.sub_group_to_group_id if self.sharding.stage == 3 else range(len(groups))
+        for index, (flat, laid) in enumerate(zip(self._masters, self._laid_out(), strict=True)):
             flat.data.zero_()
-            ours = self._adamw.state[flat] = moments(flat, group.steps)
+            ours = self._adamw.state[flat] = moments(flat, groups[of[index]].steps)
             for parameter, spread, position in laid:
                 name, count = names[id(parameter)], len(spread.part(self._rank))
                 spreads[name], weights[name] = spread, flat.detach()[position : position + count]
@@ -112,9 +119,9 @@ class ZeroBackend(Backend):
             moments={name: state[name] for name in shapes},
         )
 
-    def _bear_sharded(self, model: ElasticModel) -> None:
+    def _bear_sharded(self, model: ElasticModel, configuration: dict[str, Any]) -> None:
         """Gives a meta-device model parameters that exist in parts only: one at a time is whole, for a moment."""
-        birth = _Birth(config_dict_or_path=self._configuration, dtype=self._dtype)
+        birth = _Birth(config_dict_or_path=configuration, dtype=self._dtype)
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 whole = nn.Parameter(torch.empty(parameter.shape, dtype=self._dtype, device=self.device))
@@ -123,7 +130,7 @@ class ZeroBackend(Backend):
 
     @property
     def _masters(self) -> list[Tensor]:
-        """The fp32 master weights that this rank steps, one flat tensor for each group of the optimizer."""
+        """The fp32 master weights that this rank steps, in one or, in stage 3, some flat tensors for each group."""
         zero = self._zero
         return zero.fp32_partitioned_groups_flat if self.sharding.stage == 3 else zero.single_partition_of_fp32_groups
 
@@ -199,12 +206,17 @@ class ZeroBackend(Backend):
 
 def _forget_releases() -> None:
     """Clears a cache around a method, in which DeepSpeed keeps every model for good, and releases by old traces."""
-    cached = vars(parameter_offload.PartitionedParameterCoordinator)[
-        "_PartitionedParameterCoordinator__params_to_release"
-    ]
-    for cell in cached.__closure__ or ():
-        if hasattr(cell.cell_contents, "cache_clear"):
-            cell.cell_contents.cache_clear()
+    inspect.getclosurevars(_RELEASES).nonlocals["func"].cache_clear()
+
+
+_RELEASES = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+
+
+def _elements(model: ElasticModel) -> tuple[int, int]:
+    """Elements of a model, and of its largest unit: a layer, or all that is in none."""
+    layers = [sum(p.numel() for p in layer.parameters()) for group in model.groups() for layer in group]
+    whole = sum(p.numel() for p in model.parameters())
+    return whole, max(*layers, whole - sum(layers))
 
 
 class _Birth(deepspeed.zero.Init):

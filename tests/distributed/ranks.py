@@ -1,5 +1,6 @@
 """What the ranks of the distributed tests run; results go to files that the tests read."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any, ClassVar
@@ -158,6 +159,17 @@ class Collectives(TorchDispatchMode):
             number, size = self.found.get(kind, (0, 0))
             self.found[kind] = [number + 1, size + whole]
         return func(*args, **(kwargs or {}))
+
+
+def live_tensors() -> int:
+    """Bytes of the storages of all tensors that Python's garbage collector can see."""
+    found = {}
+    for tensor in [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]:
+        for part in (tensor, tensor.grad if tensor.is_leaf else None):
+            local = part.to_local() if isinstance(part, DTensor) else part
+            if local is not None and local.device.type != "meta":
+                found[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    return sum(found.values())
 
 
 def count_step(sharding: dict[str, Any], model: ModelSettings, depth: int, device: torch.device) -> dict:

@@ -53,9 +53,9 @@ COUNTED: tuple[tuple[dict[str, Any], Callable[[int], dict[str, int]]], ...] = (
     ({"engine": "zero", "stage": 1}, lambda layers: {"all_reduce": 3 + 1, "all_gather": 2}),
     ({"engine": "zero", "stage": 2}, lambda layers: {"all_reduce": 3 + 1, "all_gather": 2}),
     # each layer's parameters twice, in DeepSpeed's own way those of the root, module by module: once where only forward
-    # needs them; one bucket of gradients; the norms; whether all ranks have run the same layers
+    # needs them; gradients in buckets of a layer; the norms of three flat tensors; whether all ranks have run the same layers
     ({"engine": "zero", "stage": 3},
-     lambda layers: {"all_gather": 2 * layers + 8, "reduce_scatter": 1, "all_reduce": 2 + 1, "broadcast": 2}),
+     lambda layers: {"all_gather": 2 * layers + 8, "reduce_scatter": layers + 1, "all_reduce": 3 + 1, "broadcast": 2}),
 )  # fmt: skip
 
 
