@@ -1,7 +1,7 @@
 """What a step costs a rank under each engine: memory, bytes between ranks and, by a model that nobody timed, seconds.
 
-Memory and traffic are arithmetic on the shapes of the parameters, held against counted bytes: what lasts of memory under
-every engine, the traffic of all but `zero` (tests/distributed/test_outlook.py), which follows its documentation.
+Memory and traffic are arithmetic on the shapes of the parameters, held against counted bytes: what lasts of memory
+under every engine, the traffic of all but `zero` (tests/distributed/test_outlook.py), which follows its documentation.
 """
 
 import math
