@@ -52,8 +52,8 @@ COUNTED: tuple[tuple[dict[str, Any], Callable[[int], dict[str, int]]], ...] = (
     # gradients in buckets of a layer, the norms of decayed and other parameters; both are gathered after the step
     ({"engine": "zero", "stage": 1}, lambda layers: {"all_reduce": layers + 1 + 2 + 1, "all_gather": 2}),
     ({"engine": "zero", "stage": 2}, lambda layers: {"all_reduce": layers + 1 + 2 + 1, "all_gather": 2}),
-    # each layer's parameters twice, the root's module by module; gradients in buckets of a layer; the norms of three flat
-    # tensors; whether all ranks have run the same layers
+    # each layer's parameters twice, the root's module by module; gradients in buckets of a layer; the norms of three
+    # flat tensors; whether all ranks have run the same layers
     ({"engine": "zero", "stage": 3},
      lambda layers: {
          "all_gather": 2 * layers + 8, "reduce_scatter": layers + 1, "all_reduce": 3 + 1, "broadcast": 2
