@@ -5,8 +5,8 @@
 Along the 0.5 Omega ladder (6, 8, 10, 12 layers; weights, AdamW's moments, one EMA, fp32) every network is grown by
 MoGrow in two ways, one straight after the other. In place: `Backend.regrow`. By checkpoint: what training has is saved
 and awaited (durable, checksummed), let go, verified, read into a new backend and grown there; starting new processes,
-which people do on top, is left out, and what is read has just been written. Seconds are those of the slower rank, medians of
-the repeats; the ratio is the median of the pairs' ratios: other programs ran on the same cores.
+which people do on top, is left out, and what is read has just been written. Seconds are those of the slower rank,
+medians of the repeats; the ratio is the median of the pairs' ratios: other programs ran on the same cores.
 
 Bytes are counted in a round of their own, where torch dispatches collectives and messages: what all ranks together
 send, in rings, with whatever the engine itself does.
