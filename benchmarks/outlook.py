@@ -58,8 +58,8 @@ def row(engine: str, precision: str, world: int, real: bool) -> str:
     if real:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "out.json"
-            launch(world, ranks.count_here, sharding, MODEL, DEPTH, out)
-            counted = json.loads(out.read_text())
+            launch(world, ranks.count_here, [sharding], MODEL, DEPTH, out)
+            (counted,) = json.loads(out.read_text())
     else:
         counted = ranks.count_pretended(sharding, MODEL, DEPTH, world)
     expected = ranks.predicted_step(sharding, MODEL, DEPTH, world)

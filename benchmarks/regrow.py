@@ -91,7 +91,7 @@ def line(row: dict[str, Any]) -> str:
 def measure(engine: str, repeats: int, folder: Path) -> None:
     """Climbs the ladder once to count and warm up, then `repeats` times by the clock."""
     warnings.simplefilter("ignore")
-    gc.disable()  # as in training
+    gc.disable()  # as in training, like freeze
     recipe = Recipe.load(RECIPE, ["sharding.precision=fp32", *ENGINES[engine]])
     depths = [subnet.depth for subnet in outline(recipe, 1000)[1].ladder]
     rows: list[dict[str, Any]] = [
@@ -100,6 +100,8 @@ def measure(engine: str, repeats: int, folder: Path) -> None:
     ]
     with process_group() as (coordinator, device):
         make = partial(make_backend, recipe.sharding.engine, recipe, family(recipe.model)[0], device)
+        make()  # imports the engine
+        gc.freeze()
         checkpoints = Checkpoints(folder / "checkpoints", coordinator, keep=1)
         for repeat in range(repeats + 1):
             backend = make()

@@ -1,7 +1,7 @@
 """What a step costs a rank under each engine: memory, bytes between ranks and, by a model that nobody timed, seconds.
 
-Memory and traffic are arithmetic on the shapes of the parameters, held against counted bytes: what lasts of memory
-under every engine, the traffic of all but `zero` (tests/distributed/test_outlook.py), which follows its documentation.
+Memory and traffic are arithmetic on the shapes of the parameters, held against counted bytes
+(tests/distributed/test_outlook.py): to the byte, but for `zero`, where DeepSpeed aligns, prefetches and lets go.
 """
 
 import math
@@ -178,10 +178,10 @@ def traffic(network: Sequence[Unit], sharding: ShardingSettings, world: int, pas
         found.append(Collective("all_reduce", buckets[-1], world, passes, exposed=True))
     elif sharding.engine == "zero" and sharding.stage < 3:
         reductions = passes if sharding.stage == 2 else 1
-        found = [
-            Collective("reduce_scatter", FP32 * whole, ranks, reductions, exposed=True),
-            Collective("all_gather", compute * whole, ranks, exposed=True),
-        ]
+        found = [Collective("all_reduce", FP32 * _elements(unit), ranks, reductions, exposed=True) for unit in network]
+        # of weights with and without decay: the gathered parameters, and norms of the gradients
+        found.append(Collective("all_gather", compute * whole / 2, ranks, 2, exposed=True))
+        found.append(Collective("all_reduce", FP32, ranks, 2, exposed=True))
     else:
         for index, unit in enumerate(network):
             size = _padded(unit, sharding, ranks)
@@ -330,8 +330,8 @@ def assumptions(recipe: Recipe, device: Device) -> tuple[str, ...]:
         "bf16 is counted with the CPU's autocast, a GPU's keeps more of it in fp32.",
         "Buffers, never counted: the root, two layers (or all, without reshard_after_forward) and a unit's gradients "
         "twice; DDP's buckets. Left out: the allocator, kernels' workspace, batches, DeepSpeed's own buckets.",
-        "zero holds fp32 weights apart from the parameters, also in fp32; it follows its documentation and was not "
-        "counted, as the traffic of hsdp and traffic and memory of fsdp and replicated were.",
+        "zero holds fp32 weights apart from the parameters, also in fp32. DeepSpeed 0.19 reduces whole gradients in "
+        "zero 1 and 2 (all-reduce) and lets each rank keep its part.",
         "Gradients are reduced in fp32; after each micro-batch, in zero 1 once a step.",
         "Peak: a step of the complete model, or a growth, when the old and the new network are held together.",
         "Left out of the time: reading data, launching kernels, the engines' own work on the host, an offload's copies "

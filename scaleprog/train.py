@@ -76,6 +76,8 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
 
     # ---- model
     backend = make_backend(recipe.sharding.engine, recipe, plan.family, device)
+    gc.collect()
+    gc.freeze()  # modules and the like are here to stay: collections look at what comes from now on
 
     # ---- resume
     progress = ProgressLine(plan.schedule.steps, 0, rank == 0)
@@ -129,6 +131,7 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
                 checkpoints.wait()  # elsewhere the other ranks may be gone
         raise
     finally:
+        gc.unfreeze()
         gc.enable()
         progress.close()
         recorder.close()

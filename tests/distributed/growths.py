@@ -1,5 +1,6 @@
 """What the ranks of the tests on many growths and on counted collectives do; results go to files."""
 
+import ctypes
 import gc
 import json
 import os
@@ -26,6 +27,8 @@ def grow_often(shardings: list[dict[str, Any]], out: Path) -> None:
         told = []
         for sharding in shardings:
             backend = make(sharding, device, WIDE)
+            gc.collect()
+            gc.freeze()  # as in training
             backend.regrow(fresh((4,)), inherit=False, elastic=False)
             trainer, held = Trainer(backend, coordinator), []
             for turn in range(GROWTHS // 2):
@@ -42,8 +45,13 @@ def grow_often(shardings: list[dict[str, Any]], out: Path) -> None:
 
 
 def holds() -> dict[str, int]:
-    """What this process has at the moment; `tensors` are those that Python knows, in bytes."""
+    """What this process has at the moment; `tensors` are those that Python knows, in bytes.
+
+    Pages that the C library keeps for later, of memory that was given back, come and go with the order of allocations:
+    they are returned first.
+    """
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     storages = {
         storage.data_ptr(): storage.nbytes()
         for tensor in gc.get_objects()

@@ -193,10 +193,10 @@ def count_step(sharding: dict[str, Any], model: ModelSettings, depth: int, devic
     return {"memory": held, "collectives": collectives.found}
 
 
-def count_here(sharding: dict[str, Any], model: ModelSettings, depth: int, out: Path) -> None:
-    """`count_step` of rank 0, the fullest."""
+def count_here(shardings: list[dict[str, Any]], model: ModelSettings, depth: int, out: Path) -> None:
+    """`count_step` of rank 0, the fullest, under one engine after the other."""
     with process_group() as (coordinator, device):
-        counted = count_step(sharding, model, depth, device)
+        counted = [count_step(sharding, model, depth, device) for sharding in shardings]
         if coordinator.rank == 0:
             out.write_text(json.dumps(counted))
 

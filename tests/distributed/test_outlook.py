@@ -15,18 +15,48 @@ def sharding(engine: str, precision: str, **more: object) -> dict:
     return {"engine": engine, "precision": precision, **more}
 
 
-@pytest.mark.parametrize(
-    ("engine", "precision", "world"),
-    [("fsdp", "fp32", 1), ("fsdp", "fp32", 2), ("fsdp", "bf16", 2), ("fsdp", "fp32", 4),
-     ("replicated", "fp32", 1), ("replicated", "bf16", 2), ("replicated", "fp32", 4)],
-)  # fmt: skip
-def test_a_step_holds_and_moves_what_was_predicted(engine: str, precision: str, world: int, tmp_path: Path) -> None:
-    settings = sharding(engine, precision)
-    launch(world, ranks.count_here, settings, ranks.MODEL, DEPTH, tmp_path / "out.json")
-    counted = json.loads((tmp_path / "out.json").read_text())
-    if world == 1:  # collectives of one rank with itself move nothing
-        counted["collectives"] = {}
-    assert counted == ranks.predicted_step(settings, ranks.MODEL, DEPTH, world)
+HERE: dict[int, list[dict]] = {
+    1: [sharding("fsdp", "fp32"), sharding("replicated", "fp32")],
+    2: [
+        sharding("fsdp", "fp32"),
+        sharding("fsdp", "bf16"),
+        sharding("replicated", "bf16"),
+        *(sharding("zero", precision, stage=stage) for stage in (1, 2, 3) for precision in ("fp32", "bf16")),
+    ],
+    4: [sharding("fsdp", "fp32"), sharding("replicated", "fp32")],
+}
+
+
+@pytest.fixture(scope="module", params=HERE)
+def counted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict, dict, dict]]:
+    """Settings, what a step of theirs was counted to hold and carry, and the prediction."""
+    world, out = request.param, tmp_path_factory.mktemp("counted") / "out.json"
+    launch(world, ranks.count_here, HERE[world], ranks.MODEL, DEPTH, out)
+    found = zip(HERE[world], json.loads(out.read_text()), strict=True)
+    return [(s, c, ranks.predicted_step(s, ranks.MODEL, DEPTH, world)) for s, c in found]
+
+
+def test_a_step_holds_and_moves_what_was_predicted(counted: list[tuple[dict, dict, dict]]) -> None:
+    for settings, step, predicted in counted:
+        if settings["engine"] == "zero":
+            nearly(step, predicted, settings["stage"])
+        else:
+            if not predicted["collectives"]:  # collectives of one rank with itself move nothing
+                step["collectives"] = {}
+            assert step == predicted, settings
+
+
+def nearly(counted: dict, predicted: dict, stage: int) -> None:
+    """DeepSpeed aligns what it cuts, and keeps in stage 3 what ends the forward for the backward to begin with."""
+    held, foreseen = counted["memory"], predicted["memory"]
+    assert held["optimizer"] + held["parameters"] == pytest.approx(foreseen["optimizer"], rel=1e-3)  # fp32 weights
+    assert held["ema"] == pytest.approx(foreseen["ema"], rel=1e-3)
+    sizes, expected = ({kind: size for kind, (_, size) in step["collectives"].items()} for step in (counted, predicted))
+    if stage < 3:
+        assert sizes == pytest.approx(expected, rel=1e-3)
+    else:
+        assert sizes["reduce_scatter"] == expected["reduce_scatter"]
+        assert 0.8 * expected["all_gather"] <= sizes["all_gather"] <= expected["all_gather"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
