@@ -1,7 +1,6 @@
 """Predicted memory and traffic against bytes counted on ranks, and on one rank of larger worlds that are not there."""
 
 import json
-from pathlib import Path
 
 import pytest
 
