@@ -17,7 +17,6 @@ from scaleprog import queue
 from scaleprog.claim import is_alive, read_owner
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.growth.space import Subnet
-from scaleprog.models.cost import gmacs
 from scaleprog.plan import Plan
 from scaleprog.recipe import Recipe
 
@@ -174,14 +173,11 @@ def outlook(recipe: Recipe, events: Sequence[Row], step: int, recent: Sequence[R
     chosen = [choices.get(stage, subnet) for stage, subnet in enumerate(plan.schedule.ladder, 1)]
     phases = plan.schedule.phases(chosen)
 
-    def cost(subnet: Subnet) -> float:
-        return gmacs(plan.family, recipe.model, subnet)
-
     work = sum(
-        max(0, phase.stop - max(phase.start, step)) * sum(map(cost, phase.candidates)) / len(phase.candidates)
+        max(0, phase.stop - max(phase.start, step)) * sum(map(plan.gmacs, phase.candidates)) / len(phase.candidates)
         for phase in phases
     )
-    done = sum(cost(Subnet(row["resolution"], row["depth"])) for row in recent)
+    done = sum(plan.gmacs(Subnet(row["resolution"], row["depth"])) for row in recent)
     return phases[-1].stop, _seconds(recent) / done * work if recent else None
 
 

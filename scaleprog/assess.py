@@ -18,9 +18,8 @@ from scaleprog.growth.schedule import Phase
 from scaleprog.growth.search import decide, measurement_steps
 from scaleprog.growth.space import Subnet
 from scaleprog.metrics import StepTimer
-from scaleprog.models.cost import gmacs
 from scaleprog.preemption import AskedToStop
-from scaleprog.run import Run
+from scaleprog.run import Run, patches_seen
 from scaleprog.state import decision_from_json, decision_to_json, pairs
 
 HALF_MEASURED = "measuring.json"
@@ -49,16 +48,18 @@ def measuring_steps(run: Run, phase: Phase) -> tuple[int, ...]:
 def measure(run: Run, phase: Phase) -> None:
     """Adds one loss per candidate to the state: on the search subset, with fixed augmentation, on the EMA weights."""
     state, timer, stop = run.state, StepTimer(run.backend.device), None
-    resolutions = sorted({s.resolution for s in phase.candidates})
-    requests = [Request(SEARCH_EPOCH, i, r, erase=0.0) for r in resolutions for i in range(run.plan.search_batches)]
+    pixels = {s: run.plan.schedule.view(s).pixels for s in phase.candidates}
+    sizes = sorted(set(pixels.values()))
+    requests = [Request(SEARCH_EPOCH, i, r, erase=0.0) for r in sizes for i in range(run.plan.search_batches)]
     done, totals = _half_measured(run, phase.candidates)
     grow_from = range(len(run.recipe.ema.momenta))[run.recipe.ema.grow_from]
-    with run.reader.stream(requests[done:], resolutions[-1]) as batches, run.backend.weights(grow_from):
+    with run.reader.stream(requests[done:], sizes[-1]) as batches, run.backend.weights(grow_from):
         for request, batch in zip(requests[done:], batches, strict=True):
             images, labels = batch.images.to(run.backend.device), batch.labels.to(run.backend.device)
             for subnet in phase.candidates:
-                if subnet.resolution == request.resolution:
-                    logits = run.backend.forward(images, run.plan.active(phase, subnet))
+                if pixels[subnet] == request.resolution:
+                    kept = patches_seen(run, subnet, SEARCH_EPOCH, request.step)
+                    logits = run.backend.forward(images, run.plan.active(phase, subnet), kept=kept)
                     totals[subnet] += float(F.cross_entropy(logits.float(), labels)) / run.plan.search_batches
             done += 1
             if done < len(requests) and (stop := run.watch.asked()):
@@ -113,7 +114,7 @@ def choose(run: Run, phase: Phase) -> None:
     state = run.state
     local = [median(state.step_seconds[s]) if s in state.step_seconds else 0.0 for s in phase.candidates]
     measured = run.coordinator.maximum(local)
-    costs = [gmacs(run.plan.family, run.recipe.model, s) for s in phase.candidates]
+    costs = [run.plan.gmacs(s) for s in phase.candidates]
     known = [t / c for t, c in zip(measured, costs) if t > 0]
     if run.recipe.search.times == "modelled" or not known:
         times = costs
@@ -149,7 +150,7 @@ def evaluate_now(run: Run, phase: Phase) -> None:
 
     state.accuracies = evaluate(
         run.backend, run.coordinator, run.plan.manifest, recipe.data, recipe.augment, recipe.evaluate,
-        network.resolution, run.plan.active(phase, network), between=between,
+        run.plan.schedule.view(network).pixels, run.plan.active(phase, network), between=between,
     )  # fmt: skip
     run.recorder.evaluation(state.step, state.accuracies | {"train_seconds": state.train_seconds})
     run.recorder.event("evaluation", step=state.step, seconds=time.perf_counter() - began, **state.accuracies)

@@ -341,3 +341,19 @@ def _draw_marks(axes: Axes, marks: Sequence[Mark], size: float, wall: float) -> 
             ends[level] = left + width + 0.01
             axes.text(left * wall, 1.1 + 0.083 * level, mark.text, color=colour, fontsize=8, transform=transform)
     return sum(end >= 0 for end in ends)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_cloud(path: Path, points: Sequence[tuple[str, float, float]]) -> None:
+    """Accuracy (percent) against cost of many runs, each (group, cost, top-1); what no other beats, joined."""
+    figure = Figure(figsize=(WIDTH, 4.6))
+    axes = figure.subplots()
+    for i, group in enumerate(dict.fromkeys(group for group, _, _ in points)):
+        mine = [(cost, top1) for name, cost, top1 in points if name == group]
+        axes.plot(*zip(*mine), MARKERS[i // 7 % len(MARKERS)], color=COLOURS[i % 7], alpha=0.75, markersize=6,
+                  markeredgecolor="white", label=f"{group} ({len(mine)})")  # fmt: skip
+    best = [p[1:] for p in points if not any(o[1] <= p[1] and o[2] >= p[2] and o[1:] != p[1:] for o in points)]
+    axes.plot(*zip(*sorted(best)), color="#999999", linewidth=1, zorder=1)
+    axes.set(xlabel="cost of training (steps of the complete model)", ylabel="top-1 (%), better of online and EMA")
+    figure.legend(loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=DPI)

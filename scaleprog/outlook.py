@@ -11,7 +11,7 @@ from pathlib import Path
 
 from scaleprog.devices import Collective, Device, Kind
 from scaleprog.errors import RecipeError
-from scaleprog.growth.space import Subnet
+from scaleprog.growth.space import Subnet, View
 from scaleprog.models import family
 from scaleprog.models.cost import Arithmetic, Unit, activations, gmacs, units
 from scaleprog.models.elastic import ElasticModel
@@ -226,7 +226,9 @@ def predict(recipe: Recipe, elastic: type[ElasticModel], subnet: Subnet, world: 
     kept = activations(elastic, model, subnet, micro, arithmetic, sharding.recompute)
     moved = traffic(network, sharding, world, passes)
     # a backward is two forwards; AdamW reads four values and writes three, an EMA reads two and writes one
-    work = 2e9 * gmacs(elastic, model, subnet) * images * (4 if sharding.recompute else 3)
+    work = (
+        2e9 * gmacs(elastic, model, View(subnet.resolution), subnet.depth) * images * (4 if sharding.recompute else 3)
+    )
     own = sum(map(_elements, network)) / sharding.shard_ranks(world)
     return Prediction(
         images=images,

@@ -56,6 +56,10 @@ class Plan:
         """Global batches in the search subset."""
         return max(1, min(self.recipe.search.subset // self.recipe.train.batch, self.order.steps_per_epoch))
 
+    def gmacs(self, subnet: Subnet) -> float:
+        """Billions of multiply-accumulates of an image's forward pass through `subnet`."""
+        return gmacs(self.family, self.recipe.model, self.schedule.view(subnet), subnet.depth)
+
     def active(self, phase: Phase, subnet: Subnet) -> tuple[tuple[int, ...], ...]:
         """The layers that `subnet` runs in the network of `phase`."""
         return phase.active(subnet, self.recipe.growth.operator, self.family.split)
@@ -102,11 +106,15 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     """
     elastic, schedule = outline(recipe, SCALE)
     model, full = recipe.model, schedule.full
-    full_cost = gmacs(elastic, model, full)
+
+    def cost_of(subnet: Subnet) -> float:
+        return gmacs(elastic, model, schedule.view(subnet), subnet.depth)
+
+    full_cost = cost_of(full)
     rows, cost = [], 0.0
     for phase in _expected_phases(schedule):
         epochs = (phase.stop - phase.start) / SCALE
-        mean = sum(gmacs(elastic, model, s) for s in phase.candidates) / len(phase.candidates)
+        mean = sum(map(cost_of, phase.candidates)) / len(phase.candidates)
         cost += mean * epochs
         rows.append(
             {

@@ -8,14 +8,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from scaleprog.checkpoint import Checkpoints, Commit
 from scaleprog.claim import Claim
 from scaleprog.data.reader import TrainReader
 from scaleprog.errors import EXIT_CODE, Preempted
 from scaleprog.growth.schedule import Phase
+from scaleprog.growth.space import Subnet
 from scaleprog.metrics import ProgressLine, Recorder
-from scaleprog.models.elastic import ElasticModel, Structure
+from scaleprog.models.elastic import ElasticModel, Structure, draw_patches
 from scaleprog.plan import Plan
 from scaleprog.preemption import Watch
 from scaleprog.recipe import Recipe
@@ -42,6 +44,16 @@ class Run:
     progress: ProgressLine
     state: RunState
     compilations: int = 0  # as last recorded
+
+
+def patches_seen(run: Run, subnet: Subnet, epoch: int, step: int) -> Tensor | None:
+    """The patches of each of this rank's images that a step of an epoch's order shows `subnet`; None: all of them."""
+    view, side = run.plan.schedule.view(subnet), run.plan.schedule.patch
+    if view.patches is None or side is None:
+        return None
+    total, order = (view.pixels // side) ** 2, run.plan.order
+    kept = draw_patches(view.patches, total, run.reader.lanes, order.per_lane, run.recipe.seed, epoch, step)
+    return kept.to(run.backend.device, non_blocking=True)
 
 
 # ---- resume

@@ -38,6 +38,7 @@ from scaleprog.run import (
     leave_at_once,
     load_network,
     make_backend,
+    patches_seen,
     process_seconds,
     restore,
     save,
@@ -150,7 +151,7 @@ def train_phases(run: Run, began: float) -> None:
             enter(run, phases, index)
         phase = phases[index]
         actives = {s: plan.active(phase, s) for s in phase.candidates}
-        with run.reader.stream(PhaseRequests(run, phase), phase.network.resolution) as batches:
+        with run.reader.stream(PhaseRequests(run, phase), plan.schedule.view(phase.network).pixels) as batches:
             while state.step < phase.stop and not stopped_early(run):
                 waited = time.perf_counter()
                 batch = next(batches)
@@ -208,14 +209,14 @@ class PhaseRequests:
 
     def __init__(self, run: Run, phase: Phase) -> None:
         self._phase, self._first, self._seed = phase, run.state.step, run.recipe.seed
-        self._epoch = run.plan.order.steps_per_epoch
+        self._schedule, self._epoch = run.plan.schedule, run.plan.order.steps_per_epoch
 
     def __iter__(self) -> Iterator[Request]:
         strength = self._phase.regularization
         for step in range(self._first, self._phase.stop):
             epoch, within = divmod(self._phase.position_of(step), self._epoch)
-            resolution = self._phase.subnet(self._seed, step).resolution
-            yield Request(epoch, within, resolution, strength.magnitude, strength.erase)
+            pixels = self._schedule.view(self._phase.subnet(self._seed, step)).pixels
+            yield Request(epoch, within, pixels, strength.magnitude, strength.erase)
 
 
 def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Batch, waited: float) -> None:
@@ -224,6 +225,7 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
     position = phase.position_of(step)
     lr = learning_rate(recipe.optimizer, position, plan.schedule.steps, plan.warmup_steps)
     drop = drop_rows(run, phase, len(batch.labels))
+    kept = patches_seen(run, subnet, *divmod(position, plan.order.steps_per_epoch))
     images = batch.images.to(backend.device, non_blocking=True)
     labels = batch.labels.to(backend.device, non_blocking=True)
 
@@ -234,7 +236,9 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
     )  # fmt: skip
     loss = torch.zeros((), device=backend.device)
     for rows in micro_batches(len(images), recipe.train.micro_batch):
-        logits = backend.forward(images[rows], active, None if drop is None else drop[:, :, rows])
+        logits = backend.forward(
+            images[rows], active, None if drop is None else drop[:, :, rows], None if kept is None else kept[rows]
+        )
         part = F.cross_entropy(logits.float(), targets[rows]) * (len(logits) / len(images))
         backend.backward(part)
         loss += part.detach()

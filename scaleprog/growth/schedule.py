@@ -10,7 +10,7 @@ from pydantic import Field
 from scaleprog.growth import supernet
 from scaleprog.growth.operators import LayerMap, Operator, fresh, grow, keep
 from scaleprog.growth.regularization import Regularization, regularization
-from scaleprog.growth.space import CandidateRule, GrowthSpace, Subnet, ladder
+from scaleprog.growth.space import CandidateRule, GrowthSpace, Subnet, View, ladder
 from scaleprog.settings import Settings
 
 Split = Callable[[int], tuple[int, ...]]  # shares a depth out among a model family's layer groups
@@ -30,7 +30,9 @@ class GrowthSettings(Settings):
     baseline of Table 8) or a list of stages by hand; `smallest`: the ratio s1 of the growth space ("0.5 Omega");
     `recycle`: whether a stage inherits the weights of its search; `optimizer`: whether AdamW's moments start anew at
     growth or follow their layers; `resolution_multiple`: resolutions are rounded to it (default: the model's stride;
-    published: 32 for DeiT/16); `adaptive_regularization`: AdaReg.
+    published: 32 for DeiT/16); `adaptive_regularization`: AdaReg; `patches`: a small network sees few patches because
+    images are shown in a low `resolution`, as published, or as a `subset` of the patches at full resolution, drawn anew
+    for every image and step (PatchDropout, arXiv 2208.07220), so that nothing changes its scale at growth.
     """
 
     schedule: Literal["original", "linear", "automatic", "supernet"] | tuple[SubnetSettings, ...] = "automatic"
@@ -41,6 +43,7 @@ class GrowthSettings(Settings):
     optimizer: Literal["reset", "inherit"] = "reset"
     resolution_multiple: int | None = Field(default=None, ge=1)
     adaptive_regularization: bool = False
+    patches: Literal["resolution", "subset"] = "resolution"
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Psi for a run of `steps` schedule positions; `ladder` holds the sub-networks of stages that are not searched."""
+    """Psi for a run of `steps` schedule positions; `ladder` holds the sub-networks of stages that are not searched,
+    `patch` is the side in pixels of the patches that sub-networks see a subset of (None: by resolution)."""
 
     kind: Literal["fixed", "automatic", "supernet"]
     ladder: tuple[Subnet, ...]
@@ -93,6 +97,7 @@ class Schedule:
     rule: CandidateRule
     recycle: bool
     adaptive_regularization: bool
+    patch: int | None = None
 
     @classmethod
     def of(
@@ -107,7 +112,8 @@ class Schedule:
         else:
             rungs = ladder(full, growth.smallest, growth.stages, growth.resolution_multiple or multiple)
             kind = "fixed" if growth.schedule == "linear" else growth.schedule
-        return cls(kind, rungs, steps, search_steps, rule, growth.recycle, growth.adaptive_regularization)
+        patch = multiple if growth.patches == "subset" else None
+        return cls(kind, rungs, steps, search_steps, rule, growth.recycle, growth.adaptive_regularization, patch)
 
     @property
     def stages(self) -> int:
@@ -123,6 +129,12 @@ class Schedule:
     def full(self) -> Subnet:
         """The complete model, which the last stage trains."""
         return self.ladder[-1]
+
+    def view(self, subnet: Subnet) -> View:
+        """What `subnet` is shown of an image."""
+        if self.patch is None or subnet.resolution == self.full.resolution:
+            return View(subnet.resolution)
+        return View(self.full.resolution, (subnet.resolution // self.patch) ** 2)
 
     def phases(self, chosen: Sequence[Subnet]) -> list[Phase]:
         """All phases that follow from the searches' choices so far; the last one may end in an open search."""

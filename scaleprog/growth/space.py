@@ -11,7 +11,10 @@ CandidateRule = Literal["all", "window"]
 
 @dataclass(frozen=True, order=True)
 class Subnet:
-    """One size of the network: input resolution in pixels and depth in layers (over all layer groups)."""
+    """One size of the network: input resolution in pixels and depth in layers (over all layer groups).
+
+    Where `growth.patches` is `subset`, the resolution says how many patches: those of an image of so many pixels.
+    """
 
     resolution: int
     depth: int
@@ -23,6 +26,14 @@ class Subnet:
 
     def __str__(self) -> str:
         return f"{self.resolution} px, {self.depth} layers"
+
+
+@dataclass(frozen=True)
+class View:
+    """What a sub-network is shown of an image: its `pixels` a side and `patches` of it drawn at random (None: all)."""
+
+    pixels: int
+    patches: int | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from scaleprog.growth.space import Subnet
+from scaleprog.growth.space import Subnet, View
 from scaleprog.models.elastic import ElasticModel, ModelSettings, Structure
 
 Unit = tuple[tuple[int, ...], ...]
@@ -36,11 +36,12 @@ def units(family: type[ElasticModel], model: ModelSettings, depth: int) -> tuple
 
 
 @cache
-def gmacs(family: type[ElasticModel], model: ModelSettings, subnet: Subnet) -> float:
-    """Billions of multiply-accumulates of one image's forward pass, attention included."""
+def gmacs(family: type[ElasticModel], model: ModelSettings, view: View, depth: int) -> float:
+    """Billions of multiply-accumulates of one image's forward pass through `depth` layers, attention included."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network = family(model, Structure.plain(family.split(subnet.depth)))
-        network(torch.empty(1, model.channels, subnet.resolution, subnet.resolution))
+        network = family(model, Structure.plain(family.split(depth)))
+        kept = None if view.patches is None else torch.empty(1, view.patches, dtype=torch.int64)
+        network(torch.empty(1, model.channels, view.pixels, view.pixels), kept=kept)
     return counter.get_total_flops() / 2e9
 
 

@@ -1,10 +1,11 @@
 """What "elastic" means: a model in layer groups, run at any resolution with any of its layers active."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
+import numpy as np
 import timm
 import torch
 from pydantic import Field
@@ -127,22 +128,25 @@ class ElasticModel(nn.Module, ABC):
         """Whether timm's model is of this family."""
 
     @abstractmethod
-    def run(self, images: Tensor, active: Active) -> Tensor:
-        """(B, C, H, W) images through the active layers of each group -> (B, classes) logits."""
+    def run(self, images: Tensor, active: Active, kept: Tensor | None) -> Tensor:
+        """(B, C, H, W) images through the active layers of each group -> (B, classes) logits; see `forward`."""
 
     @abstractmethod
     def fold_gates(self) -> None:
         """Multiplies every residual gate into the weights before it, so that plain timm computes the same."""
 
-    def forward(self, images: Tensor, active: Active | None = None, drop: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, active: Active | None = None, drop: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """(B, C, H, W) images -> (B, classes) logits.
 
-        `active`: the layers that run (None: all); `drop`: stochastic-depth scales (layers, 2, B), see `drop_scales`.
+        `active`: the layers that run (None: all); `drop`: stochastic-depth scales (layers, 2, B), see `drop_scales`;
+        `kept`: which patches of each image are seen (None: all), (B, patches) indices, see `draw_patches`.
         """
         for i, ends in enumerate(self._residuals):
             for j, end in enumerate(ends):
                 end.scale = None if drop is None else drop[i, j]
-        return self.run(images, active or self.all_active())
+        return self.run(images, active or self.all_active(), kept)
 
     def all_active(self) -> Active:
         """Every layer of each group."""
@@ -188,6 +192,18 @@ def drop_scales(rate: float, layers: int, batch: int, seed: int, step: int) -> T
     keep = 1 - torch.linspace(0, rate, layers).view(-1, 1, 1)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     return (torch.rand(layers, 2, batch, generator=generator) < keep) / keep
+
+
+def draw_patches(count: int, total: int, lanes: Iterable[int], per_lane: int, *entropy: int) -> Tensor:
+    """Which `count` of `total` patches each image of a rank is seen by: (lanes * per_lane, count) indices, ascending.
+
+    A function of `entropy` and the lane alone, so that no world size changes it.
+    """
+    drawn = []
+    for lane in lanes:
+        seed = int(np.random.SeedSequence((*entropy, lane)).generate_state(1, np.uint64)[0])
+        drawn.append(torch.rand(per_lane, total, generator=torch.Generator().manual_seed(seed)))
+    return torch.cat(drawn).topk(count, sorted=False).indices.sort().values
 
 
 def _replace_drop_path(layer: nn.Module, gated: bool, name: str) -> None:

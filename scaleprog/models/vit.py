@@ -56,9 +56,14 @@ class ElasticViT(ElasticModel):
             raise RecipeError(f"model.resolution: a square image is needed, timm's default is {height} x {width}")
         return Subnet(height, len(net.blocks)), int(net.patch_embed.feat_ratio())
 
-    def run(self, images: Tensor, active: Active) -> Tensor:
+    def run(self, images: Tensor, active: Active, kept: Tensor | None) -> Tensor:
         net = self.net
-        tokens = net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(images))))
+        tokens = net._pos_embed(net.patch_embed(images))
+        if kept is not None:
+            prefix, patches = tokens[:, : net.num_prefix_tokens], tokens[:, net.num_prefix_tokens :]
+            patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+            tokens = torch.cat((prefix, patches), 1)
+        tokens = net.norm_pre(net.patch_drop(tokens))
         for position in active[0]:
             tokens = self.run_layer(net.blocks[position], tokens)
         return net.forward_head(net.norm(tokens))

@@ -185,9 +185,11 @@ class Backend(ABC):
 
     # ---- one step
 
-    def forward(self, images: Tensor, active: Active | None = None, drop: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, active: Active | None = None, drop: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         """(B, C, H, W) images of this rank -> (B, classes) logits; see `ElasticModel.forward`."""
-        return self.network.forward(images, active, drop)
+        return self.network.forward(images, active, drop, kept)
 
     def step(self, lr: float) -> Tensor:
         """One AdamW step on the gradients since the last, then every EMA follows. Returns the gradient norm, 0-d."""

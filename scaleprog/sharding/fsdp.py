@@ -55,13 +55,15 @@ class FsdpBackend(NativeBackend):
         rows = -(-parameter.shape[0] // dist.get_world_size(self.group))
         return Spread(parameter.numel(), max(1, rows * (parameter.numel() // parameter.shape[0])))
 
-    def forward(self, images: Tensor, active: Active | None = None, drop: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, active: Active | None = None, drop: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         elastic = self.network.elastic
         active = active or elastic.all_active()
         if active != self._prefetched:
             _prefetch(elastic, active)
             self._prefetched = active
-        return super().forward(images, active, drop)
+        return super().forward(images, active, drop, kept)
 
     def settle(self, changed: bool = True) -> None:
         # after a forward without backward, FSDP keeps the root's parameters gathered

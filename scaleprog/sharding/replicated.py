@@ -29,9 +29,11 @@ class ReplicatedBackend(NativeBackend):
     def spread(self, parameter: nn.Parameter) -> Spread:
         return Spread.whole(parameter.numel())
 
-    def forward(self, images: Tensor, active: Active | None = None, drop: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, active: Active | None = None, drop: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.sharding.precision == "bf16"):
-            return super().forward(images, active, drop)
+            return super().forward(images, active, drop, kept)
 
     def settle(self, changed: bool = True) -> None:
         pass

@@ -163,10 +163,12 @@ class ZeroBackend(Backend):
         parameter_offload.FWD_MODULE_STACK.clear()  # DeepSpeed leaves the model there
         _forget_releases()
 
-    def forward(self, images: Tensor, active: Active | None = None, drop: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, active: Active | None = None, drop: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
         if self.sharding.stage == 3:
             self._retrace((active or self.network.elastic.all_active(), torch.is_grad_enabled()))
-        return super().forward(images.to(self._dtype), active, drop)
+        return super().forward(images.to(self._dtype), active, drop, kept)
 
     def _retrace(self, pass_: tuple[Active, bool]) -> None:
         """Has DeepSpeed forget the order of layers by which it prefetches, where another one is about to run."""

@@ -36,7 +36,11 @@ class Runs:
         return short_recipe(
             self.shards,
             model={"drop_path": 0.1},
-            growth={"operator": operator, "optimizer": "inherit" if operator in ("stacking", "identity") else "reset"},
+            growth={
+                "operator": operator,
+                "optimizer": "inherit" if operator in ("stacking", "identity") else "reset",
+                "patches": "subset" if operator in ("mogrow", "rand_init") else "resolution",
+            },
             augment={"crop": "resized", "scale": (0.4, 1.0), "mixup": 0.8, "cutmix": 1.0, "erase": 0.25},
             train={"micro_batch": micro_batch}, data={"trace": True}, optimizer=CALM, sharding=sharding,
         )  # fmt: skip

@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from scaleprog.growth.operators import fresh, grow, keep
-from scaleprog.models.elastic import ModelSettings, Structure, drop_scales, residuals
+from scaleprog.models.elastic import ModelSettings, Structure, draw_patches, drop_scales, residuals
 from scaleprog.models.vit import ElasticViT
 
 NAMES = (
@@ -120,6 +120,54 @@ def test_active_layers_are_a_smaller_timm_model(name: str) -> None:
             seen.append(logits)
     assert all((a - b).abs().max() > 1e-3 for a, b in combinations(seen, 2)), "every subset computes something else"
     assert torch.equal(network(images(resolution=24)), seen[-1]), "None: all layers"
+
+
+# ---- patches
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_subset_of_the_patches_is_timm_on_their_tokens_alone(name: str) -> None:
+    """The reference embeds whole images and takes the tokens image by image."""
+    network = elastic(name, [False] * 2)
+    plain = plain_timm(name, 2)
+    plain.load_state_dict(network.net.state_dict(), strict=True)
+    kept = draw_patches(5, 16, range(3), 1, 7)
+    embedded = plain._pos_embed(plain.patch_embed(images()))
+    first = plain.num_prefix_tokens
+    expected = []
+    for tokens, chosen in zip(embedded, kept.tolist()):
+        row = torch.stack([*tokens[:first], *(tokens[first + i] for i in chosen)]).unsqueeze(0)
+        expected.append(plain.forward_head(plain.norm(plain.blocks(plain.norm_pre(row)))))
+    assert_close(network(images(), kept=kept), torch.cat(expected))
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+@torch.no_grad()
+def test_all_patches_in_any_order_are_the_whole_image(name: str) -> None:
+    network, order = elastic(name, [False] * 2), torch.randperm(16).expand(3, -1)
+    assert_close(network(images(), kept=order), network(images()))
+
+
+@given(st.integers(1, 20), st.integers(0, 20), st.sampled_from((1, 2, 4, 8)), st.integers(1, 3), st.integers(0, 99))
+@settings(deadline=None, max_examples=40)
+def test_no_number_of_ranks_changes_the_patches(count: int, more: int, world: int, per_lane: int, step: int) -> None:
+    lanes = range(8)
+    whole = draw_patches(count, count + more, lanes, per_lane, 0, step)
+    parts = [lanes[8 * rank // world : 8 * (rank + 1) // world] for rank in range(world)]
+    assert torch.equal(whole, torch.cat([draw_patches(count, count + more, part, per_lane, 0, step) for part in parts]))
+    for row in whole.tolist():
+        assert row == sorted(set(row))
+        assert len(row) == count
+        assert 0 <= row[0] <= row[-1] < count + more
+
+
+def test_every_step_and_image_sees_other_patches_and_all_equally_often() -> None:
+    drawn = torch.stack([draw_patches(4, 16, range(8), 8, 0, step) for step in range(200)])
+    assert (drawn[0, 0] != drawn[0]).any(1).sum() >= 60, "of 64 images, one of 1,820 subsets each"
+    assert (drawn[0] != drawn[1]).any(1).sum() >= 60
+    shares = drawn.flatten().bincount() / drawn.numel()
+    assert shares.numpy() == pytest.approx(1 / 16, rel=0.1)  # 3,200 each, 3 standard deviations are 5 %
 
 
 def test_skipped_layers_get_no_gradient() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scaleprog.growth.operators import interpolation
 from scaleprog.growth.regularization import Regularization
 from scaleprog.growth.schedule import GrowthSettings, Phase, Schedule, SubnetSettings
-from scaleprog.growth.space import Subnet, ladder
+from scaleprog.growth.space import Subnet, View, ladder
 from tests.unit.schedules import D1, DEIT, OPERATORS, of, one_group, two_groups, unroll
 
 FULL_STRENGTH = Regularization()
@@ -257,6 +257,14 @@ def test_active_layers_of_two_groups() -> None:
     assert search.active(Subnet(192, 15), "mogrow", two_groups) == ((0, 2), (0, *range(2, 14)))
     assert search.active(D1, "mogrow", two_groups) == (tuple(range(4)), tuple(range(14)))
     assert search.active(Subnet(192, 15), "stacking", two_groups) == ((0, 1), tuple(range(13)))
+
+
+@pytest.mark.parametrize("kind", ["original", "linear", "automatic", "supernet"])
+def test_what_sub_networks_are_shown(kind: str) -> None:
+    shown = [of(schedule=kind).view(s) for s in (Subnet(128, 6), Subnet(192, 12), DEIT)]
+    assert shown == [View(128), View(192), View(224)]
+    stride_32 = [of(schedule=kind, patches="subset").view(s) for s in (Subnet(128, 6), Subnet(192, 12), DEIT)]
+    assert stride_32 == [View(224, 16), View(224, 36), View(224)]
 
 
 def test_the_ladder_of_a_schedule_is_that_of_the_space() -> None:

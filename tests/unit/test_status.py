@@ -16,7 +16,6 @@ from launchers.snapshot import JobFile
 from scaleprog.claim import read_owner
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.growth.space import Subnet
-from scaleprog.models.cost import gmacs
 from scaleprog.plan import Plan
 from scaleprog.recipe import Recipe
 from tests.conftest import MakeRecipe, write_lines
@@ -46,7 +45,7 @@ def made_up(make_recipe: MakeRecipe, tmp_path: Path) -> Path:
     recipe, run = make_recipe(growth={"schedule": "linear", "stages": 2}), tmp_path / "run"
     plan = Plan.of(recipe, 1)
     small = plan.schedule.phases(())[0].network
-    cost = gmacs(plan.family, recipe.model, small)
+    cost = plan.gmacs(small)
     (run / "checkpoints" / "step-00000020").mkdir(parents=True)
     (run / "recipe.yaml").write_text(recipe.dump())
     rows: list[dict[str, Any]] = [step_row(step, small, seconds=0.5 * cost) for step in range(1, 31)]
@@ -73,7 +72,7 @@ def test_status_of_a_run_directory(made_up: Path) -> None:
     assert (found.loss, found.top1, found.top1_step) == (pytest.approx(2.2), 41.5, 20)
     assert (found.commit_step, found.commit_age) == (20, pytest.approx(0, abs=60))
     plan = Plan.of(Recipe.load(made_up / "recipe.yaml"), 1)
-    small, large = (gmacs(plan.family, plan.recipe.model, p.network) for p in plan.schedule.phases(()))
+    small, large = (plan.gmacs(p.network) for p in plan.schedule.phases(()))
     assert found.seconds_left == pytest.approx(0.5 * (10 * small + 40 * large))  # a later step takes longer
     assert found.images_per_second == pytest.approx(8 / (0.5 * small))
     told = [(restart.cause, restart.step) for restart in found.restarts]

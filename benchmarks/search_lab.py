@@ -1,0 +1,286 @@
+"""A laboratory of schedules: a grid of recipes and seeds, run to the end, in one table and one picture.
+
+    python -m benchmarks.search_lab GRID.yaml [--seeds 0 1 2] [--jobs 2] [--records FILE] [--runs DIR] [--out DIR]
+
+A grid names a recipe and cases, each some settings of it; `schedule: 4 * 16x3 + 4 * 28x6` is short for
+`growth.schedule`. `group` gives cases a common colour, `curve: true` draws a case's accuracy over its cost.
+
+Every run is a niced process of one thread; runs are interleaved (all cases of a seed before the next seed). One that
+was interrupted goes on. What is kept of a finished run is a line in the file of records, by which every grid knows it
+again, on any machine: it stands for all settings that differ from their defaults, so a changed default wants new lines.
+
+A cost is counted in steps of the complete model: a step costs the median CPU seconds of its kind over those of a
+complete step of the same run, and a search's scoring what it took. So neither neighbours nor another machine move it.
+Accuracy is the better of online and EMA top-1 at the end.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scaleprog.figures import Curve, draw_accuracy, draw_cloud
+from scaleprog.metrics import read_rows
+from scaleprog.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recipe of a grid. `settings`: overrides as the command line takes them; `curve`: whether it is drawn."""
+
+    name: str
+    group: str
+    recipe: str
+    settings: tuple[str, ...]
+    curve: bool
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cases, the first of which is what the others are compared with, and the seeds to run them with."""
+
+    name: str
+    cases: tuple[Case, ...]
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def load(cls, path: Path) -> "Grid":
+        """Reads a grid's YAML."""
+        values = yaml.safe_load(path.read_text())
+        common, cases = values.get("settings", {}), []
+        for name, settings in values["cases"].items():
+            settings = {**common, **settings}
+            group, curve = settings.pop("group", name), settings.pop("curve", False)
+            recipe = settings.pop("recipe", values.get("recipe"))
+            if "schedule" in settings:
+                settings["growth.schedule"] = by_hand(settings.pop("schedule"))
+            overrides = tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())
+            cases.append(Case(name, group, recipe, overrides, curve))
+        return cls(path.stem, tuple(cases), tuple(values.get("seeds", (0, 1, 2))))
+
+
+def by_hand(text: str) -> list[dict[str, int]]:
+    """`2 * 16x3 + 28x6` -> two stages of 16 px and 3 layers, and one of 28 px and 6."""
+    stages = []
+    for part in text.split("+"):
+        count, times, size = part.rpartition("*")
+        resolution, depth = map(int, size.split("x"))
+        stages += [{"resolution": resolution, "depth": depth}] * (int(count) if times else 1)
+    return stages
+
+
+class Run:
+    """One case with one seed, to be run."""
+
+    def __init__(self, case: Case, seed: int, runs: Path) -> None:
+        self.case, self.seed = case, seed
+        self._settings = [*case.settings, f"seed={seed}", "sharding.engine=replicated", "data.workers=1"]
+        recipe = Recipe.load(case.recipe, self._settings)
+        chosen = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"evaluate", "checkpoint"})
+        self.digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
+        self.folder = runs / self.digest
+
+    def do(self) -> "Record":
+        """Trains to the end; the output goes beside the run directory. Raises CalledProcessError."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        command = ["nice", "-n", "15", sys.executable, "-m", "scaleprog", "train", self.case.recipe, *self._settings,
+                   "--run-dir", str(self.folder)]  # fmt: skip
+        with open(f"{self.folder}.log", "w") as log:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=True)
+        return Record.of(self)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a finished run. Costs in steps of the complete model, accuracies in percent.
+
+    `scoring`: the part of `cost` that the searches' measurements were; `prices`: of a step, by phase and size;
+    `stages`: what was trained, and for how many epochs; `curve`: (cost, accuracy) of each evaluation; `searches`: of
+    each, its candidates' losses at each measurement.
+    """
+
+    digest: str
+    name: str
+    seed: int
+    date: str
+    top1: float
+    top1_ema: float
+    cost: float
+    scoring: float
+    steps: int
+    prices: dict[str, float]
+    stages: list[tuple[str, float]]
+    curve: list[tuple[float, float]]
+    searches: list[list[dict[str, float]]]
+
+    @classmethod
+    def of(cls, run: Run) -> "Record":
+        results = json.loads((run.folder / "results.json").read_text())
+        rows, events = (read_rows(run.folder / f"{name}.jsonl") for name in ("metrics", "events"))
+        steps = [row for row in rows if "loss" in row]
+        seconds: dict[str, list[float]] = defaultdict(list)
+        for row in steps:
+            seconds[_kind(row)].append(row["cpu_seconds"])
+        complete = statistics.median(seconds[_kind(steps[-1])])
+        prices = {kind: statistics.median(found) / complete for kind, found in seconds.items()}
+        choices = [event["step"] for event in events if event["event"] == "choice"]
+        scoring = results["search_seconds"] / complete
+        each = scoring / max(1, len(choices))  # paid when it chooses
+        spent = list(accumulate((prices[_kind(r)] + each * choices.count(r["step"]) for r in steps), initial=0.0))
+        sizes = [(f"{s['resolution']}x{s['depth']}", s["epochs"]) for s in results["stages"]]
+        searches: list[list[dict[str, float]]] = []
+        for event in events:
+            if event["event"] == "growth" and event["phase"] == "supernet":
+                searches.append([])
+            elif event["event"] == "measurement":
+                searches[-1].append({f"{r}x{d}": round(loss, 5) for r, d, loss in event["losses"]})
+        return cls(
+            digest=run.digest,
+            name=run.case.name,
+            seed=run.seed,
+            date=f"{datetime.now(UTC):%Y-%m-%d}",
+            top1=results["top1"],
+            top1_ema=results["top1_ema"],
+            cost=round(spent[-1], 1),
+            scoring=round(scoring, 1),
+            steps=len(steps),
+            prices={kind: round(price, 4) for kind, price in prices.items()},
+            stages=[(size, round(sum(e for _, e in same), 3)) for size, same in groupby(sizes, key=lambda s: s[0])],
+            curve=[(round(spent[r["step"]], 1), max(r["top1"], r["top1_ema"])) for r in rows if "top1" in r],
+            searches=searches,
+        )
+
+    @property
+    def best(self) -> float:
+        """The better of online and EMA top-1."""
+        return max(self.top1, self.top1_ema)
+
+    @property
+    def schedule(self) -> str:
+        """What was trained, and for how many epochs."""
+        return " → ".join(f"{epochs:.3g} · {size}" for size, epochs in self.stages)
+
+
+def _kind(row: dict[str, Any]) -> str:
+    return f"{row['phase']} {row['resolution']}x{row['depth']}"
+
+
+class Records:
+    """All records, by the digest of their settings; a file of JSON lines to which several processes may add."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        rows = read_rows(path) if path.exists() else []
+        self._found = {row["digest"]: Record(**row) for row in rows}
+
+    def __getitem__(self, run: Run) -> Record:
+        return self._found[run.digest]
+
+    def __contains__(self, run: Run) -> bool:
+        return run.digest in self._found
+
+    def add(self, record: Record) -> None:
+        """Appends a line."""
+        self._found[record.digest] = record
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._path, "a") as file:
+            file.write(json.dumps(vars(record)) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("grid", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--records", type=Path, default=Path("docs/results/search/runs.jsonl"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/lab"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only-table", action="store_true", help="of the runs that are finished")
+    options = parser.parse_args()
+    grid, records = Grid.load(options.grid), Records(options.records)
+    runs = [Run(case, seed, options.runs) for seed in options.seeds or grid.seeds for case in grid.cases]
+    if not options.only_table:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda run: attempt(run, records), runs))
+    runs = [run for run in runs if run in records]
+    text = table(grid, runs, records)
+    print(text)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / f"{grid.name}.md").write_text(text)
+        points = [(run.case.group, records[run].cost, records[run].best) for run in runs]
+        draw_cloud(options.out / f"{grid.name}.png", points)
+        if curves := [curve(run, records[run]) for run in runs if run.case.curve]:
+            draw_accuracy(options.out / f"{grid.name}_curves.png", curves)
+
+
+def attempt(run: Run, records: Records) -> None:
+    if run in records:
+        return
+    try:
+        records.add(run.do())
+    except subprocess.CalledProcessError:
+        print(f"failed: {run.case.name}, seed {run.seed}: see {run.folder}.log", file=sys.stderr)
+
+
+def table(grid: Grid, runs: Sequence[Run], records: Records) -> str:
+    """Markdown: a row per case, against the first case with the same seeds, and a row per run."""
+    of = {(run.case.name, run.seed): records[run] for run in runs}
+    reference = grid.cases[0].name
+    lines = [
+        f"{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, one thread a run. Top-1 in percent, mean and standard "
+        f"deviation over seeds; Δ (with its standard error) and speedup ({reference} / run - 1) are against "
+        f"{reference} with the same seed; costs in thousands of steps of the complete model.",
+        "",
+        "| case | seeds | top-1 | Δ | speedup | cost | scoring, of the cost |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in grid.cases:
+        seeds = [seed for name, seed in of if name == case.name and (reference, seed) in of]
+        if not seeds:
+            continue
+        mine, theirs = ([of[name, seed] for seed in seeds] for name in (case.name, reference))
+        deltas = [m.best - t.best for m, t in zip(mine, theirs)]
+        error = statistics.stdev(deltas) / len(deltas) ** 0.5 if len(deltas) > 1 else float("nan")
+        speedup = statistics.mean(t.cost / m.cost - 1 for m, t in zip(mine, theirs))
+        cost = statistics.mean(record.cost for record in mine)
+        scoring = statistics.mean(record.scoring / record.cost for record in mine)
+        lines.append(
+            f"| {case.name} | {', '.join(map(str, seeds))} | {spread([r.best for r in mine])} "
+            f"| {statistics.mean(deltas):+.2f} ± {error:.2f} | {speedup:+.0%} | {cost / 1000:.2f} | {scoring:.1%} |"
+        )
+    lines += ["", "| run | seed | stages, epochs | online | EMA | cost |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {name} | {seed} | {r.schedule} | {r.top1:.2f} | {r.top1_ema:.2f} | {r.cost / 1000:.2f} |"
+        for (name, seed), r in of.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
+def curve(run: Run, record: Record) -> Curve:
+    """Accuracy against what was spent, as the paper's Fig. 4."""
+    return Curve(run.case.name, *zip(*record.curve), (), finished=True)
+
+
+if __name__ == "__main__":
+    main()
