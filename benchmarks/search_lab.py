@@ -109,9 +109,10 @@ class Run:
 class Record:
     """What is kept of a finished run. Costs in steps of the complete model, accuracies in percent.
 
-    `scoring`: the part of `cost` that the searches' measurements were; `prices`: of a step, by phase and size;
-    `stages`: what was trained, and for how many epochs; `curve`: (cost, accuracy) of each evaluation; `searches`: of
-    each, its candidates' losses at each measurement.
+    `loss`: of training, the mean over the last twentieth of the steps, which all train the complete model: it says what
+    accuracy does with less noise; `scoring`: the part of `cost` that the searches' measurements were; `prices`: of a
+    step, by phase and size; `stages`: what was trained, and for how many epochs; `curve`: (cost, accuracy) of each
+    evaluation; `searches`: of each, its candidates' losses at each measurement.
     """
 
     digest: str
@@ -120,6 +121,7 @@ class Record:
     date: str
     top1: float
     top1_ema: float
+    loss: float
     cost: float
     scoring: float
     steps: int
@@ -156,6 +158,7 @@ class Record:
             date=f"{datetime.now(UTC):%Y-%m-%d}",
             top1=results["top1"],
             top1_ema=results["top1_ema"],
+            loss=round(statistics.mean(row["loss"] for row in steps[-len(steps) // 20 :]), 5),
             cost=round(spent[-1], 1),
             scoring=round(scoring, 1),
             steps=len(steps),

@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.growth.space import Subnet
 from scaleprog.plan import Plan
 from scaleprog.recipe import Recipe
+from scaleprog.state import decision_from_json
 
 RECENT_STEPS = 50
 POLL_SECONDS = 3.0
@@ -161,7 +162,7 @@ def _cause(row: Row) -> str:
 
 
 def outlook(recipe: Recipe, events: Sequence[Row], step: int, recent: Sequence[Row]) -> tuple[int | None, float | None]:
-    """Steps in all and seconds of training left, stages still to be searched as the equispaced schedule has them.
+    """Steps in all and seconds of training left, stages still to be searched as they are expected.
 
     A step is taken to cost its sub-network's multiply-accumulates, at the rate of the recent steps.
     """
@@ -169,14 +170,11 @@ def outlook(recipe: Recipe, events: Sequence[Row], step: int, recent: Sequence[R
         plan = Plan.of(recipe, 1)
     except ScaleprogError:  # the shards need not be within reach of whoever asks
         return None, None
-    choices = {e["stage"]: Subnet(*e["chosen"]) for e in events if e["event"] == "choice" and e["step"] <= step}
-    chosen = [choices.get(stage, subnet) for stage, subnet in enumerate(plan.schedule.ladder, 1)]
-    phases = plan.schedule.phases(chosen)
+    choices = {e["stage"]: decision_from_json(e).choice for e in events if e["event"] == "choice" and e["step"] <= step}
+    phases = plan.schedule.expected([choices[stage] for stage in sorted(choices)], plan.gmacs)
 
-    work = sum(
-        max(0, phase.stop - max(phase.start, step)) * sum(map(plan.gmacs, phase.candidates)) / len(phase.candidates)
-        for phase in phases
-    )
+    left = [replace(phase, start=max(phase.start, step)) for phase in phases if phase.stop > step]
+    work = plan.schedule.cost(left, plan.gmacs)
     done = sum(plan.gmacs(Subnet(row["resolution"], row["depth"])) for row in recent)
     return phases[-1].stop, _seconds(recent) / done * work if recent else None
 

@@ -10,18 +10,19 @@ from statistics import median
 
 import torch.nn.functional as F
 
-from scaleprog.data.augment import Request
+from scaleprog.data.augment import Request, low_pass
 from scaleprog.data.order import SEARCH_EPOCH
 from scaleprog.evaluate import evaluate
 from scaleprog.files import write_whole
 from scaleprog.growth.schedule import Phase
-from scaleprog.growth.search import decide, measurement_steps
+from scaleprog.growth.search import Decision, decide, decide_within, measurement_steps
 from scaleprog.growth.space import Subnet
 from scaleprog.metrics import StepTimer
 from scaleprog.preemption import AskedToStop
 from scaleprog.run import Run, patches_seen
 from scaleprog.state import decision_from_json, decision_to_json, pairs
 
+FORWARDS_PER_STEP = 3  # a backward is two, the optimizer nothing
 HALF_MEASURED = "measuring.json"
 
 
@@ -46,20 +47,23 @@ def measuring_steps(run: Run, phase: Phase) -> tuple[int, ...]:
 
 
 def measure(run: Run, phase: Phase) -> None:
-    """Adds one loss per candidate to the state: on the search subset, with fixed augmentation, on the EMA weights."""
+    """Adds one loss per candidate to the state: on the search subset, with fixed augmentation."""
     state, timer, stop = run.state, StepTimer(run.backend.device), None
-    pixels = {s: run.plan.schedule.view(s).pixels for s in phase.candidates}
-    sizes = sorted(set(pixels.values()))
+    views = {s: run.plan.schedule.view(s) for s in phase.candidates}
+    sizes = sorted({view.pixels for view in views.values()})
     requests = [Request(SEARCH_EPOCH, i, r, erase=0.0) for r in sizes for i in range(run.plan.search_batches)]
     done, totals = _half_measured(run, phase.candidates)
-    grow_from = range(len(run.recipe.ema.momenta))[run.recipe.ema.grow_from]
-    with run.reader.stream(requests[done:], sizes[-1]) as batches, run.backend.weights(grow_from):
+    weights = (
+        range(len(run.recipe.ema.momenta))[run.recipe.ema.grow_from] if run.recipe.search.weights == "ema" else None
+    )
+    with run.reader.stream(requests[done:], sizes[-1]) as batches, run.backend.weights(weights):
         for request, batch in zip(requests[done:], batches, strict=True):
             images, labels = batch.images.to(run.backend.device), batch.labels.to(run.backend.device)
-            for subnet in phase.candidates:
-                if pixels[subnet] == request.resolution:
+            for subnet, view in views.items():
+                if view.pixels == request.resolution:
                     kept = patches_seen(run, subnet, SEARCH_EPOCH, request.step)
-                    logits = run.backend.forward(images, run.plan.active(phase, subnet), kept=kept)
+                    shown = images if view.band is None else low_pass(images, view.band)
+                    logits = run.backend.forward(shown, run.plan.active(phase, subnet), kept=kept)
                     totals[subnet] += float(F.cross_entropy(logits.float(), labels)) / run.plan.search_batches
             done += 1
             if done < len(requests) and (stop := run.watch.asked()):
@@ -120,21 +124,35 @@ def choose(run: Run, phase: Phase) -> None:
         times = costs
     else:  # a candidate that no step happened to sample: by its share of the work
         times = [t or c * median(known) for t, c in zip(measured, costs)]
+    found = dict(zip(phase.candidates, times))
     decision = decision_from_json(
-        run.coordinator.decide(
-            f"choice of stage {phase.stage}",
-            lambda: decision_to_json(decide(phase.stage, state.measured, dict(zip(phase.candidates, times)))),
-        )
+        run.coordinator.decide(f"choice of stage {phase.stage}", lambda: decision_to_json(_decide(run, phase, found)))
     )
     state.decisions.append(decision)
     run.recorder.event("choice", step=state.step, **decision_to_json(decision))
     run.recorder.curve(
         state.step, "choice",
-        {"alpha": decision.alpha, "resolution": decision.chosen.resolution, "depth": decision.chosen.depth}
-        | {f"score_{s.tag}": score for s, score in zip(decision.candidates, decision.scores)}
+        {name: value for name in ("alpha", "complete_from") if (value := getattr(decision, name)) is not None}
+        | {"resolution": decision.chosen.resolution, "depth": decision.chosen.depth}
+        | {f"score_{s.tag}": score for s, score in zip(decision.candidates, decision.scores) if score is not None}
         | {f"time_{s.tag}": seconds for s, seconds in zip(decision.candidates, decision.times)},
     )  # fmt: skip
-    run.progress.say(f"stage {phase.stage} chose {decision.chosen} (alpha {decision.alpha:.4f})")
+    run.progress.say(f"stage {phase.stage} chose {decision.chosen}, {decision.because}")
+
+
+def _decide(run: Run, phase: Phase, times: dict[Subnet, float]) -> Decision:
+    state, schedule = run.state, run.plan.schedule
+    if schedule.budget is None:
+        return decide(phase.stage, state.measured, times)
+    known: dict[Subnet, float] = {}
+    for decision in state.decisions:
+        known |= dict(zip(decision.candidates, decision.times))
+    known |= times  # the newest of each counts: the machine may be another one by now
+    phases = schedule.phases(state.choices)
+    forwards = run.recipe.search.measurements * run.plan.search_batches / FORWARDS_PER_STEP
+    scored = [known[subnet] for p in phases if p.searched for subnet in p.candidates]
+    funds = schedule.funds(phases, known.__getitem__, forwards * sum(scored) / times[schedule.full])
+    return decide_within(funds, phase.stage, state.measured, times)
 
 
 # ---- accuracy

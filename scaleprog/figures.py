@@ -197,7 +197,7 @@ def _draw_run(block: SubFigure, stages: Sequence[Search], columns: int) -> None:
     markers = dict(zip(sorted({s.depth for s in candidates}), cycle(MARKERS)))
     for search, (above, below) in zip(stages, grid.T):
         decision = search.decision
-        outcome = f"alpha = {decision.alpha:.3g}" if decision else "not decided yet"
+        outcome = decision.because if decision else "not decided yet"
         above.set_title(f"stage {search.stage}: {outcome}")
         for subnet, losses in search.losses.items():
             chosen = decision is not None and subnet == decision.chosen
@@ -211,6 +211,8 @@ def _draw_run(block: SubFigure, stages: Sequence[Search], columns: int) -> None:
             below.set_axis_off()
             continue
         for row, (subnet, score) in enumerate(zip(decision.candidates, decision.scores)):
+            if score is None:
+                continue
             colour, marker = colours.get(subnet.resolution, "black"), markers.get(subnet.depth, "o")
             if subnet == decision.chosen:
                 below.plot(score, row, "o", markersize=15, markerfacecolor="none", color="black", markeredgewidth=1.4)

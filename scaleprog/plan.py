@@ -1,6 +1,7 @@
 """What a recipe amounts to once model and shards are known; everything that can be refused is refused here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from scaleprog.data.manifest import Manifest
@@ -58,7 +59,7 @@ class Plan:
 
     def gmacs(self, subnet: Subnet) -> float:
         """Billions of multiply-accumulates of an image's forward pass through `subnet`."""
-        return gmacs(self.family, self.recipe.model, self.schedule.view(subnet), subnet.depth)
+        return _gmacs(self.recipe, self.family, self.schedule, subnet)
 
     def active(self, phase: Phase, subnet: Subnet) -> tuple[tuple[int, ...], ...]:
         """The layers that `subnet` runs in the network of `phase`."""
@@ -85,9 +86,14 @@ def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], S
             raise RecipeError(f"{key}: {multiple} is not a multiple of the model's stride, {stride} pixels")
     if isinstance(growth.schedule, tuple):
         _check_by_hand(recipe, full, stride)
+    if growth.curriculum and growth.patches != "subset":
+        raise RecipeError("growth.curriculum: an image of low resolution holds no high frequencies; it goes with "
+                          "growth.patches: subset")  # fmt: skip
     steps = round(recipe.train.epochs * steps_per_epoch)
     search_steps = max(1, round(recipe.search.epochs * steps_per_epoch))
     schedule = Schedule.of(growth, full, stride, steps, search_steps, recipe.search.candidates)
+    if schedule.kind == "automatic" and recipe.search.method == "budget":
+        schedule = replace(schedule, budget=_budget(recipe, elastic, schedule))
     if steps < schedule.stages:
         raise RecipeError(f"train.epochs: {steps} steps cannot be cut into {schedule.stages} stages")
     if schedule.kind == "automatic" and schedule.stages > 1 and search_steps >= steps // schedule.stages:
@@ -105,17 +111,11 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     a search will choose is not known: its stages are shown, and the speedup is, as the equispaced ladder has them.
     """
     elastic, schedule = outline(recipe, SCALE)
-    model, full = recipe.model, schedule.full
-
-    def cost_of(subnet: Subnet) -> float:
-        return gmacs(elastic, model, schedule.view(subnet), subnet.depth)
-
-    full_cost = cost_of(full)
-    rows, cost = [], 0.0
-    for phase in _expected_phases(schedule):
+    model, cost_of = recipe.model, partial(_gmacs, recipe, elastic, schedule)
+    rows, phases = [], schedule.expected((), cost_of)
+    for phase in phases:
         epochs = (phase.stop - phase.start) / SCALE
         mean = sum(map(cost_of, phase.candidates)) / len(phase.candidates)
-        cost += mean * epochs
         rows.append(
             {
                 "stage": phase.stage,
@@ -131,7 +131,8 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
                 ).state,
             }
         )
-    return {"stages": rows, "speedup": full_cost * recipe.train.epochs / cost - 1, "kind": schedule.kind}
+    speedup = cost_of(schedule.full) * schedule.steps / schedule.cost(phases, cost_of) - 1
+    return {"stages": rows, "speedup": speedup, "kind": schedule.kind}
 
 
 def forecast(recipe: Recipe, world: int, device: Device) -> dict[str, tuple[Prediction, int]]:
@@ -143,7 +144,7 @@ def forecast(recipe: Recipe, world: int, device: Device) -> dict[str, tuple[Pred
     """
     check_world(recipe, world)
     elastic, schedule = outline(recipe, SCALE)
-    phases = _expected_phases(schedule)
+    phases = schedule.expected((), partial(_gmacs, recipe, elastic, schedule))
     found = {}
     for name, variant in engines(recipe, world, device).items():
         held = []
@@ -161,9 +162,26 @@ def forecast(recipe: Recipe, world: int, device: Device) -> dict[str, tuple[Pred
     return found
 
 
-def _expected_phases(schedule: Schedule) -> list[Phase]:
-    """All phases; what a search will choose is taken from the equispaced ladder."""
-    return schedule.phases(schedule.ladder if schedule.kind == "automatic" else ())
+def _gmacs(recipe: Recipe, elastic: type[ElasticModel], schedule: Schedule, subnet: Subnet) -> float:
+    """Billions of multiply-accumulates of an image's forward pass through `subnet`."""
+    return gmacs(elastic, recipe.model, schedule.view(subnet), subnet.depth)
+
+
+def _budget(recipe: Recipe, elastic: type[ElasticModel], schedule: Schedule) -> float:
+    """What a run may cost, as a part of Original's cost. Raises RecipeError where that cannot be."""
+    if recipe.search.candidates == "window":
+        raise RecipeError("search.candidates: window leaves the present network out, and a budget may want to keep it; "
+                          "use corners or all, or search.method: published")  # fmt: skip
+    price = partial(_gmacs, recipe, elastic, schedule)
+    rungs = [price(subnet) / price(schedule.full) for subnet in schedule.ladder]
+    least = (rungs[0] * schedule.latest + schedule.steps - schedule.latest) / schedule.steps
+    if recipe.search.budget is not None and recipe.search.budget < least:
+        raise RecipeError(
+            f"search.budget: {recipe.search.budget} of Original's cost; {schedule.ladder[0]} until the last of "
+            f"{schedule.stages} stages, which trains the complete model, already costs {least:.2f}; raise it, or lower "
+            "growth.smallest or raise growth.stages"
+        )
+    return recipe.search.budget or sum(rungs) / len(rungs)
 
 
 def _check_by_hand(recipe: Recipe, full: Subnet, stride: int) -> None:

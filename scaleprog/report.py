@@ -41,6 +41,10 @@ LIVES = (
     "steps; start-up: from the beginning of the process; down: from the last sign of life to the next beginning; rest: "
     "what nothing here measures, such as the way out."
 )
+SCORES = (
+    "Chosen is the lowest score: loss x time^alpha or, within a budget, what is lost to the complete model's loss per "
+    "step of it that is saved (–: a network that cannot save enough)."
+)
 SHORT = ("run", "schedule", "stages", "top-1 best", "train s", "wall s", "speedup")  # columns for a terminal
 
 
@@ -315,7 +319,7 @@ def _searches(runs: Sequence[Run]) -> list[str]:
     """What the searches found and chose."""
     if not runs:
         return []
-    parts = ["## Searches\n\nChosen is the lowest score = loss x time^alpha.\n\n![Losses and scores](search.png)"]
+    parts = [f"## Searches\n\n{SCORES}\n\n![Losses and scores](search.png)"]
     for run in runs:
         modelled = run.recipe["search"]["times"] == "modelled"
         unit, scale = ("GMACs", 1.0) if modelled else ("step ms", 1e3)
@@ -325,13 +329,13 @@ def _searches(runs: Sequence[Run]) -> list[str]:
             if decision is None:
                 summary.append(f"stage {search.stage} is not decided yet")
                 continue
-            summary.append(f"stage {search.stage} chose {_size(decision.chosen)} with alpha {decision.alpha:.4f}")
+            summary.append(f"stage {search.stage} chose {_size(decision.chosen)}, {decision.because}")
             for subnet, loss, time, score in zip(
                 decision.candidates, decision.losses, decision.times, decision.scores, strict=True
             ):
                 rows.append({
                     "stage": str(search.stage), "candidate": _size(subnet), "loss": f"{loss:.4f}",
-                    unit: f"{time * scale:.4g}", "score": f"{score:.4f}",
+                    unit: f"{time * scale:.4g}", "score": _cell(score, ".4f"),
                     "chosen": "chosen" if subnet == decision.chosen else "",
                 })  # fmt: skip
         parts += [f"### {run.name}", "; ".join(summary) + ".", *([_markdown(rows)] if rows else [])]

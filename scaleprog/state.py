@@ -6,7 +6,7 @@ from typing import Any
 
 from scaleprog.growth.schedule import Phase, Schedule
 from scaleprog.growth.search import Decision
-from scaleprog.growth.space import Subnet
+from scaleprog.growth.space import Choice, Subnet
 
 
 @dataclass
@@ -31,9 +31,9 @@ class RunState:
     best_top1: float = 0.0
 
     @property
-    def chosen(self) -> list[Subnet]:
+    def choices(self) -> list[Choice]:
         """The searches' choices so far."""
-        return [decision.chosen for decision in self.decisions]
+        return [decision.choice for decision in self.decisions]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that `from_json` turns back into an equal state."""
@@ -76,7 +76,7 @@ def summary(state: RunState, schedule: Schedule, steps_per_epoch: int) -> dict[s
         "speedup": None,
         "stages": [
             _stage(phase, decisions.get(phase.stage), steps_per_epoch)
-            for phase in schedule.phases(state.chosen)
+            for phase in schedule.phases(state.choices)
             if not phase.searched
         ],
     }
@@ -118,9 +118,10 @@ def decision_from_json(values: Mapping[str, Any]) -> Decision:
         candidates=tuple(Subnet(*c) for c in values["candidates"]),
         losses=tuple(values["losses"]),
         times=tuple(values["times"]),
-        alpha=values["alpha"],
         scores=tuple(values["scores"]),
         chosen=Subnet(*values["chosen"]),
+        alpha=values["alpha"],
+        complete_from=values["complete_from"],
     )
 
 

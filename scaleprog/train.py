@@ -19,7 +19,7 @@ from torch import Tensor
 from scaleprog.assess import measuring_steps, settle_due
 from scaleprog.checkpoint import Checkpoints
 from scaleprog.claim import claim_run
-from scaleprog.data.augment import Request, mix
+from scaleprog.data.augment import Request, low_pass, mix
 from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
 from scaleprog.errors import Diverged, Preempted, Unavailable
@@ -89,7 +89,7 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
         with claim.fence():
             tidy(checkpoints.folder)
     state = restore(plan, checkpoints, backend, progress)
-    finished = state.step == plan.schedule.phases(state.chosen)[-1].stop
+    finished = state.step == plan.schedule.phases(state.choices)[-1].stop
     if finished and (results := coordinator.on_rank_0("results", lambda: read_results(folder))) is not None:
         progress.say(f"{folder} is finished: {state.step} steps")
         return results
@@ -142,11 +142,11 @@ def train_phases(run: Run, began: float) -> None:
     """Every step of every phase, from where the run stands. Raises AskedToStop."""
     state, plan = run.state, run.plan
     if state.due:
-        phase = plan.schedule.phases(state.chosen)[state.phase]
+        phase = plan.schedule.phases(state.choices)[state.phase]
         settle_due(run, phase)
         save(run, phase, permanent=False)
     while (index := current_phase(run)) is not None and not stopped_early(run):
-        phases = plan.schedule.phases(state.chosen)
+        phases = plan.schedule.phases(state.choices)
         if state.phase != index:
             enter(run, phases, index)
         phase = phases[index]
@@ -164,7 +164,7 @@ def train_phases(run: Run, began: float) -> None:
 
 def current_phase(run: Run) -> int | None:
     """Index of the phase that the next step belongs to; None when the last one is trained."""
-    phases = run.plan.schedule.phases(run.state.chosen)
+    phases = run.plan.schedule.phases(run.state.choices)
     return next((i for i, phase in enumerate(phases) if run.state.step < phase.stop), None)
 
 
@@ -234,6 +234,8 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
         images, labels, lanes=len(run.reader.lanes), seed=recipe.seed, step=step,
         classes=recipe.model.classes, settings=recipe.augment,
     )  # fmt: skip
+    if (band := plan.schedule.view(subnet).band) is not None:
+        images = low_pass(images, band)
     loss = torch.zeros((), device=backend.device)
     for rows in micro_batches(len(images), recipe.train.micro_batch):
         logits = backend.forward(
@@ -286,7 +288,7 @@ def after_step(run: Run, phase: Phase, due: Due) -> None:
     """
     state, recipe, order = run.state, run.recipe, run.plan.order
     epoch_steps = max(1, round(recipe.evaluate.every * order.steps_per_epoch))
-    last = state.step == run.plan.schedule.phases(state.chosen)[-1].stop and not phase.searched
+    last = state.step == run.plan.schedule.phases(state.choices)[-1].stop and not phase.searched
     measuring = state.step in measuring_steps(run, phase)
     choosing = phase.searched and state.step == phase.stop
     evaluating = not phase.searched and (last or phase.position_of(state.step) % epoch_steps == 0)
@@ -333,7 +335,7 @@ def settle_rows(run: Run) -> None:
         state.train_cpu_seconds += row["cpu_seconds"]
         if row["phase"] == "supernet":
             state.step_seconds.setdefault(Subnet(row["resolution"], row["depth"]), []).append(row["step_seconds"])
-        run.progress.update(row, max(run.plan.schedule.steps, run.plan.schedule.phases(state.chosen)[-1].stop))
+        run.progress.update(row, max(run.plan.schedule.steps, run.plan.schedule.phases(state.choices)[-1].stop))
 
 
 # ---- results

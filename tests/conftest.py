@@ -71,7 +71,8 @@ def short_recipe(shards: Path, **groups: Any) -> Recipe:
         "train": {"epochs": 4, "batch": 8, "log_every": 5},
         "optimizer": {"lr": 5e-4, "warmup_epochs": 0.5},
         "growth": {"schedule": "automatic", "stages": 3, "smallest": 0.5},
-        "search": {"epochs": 0.5, "subset": 16, "times": "modelled"},
+        "search": {"method": "published", "candidates": "window", "measurements": 5, "epochs": 0.5, "subset": 16,
+                   "times": "modelled"},
         "ema": {"momenta": [0.9]},
         "evaluate": {"every": 2, "batch": 12},
     }  # fmt: skip

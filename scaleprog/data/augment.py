@@ -284,6 +284,18 @@ def mix(
     return mixed[back], targets[back]
 
 
+def low_pass(images: Tensor, band: int) -> Tensor:
+    """(B, C, H, W) images without the frequencies that `band` x `band` pixels could not hold (arXiv 2405.08768, 3.2).
+
+    They keep their size: what EfficientTrain++ crops from the spectrum is here all that is left of it.
+    """
+    height, width = images.shape[-2:]
+    rows = torch.fft.fftfreq(height, 1 / height, device=images.device).abs()
+    columns = torch.fft.rfftfreq(width, 1 / width, device=images.device)
+    kept = (rows < band / 2)[:, None] & (columns < band / 2)
+    return torch.fft.irfft2(torch.fft.rfft2(images.float()) * kept, (height, width)).to(images.dtype)
+
+
 @contextmanager
 def _seeded(*entropy: int) -> Iterator[None]:
     """Seeds the global generators of `random`, numpy and torch (CPU) from `entropy`, and puts their states back."""

@@ -12,9 +12,7 @@ class Regularization:
     drop_path: float = 1.0
 
 
-def regularization(adaptive: bool, stage: int, stages: int) -> Regularization:
-    """Strengths of stage `stage` (1..stages): magnitude from a half, the others from zero, linearly up to full."""
-    if not adaptive or stages == 1:
-        return Regularization()
-    ramp = (stage - 1) / (stages - 1)
+def regularization(ramp: float) -> Regularization:
+    """Strengths where growth has come as far as `ramp` (0: it begins, 1: complete): magnitude from a half, the others
+    from zero, linearly up to full."""
     return Regularization(magnitude=0.5 + 0.5 * ramp, erase=ramp, drop_path=ramp)

@@ -10,9 +10,11 @@ from pydantic import Field
 from scaleprog.growth import supernet
 from scaleprog.growth.operators import LayerMap, Operator, fresh, grow, keep
 from scaleprog.growth.regularization import Regularization, regularization
-from scaleprog.growth.space import CandidateRule, GrowthSpace, Subnet, View, ladder
+from scaleprog.growth.search import Funds
+from scaleprog.growth.space import CandidateRule, Choice, GrowthSpace, Subnet, View, ladder
 from scaleprog.settings import Settings
 
+Price = Callable[[Subnet], float]  # what a step of a sub-network costs, in any unit
 Split = Callable[[int], tuple[int, ...]]  # shares a depth out among a model family's layer groups
 
 
@@ -32,7 +34,9 @@ class GrowthSettings(Settings):
     growth or follow their layers; `resolution_multiple`: resolutions are rounded to it (default: the model's stride;
     published: 32 for DeiT/16); `adaptive_regularization`: AdaReg; `patches`: a small network sees few patches because
     images are shown in a low `resolution`, as published, or as a `subset` of the patches at full resolution, drawn anew
-    for every image and step (PatchDropout, arXiv 2208.07220), so that nothing changes its scale at growth.
+    for every image and step (PatchDropout, arXiv 2208.07220), so that nothing changes its scale at growth;
+    `curriculum`: where it sees a subset, that holds only the frequencies that its `resolution` could show: what is
+    easy first (EfficientTrain++, arXiv 2405.08768).
     """
 
     schedule: Literal["original", "linear", "automatic", "supernet"] | tuple[SubnetSettings, ...] = "automatic"
@@ -44,6 +48,7 @@ class GrowthSettings(Settings):
     resolution_multiple: int | None = Field(default=None, ge=1)
     adaptive_regularization: bool = False
     patches: Literal["resolution", "subset"] = "resolution"
+    curriculum: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Psi for a run of `steps` schedule positions; `ladder` holds the sub-networks of stages that are not searched,
-    `patch` is the side in pixels of the patches that sub-networks see a subset of (None: by resolution)."""
+    """Psi for a run of `steps` schedule positions.
+
+    `ladder` holds the sub-networks of stages that are not searched. `budget` is what a run whose searches keep to one
+    may cost, as a part of Original's cost (None: no budget): there the first stage trains the smallest network, a
+    search's choice says where the complete model takes over, and stages until then are about an equal part each.
+    `patch` is the side in pixels of the patches that sub-networks see a subset of (None: by resolution);
+    `curriculum`: whether only of low frequencies.
+    """
 
     kind: Literal["fixed", "automatic", "supernet"]
     ladder: tuple[Subnet, ...]
@@ -97,11 +108,20 @@ class Schedule:
     rule: CandidateRule
     recycle: bool
     adaptive_regularization: bool
+    budget: float | None = None
     patch: int | None = None
+    curriculum: bool = False
 
     @classmethod
     def of(
-        cls, growth: GrowthSettings, full: Subnet, multiple: int, steps: int, search_steps: int, rule: CandidateRule
+        cls,
+        growth: GrowthSettings,
+        full: Subnet,
+        multiple: int,
+        steps: int,
+        search_steps: int,
+        rule: CandidateRule,
+        budget: float | None = None,
     ) -> "Schedule":
         """The schedule of a recipe; `full` is the complete model, `multiple` the pixels resolutions are rounded to."""
         kind: Literal["fixed", "automatic", "supernet"] = "fixed"
@@ -112,8 +132,18 @@ class Schedule:
         else:
             rungs = ladder(full, growth.smallest, growth.stages, growth.resolution_multiple or multiple)
             kind = "fixed" if growth.schedule == "linear" else growth.schedule
-        patch = multiple if growth.patches == "subset" else None
-        return cls(kind, rungs, steps, search_steps, rule, growth.recycle, growth.adaptive_regularization, patch)
+        return cls(
+            kind,
+            rungs,
+            steps,
+            search_steps,
+            rule,
+            growth.recycle,
+            growth.adaptive_regularization,
+            budget if kind == "automatic" else None,
+            multiple if growth.patches == "subset" else None,
+            growth.curriculum,
+        )
 
     @property
     def stages(self) -> int:
@@ -134,40 +164,76 @@ class Schedule:
         """What `subnet` is shown of an image."""
         if self.patch is None or subnet.resolution == self.full.resolution:
             return View(subnet.resolution)
-        return View(self.full.resolution, (subnet.resolution // self.patch) ** 2)
+        band = subnet.resolution if self.curriculum else None
+        return View(self.full.resolution, (subnet.resolution // self.patch) ** 2, band)
 
-    def phases(self, chosen: Sequence[Subnet]) -> list[Phase]:
+    @property
+    def latest(self) -> int:
+        """The last position at which the complete model may take over: the last of the equal parts is its own."""
+        return (self.stages - 1) * self.steps // self.stages
+
+    def phases(self, choices: Sequence[Choice]) -> list[Phase]:
         """All phases that follow from the searches' choices so far; the last one may end in an open search."""
-        return list(self._phases(tuple(chosen)))
+        return list(self._phases(tuple(choices)))
 
     @cache  # noqa: B019 - asked at every step; a schedule and the choices are few and hashable
-    def _phases(self, chosen: tuple[Subnet, ...]) -> list[Phase]:
+    def _phases(self, choices: tuple[Choice, ...]) -> list[Phase]:
         phases: list[Phase] = []
-        undecided, step, previous = list(chosen), 0, None
-        for stage in range(1, self.stages + 1):
-            first, last = self._bounds(stage)
-            candidates = self._candidates(stage, previous)
-            full_strength = Regularization()
+        choice: Choice | None = None
+        undecided, step, position, stage = list(choices), 0, 0, 1
+        while position < self.steps:
+            candidates = self._candidates(stage, position, choice)
             if len(candidates) > 1:
-                base = previous.depth if previous else min(s.depth for s in candidates)
+                base = choice.subnet.depth if choice else min(s.depth for s in candidates)
                 searched = self.kind == "automatic"
-                length = self.search_steps if searched else last - first
+                length = self.search_steps if searched else self.steps
                 phases.append(
-                    Phase(stage, "supernet", step, step + length, first, candidates, base, searched, full_strength)
+                    Phase(
+                        stage, "supernet", step, step + length, position, candidates, base, searched, Regularization()
+                    )
                 )
                 step += length
                 if not undecided:
                     return phases
-                subnet = undecided.pop(0)
-                first += length if self.recycle else 0
+                choice = undecided.pop(0)
+                position += length if self.recycle else 0
             else:
-                subnet = candidates[0]
-            strength = regularization(self.adaptive_regularization, stage, self.stages)
+                choice = Choice(candidates[0])
+            last, subnet = self._end(stage, position, choice), choice.subnet
+            strength = self._regularization(stage, position, subnet)
             phases.append(
-                Phase(stage, "train", step, step + last - first, first, (subnet,), subnet.depth, False, strength)
+                Phase(stage, "train", step, step + last - position, position, (subnet,), subnet.depth, False, strength)
             )
-            step += last - first
-            previous = subnet
+            step, position, stage = step + last - position, last, stage + 1
+        return phases
+
+    def cost(self, phases: Sequence[Phase], price: Price) -> float:
+        """What the steps of `phases` cost."""
+        return sum(
+            (phase.stop - phase.start) * sum(map(price, phase.candidates)) / len(phase.candidates) for phase in phases
+        )
+
+    def funds(self, phases: Sequence[Phase], price: Price, scoring: float = 0.0) -> Funds:
+        """Where a run stands after `phases`, the last of them a search; `scoring`: the cost of what its searches
+        measured, in steps of the complete model."""
+        assert self.budget is not None
+        search = phases[-1]
+        position = search.position + (search.stop - search.start if self.recycle else 0)
+        spent = self.cost(phases, price) / price(self.full) + scoring
+        return Funds(position, self.steps, self.latest, self.budget * self.steps - spent)
+
+    def expected(self, choices: Sequence[Choice], price: Price) -> list[Phase]:
+        """All phases, if the searches to come choose what the equispaced ladder has at their stage or, within a budget,
+        stay as small as they may."""
+        choices = list(choices)
+        while (phases := self.phases(choices))[-1].searched:
+            search = phases[-1]
+            if self.budget is None:
+                choices.append(Choice(self.ladder[search.stage - 1]))
+            else:
+                funds, small = self.funds(phases, price), min(search.candidates, key=price)
+                complete_from = funds.complete_from(price(small) / price(self.full))
+                choices.append(Choice(small if complete_from > funds.position else self.full, complete_from))
         return phases
 
     def entry(self, phases: Sequence[Phase], index: int, operator: Operator, split: Split) -> LayerMap | None:
@@ -189,13 +255,35 @@ class Schedule:
             return None
         return grow(operator, split(before.network.depth), depths)
 
-    def _bounds(self, stage: int) -> tuple[int, int]:
-        """First and past-the-end schedule position of a stage: K equal parts."""
-        return (stage - 1) * self.steps // self.stages, stage * self.steps // self.stages
-
-    def _candidates(self, stage: int, previous: Subnet | None) -> tuple[Subnet, ...]:
+    def _candidates(self, stage: int, position: int, before: Choice | None) -> tuple[Subnet, ...]:
+        """What the stage that begins at `position` may train."""
         if self.kind == "supernet":
             return self.space.candidates(None, "all")
-        if self.kind == "fixed" or stage == self.stages:
+        if self.kind == "fixed":
             return (self.ladder[stage - 1],)
-        return self.space.candidates(previous, self.rule)
+        if self.budget is None:
+            complete, searched = stage == self.stages, True
+        else:
+            decided = before is not None and before.complete_from is not None and position >= before.complete_from
+            complete, searched = decided or position >= self.latest, before is not None
+        if complete:
+            return (self.full,)
+        previous = None if before is None else before.subnet
+        return self.space.candidates(previous, self.rule) if searched else self.ladder[:1]
+
+    def _end(self, stage: int, position: int, choice: Choice) -> int:
+        """The position at which a stage ends whose choice is trained from `position` on."""
+        if self.budget is not None and choice.subnet == self.full:
+            return self.steps
+        if choice.complete_from is None:
+            return stage * self.steps // self.stages
+        before = choice.complete_from - position
+        return position + -(-before // max(1, round(before * self.stages / self.steps)))
+
+    def _regularization(self, stage: int, position: int, subnet: Subnet) -> Regularization:
+        """How strongly a stage is regularised that trains `subnet` from `position` on."""
+        if not self.adaptive_regularization or self.stages == 1:
+            return Regularization()
+        if self.budget is None:
+            return regularization((stage - 1) / (self.stages - 1))
+        return regularization(1.0 if subnet == self.full else position / self.latest)

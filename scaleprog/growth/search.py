@@ -1,5 +1,10 @@
-"""The search's decision (paper 4.1, 4.3): losses and step times of the candidates -> alpha -> the chosen Subnet."""
+"""The search's decision: losses and step times of the candidates -> the chosen Subnet, and how long it is trained.
 
+Two methods. `published` (paper 4.1, 4.3) balances loss against time by an exponent that it fits. `budget`, ours, knows
+what the run may cost, so that the only question is where it saves: at the candidate that gives up least loss for it.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -7,8 +12,10 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from scaleprog.growth.space import CandidateRule, Subnet
+from scaleprog.growth.space import CandidateRule, Choice, Subnet
 from scaleprog.settings import Settings
+
+Method = Literal["budget", "published"]
 
 TIE = 1e-6  # relative difference of two scores below which the cheaper candidate wins
 
@@ -16,31 +23,80 @@ TIE = 1e-6  # relative difference of two scores below which the cheaper candidat
 class SearchSettings(Settings):
     """How a stage is searched.
 
-    `epochs` of supernet training; `subset`: training images that score a candidate (rounded down to whole batches, at
-    least one); `candidates`: see `GrowthSpace.candidates`; `measurements`: how often the losses are measured,
-    equispaced from the start to the end of the last search epoch; `times`: `measured` step times, or `modelled` ones in
+    `method`: `budget` or `published`, see docs/search.md; `budget`: what the run may cost, searches included, as a part
+    of Original's cost (None: what the equispaced ladder, "Prog", costs by GMACs); `epochs` of supernet training;
+    `subset`: training images that score a candidate (rounded down to whole batches, at least one); `candidates`: see
+    `GrowthSpace.candidates`; `measurements`: how often the losses are measured, equispaced from the start to the end of
+    the last search epoch; `weights`: of which network they are; `times`: `measured` step times, or `modelled` ones in
     proportion to GMACs, for runs that must make the same choice twice.
     """
 
-    epochs: float = Field(default=2, gt=0)
+    method: Method = "budget"
+    budget: float | None = Field(default=None, gt=0, le=1)
+    epochs: float = Field(default=0.2, gt=0)
     subset: int = Field(default=50_000, ge=1)
-    candidates: CandidateRule = "window"
-    measurements: int = Field(default=5, ge=1)
+    candidates: CandidateRule = "corners"
+    measurements: int = Field(default=1, ge=1)
+    weights: Literal["ema", "online"] = "ema"
     times: Literal["measured", "modelled"] = "measured"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a search found and chose: per candidate the mean loss, the step time in seconds (or GMACs) and the
-    score, whose unit of time is the cheapest candidate's."""
+    """What a search found and chose: per candidate the mean loss, the step time in seconds (or GMACs) and the score.
+
+    Of the published method: `alpha`, and scores whose unit of time is the cheapest candidate's. Of the budget:
+    `complete_from`, the schedule position from which on the complete model trains, and scores in loss per step saved
+    (None: of a candidate that was not to be chosen).
+    """
 
     stage: int
     candidates: tuple[Subnet, ...]
     losses: tuple[float, ...]
     times: tuple[float, ...]
-    alpha: float
-    scores: tuple[float, ...]
+    scores: tuple[float | None, ...]
     chosen: Subnet
+    alpha: float | None = None
+    complete_from: int | None = None
+
+    @property
+    def because(self) -> str:
+        """What else was decided, in words."""
+        return f"alpha {self.alpha:.4f}" if self.complete_from is None else f"complete from step {self.complete_from}"
+
+    @property
+    def choice(self) -> Choice:
+        """What the schedule goes by."""
+        return Choice(self.chosen, self.complete_from)
+
+
+@dataclass(frozen=True)
+class Funds:
+    """Where a run with a budget stands. Costs are in steps of the complete model.
+
+    `position`: the schedule position from which on the search's choice is trained; `steps`: those of the whole
+    schedule; `latest`: the last position at which the complete model may take over; `left`: what may still be spent.
+    """
+
+    position: int
+    steps: int
+    latest: int
+    left: float
+
+    @property
+    def saving(self) -> float:
+        """What has to be saved on the way, against training the complete model from here on."""
+        return self.steps - self.position - self.left
+
+    def complete_from(self, price: float) -> int:
+        """Where the complete model takes over if a network whose step costs `price` < 1 trains until then; at
+        `latest` even where that saves too little."""
+        small = math.ceil(self.saving / (1 - price) - 1e-9)
+        return max(self.position, min(self.position + small, self.latest))
+
+    def enough(self, price: float) -> bool:
+        """Whether that keeps to the budget."""
+        return self.saving <= (1 - price) * (self.latest - self.position)
 
 
 def measurement_steps(start: int, stop: int, epoch: int, measurements: int) -> tuple[int, ...]:
@@ -60,19 +116,56 @@ def balancing_exponent(losses: Sequence[float], times: Sequence[float]) -> float
 
 
 def decide(stage: int, measured: Sequence[Mapping[Subnet, float]], times: Mapping[Subnet, float]) -> Decision:
-    """Chooses argmin loss * T^alpha over the candidates; scores that tie go to the cheaper one.
+    """The published choice: argmin loss * T^alpha over the candidates; scores that tie go to the cheaper one.
 
     `measured` holds the losses of every candidate at each measurement; their mean counts.
     """
-    candidates = tuple(sorted(times))
-    losses = [float(np.mean([losses[c] for losses in measured])) for c in candidates]
-    seconds = [times[c] for c in candidates]
-    if not (np.isfinite([*losses, *seconds]).all() and min(losses) > 0 and min(seconds) > 0):
-        raise ValueError(f"stage {stage}: losses and times must be finite and positive, got {losses} and {seconds}")
+    candidates, losses, seconds = _found(stage, measured, times)
     alpha = balancing_exponent(losses, seconds)
     cheapest = min(seconds)  # in its units the scores neither overflow nor depend on the clock's
     scores = [loss * (time / cheapest) ** alpha for loss, time in zip(losses, seconds)]
     best = min(scores)
     tied = [i for i, score in enumerate(scores) if score <= best * (1 + TIE)]
     winner = min(tied, key=lambda i: (seconds[i], candidates[i]))
-    return Decision(stage, candidates, tuple(losses), tuple(seconds), alpha, tuple(scores), candidates[winner])
+    return Decision(stage, candidates, losses, seconds, tuple(scores), candidates[winner], alpha=alpha)
+
+
+def decide_within(
+    funds: Funds, stage: int, measured: Sequence[Mapping[Subnet, float]], times: Mapping[Subnet, float]
+) -> Decision:
+    """The budget's choice: the complete model where it can be paid for to the end, else where saving costs least.
+
+    A sub-network that trains in place of the complete model (the largest candidate) gives up the difference of their
+    losses and saves that of their times. A budget fixes how much is to be saved until the complete model takes over, so
+    the loss per step saved decides: the cheaper a sub-network, the sooner it can be left. In the plane of time and loss
+    that is the tangent from the complete model to the candidates. Those that lose nothing tie, and so do others within
+    1e-6: the cheapest wins. A candidate that cannot save enough in the time that is left is none, if another can.
+    """
+    candidates, losses, seconds = _found(stage, measured, times)
+    complete = max(range(len(candidates)), key=lambda i: (candidates[i].resolution, candidates[i].depth))
+    prices = [time / seconds[complete] for time in seconds]
+    cheaper = [i for i, price in enumerate(prices) if i != complete and price < 1]
+    open_to = [i for i in cheaper if funds.enough(prices[i])] or sorted(cheaper, key=lambda i: prices[i])[:1]
+    scores = {i: max(0.0, losses[i] - losses[complete]) / (1 - prices[i]) for i in open_to}
+    if funds.saving <= 0 or not scores:
+        winner, complete_from = complete, funds.position
+    else:
+        tied = [i for i, score in scores.items() if score <= min(scores.values()) * (1 + TIE)]
+        winner = min(tied, key=lambda i: (prices[i], candidates[i]))
+        complete_from = funds.complete_from(prices[winner])
+        if complete_from == funds.position:
+            winner = complete
+    shown = tuple(scores.get(i) for i in range(len(candidates)))
+    return Decision(stage, candidates, losses, seconds, shown, candidates[winner], complete_from=complete_from)
+
+
+def _found(
+    stage: int, measured: Sequence[Mapping[Subnet, float]], times: Mapping[Subnet, float]
+) -> tuple[tuple[Subnet, ...], tuple[float, ...], tuple[float, ...]]:
+    """The candidates, ascending, their mean losses and their times. Raises ValueError."""
+    candidates = tuple(sorted(times))
+    losses = tuple(float(np.mean([losses[c] for losses in measured])) for c in candidates)
+    seconds = tuple(times[c] for c in candidates)
+    if not (np.isfinite([*losses, *seconds]).all() and min(losses) > 0 and min(seconds) > 0):
+        raise ValueError(f"stage {stage}: losses and times must be finite and positive, got {losses} and {seconds}")
+    return candidates, losses, seconds

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-CandidateRule = Literal["all", "window"]
+CandidateRule = Literal["corners", "all", "window"]
 
 
 @dataclass(frozen=True, order=True)
@@ -29,11 +29,22 @@ class Subnet:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What a search ends with: the sub-network of its stage and, where a budget says so (else None), the schedule
+    position from which on the complete model trains."""
+
+    subnet: Subnet
+    complete_from: int | None = None
+
+
+@dataclass(frozen=True)
 class View:
-    """What a sub-network is shown of an image: its `pixels` a side and `patches` of it drawn at random (None: all)."""
+    """What a sub-network is shown of an image: its `pixels` a side, `patches` of it drawn at random (None: all), and
+    of its frequencies those that `band` pixels a side could hold (None: all)."""
 
     pixels: int
     patches: int | None = None
+    band: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,11 +62,16 @@ class GrowthSpace:
     def candidates(self, previous: Subnet | None, rule: CandidateRule) -> tuple[Subnet, ...]:
         """Lambda_k: what the stage after `previous` may become; ascending (None: the first stage).
 
+        `corners` is whether and where to grow: either dimension as it is or complete (first stage: or smallest).
         `all` is eq. 8: every member with at least as many parameters as `previous` (parameters grow with depth alone).
         `window` is what the published implementation does: the first stage takes smallest, middle and largest of either
         list; a later one the current and the next resolution, and up to three depths above the current one.
         """
-        if previous is None:
+        if rule == "corners":
+            before = previous or Subnet(self.resolutions[0], self.depths[0])
+            resolutions = tuple(sorted({before.resolution, self.resolutions[-1]}))
+            depths = tuple(sorted({before.depth, self.depths[-1]}))
+        elif previous is None:
             resolutions, depths = self.resolutions, self.depths
             if rule == "window":
                 resolutions, depths = _spread(resolutions), _spread(depths)

@@ -147,7 +147,7 @@ def _wrap(fault: Fault, folder: Path) -> None:
 
     def train_step(run: Any, phase: Any, *arguments: Any) -> None:
         original_step(run, phase, *arguments)
-        last = phase.stop == run.plan.schedule.phases(run.state.chosen)[-1].stop and not phase.searched
+        last = phase.stop == run.plan.schedule.phases(run.state.choices)[-1].stop and not phase.searched
         here = {
             "warm-up": run.state.step in (3, 6),
             "supernet": phase.searched and phase.start > 0 and phase.start + 2 <= run.state.step < phase.stop,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from scaleprog.growth.schedule import GrowthSettings, Phase, Schedule
-from scaleprog.growth.space import Subnet
+from scaleprog.growth.space import Choice, Subnet
 
 OPERATORS = ("rand_init", "stacking", "interpolation", "identity", "mogrow")
 DEIT = Subnet(224, 12)
@@ -21,14 +21,20 @@ def two_groups(depth: int) -> tuple[int, ...]:
 
 
 def of(
-    full: Subnet = DEIT, steps: int = 400, search_steps: int = 8, rule: str = "window", **growth: object
-) -> Schedule:
-    return Schedule.of(GrowthSettings(**growth), full, 32, steps, search_steps, rule)
+    full: Subnet = DEIT, steps: int = 400, search_steps: int = 8, rule: str = "window", budget: float | None = None,
+    **growth: object,
+) -> Schedule:  # fmt: skip
+    return Schedule.of(GrowthSettings(**growth), full, 32, steps, search_steps, rule, budget)
 
 
-def unroll(schedule: Schedule, choose: Callable[[Phase], Subnet]) -> tuple[list[Phase], list[Subnet]]:
-    """All phases of a run whose searches choose as `choose` says, and the choices."""
-    chosen: list[Subnet] = []
-    while (phases := schedule.phases(chosen))[-1].searched:
-        chosen.append(choose(phases[-1]))
-    return phases, chosen
+def unroll(schedule: Schedule, choose: Callable[[list[Phase]], Choice]) -> tuple[list[Phase], list[Choice]]:
+    """All phases of a run, and its searches' choices: what `choose` makes of the phases up to each search."""
+    choices: list[Choice] = []
+    while (phases := schedule.phases(choices))[-1].searched:
+        choices.append(choose(phases))
+    return phases, choices
+
+
+def published(*sizes: tuple[int, int]) -> list[Choice]:
+    """Choices of the published method."""
+    return [Choice(Subnet(*size)) for size in sizes]

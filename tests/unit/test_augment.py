@@ -2,6 +2,7 @@
 
 import io
 import random
+from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -22,6 +23,7 @@ from scaleprog.data.augment import (
     Encoded,
     Request,
     central_box,
+    low_pass,
     mix,
     random_box,
 )
@@ -288,3 +290,26 @@ def test_an_odd_number_per_lane_is_refused() -> None:
     images, labels = batch(2, 3)
     with pytest.raises(DataError, match="6 samples in 2 lanes"):
         mix(images, labels, lanes=2, seed=0, step=0, classes=10, settings=DEIT)
+
+
+# ---- low frequencies
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("band", "kept"), [(4, (0, 1)), (5, (0, 1, 2)), (16, range(8)), (3, (0, 1)), (2, (0,))])
+def test_waves_pass_that_the_band_can_hold(band: int, kept: Sequence[int], device: str) -> None:
+    place = torch.arange(16.0, device=device) * 2 * torch.pi / 16
+    for frequency in range(8):
+        wave = torch.cos(frequency * place).expand(2, 3, 12, 16).contiguous()
+        for images in (wave, wave.transpose(-1, -2)):
+            passed = low_pass(images, band)
+            assert passed.shape == images.shape
+            assert torch.allclose(passed, images if frequency in kept else torch.zeros_like(images), atol=1e-5)
+
+
+def test_what_has_passed_passes_again() -> None:
+    images = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    once = low_pass(images, 16)
+    assert torch.allclose(low_pass(once, 16), once, atol=1e-5)
+    assert 0.2 < once.square().sum() / images.square().sum() < 0.4, "15 x 15 of 28 x 28 frequencies"
+    assert low_pass(images.bfloat16(), 16).dtype == torch.bfloat16

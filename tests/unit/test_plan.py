@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaleprog.errors import DataError, RecipeError
-from scaleprog.growth.space import Subnet
+from scaleprog.growth.space import Choice, Subnet
 from scaleprog.plan import Plan, describe, outline
 from scaleprog.recipe import Recipe
 from tests.conftest import MakeRecipe
@@ -48,7 +48,7 @@ def test_a_plan_counts_steps_batches_and_layers(make_recipe: MakeRecipe, pattern
     assert plan.schedule.ladder == (Subnet(16, 2), Subnet(24, 3), Subnet(32, 4))
     assert plan.search_batches == 2
     assert plan.manifest.root == str(patterns)
-    supernet, trained = plan.schedule.phases([Subnet(16, 2)])[:2]
+    supernet, trained = plan.schedule.phases([Choice(Subnet(16, 2))])[:2]
     assert plan.active(trained, Subnet(16, 2)) == ((0, 1),)
     assert [len(*plan.active(supernet, Subnet(32, depth))) for depth in (2, 3, 4)] == [2, 3, 4]
 
@@ -189,17 +189,48 @@ def test_stages_by_hand_that_cannot_be_trained_are_refused(stages: str, message:
 
 def test_a_search_must_leave_something_of_its_stage() -> None:
     with pytest.raises(RecipeError, match=r"search\.epochs: 25\.0 epochs of search do not fit into a stage of 25$"):
-        outline(deit("autoprog", "search.epochs=25"), 1000)
-    outline(deit("autoprog", "search.epochs=24"), 1000)
+        outline(deit("autoprog_published", "search.epochs=25"), 1000)
+    outline(deit("autoprog_published", "search.epochs=24"), 1000)
     outline(deit("prog", "search.epochs=25"), 1000)  # searches nothing
-    outline(deit("autoprog", "search.epochs=25", "growth.stages=1"), 1000)
+    outline(deit("autoprog_published", "search.epochs=25", "growth.stages=1"), 1000)
+
+
+# ---- budgets
+
+
+def test_the_budget_is_what_prog_costs_unless_the_recipe_says() -> None:
+    prog = describe(deit("prog"))["speedup"]
+    _, schedule = outline(deit("autoprog", "growth.patches=resolution"), 1000)
+    assert schedule.budget == pytest.approx(1 / (1 + prog), rel=1e-9)
+    assert outline(deit("autoprog", "search.budget=0.7"), 1000)[1].budget == 0.7
+    assert outline(deit("autoprog", "search.method=published", "search.candidates=window"), 1000)[1].budget is None
+    assert outline(deit("prog"), 1000)[1].budget is None
+
+
+@pytest.mark.parametrize("budget", [0.45, 0.6, 0.9, 1.0])
+def test_the_plan_of_a_run_keeps_to_its_budget(budget: float) -> None:
+    outlook = describe(deit("autoprog", f"search.budget={budget}"))
+    assert outlook["speedup"] >= 1 / budget - 1 - 1e-9
+    rows = [row for row in outlook["stages"] if row["phase"] == "train"]
+    assert (rows[0]["resolution"], rows[0]["depth"], rows[0]["epochs"]) == (128, 6, 25)
+    assert (rows[-1]["resolution"], rows[-1]["depth"]) == (224, 12)
+    assert rows[-1]["epochs"] >= 25
+
+
+def test_budgets_that_cannot_be_kept_are_refused() -> None:
+    with pytest.raises(
+        RecipeError, match=r"search\.budget: 0\.3 of Original's cost; 128 px, 6 layers until the last of"
+    ):
+        outline(deit("autoprog", "search.budget=0.3"), 1000)
+    with pytest.raises(RecipeError, match=r"search\.candidates: window leaves the present network out"):
+        outline(deit("autoprog", "search.candidates=window"), 1000)
 
 
 # ---- describe
 
 
 def test_deit_small_has_the_published_sizes() -> None:
-    outlook = describe(deit("autoprog"))
+    outlook = describe(deit("autoprog_published"))
     rows = {(row["resolution"], row["depth"]): row for row in outlook["stages"] if row["phase"] == "train"}
     assert list(rows) == [(128, 6), (160, 8), (192, 10), (224, 12)]
     for (resolution, depth), row in rows.items():
@@ -211,7 +242,7 @@ def test_deit_small_has_the_published_sizes() -> None:
 
 
 def test_searches_are_shown_before_their_stages_and_cost_what_their_candidates_cost() -> None:
-    rows = describe(deit("autoprog"))["stages"]
+    rows = describe(deit("autoprog_published"))["stages"]
     assert [(row["stage"], row["phase"], row["epochs"]) for row in rows] == [
         (1, "supernet", 2), (1, "train", 23), (2, "supernet", 2), (2, "train", 23), (3, "supernet", 2),
         (3, "train", 23), (4, "train", 25),
@@ -227,10 +258,10 @@ def test_the_predicted_speedup_is_the_saved_work() -> None:
     work = [deit_small_gmacs(*size) for size in ((128, 6), (160, 8), (192, 10), (224, 12))]
     prog = describe(deit("prog"))
     assert prog["speedup"] == pytest.approx(4 * full / sum(work) - 1, rel=1e-9)
-    assert 0.8 < describe(deit("autoprog"))["speedup"] < prog["speedup"]  # a search costs something
+    assert 0.8 < describe(deit("autoprog_published"))["speedup"] < prog["speedup"]  # a search costs something
     assert describe(deit("original"))["speedup"] == pytest.approx(0, abs=1e-12)
-    repeated = describe(deit("autoprog", "growth.recycle=false"))
-    assert 0 < repeated["speedup"] < describe(deit("autoprog"))["speedup"]
+    repeated = describe(deit("autoprog_published", "growth.recycle=false"))
+    assert 0 < repeated["speedup"] < describe(deit("autoprog_published"))["speedup"]
     assert sum(row["epochs"] for row in repeated["stages"]) == 100 + 3 * 2
 
 

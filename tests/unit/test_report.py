@@ -85,10 +85,12 @@ class Writer:
         self.event("measurement", losses=losses)
 
     def choose(self, stage: int) -> None:
-        chosen = CANDIDATES[0] if stage == 1 else CANDIDATES[2]
+        """Stage 1 as published, the others within a budget."""
+        first = stage == 1
         self.event(
-            "choice", stage=stage, candidates=CANDIDATES, losses=[1.51, 1.42, 1.43, 1.34], alpha=0.125 * stage,
-            times=[seconds_of(*c, self.full) for c in CANDIDATES], scores=[1.9, 1.8, 1.7, 1.6], chosen=chosen,
+            "choice", stage=stage, candidates=CANDIDATES, losses=[1.51, 1.42, 1.43, 1.34],
+            times=[seconds_of(*c, self.full) for c in CANDIDATES], scores=[1.9, 1.8, 1.7, 1.6 if first else None],
+            chosen=CANDIDATES[0 if first else 2], alpha=0.125 if first else None, complete_from=None if first else 80,
         )  # fmt: skip
 
     def save(self, finished: bool = True, top1: float = 80.0) -> Path:
@@ -203,9 +205,10 @@ def test_means_and_deviations_over_the_seeds(markdown: str) -> None:
 
 def test_what_the_searches_decided(markdown: str) -> None:
     candidates = tables(markdown)[2]
-    assert "stage 1 chose 16x4 with alpha 0.1250; stage 2 chose 28x4 with alpha 0.2500." in markdown
+    assert "stage 1 chose 16x4, alpha 0.1250; stage 2 chose 28x4, complete from step 80." in markdown
     assert [row["candidate"] for row in candidates] == ["16x4", "16x6", "28x4", "28x6"] * 2
     assert [(row["stage"], row["candidate"]) for row in candidates if row["chosen"]] == [("1", "16x4"), ("2", "28x4")]
+    assert [row["score"] for row in candidates[4:]] == ["1.9000", "1.8000", "1.7000", "–"]
     assert candidates[1] == {
         "stage": "1", "candidate": "16x6", "loss": "1.4200", "step ms": f"{1e3 * seconds_of(16, 6, 1.0):.4g}",
         "score": "1.8000", "chosen": "",
@@ -247,7 +250,7 @@ def test_a_restart_takes_back_what_was_told_of_later_steps(tmp_path: Path) -> No
     beyond = len(run.rows)
     run.train(*AUTOPROG[2])  # lost: the run goes on from before
     del run.rows[beyond:], run.events[-1]
-    run.events[-1] |= {"chosen": (16, 6), "alpha": 9.0}  # what the lost search chose
+    run.events[-1] |= {"chosen": (16, 6), "complete_from": 999}  # what the lost search chose
     run.event("error", rank=1, message="RuntimeError: lost\nmore")
     run.step, run.train_seconds = 40, sum(row.get("step_seconds", 0.0) for row in run.rows)
     run.measure()
@@ -257,7 +260,7 @@ def test_a_restart_takes_back_what_was_told_of_later_steps(tmp_path: Path) -> No
     markdown = report([run.save()], tmp_path / "out")
     candidates = tables(markdown)[1]
     assert [(row["stage"], row["candidate"]) for row in candidates if row["chosen"]] == [("1", "16x4"), ("2", "28x4")]
-    assert "alpha 9" not in markdown
+    assert "999" not in markdown
     assert "- starts: 2 (at step 0, world size 2; at step 40, world size 4)" in markdown
     assert "- growths in 1.25 s: 5 (stage 1 supernet up to 28x6 at step 0 (0.25 s); stage 1 16x4 at step 20" in markdown
     assert "- checkpoints: 5 in 2.50 s, 5.0 MiB in all" in markdown

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scaleprog.growth.operators import interpolation
 from scaleprog.growth.regularization import Regularization
 from scaleprog.growth.schedule import GrowthSettings, Phase, Schedule, SubnetSettings
-from scaleprog.growth.space import Subnet, View, ladder
-from tests.unit.schedules import D1, DEIT, OPERATORS, of, one_group, two_groups, unroll
+from scaleprog.growth.space import Choice, Subnet, View, ladder
+from tests.unit.schedules import D1, DEIT, OPERATORS, of, one_group, published, two_groups, unroll
 
 FULL_STRENGTH = Regularization()
 
@@ -20,7 +20,7 @@ FULL_STRENGTH = Regularization()
 class Run:
     schedule: Schedule
     phases: list[Phase]
-    chosen: list[Subnet]
+    choices: list[Choice]
 
 
 @st.composite
@@ -38,7 +38,7 @@ def runs(draw: st.DrawFn, recycle: bool | None = None, full: Subnet = DEIT) -> R
         recycle=draw(st.booleans()) if recycle is None else recycle,
         adaptive_regularization=draw(st.booleans()),
     )
-    return Run(schedule, *unroll(schedule, lambda phase: draw(st.sampled_from(phase.candidates))))
+    return Run(schedule, *unroll(schedule, lambda phases: Choice(draw(st.sampled_from(phases[-1].candidates)))))
 
 
 def bounds(schedule: Schedule, stage: int) -> tuple[int, int]:
@@ -99,9 +99,8 @@ def test_the_supernet_baseline_is_one_phase_without_a_choice() -> None:
 
 def test_the_published_automatic_run() -> None:
     """DeiT-S, 0.5 Omega, 100 steps a stage, 8 of them searched."""
-    choices = [Subnet(128, 6), Subnet(160, 10), Subnet(192, 12)]
     schedule = of()
-    phases = schedule.phases(choices)
+    phases = schedule.phases(published((128, 6), (160, 10), (192, 12)))
     assert [(p.stage, p.kind, p.start, p.stop, p.position, p.base) for p in phases] == [
         (1, "supernet", 0, 8, 0, 6),
         (1, "train", 8, 100, 8, 6),
@@ -119,7 +118,7 @@ def test_the_published_automatic_run() -> None:
 
 
 def test_without_recycling_the_searched_epochs_are_repeated() -> None:
-    phases = of(recycle=False).phases([Subnet(128, 6), Subnet(160, 10), Subnet(192, 12)])
+    phases = of(recycle=False).phases(published((128, 6), (160, 10), (192, 12)))
     assert [(p.kind, p.start, p.stop, p.position) for p in phases] == [
         ("supernet", 0, 8, 0),
         ("train", 8, 108, 0),
@@ -151,7 +150,7 @@ def test_without_recycling_positions_are_trained_once_and_searched_on_top(run: R
     assert all(left.stop == right.start for left, right in pairwise(run.phases))
     trained = [p.position_of(step) for p in run.phases if p.kind == "train" for step in range(p.start, p.stop)]
     assert trained == list(range(run.schedule.steps))
-    assert run.phases[-1].stop == run.schedule.steps + len(run.chosen) * run.schedule.search_steps
+    assert run.phases[-1].stop == run.schedule.steps + len(run.choices) * run.schedule.search_steps
     for phase, following in pairwise(run.phases):
         if phase.searched:
             assert following.position == phase.position, "the epochs of the search come again"
@@ -174,13 +173,13 @@ def test_stages_are_equal_parts_and_the_last_is_full_and_unsearched(run: Run) ->
 @given(runs())
 def test_searches_take_their_time_and_their_choice_is_trained(run: Run) -> None:
     searches = [i for i, p in enumerate(run.phases) if p.searched]
-    assert len(searches) == len(run.chosen)
-    for i, choice in zip(searches, run.chosen):
+    assert len(searches) == len(run.choices)
+    for i, choice in zip(searches, run.choices):
         search, train = run.phases[i : i + 2]
         assert search.stop - search.start == run.schedule.search_steps
         assert search.kind == "supernet"
         assert len(search.candidates) > 1
-        assert train.candidates == (choice,)
+        assert train.candidates == (choice.subnet,)
     for phase in run.phases:
         assert phase.searched == (phase.kind == "supernet")
 
@@ -198,8 +197,8 @@ def test_candidates_follow_the_rule_from_the_network_before(run: Run) -> None:
 @given(runs())
 def test_an_open_search_ends_the_list(run: Run) -> None:
     """What is known grows phase by phase and never changes."""
-    for known in range(len(run.chosen)):
-        phases = run.schedule.phases(run.chosen[:known])
+    for known in range(len(run.choices)):
+        phases = run.schedule.phases(run.choices[:known])
         assert phases == run.phases[: len(phases)]
         assert phases[-1].searched
         assert sum(p.searched for p in phases) == known + 1
@@ -218,7 +217,7 @@ def test_searches_are_regularised_in_full_and_stages_by_their_place(run: Run) ->
 def test_one_candidate_needs_no_search() -> None:
     phases = of(smallest=1.0).phases([])
     assert [(p.kind, p.candidates) for p in phases] == [("train", (DEIT,))] * 4
-    stuck = of().phases([DEIT])  # stage 1 chose the full network: nothing is left to choose
+    stuck = of().phases([Choice(DEIT)])  # stage 1 chose the full network: nothing is left to choose
     assert [p.kind for p in stuck] == ["supernet", "train", "train", "train", "train"]
     assert [p.candidates for p in stuck[1:]] == [(DEIT,)] * 4
 
@@ -265,6 +264,8 @@ def test_what_sub_networks_are_shown(kind: str) -> None:
     assert shown == [View(128), View(192), View(224)]
     stride_32 = [of(schedule=kind, patches="subset").view(s) for s in (Subnet(128, 6), Subnet(192, 12), DEIT)]
     assert stride_32 == [View(224, 16), View(224, 36), View(224)]
+    easy = of(schedule=kind, patches="subset", curriculum=True)
+    assert [easy.view(s) for s in (Subnet(128, 6), DEIT)] == [View(224, 16, 128), View(224)]
 
 
 def test_the_ladder_of_a_schedule_is_that_of_the_space() -> None:

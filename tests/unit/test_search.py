@@ -97,7 +97,7 @@ def test_a_choice_by_hand() -> None:
     measured = [dict(zip(sizes, losses)) for losses in ((5, 2, 1), (3, 2, 3))]
     decision = decide(2, measured, dict(zip(sizes, (1.0, 2.0, 4.0))))
     assert decision == Decision(
-        2, tuple(sizes), (4, 2, 2), (1, 2, 4), pytest.approx(0.5), pytest.approx((4, 2 * 2**0.5, 4)), sizes[1]
+        2, tuple(sizes), (4, 2, 2), (1, 2, 4), pytest.approx((4, 2 * 2**0.5, 4)), sizes[1], alpha=pytest.approx(0.5)
     )
 
 

@@ -125,6 +125,13 @@ def test_all_is_equation_8_by_counted_parameters() -> None:
         assert space.candidates(previous, "all") == expected
 
 
+def test_corners_are_either_dimension_as_it_is_or_complete() -> None:
+    assert DEIT.candidates(None, "corners") == grid((128, 224), (6, 12))
+    assert DEIT.candidates(Subnet(160, 8), "corners") == grid((160, 224), (8, 12))
+    assert DEIT.candidates(Subnet(160, 12), "corners") == grid((160, 224), (12,))
+    assert DEIT.candidates(Subnet(224, 12), "corners") == grid((224,), (12,))
+
+
 @pytest.mark.parametrize(
     ("previous", "resolutions", "depths"),
     [

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaleprog.growth.search import Decision, decide
-from scaleprog.growth.space import Subnet
+from scaleprog.growth.space import Choice, Subnet
 from scaleprog.state import RunState, decision_from_json, decision_to_json
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
@@ -25,9 +25,10 @@ decisions = st.builds(
     candidates=tuples(subnets),
     losses=tuples(numbers),
     times=tuples(numbers),
-    alpha=numbers,
-    scores=tuples(numbers),
+    scores=tuples(st.none() | numbers),
     chosen=subnets,
+    alpha=st.none() | numbers,
+    complete_from=st.none() | counts,
 )
 FIELDS = {
     "step": counts,
@@ -60,7 +61,7 @@ def test_a_state_survives_json(state: RunState) -> None:
     assert restored == state
     assert type(restored.gated) is tuple
     assert all(type(group) is tuple for group in restored.gated)
-    assert all(isinstance(s, Subnet) for s in [*restored.step_seconds, *restored.chosen])
+    assert all(isinstance(s, Subnet) for s in [*restored.step_seconds, *(c.subnet for c in restored.choices)])
     assert list(restored.step_seconds) == list(state.step_seconds), "in the same order"
     assert json.dumps(restored.to_json(), allow_nan=False) == text
 
@@ -82,11 +83,11 @@ def test_a_decision_of_the_search_is_plain_values() -> None:
 
 @given(st.lists(decisions, max_size=4))
 def test_choices_are_those_of_the_decisions(made: list[Decision]) -> None:
-    assert RunState(decisions=made).chosen == [decision.chosen for decision in made]
+    assert RunState(decisions=made).choices == [Choice(d.chosen, d.complete_from) for d in made]
 
 
 def test_a_new_run_stands_before_its_first_phase() -> None:
     state = RunState.from_json(json.loads(json.dumps(RunState().to_json())))
-    assert (state.step, state.phase, state.growths, state.chosen) == (0, -1, 0, [])
+    assert (state.step, state.phase, state.growths, state.choices) == (0, -1, 0, [])
     state.decisions.append("mine")
     assert RunState().decisions == []

@@ -1,0 +1,213 @@
+"""The budget's search: what it chooses, when the complete model takes over, and what runs of such choices are."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scaleprog.growth.schedule import Phase, Schedule
+from scaleprog.growth.search import Funds, decide_within
+from scaleprog.growth.space import Choice, Subnet
+from tests.unit.schedules import DEIT, of, unroll
+
+CORNERS = [Subnet(128, 6), Subnet(128, 12), Subnet(224, 6), DEIT]
+positive = st.floats(0.01, 100)
+
+
+def price(subnet: Subnet) -> float:
+    """Patches times layers."""
+    return subnet.resolution**2 * subnet.depth / (224**2 * 12)
+
+
+def decide(funds: Funds, losses: list[float], times: list[float]) -> Choice:
+    return decide_within(funds, 2, [dict(zip(CORNERS, losses))], dict(zip(CORNERS, times))).choice
+
+
+@st.composite
+def funds(draw: st.DrawFn) -> Funds:
+    steps = draw(st.integers(10, 1000))
+    latest = draw(st.integers(1, steps - 1))
+    return Funds(draw(st.integers(0, steps - 1)), steps, latest, draw(st.floats(-steps, 2 * steps)))
+
+
+@st.composite
+def times(draw: st.DrawFn) -> list[float]:
+    """Step times of the corners, ascending by half and more."""
+    first, *growth = draw(st.tuples(positive, *[st.floats(1.5, 4)] * 3))
+    found = [first]
+    for factor in growth:
+        found.append(found[-1] * factor)
+    return found
+
+
+# ---- one decision
+
+
+def test_a_decision_by_hand() -> None:
+    """100 of 400 steps are left to be saved: at prices of 0.2, 0.5 and 0.6 that takes 125, 200 and 250 steps."""
+    here = Funds(position=100, steps=400, latest=320, left=200)
+    assert here.saving == 100
+    cheap, deep, wide = (1.0, 0.8, 0.6, 0.5), (0.6, 0.52, 0.9, 0.5), (1.0, 0.8, 0.52, 0.5)
+    seconds = [2.0, 5.0, 6.0, 10.0]
+    assert decide(here, [0.7, *cheap[1:]], seconds) == Choice(CORNERS[0], 225)  # 0.25, 0.6 and 0.25: tied
+    assert decide(here, list(cheap), seconds) == Choice(CORNERS[1], 300)  # 0.625 and 0.6; 250 steps would end at 350
+    assert decide(here, list(deep), seconds) == Choice(CORNERS[1], 300)
+    assert decide(here, list(wide), seconds) == Choice(CORNERS[1], 300)
+    later = Funds(position=100, steps=400, latest=360, left=200)
+    assert decide(later, list(wide), seconds) == Choice(CORNERS[2], 350)  # 0.625, 0.6 and 0.05
+    decision = decide_within(here, 2, [dict(zip(CORNERS, cheap))], dict(zip(CORNERS, seconds)))
+    assert decision.scores == (pytest.approx(0.625), pytest.approx(0.6), None, None)
+    assert decision.alpha is None
+
+
+def test_networks_that_lose_nothing_tie_and_the_cheapest_wins() -> None:
+    assert decide(Funds(0, 400, 300, 200), [0.4, 0.3, 0.5, 0.5], [4.0, 2.0, 5.0, 10.0]).subnet == CORNERS[1]
+
+
+def test_the_complete_model_trains_where_it_can_be_paid_for() -> None:
+    for left in (300, 301.5):
+        assert decide(Funds(100, 400, 300, left), [9, 9, 9, 0.1], [1, 2, 3, 4]) == Choice(DEIT, 100)
+    assert decide(Funds(100, 400, 300, 200), [1] * 4, [5, 6, 7, 4]) == Choice(DEIT, 100)  # nothing is cheaper
+
+
+@given(funds(), st.lists(positive, min_size=4, max_size=4), times())
+def test_every_decision_keeps_to_the_budget_if_any_can(here: Funds, losses: list[float], seconds: list[float]) -> None:
+    choice = decide(here, losses, seconds)
+    prices = dict(zip(CORNERS, (s / seconds[-1] for s in seconds)))
+    assert choice.complete_from is not None
+    assert here.position <= choice.complete_from <= max(here.position, here.latest)
+    small = choice.complete_from - here.position
+    assert (choice.subnet == DEIT) == (small == 0)
+    cost = small * prices[choice.subnet] + here.steps - choice.complete_from
+    if here.enough(min(prices.values())) and here.position < here.latest:
+        assert cost <= here.left + 1e-6
+        if small:
+            assert cost + 1 - prices[choice.subnet] > here.left - 1e-6, "not a step longer than needed"
+    elif small:
+        assert choice == Choice(min(prices, key=prices.__getitem__), here.latest), "as cheap as can be"
+
+
+@given(funds(), st.lists(positive, min_size=4, max_size=4), times(), st.floats(0.01, 100), st.floats(-0.005, 10))
+def test_units_do_not_matter(here: Funds, losses: list[float], seconds: list[float], unit: float, more: float) -> None:
+    """Neither that of time, nor where losses count from."""
+    one = decide_within(here, 2, [dict(zip(CORNERS, losses))], dict(zip(CORNERS, seconds)))
+    scores = sorted(s for s in one.scores if s is not None)
+    if len(scores) < 2 or scores[1] > scores[0] * (1 + 1e-3) + 1e-9:
+        moved = [loss + more for loss in losses]
+        assert decide(here, moved, [s * unit for s in seconds]).subnet == one.chosen
+
+
+# ---- runs
+
+
+@dataclass(frozen=True)
+class Run:
+    schedule: Schedule
+    phases: list[Phase]
+    choices: list[Choice]
+
+
+@st.composite
+def runs(draw: st.DrawFn, recycle: bool | None = None) -> Run:
+    """A run with any budget that can be kept, and any losses."""
+    stages = draw(st.integers(2, 6))
+    steps = draw(st.integers(stages * 10, 1000))
+    schedule = of(
+        DEIT, steps, draw(st.integers(1, max(1, steps // stages // 4))), "corners",
+        draw(st.floats(0.5, 1)), stages=stages, smallest=draw(st.sampled_from((0.3, 0.5, 0.8))),
+        recycle=draw(st.booleans()) if recycle is None else recycle, adaptive_regularization=draw(st.booleans()),
+    )  # fmt: skip
+
+    def choose(phases: list[Phase]) -> Choice:
+        candidates = phases[-1].candidates
+        losses = {s: draw(st.floats(0.1, 3)) for s in candidates}
+        times = {s: price(s) for s in candidates}
+        return decide_within(schedule.funds(phases, price), phases[-1].stage, [losses], times).choice
+
+    return Run(schedule, *unroll(schedule, choose))
+
+
+@given(runs(recycle=True))
+def test_phases_tile_the_steps_and_grow_to_the_complete_model(run: Run) -> None:
+    schedule = run.schedule
+    assert run.phases[0].start == run.phases[0].position == 0
+    assert run.phases[-1].stop == schedule.steps
+    assert run.phases[-1].candidates == (DEIT,)
+    for phase in run.phases:
+        assert phase.start < phase.stop
+        assert phase.position == phase.start
+    for left, right in pairwise(run.phases):
+        assert left.stop == right.start
+    trained = [p.network for p in run.phases if p.kind == "train"]
+    for small, large in pairwise(trained):
+        assert small.resolution <= large.resolution
+        assert small.depth <= large.depth
+    assert trained.count(DEIT) == 1, "what is complete trains in one stretch, without another search"
+
+
+@given(runs())
+def test_the_first_stage_is_the_smallest_network_and_every_other_search_knows_its_corners(run: Run) -> None:
+    first, *rest = run.phases
+    assert (first.kind, first.candidates) == ("train", run.schedule.ladder[:1])
+    for before, phase in pairwise(run.phases):
+        if phase.searched:
+            assert phase.candidates == run.schedule.space.candidates(before.network, "corners")
+            assert {before.network, DEIT} <= set(phase.candidates)
+    assert sum(p.searched for p in rest) == len(run.choices)
+
+
+@given(runs(recycle=True))
+def test_stages_until_the_complete_model_are_about_an_equal_part_each(run: Run) -> None:
+    part = run.schedule.steps / run.schedule.stages
+    stages: dict[int, int] = {}
+    for phase in run.phases[:-1]:
+        if not phase.searched:
+            stages[phase.stage] = phase.stop - phase.start
+    assert stages.pop(1) == run.schedule.steps // run.schedule.stages
+    for stage, length in stages.items():
+        assert length <= 1.5 * part + 1
+        if run.phases[-2].stage != stage:
+            assert length >= part / 2 - 1
+
+
+@given(runs(recycle=True))
+def test_a_run_keeps_to_its_budget_if_its_smallest_network_can(run: Run) -> None:
+    schedule, small = run.schedule, run.schedule.ladder[0]
+    searching = sum(p.stop - p.start for p in run.phases if p.searched)
+    least = price(small) * (schedule.latest - searching) + schedule.steps - schedule.latest + searching
+    if least <= schedule.budget * schedule.steps:
+        assert schedule.cost(run.phases, price) <= schedule.budget * schedule.steps + 1
+
+
+@given(runs(recycle=False))
+def test_without_recycling_positions_are_trained_once(run: Run) -> None:
+    trained = [p.position_of(step) for p in run.phases if p.kind == "train" for step in range(p.start, p.stop)]
+    assert trained == list(range(run.schedule.steps))
+
+
+@given(runs())
+def test_what_is_known_never_changes(run: Run) -> None:
+    for known in range(len(run.choices)):
+        phases = run.schedule.phases(run.choices[:known])
+        assert phases == run.phases[: len(phases)]
+        assert phases[-1].searched
+
+
+@given(runs())
+def test_regularisation_rises_to_full_strength(run: Run) -> None:
+    strengths = [p.regularization.erase for p in run.phases if p.kind == "train"]
+    assert strengths == sorted(strengths)
+    assert strengths[-1] == 1
+    assert strengths[0] == (0 if run.schedule.adaptive_regularization else 1)
+
+
+def test_the_expected_run_stays_small_and_keeps_to_its_budget() -> None:
+    schedule = of(rule="corners", budget=0.6, search_steps=8)
+    phases = schedule.expected((), price)
+    assert [(p.kind, p.network) for p in phases if not p.searched] == [
+        ("train", Subnet(128, 6)), ("train", Subnet(128, 6)), ("train", DEIT),
+    ]  # fmt: skip
+    assert 0.59 < schedule.cost(phases, price) / 400 <= 0.6
+    assert [p.network for p in of().expected((), price) if p.kind == "train"] == list(of().ladder)
