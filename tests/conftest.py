@@ -32,6 +32,11 @@ SHARDINGS: tuple[dict[str, Any], ...] = (
     {"engine": "replicated"},
 )
 """Every engine on two or more ranks."""
+WITHIN_A_BUDGET: dict[str, Any] = {
+    "growth": {"schedule": "automatic", "stages": 3, "patches": "subset", "curriculum": True, "optimizer": "inherit"},
+    "search": {"method": "budget", "candidates": "corners", "measurements": 2},
+}
+"""The default search and ours on top of it, over `short_recipe`, which searches as published."""
 MakeRecipe = Callable[..., Recipe]
 
 

@@ -12,7 +12,7 @@ from scaleprog.errors import Diverged
 from scaleprog.metrics import read_rows
 from scaleprog.recipe import Recipe
 from tests.compare import board, differences
-from tests.conftest import run, short_recipe, step_rows
+from tests.conftest import WITHIN_A_BUDGET, run, short_recipe, step_rows
 from tests.numerics.whole_runs import train_all
 
 HARD = {
@@ -63,6 +63,23 @@ def test_stopped_and_resumed_equals_straight(
     assert max(step_rows(tmp_path / "run")) == stop
     run(recipe, tmp_path / "run")
     assert_same_run(recipe, tmp_path / "run", reference)
+
+
+def test_a_run_within_a_budget_resumed_many_times(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Steps 0-26 the smallest network, 26-36 a supernet, then what it chose, then the complete model."""
+    recipe = make_recipe(**WITHIN_A_BUDGET, **HARD)
+    run(recipe, tmp_path / "straight")
+    for stop in (3, 25, 26, 31, 35, 36, 40, 70):
+        run(recipe, tmp_path / "run", max_steps=stop)
+    run(recipe, tmp_path / "run")
+    assert_same_run(recipe, tmp_path / "run", tmp_path / "straight")
+    (choice,) = (event for event in read_rows(tmp_path / "run" / "events.jsonl") if event["event"] == "choice")
+    phases = [(row["phase"], row["resolution"], row["depth"]) for row in step_rows(tmp_path / "run").values()]
+    assert phases[:26] == [("train", 16, 2)] * 26
+    assert {phase for phase, _, _ in phases[26:36]} == {"supernet"}
+    assert 36 < choice["complete_from"] <= 53
+    assert set(phases[36 : choice["complete_from"]]) == {("train", *choice["chosen"])}
+    assert set(phases[choice["complete_from"] :]) == {("train", 32, 4)}
 
 
 def test_resumed_many_times_and_without_recycling(
@@ -136,7 +153,7 @@ def test_sharded_ranks_resume_bit_for_bit(name: str, sharded: dict[str, tuple[Re
 
 def assert_same_run(recipe: Recipe, run_folder: Path, reference: Path) -> None:
     """Weights, EMAs, moments, metrics and TensorBoard are equal, clocks aside."""
-    assert {"train/loss", "train/resolution", "evaluation/top1_ema", "search/loss_r32_l4", "choice/alpha"} <= board(
+    assert {"train/loss", "train/resolution", "evaluation/top1_ema", "search/loss_r32_l4", "choice/depth"} <= board(
         reference
     ).keys()
     assert differences(recipe, run_folder, reference) == []
