@@ -1,8 +1,9 @@
 """A laboratory of schedules: a grid of recipes and seeds, run to the end, in one table and one picture.
 
-    python -m benchmarks.search_lab GRID.yaml [--seeds 0 1 2] [--jobs 2] [--records FILE] [--runs DIR] [--out DIR]
+    python -m benchmarks.search_lab GRID.yaml [--recipe FILE] [--seeds 0 1 2] [--jobs 2] [--records FILE] [--runs DIR]
+                                    [--out DIR] [--only-table]
 
-A grid names a recipe and cases, each some settings of it; `schedule: 4 * 16x3 + 4 * 28x6` is short for
+A grid names a recipe (`--recipe` another) and cases, each some settings of it; `schedule: 4 * 16x3 + 4 * 28x6` is short for
 `growth.schedule`. `group` gives cases a common colour, `curve: true` draws a case's accuracy over its cost.
 
 Every run is a niced process of one thread; runs are interleaved (all cases of a seed before the next seed). One that
@@ -58,19 +59,20 @@ class Grid:
     seeds: tuple[int, ...]
 
     @classmethod
-    def load(cls, path: Path) -> "Grid":
-        """Reads a grid's YAML."""
+    def load(cls, path: Path, recipe: str | None = None) -> "Grid":
+        """Reads a grid's YAML; `recipe` takes the place of the one that it names."""
         values = yaml.safe_load(path.read_text())
         common, cases = values.get("settings", {}), []
+        recipe = recipe or values["recipe"]
         for name, settings in values["cases"].items():
             settings = {**common, **settings}
             group, curve = settings.pop("group", name), settings.pop("curve", False)
-            recipe = settings.pop("recipe", values.get("recipe"))
             if "schedule" in settings:
                 settings["growth.schedule"] = by_hand(settings.pop("schedule"))
             overrides = tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())
             cases.append(Case(name, group, recipe, overrides, curve))
-        return cls(path.stem, tuple(cases), tuple(values.get("seeds", (0, 1, 2))))
+        name = path.stem if recipe == values["recipe"] else f"{path.stem}_{Path(recipe).stem}"
+        return cls(name, tuple(cases), tuple(values.get("seeds", (0, 1, 2))))
 
 
 def by_hand(text: str) -> list[dict[str, int]]:
@@ -208,6 +210,7 @@ class Records:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path)
+    parser.add_argument("--recipe")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--records", type=Path, default=Path("docs/results/search/runs.jsonl"))
@@ -215,7 +218,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only-table", action="store_true", help="of the runs that are finished")
     options = parser.parse_args()
-    grid, records = Grid.load(options.grid), Records(options.records)
+    grid, records = Grid.load(options.grid, options.recipe), Records(options.records)
     runs = [Run(case, seed, options.runs) for seed in options.seeds or grid.seeds for case in grid.cases]
     if not options.only_table:
         with ThreadPoolExecutor(options.jobs) as pool:

@@ -18,6 +18,8 @@ from scaleprog.recipe import Recipe
 
 SCALE = 1000
 """Schedule positions per epoch where shards are not needed, nor there to be counted."""
+SEARCHES_PER_RUN, PARTS_SCORED = 80, 25
+"""A search takes an 80th of a run's epochs, and scores on a 25th of the images, where the recipe does not say."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Plan:
     @property
     def search_batches(self) -> int:
         """Global batches in the search subset."""
-        return max(1, min(self.recipe.search.subset // self.recipe.train.batch, self.order.steps_per_epoch))
+        subset, epoch = self.recipe.search.subset, self.order.steps_per_epoch
+        wanted = epoch // PARTS_SCORED if subset is None else subset // self.recipe.train.batch
+        return max(1, min(wanted, epoch))
 
     def gmacs(self, subnet: Subnet) -> float:
         """Billions of multiply-accumulates of an image's forward pass through `subnet`."""
@@ -90,7 +94,8 @@ def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], S
         raise RecipeError("growth.curriculum: an image of low resolution holds no high frequencies; it goes with "
                           "growth.patches: subset")  # fmt: skip
     steps = round(recipe.train.epochs * steps_per_epoch)
-    search_steps = max(1, round(recipe.search.epochs * steps_per_epoch))
+    searched = recipe.search.epochs or recipe.train.epochs / SEARCHES_PER_RUN
+    search_steps = max(1, round(searched * steps_per_epoch))
     schedule = Schedule.of(growth, full, stride, steps, search_steps, recipe.search.candidates)
     if schedule.kind == "automatic" and recipe.search.method == "budget":
         schedule = replace(schedule, budget=_budget(recipe, elastic, schedule))
@@ -98,7 +103,7 @@ def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], S
         raise RecipeError(f"train.epochs: {steps} steps cannot be cut into {schedule.stages} stages")
     if schedule.kind == "automatic" and schedule.stages > 1 and search_steps >= steps // schedule.stages:
         raise RecipeError(
-            f"search.epochs: {recipe.search.epochs} epochs of search do not fit into a stage of "
+            f"search.epochs: {searched:g} epochs of search do not fit into a stage of "
             f"{recipe.train.epochs / schedule.stages:g}"
         )
     return elastic, schedule

@@ -24,17 +24,17 @@ class SearchSettings(Settings):
     """How a stage is searched.
 
     `method`: `budget` or `published`, see docs/search.md; `budget`: what the run may cost, searches included, as a part
-    of Original's cost (None: what the equispaced ladder, "Prog", costs by GMACs); `epochs` of supernet training;
-    `subset`: training images that score a candidate (rounded down to whole batches, at least one); `candidates`: see
-    `GrowthSpace.candidates`; `measurements`: how often the losses are measured, equispaced from the start to the end of
-    the last search epoch; `weights`: of which network they are; `times`: `measured` step times, or `modelled` ones in
-    proportion to GMACs, for runs that must make the same choice twice.
+    of Original's cost (None: what the equispaced ladder, "Prog", costs by GMACs); `epochs` of supernet training (None:
+    an 80th of the run's); `subset`: training images that score a candidate, rounded down to whole batches, at least one
+    (None: a 25th of all); `candidates`: see `GrowthSpace.candidates`; `measurements`: how often losses are measured,
+    equispaced from the start to the end of the last search epoch; `weights`: of which network they are; `times`:
+    `measured` step times, or `modelled` ones in proportion to GMACs, for runs that must make the same choice twice.
     """
 
     method: Method = "budget"
     budget: float | None = Field(default=None, gt=0, le=1)
-    epochs: float = Field(default=0.2, gt=0)
-    subset: int = Field(default=50_000, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    subset: int | None = Field(default=None, ge=1)
     candidates: CandidateRule = "corners"
     measurements: int = Field(default=1, ge=1)
     weights: Literal["ema", "online"] = "ema"

@@ -58,6 +58,12 @@ def test_the_search_subset_is_whole_batches_of_an_epoch(subset: int, batches: in
     assert Plan.of(make_recipe(search={"subset": subset}), world=1).search_batches == batches
 
 
+def test_a_search_is_a_part_of_the_run_where_the_recipe_does_not_say(make_recipe: MakeRecipe) -> None:
+    plan = Plan.of(make_recipe(search={"subset": None, "epochs": None}, train={"epochs": 40, "batch": 4}), world=1)
+    assert (plan.order.steps_per_epoch, plan.schedule.search_steps, plan.search_batches) == (40, 20, 1)
+    assert outline(deit("autoprog"), 1000)[1].search_steps == 1250
+
+
 @settings(max_examples=10, deadline=None)
 @given(steps_per_epoch=st.integers(1, 2000), epochs=st.floats(1, 50), stages=st.integers(1, 4))
 def test_the_schedule_covers_all_steps_whatever_their_number(steps_per_epoch: int, epochs: float, stages: int) -> None:
@@ -188,7 +194,7 @@ def test_stages_by_hand_that_cannot_be_trained_are_refused(stages: str, message:
 
 
 def test_a_search_must_leave_something_of_its_stage() -> None:
-    with pytest.raises(RecipeError, match=r"search\.epochs: 25\.0 epochs of search do not fit into a stage of 25$"):
+    with pytest.raises(RecipeError, match=r"search\.epochs: 25 epochs of search do not fit into a stage of 25$"):
         outline(deit("autoprog_published", "search.epochs=25"), 1000)
     outline(deit("autoprog_published", "search.epochs=24"), 1000)
     outline(deit("prog", "search.epochs=25"), 1000)  # searches nothing
