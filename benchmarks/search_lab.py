@@ -3,8 +3,8 @@
     python -m benchmarks.search_lab GRID.yaml [--recipe FILE] [--seeds 0 1 2] [--jobs 2] [--records FILE] [--runs DIR]
                                     [--out DIR] [--only-table]
 
-A grid names a recipe (`--recipe` another) and cases, each some settings of it; `schedule: 4 * 16x3 + 4 * 28x6` is short for
-`growth.schedule`. `group` gives cases a common colour, `curve: true` draws a case's accuracy over its cost.
+A grid names a recipe (`--recipe`: another) and cases, each some settings of it; `schedule: 4 * 16x3 + 4 * 28x6` is
+short for `growth.schedule`. `group` gives cases a common colour, `curve: true` draws a case's accuracy over its cost.
 
 Every run is a niced process of one thread; runs are interleaved (all cases of a seed before the next seed). One that
 was interrupted goes on. What is kept of a finished run is a line in the file of records, by which every grid knows it
