@@ -61,7 +61,11 @@ def plan(
     console.print(table)
     console.print(f"predicted speedup by GMACs: {outlook['speedup']:+.1%}; memory: weights, gradients, AdamW, EMA")
     if outlook["kind"] == "automatic":
-        console.print("a search decides stage by stage; shown is the equispaced schedule")
+        console.print(
+            "a search decides stage by stage; shown is the equispaced schedule"
+            if outlook["budget"] is None
+            else f"a search spends {outlook['budget']:.1%} of Original's cost; shown is the run that stays smallest"
+        )
     if worlds:
         show_worlds(loaded, worlds, described, console)
 

@@ -112,8 +112,8 @@ def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], S
 def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     """The stages of a recipe with parameters, GMACs, memory per rank and epochs, and the speedup they predict.
 
-    Keys: `stages` (rows), `speedup` (of training time by GMACs, as a ratio minus 1) and `kind` (of the schedule). What
-    a search will choose is not known: its stages are shown, and the speedup is, as the equispaced ladder has them.
+    Keys: `stages` (rows), `speedup` (of training time by GMACs, as a ratio minus 1), `kind` (of the schedule) and
+    `budget` (of its searches, or None). What a search will choose is not known: see `Schedule.expected`.
     """
     elastic, schedule = outline(recipe, SCALE)
     model, cost_of = recipe.model, partial(_gmacs, recipe, elastic, schedule)
@@ -137,7 +137,7 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
             }
         )
     speedup = cost_of(schedule.full) * schedule.steps / schedule.cost(phases, cost_of) - 1
-    return {"stages": rows, "speedup": speedup, "kind": schedule.kind}
+    return {"stages": rows, "speedup": speedup, "kind": schedule.kind, "budget": schedule.budget}
 
 
 def forecast(recipe: Recipe, world: int, device: Device) -> dict[str, tuple[Prediction, int]]:

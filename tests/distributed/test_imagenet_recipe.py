@@ -48,14 +48,14 @@ def test_deit_small_autoprog_trains_three_steps_in_every_phase_on_two_ranks(imag
     recipe = Recipe.load(
         "configs/imagenet/deit_small_autoprog_100.yaml",
         ["model.classes=2", f"data.path={imagenet}", "data.lanes=4", "data.workers=1", "train.batch=8",
-         "train.epochs=8", "optimizer.warmup_epochs=1", "search.epochs=1", "search.subset=8", "search.measurements=2",
+         "train.epochs=8", "optimizer.warmup_epochs=1", "search.epochs=1", "search.subset=8", "search.times=modelled",
          "evaluate.every=8", "evaluate.batch=4", "sharding.precision=fp32"],
     )  # fmt: skip
     launch(2, train_rank, recipe, tmp_path / "run")
     rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
     steps = Counter((row["stage"], row["phase"]) for row in rows)
-    assert set(steps) >= {(1, "supernet"), (1, "train"), (2, "supernet"), (2, "train"), (3, "train"), (4, "train")}
+    assert set(steps) == {(1, "train"), (2, "supernet"), (2, "train"), (3, "train")}
     assert min(steps.values()) >= 3
     assert (rows[-1]["resolution"], rows[-1]["depth"]) == (224, 12)
-    assert {row["resolution"] for row in rows} <= {128, 160, 192, 224}
+    assert (rows[0]["resolution"], rows[0]["depth"]) == (128, 6)
     assert all(np.isfinite(row["loss"]) for row in rows)
