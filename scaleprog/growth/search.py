@@ -37,7 +37,7 @@ class SearchSettings(Settings):
     subset: int | None = Field(default=None, ge=1)
     candidates: CandidateRule = "corners"
     measurements: int = Field(default=1, ge=1)
-    weights: Literal["ema", "online"] = "ema"
+    weights: Literal["ema", "online"] = "online"
     times: Literal["measured", "modelled"] = "measured"
 
 
