@@ -16,8 +16,9 @@ from scaleprog.evaluate import evaluate
 from scaleprog.files import write_whole
 from scaleprog.growth.schedule import Phase
 from scaleprog.growth.search import Decision, decide, decide_within, measurement_steps
-from scaleprog.growth.space import Subnet
+from scaleprog.growth.space import Subnet, View
 from scaleprog.metrics import StepTimer
+from scaleprog.models.elastic import Active
 from scaleprog.preemption import AskedToStop
 from scaleprog.run import Run, patches_seen
 from scaleprog.state import decision_from_json, decision_to_json, pairs
@@ -49,22 +50,26 @@ def measuring_steps(run: Run, phase: Phase) -> tuple[int, ...]:
 def measure(run: Run, phase: Phase) -> None:
     """Adds one loss per candidate to the state: on the search subset, with fixed augmentation."""
     state, timer, stop = run.state, StepTimer(run.backend.device), None
-    views = {s: run.plan.schedule.view(s) for s in phase.candidates}
-    sizes = sorted({view.pixels for view in views.values()})
+    schedule = run.plan.schedule
+    judged = {s: (schedule.judged(s), run.plan.active(phase, s)) for s in phase.candidates}
+    sizes = sorted({view.pixels for view, _ in judged.values()})
     requests = [Request(SEARCH_EPOCH, i, r, erase=0.0) for r in sizes for i in range(run.plan.search_batches)]
     done, totals = _half_measured(run, phase.candidates)
-    weights = (
-        range(len(run.recipe.ema.momenta))[run.recipe.ema.grow_from] if run.recipe.search.weights == "ema" else None
-    )
+    grow_from = range(len(run.recipe.ema.momenta))[run.recipe.ema.grow_from]
+    weights = grow_from if run.recipe.search.weights == "ema" else None
     with run.reader.stream(requests[done:], sizes[-1]) as batches, run.backend.weights(weights):
         for request, batch in zip(requests[done:], batches, strict=True):
             images, labels = batch.images.to(run.backend.device), batch.labels.to(run.backend.device)
-            for subnet, view in views.items():
-                if view.pixels == request.resolution:
-                    kept = patches_seen(run, subnet, SEARCH_EPOCH, request.step)
+            losses: dict[tuple[View, Active], float] = {}  # candidates may be judged by one and the same
+            for subnet, (view, active) in judged.items():
+                if view.pixels != request.resolution:
+                    continue
+                if (view, active) not in losses:
+                    kept = patches_seen(run, view, SEARCH_EPOCH, request.step)
                     shown = images if view.band is None else low_pass(images, view.band)
-                    logits = run.backend.forward(shown, run.plan.active(phase, subnet), kept=kept)
-                    totals[subnet] += float(F.cross_entropy(logits.float(), labels)) / run.plan.search_batches
+                    logits = run.backend.forward(shown, active, kept=kept)
+                    losses[view, active] = float(F.cross_entropy(logits.float(), labels))
+                totals[subnet] += losses[view, active] / run.plan.search_batches
             done += 1
             if done < len(requests) and (stop := run.watch.asked()):
                 break
@@ -75,12 +80,12 @@ def measure(run: Run, phase: Phase) -> None:
     if stop:
         _keep_half(run, done, totals)
         raise AskedToStop(stop)
-    losses = dict(zip(totals, run.coordinator.mean(list(totals.values()))))
-    state.measured.append(losses)
-    run.recorder.event("measurement", step=state.step, seconds=timer.seconds(), losses=pairs(losses))
+    means = dict(zip(totals, run.coordinator.mean(list(totals.values()))))
+    state.measured.append(means)
+    run.recorder.event("measurement", step=state.step, seconds=timer.seconds(), losses=pairs(means))
     # before a phase's first step it belongs to that step: the checkpoint of the step before does not know it
     at = state.step + (state.step == phase.start)
-    run.recorder.curve(at, "search", {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()})
+    run.recorder.curve(at, "search", {f"loss_{subnet.tag}": loss for subnet, loss in means.items()})
 
 
 def _half_measured(run: Run, candidates: tuple[Subnet, ...]) -> tuple[int, dict[Subnet, float]]:

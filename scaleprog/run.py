@@ -15,7 +15,7 @@ from scaleprog.claim import Claim
 from scaleprog.data.reader import TrainReader
 from scaleprog.errors import EXIT_CODE, Preempted
 from scaleprog.growth.schedule import Phase
-from scaleprog.growth.space import Subnet
+from scaleprog.growth.space import View
 from scaleprog.metrics import ProgressLine, Recorder
 from scaleprog.models.elastic import ElasticModel, Structure, draw_patches
 from scaleprog.plan import Plan
@@ -46,9 +46,9 @@ class Run:
     compilations: int = 0  # as last recorded
 
 
-def patches_seen(run: Run, subnet: Subnet, epoch: int, step: int) -> Tensor | None:
-    """The patches of each of this rank's images that a step of an epoch's order shows `subnet`; None: all of them."""
-    view, side = run.plan.schedule.view(subnet), run.plan.schedule.patch
+def patches_seen(run: Run, view: View, epoch: int, step: int) -> Tensor | None:
+    """The patches of each of this rank's images that a step of an epoch's order shows; None: all of them."""
+    side = run.plan.schedule.patch
     if view.patches is None or side is None:
         return None
     total, order = (view.pixels // side) ** 2, run.plan.order

@@ -225,7 +225,8 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
     position = phase.position_of(step)
     lr = learning_rate(recipe.optimizer, position, plan.schedule.steps, plan.warmup_steps)
     drop = drop_rows(run, phase, len(batch.labels))
-    kept = patches_seen(run, subnet, *divmod(position, plan.order.steps_per_epoch))
+    view = plan.schedule.view(subnet)
+    kept = patches_seen(run, view, *divmod(position, plan.order.steps_per_epoch))
     images = batch.images.to(backend.device, non_blocking=True)
     labels = batch.labels.to(backend.device, non_blocking=True)
 
@@ -234,8 +235,8 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
         images, labels, lanes=len(run.reader.lanes), seed=recipe.seed, step=step,
         classes=recipe.model.classes, settings=recipe.augment,
     )  # fmt: skip
-    if (band := plan.schedule.view(subnet).band) is not None:
-        images = low_pass(images, band)
+    if view.band is not None:
+        images = low_pass(images, view.band)
     loss = torch.zeros((), device=backend.device)
     for rows in micro_batches(len(images), recipe.train.micro_batch):
         logits = backend.forward(

@@ -167,6 +167,11 @@ class Schedule:
         band = subnet.resolution if self.curriculum else None
         return View(self.full.resolution, (subnet.resolution // self.patch) ** 2, band)
 
+    def judged(self, subnet: Subnet) -> View:
+        """What `subnet` is shown when a search scores it: what it trains on or, within a budget, if that is a part of
+        the patches, all of them. That a part tells less about an image says nothing about what is learnt from it."""
+        return self.view(subnet if self.budget is None or self.patch is None else self.full)
+
     @property
     def latest(self) -> int:
         """The last position at which the complete model may take over: the last of the equal parts is its own."""
