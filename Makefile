@@ -31,8 +31,9 @@ demo: install
 	$(SCALEPROG) report $(DEMO)/original $(DEMO)/autoprog --out $(DEMO)/report
 	@echo "curves: $(VENV)/bin/tensorboard --logdir $(DEMO)"
 
+# Two files at a time: those on Slurm mostly wait.
 test: install
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 # Runs under random faults, each compared with the undisturbed run; N of them, drawn by SEED, on fsdp, hsdp or zero.
 N := 20

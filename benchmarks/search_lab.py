@@ -34,7 +34,7 @@ from typing import Any
 
 import yaml
 
-from scaleprog.figures import Curve, draw_accuracy, draw_cloud
+from scaleprog.figures import COST, Curve, draw_accuracy, draw_cloud
 from scaleprog.metrics import read_rows
 from scaleprog.recipe import Recipe
 
@@ -232,7 +232,7 @@ def main() -> None:
         points = [(run.case.group, records[run].cost, records[run].best) for run in runs]
         draw_cloud(options.out / f"{grid.name}.png", points)
         if curves := [curve(run, records[run]) for run in runs if run.case.curve]:
-            draw_accuracy(options.out / f"{grid.name}_curves.png", curves)
+            draw_accuracy(options.out / f"{grid.name}_curves.png", curves, COST)
 
 
 def attempt(run: Run, records: Records) -> None:

@@ -31,6 +31,7 @@ MARKS = {  # what happens in a run's life: marker, colour, words for the legend
     "requeue": (">", BLACK, "requeued"), "finish": ("*", GREEN, "finished"),
 }  # fmt: skip
 STARTING, DOWN, QUEUE = "#cfe0ee", "#ececec", "#dadada"
+COST = "cost of training (steps of the complete model)"
 WIDTH, DPI = 8.4, 160  # inches; readable where a README shows 800 to 1000 pixels
 STYLE: dict[Any, Any] = {
     "font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -75,8 +76,11 @@ class Search:
 
 
 @matplotlib.rc_context(STYLE)
-def draw_accuracy(path: Path, curves: Sequence[Curve]) -> None:
-    """The paper's Fig. 4: one line per run, one colour per recipe; beside it the ends of finished runs, magnified."""
+def draw_accuracy(path: Path, curves: Sequence[Curve], spent: str = "training time (s)") -> None:
+    """The paper's Fig. 4: one line per run, one colour per recipe; beside it the ends of finished runs, magnified.
+
+    `spent` is what the curves' `seconds` are, where they are something else.
+    """
     ends = any(curve.finished and curve.top1 for curve in curves)
     figure = Figure(figsize=(WIDTH, 4.4))
     axes = figure.subplots(1, 2 if ends else 1, squeeze=False, width_ratios=(2, 1) if ends else (1,))[0]
@@ -101,9 +105,9 @@ def draw_accuracy(path: Path, curves: Sequence[Curve]) -> None:
         label = f"{recipe} ({', '.join(notes)})" if notes else recipe
         axes[0].plot([], [], line + marker, color=colour, markeredgecolor="white", markersize=8, label=label)
     axes[0].plot([], [], "|", color="#555555", markersize=11, markeredgewidth=1.6, label="a stage begins")
-    axes[0].set(xlabel="training time (s)", ylabel="top-1 (%), better of online and EMA", xlim=(0, None))
+    axes[0].set(xlabel=spent, ylabel="top-1 (%), better of online and EMA", xlim=(0, None))
     if ends:
-        axes[1].set(title="the ends, magnified", xlabel="training time (s)")
+        axes[1].set(title="the ends, magnified", xlabel=spent)
         axes[1].margins(0.18)
         axes[1].xaxis.set_major_locator(MaxNLocator(4))
     figure.legend(loc="outside lower center", ncols=min(len(recipes) + 1, 4))
@@ -356,6 +360,6 @@ def draw_cloud(path: Path, points: Sequence[tuple[str, float, float]]) -> None:
                   markeredgecolor="white", label=f"{group} ({len(mine)})")  # fmt: skip
     best = [p[1:] for p in points if not any(o[1] <= p[1] and o[2] >= p[2] and o[1:] != p[1:] for o in points)]
     axes.plot(*zip(*sorted(best)), color="#999999", linewidth=1, zorder=1)
-    axes.set(xlabel="cost of training (steps of the complete model)", ylabel="top-1 (%), better of online and EMA")
+    axes.set(xlabel=COST, ylabel="top-1 (%), better of online and EMA")
     figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=DPI)

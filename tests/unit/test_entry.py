@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from scaleprog.growth.operators import LayerMap, grow
 from scaleprog.growth.schedule import SubnetSettings
-from scaleprog.growth.space import Subnet
-from tests.unit.schedules import D1, DEIT, OPERATORS, of, one_group, two_groups, unroll
+from scaleprog.growth.space import Choice, Subnet
+from tests.unit.schedules import D1, DEIT, OPERATORS, of, one_group, published, two_groups, unroll
 
 Network = tuple[tuple[object, ...], ...]
 
@@ -46,7 +46,7 @@ def test_a_recycled_run_grows_as_if_it_had_grown_straight_into_each_choice(
 ) -> None:
     """The supernet only ever adds what the operator would have added: its way in and out is the operator's growth."""
     schedule = of(D1, rule=data.draw(st.sampled_from(("all", "window"))))
-    phases, _ = unroll(schedule, lambda phase: data.draw(st.sampled_from(phase.candidates)))
+    phases, _ = unroll(schedule, lambda phases: Choice(data.draw(st.sampled_from(phases[-1].candidates))))
     network: Network | None = None
     trained: Network | None = None  # after the last train phase
     for i, phase in enumerate(phases):
@@ -76,7 +76,7 @@ def test_without_recycling_a_stage_grows_the_network_from_before_its_search(
     operator: str, split: Callable[[int], tuple[int, ...]], data: st.DataObject
 ) -> None:
     schedule = of(D1, rule=data.draw(st.sampled_from(("all", "window"))), recycle=False)
-    phases, _ = unroll(schedule, lambda phase: data.draw(st.sampled_from(phase.candidates)))
+    phases, _ = unroll(schedule, lambda phases: Choice(data.draw(st.sampled_from(phases[-1].candidates))))
     trained: Network | None = None
     for i, phase in enumerate(phases):
         layer_map = schedule.entry(phases, i, operator, split)
@@ -101,7 +101,7 @@ def test_a_search_that_chooses_the_network_it_started_from_still_leaves_the_supe
     """Without recycling: 128 px, 6 layers again, after a search whose network has 12 layers."""
     schedule = of(rule="all", recycle=False)
     again = Subnet(128, 6)
-    phases = schedule.phases([again, again])
+    phases = schedule.phases([Choice(again)] * 2)
     assert phases[2].network == DEIT
     assert phases[3].candidates == phases[1].candidates == (again,)
     layer_map = schedule.entry(phases, 3, "interpolation", one_group)
@@ -127,14 +127,14 @@ def test_entry_is_none_where_the_network_stays() -> None:
     assert [entry is None for entry in entries] == [False, True, False, False]
     assert entries[2] == grow("mogrow", (6,), (6,)), "a growth in resolution alone reads the EMA too"
     automatic = of()
-    phases = automatic.phases([DEIT])  # the first search chose the full network
+    phases = automatic.phases([Choice(DEIT)])  # the first search chose the full network
     assert automatic.entry(phases, 1, "mogrow", one_group).depths == (12,), "the search's network is left once"
     assert [automatic.entry(phases, i, "mogrow", one_group) for i in (2, 3, 4)] == [None] * 3
 
 
 def test_identity_opens_no_gate_on_the_way_out_of_a_supernet() -> None:
     schedule = of()
-    phases = schedule.phases([Subnet(128, 6), Subnet(160, 8)])
+    phases = schedule.phases(published((128, 6), (160, 8)))
     into = schedule.entry(phases, 2, "identity", one_group)
     out = schedule.entry(phases, 3, "identity", one_group)
     assert [o.gate for o in into.groups[0]] == [1, 0] * 6

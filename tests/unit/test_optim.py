@@ -16,6 +16,7 @@ from scaleprog.growth.space import Subnet
 from scaleprog.models.elastic import ModelSettings, Structure
 from scaleprog.models.vit import ElasticViT
 from scaleprog.optim import OptimizerSettings, adamw, alike, learning_rate, moments
+from tests.unit.schedules import published
 
 TINY = {"width": 16, "heads": 2, "depth": 2, "resolution": 32, "classes": 5}
 
@@ -84,7 +85,7 @@ def test_growth_does_not_restart_it(recycle: bool) -> None:
     settings, warmup = OptimizerSettings(), 20
     growth = GrowthSettings(recycle=recycle)
     schedule = Schedule.of(growth, Subnet(224, 12), 32, 400, 8, "window")
-    phases = schedule.phases([Subnet(128, 6), Subnet(160, 10), Subnet(192, 12)])
+    phases = schedule.phases(published((128, 6), (160, 10), (192, 12)))
     assert len(phases) == 7
     trained = [
         learning_rate(settings, phase.position_of(step), schedule.steps, warmup)
