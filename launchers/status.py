@@ -17,6 +17,7 @@ from scaleprog import queue
 from scaleprog.claim import is_alive, read_owner
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.growth.space import Subnet
+from scaleprog.life import still_told
 from scaleprog.plan import Plan
 from scaleprog.recipe import Recipe
 from scaleprog.state import decision_from_json
@@ -170,8 +171,8 @@ def outlook(recipe: Recipe, events: Sequence[Row], step: int, recent: Sequence[R
         plan = Plan.of(recipe, 1)
     except ScaleprogError:  # the shards need not be within reach of whoever asks
         return None, None
-    choices = {e["stage"]: decision_from_json(e).choice for e in events if e["event"] == "choice" and e["step"] <= step}
-    phases = plan.schedule.expected([choices[stage] for stage in sorted(choices)], plan.gmacs)
+    told = [e for e in still_told(events) if e["event"] == "choice" and e["step"] <= step]
+    phases = plan.schedule.expected([decision_from_json(event).choice for event in told], plan.gmacs)
 
     left = [replace(phase, start=max(phase.start, step)) for phase in phases if phase.stop > step]
     work = plan.schedule.cost(left, plan.gmacs)

@@ -7,6 +7,7 @@ import json
 import time
 from contextlib import suppress
 from statistics import median
+from typing import Any
 
 import torch.nn.functional as F
 
@@ -54,7 +55,7 @@ def measure(run: Run, phase: Phase) -> None:
     judged = {s: (schedule.judged(s), run.plan.active(phase, s)) for s in phase.candidates}
     sizes = sorted({view.pixels for view, _ in judged.values()})
     requests = [Request(SEARCH_EPOCH, i, r, erase=0.0) for r in sizes for i in range(run.plan.search_batches)]
-    done, totals = _half_measured(run, phase.candidates)
+    done, totals = _half_measured(run, phase)
     grow_from = range(len(run.recipe.ema.momenta))[run.recipe.ema.grow_from]
     weights = grow_from if run.recipe.search.weights == "ema" else None
     with run.reader.stream(requests[done:], sizes[-1]) as batches, run.backend.weights(weights):
@@ -78,7 +79,7 @@ def measure(run: Run, phase: Phase) -> None:
     state.train_seconds += timer.seconds()  # the paper's time includes the scoring
     state.train_cpu_seconds += timer.cpu_seconds
     if stop:
-        _keep_half(run, done, totals)
+        _keep_half(run, phase, done, totals)
         raise AskedToStop(stop)
     means = dict(zip(totals, run.coordinator.mean(list(totals.values()))))
     state.measured.append(means)
@@ -88,7 +89,7 @@ def measure(run: Run, phase: Phase) -> None:
     run.recorder.curve(at, "search", {f"loss_{subnet.tag}": loss for subnet, loss in means.items()})
 
 
-def _half_measured(run: Run, candidates: tuple[Subnet, ...]) -> tuple[int, dict[Subnet, float]]:
+def _half_measured(run: Run, phase: Phase) -> tuple[int, dict[Subnet, float]]:
     """How many batches of the present measurement were done when the run was stopped, and this rank's sums of them.
 
     A file of its own keeps this, because the checkpoint that a search starts from is older than its network.
@@ -97,25 +98,26 @@ def _half_measured(run: Run, candidates: tuple[Subnet, ...]) -> tuple[int, dict[
     def read() -> tuple[int, list[list[float]]]:
         with suppress(OSError, ValueError):
             kept = json.loads((run.folder / HALF_MEASURED).read_text())
-            if kept["where"] == _where(run):
+            if kept["where"] == _where(run, phase):
                 return kept["done"], kept["totals"]
-        return 0, [[0.0] * len(candidates)] * run.coordinator.world
+        return 0, [[0.0] * len(phase.candidates)] * run.coordinator.world
 
     done, totals = run.coordinator.decide("measurement so far", read)
-    return done, dict(zip(candidates, totals[run.coordinator.rank]))
+    return done, dict(zip(phase.candidates, totals[run.coordinator.rank]))
 
 
-def _keep_half(run: Run, done: int, totals: dict[Subnet, float]) -> None:
+def _keep_half(run: Run, phase: Phase, done: int, totals: dict[Subnet, float]) -> None:
     everyones = run.coordinator.gather(list(totals.values()))
     if run.coordinator.rank == 0:
         with suppress(OSError):  # then it is done anew
-            kept = {"where": _where(run), "done": done, "totals": everyones}
+            kept = {"where": _where(run, phase), "done": done, "totals": everyones}
             write_whole(run.folder / HALF_MEASURED, json.dumps(kept))
 
 
-def _where(run: Run) -> dict[str, int]:
+def _where(run: Run, phase: Phase) -> dict[str, Any]:
     """By which a measurement is known."""
-    return {"step": run.state.step, "phase": run.state.phase, "ranks": run.coordinator.world}
+    candidates = [[s.resolution, s.depth] for s in phase.candidates]
+    return {"step": run.state.step, "candidates": candidates, "ranks": run.coordinator.world}
 
 
 def choose(run: Run, phase: Phase) -> None:
@@ -149,14 +151,14 @@ def _decide(run: Run, phase: Phase, times: dict[Subnet, float]) -> Decision:
     state, schedule = run.state, run.plan.schedule
     if schedule.budget is None:
         return decide(phase.stage, state.measured, times)
-    known: dict[Subnet, float] = {}
-    for decision in state.decisions:
-        known |= dict(zip(decision.candidates, decision.times))
-    known |= times  # the newest of each counts: the machine may be another one by now
+    prices: dict[Subnet, float] = {}  # of a step, in those of the complete model: machines may change on the way
+    for subnets, seconds in (*((d.candidates, d.times) for d in state.decisions), (times.keys(), times.values())):
+        complete = dict(zip(subnets, seconds))[schedule.full]
+        prices |= {subnet: each / complete for subnet, each in zip(subnets, seconds)}
     phases = schedule.phases(state.choices)
     forwards = run.recipe.search.measurements * run.plan.search_batches / FORWARDS_PER_STEP
-    scored = [known[subnet] for p in phases if p.searched for subnet in p.candidates]
-    funds = schedule.funds(phases, known.__getitem__, forwards * sum(scored) / times[schedule.full])
+    scored = sum(prices[subnet] for p in phases if p.searched for subnet in p.candidates)
+    funds = schedule.funds(phases, prices.__getitem__, forwards * scored)
     return decide_within(funds, phase.stage, state.measured, times)
 
 

@@ -1,5 +1,6 @@
 """What a recipe amounts to once model and shards are known; everything that can be refused is refused here."""
 
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -82,6 +83,8 @@ def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], S
     """Model family and schedule of a recipe whose shards need not exist. Raises RecipeError."""
     elastic, full, stride = family(recipe.model)
     growth = recipe.growth
+    if recipe.search.budget is not None and recipe.search.method != "budget":
+        raise RecipeError(f"search.budget: {recipe.search.budget}, but search.method: {recipe.search.method} has none")
     for key, multiple in (
         ("growth.resolution_multiple", growth.resolution_multiple),
         ("model.resolution", full.resolution),
@@ -97,8 +100,6 @@ def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], S
     searched = recipe.search.epochs or recipe.train.epochs / SEARCHES_PER_RUN
     search_steps = max(1, round(searched * steps_per_epoch))
     schedule = Schedule.of(growth, full, stride, steps, search_steps, recipe.search.candidates)
-    if schedule.kind == "automatic" and recipe.search.method == "budget":
-        schedule = replace(schedule, budget=_budget(recipe, elastic, schedule))
     if steps < schedule.stages:
         raise RecipeError(f"train.epochs: {steps} steps cannot be cut into {schedule.stages} stages")
     if schedule.kind == "automatic" and schedule.stages > 1 and search_steps >= steps // schedule.stages:
@@ -106,6 +107,8 @@ def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], S
             f"search.epochs: {searched:g} epochs of search do not fit into a stage of "
             f"{recipe.train.epochs / schedule.stages:g}"
         )
+    if schedule.kind == "automatic" and recipe.search.method == "budget":
+        schedule = replace(schedule, budget=_budget(recipe, elastic, schedule))
     return elastic, schedule
 
 
@@ -178,15 +181,17 @@ def _budget(recipe: Recipe, elastic: type[ElasticModel], schedule: Schedule) -> 
         raise RecipeError("search.candidates: window leaves the present network out, and a budget may want to keep it; "
                           "use corners or all, or search.method: published")  # fmt: skip
     price = partial(_gmacs, recipe, elastic, schedule)
-    rungs = [price(subnet) / price(schedule.full) for subnet in schedule.ladder]
-    least = (rungs[0] * schedule.latest + schedule.steps - schedule.latest) / schedule.steps
-    if recipe.search.budget is not None and recipe.search.budget < least:
+    whole = price(schedule.full) * schedule.steps
+    if recipe.search.budget is None:
+        return sum(map(price, schedule.ladder)) / price(schedule.full) / len(schedule.ladder)
+    least = schedule.cost(replace(schedule, budget=sys.float_info.min).expected((), price), price) / whole
+    if recipe.search.budget < least:
         raise RecipeError(
             f"search.budget: {recipe.search.budget} of Original's cost; {schedule.ladder[0]} until the last of "
-            f"{schedule.stages} stages, which trains the complete model, already costs {least:.2f}; raise it, or lower "
-            "growth.smallest or raise growth.stages"
+            f"{schedule.stages} stages, which trains the complete model, costs {least:.3f} with its searches; raise "
+            "it, or lower growth.smallest or raise growth.stages"
         )
-    return recipe.search.budget or sum(rungs) / len(rungs)
+    return recipe.search.budget
 
 
 def _check_by_hand(recipe: Recipe, full: Subnet, stride: int) -> None:

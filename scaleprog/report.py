@@ -43,7 +43,8 @@ LIVES = (
 )
 SCORES = (
     "Chosen is the lowest score: loss x time^alpha or, within a budget, what is lost to the complete model's loss per "
-    "step of it that is saved (–: a network that cannot save enough)."
+    "step of it that is saved (–: a network that cannot save enough). Where nothing is to be saved any more, the "
+    "complete model is chosen, which has no score."
 )
 SHORT = ("run", "schedule", "stages", "top-1 best", "train s", "wall s", "speedup")  # columns for a terminal
 

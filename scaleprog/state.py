@@ -90,11 +90,12 @@ def _stage(phase: Phase, decision: Decision | None, steps_per_epoch: int) -> dic
         "epochs": (phase.stop - phase.start) / steps_per_epoch,
         "searched": decision is not None,
         "alpha": None,
+        "complete_from": None,
         "scores": [],
     }
     if decision is not None:
         rows = zip(decision.candidates, decision.losses, decision.times, decision.scores)
-        stage["alpha"] = decision.alpha
+        stage["alpha"], stage["complete_from"] = decision.alpha, decision.complete_from
         stage["scores"] = [
             {"resolution": s.resolution, "depth": s.depth, "loss": loss, "time": seconds, "score": score}
             for s, loss, seconds, score in rows
@@ -121,7 +122,7 @@ def decision_from_json(values: Mapping[str, Any]) -> Decision:
         scores=tuple(values["scores"]),
         chosen=Subnet(*values["chosen"]),
         alpha=values["alpha"],
-        complete_from=values["complete_from"],
+        complete_from=values.get("complete_from"),  # not in events of runs before budgets
     )
 
 

@@ -24,7 +24,7 @@ from scaleprog.files import sync_folder
 from scaleprog.sharding.spread import Part
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 
 FileList = dict[str, tuple[int, str]]
 """Name -> (bytes, SHA-256)."""

@@ -121,7 +121,6 @@ class Schedule:
         steps: int,
         search_steps: int,
         rule: CandidateRule,
-        budget: float | None = None,
     ) -> "Schedule":
         """The schedule of a recipe; `full` is the complete model, `multiple` the pixels resolutions are rounded to."""
         kind: Literal["fixed", "automatic", "supernet"] = "fixed"
@@ -132,18 +131,11 @@ class Schedule:
         else:
             rungs = ladder(full, growth.smallest, growth.stages, growth.resolution_multiple or multiple)
             kind = "fixed" if growth.schedule == "linear" else growth.schedule
+        patch = multiple if growth.patches == "subset" else None
         return cls(
-            kind,
-            rungs,
-            steps,
-            search_steps,
-            rule,
-            growth.recycle,
-            growth.adaptive_regularization,
-            budget if kind == "automatic" else None,
-            multiple if growth.patches == "subset" else None,
-            growth.curriculum,
-        )
+            kind, rungs, steps, search_steps, rule, growth.recycle, growth.adaptive_regularization,
+            patch=patch, curriculum=growth.curriculum,
+        )  # fmt: skip
 
     @property
     def stages(self) -> int:
@@ -169,7 +161,8 @@ class Schedule:
 
     def judged(self, subnet: Subnet) -> View:
         """What `subnet` is shown when a search scores it: what it trains on or, within a budget, if that is a part of
-        the patches, all of them. That a part tells less about an image says nothing about what is learnt from it."""
+        the patches, all of them. That a part tells less about an image says nothing about what is learnt from it; so of
+        networks of one depth the cheapest wins, and the loss decides about depth."""
         return self.view(subnet if self.budget is None or self.patch is None else self.full)
 
     @property
@@ -282,6 +275,8 @@ class Schedule:
             return self.steps
         if choice.complete_from is None:
             return stage * self.steps // self.stages
+        if self.judged(choice.subnet) == self.judged(self.full) and choice.subnet.depth == self.full.depth:
+            return choice.complete_from  # another search could not tell it from the complete model
         before = choice.complete_from - position
         return position + -(-before // max(1, round(before * self.stages / self.steps)))
 

@@ -23,12 +23,13 @@ TIE = 1e-6  # relative difference of two scores below which the cheaper candidat
 class SearchSettings(Settings):
     """How a stage is searched.
 
-    `method`: `budget` or `published`, see docs/search.md; `budget`: what the run may cost, searches included, as a part
-    of Original's cost (None: what the equispaced ladder, "Prog", costs by GMACs); `epochs` of supernet training (None:
-    an 80th of the run's); `subset`: training images that score a candidate, rounded down to whole batches, at least one
-    (None: a 25th of all); `candidates`: see `GrowthSpace.candidates`; `measurements`: how often losses are measured,
-    equispaced from the start to the end of the last search epoch; `weights`: of which network they are; `times`:
-    `measured` step times, or `modelled` ones in proportion to GMACs, for runs that must make the same choice twice.
+    `method`: `budget` or `published`, see docs/search.md; `budget`: the most that the run may cost, searches included,
+    as a part of Original's cost (None: what the equispaced ladder, "Prog", costs by GMACs); `epochs` of supernet
+    training (None: an 80th of the run's); `subset`: training images that score a candidate, rounded down to whole
+    batches, at least one (None: a 25th of all); `candidates`: see `GrowthSpace.candidates`; `measurements`: how often
+    losses are measured, equispaced from the start to the end of the last search epoch; `weights`: of which network they
+    are; `times`: `measured` step times, or `modelled` ones in proportion to GMACs, for runs that must make the same
+    choice twice.
     """
 
     method: Method = "budget"
@@ -47,7 +48,7 @@ class Decision:
 
     Of the published method: `alpha`, and scores whose unit of time is the cheapest candidate's. Of the budget:
     `complete_from`, the schedule position from which on the complete model trains, and scores in loss per step saved
-    (None: of a candidate that was not to be chosen).
+    (None: the complete model, and what cannot save enough).
     """
 
     stage: int

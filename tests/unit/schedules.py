@@ -1,6 +1,7 @@
 """Schedules to test: of a model in one group of layers, and of one in two groups, as VOLO has them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from scaleprog.growth.schedule import GrowthSettings, Phase, Schedule
 from scaleprog.growth.space import Choice, Subnet
@@ -24,7 +25,7 @@ def of(
     full: Subnet = DEIT, steps: int = 400, search_steps: int = 8, rule: str = "window", budget: float | None = None,
     **growth: object,
 ) -> Schedule:  # fmt: skip
-    return Schedule.of(GrowthSettings(**growth), full, 32, steps, search_steps, rule, budget)
+    return replace(Schedule.of(GrowthSettings(**growth), full, 32, steps, search_steps, rule), budget=budget)
 
 
 def unroll(schedule: Schedule, choose: Callable[[list[Phase]], Choice]) -> tuple[list[Phase], list[Choice]]:

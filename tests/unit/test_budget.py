@@ -181,6 +181,19 @@ def test_a_run_keeps_to_its_budget_if_its_smallest_network_can(run: Run) -> None
         assert schedule.cost(run.phases, price) <= schedule.budget * schedule.steps + 1
 
 
+def test_nothing_is_searched_that_cannot_be_told_apart() -> None:
+    """All patches judge, and the depth is complete: what is left to grow has no loss of its own."""
+    for patches, searches in (("subset", 1), ("resolution", 2)):
+        schedule = of(rule="corners", budget=0.5, search_steps=8, patches=patches)
+        choices = [Choice(Subnet(128, 12), 290)]
+        phases = schedule.phases(choices)
+        assert sum(p.searched for p in phases) == searches
+        if patches == "subset":
+            assert [(p.stage, p.kind, p.start, p.stop, p.network) for p in phases[2:]] == [
+                (2, "train", 108, 290, Subnet(128, 12)), (3, "train", 290, 400, DEIT),
+            ]  # fmt: skip
+
+
 @given(runs(recycle=False))
 def test_without_recycling_positions_are_trained_once(run: Run) -> None:
     trained = [p.position_of(step) for p in run.phases if p.kind == "train" for step in range(p.start, p.stop)]

@@ -228,6 +228,15 @@ def test_budgets_that_cannot_be_kept_are_refused() -> None:
         RecipeError, match=r"search\.budget: 0\.3 of Original's cost; 128 px, 6 layers until the last of"
     ):
         outline(deit("autoprog", "search.budget=0.3"), 1000)
+    searching = describe(deit("autoprog", "search.budget=0.45", "search.epochs=5"))
+    assert searching["speedup"] >= 1 / 0.45 - 1, "searches are part of the budget"
+    with pytest.raises(RecipeError, match=r"costs 0\.4\d+ with its searches"):
+        outline(deit("autoprog", "search.budget=0.42", "search.epochs=20"), 1000)
+    outline(deit("autoprog", "search.budget=0.42"), 1000)
+    with pytest.raises(RecipeError, match=r"search\.budget: 0\.5, but search\.method: published has none"):
+        outline(deit("autoprog_published", "search.budget=0.5"), 1000)
+    with pytest.raises(RecipeError, match="0 steps cannot be cut into 4 stages"):
+        outline(deit("autoprog", "train.epochs=0.0001"), 1000)
     with pytest.raises(RecipeError, match=r"search\.candidates: window leaves the present network out"):
         outline(deit("autoprog", "search.candidates=window"), 1000)
 
