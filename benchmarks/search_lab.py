@@ -93,6 +93,8 @@ class Run:
         self._settings = [*case.settings, f"seed={seed}", "sharding.engine=replicated", "data.workers=1"]
         recipe = Recipe.load(case.recipe, self._settings)
         chosen = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"evaluate", "checkpoint"})
+        if recipe.growth.schedule != "automatic":
+            chosen.pop("search", None)  # searches nothing
         self.digest = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
         self.folder = runs / self.digest
 

@@ -31,7 +31,8 @@ MARKS = {  # what happens in a run's life: marker, colour, words for the legend
     "requeue": (">", BLACK, "requeued"), "finish": ("*", GREEN, "finished"),
 }  # fmt: skip
 STARTING, DOWN, QUEUE = "#cfe0ee", "#ececec", "#dadada"
-COST = "cost of training (steps of the complete model)"
+COST = "cost (steps of the complete model)"
+LONG = 20  # letters of a name from which on a legend has fewer columns
 WIDTH, DPI = 8.4, 160  # inches; readable where a README shows 800 to 1000 pixels
 STYLE: dict[Any, Any] = {
     "font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -104,13 +105,15 @@ def draw_accuracy(path: Path, curves: Sequence[Curve], spent: str = "training ti
         ] * (unfinished > 0)
         label = f"{recipe} ({', '.join(notes)})" if notes else recipe
         axes[0].plot([], [], line + marker, color=colour, markeredgecolor="white", markersize=8, label=label)
-    axes[0].plot([], [], "|", color="#555555", markersize=11, markeredgewidth=1.6, label="a stage begins")
+    if any(curve.begins for curve in curves):
+        axes[0].plot([], [], "|", color="#555555", markersize=11, markeredgewidth=1.6, label="a stage begins")
     axes[0].set(xlabel=spent, ylabel="top-1 (%), better of online and EMA", xlim=(0, None))
     if ends:
         axes[1].set(title="the ends, magnified", xlabel=spent)
         axes[1].margins(0.18)
         axes[1].xaxis.set_major_locator(MaxNLocator(4))
-    figure.legend(loc="outside lower center", ncols=min(len(recipes) + 1, 4))
+    columns = 3 if max(map(len, recipes), default=0) > LONG else 4
+    figure.legend(loc="outside lower center", ncols=min(len(recipes) + 1, columns))
     figure.savefig(path, dpi=DPI)
 
 
