@@ -64,7 +64,7 @@ def plan(
         console.print(
             "a search decides stage by stage; shown is the equispaced schedule"
             if outlook["budget"] is None
-            else f"a search spends at most {outlook['budget']:.1%} of Original's cost; shown is the run that stays smallest"
+            else f"a search spends at most {outlook['budget']:.1%} of Original's cost; shown: staying smallest"
         )
     if worlds:
         show_worlds(loaded, worlds, described, console)
