@@ -1,7 +1,7 @@
 """Schedules to test: of a model in one group of layers, and of one in two groups, as VOLO has them."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from scaleprog.growth.schedule import GrowthSettings, Phase, Schedule
 from scaleprog.growth.space import Choice, Subnet
@@ -9,6 +9,15 @@ from scaleprog.growth.space import Choice, Subnet
 OPERATORS = ("rand_init", "stacking", "interpolation", "identity", "mogrow")
 DEIT = Subnet(224, 12)
 D1 = Subnet(224, 18)  # VOLO-D1's depth, 0.5 Omega: 9 12 15 18
+
+
+@dataclass(frozen=True)
+class Run:
+    """A schedule with all its phases, and the choices that they follow from."""
+
+    schedule: Schedule
+    phases: list[Phase]
+    choices: list[Choice]
 
 
 def one_group(depth: int) -> tuple[int, ...]:

@@ -1,16 +1,15 @@
 """The budget's search: what it chooses, when the complete model takes over, and what runs of such choices are."""
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaleprog.growth.schedule import Phase, Schedule
+from scaleprog.growth.schedule import Phase
 from scaleprog.growth.search import Funds, decide_within
 from scaleprog.growth.space import Choice, Subnet
-from tests.unit.schedules import DEIT, of, unroll
+from tests.unit.schedules import DEIT, Run, of, unroll
 
 CORNERS = [Subnet(128, 6), Subnet(128, 12), Subnet(224, 6), DEIT]
 positive = st.floats(0.01, 100)
@@ -100,13 +99,6 @@ def test_units_do_not_matter(here: Funds, losses: list[float], seconds: list[flo
 
 
 # ---- runs
-
-
-@dataclass(frozen=True)
-class Run:
-    schedule: Schedule
-    phases: list[Phase]
-    choices: list[Choice]
 
 
 @st.composite

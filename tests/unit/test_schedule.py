@@ -1,6 +1,5 @@
 """The growth schedule: phases and positions of every kind of run."""
 
-from dataclasses import dataclass
 from itertools import pairwise, product
 
 import pytest
@@ -11,16 +10,9 @@ from scaleprog.growth.operators import interpolation
 from scaleprog.growth.regularization import Regularization
 from scaleprog.growth.schedule import GrowthSettings, Phase, Schedule, SubnetSettings
 from scaleprog.growth.space import Choice, Subnet, View, ladder
-from tests.unit.schedules import D1, DEIT, OPERATORS, of, one_group, published, two_groups, unroll
+from tests.unit.schedules import D1, DEIT, OPERATORS, Run, of, one_group, published, two_groups, unroll
 
 FULL_STRENGTH = Regularization()
-
-
-@dataclass(frozen=True)
-class Run:
-    schedule: Schedule
-    phases: list[Phase]
-    choices: list[Choice]
 
 
 @st.composite
