@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch.distributed as dist
+from hypothesis import HealthCheck, settings
 from webdataset.writer import ShardWriter
 
 from launchers.local import launch
@@ -21,6 +22,10 @@ from scaleprog.metrics import read_rows
 from scaleprog.recipe import Recipe
 from scaleprog.train import train_rank
 from shards.check import write_manifest
+
+# other work on the machine must not fail a test: hypothesis times examples and their drawing
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 SIDE, CLASSES = 32, 4
 SHARDINGS: tuple[dict[str, Any], ...] = (
