@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import hypothesis
 import numpy as np
 import pytest
 import torch.distributed as dist
-from hypothesis import HealthCheck, settings
 from webdataset.writer import ShardWriter
 
 from launchers.local import launch
@@ -24,8 +24,8 @@ from scaleprog.train import train_rank
 from shards.check import write_manifest
 
 # other work on the machine must not fail a test: hypothesis times examples and their drawing
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 SIDE, CLASSES = 32, 4
 SHARDINGS: tuple[dict[str, Any], ...] = (

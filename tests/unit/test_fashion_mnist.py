@@ -53,7 +53,9 @@ def test_fashion_mnist_is_the_same_bytes_everywhere(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no gzip", gzip.compress(b"no idx"), gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 5, 1]))]
+    "content",
+    [b"", b"no gzip", gzip.compress(b"no idx"), gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 5, 1]))],
+    ids=["empty", "no gzip", "no idx", "cut off"],
 )
 def test_damaged_idx_file(tmp_path: Path, content: bytes):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
