@@ -264,13 +264,13 @@ def table(grid: Grid, runs: Sequence[Run], records: Records) -> str:
             continue
         mine, theirs = ([of[name, seed] for seed in seeds] for name in (case.name, reference))
         deltas = [m.best - t.best for m, t in zip(mine, theirs)]
-        error = statistics.stdev(deltas) / len(deltas) ** 0.5 if len(deltas) > 1 else float("nan")
+        error = f" ± {statistics.stdev(deltas) / len(deltas) ** 0.5:.2f}" if len(deltas) > 1 else ""
         speedup = statistics.mean(t.cost / m.cost - 1 for m, t in zip(mine, theirs))
         cost = statistics.mean(record.cost for record in mine)
         scoring = statistics.mean(record.scoring / record.cost for record in mine)
         lines.append(
             f"| {case.name} | {', '.join(map(str, seeds))} | {spread([r.best for r in mine])} "
-            f"| {statistics.mean(deltas):+.2f} ± {error:.2f} | {speedup:+.0%} | {cost / 1000:.2f} | {scoring:.1%} |"
+            f"| {statistics.mean(deltas):+.2f}{error} | {speedup:+.0%} | {cost / 1000:.2f} | {scoring:.1%} |"
         )
     lines += ["", "| run | seed | stages, epochs | online | EMA | cost |", "|---|---|---|---|---|---|"]
     lines += [
