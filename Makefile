@@ -33,7 +33,7 @@ demo: install
 
 # Two files at a time: those on Slurm mostly wait.
 test: install
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Runs under random faults, each compared with the undisturbed run; N of them, drawn by SEED, on fsdp, hsdp or zero.
 N := 20

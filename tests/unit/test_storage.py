@@ -110,7 +110,7 @@ def test_a_checkpoint_of_another_format_is_refused_rather_than_skipped(
     save_checkpoint(20)
     path = sign(save_checkpoint(40), format=9, versions={"scaleprog": "9.1.0", "torch": "4.0"})
     for reading in (lambda: newest(checkpoint_folder), lambda: read_state(path), lambda: verify(path)):
-        with pytest.raises(OtherFormat, match=r"format 9, this version of scaleprog reads 3; .* 9\.1\.0$"):
+        with pytest.raises(OtherFormat, match=r"format 9, this version of scaleprog reads 4; .* 9\.1\.0$"):
             reading()
 
 
