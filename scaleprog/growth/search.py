@@ -148,14 +148,12 @@ def decide_within(
     cheaper = [i for i, price in enumerate(prices) if i != complete and price < 1]
     open_to = [i for i in cheaper if funds.enough(prices[i])] or sorted(cheaper, key=lambda i: prices[i])[:1]
     scores = {i: max(0.0, losses[i] - losses[complete]) / (1 - prices[i]) for i in open_to}
-    if funds.saving <= 0 or not scores:
-        winner, complete_from = complete, funds.position
-    else:
+    winner, complete_from = complete, funds.position
+    if scores:
         tied = [i for i, score in scores.items() if score <= min(scores.values()) * (1 + TIE)]
-        winner = min(tied, key=lambda i: (prices[i], candidates[i]))
-        complete_from = funds.complete_from(prices[winner])
-        if complete_from == funds.position:
-            winner = complete
+        small = min(tied, key=lambda i: (prices[i], candidates[i]))
+        complete_from = funds.complete_from(prices[small])
+        winner = small if complete_from > funds.position else complete
     shown = tuple(scores.get(i) for i in range(len(candidates)))
     return Decision(stage, candidates, losses, seconds, shown, candidates[winner], complete_from=complete_from)
 
