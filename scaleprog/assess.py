@@ -5,6 +5,7 @@ All of this may take minutes, so it ends where the run is asked to stop; it is t
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from statistics import median
 from typing import Any
@@ -15,11 +16,10 @@ from scaleprog.data.augment import Request, low_pass
 from scaleprog.data.order import SEARCH_EPOCH
 from scaleprog.evaluate import evaluate
 from scaleprog.files import write_whole
-from scaleprog.growth.schedule import Phase
+from scaleprog.growth.schedule import Phase, Schedule
 from scaleprog.growth.search import Decision, decide, decide_within, measurement_steps
-from scaleprog.growth.space import Subnet, View
+from scaleprog.growth.space import Subnet
 from scaleprog.metrics import StepTimer
-from scaleprog.models.elastic import Active
 from scaleprog.preemption import AskedToStop
 from scaleprog.run import Run, patches_seen
 from scaleprog.state import decision_from_json, decision_to_json, pairs
@@ -52,25 +52,23 @@ def measure(run: Run, phase: Phase) -> None:
     """Adds one loss per candidate to the state: on the search subset, with fixed augmentation."""
     state, timer, stop = run.state, StepTimer(run.backend.device), None
     schedule = run.plan.schedule
-    judged = {s: (schedule.judged(s), run.plan.active(phase, s)) for s in phase.candidates}
-    sizes = sorted({view.pixels for view, _ in judged.values()})
+    judged = _judged(schedule, phase)
+    sizes = sorted({schedule.view(s).pixels for s in judged})
     requests = [Request(SEARCH_EPOCH, i, r, erase=0.0) for r in sizes for i in range(run.plan.search_batches)]
-    done, totals = _half_measured(run, phase)
+    done, totals = _half_measured(run, judged)
     grow_from = range(len(run.recipe.ema.momenta))[run.recipe.ema.grow_from]
     weights = grow_from if run.recipe.search.weights == "ema" else None
     with run.reader.stream(requests[done:], sizes[-1]) as batches, run.backend.weights(weights):
         for request, batch in zip(requests[done:], batches, strict=True):
             images, labels = batch.images.to(run.backend.device), batch.labels.to(run.backend.device)
-            losses: dict[tuple[View, Active], float] = {}  # candidates may be judged by one and the same
-            for subnet, (view, active) in judged.items():
+            for subnet in judged:
+                view = schedule.view(subnet)
                 if view.pixels != request.resolution:
                     continue
-                if (view, active) not in losses:
-                    kept = patches_seen(run, view, SEARCH_EPOCH, request.step)
-                    shown = images if view.band is None else low_pass(images, view.band)
-                    logits = run.backend.forward(shown, active, kept=kept)
-                    losses[view, active] = float(F.cross_entropy(logits.float(), labels))
-                totals[subnet] += losses[view, active] / run.plan.search_batches
+                kept = patches_seen(run, view, SEARCH_EPOCH, request.step)
+                shown = images if view.band is None else low_pass(images, view.band)
+                logits = run.backend.forward(shown, run.plan.active(phase, subnet), kept=kept)
+                totals[subnet] += float(F.cross_entropy(logits.float(), labels)) / run.plan.search_batches
             done += 1
             if done < len(requests) and (stop := run.watch.asked()):
                 break
@@ -79,17 +77,23 @@ def measure(run: Run, phase: Phase) -> None:
     state.train_seconds += timer.seconds()  # the paper's time includes the scoring
     state.train_cpu_seconds += timer.cpu_seconds
     if stop:
-        _keep_half(run, phase, done, totals)
+        _keep_half(run, done, totals)
         raise AskedToStop(stop)
-    means = dict(zip(totals, run.coordinator.mean(list(totals.values()))))
-    state.measured.append(means)
-    run.recorder.event("measurement", step=state.step, seconds=timer.seconds(), losses=pairs(means))
+    means = dict(zip(judged, run.coordinator.mean(list(totals.values()))))
+    losses = {subnet: means[schedule.judged(subnet)] for subnet in phase.candidates}
+    state.measured.append(losses)
+    run.recorder.event("measurement", step=state.step, seconds=timer.seconds(), losses=pairs(losses))
     # before a phase's first step it belongs to that step: the checkpoint of the step before does not know it
     at = state.step + (state.step == phase.start)
-    run.recorder.curve(at, "search", {f"loss_{subnet.tag}": loss for subnet, loss in means.items()})
+    run.recorder.curve(at, "search", {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()})
 
 
-def _half_measured(run: Run, phase: Phase) -> tuple[int, dict[Subnet, float]]:
+def _judged(schedule: Schedule, search: Phase) -> list[Subnet]:
+    """The sub-networks whose losses a search measures, ascending."""
+    return sorted({schedule.judged(subnet) for subnet in search.candidates})
+
+
+def _half_measured(run: Run, judged: Sequence[Subnet]) -> tuple[int, dict[Subnet, float]]:
     """How many batches of the present measurement were done when the run was stopped, and this rank's sums of them.
 
     A file of its own keeps this, because the checkpoint that a search starts from is older than its network.
@@ -98,26 +102,26 @@ def _half_measured(run: Run, phase: Phase) -> tuple[int, dict[Subnet, float]]:
     def read() -> tuple[int, list[list[float]]]:
         with suppress(OSError, ValueError):
             kept = json.loads((run.folder / HALF_MEASURED).read_text())
-            if kept["where"] == _where(run, phase):
+            if kept["where"] == _where(run, judged):
                 return kept["done"], kept["totals"]
-        return 0, [[0.0] * len(phase.candidates)] * run.coordinator.world
+        return 0, [[0.0] * len(judged)] * run.coordinator.world
 
     done, totals = run.coordinator.decide("measurement so far", read)
-    return done, dict(zip(phase.candidates, totals[run.coordinator.rank]))
+    return done, dict(zip(judged, totals[run.coordinator.rank]))
 
 
-def _keep_half(run: Run, phase: Phase, done: int, totals: dict[Subnet, float]) -> None:
+def _keep_half(run: Run, done: int, totals: Mapping[Subnet, float]) -> None:
     everyones = run.coordinator.gather(list(totals.values()))
     if run.coordinator.rank == 0:
         with suppress(OSError):  # then it is done anew
-            kept = {"where": _where(run, phase), "done": done, "totals": everyones}
+            kept = {"where": _where(run, list(totals)), "done": done, "totals": everyones}
             write_whole(run.folder / HALF_MEASURED, json.dumps(kept))
 
 
-def _where(run: Run, phase: Phase) -> dict[str, Any]:
+def _where(run: Run, judged: Sequence[Subnet]) -> dict[str, Any]:
     """By which a measurement is known."""
-    candidates = [[s.resolution, s.depth] for s in phase.candidates]
-    return {"step": run.state.step, "candidates": candidates, "ranks": run.coordinator.world}
+    subnets = [[s.resolution, s.depth] for s in judged]
+    return {"step": run.state.step, "judged": subnets, "ranks": run.coordinator.world}
 
 
 def choose(run: Run, phase: Phase) -> None:
@@ -157,7 +161,7 @@ def _decide(run: Run, phase: Phase, times: dict[Subnet, float]) -> Decision:
         prices |= {subnet: each / complete for subnet, each in zip(subnets, seconds)}
     phases = schedule.phases(state.choices)
     forwards = run.recipe.search.measurements * run.plan.search_batches / FORWARDS_PER_STEP
-    scored = sum(prices[subnet] for p in phases if p.searched for subnet in p.candidates)
+    scored = sum(prices[subnet] for p in phases if p.searched for subnet in _judged(schedule, p))
     funds = schedule.funds(phases, prices.__getitem__, forwards * scored)
     return decide_within(funds, phase.stage, state.measured, times)
 

@@ -19,8 +19,8 @@ from scaleprog.recipe import Recipe
 
 SCALE = 1000
 """Schedule positions per epoch where shards are not needed, nor there to be counted."""
-SEARCHES_PER_RUN, PARTS_SCORED = 80, 25
-"""A search takes an 80th of a run's epochs, and scores on a 25th of the images, where the recipe does not say."""
+SEARCH_PARTS, SCORING_PARTS = 80, 25
+"""Where the recipe does not say, a search takes an 80th of the run's epochs, and scores on a 25th of the images."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Plan:
     def search_batches(self) -> int:
         """Global batches in the search subset."""
         subset, epoch = self.recipe.search.subset, self.order.steps_per_epoch
-        wanted = epoch // PARTS_SCORED if subset is None else subset // self.recipe.train.batch
+        wanted = epoch // SCORING_PARTS if subset is None else subset // self.recipe.train.batch
         return max(1, min(wanted, epoch))
 
     def gmacs(self, subnet: Subnet) -> float:
@@ -97,7 +97,7 @@ def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], S
         raise RecipeError("growth.curriculum: an image of low resolution holds no high frequencies; it goes with "
                           "growth.patches: subset")  # fmt: skip
     steps = round(recipe.train.epochs * steps_per_epoch)
-    searched = recipe.search.epochs or recipe.train.epochs / SEARCHES_PER_RUN
+    searched = recipe.search.epochs or recipe.train.epochs / SEARCH_PARTS
     search_steps = max(1, round(searched * steps_per_epoch))
     schedule = Schedule.of(growth, full, stride, steps, search_steps, recipe.search.candidates)
     if steps < schedule.stages:

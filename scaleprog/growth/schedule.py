@@ -159,11 +159,11 @@ class Schedule:
         band = subnet.resolution if self.curriculum else None
         return View(self.full.resolution, (subnet.resolution // self.patch) ** 2, band)
 
-    def judged(self, subnet: Subnet) -> View:
-        """What `subnet` is shown when a search scores it: what it trains on or, within a budget, if that is a part of
-        the patches, all of them. That a part tells less about an image says nothing about what is learnt from it; so of
-        networks of one depth the cheapest wins, and the loss decides about depth."""
-        return self.view(subnet if self.budget is None or self.patch is None else self.full)
+    def judged(self, subnet: Subnet) -> Subnet:
+        """The sub-network by whose loss a search scores `subnet`: itself or, within a budget, where it sees a part of
+        the patches, the one that sees all of them. That a part tells less about an image says nothing about what is
+        learnt from it; so of networks of one depth the cheapest wins, and the loss decides about depth."""
+        return subnet if self.budget is None or self.patch is None else Subnet(self.full.resolution, subnet.depth)
 
     @property
     def latest(self) -> int:
@@ -229,9 +229,8 @@ class Schedule:
             if self.budget is None:
                 choices.append(Choice(self.ladder[search.stage - 1]))
             else:
-                funds, small = self.funds(phases, price), min(search.candidates, key=price)
-                complete_from = funds.complete_from(price(small) / price(self.full))
-                choices.append(Choice(small if complete_from > funds.position else self.full, complete_from))
+                small = min(search.candidates, key=price)
+                choices.append(self.funds(phases, price).choice(small, price(small) / price(self.full), self.full))
         return phases
 
     def entry(self, phases: Sequence[Phase], index: int, operator: Operator, split: Split) -> LayerMap | None:
@@ -275,7 +274,7 @@ class Schedule:
             return self.steps
         if choice.complete_from is None:
             return stage * self.steps // self.stages
-        if self.judged(choice.subnet) == self.judged(self.full) and choice.subnet.depth == self.full.depth:
+        if self.judged(choice.subnet) == self.full:
             return choice.complete_from  # another search could not tell it from the complete model
         before = choice.complete_from - position
         return position + -(-before // max(1, round(before * self.stages / self.steps)))

@@ -89,11 +89,12 @@ class Funds:
         """What has to be saved on the way, against training the complete model from here on."""
         return self.steps - self.position - self.left
 
-    def complete_from(self, price: float) -> int:
-        """Where the complete model takes over if a network whose step costs `price` < 1 trains until then; at
-        `latest` even where that saves too little."""
-        small = math.ceil(self.saving / (1 - price) - 1e-9)
-        return max(self.position, min(self.position + small, self.latest))
+    def choice(self, small: Subnet, price: float, complete: Subnet) -> Choice:
+        """`small`, whose step costs `price` < 1, until the complete model takes over: as early as may be, at `latest`
+        even where that saves too little. The complete model itself where that is at once."""
+        takeover = self.position + math.ceil(self.saving / (1 - price) - 1e-9)
+        takeover = max(self.position, min(takeover, self.latest))
+        return Choice(small if takeover > self.position else complete, takeover)
 
     def enough(self, price: float) -> bool:
         """Whether that keeps to the budget."""
@@ -148,14 +149,13 @@ def decide_within(
     cheaper = [i for i, price in enumerate(prices) if i != complete and price < 1]
     open_to = [i for i in cheaper if funds.enough(prices[i])] or sorted(cheaper, key=lambda i: prices[i])[:1]
     scores = {i: max(0.0, losses[i] - losses[complete]) / (1 - prices[i]) for i in open_to}
-    winner, complete_from = complete, funds.position
+    choice = Choice(candidates[complete], funds.position)
     if scores:
         tied = [i for i, score in scores.items() if score <= min(scores.values()) * (1 + TIE)]
         small = min(tied, key=lambda i: (prices[i], candidates[i]))
-        complete_from = funds.complete_from(prices[small])
-        winner = small if complete_from > funds.position else complete
+        choice = funds.choice(candidates[small], prices[small], candidates[complete])
     shown = tuple(scores.get(i) for i in range(len(candidates)))
-    return Decision(stage, candidates, losses, seconds, shown, candidates[winner], complete_from=complete_from)
+    return Decision(stage, candidates, losses, seconds, shown, choice.subnet, complete_from=choice.complete_from)
 
 
 def _found(

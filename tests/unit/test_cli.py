@@ -1,86 +1,21 @@
 """The command line: what it prints, and how it tells a mistake: plainly, once, with an exit code that is not 0."""
 
 import json
-import multiprocessing
-import os
 import re
-import shutil
 import subprocess
 import sys
-import tarfile
-import time
-from collections.abc import Callable
-from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 
 from scaleprog import cli
-from scaleprog.data.manifest import Manifest, Shard
-from scaleprog.data.order import Order
 from scaleprog.storage import committed
-from tests.conftest import MakeRecipe
-
-ORIGINAL = {"growth": {"schedule": "original"}, "sharding": {"engine": "replicated"}}
-
-
-class Told(NamedTuple):
-    """How a command ended, and what it wrote."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Told]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs `scaleprog ARGUMENTS` in this process, as the console script does."""
-
-    def call(*arguments: object) -> Told:
-        monkeypatch.setattr(sys, "argv", ["scaleprog", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        code = ended.value.code
-        assert isinstance(code, int | None)
-        return Told(code or 0, *capfd.readouterr())
-
-    return call
-
-
-@pytest.fixture
-def write_recipe(make_recipe: MakeRecipe, tmp_path: Path) -> Callable[..., Path]:
-    """A recipe file over the patterns; by default one network throughout, without shards."""
-
-    def write(**groups: Any) -> Path:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(make_recipe(**(ORIGINAL | groups)).dump())
-        return path
-
-    return write
-
-
-def is_mistake(told: Told, *parts: str) -> bool:
-    """Whether a mistake of the user was told as it should be, each of `parts` in the message."""
-    start = told.err.rfind("scaleprog: ")
-    message = told.err[start:]
-    assert told.code == 2, told
-    assert start >= 0, told
-    assert start == 0 or told.err[start - 1] == "\n"
-    assert "Traceback" not in told.err + told.out
-    assert [part for part in parts if part not in message] == [], message
-    return True
-
+from tests.unit.command import Command, WriteRecipe, is_mistake
 
 # ---- plan
 
 
-def test_plan_prints_stages_and_the_predicted_speedup(command: Command, write_recipe: Callable[..., Path]) -> None:
+def test_plan_prints_stages_and_the_predicted_speedup(command: Command, write_recipe: WriteRecipe) -> None:
     recipe = write_recipe(growth={"schedule": "linear", "stages": 3}, data={"path": "not/there"})
     told = command("plan", recipe)
     assert (told.code, told.err) == (0, "")
@@ -91,14 +26,14 @@ def test_plan_prints_stages_and_the_predicted_speedup(command: Command, write_re
     assert "a search decides stage by stage" in command("plan", recipe, "growth.schedule=automatic").out
 
 
-def test_plan_shares_memory_out_over_ranks(command: Command, write_recipe: Callable[..., Path]) -> None:
+def test_plan_shares_memory_out_over_ranks(command: Command, write_recipe: WriteRecipe) -> None:
     recipe = write_recipe(model={"width": 384, "heads": 6}, sharding={"engine": "fsdp"})
     one, four = (int(re.findall(r"(\d+) MiB", command("plan", recipe, "--nproc", n).out)[-1]) for n in (1, 4))
     assert one == pytest.approx(4 * four, abs=4)
 
 
 def test_plan_prints_worlds_and_engines(
-    command: Command, write_recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    command: Command, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     told = command("plan", write_recipe(sharding={"engine": "fsdp"}), "--world=2,3,4", "--device=cpu")
@@ -110,7 +45,7 @@ def test_plan_prints_worlds_and_engines(
 
 
 @pytest.mark.parametrize("text", ["8,x", "0", "", "8,,64", "-1", "8;64", "²"])
-def test_worlds_and_devices_that_are_none(text: str, command: Command, write_recipe: Callable[..., Path]) -> None:
+def test_worlds_and_devices_that_are_none(text: str, command: Command, write_recipe: WriteRecipe) -> None:
     assert is_mistake(command("plan", write_recipe(), f"--world={text}"), repr(text), "such as 8,64,512")
     assert is_mistake(command("plan", write_recipe(), "--device", "b200"), "no such device 'b200'; ", "h100, a100, cpu")
 
@@ -129,9 +64,7 @@ def test_worlds_and_devices_that_are_none(text: str, command: Command, write_rec
         (["growth.schedule=[{resolution: 32, depth: 3}]"], "growth.schedule: the last stage must be the complete"),
     ],
 )  # fmt: skip
-def test_a_mistake_in_a_recipe(
-    arguments: list[str], message: str, command: Command, write_recipe: Callable[..., Path]
-) -> None:
+def test_a_mistake_in_a_recipe(arguments: list[str], message: str, command: Command, write_recipe: WriteRecipe) -> None:
     assert is_mistake(command("plan", write_recipe(), *arguments), message)
 
 
@@ -168,7 +101,7 @@ def test_help_need_not_wait_for_torch() -> None:
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, write_recipe: Callable[..., Path]) -> None:
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, write_recipe: WriteRecipe) -> None:
     monkeypatch.setattr("scaleprog.plan.describe", lambda *_: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["scaleprog", "plan", str(write_recipe())])
     with pytest.raises(ZeroDivisionError):
@@ -176,7 +109,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, write_recipe
 
 
 def test_an_interrupt_is_no_success(
-    command: Command, monkeypatch: pytest.MonkeyPatch, write_recipe: Callable[..., Path]
+    command: Command, monkeypatch: pytest.MonkeyPatch, write_recipe: WriteRecipe
 ) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -190,7 +123,7 @@ def test_an_interrupt_is_no_success(
 # ---- train, evaluate, export, report
 
 
-def test_from_training_to_a_report(command: Command, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_from_training_to_a_report(command: Command, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe, run = write_recipe(train={"epochs": 1}), tmp_path / "run"
     told = command("train", recipe, "train.max_steps=3", "--run-dir", run)
     assert (told.code, told.out) == (0, "")  # stopped early: no results yet
@@ -218,7 +151,7 @@ def test_from_training_to_a_report(command: Command, write_recipe: Callable[...,
     assert f"{tmp_path}/report/report.md" in told.out
 
 
-def test_a_baseline_gives_the_speedup(command: Command, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_baseline_gives_the_speedup(command: Command, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe, baseline, run = write_recipe(train={"epochs": 1}), tmp_path / "baseline", tmp_path / "run"
     baseline.mkdir()
     for text in ("", "{}", "[]", '{"train_seconds": null}'):
@@ -232,7 +165,7 @@ def test_a_baseline_gives_the_speedup(command: Command, write_recipe: Callable[.
     assert told.out.endswith(f", speedup {results['speedup']:+.1%}\n")
 
 
-def test_folders_that_are_no_runs(command: Command, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_folders_that_are_no_runs(command: Command, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     nowhere, out = tmp_path / "nowhere", tmp_path / "out"
     assert is_mistake(command("report", nowhere, "--out", out), f"{nowhere}: no such run directory")
     assert is_mistake(command("evaluate", nowhere), f"{nowhere}: no run directory")
@@ -245,7 +178,7 @@ def test_folders_that_are_no_runs(command: Command, write_recipe: Callable[..., 
 
 
 def test_a_run_directory_goes_on_with_its_own_recipe_alone(
-    command: Command, write_recipe: Callable[..., Path], tmp_path: Path
+    command: Command, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
     recipe, run = write_recipe(), tmp_path / "run"
     assert command("train", recipe, "train.max_steps=1", "--run-dir", run).code == 0
@@ -260,134 +193,8 @@ def test_a_run_directory_goes_on_with_its_own_recipe_alone(
     assert [path.name for path in committed(run / "checkpoints")] == ["step-00000001", "step-00000002"]
 
 
-# ---- shards that are missing or damaged
-
-
-def test_missing_shards(command: Command, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    recipe = write_recipe()
-    told = command("train", recipe, f"data.path={tmp_path}/nowhere", "--run-dir", tmp_path / "run")
-    assert is_mistake(told, f"{tmp_path}/nowhere: there is no such folder of shards", "scaleprog shards ")
-    told = command("train", recipe, f"data.path={tmp_path}", "--run-dir", tmp_path / "run")
-    assert is_mistake(told, f"{tmp_path}: the folder has no manifest.json", "scaleprog shards check")
-    assert is_mistake(command("shards", "check", tmp_path), f"{tmp_path}: the folder has no manifest.json")
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("train.batch=6", "a global batch of 6 cannot be taken evenly from 4 lanes: set data.lanes to a divisor"),
-        ("model.classes=5", "model.classes: 5, but "),
-    ],
-)
-def test_a_recipe_that_does_not_fit_its_shards(
-    override: str, message: str, command: Command, write_recipe: Callable[..., Path], tmp_path: Path
-) -> None:
-    assert is_mistake(command("train", write_recipe(), override, "--run-dir", tmp_path / "run"), message)
-    assert not (tmp_path / "run").exists()
-
-
-FIRST = Order((36, 36, 36, 36, 16), seed=0, lanes=4, batch=8).lane(0, 2)[0].tolist()
-"""Shard, and index in it, of the sample that lane 2 gives first: with two ranks it is rank 1's."""
-KEY = f"train{36 * FIRST[0] + FIRST[1]:05d}"
-
-
-def truncated(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def flipped(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def with_member(path: Path, name: str, content: bytes) -> None:
-    """Writes the tar anew with another content of one member."""
-    with tarfile.open(path) as tar:
-        members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-    assert name in members
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, value in (members | {name: content}).items():
-            member = tarfile.TarInfo(key)
-            member.size = len(value)
-            tar.addfile(member, BytesIO(value))
-
-
-def undecodable(path: Path) -> None:
-    with_member(path, f"{KEY}.png", b"\x89PNG\r\n\x1a\n and nothing more")
-
-
-def mislabelled(path: Path) -> None:
-    with_member(path, f"{KEY}.cls", b"4")
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], None], bool, str]] = {
-    "truncated": (truncated, False, "{path}: truncated, {size} bytes where manifest.json says "),
-    "truncated before it was indexed": (truncated, True, "{path}: not a tar of samples ("),
-    "flipped bit": (flipped, False, "{path}: the checksum differs from the manifest's"),
-    "undecodable": (undecodable, True, "{path}: sample '{key}': cannot be decoded as an image"),
-    "label out of range": (mislabelled, True, "{path}: sample '{key}': label 4 is outside 0-3"),
-}
-"""What is done to the shard, whether the manifest is then made to fit, and the message."""
-
-
-def damage(patterns: Path, folder: Path, kind: str) -> tuple[Path, str]:
-    """A copy of the shards in which one is damaged, and the message that is due."""
-    harm, indexed, message = DAMAGES[kind]
-    shutil.copytree(patterns, folder)
-    path = folder / f"train-{FIRST[0]:06d}.tar"
-    harm(path)
-    if indexed:
-        manifest = Manifest.load(folder)
-        shards = [Shard.measure(path, s.samples) if s.name == path.name else s for s in manifest.split("train")]
-        replace(manifest, splits={**manifest.splits, "train": tuple(shards)}).save()
-    return folder, message.format(path=path, size=path.stat().st_size, key=KEY)
-
-
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_shard_is_named_in_training(
-    kind: str, command: Command, write_recipe: Callable[..., Path], patterns: Path, tmp_path: Path
-) -> None:
-    folder, message = damage(patterns, tmp_path / "shards", kind)
-    recipe = write_recipe(data={"path": str(folder)})
-    for workers, cache in ((0, 0), (1, 0), (1, 256)):
-        told = command(
-            "train", recipe, f"data.workers={workers}", f"data.cache={cache}", "--run-dir", tmp_path / f"{workers}"
-        )
-        assert is_mistake(told, message)
-    assert multiprocessing.active_children() == []
-
-
-def test_a_damaged_image_of_the_validation_split_is_named(
-    command: Command, write_recipe: Callable[..., Path], patterns: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(patterns, tmp_path / "shards")
-    path = tmp_path / "shards" / "val-000001.tar"
-    with_member(path, "val00020.png", b"")
-    manifest = Manifest.load(tmp_path / "shards")
-    val = (manifest.split("val")[0], Shard.measure(path, 11))
-    replace(manifest, splits={**manifest.splits, "val": val}).save()
-    recipe = write_recipe(data={"path": str(tmp_path / "shards")}, train={"epochs": 0.1})
-    told = command("train", recipe, "--run-dir", tmp_path / "run")
-    assert is_mistake(told, f"{path}: sample 'val00020': cannot be decoded as an image")
-
-
-def test_a_rank_that_fails_is_named_and_ends_all(
-    command: Command, write_recipe: Callable[..., Path], patterns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SCALEPROG_TEST", str(tmp_path))  # by which the processes of this run are known
-    folder, message = damage(patterns, tmp_path / "shards", "undecodable")
-    recipe = write_recipe(data={"path": str(folder), "workers": 1})
-    told = command("train", recipe, "--nproc", 2, "--run-dir", tmp_path / "run")
-    assert is_mistake(told, f"scaleprog: rank 1: {message}")
-    deadline = time.monotonic() + 30
-    while (left := processes(f"SCALEPROG_TEST={tmp_path}")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert left == []
-
-
 def test_a_range_of_ranks(
-    command: Command, write_recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for nproc in ("0", "4:1"):
         assert is_mistake(command("train", write_recipe(), "--nproc", nproc), f"--nproc {nproc}: neither a number")
@@ -397,16 +204,3 @@ def test_a_range_of_ranks(
     assert "scaleprog: 2 of at most 4 ranks; CPU cores here: 3; 3 ranks do not divide data.lanes, 4; " in told.err
     (start,) = (row for row in map(json.loads, (tmp_path / "run" / "events.jsonl").open()) if row["event"] == "start")
     assert start["world"] == 2
-
-
-def processes(setting: str) -> list[str]:
-    """Command lines of the processes that began with this environment setting, without Python's own housekeeper."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment, line = (folder / "environ").read_text(), (folder / "cmdline").read_text().replace("\0", " ")
-        except (OSError, UnicodeDecodeError):  # ended meanwhile, or not ours
-            continue
-        if setting in environment.split("\0") and "resource_tracker" not in line:
-            found.append(line)
-    return found
