@@ -1,4 +1,4 @@
-"""A laboratory of schedules: a grid of recipes and seeds, run to the end, in one table and one picture.
+"""A laboratory of schedules: a grid of recipes and seeds, run to the end, in one table and pictures.
 
     python -m benchmarks.search_lab GRID.yaml [--recipe FILE] [--seeds 0 1 2] [--jobs 2] [--records FILE] [--runs DIR]
                                     [--out DIR] [--only-table]
@@ -13,6 +13,9 @@ again, on any machine: it stands for all settings that differ from their default
 A cost is counted in steps of the complete model: a step costs the median CPU seconds of its kind over those of a
 complete step of the same run, and a search's scoring what it took. So neither neighbours nor another machine move it.
 Accuracy is the better of online and EMA top-1 at the end.
+
+`--out` gets the table and pictures: accuracy against cost and, from the run directories that are still there, the
+chosen schedules and each candidate's loss over the searches.
 """
 
 import argparse
@@ -34,9 +37,11 @@ from typing import Any
 
 import yaml
 
-from scaleprog.figures import COST, Curve, draw_accuracy, draw_cloud
+from scaleprog.figures import COST, Curve, draw_accuracy, draw_cloud, draw_schedules, draw_searches
 from scaleprog.metrics import read_rows
 from scaleprog.recipe import Recipe
+from scaleprog.report import Run as Told
+from scaleprog.report import read_run
 
 
 @dataclass(frozen=True)
@@ -235,6 +240,7 @@ def main() -> None:
         draw_cloud(options.out / f"{grid.name}.png", points)
         if curves := [curve(run, records[run]) for run in runs if run.case.curve]:
             draw_accuracy(options.out / f"{grid.name}_curves.png", curves, COST)
+        draw_choices(options.out / grid.name, runs)
 
 
 def attempt(run: Run, records: Records) -> None:
@@ -288,6 +294,18 @@ def spread(values: Sequence[float]) -> str:
 def curve(run: Run, record: Record) -> Curve:
     """Accuracy against what was spent, as the paper's Fig. 4."""
     return Curve(run.case.name, *zip(*record.curve), (), finished=True)
+
+
+def draw_choices(stem: Path, runs: Sequence[Run]) -> None:
+    """What was trained when, and what the searches measured: of each case the first run whose directory is here."""
+    here: dict[str, Told] = {}
+    for run in runs:
+        if run.case.name not in here and run.folder.is_dir():
+            here[run.case.name] = read_run(run.folder, run.case.name)
+    if here:
+        draw_schedules(Path(f"{stem}_schedules.png"), [(name, told.segments) for name, told in here.items()])
+    if searches := {name: told.searches for name, told in here.items() if told.searches}:
+        draw_searches(Path(f"{stem}_searches.png"), searches)
 
 
 if __name__ == "__main__":

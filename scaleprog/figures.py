@@ -230,6 +230,7 @@ def _draw_run(block: SubFigure, stages: Sequence[Search], columns: int) -> None:
         below.set_ylim(len(labels) - 0.4, -0.6)
         below.margins(x=0.15)
         below.xaxis.set_major_locator(MaxNLocator(3))
+        below.ticklabel_format(axis="x", useOffset=False)
         below.set_xlabel("score (lowest is chosen)")
     for empty in grid[:, len(stages) :].flat:
         empty.set_axis_off()
