@@ -1,0 +1,84 @@
+"""The laboratory's grids and table: what its figures stand for."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.search_lab import Case, Grid, Record, Records, Run, by_hand, table
+
+GRIDS = sorted(Path("benchmarks/grids").glob("*.yaml"))
+ORIGINAL = Case("Original", "", "configs/fashion_mnist/base.yaml", ("growth.schedule=original",), curve=False)
+PROG = Case("Prog", "", "configs/fashion_mnist/base.yaml", ("growth.schedule=linear",), curve=False)
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_every_case_of_a_grid_is_a_recipe_of_its_own(path: Path) -> None:
+    grid = Grid.load(path)
+    digests = [Run(case, seed, Path("runs")).digest for case in grid.cases for seed in grid.seeds]
+    assert len(set(digests)) == len(digests) == len(grid.cases) * len(grid.seeds)
+    other = Grid.load(path, "configs/fashion_mnist/small_data.yaml")
+    assert other.name == f"{path.stem}_small_data"
+    assert {Run(case, 0, Path("runs")).digest for case in other.cases}.isdisjoint(digests)
+
+
+def test_a_schedule_by_hand() -> None:
+    small, full = {"resolution": 16, "depth": 3}, {"resolution": 28, "depth": 6}
+    assert by_hand("2 * 16x3 + 28x6") == [small, small, full]
+
+
+def test_what_a_schedule_by_hand_would_have_searched_does_not_matter() -> None:
+    searching = Case("", "", PROG.recipe, (*PROG.settings, "search.times=modelled"), curve=False)
+    assert Run(PROG, 0, Path("a")).digest == Run(searching, 0, Path("b")).digest
+    assert Run(PROG, 0, Path("a")).digest != Run(PROG, 1, Path("a")).digest
+
+
+def recorded(run: Run, folder: Path, step_seconds: tuple[float, float], top1: float) -> Record:
+    """The record of a run of two small and two complete steps, whose search ended after the second."""
+    sizes = [("train", 16, 3, step_seconds[0])] * 2 + [("train", 28, 6, step_seconds[1])] * 2
+    rows = [
+        {"step": i + 1, "loss": 1.0 - i / 10, "phase": phase, "resolution": r, "depth": d, "cpu_seconds": s}
+        for i, (phase, r, d, s) in enumerate(sizes)
+    ]
+    events = [
+        {"event": "growth", "step": 1, "phase": "supernet"},
+        {"event": "measurement", "step": 2, "losses": [[16, 3, 0.5], [28, 6, 0.4]]},
+        {"event": "choice", "step": 2},
+    ]
+    stages = [{"resolution": 16, "depth": 3, "epochs": 1.0}, {"resolution": 28, "depth": 6, "epochs": 1.0}]
+    results = {"top1": top1, "top1_ema": top1 - 1, "search_seconds": step_seconds[1] / 2, "stages": stages}
+    folder.mkdir(parents=True)
+    run.folder = folder
+    (folder / "results.json").write_text(json.dumps(results))
+    for name, lines in (("metrics", [*rows, {"step": 4, "top1": top1, "top1_ema": top1 - 1}]), ("events", events)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Record.of(run)
+
+
+def test_costs_are_in_complete_steps_whatever_the_machine(tmp_path: Path) -> None:
+    one = recorded(Run(PROG, 0, tmp_path), tmp_path / "one", (0.1, 0.4), 80.0)
+    slow = recorded(Run(PROG, 0, tmp_path), tmp_path / "slow", (0.25, 1.0), 80.0)
+    assert (one.cost, one.scoring, one.steps, one.best) == (
+        3.0,
+        0.5,
+        4,
+        80.0,
+    )  # 2 quarters, 2 whole, half a step scored
+    assert vars(one) == vars(slow)
+    assert one.curve == [(3.0, 80.0)]
+    assert one.searches == [[{"16x3": 0.5, "28x6": 0.4}]]
+    assert one.schedule == "1 · 16x3 → 1 · 28x6"
+
+
+def test_the_table_compares_the_same_seeds(tmp_path: Path) -> None:
+    records, runs = Records(tmp_path / "records.jsonl"), []
+    for seed, (original, prog) in enumerate(((80.0, 79.0), (82.0, 80.0))):
+        for case, seconds, top1 in ((ORIGINAL, (0.4, 0.4), original), (PROG, (0.1, 0.4), prog)):
+            run = Run(case, seed, tmp_path)
+            records.add(recorded(run, tmp_path / f"{case.name}{seed}", seconds, top1))
+            runs.append(run)
+    again = Records(tmp_path / "records.jsonl")
+    assert all(run in again for run in runs)
+    text = table(Grid("grid", (ORIGINAL, PROG), (0, 1)), runs, again)
+    assert "| Original | 0, 1 | 81.00 ± 1.41 | +0.00 ± 0.00 | +0% | 0.00 | 11.1% |" in text
+    assert "| Prog | 0, 1 | 79.50 ± 0.71 | -1.50 ± 0.50 | +50% | 0.00 | 16.7% |" in text
