@@ -11,7 +11,7 @@ was interrupted goes on. What is kept of a finished run is a line in the file of
 again, on any machine: it stands for all settings that differ from their defaults, so a changed default wants new lines.
 
 A cost is counted in steps of the complete model: a step costs the median CPU seconds of its kind over those of a
-complete step of the same run, and a search's scoring what it took. So neither neighbours nor another machine move it.
+complete step of the same run, and scoring its CPU seconds likewise. So neither neighbours nor another machine move it.
 Accuracy is the better of online and EMA top-1 at the end.
 
 `--out` gets the table and pictures: accuracy against cost and, from the run directories that are still there, the
@@ -38,6 +38,7 @@ from typing import Any
 import yaml
 
 from scaleprog.figures import COST, Curve, draw_accuracy, draw_cloud, draw_schedules, draw_searches
+from scaleprog.life import still_told
 from scaleprog.metrics import read_rows
 from scaleprog.recipe import Recipe
 from scaleprog.report import Run as Told
@@ -142,7 +143,7 @@ class Record:
     @classmethod
     def of(cls, run: Run) -> "Record":
         results = json.loads((run.folder / "results.json").read_text())
-        rows, events = (read_rows(run.folder / f"{name}.jsonl") for name in ("metrics", "events"))
+        rows, events = read_rows(run.folder / "metrics.jsonl"), still_told(read_rows(run.folder / "events.jsonl"))
         steps = [row for row in rows if "loss" in row]
         seconds: dict[str, list[float]] = defaultdict(list)
         for row in steps:
@@ -150,7 +151,7 @@ class Record:
         complete = statistics.median(seconds[_kind(steps[-1])])
         prices = {kind: statistics.median(found) / complete for kind, found in seconds.items()}
         choices = [event["step"] for event in events if event["event"] == "choice"]
-        scoring = results["search_seconds"] / complete
+        scoring = (results["train_cpu_seconds"] - sum(row["cpu_seconds"] for row in steps)) / complete
         each = scoring / max(1, len(choices))  # paid when it chooses
         spent = list(accumulate((prices[_kind(r)] + each * choices.count(r["step"]) for r in steps), initial=0.0))
         sizes = [(f"{s['resolution']}x{s['depth']}", s["epochs"]) for s in results["stages"]]

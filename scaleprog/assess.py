@@ -16,15 +16,14 @@ from scaleprog.data.augment import Request, low_pass
 from scaleprog.data.order import SEARCH_EPOCH
 from scaleprog.evaluate import evaluate
 from scaleprog.files import write_whole
-from scaleprog.growth.schedule import Phase, Schedule
-from scaleprog.growth.search import Decision, decide, decide_within, measurement_steps
+from scaleprog.growth.schedule import Phase
+from scaleprog.growth.search import Decision, candidate_times, decide, decide_within, measurement_steps
 from scaleprog.growth.space import Subnet
 from scaleprog.metrics import StepTimer
 from scaleprog.preemption import AskedToStop
 from scaleprog.run import Run, patches_seen
 from scaleprog.state import decision_from_json, decision_to_json, pairs
 
-FORWARDS_PER_STEP = 3  # a backward is two, the optimizer nothing
 HALF_MEASURED = "measuring.json"
 
 
@@ -52,7 +51,7 @@ def measure(run: Run, phase: Phase) -> None:
     """Adds one loss per candidate to the state: on the search subset, with fixed augmentation."""
     state, timer, stop = run.state, StepTimer(run.backend.device), None
     schedule = run.plan.schedule
-    judged = _judged(schedule, phase)
+    judged = schedule.scored(phase)
     sizes = sorted({schedule.view(s).pixels for s in judged})
     requests = [Request(SEARCH_EPOCH, i, r, erase=0.0) for r in sizes for i in range(run.plan.search_batches)]
     done, totals = _half_measured(run, judged)
@@ -86,11 +85,6 @@ def measure(run: Run, phase: Phase) -> None:
     # before a phase's first step it belongs to that step: the checkpoint of the step before does not know it
     at = state.step + (state.step == phase.start)
     run.recorder.curve(at, "search", {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()})
-
-
-def _judged(schedule: Schedule, search: Phase) -> list[Subnet]:
-    """The sub-networks whose losses a search measures, ascending."""
-    return sorted({schedule.judged(subnet) for subnet in search.candidates})
 
 
 def _half_measured(run: Run, judged: Sequence[Subnet]) -> tuple[int, dict[Subnet, float]]:
@@ -128,22 +122,17 @@ def choose(run: Run, phase: Phase) -> None:
     """Ends a search: the slowest rank's times count, rank 0 decides, all ranks verify."""
     state = run.state
     local = [median(state.step_seconds[s]) if s in state.step_seconds else 0.0 for s in phase.candidates]
-    measured = run.coordinator.maximum(local)
-    costs = [run.plan.gmacs(s) for s in phase.candidates]
-    known = [t / c for t, c in zip(measured, costs) if t > 0]
-    if run.recipe.search.times == "modelled" or not known:
-        times = costs
-    else:  # a candidate that no step happened to sample: by its share of the work
-        times = [t or c * median(known) for t, c in zip(measured, costs)]
-    found = dict(zip(phase.candidates, times))
+    measured = dict(zip(phase.candidates, run.coordinator.maximum(local)))
+    costs = {subnet: run.plan.gmacs(subnet) for subnet in phase.candidates}
+    times = costs if run.recipe.search.times == "modelled" else candidate_times(measured, costs)
     decision = decision_from_json(
-        run.coordinator.decide(f"choice of stage {phase.stage}", lambda: decision_to_json(_decide(run, phase, found)))
+        run.coordinator.decide(f"choice of stage {phase.stage}", lambda: decision_to_json(_decide(run, phase, times)))
     )
     state.decisions.append(decision)
     run.recorder.event("choice", step=state.step, **decision_to_json(decision))
     run.recorder.curve(
         state.step, "choice",
-        {name: value for name in ("alpha", "complete_from") if (value := getattr(decision, name)) is not None}
+        {name: value for name in ("alpha", "complete_from", "over") if (value := getattr(decision, name)) is not None}
         | {"resolution": decision.chosen.resolution, "depth": decision.chosen.depth}
         | {f"score_{s.tag}": score for s, score in zip(decision.candidates, decision.scores) if score is not None}
         | {f"time_{s.tag}": seconds for s, seconds in zip(decision.candidates, decision.times)},
@@ -159,10 +148,7 @@ def _decide(run: Run, phase: Phase, times: dict[Subnet, float]) -> Decision:
     for subnets, seconds in (*((d.candidates, d.times) for d in state.decisions), (times.keys(), times.values())):
         complete = dict(zip(subnets, seconds))[schedule.full]
         prices |= {subnet: each / complete for subnet, each in zip(subnets, seconds)}
-    phases = schedule.phases(state.choices)
-    forwards = run.recipe.search.measurements * run.plan.search_batches / FORWARDS_PER_STEP
-    scored = sum(prices[subnet] for p in phases if p.searched for subnet in _judged(schedule, p))
-    funds = schedule.funds(phases, prices.__getitem__, forwards * scored)
+    funds = schedule.funds(schedule.phases(state.choices), prices.__getitem__)
     return decide_within(funds, phase.stage, state.measured, times)
 
 

@@ -19,6 +19,8 @@ from scaleprog.recipe import Recipe
 
 SCALE = 1000
 """Schedule positions per epoch where shards are not needed, nor there to be counted."""
+FORWARDS_PER_STEP = 3
+"""What a training step costs, in forward passes: a backward is two, the optimizer nothing."""
 SEARCH_PARTS, SCORING_PARTS = 80, 25
 """Where the recipe does not say, a search takes an 80th of the run's epochs, and scores on a 25th of the images."""
 
@@ -58,9 +60,7 @@ class Plan:
     @property
     def search_batches(self) -> int:
         """Global batches in the search subset."""
-        subset, epoch = self.recipe.search.subset, self.order.steps_per_epoch
-        wanted = epoch // SCORING_PARTS if subset is None else subset // self.recipe.train.batch
-        return max(1, min(wanted, epoch))
+        return _search_batches(self.recipe, self.order.steps_per_epoch)
 
     def gmacs(self, subnet: Subnet) -> float:
         """Billions of multiply-accumulates of an image's forward pass through `subnet`."""
@@ -83,14 +83,21 @@ def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], S
     """Model family and schedule of a recipe whose shards need not exist. Raises RecipeError."""
     elastic, full, stride = family(recipe.model)
     growth = recipe.growth
-    if recipe.search.budget is not None and recipe.search.method != "budget":
-        raise RecipeError(f"search.budget: {recipe.search.budget}, but search.method: {recipe.search.method} has none")
+    if recipe.search.budget is not None:
+        asked = f"search.budget: {recipe.search.budget}"
+        if recipe.search.method != "budget":
+            raise RecipeError(f"{asked}, but search.method: {recipe.search.method} has none")
+        if growth.schedule != "automatic":
+            raise RecipeError(f"{asked}, but only growth.schedule: automatic has one")
     for key, multiple in (
         ("growth.resolution_multiple", growth.resolution_multiple),
         ("model.resolution", full.resolution),
     ):
         if multiple is not None and multiple % stride:
             raise RecipeError(f"{key}: {multiple} is not a multiple of the model's stride, {stride} pixels")
+    if (growth.resolution_multiple or 0) > full.resolution:
+        raise RecipeError(f"growth.resolution_multiple: {growth.resolution_multiple} is more than model.resolution, "
+                          f"{full.resolution}, so nothing could grow")  # fmt: skip
     if isinstance(growth.schedule, tuple):
         _check_by_hand(recipe, full, stride)
     if growth.curriculum and growth.patches != "subset":
@@ -107,6 +114,8 @@ def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], S
             f"search.epochs: {searched:g} epochs of search do not fit into a stage of "
             f"{recipe.train.epochs / schedule.stages:g}"
         )
+    forwards = recipe.search.measurements * _search_batches(recipe, steps_per_epoch)
+    schedule = replace(schedule, scoring=forwards / FORWARDS_PER_STEP)
     if schedule.kind == "automatic" and recipe.search.method == "budget":
         schedule = replace(schedule, budget=_budget(recipe, elastic, schedule))
     return elastic, schedule
@@ -175,6 +184,13 @@ def _gmacs(recipe: Recipe, elastic: type[ElasticModel], schedule: Schedule, subn
     return gmacs(elastic, recipe.model, schedule.view(subnet), subnet.depth)
 
 
+def _search_batches(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Global batches in the search subset."""
+    subset = recipe.search.subset
+    wanted = steps_per_epoch // SCORING_PARTS if subset is None else subset // recipe.train.batch
+    return max(1, min(wanted, steps_per_epoch))
+
+
 def _budget(recipe: Recipe, elastic: type[ElasticModel], schedule: Schedule) -> float:
     """What a run may cost, as a part of Original's cost. Raises RecipeError where that cannot be."""
     if recipe.search.candidates == "window":
@@ -182,9 +198,11 @@ def _budget(recipe: Recipe, elastic: type[ElasticModel], schedule: Schedule) -> 
                           "use corners or all, or search.method: published")  # fmt: skip
     price = partial(_gmacs, recipe, elastic, schedule)
     whole = price(schedule.full) * schedule.steps
+    saving = replace(schedule, budget=sys.float_info.min)
+    least = saving.cost(saving.expected((), price), price) / whole
     if recipe.search.budget is None:
-        return sum(map(price, schedule.ladder)) / price(schedule.full) / len(schedule.ladder)
-    least = schedule.cost(replace(schedule, budget=sys.float_info.min).expected((), price), price) / whole
+        prog = sum(map(price, schedule.ladder)) / price(schedule.full) / len(schedule.ladder)
+        return max(prog, least)
     if recipe.search.budget < least:
         raise RecipeError(
             f"search.budget: {recipe.search.budget} of Original's cost; {schedule.ladder[0]} until the last of "

@@ -1,6 +1,7 @@
 """What one process of a run works with, and what becomes of its checkpoints and of the signals it gets."""
 
 import os
+import platform
 import sys
 import time
 from dataclasses import dataclass
@@ -149,6 +150,11 @@ def leave_at_once(recorder: Recorder) -> None:
 
 
 # ---- clocks
+
+
+def name_of(device: torch.device) -> str:
+    """What a device is, as far as step times depend on it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def process_seconds() -> float:

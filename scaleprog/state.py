@@ -20,6 +20,7 @@ class RunState:
     decisions: list[Decision] = field(default_factory=list)
     measured: list[dict[Subnet, float]] = field(default_factory=list)  # the present search: losses at each measurement
     step_seconds: dict[Subnet, list[float]] = field(default_factory=dict)  # the present search: rank 0's step times
+    timed_on: str = ""  # what they were measured on
     train_seconds: float = 0.0  # forward + backward + optimizer and the search's scoring, as the paper counts
     train_cpu_seconds: float = 0.0  # CPU time of rank 0 during the same
     search_seconds: float = 0.0  # the scoring's part of it
@@ -123,6 +124,7 @@ def decision_from_json(values: Mapping[str, Any]) -> Decision:
         chosen=Subnet(*values["chosen"]),
         alpha=values["alpha"],
         complete_from=values.get("complete_from"),  # not in events of runs before budgets
+        over=values.get("over", 0.0),
     )
 
 

@@ -38,6 +38,7 @@ from scaleprog.run import (
     leave_at_once,
     load_network,
     make_backend,
+    name_of,
     patches_seen,
     process_seconds,
     restore,
@@ -89,6 +90,9 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
         with claim.fence():
             tidy(checkpoints.folder)
     state = restore(plan, checkpoints, backend, progress)
+    timed_on = f"{world} x {name_of(device)}, {recipe.sharding}, micro_batch={recipe.train.micro_batch}"
+    if state.timed_on != timed_on:  # other machines' times are not to be mixed with ours
+        state.step_seconds, state.timed_on = {}, timed_on
     finished = state.step == plan.schedule.phases(state.choices)[-1].stop
     if finished and (results := coordinator.on_rank_0("results", lambda: read_results(folder))) is not None:
         progress.say(f"{folder} is finished: {state.step} steps")
@@ -334,7 +338,7 @@ def settle_rows(run: Run) -> None:
             )
         state.train_seconds += row["step_seconds"]
         state.train_cpu_seconds += row["cpu_seconds"]
-        if row["phase"] == "supernet":
+        if run.plan.schedule.kind == "automatic" and row["phase"] == "supernet":
             state.step_seconds.setdefault(Subnet(row["resolution"], row["depth"]), []).append(row["step_seconds"])
         run.progress.update(row, max(run.plan.schedule.steps, run.plan.schedule.phases(state.choices)[-1].stop))
 

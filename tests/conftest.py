@@ -39,7 +39,7 @@ SHARDINGS: tuple[dict[str, Any], ...] = (
 """Every engine on two or more ranks."""
 WITHIN_A_BUDGET: dict[str, Any] = {
     "growth": {"schedule": "automatic", "stages": 3, "patches": "subset", "curriculum": True, "optimizer": "inherit"},
-    "search": {"method": "budget", "candidates": "corners", "measurements": 2, "weights": "online"},
+    "search": {"method": "budget", "measurements": 2},
 }
 """The default search and ours on top of it, over `short_recipe`, which searches as published."""
 MakeRecipe = Callable[..., Recipe]
@@ -81,8 +81,7 @@ def short_recipe(shards: Path, **groups: Any) -> Recipe:
         "train": {"epochs": 4, "batch": 8, "log_every": 5},
         "optimizer": {"lr": 5e-4, "warmup_epochs": 0.5},
         "growth": {"schedule": "automatic", "stages": 3, "smallest": 0.5},
-        "search": {"method": "published", "candidates": "window", "measurements": 5, "weights": "ema",
-                   "epochs": 0.5, "subset": 16, "times": "modelled"},
+        "search": {"method": "published", "epochs": 0.5, "subset": 16, "times": "modelled"},
         "ema": {"momenta": [0.9]},
         "evaluate": {"every": 2, "batch": 12},
     }  # fmt: skip

@@ -38,7 +38,8 @@ class Order:
         lanes: V, into how many lanes an epoch is cut.
         batch: B, samples in a global batch; V divides it.
         repeats: R of repeated augmentation: position p of a lane takes sample p // R of its segment, so that an epoch
-            has as many steps as without, and uses the first 1 / R of each lane, each sample R times.
+            has as many steps as without, and uses the first 1 / R of each lane, each sample R times. The search
+            subset repeats nothing.
 
     Raises:
         DataError: V < 1, R < 1, V does not divide B, or the split holds less than one batch.
@@ -95,8 +96,9 @@ class Order:
         if not 0 <= lane < self.lanes:
             raise ValueError(f"lane {lane} of {self.lanes}")
         length = self.steps_per_epoch * self.per_lane
+        repeats = 1 if epoch == SEARCH_EPOCH else self.repeats
         start = lane * (self.samples // self.lanes)
-        stop = start + -(-length // self.repeats)
+        stop = start + -(-length // repeats)
         shards = _permutation(len(self.counts), self.seed, _SHARDS, epoch)
         ends = np.cumsum(np.asarray(self.counts, dtype=np.int64)[shards])
         first, last = np.searchsorted(ends, (start, stop - 1), side="right")
@@ -106,7 +108,7 @@ class Order:
             begin = end - count
             indices = _permutation(count, self.seed, _SAMPLES, epoch, shard)[max(start - begin, 0) : stop - begin]
             rows.append(np.stack((np.full(len(indices), shard), indices), axis=1))
-        return np.repeat(np.concatenate(rows), self.repeats, axis=0)[:length]
+        return np.repeat(np.concatenate(rows), repeats, axis=0)[:length]
 
     def lanes_of(self, rank: int, world: int) -> range:
         """The contiguous lanes that a rank owns.

@@ -98,7 +98,8 @@ class Schedule:
     may cost, as a part of Original's cost (None: no budget): there the first stage trains the smallest network, a
     search's choice says where the complete model takes over, and stages until then are about an equal part each.
     `patch` is the side in pixels of the patches that sub-networks see a subset of (None: by resolution);
-    `curriculum`: whether only of low frequencies.
+    `curriculum`: whether only of low frequencies. `scoring` is what a search pays for the loss of one network, in its
+    training steps.
     """
 
     kind: Literal["fixed", "automatic", "supernet"]
@@ -111,6 +112,7 @@ class Schedule:
     budget: float | None = None
     patch: int | None = None
     curriculum: bool = False
+    scoring: float = 0.0
 
     @classmethod
     def of(
@@ -165,6 +167,10 @@ class Schedule:
         learnt from it; so of networks of one depth the cheapest wins, and the loss decides about depth."""
         return subnet if self.budget is None or self.patch is None else Subnet(self.full.resolution, subnet.depth)
 
+    def scored(self, search: Phase) -> list[Subnet]:
+        """The sub-networks whose losses a search measures, ascending."""
+        return sorted({self.judged(subnet) for subnet in search.candidates})
+
     @property
     def latest(self) -> int:
         """The last position at which the complete model may take over: the last of the equal parts is its own."""
@@ -206,18 +212,16 @@ class Schedule:
         return phases
 
     def cost(self, phases: Sequence[Phase], price: Price) -> float:
-        """What the steps of `phases` cost."""
-        return sum(
-            (phase.stop - phase.start) * sum(map(price, phase.candidates)) / len(phase.candidates) for phase in phases
-        )
+        """What `phases` cost: their steps, and what their searches measure."""
+        steps = sum((p.stop - p.start) * sum(map(price, p.candidates)) / len(p.candidates) for p in phases)
+        return steps + self.scoring * sum(sum(map(price, self.scored(p))) for p in phases if p.searched)
 
-    def funds(self, phases: Sequence[Phase], price: Price, scoring: float = 0.0) -> Funds:
-        """Where a run stands after `phases`, the last of them a search; `scoring`: the cost of what its searches
-        measured, in steps of the complete model."""
+    def funds(self, phases: Sequence[Phase], price: Price) -> Funds:
+        """Where a run stands after `phases`, the last of them a search."""
         assert self.budget is not None
         search = phases[-1]
         position = search.position + (search.stop - search.start if self.recycle else 0)
-        spent = self.cost(phases, price) / price(self.full) + scoring
+        spent = self.cost(phases, price) / price(self.full)
         return Funds(position, self.steps, self.latest, self.budget * self.steps - spent)
 
     def expected(self, choices: Sequence[Choice], price: Price) -> list[Phase]:
@@ -274,8 +278,8 @@ class Schedule:
             return self.steps
         if choice.complete_from is None:
             return stage * self.steps // self.stages
-        if self.judged(choice.subnet) == self.full:
-            return choice.complete_from  # another search could not tell it from the complete model
+        if self.judged(choice.subnet) == self.full or choice.complete_from + self.search_steps > self.latest:
+            return choice.complete_from  # another search could not tell it from the complete model, or be paid for
         before = choice.complete_from - position
         return position + -(-before // max(1, round(before * self.stages / self.steps)))
 

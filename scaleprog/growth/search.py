@@ -7,10 +7,11 @@ what the run may cost, so that the only question is where it saves: at the candi
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from statistics import median
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from scaleprog.growth.space import CandidateRule, Choice, Subnet
 from scaleprog.settings import Settings
@@ -18,6 +19,10 @@ from scaleprog.settings import Settings
 Method = Literal["budget", "published"]
 
 TIE = 1e-6  # relative difference of two scores below which the cheaper candidate wins
+
+
+PUBLISHED = {"epochs": 2, "subset": 50_000, "candidates": "window", "measurements": 5, "weights": "ema"}
+"""What the published method does (paper 5) where a recipe does not say; the defaults below are the budget's."""
 
 
 class SearchSettings(Settings):
@@ -29,7 +34,7 @@ class SearchSettings(Settings):
     batches, at least one (None: a 25th of all); `candidates`: see `GrowthSpace.candidates`; `measurements`: how often
     losses are measured, equispaced from the start to the end of the last search epoch; `weights`: of which network they
     are; `times`: `measured` step times, or `modelled` ones in proportion to GMACs, for runs that must make the same
-    choice twice.
+    choice twice. The published method has defaults of its own, `PUBLISHED`.
     """
 
     method: Method = "budget"
@@ -41,14 +46,21 @@ class SearchSettings(Settings):
     weights: Literal["ema", "online"] = "online"
     times: Literal["measured", "modelled"] = "measured"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, values: Any) -> Any:
+        published = isinstance(values, dict) and values.get("method") == "published"
+        return PUBLISHED | values if published else values
+
 
 @dataclass(frozen=True)
 class Decision:
     """What a search found and chose: per candidate the mean loss, the step time in seconds (or GMACs) and the score.
 
     Of the published method: `alpha`, and scores whose unit of time is the cheapest candidate's. Of the budget:
-    `complete_from`, the schedule position from which on the complete model trains, and scores in loss per step saved
-    (None: the complete model, and what cannot save enough).
+    `complete_from`, the schedule position from which on the complete model trains, scores in loss per step saved (None:
+    the complete model, and what cannot save enough), and `over`, by how many steps of the complete model the run is
+    going to exceed its budget, because no candidate turned out cheap enough.
     """
 
     stage: int
@@ -59,11 +71,15 @@ class Decision:
     chosen: Subnet
     alpha: float | None = None
     complete_from: int | None = None
+    over: float = 0.0
 
     @property
     def because(self) -> str:
         """What else was decided, in words."""
-        return f"alpha {self.alpha:.4f}" if self.complete_from is None else f"complete from step {self.complete_from}"
+        if self.complete_from is None:
+            return f"alpha {self.alpha:.4f}"
+        excess = f", {self.over:.0f} complete steps OVER the budget" if self.over >= 1 else ""
+        return f"complete from schedule step {self.complete_from}{excess}"
 
     @property
     def choice(self) -> Choice:
@@ -98,7 +114,11 @@ class Funds:
 
     def enough(self, price: float) -> bool:
         """Whether that keeps to the budget."""
-        return self.saving <= (1 - price) * (self.latest - self.position)
+        return self.over(self.latest, price) == 0
+
+    def over(self, takeover: int, price: float) -> float:
+        """By how much the budget is exceeded if a network whose step costs `price` trains until `takeover`."""
+        return max(0.0, self.saving - (1 - price) * (takeover - self.position))
 
 
 def measurement_steps(start: int, stop: int, epoch: int, measurements: int) -> tuple[int, ...]:
@@ -107,6 +127,14 @@ def measurement_steps(start: int, stop: int, epoch: int, measurements: int) -> t
         return (stop,)
     first = max(start, stop - epoch)
     return tuple(first + (stop - first) * i // (measurements - 1) for i in range(measurements))
+
+
+def candidate_times(measured: Mapping[Subnet, float], costs: Mapping[Subnet, float]) -> dict[Subnet, float]:
+    """The step time of every candidate in `costs` (GMACs): as measured, or by its share of the work for one that no
+    step happened to sample; the costs themselves where nothing was measured."""
+    known = [measured[subnet] / cost for subnet, cost in costs.items() if measured.get(subnet)]
+    rate = median(known) if known else 1.0
+    return {subnet: measured.get(subnet) or cost * rate for subnet, cost in costs.items()}
 
 
 def balancing_exponent(losses: Sequence[float], times: Sequence[float]) -> float:
@@ -141,7 +169,8 @@ def decide_within(
     losses and saves that of their times. A budget fixes how much is to be saved until the complete model takes over, so
     the loss per step saved decides: the cheaper a sub-network, the sooner it can be left. In the plane of time and loss
     that is the tangent from the complete model to the candidates. Those that lose nothing tie, and so do others within
-    1e-6: the cheapest wins. A candidate that cannot save enough in the time that is left is none, if another can.
+    1e-6: the cheapest wins. A candidate that cannot save enough in the time that is left is none, if another can; if
+    none can, the cheapest trains as long as may be.
     """
     candidates, losses, seconds = _found(stage, measured, times)
     complete = max(range(len(candidates)), key=lambda i: (candidates[i].resolution, candidates[i].depth))
@@ -149,13 +178,17 @@ def decide_within(
     cheaper = [i for i, price in enumerate(prices) if i != complete and price < 1]
     open_to = [i for i in cheaper if funds.enough(prices[i])] or sorted(cheaper, key=lambda i: prices[i])[:1]
     scores = {i: max(0.0, losses[i] - losses[complete]) / (1 - prices[i]) for i in open_to}
-    choice = Choice(candidates[complete], funds.position)
+    choice, small = Choice(candidates[complete], funds.position), complete
     if scores:
         tied = [i for i, score in scores.items() if score <= min(scores.values()) * (1 + TIE)]
         small = min(tied, key=lambda i: (prices[i], candidates[i]))
         choice = funds.choice(candidates[small], prices[small], candidates[complete])
+    assert choice.complete_from is not None
     shown = tuple(scores.get(i) for i in range(len(candidates)))
-    return Decision(stage, candidates, losses, seconds, shown, choice.subnet, complete_from=choice.complete_from)
+    return Decision(
+        stage, candidates, losses, seconds, shown, choice.subnet,
+        complete_from=choice.complete_from, over=funds.over(choice.complete_from, prices[small]),
+    )  # fmt: skip
 
 
 def _found(

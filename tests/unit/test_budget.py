@@ -1,5 +1,6 @@
 """The budget's search: what it chooses, when the complete model takes over, and what runs of such choices are."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaleprog.growth.schedule import Phase
-from scaleprog.growth.search import Funds, decide_within
+from scaleprog.growth.search import Funds, candidate_times, decide_within
 from scaleprog.growth.space import Choice, Subnet
 from tests.unit.schedules import DEIT, Run, of, unroll
 
@@ -107,14 +108,16 @@ def runs(draw: st.DrawFn, recycle: bool | None = None) -> Run:
     stages = draw(st.integers(2, 6))
     steps = draw(st.integers(stages * 10, 1000))
     schedule = of(
-        DEIT, steps, draw(st.integers(1, max(1, steps // stages // 4))), "corners",
+        DEIT, steps, draw(st.integers(1, max(1, steps // stages // 4))), draw(st.sampled_from(("corners", "all"))),
         draw(st.floats(0.5, 1)), stages=stages, smallest=draw(st.sampled_from((0.3, 0.5, 0.8))),
         recycle=draw(st.booleans()) if recycle is None else recycle, adaptive_regularization=draw(st.booleans()),
+        patches=draw(st.sampled_from(("resolution", "subset"))),
     )  # fmt: skip
 
     def choose(phases: list[Phase]) -> Choice:
         candidates = phases[-1].candidates
-        losses = {s: draw(st.floats(0.1, 3)) for s in candidates}
+        judged = {s: draw(st.floats(0.1, 3)) for s in schedule.scored(phases[-1])}
+        losses = {s: judged[schedule.judged(s)] for s in candidates}
         times = {s: price(s) for s in candidates}
         return decide_within(schedule.funds(phases, price), phases[-1].stage, [losses], times).choice
 
@@ -134,7 +137,7 @@ def test_phases_tile_the_steps_and_grow_to_the_complete_model(run: Run) -> None:
         assert left.stop == right.start
     trained = [p.network for p in run.phases if p.kind == "train"]
     for small, large in pairwise(trained):
-        assert small.resolution <= large.resolution
+        assert small.resolution <= large.resolution or run.schedule.rule == "all", "eq. 8 looks at parameters only"
         assert small.depth <= large.depth
     assert trained.count(DEIT) == 1, "what is complete trains in one stretch, without another search"
 
@@ -145,7 +148,7 @@ def test_the_first_stage_is_the_smallest_network_and_every_other_search_knows_it
     assert (first.kind, first.candidates) == ("train", run.schedule.ladder[:1])
     for before, phase in pairwise(run.phases):
         if phase.searched:
-            assert phase.candidates == run.schedule.space.candidates(before.network, "corners")
+            assert phase.candidates == run.schedule.space.candidates(before.network, run.schedule.rule)
             assert {before.network, DEIT} <= set(phase.candidates)
     assert sum(p.searched for p in rest) == len(run.choices)
 
@@ -153,13 +156,17 @@ def test_the_first_stage_is_the_smallest_network_and_every_other_search_knows_it
 @given(runs(recycle=True))
 def test_stages_until_the_complete_model_are_about_an_equal_part_each(run: Run) -> None:
     part = run.schedule.steps / run.schedule.stages
+    room = run.schedule.latest - run.schedule.search_steps  # a later takeover leaves none for another search
     stages: dict[int, int] = {}
     for phase in run.phases[:-1]:
         if not phase.searched:
             stages[phase.stage] = phase.stop - phase.start
     assert stages.pop(1) == run.schedule.steps // run.schedule.stages
     for stage, length in stages.items():
-        assert length <= 1.5 * part + 1
+        choice = run.choices[stage - 2]
+        undecided = choice.complete_from is not None and choice.complete_from <= room
+        if undecided and run.schedule.judged(choice.subnet) != DEIT:
+            assert length <= 1.5 * part + 1
         if run.phases[-2].stage != stage:
             assert length >= part / 2 - 1
 
@@ -171,6 +178,38 @@ def test_a_run_keeps_to_its_budget_if_its_smallest_network_can(run: Run) -> None
     least = price(small) * (schedule.latest - searching) + schedule.steps - schedule.latest + searching
     if least <= schedule.budget * schedule.steps:
         assert schedule.cost(run.phases, price) <= schedule.budget * schedule.steps + 1
+
+
+def test_what_is_scored_is_paid_for_once() -> None:
+    """Of one depth all are judged by all patches: two networks, 3 steps each; by resolution four."""
+    for patches, networks in (("subset", CORNERS[2:]), ("resolution", CORNERS)):
+        free = of(rule="corners", budget=0.5, patches=patches)
+        phases = free.phases([])
+        paid = replace(free, scoring=3.0)
+        assert free.scored(phases[-1]) == networks
+        assert free.funds(phases, price).left - paid.funds(phases, price).left == pytest.approx(
+            3 * sum(map(price, networks))
+        )
+
+
+def test_what_cannot_be_kept_is_told() -> None:
+    """300 of 400 steps are to be saved, but the cheapest candidate, at 0.4, saves 120 in the 200 that there are."""
+    decision = decide_within(
+        Funds(100, 400, 300, 0), 2, [dict.fromkeys(CORNERS, 1.0)], dict(zip(CORNERS, (4, 6, 8, 10)))
+    )
+    assert decision.choice == Choice(CORNERS[0], 300)
+    assert decision.over == pytest.approx(180)
+    assert decision.because == "complete from schedule step 300, 180 complete steps OVER the budget"
+    kept = decide_within(Funds(100, 400, 300, 300), 2, [dict.fromkeys(CORNERS, 1.0)], dict(zip(CORNERS, (4, 6, 8, 10))))
+    assert (kept.over, kept.because) == (0, "complete from schedule step 100")
+
+
+def test_a_candidate_that_no_step_sampled_is_timed_by_its_share_of_the_work() -> None:
+    costs = dict(zip(CORNERS, (1.0, 2.0, 3.0, 6.0)))
+    assert candidate_times({CORNERS[0]: 0.5, CORNERS[1]: 1.2, CORNERS[3]: 3.0}, costs) == {
+        CORNERS[0]: 0.5, CORNERS[1]: 1.2, CORNERS[2]: 1.5, CORNERS[3]: 3.0,
+    }  # fmt: skip
+    assert candidate_times({CORNERS[0]: 0.0}, costs) == costs
 
 
 def test_nothing_is_searched_that_cannot_be_told_apart() -> None:

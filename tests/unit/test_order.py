@@ -57,6 +57,7 @@ def test_repeated_augmentation_repeats_the_same_sequence(order: Order) -> None:
     for lane in range(order.lanes):
         expected = np.repeat(once.lane(3, lane), order.repeats, axis=0)[: len(once.lane(3, lane))]
         assert np.array_equal(order.lane(3, lane), expected)
+        assert np.array_equal(order.lane(SEARCH_EPOCH, lane), once.lane(SEARCH_EPOCH, lane)), "but no search subset"
 
 
 @given(st.integers(0, 1000), st.integers(0, 1000))

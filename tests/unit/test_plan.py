@@ -158,6 +158,7 @@ def test_shards_that_do_not_fit_are_refused(
     ("override", "message"),
     [
         ("model.resolution=220", "model.resolution: 220 is not a multiple of the model's stride, 16 pixels"),
+        ("growth.resolution_multiple=448", "growth.resolution_multiple: 448 is more than model.resolution, 224"),
         ("growth.resolution_multiple=24", "growth.resolution_multiple: 24 is not a multiple of the model's stride, 16"),
         ("model.name=deit_smal_patch16_224",
          "model.name: timm knows no 'deit_smal_patch16_224'; did you mean deit_small_patch16_224 or "),
@@ -211,6 +212,20 @@ def test_the_budget_is_what_prog_costs_unless_the_recipe_says() -> None:
     assert outline(deit("autoprog", "search.budget=0.7"), 1000)[1].budget == 0.7
     assert outline(deit("autoprog", "search.method=published", "search.candidates=window"), 1000)[1].budget is None
     assert outline(deit("prog"), 1000)[1].budget is None
+    coarse = describe(deit("autoprog", "growth.patches=resolution", "growth.resolution_multiple=64", "growth.stages=3",
+                           "growth.smallest=0.9"))  # fmt: skip
+    assert 1 / coarse["budget"] - 1 == pytest.approx(coarse["speedup"]), "or as little as it can, where that is more"
+
+
+def test_scoring_is_part_of_the_budget() -> None:
+    scoring = outline(deit("autoprog"), 1000)[1].scoring
+    assert scoring == pytest.approx(40 / 3), "forward passes of a 25th of the images"
+    assert outline(deit("autoprog", "search.measurements=3"), 1000)[1].scoring == 3 * scoring
+    few, many = (describe(deit("autoprog", f"search.measurements={n}")) for n in (1, 101))
+    assert few["speedup"] == pytest.approx(many["speedup"], rel=1e-3)
+    assert few["stages"][-1]["epochs"] > many["stages"][-1]["epochs"] + 2, (
+        "two complete epochs' worth, paid for by such"
+    )
 
 
 @pytest.mark.parametrize("budget", [0.45, 0.6, 0.9, 1.0])
@@ -235,6 +250,8 @@ def test_budgets_that_cannot_be_kept_are_refused() -> None:
     outline(deit("autoprog", "search.budget=0.42"), 1000)
     with pytest.raises(RecipeError, match=r"search\.budget: 0\.5, but search\.method: published has none"):
         outline(deit("autoprog_published", "search.budget=0.5"), 1000)
+    with pytest.raises(RecipeError, match=r"search\.budget: 0\.5, but only growth\.schedule: automatic has one"):
+        outline(deit("prog", "search.budget=0.5"), 1000)
     with pytest.raises(RecipeError, match="0 steps cannot be cut into 4 stages"):
         outline(deit("autoprog", "train.epochs=0.0001"), 1000)
     with pytest.raises(RecipeError, match=r"search\.candidates: window leaves the present network out"):

@@ -205,7 +205,7 @@ def test_means_and_deviations_over_the_seeds(markdown: str) -> None:
 
 def test_what_the_searches_decided(markdown: str) -> None:
     candidates = tables(markdown)[2]
-    assert "stage 1 chose 16x4, alpha 0.1250; stage 2 chose 28x4, complete from step 80." in markdown
+    assert "stage 1 chose 16x4, alpha 0.1250; stage 2 chose 28x4, complete from schedule step 80." in markdown
     assert [row["candidate"] for row in candidates] == ["16x4", "16x6", "28x4", "28x6"] * 2
     assert [(row["stage"], row["candidate"]) for row in candidates if row["chosen"]] == [("1", "16x4"), ("2", "28x4")]
     assert [row["score"] for row in candidates[4:]] == ["1.9000", "1.8000", "1.7000", "–"]

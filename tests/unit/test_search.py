@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaleprog.growth.search import Decision, balancing_exponent, decide, measurement_steps
+from scaleprog.growth.search import Decision, SearchSettings, balancing_exponent, decide, measurement_steps
 from scaleprog.growth.space import Subnet
 
 CANDIDATES = [Subnet(r, d) for r in (128, 192, 224) for d in (6, 10, 12)]
@@ -32,6 +32,19 @@ def spread_times(draw: st.DrawFn, size: int = 9) -> list[float]:
     for step in steps[1:]:
         times.append(times[-1] * step)
     return draw(st.permutations(times))
+
+
+# ---- settings
+
+
+def test_the_published_method_has_defaults_of_its_own() -> None:
+    published = SearchSettings(method="published", subset=512)
+    assert (published.candidates, published.measurements, published.weights) == ("window", 5, "ema")
+    assert (published.epochs, published.subset) == (2, 512)
+    assert SearchSettings(method="published", epochs=None).epochs is None
+    assert SearchSettings(**published.model_dump()) == published
+    ours = SearchSettings()
+    assert (ours.candidates, ours.measurements, ours.weights, ours.epochs) == ("corners", 1, "online", None)
 
 
 # ---- alpha

@@ -41,12 +41,14 @@ def recorded(run: Run, folder: Path, step_seconds: tuple[float, float], top1: fl
         for i, (phase, r, d, s) in enumerate(sizes)
     ]
     events = [
+        {"event": "start", "step": 0},
         {"event": "growth", "step": 1, "phase": "supernet"},
         {"event": "measurement", "step": 2, "losses": [[16, 3, 0.5], [28, 6, 0.4]]},
         {"event": "choice", "step": 2},
     ]
     stages = [{"resolution": 16, "depth": 3, "epochs": 1.0}, {"resolution": 28, "depth": 6, "epochs": 1.0}]
-    results = {"top1": top1, "top1_ema": top1 - 1, "search_seconds": step_seconds[1] / 2, "stages": stages}
+    spent = 2 * sum(step_seconds) + step_seconds[1] / 2
+    results = {"top1": top1, "top1_ema": top1 - 1, "train_cpu_seconds": spent, "stages": stages}
     folder.mkdir(parents=True)
     run.folder = folder
     (folder / "results.json").write_text(json.dumps(results))

@@ -29,6 +29,7 @@ decisions = st.builds(
     chosen=subnets,
     alpha=st.none() | numbers,
     complete_from=st.none() | counts,
+    over=numbers,
 )
 FIELDS = {
     "step": counts,
@@ -38,6 +39,7 @@ FIELDS = {
     "decisions": st.lists(decisions, max_size=3),
     "measured": st.lists(st.dictionaries(subnets, numbers, max_size=4), max_size=3),
     "step_seconds": st.dictionaries(subnets, st.lists(numbers, max_size=4), max_size=4),
+    "timed_on": st.text(max_size=8),
     "train_seconds": numbers,
     "train_cpu_seconds": numbers,
     "search_seconds": numbers,
