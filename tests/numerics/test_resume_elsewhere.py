@@ -1,11 +1,15 @@
 """A run that goes on under another engine and on another number of ranks: nobody notices in its losses."""
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 
 from launchers.local import launch
+from scaleprog.metrics import read_rows
+from scaleprog.state import RunState
+from scaleprog.storage import committed, read_state
 from scaleprog.train import train_rank
 from tests.compare import samples
 from tests.conftest import MakeRecipe, run, step_rows
@@ -47,3 +51,29 @@ def test_engines_and_worlds_in_turn_train_what_one_process_trains(make_recipe: M
     assert {step: sorted(ids) for step, ids in mine.items()} == {step: sorted(ids) for step, ids in theirs.items()}
     for epoch in range(4):
         assert sorted(i for step in range(20 * epoch + 1, 20 * epoch + 21) for i in mine[step]) == list(range(160))
+
+
+def timed(folder: Path) -> int:
+    """How many step times the newest checkpoint keeps for the present search."""
+    state = RunState.from_json(read_state(committed(folder / "checkpoints")[-1]))
+    return sum(map(len, state.step_seconds.values()))
+
+
+def test_step_times_are_those_of_the_machine_that_decides(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Steps 0-10 are a search: a start like the one before goes on with its times, another begins anew."""
+    recipe, folder = make_recipe(search={"times": "measured"}), tmp_path / "run"
+    run(recipe, folder, max_steps=4)
+    run(recipe, folder, max_steps=6)
+    assert timed(folder) == 6
+    run(recipe, folder, max_steps=9, micro_batch=4)
+    assert timed(folder) == 3
+    run(recipe, folder, max_steps=11, micro_batch=4)
+    (choice,) = (row for row in read_rows(folder / "events.jsonl") if row["event"] == "choice")
+    taken = {(row["resolution"], row["depth"]): [] for row in step_rows(folder).values()}
+    for step in range(7, 11):
+        row = step_rows(folder)[step]
+        taken[row["resolution"], row["depth"]].append(row["step_seconds"])
+    for (resolution, depth), seconds in zip(choice["candidates"], choice["times"]):
+        if here := taken.get((resolution, depth)):
+            assert seconds == pytest.approx(median(here))
+        assert seconds > 0
