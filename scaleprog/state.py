@@ -124,7 +124,7 @@ def decision_from_json(values: Mapping[str, Any]) -> Decision:
         chosen=Subnet(*values["chosen"]),
         alpha=values["alpha"],
         complete_from=values.get("complete_from"),  # not in events of runs before budgets
-        over=values.get("over", 0.0),
+        over=values.get("over"),
     )
 
 

@@ -71,14 +71,15 @@ class Decision:
     chosen: Subnet
     alpha: float | None = None
     complete_from: int | None = None
-    over: float = 0.0
+    over: float | None = None
 
     @property
     def because(self) -> str:
         """What else was decided, in words."""
         if self.complete_from is None:
             return f"alpha {self.alpha:.4f}"
-        excess = f", {self.over:.0f} complete steps OVER the budget" if self.over >= 1 else ""
+        over = self.over or 0.0
+        excess = f", {over:.0f} complete steps OVER the budget" if over >= 1 else ""
         return f"complete from schedule step {self.complete_from}{excess}"
 
     @property

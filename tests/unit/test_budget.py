@@ -167,6 +167,8 @@ def test_stages_until_the_complete_model_are_about_an_equal_part_each(run: Run) 
         undecided = choice.complete_from is not None and choice.complete_from <= room
         if undecided and run.schedule.judged(choice.subnet) != DEIT:
             assert length <= 1.5 * part + 1
+        else:
+            assert run.phases[-2].stage == stage, "goes on until the complete model takes over"
         if run.phases[-2].stage != stage:
             assert length >= part / 2 - 1
 

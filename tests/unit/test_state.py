@@ -29,7 +29,7 @@ decisions = st.builds(
     chosen=subnets,
     alpha=st.none() | numbers,
     complete_from=st.none() | counts,
-    over=numbers,
+    over=st.none() | numbers,
 )
 FIELDS = {
     "step": counts,
