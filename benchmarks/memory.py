@@ -112,7 +112,7 @@ def live(
     backend.regrow(fresh((before,)), inherit=False, elastic=False)
     for _ in range(2):  # DistributedDataParallel forms its buckets anew after the first
         backpropagate(backend, model, device)
-        backend.step(1e-3)
+        backend.step(1e-3, step=0)
     gc.collect()
     old = given_out() - nothing
     of.barrier()
@@ -127,7 +127,7 @@ def live(
         if repeat:
             gc.collect()
             held, tensors = given_out() - nothing, ranks.live_tensors() - no_tensors
-        backend.step(1e-3)
+        backend.step(1e-3, step=0)
     backend.release()
     return {"old": old, "new": new, "growth": growth, "held": held, "tensors": tensors}
 

@@ -249,7 +249,7 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
         part = F.cross_entropy(logits.float(), targets[rows]) * (len(logits) / len(images))
         backend.backward(part)
         loss += part.detach()
-    grad_norm = backend.step(lr)
+    grad_norm = backend.step(lr, step)
     timer.stop()
 
     row = {

@@ -29,6 +29,14 @@ def fashion_mnist(
     build(out, source, limit=limit, seed=seed)
 
 
+@app.command("digits")
+def digits(out: Out, seed: Seed = 0) -> None:
+    """Build shards of scikit-learn's handwritten digits (897 + 900 images of 32 x 32, 10 classes)."""
+    from shards.digits import build
+
+    build(out, seed=seed)
+
+
 @app.command("image-folder")
 def image_folder(
     src: Annotated[Path, typer.Argument(help="Folder of train/CLASS/ and val/CLASS/ (ImageNet), or of CLASS/.")],

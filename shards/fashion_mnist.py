@@ -6,17 +6,15 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
 from shards.build import build as build_shards
 from shards.build import finished
-from shards.samples import Sample
+from shards.samples import Pixels
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -48,24 +46,6 @@ def build(out: Path, source: Path | None = None, *, limit: int | None = None, se
     with _originals(source) as folder:
         splits = {split: _shuffled(folder, split, limit, seed) for split in PREFIX}
     return build_shards(out, classes=CLASSES, splits=splits, source=description, workers=1)
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """The samples of one shard, encoded as they are read."""
-
-    split: str
-    indices: np.ndarray
-    """Places in the original file, (N,)."""
-    images: np.ndarray
-    """(N, 28, 28) uint8."""
-    labels: np.ndarray
-    """(N,) uint8."""
-
-    def __iter__(self) -> Iterator[Sample]:
-        for index, image, label in zip(self.indices, self.images, self.labels):
-            _, png = cv2.imencode(".png", image)
-            yield Sample(f"{self.split}-{index:05d}", "png", png.tobytes(), int(label))
 
 
 def _shuffled(folder: Path, split: str, limit: int | None, seed: int) -> list[Pixels]:

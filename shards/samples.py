@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 from webdataset.tariterators import group_by_keys
 from webdataset.writer import TarWriter
 
@@ -28,6 +30,24 @@ class Sample:
     """One of IMAGE_EXTENSIONS."""
     image: bytes
     label: int
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Grey images in memory as the samples of one shard, encoded as they are read."""
+
+    split: str
+    indices: np.ndarray
+    """Places in the original data set, (N,)."""
+    images: np.ndarray
+    """(N, H, W) uint8."""
+    labels: np.ndarray
+    """(N,) uint8."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        for index, image, label in zip(self.indices, self.images, self.labels):
+            _, png = cv2.imencode(".png", image)
+            yield Sample(f"{self.split}-{index:05d}", "png", png.tobytes(), int(label))
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from scaleprog.growth.operators import LayerMap, Weights
 from scaleprog.models.elastic import Active, ElasticModel, ModelSettings, Structure
 from scaleprog.optim import MOMENTS, OptimizerSettings
-from scaleprog.sharding.ema import Ema, EmaSettings
+from scaleprog.sharding.ema import Ema, EmaSettings, momentum_of
 from scaleprog.sharding.settings import ShardingSettings
 from scaleprog.sharding.spread import Part, Spread, move
 
@@ -170,7 +170,7 @@ class Backend(ABC):
             self.release()
         self._network = network = self.build(model, steps, elastic)
         _fill(network.weights.values(), float("nan"))
-        network.emas = [Ema(momentum, network.weights) for momentum in self.ema.momenta]
+        network.emas = [Ema(network.weights) for _ in self.ema.momenta]
         return network
 
     @property
@@ -191,12 +191,15 @@ class Backend(ABC):
         """(B, C, H, W) images of this rank -> (B, classes) logits; see `ElasticModel.forward`."""
         return self.network.forward(images, active, drop, kept)
 
-    def step(self, lr: float) -> Tensor:
-        """One AdamW step on the gradients since the last, then every EMA follows. Returns the gradient norm, 0-d."""
+    def step(self, lr: float, step: int) -> Tensor:
+        """One AdamW step on the gradients since the last, then every EMA follows. Returns the gradient norm, 0-d.
+
+        `step`: how many optimizer steps the run has taken before this one.
+        """
         norm = self.update(lr)
         weights = list(self.network.weights.values())
-        for ema in self.network.emas:
-            ema.update(weights)
+        for momentum, ema in zip(self.ema.momenta, self.network.emas, strict=True):
+            ema.update(weights, momentum_of(momentum, step, self.ema.warmup))
         return norm
 
     # ---- weights and state

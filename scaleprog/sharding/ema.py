@@ -10,10 +10,12 @@ from scaleprog.settings import Settings
 
 
 class EmaSettings(Settings):
-    """`momenta`: one momentum network each; `grow_from`: index of the one that MoGrow and the search read."""
+    """`momenta`: one momentum network each; `grow_from`: index of the one that MoGrow and the search read; `warmup`: see
+    `momentum_of`."""
 
     momenta: tuple[float, ...] = Field(default=(0.998,), min_length=1)
     grow_from: int = -1
+    warmup: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> "EmaSettings":
@@ -24,15 +26,24 @@ class EmaSettings(Settings):
         return self
 
 
+def momentum_of(momentum: float, step: int, warmup: bool) -> float:
+    """The momentum m of the run's optimizer step 0 <= `step`: with `warmup` at most (1 + step) / (10 + step).
+
+    So the average spans about a ninth of the steps so far until it spans 1 / (1 - `momentum`) of them. Without it, the
+    average is still near the random weights that it began with after 1 / (1 - `momentum`) steps, and so is whatever
+    grows from it.
+    """
+    return min(momentum, (1 + step) / (10 + step)) if warmup else momentum
+
+
 class Ema:
     """One exponential moving average of a network's weights: w_ema <- m * w_ema + (1 - m) * w."""
 
-    def __init__(self, momentum: float, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
         """Starts as a copy of `weights`, which may be this rank's elements only."""
-        self.momentum = momentum
         self.weights = {name: tensor.clone() for name, tensor in weights.items()}
 
     @torch.no_grad()
-    def update(self, weights: list[Tensor]) -> None:
+    def update(self, weights: list[Tensor], momentum: float) -> None:
         """Follows the weights after an optimizer step; `weights` in the order of construction."""
-        torch._foreach_lerp_(list(self.weights.values()), weights, 1 - self.momentum)
+        torch._foreach_lerp_(list(self.weights.values()), weights, 1 - momentum)

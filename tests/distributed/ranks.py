@@ -56,7 +56,7 @@ class Trainer:
             drop = drop_scales(0.1, depth, BATCH, 0, self.step)[:, :, mine]
             loss = F.cross_entropy(self.backend.forward(images[mine], actives[i % len(actives)], drop), labels[mine])
             self.backend.backward(loss)
-            norm = self.backend.step(1e-3)
+            norm = self.backend.step(1e-3, self.step)
             self.record += [self.coordinator.mean([loss.item()])[0], float(norm)]
             self.step += 1
 
@@ -184,7 +184,7 @@ def count_step(sharding: dict[str, Any], model: ModelSettings, depth: int, devic
             gradients = [p.grad for p in network.elastic.parameters() if p.grad is not None]
             held = {"gradients": sum((g.to_local() if isinstance(g, DTensor) else g).nbytes for g in gradients)}
             if counted:
-                backend.step(1e-3)
+                backend.step(1e-3, step=0)
         network.elastic.zero_grad()
     names = {"online": "parameters", "exp_avg": "optimizer", "exp_avg_sq": "optimizer", "ema.0": "ema", "ema.1": "ema"}
     for name, part in backend.state().items():
