@@ -4,12 +4,14 @@ All of this may take minutes, so it ends where the run is asked to stop; it is t
 """
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch.nn.functional as F
 
 from scaleprog.data.augment import Request, low_pass
@@ -54,7 +56,7 @@ def measure(run: Run, phase: Phase) -> None:
     judged = schedule.scored(phase)
     sizes = sorted({schedule.view(s).pixels for s in judged})
     requests = [Request(SEARCH_EPOCH, i, r, erase=0.0) for r in sizes for i in range(run.plan.search_batches)]
-    done, totals = _half_measured(run, judged)
+    done, found = _half_measured(run, judged)
     grow_from = range(len(run.recipe.ema.momenta))[run.recipe.ema.grow_from]
     weights = grow_from if run.recipe.search.weights == "ema" else None
     with run.reader.stream(requests[done:], sizes[-1]) as batches, run.backend.weights(weights):
@@ -67,7 +69,7 @@ def measure(run: Run, phase: Phase) -> None:
                 kept = patches_seen(run, view, SEARCH_EPOCH, request.step)
                 shown = images if view.band is None else low_pass(images, view.band)
                 logits = run.backend.forward(shown, run.plan.active(phase, subnet), kept=kept)
-                totals[subnet] += float(F.cross_entropy(logits.float(), labels)) / run.plan.search_batches
+                found[subnet] += F.cross_entropy(logits.float(), labels, reduction="none").tolist()
             done += 1
             if done < len(requests) and (stop := run.watch.asked()):
                 break
@@ -76,39 +78,61 @@ def measure(run: Run, phase: Phase) -> None:
     state.train_seconds += timer.seconds()  # the paper's time includes the scoring
     state.train_cpu_seconds += timer.cpu_seconds
     if stop:
-        _keep_half(run, done, totals)
+        _keep_half(run, done, found)
         raise AskedToStop(stop)
-    means = dict(zip(judged, run.coordinator.mean(list(totals.values()))))
+    means, errors = _means_and_errors(run, found)
     losses = {subnet: means[schedule.judged(subnet)] for subnet in phase.candidates}
     state.measured.append(losses)
-    run.recorder.event("measurement", step=state.step, seconds=timer.seconds(), losses=pairs(losses))
+    state.errors = {subnet: errors[schedule.judged(subnet)] for subnet in phase.candidates}
+    run.recorder.event(
+        "measurement", step=state.step, seconds=timer.seconds(), losses=pairs(losses), errors=pairs(state.errors)
+    )
     # before a phase's first step it belongs to that step: the checkpoint of the step before does not know it
     at = state.step + (state.step == phase.start)
     run.recorder.curve(at, "search", {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()})
 
 
-def _half_measured(run: Run, judged: Sequence[Subnet]) -> tuple[int, dict[Subnet, float]]:
-    """How many batches of the present measurement were done when the run was stopped, and this rank's sums of them.
+def _means_and_errors(
+    run: Run, found: Mapping[Subnet, Sequence[float]]
+) -> tuple[dict[Subnet, float], dict[Subnet, float]]:
+    """Of the losses of this rank's images, in the same order for all sub-networks: the means over all ranks, and the
+    standard errors of their differences from the largest sub-network's."""
+    losses = {subnet: np.asarray(values) for subnet, values in found.items()}
+    largest = losses[max(losses)]
+    sums = [(values.sum(), (values - largest).sum(), ((values - largest) ** 2).sum()) for values in losses.values()]
+    totals = iter(run.coordinator.total([float(value) for each in sums for value in each]))
+    images = len(largest) * run.coordinator.world
+    means, errors = {}, {}
+    for subnet in losses:
+        total, difference, squares = (next(totals) / images for _ in range(3))
+        means[subnet] = total
+        errors[subnet] = math.sqrt(max(0.0, squares - difference**2) / images)
+    return means, errors
+
+
+def _half_measured(run: Run, judged: Sequence[Subnet]) -> tuple[int, dict[Subnet, list[float]]]:
+    """How many batches of the present measurement were done when the run was stopped, and the losses of this rank's
+    images in them.
 
     A file of its own keeps this, because the checkpoint that a search starts from is older than its network.
     """
 
-    def read() -> tuple[int, list[list[float]]]:
+    def read() -> tuple[int, list[list[list[float]]]]:
         with suppress(OSError, ValueError):
             kept = json.loads((run.folder / HALF_MEASURED).read_text())
             if kept["where"] == _where(run, judged):
-                return kept["done"], kept["totals"]
-        return 0, [[0.0] * len(judged)] * run.coordinator.world
+                return kept["done"], kept["losses"]
+        return 0, [[[] for _ in judged] for _ in range(run.coordinator.world)]
 
-    done, totals = run.coordinator.decide("measurement so far", read)
-    return done, dict(zip(judged, totals[run.coordinator.rank]))
+    done, losses = run.coordinator.decide("measurement so far", read)
+    return done, dict(zip(judged, losses[run.coordinator.rank]))
 
 
-def _keep_half(run: Run, done: int, totals: Mapping[Subnet, float]) -> None:
-    everyones = run.coordinator.gather(list(totals.values()))
+def _keep_half(run: Run, done: int, found: Mapping[Subnet, Sequence[float]]) -> None:
+    everyones = run.coordinator.gather(list(found.values()))
     if run.coordinator.rank == 0:
         with suppress(OSError):  # then it is done anew
-            kept = {"where": _where(run, list(totals)), "done": done, "totals": everyones}
+            kept = {"where": _where(run, list(found)), "done": done, "losses": everyones}
             write_whole(run.folder / HALF_MEASURED, json.dumps(kept))
 
 
@@ -125,14 +149,13 @@ def choose(run: Run, phase: Phase) -> None:
     measured = dict(zip(phase.candidates, run.coordinator.maximum(local)))
     costs = {subnet: run.plan.gmacs(subnet) for subnet in phase.candidates}
     times = costs if run.recipe.search.times == "modelled" else candidate_times(measured, costs)
-    decision = decision_from_json(
-        run.coordinator.decide(f"choice of stage {phase.stage}", lambda: decision_to_json(_decide(run, phase, times)))
-    )
+    what = f"choice of stage {phase.stage}"
+    decision = decision_from_json(run.coordinator.on_rank_0(what, lambda: decision_to_json(_decide(run, phase, times))))
     state.decisions.append(decision)
     run.recorder.event("choice", step=state.step, **decision_to_json(decision))
     run.recorder.curve(
         state.step, "choice",
-        {name: value for name in ("alpha", "complete_from", "over") if (value := getattr(decision, name)) is not None}
+        {name: value for name in ("alpha", "complete_from") if (value := getattr(decision, name)) is not None}
         | {"resolution": decision.chosen.resolution, "depth": decision.chosen.depth}
         | {f"score_{s.tag}": score for s, score in zip(decision.candidates, decision.scores) if score is not None}
         | {f"time_{s.tag}": seconds for s, seconds in zip(decision.candidates, decision.times)},
@@ -148,8 +171,8 @@ def _decide(run: Run, phase: Phase, times: dict[Subnet, float]) -> Decision:
     for subnets, seconds in (*((d.candidates, d.times) for d in state.decisions), (times.keys(), times.values())):
         complete = dict(zip(subnets, seconds))[schedule.full]
         prices |= {subnet: each / complete for subnet, each in zip(subnets, seconds)}
-    funds = schedule.funds(schedule.phases(state.choices), prices.__getitem__)
-    return decide_within(funds, phase.stage, state.measured, times)
+    funds = schedule.funds(schedule.phases(state.choices), prices.__getitem__, run.plan.gmacs)
+    return decide_within(funds, phase.stage, state.measured, times, state.errors)
 
 
 # ---- accuracy

@@ -12,6 +12,10 @@ class RecipeError(ScaleprogError):
     """A recipe that cannot be run: unknown key, bad value, settings that contradict each other."""
 
 
+class OverBudget(RecipeError):
+    """A budget that was asked for cannot be kept at the step times measured; the run waits for a larger one."""
+
+
 class DataError(ScaleprogError):
     """Shards, manifest or samples that are missing, damaged or do not fit the recipe."""
 

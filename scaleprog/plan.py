@@ -3,8 +3,10 @@
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from scaleprog.data.manifest import NAME as MANIFEST
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.order import Order
 from scaleprog.devices import Device
@@ -46,8 +48,7 @@ class Plan:
             raise RecipeError(
                 f"model.classes: {recipe.model.classes}, but {manifest.root} has {len(manifest.classes)} classes"
             )
-        counts = tuple(shard.samples for shard in manifest.split("train"))
-        order = Order(counts, recipe.seed, recipe.data.lanes, recipe.train.batch, recipe.augment.repeats)
+        order = _order(recipe, manifest)
         order.lanes_of(0, world)
         if (recipe.augment.mixup or recipe.augment.cutmix) and order.per_lane % 2:
             raise RecipeError(
@@ -79,9 +80,11 @@ def plan_start(recipe: Recipe, world: int, per_node: int) -> Plan:
     return plan
 
 
-def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], Schedule]:
-    """Model family and schedule of a recipe whose shards need not exist. Raises RecipeError."""
+def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticModel], Schedule]:
+    """Model family and schedule of a recipe whose shards need not exist (None: SCALE positions in place of an epoch's
+    steps). Raises RecipeError."""
     elastic, full, stride = family(recipe.model)
+    epoch = SCALE if steps_per_epoch is None else steps_per_epoch
     growth = recipe.growth
     if recipe.search.budget is not None:
         asked = f"search.budget: {recipe.search.budget}"
@@ -103,9 +106,9 @@ def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], S
     if growth.curriculum and growth.patches != "subset":
         raise RecipeError("growth.curriculum: an image of low resolution holds no high frequencies; it goes with "
                           "growth.patches: subset")  # fmt: skip
-    steps = round(recipe.train.epochs * steps_per_epoch)
+    steps = round(recipe.train.epochs * epoch)
     searched = recipe.search.epochs or recipe.train.epochs / SEARCH_PARTS
-    search_steps = max(1, round(searched * steps_per_epoch))
+    search_steps = max(1, round(searched * epoch))
     schedule = Schedule.of(growth, full, stride, steps, search_steps, recipe.search.candidates)
     if steps < schedule.stages:
         raise RecipeError(f"train.epochs: {steps} steps cannot be cut into {schedule.stages} stages")
@@ -114,9 +117,12 @@ def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], S
             f"search.epochs: {searched:g} epochs of search do not fit into a stage of "
             f"{recipe.train.epochs / schedule.stages:g}"
         )
-    forwards = recipe.search.measurements * _search_batches(recipe, steps_per_epoch)
+    forwards = recipe.search.measurements * _search_batches(recipe, epoch)
     schedule = replace(schedule, scoring=forwards / FORWARDS_PER_STEP)
     if schedule.kind == "automatic" and recipe.search.method == "budget":
+        # 0 where the length of an epoch is not known
+        complete_steps = recipe.search.complete_steps if steps_per_epoch is not None else 0
+        schedule = replace(schedule, complete_steps=complete_steps, promised=recipe.search.budget is not None)
         schedule = replace(schedule, budget=_budget(recipe, elastic, schedule))
     return elastic, schedule
 
@@ -124,14 +130,17 @@ def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], S
 def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     """The stages of a recipe with parameters, GMACs, memory per rank and epochs, and the speedup they predict.
 
-    Keys: `stages` (rows), `speedup` (of training time by GMACs, as a ratio minus 1), `kind` (of the schedule) and
-    `budget` (of its searches, or None). What a search will choose is not known: see `Schedule.expected`.
+    Keys: `stages` (rows), `speedup` (of training time by GMACs, as a ratio minus 1), `kind` (of the schedule), `budget`
+    (of its searches, or None) and `short` (see `Schedule.short`). What a search will choose is not known: see
+    `Schedule.expected`. Raises RecipeError, and DataError where there are shards that cannot be used.
     """
-    elastic, schedule = outline(recipe, SCALE)
+    known = _steps_per_epoch(recipe)
+    elastic, schedule = outline(recipe, known)
+    epoch = known or SCALE
     model, cost_of = recipe.model, partial(_gmacs, recipe, elastic, schedule)
     rows, phases = [], schedule.expected((), cost_of)
     for phase in phases:
-        epochs = (phase.stop - phase.start) / SCALE
+        epochs = (phase.stop - phase.start) / epoch
         mean = sum(map(cost_of, phase.candidates)) / len(phase.candidates)
         rows.append(
             {
@@ -149,7 +158,8 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
             }
         )
     speedup = cost_of(schedule.full) * schedule.steps / schedule.cost(phases, cost_of) - 1
-    return {"stages": rows, "speedup": speedup, "kind": schedule.kind, "budget": schedule.budget}
+    return {"stages": rows, "speedup": speedup, "kind": schedule.kind, "budget": schedule.budget,
+            "short": schedule.short}  # fmt: skip
 
 
 def forecast(recipe: Recipe, world: int, device: Device) -> dict[str, tuple[Prediction, int]]:
@@ -160,7 +170,7 @@ def forecast(recipe: Recipe, world: int, device: Device) -> dict[str, tuple[Pred
     on `world` ranks.
     """
     check_world(recipe, world)
-    elastic, schedule = outline(recipe, SCALE)
+    elastic, schedule = outline(recipe, _steps_per_epoch(recipe))
     phases = schedule.expected((), partial(_gmacs, recipe, elastic, schedule))
     found = {}
     for name, variant in engines(recipe, world, device).items():
@@ -184,6 +194,18 @@ def _gmacs(recipe: Recipe, elastic: type[ElasticModel], schedule: Schedule, subn
     return gmacs(elastic, recipe.model, schedule.view(subnet), subnet.depth)
 
 
+def _steps_per_epoch(recipe: Recipe) -> int | None:
+    """As the recipe's shards have it; None where they are not there yet."""
+    if not Path(recipe.data.path, MANIFEST).exists():
+        return None
+    return _order(recipe, Manifest.load(recipe.data.path).first("train", recipe.data.shards)).steps_per_epoch
+
+
+def _order(recipe: Recipe, manifest: Manifest) -> Order:
+    counts = tuple(shard.samples for shard in manifest.split("train"))
+    return Order(counts, recipe.seed, recipe.data.lanes, recipe.train.batch, recipe.augment.repeats)
+
+
 def _search_batches(recipe: Recipe, steps_per_epoch: int) -> int:
     """Global batches in the search subset."""
     subset = recipe.search.subset
@@ -204,10 +226,13 @@ def _budget(recipe: Recipe, elastic: type[ElasticModel], schedule: Schedule) -> 
         prog = sum(map(price, schedule.ladder)) / price(schedule.full) / len(schedule.ladder)
         return max(prog, least)
     if recipe.search.budget < least:
+        if schedule.short:
+            raise RecipeError(f"search.budget: {recipe.search.budget} of Original's cost, but {schedule.short}; "
+                              "lower that, or train longer")  # fmt: skip
         raise RecipeError(
             f"search.budget: {recipe.search.budget} of Original's cost; {schedule.ladder[0]} until the last of "
             f"{schedule.stages} stages, which trains the complete model, costs {least:.3f} with its searches; raise "
-            "it, or lower growth.smallest or raise growth.stages"
+            "it, or lower growth.smallest or search.complete_steps, or raise growth.stages"
         )
     return recipe.search.budget
 

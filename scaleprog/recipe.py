@@ -21,11 +21,12 @@ from scaleprog.settings import Settings
 from scaleprog.sharding.ema import EmaSettings
 from scaleprog.sharding.settings import ShardingSettings
 
-# Keys that may change between two starts of one run: they alter speed or bookkeeping, never the weights.
+# Keys that may change between two starts of one run: they alter speed or bookkeeping, never the weights; but
+# search.budget, which is what the searches still to come may spend.
 FREE = ("train.max_steps", "train.log_every", "train.micro_batch", "data.path", "data.workers", "data.prefetch",
         "data.cache", "data.trace", "sharding.engine", "sharding.stage", "sharding.shard", "sharding.offload",
         "sharding.reshard_after_forward", "sharding.recompute", "sharding.compile", "checkpoint",
-        "evaluate.batch")  # fmt: skip
+        "evaluate.batch", "search.budget")  # fmt: skip
 
 
 class TrainSettings(Settings):

@@ -19,6 +19,7 @@ class RunState:
     gated: tuple[tuple[bool, ...], ...] = ()  # the network's structure
     decisions: list[Decision] = field(default_factory=list)
     measured: list[dict[Subnet, float]] = field(default_factory=list)  # the present search: losses at each measurement
+    errors: dict[Subnet, float] = field(default_factory=dict)  # of the last of them: see `decide_within`
     step_seconds: dict[Subnet, list[float]] = field(default_factory=dict)  # the present search: rank 0's step times
     timed_on: str = ""  # what they were measured on
     train_seconds: float = 0.0  # forward + backward + optimizer and the search's scoring, as the paper counts
@@ -45,6 +46,7 @@ class RunState:
             "gated": [list(group) for group in self.gated],
             "decisions": [decision_to_json(d) for d in self.decisions],
             "measured": [pairs(losses) for losses in self.measured],
+            "errors": pairs(self.errors),
             "step_seconds": pairs(self.step_seconds),
         }
 
@@ -57,6 +59,7 @@ class RunState:
                 "gated": tuple(tuple(group) for group in values["gated"]),
                 "decisions": [decision_from_json(d) for d in values["decisions"]],
                 "measured": [unpaired(losses) for losses in values["measured"]],
+                "errors": unpaired(values["errors"]),
                 "step_seconds": unpaired(values["step_seconds"]),
             }
         )
@@ -124,7 +127,7 @@ def decision_from_json(values: Mapping[str, Any]) -> Decision:
         chosen=Subnet(*values["chosen"]),
         alpha=values["alpha"],
         complete_from=values.get("complete_from"),  # not in events of runs before budgets
-        over=values.get("over"),
+        why=values.get("why"),
     )
 
 

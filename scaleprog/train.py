@@ -22,7 +22,7 @@ from scaleprog.claim import claim_run
 from scaleprog.data.augment import Request, low_pass, mix
 from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
-from scaleprog.errors import Diverged, Preempted, Unavailable
+from scaleprog.errors import Diverged, OverBudget, Preempted, Unavailable
 from scaleprog.files import write_whole
 from scaleprog.growth.schedule import Phase
 from scaleprog.growth.space import Subnet
@@ -110,6 +110,9 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
             reader_bytes=reader.memory(plan.schedule.full.resolution),
         )  # fmt: skip
 
+    if plan.schedule.short:
+        progress.say(plan.schedule.short)
+
     # ---- loop
     gc.disable()
     began = time.perf_counter() - state.wall_seconds
@@ -119,6 +122,9 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
                 train_phases(run, began)
             except AskedToStop as asked:
                 leave(run, asked.reason)
+            except OverBudget:
+                settle_checkpoints(run, wait=True)
+                raise
             last = settle_checkpoints(run, wait=True)
             if last is not None and last.error:
                 raise Unavailable(f"{last.error}; free some space and start again: it goes on where it can")
@@ -199,7 +205,7 @@ def enter(run: Run, phases: list[Phase], index: int) -> None:
         )  # fmt: skip
         run.progress.say(f"stage {phase.stage} {phase.kind}: {', '.join(map(str, phase.candidates))}")
     state.phase, state.growths, state.gated = index, backend.growths, backend.structure.gated
-    state.measured, state.step_seconds = [], {}
+    state.measured, state.errors, state.step_seconds = [], {}, {}
     if phase.start in measuring_steps(run, phase):
         state.due = ["measurement"]
         settle_due(run, phase)
@@ -289,7 +295,8 @@ def trace(run: Run, batch: Batch) -> None:
 def after_step(run: Run, phase: Phase, due: Due) -> None:
     """Whatever is due after a step; all of it belongs to the state that a checkpoint of this step holds.
 
-    Raises AskedToStop with that checkpoint begun. What takes long is then left for later: the grace time is short.
+    Raises AskedToStop or OverBudget with that checkpoint begun. What takes long is then left for later: the grace time
+    is short.
     """
     state, recipe, order = run.state, run.recipe, run.plan.order
     epoch_steps = max(1, round(recipe.evaluate.every * order.steps_per_epoch))
@@ -308,17 +315,17 @@ def after_step(run: Run, phase: Phase, due: Due) -> None:
     if state.step % recipe.train.log_every == 0 or measuring or evaluating or saving:
         settle_rows(run)
     state.due = ["measurement"] * measuring + ["choice"] * choosing + ["evaluation"] * evaluating
-    asked = AskedToStop(due.stop) if due.stop else None
-    if asked is None:
+    ended: AskedToStop | OverBudget | None = AskedToStop(due.stop) if due.stop else None
+    if ended is None:
         try:
             settle_due(run, phase)
-        except AskedToStop as meanwhile:
-            asked = meanwhile
-    saving |= asked is not None or (settings.keep_best and evaluating and state.best_step == state.step)
+        except (AskedToStop, OverBudget) as meanwhile:
+            ended = meanwhile
+    saving |= ended is not None or (settings.keep_best and evaluating and state.best_step == state.step)
     if saving:
         save(run, phase, permanent)
-    if asked is not None:
-        raise asked
+    if ended is not None:
+        raise ended
 
 
 def settle_rows(run: Run) -> None:

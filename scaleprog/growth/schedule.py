@@ -96,7 +96,8 @@ class Schedule:
 
     `ladder` holds the sub-networks of stages that are not searched. `budget` is what a run whose searches keep to one
     may cost, as a part of Original's cost (None: no budget): there the first stage trains the smallest network, a
-    search's choice says where the complete model takes over, and stages until then are about an equal part each.
+    search's choice says where the complete model takes over, and stages until then are about an equal part each;
+    `promised`: whether the recipe names the budget; `complete_steps`: how many the complete model trains at least.
     `patch` is the side in pixels of the patches that sub-networks see a subset of (None: by resolution);
     `curriculum`: whether only of low frequencies. `scoring` is what a search pays for the loss of one network, in its
     training steps.
@@ -110,6 +111,8 @@ class Schedule:
     recycle: bool
     adaptive_regularization: bool
     budget: float | None = None
+    promised: bool = False
+    complete_steps: int = 0
     patch: int | None = None
     curriculum: bool = False
     scoring: float = 0.0
@@ -173,8 +176,20 @@ class Schedule:
 
     @property
     def latest(self) -> int:
-        """The last position at which the complete model may take over: the last of the equal parts is its own."""
-        return (self.stages - 1) * self.steps // self.stages
+        """The last position at which the complete model may take over: the last of the equal parts is its own, and so
+        are `complete_steps`. 0, so that it trains all the time, where these leave less than the first part."""
+        latest = min((self.stages - 1) * self.steps // self.stages, self.steps - self.complete_steps)
+        return latest if latest >= self.steps // self.stages else 0
+
+    @property
+    def short(self) -> str:
+        """Why nothing is saved from the start; empty where something is."""
+        if self.budget is None or self.latest > 0:
+            return ""
+        return (
+            f"a run of {self.steps} steps is too short to save any: the complete model trains all of them, as it needs "
+            f"{self.complete_steps} after it has grown (search.complete_steps)"
+        )
 
     def phases(self, choices: Sequence[Choice]) -> list[Phase]:
         """All phases that follow from the searches' choices so far; the last one may end in an open search."""
@@ -216,13 +231,21 @@ class Schedule:
         steps = sum((p.stop - p.start) * sum(map(price, p.candidates)) / len(p.candidates) for p in phases)
         return steps + self.scoring * sum(sum(map(price, self.scored(p))) for p in phases if p.searched)
 
-    def funds(self, phases: Sequence[Phase], price: Price) -> Funds:
-        """Where a run stands after `phases`, the last of them a search."""
+    def funds(self, phases: Sequence[Phase], price: Price, planned: Price | None = None) -> Funds:
+        """Where a run stands after `phases`, the last of them a search.
+
+        A budget that nobody has asked for was planned at the prices `planned`; at those measured here it saves as much
+        less as a step on the cheapest candidate does.
+        """
         assert self.budget is not None
-        search = phases[-1]
+        search, budget = phases[-1], self.budget
+        if planned is not None and not self.promised:
+            small = min(search.candidates, key=planned)
+            here, there = (1 - of(small) / of(self.full) for of in (price, planned))
+            budget = 1 - (1 - budget) * here / there
         position = search.position + (search.stop - search.start if self.recycle else 0)
         spent = self.cost(phases, price) / price(self.full)
-        return Funds(position, self.steps, self.latest, self.budget * self.steps - spent)
+        return Funds(position, self.steps, self.latest, budget * self.steps - spent, self.promised)
 
     def expected(self, choices: Sequence[Choice], price: Price) -> list[Phase]:
         """All phases, if the searches to come choose what the equispaced ladder has at their stage or, within a budget,

@@ -13,12 +13,15 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from scaleprog.errors import OverBudget
 from scaleprog.growth.space import CandidateRule, Choice, Subnet
 from scaleprog.settings import Settings
 
 Method = Literal["budget", "published"]
 
 TIE = 1e-6  # relative difference of two scores below which the cheaper candidate wins
+NOISE = 2.0  # standard errors by which a loss must exceed the complete model's to count as higher
+WORTHWHILE = 0.9  # a network whose step costs a larger part of a complete one saves nothing worth a growth
 
 
 PUBLISHED = {"epochs": 2, "subset": 50_000, "candidates": "window", "measurements": 5, "weights": "ema"}
@@ -29,16 +32,18 @@ class SearchSettings(Settings):
     """How a stage is searched.
 
     `method`: `budget` or `published`, see docs/search.md; `budget`: the most that the run may cost, searches included,
-    as a part of Original's cost (None: what the equispaced ladder, "Prog", costs by GMACs); `epochs` of supernet
-    training (None: an 80th of the run's); `subset`: training images that score a candidate, rounded down to whole
-    batches, at least one (None: a 25th of all); `candidates`: see `GrowthSpace.candidates`; `measurements`: how often
-    losses are measured, equispaced from the start to the end of the last search epoch; `weights`: of which network they
-    are; `times`: `measured` step times, or `modelled` ones in proportion to GMACs, for runs that must make the same
-    choice twice. The published method has defaults of its own, `PUBLISHED`.
+    as a part of Original's cost (None: about what the equispaced ladder, "Prog", costs); `complete_steps`: how many
+    steps a budget leaves the complete model at the end, at least; a run too short for that trains it from the first
+    step; `epochs` of supernet training (None: an 80th of the run's); `subset`: training images that score a candidate,
+    rounded down to whole batches, at least one (None: a 25th of all); `candidates`: see `GrowthSpace.candidates`;
+    `measurements`: how often losses are measured, equispaced from the start to the end of the last search epoch;
+    `weights`: of which network they are; `times`: `measured` step times, or `modelled` ones in proportion to GMACs, for
+    runs that must make the same choice twice. The published method has defaults of its own, `PUBLISHED`.
     """
 
     method: Method = "budget"
     budget: float | None = Field(default=None, gt=0, le=1)
+    complete_steps: int = Field(default=300, ge=0, le=10**9)
     epochs: float | None = Field(default=None, gt=0)
     subset: int | None = Field(default=None, ge=1)
     candidates: CandidateRule = "corners"
@@ -59,8 +64,7 @@ class Decision:
 
     Of the published method: `alpha`, and scores whose unit of time is the cheapest candidate's. Of the budget:
     `complete_from`, the schedule position from which on the complete model trains, scores in loss per step saved (None:
-    the complete model, and what cannot save enough), and `over`, by how many steps of the complete model the run is
-    going to exceed its budget, because no candidate turned out cheap enough.
+    the complete model, and what cannot save enough), and `why` that was chosen, in words.
     """
 
     stage: int
@@ -71,16 +75,14 @@ class Decision:
     chosen: Subnet
     alpha: float | None = None
     complete_from: int | None = None
-    over: float | None = None
+    why: str | None = None
 
     @property
     def because(self) -> str:
         """What else was decided, in words."""
         if self.complete_from is None:
             return f"alpha {self.alpha:.4f}"
-        over = self.over or 0.0
-        excess = f", {over:.0f} complete steps OVER the budget" if over >= 1 else ""
-        return f"complete from schedule step {self.complete_from}{excess}"
+        return f"complete from schedule step {self.complete_from}: {self.why}"
 
     @property
     def choice(self) -> Choice:
@@ -93,13 +95,15 @@ class Funds:
     """Where a run with a budget stands. Costs are in steps of the complete model.
 
     `position`: the schedule position from which on the search's choice is trained; `steps`: those of the whole
-    schedule; `latest`: the last position at which the complete model may take over; `left`: what may still be spent.
+    schedule; `latest`: the last position at which the complete model may take over; `left`: what may still be spent;
+    `promised`: whether the recipe names the budget, so that it must not be exceeded.
     """
 
     position: int
     steps: int
     latest: int
     left: float
+    promised: bool = False
 
     @property
     def saving(self) -> float:
@@ -114,12 +118,8 @@ class Funds:
         return Choice(small if takeover > self.position else complete, takeover)
 
     def enough(self, price: float) -> bool:
-        """Whether that keeps to the budget."""
-        return self.over(self.latest, price) == 0
-
-    def over(self, takeover: int, price: float) -> float:
-        """By how much the budget is exceeded if a network whose step costs `price` trains until `takeover`."""
-        return max(0.0, self.saving - (1 - price) * (takeover - self.position))
+        """Whether a network whose step costs `price` can save what has to be saved."""
+        return self.saving <= max(0.0, (1 - price) * (self.latest - self.position))
 
 
 def measurement_steps(start: int, stop: int, epoch: int, measurements: int) -> tuple[int, ...]:
@@ -162,34 +162,62 @@ def decide(stage: int, measured: Sequence[Mapping[Subnet, float]], times: Mappin
 
 
 def decide_within(
-    funds: Funds, stage: int, measured: Sequence[Mapping[Subnet, float]], times: Mapping[Subnet, float]
+    funds: Funds,
+    stage: int,
+    measured: Sequence[Mapping[Subnet, float]],
+    times: Mapping[Subnet, float],
+    errors: Mapping[Subnet, float] | None = None,
 ) -> Decision:
     """The budget's choice: the complete model where it can be paid for to the end, else where saving costs least.
 
     A sub-network that trains in place of the complete model (the largest candidate) gives up the difference of their
     losses and saves that of their times. A budget fixes how much is to be saved until the complete model takes over, so
     the loss per step saved decides: the cheaper a sub-network, the sooner it can be left. In the plane of time and loss
-    that is the tangent from the complete model to the candidates. Those that lose nothing tie, and so do others within
-    1e-6: the cheapest wins. A candidate that cannot save enough in the time that is left is none, if another can; if
-    none can, the cheapest trains as long as may be.
+    that is the tangent from the complete model to the candidates. `errors` holds the standard error of each difference
+    of losses: what is within twice that is noise and counts as nothing. Those that lose nothing tie, and so do others
+    within 1e-6: the cheapest wins. A candidate that cannot save enough in the time that is left is none, if another
+    can. The complete model is chosen, too, where no candidate's step is noticeably cheaper.
+
+    Raises:
+        OverBudget: no choice keeps to a budget that was promised.
     """
     candidates, losses, seconds = _found(stage, measured, times)
     complete = max(range(len(candidates)), key=lambda i: (candidates[i].resolution, candidates[i].depth))
     prices = [time / seconds[complete] for time in seconds]
-    cheaper = [i for i, price in enumerate(prices) if i != complete and price < 1]
-    open_to = [i for i in cheaper if funds.enough(prices[i])] or sorted(cheaper, key=lambda i: prices[i])[:1]
-    scores = {i: max(0.0, losses[i] - losses[complete]) / (1 - prices[i]) for i in open_to}
-    choice, small = Choice(candidates[complete], funds.position), complete
+    cheaper = [i for i, price in enumerate(prices) if i != complete and price <= WORTHWHILE]
+    open_to = [i for i in cheaper if funds.enough(prices[i])]
+    cheapest = min((i for i in range(len(candidates)) if i != complete), key=lambda i: prices[i])
+    if funds.promised and funds.saving > 0 and not open_to:
+        spent = funds.steps - funds.position - max(0.0, 1 - prices[cheapest]) * max(0, funds.latest - funds.position)
+        raise OverBudget(
+            f"search.budget: a step on {candidates[cheapest]} costs {prices[cheapest]:.0%} of a complete one as "
+            f"measured here, so the rest of the run takes at least {spent:.0f} complete steps, {funds.left:.0f} are "
+            "left; the same command with a larger search.budget resumes the run"
+        )
+    noise = errors or {}
+    gaps = [
+        max(0.0, loss - losses[complete] - NOISE * noise.get(candidate, 0.0))
+        for candidate, loss in zip(candidates, losses)
+    ]
+    scores = {i: gaps[i] / (1 - prices[i]) for i in open_to or [i for i in cheaper if i == cheapest]}
+    choice = Choice(candidates[complete], funds.position)
     if scores:
         tied = [i for i, score in scores.items() if score <= min(scores.values()) * (1 + TIE)]
         small = min(tied, key=lambda i: (prices[i], candidates[i]))
         choice = funds.choice(candidates[small], prices[small], candidates[complete])
-    assert choice.complete_from is not None
+    if choice.subnet != candidates[complete]:
+        loses = f"loses {gaps[small]:.3g} of loss beyond noise" if gaps[small] else "loses nothing beyond noise"
+        why = f"a step of it costs {prices[small]:.0%} of a complete one and {loses}"
+    elif funds.saving <= 0:
+        why = "it can be paid for to the end"
+    elif not cheaper:
+        why = f"nothing to save, a step on {candidates[cheapest]} costs {prices[cheapest]:.0%} of a complete one"
+    else:
+        why = "it needs what is left of the run"
     shown = tuple(scores.get(i) for i in range(len(candidates)))
     return Decision(
-        stage, candidates, losses, seconds, shown, choice.subnet,
-        complete_from=choice.complete_from, over=funds.over(choice.complete_from, prices[small]),
-    )  # fmt: skip
+        stage, candidates, losses, seconds, shown, choice.subnet, complete_from=choice.complete_from, why=why
+    )
 
 
 def _found(

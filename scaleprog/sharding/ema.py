@@ -10,8 +10,8 @@ from scaleprog.settings import Settings
 
 
 class EmaSettings(Settings):
-    """`momenta`: one momentum network each; `grow_from`: index of the one that MoGrow and the search read; `warmup`: see
-    `momentum_of`."""
+    """`momenta`: one momentum network each; `grow_from`: index of the one that MoGrow and the search read; `warmup`:
+    whether they follow more closely in the first steps, see `momentum_of`."""
 
     momenta: tuple[float, ...] = Field(default=(0.998,), min_length=1)
     grow_from: int = -1

@@ -32,9 +32,10 @@ def two_groups(depth: int) -> tuple[int, ...]:
 
 def of(
     full: Subnet = DEIT, steps: int = 400, search_steps: int = 8, rule: str = "window", budget: float | None = None,
-    **growth: object,
+    complete_steps: int = 0, **growth: object,
 ) -> Schedule:  # fmt: skip
-    return replace(Schedule.of(GrowthSettings(**growth), full, 32, steps, search_steps, rule), budget=budget)
+    schedule = Schedule.of(GrowthSettings(**growth), full, 32, steps, search_steps, rule)
+    return replace(schedule, budget=budget, complete_steps=complete_steps)
 
 
 def unroll(schedule: Schedule, choose: Callable[[list[Phase]], Choice]) -> tuple[list[Phase], list[Choice]]:

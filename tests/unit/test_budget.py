@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scaleprog.errors import OverBudget
 from scaleprog.growth.schedule import Phase
 from scaleprog.growth.search import Funds, candidate_times, decide_within
 from scaleprog.growth.space import Choice, Subnet
@@ -194,16 +196,79 @@ def test_what_is_scored_is_paid_for_once() -> None:
         )
 
 
-def test_what_cannot_be_kept_is_told() -> None:
+def test_a_budget_that_was_asked_for_is_never_exceeded() -> None:
     """300 of 400 steps are to be saved, but the cheapest candidate, at 0.4, saves 120 in the 200 that there are."""
-    decision = decide_within(
-        Funds(100, 400, 300, 0), 2, [dict.fromkeys(CORNERS, 1.0)], dict(zip(CORNERS, (4, 6, 8, 10)))
-    )
-    assert decision.choice == Choice(CORNERS[0], 300)
-    assert decision.over == pytest.approx(180)
-    assert decision.because == "complete from schedule step 300, 180 complete steps OVER the budget"
-    kept = decide_within(Funds(100, 400, 300, 300), 2, [dict.fromkeys(CORNERS, 1.0)], dict(zip(CORNERS, (4, 6, 8, 10))))
-    assert (kept.over, kept.because) == (0, "complete from schedule step 100")
+    losses, times = [dict.fromkeys(CORNERS, 1.0)], dict(zip(CORNERS, (4, 6, 8, 10)))
+    with pytest.raises(OverBudget, match=r"128 px, 6 layers costs 40% .* at least 180 complete steps, 0 are left"):
+        decide_within(Funds(100, 400, 300, 0, promised=True), 2, losses, times)
+    with pytest.raises(OverBudget):
+        decide_within(Funds(350, 400, 300, 0, promised=True), 2, losses, times)
+    aimed_at = decide_within(Funds(100, 400, 300, 0), 2, losses, times)
+    assert aimed_at.choice == Choice(CORNERS[0], 300), "what nobody asked for is come as near to as can be"
+    kept = decide_within(Funds(100, 400, 300, 300, promised=True), 2, losses, times)
+    assert kept.because == "complete from schedule step 100: it can be paid for to the end"
+
+
+@given(funds(), st.lists(positive, min_size=4, max_size=4), times())
+def test_a_promise_is_kept_or_refused(here: Funds, losses: list[float], seconds: list[float]) -> None:
+    prices = dict(zip(CORNERS, (s / seconds[-1] for s in seconds)))
+    try:
+        choice = decide(replace(here, promised=True), losses, seconds)
+    except OverBudget:
+        assert not any(here.enough(price) for subnet, price in prices.items() if subnet != DEIT)
+        return
+    assert choice.complete_from is not None
+    cost = (choice.complete_from - here.position) * prices[choice.subnet] + here.steps - choice.complete_from
+    assert cost <= here.left + 1e-6
+
+
+def test_where_nothing_can_be_saved_the_complete_model_trains() -> None:
+    """A step on the smallest network takes 93 % of a complete one."""
+    here, times = Funds(100, 400, 300, 200), dict(zip(CORNERS, (9.3, 9.5, 9.6, 10)))
+    decision = decide_within(here, 2, [dict.fromkeys(CORNERS, 1.0)], times)
+    assert decision.choice == Choice(DEIT, 100)
+    assert decision.why == "nothing to save, a step on 128 px, 6 layers costs 93% of a complete one"
+    with pytest.raises(OverBudget, match="costs 93%"):
+        decide_within(replace(here, promised=True), 2, [dict.fromkeys(CORNERS, 1.0)], times)
+
+
+def test_a_difference_of_losses_within_its_noise_is_none() -> None:
+    """Two depths that differ by 0.004: by a standard error of 0.003 the cheaper one is taken, by 0.001 it is not."""
+    here, seconds = Funds(100, 400, 320, 200), [2.0, 5.0, 6.0, 10.0]
+    measured, times = [dict(zip(CORNERS, (0.504, 0.5, 0.504, 0.5)))], dict(zip(CORNERS, seconds))
+    for error, chosen in ((0.003, CORNERS[0]), (0.001, CORNERS[1])):
+        errors = dict(zip(CORNERS, (error, 0.0, error, 0.0)))
+        assert decide_within(here, 2, measured, times, errors).chosen == chosen
+
+
+def test_what_nobody_asked_for_is_saved_as_far_as_steps_are_cheaper_here() -> None:
+    """By plan the smallest network costs a quarter, and 40 % are to be saved; at a measured half it saves two thirds of
+    that, and at a price of 1 nothing. What was asked for stays."""
+    schedule = of(rule="corners", budget=0.6)
+    phases = schedule.phases([])
+    small = phases[-1].candidates[0]
+
+    def left(at: float, **changes: Any) -> float:
+        measured = {s: 1 - (1 - price(s)) * (1 - at) / (1 - price(small)) for s in phases[-1].candidates}
+        changed = replace(schedule, **changes)
+        return changed.funds(phases, measured.__getitem__, price).left + changed.cost(phases, measured.__getitem__)
+
+    assert left(price(small)) == pytest.approx(0.6 * 400)
+    assert left(1.0) == pytest.approx(400)
+    half = 1 - 0.4 * 0.5 / (1 - price(small))
+    assert left(0.5) == pytest.approx(half * 400)
+    assert left(0.5, promised=True) == pytest.approx(0.6 * 400)
+
+
+def test_a_short_run_trains_the_complete_model_and_says_why() -> None:
+    short = of(rule="corners", budget=1.0, steps=390, complete_steps=300)
+    assert [(p.network, p.start, p.stop) for p in short.phases([])] == [(DEIT, 0, 390)]
+    assert "a run of 390 steps is too short to save any" in short.short
+    longer = of(rule="corners", budget=0.6, steps=400, complete_steps=300)
+    assert longer.short == ""
+    assert [p.network for p in longer.expected((), price) if p.kind == "train"] == [longer.ladder[0], DEIT]
+    assert longer.latest == 100
+    assert of(rule="corners", budget=0.6, steps=4000, complete_steps=300).latest == 3000
 
 
 def test_a_candidate_that_no_step_sampled_is_timed_by_its_share_of_the_work() -> None:

@@ -29,7 +29,7 @@ decisions = st.builds(
     chosen=subnets,
     alpha=st.none() | numbers,
     complete_from=st.none() | counts,
-    over=st.none() | numbers,
+    why=st.none() | st.text(max_size=8),
 )
 FIELDS = {
     "step": counts,
@@ -38,6 +38,7 @@ FIELDS = {
     "gated": tuples(tuples(st.booleans())),
     "decisions": st.lists(decisions, max_size=3),
     "measured": st.lists(st.dictionaries(subnets, numbers, max_size=4), max_size=3),
+    "errors": st.dictionaries(subnets, numbers, max_size=4),
     "step_seconds": st.dictionaries(subnets, st.lists(numbers, max_size=4), max_size=4),
     "timed_on": st.text(max_size=8),
     "train_seconds": numbers,
