@@ -6,7 +6,7 @@
 A grid names a recipe (`--recipe`: another) and cases, each some settings of it; `schedule: 4 * 16x3 + 4 * 28x6` is
 short for `growth.schedule`. `group` gives cases a common colour, `curve: true` draws a case's accuracy over its cost.
 
-Every run is a niced process of one thread; runs are interleaved (all cases of a seed before the next seed). One that
+Runs are trained in niced processes of one thread each, interleaved (all cases of a seed before the next seed). One that
 was interrupted goes on. What is kept of a finished run is a line in the file of records, by which every grid knows it
 again, on any machine: it stands for all settings that differ from their defaults, so a changed default wants new lines.
 
@@ -24,25 +24,28 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import accumulate, groupby
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from scaleprog.errors import ScaleprogError
 from scaleprog.figures import COST, Curve, draw_accuracy, draw_cloud, draw_schedules, draw_searches
 from scaleprog.life import still_told
 from scaleprog.metrics import read_rows
 from scaleprog.recipe import Recipe
 from scaleprog.report import Run as Told
 from scaleprog.report import read_run
+from scaleprog.train import train_rank
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Run:
     def __init__(self, case: Case, seed: int, runs: Path) -> None:
         self.case, self.seed = case, seed
         self._settings = [*case.settings, f"seed={seed}", "sharding.engine=replicated", "data.workers=1"]
-        recipe = Recipe.load(case.recipe, self._settings)
+        self.recipe = recipe = Recipe.load(case.recipe, self._settings)
         chosen = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"evaluate", "checkpoint"})
         if recipe.growth.schedule != "automatic":
             chosen.pop("search", None)  # searches nothing
@@ -105,13 +108,10 @@ class Run:
         self.folder = runs / self.digest
 
     def do(self) -> "Record":
-        """Trains to the end; the output goes beside the run directory. Raises CalledProcessError."""
+        """Trains to the end in this process; the output goes beside the run directory."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        command = ["nice", "-n", "15", sys.executable, "-m", "scaleprog", "train", self.case.recipe, *self._settings,
-                   "--run-dir", str(self.folder)]  # fmt: skip
-        with open(f"{self.folder}.log", "w") as log:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=True)
+        with open(f"{self.folder}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
+            train_rank(self.recipe, self.folder)
         return Record.of(self)
 
 
@@ -229,8 +229,8 @@ def main() -> None:
     grid, records = Grid.load(options.grid, options.recipe), Records(options.records)
     runs = [Run(case, seed, options.runs) for seed in options.seeds or grid.seeds for case in grid.cases]
     if not options.only_table:
-        with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda run: attempt(run, records), runs))
+        for _ in attempt(runs, records, options.jobs):
+            pass
     runs = [run for run in runs if run in records]
     text = table(grid, runs, records)
     print(text)
@@ -244,13 +244,20 @@ def main() -> None:
         draw_choices(options.out / grid.name, runs)
 
 
-def attempt(run: Run, records: Records) -> None:
-    if run in records:
-        return
-    try:
-        records.add(run.do())
-    except subprocess.CalledProcessError:
-        print(f"failed: {run.case.name}, seed {run.seed}: see {run.folder}.log", file=sys.stderr)
+def attempt(runs: Sequence[Run], records: Records, jobs: int) -> Iterator[Record]:
+    """Trains those of the runs that have no record, `jobs` at a time; gives each record when it is there."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with ProcessPoolExecutor(jobs, get_context("spawn"), os.nice, (10,)) as pool:
+        futures = {pool.submit(run.do): run for run in runs if run not in records}
+        for future in as_completed(futures):
+            run = futures[future]
+            try:
+                record = future.result()
+            except ScaleprogError as error:
+                print(f"failed: {run.case.name}, seed {run.seed}: {error}", file=sys.stderr)
+                continue
+            records.add(record)
+            yield record
 
 
 def table(grid: Grid, runs: Sequence[Run], records: Records) -> str:

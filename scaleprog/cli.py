@@ -60,11 +60,13 @@ def plan(
     console = Console()
     console.print(table)
     console.print(f"predicted speedup by GMACs: {outlook['speedup']:+.1%}; memory: weights, gradients, AdamW, EMA")
-    if outlook["kind"] == "automatic":
+    if outlook["short"]:
+        console.print(outlook["short"])
+    elif outlook["kind"] == "automatic":
         console.print(
             "a search decides stage by stage; shown is the equispaced schedule"
             if outlook["budget"] is None
-            else f"a search spends at most {outlook['budget']:.1%} of Original's cost; shown: staying smallest"
+            else f"a search spends {outlook['budget']:.1%} of Original's cost; shown: staying smallest"
         )
     if worlds:
         show_worlds(loaded, worlds, described, console)

@@ -367,3 +367,17 @@ def draw_cloud(path: Path, points: Sequence[tuple[str, float, float]]) -> None:
     axes.set(xlabel=COST, ylabel="top-1 (%), better of online and EMA")
     figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=DPI)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_frontier(path: Path, points: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Accuracy (percent) against cost on a logarithmic axis, (cost, top-1) of every run by method."""
+    figure = Figure(figsize=(WIDTH, 4.2))
+    axes = figure.subplots()
+    for colour, marker, (name, runs) in zip(COLOURS, MARKERS, points.items()):
+        axes.plot(
+            *zip(*sorted(runs)), marker, color=colour, alpha=0.6, markersize=5, markeredgecolor="white", label=name
+        )
+    axes.set(xscale="log", xlabel=COST, ylabel="top-1 (%), better of online and EMA")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=DPI)

@@ -134,7 +134,7 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     (of its searches, or None) and `short` (see `Schedule.short`). What a search will choose is not known: see
     `Schedule.expected`. Raises RecipeError, and DataError where there are shards that cannot be used.
     """
-    known = _steps_per_epoch(recipe)
+    known = steps_per_epoch(recipe)
     elastic, schedule = outline(recipe, known)
     epoch = known or SCALE
     model, cost_of = recipe.model, partial(_gmacs, recipe, elastic, schedule)
@@ -170,7 +170,7 @@ def forecast(recipe: Recipe, world: int, device: Device) -> dict[str, tuple[Pred
     on `world` ranks.
     """
     check_world(recipe, world)
-    elastic, schedule = outline(recipe, _steps_per_epoch(recipe))
+    elastic, schedule = outline(recipe, steps_per_epoch(recipe))
     phases = schedule.expected((), partial(_gmacs, recipe, elastic, schedule))
     found = {}
     for name, variant in engines(recipe, world, device).items():
@@ -194,7 +194,7 @@ def _gmacs(recipe: Recipe, elastic: type[ElasticModel], schedule: Schedule, subn
     return gmacs(elastic, recipe.model, schedule.view(subnet), subnet.depth)
 
 
-def _steps_per_epoch(recipe: Recipe) -> int | None:
+def steps_per_epoch(recipe: Recipe) -> int | None:
     """As the recipe's shards have it; None where they are not there yet."""
     if not Path(recipe.data.path, MANIFEST).exists():
         return None
