@@ -1,4 +1,4 @@
-"""Accuracy over cost, from runs too short to learn to runs trained to their ceiling: is a method ever the worse bargain?
+"""Accuracy over cost, from runs too short to learn to runs trained to their ceiling: is a method ever a bad bargain?
 
     python -m benchmarks.frontier [GRID.yaml] [--jobs 2] [--records FILE] [--runs DIR] [--out DIR] [--only-table]
 
@@ -7,14 +7,15 @@ steps as the method's run has cost, so that both have cost the same. All decay t
 and warm up for a twentieth of it. Costs are counted as in `benchmarks.search_lab`, whose records this shares.
 
 The tables give, by length, the method's distance to either Original, and by accuracy the cost at which each gets there,
-between two lengths by the logarithm of the cost. Intervals hold 90 % of 10,000 bootstrap samples of the seeds, which both
-methods share.
+between two lengths by the logarithm of the cost. Intervals hold 90 % of 10,000 bootstrap samples of the seeds, which
+both methods share.
 """
 
 import argparse
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,10 @@ ORIGINAL, SAME_COST = "Original", "Original at the same cost"
 SAMPLES, INTERVAL = 10_000, (5, 95)
 TARGETS = (1.0, 0.5, 0.0)
 """Accuracies whose cost is compared: so many points below the best that Original reaches."""
+
+
+Found = dict[tuple[str, int, int, str], Record]
+"""By data set, length, seed and method."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +80,15 @@ def main() -> None:
     grid, records = Grid.load(options.grid), Records(options.records)
     cells = [(data, length, seed) for length, seeds in grid.seeds.items() for seed in seeds for data in grid.data]
     cells.sort(key=lambda cell: (cell[2], cell[1]))
-    first = [
-        grid.run(d, name, length, seed, options.runs) for d, length, seed in cells for name in (grid.name, ORIGINAL)
-    ]
+    methods = (grid.name, ORIGINAL)
+    first = [grid.run(data, name, length, seed, options.runs) for data, length, seed in cells for name in methods]
     if not options.only_table:
         for record in attempt(first, records, options.jobs):
             print(f"{record.name}, {record.steps} steps, seed {record.seed}: {record.best:.2f} at {record.cost:.0f}")
-    found: dict[tuple[str, int, int, str], Record] = {}
+    found: Found = {}
     second = []
     for cell in cells:
-        for name in (grid.name, ORIGINAL):
+        for name in methods:
             if (run := grid.run(cell[0], name, cell[1], cell[2], options.runs)) in records:
                 found[*cell, name] = records[run]
         if (*cell, grid.name) in found:
@@ -103,9 +107,7 @@ def main() -> None:
             draw_frontier(options.out / f"frontier_{data}.png", points(data, grid, found))
 
 
-def points(
-    data: str, grid: Grid, found: dict[tuple[str, int, int, str], Record]
-) -> dict[str, list[tuple[float, float]]]:
+def points(data: str, grid: Grid, found: Found) -> dict[str, list[tuple[float, float]]]:
     """(cost, accuracy) of every run of a data set, by method; Original's are all that there are."""
     drawn: dict[str, list[tuple[float, float]]] = {ORIGINAL: [], grid.name: []}
     for (of, _, _, name), record in found.items():
@@ -117,28 +119,26 @@ def points(
 # ---- tables
 
 
-def tables(grid: Grid, found: dict[tuple[str, int, int, str], Record]) -> str:
+def tables(grid: Grid, found: Found) -> str:
     """Markdown: by length, and by accuracy."""
+    columns = ("steps", "seeds", ORIGINAL, grid.name, "cost", "Δ at the same cost", "Δ to Original of that length",
+               "doubling Original gains")  # fmt: skip
     parts = []
     for data in grid.data:
-        lines = [
-            f"## {data}\n\n| steps | seeds | Original | {grid.name} | cost | Δ at the same cost | Δ to Original of that "
-            "length | doubling Original gains |\n|---|---|---|---|---|---|---|---|"
-        ]
+        lines = [f"## {data}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for length in sorted(grid.seeds):
             seeds = [s for s in grid.seeds[length] if all((data, length, s, n) in found for n in (grid.name, ORIGINAL))]
             if not seeds:
                 continue
-            best = {
-                name: [found[data, length, seed, name].best for seed in seeds if (data, length, seed, name) in found]
+            theirs, mine, same_cost = (
+                [found[data, length, seed, name].best for seed in seeds if (data, length, seed, name) in found]
                 for name in (ORIGINAL, grid.name, SAME_COST)
-            }
-            cost = np.mean([found[data, length, seed, grid.name].cost for seed in seeds])
-            lines.append(
-                f"| {length} | {len(seeds)} | {np.mean(best[ORIGINAL]):.2f} | {np.mean(best[grid.name]):.2f} | {cost:.0f} "
-                f"| {distance(best[grid.name], best[SAME_COST])} | {distance(best[grid.name], best[ORIGINAL])} "
-                f"| {doubling(data, length, grid, found)} |"
             )
+            cost = np.mean([found[data, length, seed, grid.name].cost for seed in seeds])
+            cells = (f"{length}", f"{len(seeds)}", f"{np.mean(theirs):.2f}", f"{np.mean(mine):.2f}", f"{cost:.0f}",
+                     distance(mine, same_cost), distance(mine, theirs),
+                     doubling(data, length, grid, found))  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
         parts += ["\n".join(lines), by_accuracy(data, grid, found)]
     return "\n\n".join(parts) + "\n"
 
@@ -151,7 +151,7 @@ def distance(mine: Sequence[float], theirs: Sequence[float]) -> str:
     return f"{gaps.mean():+.2f} {interval(len(gaps), lambda chosen: float(gaps[chosen].mean()))}"
 
 
-def doubling(data: str, length: int, grid: Grid, found: dict[tuple[str, int, int, str], Record]) -> str:
+def doubling(data: str, length: int, grid: Grid, found: Found) -> str:
     """What Original gains by twice the length: its gain up to the next length, shared out by the logarithm."""
     longer = min((n for n in grid.seeds if n > length), default=0)
     both = [s for s in grid.seeds.get(longer, ()) if {(data, n, s, ORIGINAL) for n in (length, longer)} <= found.keys()]
@@ -161,14 +161,11 @@ def doubling(data: str, length: int, grid: Grid, found: dict[tuple[str, int, int
     return f"{gain / np.log2(longer / length):+.2f}"
 
 
-def by_accuracy(data: str, grid: Grid, found: dict[tuple[str, int, int, str], Record]) -> str:
+def by_accuracy(data: str, grid: Grid, found: Found) -> str:
     """The cost at which both methods reach an accuracy, on the means of the seeds that have all lengths."""
     lengths = [n for n in sorted(grid.seeds) if any((data, n, s, grid.name) in found for s in grid.seeds[n])]
-    seeds = (
-        [s for s in grid.seeds[lengths[-1]] if all((data, n, s, grid.name) in found for n in lengths)]
-        if lengths
-        else []
-    )
+    each_length = [{s for s in grid.seeds[n] if (data, n, s, grid.name) in found} for n in lengths]
+    seeds = sorted(set.intersection(*each_length)) if each_length else []
     if not seeds:
         return ""
 
@@ -204,8 +201,8 @@ def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[fl
 
 
 def cost_of(target: float, curve: Sequence[tuple[float, float]]) -> float:
-    """The cost at which a curve reaches an accuracy, between two points by the logarithm; infinite where it does not."""
-    for (cheap, low), (dear, high) in zip(curve, curve[1:]):
+    """The cost at which a curve reaches an accuracy, between two points by the logarithm; infinite if it does not."""
+    for (cheap, low), (dear, high) in pairwise(curve):
         if low < target <= high:
             return float(np.exp(np.interp(target, (low, high), np.log((cheap, dear)))))
     return curve[0][0] if curve[0][1] >= target else float("inf")

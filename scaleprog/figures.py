@@ -375,9 +375,8 @@ def draw_frontier(path: Path, points: Mapping[str, Sequence[tuple[float, float]]
     figure = Figure(figsize=(WIDTH, 4.2))
     axes = figure.subplots()
     for colour, marker, (name, runs) in zip(COLOURS, MARKERS, points.items()):
-        axes.plot(
-            *zip(*sorted(runs)), marker, color=colour, alpha=0.6, markersize=5, markeredgecolor="white", label=name
-        )
+        costs, accuracies = zip(*sorted(runs))
+        axes.plot(costs, accuracies, marker, color=colour, alpha=0.6, markersize=5, markeredgecolor="white", label=name)
     axes.set(xscale="log", xlabel=COST, ylabel="top-1 (%), better of online and EMA")
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=DPI)
