@@ -41,8 +41,8 @@ def train(recipe: str, seed: int, runs: Path) -> dict[str, float]:
     done = folder / "demo.json"
     if not done.exists():
         began = time.perf_counter()
-        command = [sys.executable, "-m", "scaleprog", "train", f"configs/digits/{recipe}.yaml", f"seed={seed}", "--nproc",
-                   "2", "--run-dir", str(folder)]  # fmt: skip
+        command = [sys.executable, "-m", "scaleprog", "train", f"configs/digits/{recipe}.yaml", f"seed={seed}",
+                   "--nproc", "2", "--run-dir", str(folder)]  # fmt: skip
         subprocess.run(command, check=True)
         wall = time.perf_counter() - began
         results = json.loads((folder / "results.json").read_text())
@@ -53,10 +53,10 @@ def train(recipe: str, seed: int, runs: Path) -> dict[str, float]:
 def table(seeds: Sequence[int], rows: Sequence[Sequence[dict[str, float]]]) -> str:
     """Markdown: a row per seed, and what is promised of all of them."""
     lines = [
-        f"# The demo over {len(seeds)} seeds\n\n{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} CPU "
-        "cores; `python -m benchmarks.demo`. scikit-learn's digits, 897 training and 900 test images, 2 FSDP2 ranks. "
-        "Top-1 in percent, the better of online and EMA weights; seconds of training steps with the search, and of the "
-        "whole command by the wall.",
+        f"# The demo over {len(seeds)} seeds\n\n{datetime.now(UTC):%Y-%m-%d}, {platform.machine()}, {os.cpu_count()} "
+        "CPU cores; `python -m benchmarks.demo`. scikit-learn's digits, 897 training and 900 test images, 2 FSDP2 "
+        "ranks. Top-1 in percent, the better of online and EMA weights; seconds of training steps with the search, and "
+        "of the whole command by the wall.",
         "",
         "| seed | Original | AutoProg | Δ | Original, s | AutoProg, s | speedup | by the wall, s | | speedup |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -4,12 +4,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from scaleprog.models.elastic import ElasticModel
-from scaleprog.optim import MOMENTS, adamw, alike, moments
+from scaleprog.optim import adamw, alike, moments
 from scaleprog.sharding.backend import Backend, Network
 from scaleprog.sharding.spread import Spread
 
@@ -29,36 +30,37 @@ class NativeBackend(Backend):
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         forward = self.wrap(model, elastic)
         parameters = dict(model.named_parameters())
-        self._parameters = list(parameters.values())
+        weights = {name: _elements(parameter) for name, parameter in parameters.items()}
+        # AdamW sees this rank's elements: a step on DTensors spends most of its time on dispatching them
+        self._pairs = [(parameters[name], weights[name]) for name in parameters]
         groups = alike(shapes, model.no_weight_decay(), self.optimizer, steps)
-        self._adamw = adamw(groups, parameters, self.optimizer)
-        state = {name: moments(parameters[name], group.steps) for group in groups for name in group.names}
-        self._adamw.state.update({parameters[name]: tensors for name, tensors in state.items()})
+        self._adamw = adamw(groups, weights, self.optimizer)
+        state = {name: moments(weights[name], group.steps) for group in groups for name in group.names}
+        self._adamw.state.update({weights[name]: tensors for name, tensors in state.items()})
         return Network(
             model,
             forward,
             shapes,
             spreads={name: self.spread(parameter) for name, parameter in parameters.items()},
-            weights={name: _elements(parameter) for name, parameter in parameters.items()},
-            moments={
-                name: {key: _elements(state[name][key]) for key in MOMENTS} | {"step": state[name]["step"]}
-                for name in parameters
-            },
+            weights=weights,
+            moments={name: state[name] for name in parameters},
         )
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def update(self, lr: float) -> Tensor:
-        optimizer, parameters = self._adamw, self._parameters
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        optimizer, weights = self._adamw, [weight for _, weight in self._pairs]
+        for parameter, weight in self._pairs:
+            weight.grad = torch.zeros_like(weight) if parameter.grad is None else _elements(parameter.grad)
+            parameter.grad = None
+        norm = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        if self.group is not None:  # of this rank's elements only
+            squared = norm**2
+            dist.all_reduce(squared, group=self.group)
+            norm = squared.sqrt()
         if self.optimizer.clip is not None:
-            clip_grads_with_norm_(parameters, self.optimizer.clip, norm)
+            clip_grads_with_norm_(weights, self.optimizer.clip, norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
