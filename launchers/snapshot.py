@@ -19,6 +19,8 @@ import launchers
 from scaleprog import queue
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files import write_whole
+from scaleprog.reading import read_object
+from scaleprog.records import JobOfRun
 
 if TYPE_CHECKING:  # it imports torch, for which a job that starts again need not wait
     from scaleprog.recipe import Recipe
@@ -42,13 +44,9 @@ class JobFile:
 
     @classmethod
     def read(cls, run: Path) -> "JobFile | None":
-        """That of a run directory; None where there is none. Raises CheckpointError."""
-        try:
-            return cls(**json.loads((run / JOB).read_text()))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{run / JOB}: not readable: {error}") from error
+        """That of a run directory; None where there is none. Raises CheckpointError or Unavailable."""
+        found = read_object(run / JOB, JobOfRun)
+        return None if found is None else cls(**found)
 
     def ask(self) -> queue.Job | None:
         """What Slurm says of it; None if it does not know it any more. Raises NoAnswer."""

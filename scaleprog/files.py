@@ -5,6 +5,7 @@ import fcntl
 import os
 import stat
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -27,10 +28,17 @@ def read_text(path: Path, limit: int = 16 * 2**20) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file, or leaves it as it was (OSError); its content is on the disk before its name is."""
+    write_parts(path, [text.encode()])
+
+
+def write_parts(path: Path, parts: Iterable[bytes]) -> None:
+    """As `write_whole`, part by part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with suppress(FileNotFoundError):
+            temporary.unlink()  # of another process of this number, or a link to what is none of ours
+        with open(temporary, "xb") as file:
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

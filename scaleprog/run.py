@@ -66,6 +66,7 @@ def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: Pr
     if newest is None:
         return RunState()
     state = RunState.from_json(read_state(newest))
+    state.check(plan.schedule)
     phase = plan.schedule.phases(state.choices)[state.phase]
     load_network(newest, state, backend, elastic=phase.kind == "supernet")
     progress.say(f"resuming {newest}")
@@ -160,4 +161,4 @@ def name_of(device: torch.device) -> str:
 def process_seconds() -> float:
     """Seconds since this process was started, which imports and the rendezvous have taken when training begins."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
