@@ -129,7 +129,7 @@ def read_yaml(path: Path, kind: type[T]) -> tuple[dict[str, Any], T] | None:
     what of it is of a kind. None where there is no such file. Raises as `read_object` does."""
     try:
         values = yaml.load(read_text(path, MOST_YAML), _PlainLoader)
-        json.dumps(values, sort_keys=True, allow_nan=False)
+        json.dumps(values, sort_keys=True)
         return values, _adapter(kind).validate_python(values)
     except FileNotFoundError:
         return None
