@@ -184,13 +184,13 @@ def after(run: Path, code: int, limit: int) -> int:
     reports = [row for path in files if (row := _object(path, Report)) is not None]
     ended = time.time()
     end, verdict, preempted = _settle(run, start, code, reports, limit)
-    row = {"time": ended, **asdict(start), **asdict(end), "step": step, "measured": measured, "preempted": preempted}
-    row |= asdict(verdict)
+    line = {"time": ended, **asdict(start), **asdict(end), "step": step, "measured": measured, "preempted": preempted}
+    line |= asdict(verdict)
     job = _object(run / "job.json", Job)
     try:
         if job is None or job["job"] == start.job:  # else it was refused
             with open_to_append(run / REQUEUES) as file:
-                file.write((b"\n" if is_torn(file) else b"") + to_line(row))
+                file.write((b"\n" if is_torn(file) else b"") + to_line(line))
         for path in files:
             path.unlink()
     except OSError as error:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import launchers
 from scaleprog import queue
+from scaleprog.display import as_text
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files import write_whole
 from scaleprog.reading import read_object
@@ -135,5 +136,5 @@ if __name__ == "__main__":
     try:
         print(prepare(Path(sys.argv[1]), Path(sys.argv[2]).absolute(), sys.argv[3:]))
     except ScaleprogError as mistake:
-        print(f"scaleprog: {mistake}", file=sys.stderr)
+        print(f"scaleprog: {as_text(mistake, lines=True)}", file=sys.stderr)
         sys.exit(2)

@@ -18,13 +18,14 @@ from scaleprog import queue
 from scaleprog.claim import is_alive, read_owner
 from scaleprog.display import as_text, first_line
 from scaleprog.errors import CheckpointError, ScaleprogError
-from scaleprog.growth.space import Subnet
+from scaleprog.growth.schedule import Schedule
+from scaleprog.growth.space import Choice, Subnet
 from scaleprog.life import still_told
 from scaleprog.plan import Plan
 from scaleprog.reading import read, read_object
 from scaleprog.recipe import Recipe
 from scaleprog.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, Results
-from scaleprog.state import decision_from_json, possible
+from scaleprog.state import decision_from_json
 
 RECENT_STEPS = 50
 POLL_SECONDS = 3.0
@@ -99,7 +100,7 @@ def status(run: Path) -> Status:
     records = [read(run / METRICS, METRIC, LAST_BYTES), read(run / EVENTS, EVENT), read(run / REQUEUES, LEFT)]
     rows, events, ends = (told.rows for told in records)
     trained = [row for row in rows if "loss" in row]
-    evaluated = [row for row in (*events, *rows) if "top1" in row]
+    evaluated = [row for row in (*still_told(events), *rows) if row.keys() >= {"top1", "top1_ema"}]
     now = trained[-1] if trained else None
     commit = newest_step(run)
     step = max(commit, now["step"]) if now else commit
@@ -120,11 +121,11 @@ def status(run: Path) -> Status:
         stage=now["stage"] if now else None,
         phase=now["phase"] if now else None,
         network=str(Subnet(now["resolution"], now["depth"])) if now else None,
-        loss=now["loss"] if now and math.isfinite(now["loss"]) else None,
+        loss=_finite(now["loss"]) if now else None,
         top1=max(evaluated[-1]["top1"], evaluated[-1]["top1_ema"]) if evaluated else None,
         top1_step=evaluated[-1]["step"] if evaluated else None,
-        images_per_second=sum(row.get("images", 0) for row in recent) / seconds if seconds else None,
-        seconds_left=left,
+        images_per_second=_finite(sum(row.get("images", 0) for row in recent) / seconds) if seconds else None,
+        seconds_left=None if left is None else _finite(left),
         commit_step=commit,
         commit_age=_age(run / "checkpoints" / f"step-{commit:08d}"),
         restarts=list(restarts(events, ends)),
@@ -212,6 +213,23 @@ def outlook(recipe: Recipe, events: Sequence[Row], step: int, recent: Sequence[R
     return phases[-1].stop, _seconds(recent) / sum(map(plan.gmacs, trained)) * work
 
 
+def possible(schedule: Schedule, choices: Sequence[Choice]) -> list[Choice]:
+    """The choices, up to the first that no search of `schedule` can have made."""
+    made: list[Choice] = []
+    for choice in choices:
+        search = schedule.phases(made)[-1]
+        if not search.searched or choice.subnet not in search.candidates:
+            break
+        position = search.position + (search.stop - search.start if schedule.recycle else 0)
+        takeover = choice.complete_from
+        if (takeover is None) != (schedule.budget is None):
+            break
+        if takeover is not None and not position <= takeover <= max(position, schedule.latest):
+            break
+        made.append(choice)
+    return made
+
+
 def follow(run: Path, file: JobFile) -> int:
     """Tells how a queued run gets on until it has ended; returns its exit code."""
     said, told, ended, job = "", 0.0, 0, None
@@ -269,6 +287,10 @@ def _last_step(run: Path) -> str | None:
         if "loss" in row:
             return f"step {row['step']}, stage {row['stage']} {row['phase']}, loss {row['loss']:.3f}"
     return None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _seconds(rows: Sequence[Row]) -> float:

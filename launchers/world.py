@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NotRequired
 
-from pydantic import Field
+from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from launchers.exits import exit_by
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 Ranks = Annotated[int, Field(ge=1, le=2**20)]
 
 
+@with_config(STRICT)
 class _Data(TypedDict):
-    __pydantic_config__ = STRICT
     lanes: Ranks
 
 
+@with_config(STRICT)
 class _Sharding(TypedDict):
-    __pydantic_config__ = STRICT
     shard: NotRequired[Ranks | None]
 
 
+@with_config(STRICT)
 class _Recipe(TypedDict):
-    __pydantic_config__ = STRICT
     data: _Data
     sharding: _Sharding
 

@@ -242,8 +242,8 @@ def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", con
     from scaleprog.plan import forecast
 
     console.print(
-        f"\na step of {as_text(recipe.model.name)} at full size on {device.name}, of one rank: MiB of memory, and the run's "
-        "peak; collectives, MiB sent, and of them to other nodes; modelled ms and efficiency",
+        f"\na step of {as_text(recipe.model.name)} at full size on {device.name}, of one rank: MiB of memory, and the "
+        "run's peak; collectives, MiB sent, and of them to other nodes; modelled ms and efficiency",
         markup=False,
         highlight=False,
     )

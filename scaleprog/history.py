@@ -7,7 +7,7 @@ from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import Field
+from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from scaleprog.errors import CheckpointError
@@ -23,26 +23,26 @@ MOST_STAGES = 32  # that are shown
 NAMES = {"original": "Original", "linear": "Prog", "automatic": "AutoProg", "supernet": "Supernet"}  # the paper's
 
 
+@with_config(STRICT)
 class _Train(TypedDict):
-    __pydantic_config__ = STRICT
     epochs: Annotated[float, Field(gt=0, le=1e9)]
 
 
+@with_config(STRICT)
 class _Growth(TypedDict):
-    __pydantic_config__ = STRICT
     schedule: Literal["original", "linear", "automatic", "supernet"] | list[Any]
     smallest: Annotated[float, Field(gt=0, le=1)]
 
 
+@with_config(STRICT)
 class _Search(TypedDict):
-    __pydantic_config__ = STRICT
     times: NotRequired[Literal["measured", "modelled"]]
 
 
+@with_config(STRICT)
 class _Recipe(TypedDict):
     """What of a recipe the tables show."""
 
-    __pydantic_config__ = STRICT
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)]
     train: _Train
     growth: _Growth

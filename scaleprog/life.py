@@ -234,7 +234,8 @@ def _between(ends: Sequence[Row], begin: float, stop: float) -> Row | None:
 
 def _superseded(events: Sequence[Row], zero: float) -> list[Mark]:
     """What starts have told of their ends when later ones had begun."""
-    marks, present, earlier = [], None, set()
+    marks, present = [], -1
+    earlier: set[int] = set()
     for event in events:
         if event["event"] == "start":
             earlier.add(present)

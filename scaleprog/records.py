@@ -5,7 +5,7 @@ Fields that no program reads are not listed. Needs no torch, for which a batch s
 
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 METRICS, EVENTS, REQUEUES = "metrics.jsonl", "events.jsonl", "requeues.jsonl"
@@ -32,10 +32,10 @@ JobId = Annotated[str, Field(pattern=f"^{JOB_ID}$")]
 # ---- metrics.jsonl
 
 
+@with_config(STRICT)
 class Step(TypedDict):
     """One training step; early versions knew less of it."""
 
-    __pydantic_config__ = STRICT
     step: Count
     loss: Loss
     stage: Stage
@@ -53,20 +53,20 @@ class Step(TypedDict):
     time: NotRequired[Moment]
 
 
+@with_config(STRICT)
 class Evaluation(TypedDict):
     """Accuracies after a step."""
 
-    __pydantic_config__ = STRICT
     step: Count
     top1: Percent
     top1_ema: Percent
     train_seconds: NotRequired[Seconds]
 
 
+@with_config(STRICT)
 class Numbered(TypedDict):
     """What any row of metrics.jsonl tells a start that cuts it back."""
 
-    __pydantic_config__ = STRICT
     step: Count
     loss: NotRequired[Any]
     step_seconds: NotRequired[Seconds]
@@ -77,13 +77,14 @@ class Numbered(TypedDict):
 # ---- events.jsonl
 
 
+@with_config(STRICT)
 class _Event(TypedDict):
-    __pydantic_config__ = STRICT
     time: Moment
     generation: NotRequired[Count]
     rank: NotRequired[Count]
 
 
+@with_config(STRICT)
 class Began(_Event):
     """A start, and what it found of a run that got further."""
 
@@ -96,6 +97,7 @@ class Began(_Event):
     repeated_until: NotRequired[Moment]
 
 
+@with_config(STRICT)
 class Growth(_Event):
     """A network that has grown."""
 
@@ -108,6 +110,7 @@ class Growth(_Event):
     seconds: Seconds
 
 
+@with_config(STRICT)
 class Measurement(_Event):
     """Candidates' losses: [resolution, depth, loss] each."""
 
@@ -117,10 +120,10 @@ class Measurement(_Event):
     losses: Annotated[list[tuple[Size, Size, Number]], Field(max_length=1024)]
 
 
+@with_config(STRICT)
 class Chosen(TypedDict):
     """A search's decision."""
 
-    __pydantic_config__ = STRICT
     stage: Stage
     candidates: Annotated[list[Pair], Field(min_length=1, max_length=1024)]
     losses: list[Number]
@@ -143,14 +146,13 @@ def _whole(choice: Any) -> Any:
     return choice
 
 
-Decided = Annotated[Chosen, AfterValidator(_whole)]
-
-
+@with_config(STRICT)
 class _Choice(Chosen, _Event):
     event: Literal["choice"]
     step: Count
 
 
+@with_config(STRICT)
 class Evaluated(_Event):
     """An evaluation."""
 
@@ -161,6 +163,7 @@ class Evaluated(_Event):
     top1_ema: NotRequired[Percent]
 
 
+@with_config(STRICT)
 class Checkpoint(_Event):
     """A checkpoint that is visible."""
 
@@ -171,6 +174,7 @@ class Checkpoint(_Event):
     stall: NotRequired[Seconds]
 
 
+@with_config(STRICT)
 class NoCheckpoint(_Event):
     """One that could not be written."""
 
@@ -180,6 +184,7 @@ class NoCheckpoint(_Event):
     stall: NotRequired[Seconds]
 
 
+@with_config(STRICT)
 class Signal(_Event):
     """A signal that one rank heard."""
 
@@ -187,6 +192,7 @@ class Signal(_Event):
     signal: Name
 
 
+@with_config(STRICT)
 class Preempted(_Event):
     """A start that left because it was asked to."""
 
@@ -195,6 +201,7 @@ class Preempted(_Event):
     reason: Name
 
 
+@with_config(STRICT)
 class Failed(_Event):
     """An error on one rank."""
 
@@ -203,6 +210,7 @@ class Failed(_Event):
     message: Text
 
 
+@with_config(STRICT)
 class Happened(_Event):
     """What needs no words."""
 
@@ -219,10 +227,10 @@ Event = (
 # ---- of a job
 
 
+@with_config(STRICT)
 class Left(TypedDict):
     """A line of requeues.jsonl: how a start of a Slurm job ended, and whether it starts again."""
 
-    __pydantic_config__ = STRICT
     time: Moment
     cause: Text
     requeue: NotRequired[bool]
@@ -233,10 +241,10 @@ class Left(TypedDict):
     preempted: NotRequired[bool]
 
 
+@with_config(STRICT)
 class Report(TypedDict):
     """Why a task left."""
 
-    __pydantic_config__ = STRICT
     time: Moment
     rank: Count
     code: Annotated[int, Field(ge=0, le=255)]
@@ -244,13 +252,14 @@ class Report(TypedDict):
     reason: NotRequired[Name | None]
 
 
+@with_config(STRICT)
 class Job(TypedDict):
     """job.json, as far as whose run directory it is."""
 
-    __pydantic_config__ = STRICT
     job: JobId
 
 
+@with_config(STRICT)
 class JobOfRun(Job):
     """job.json."""
 
@@ -259,10 +268,10 @@ class JobOfRun(Job):
     log: NotRequired[Name]
 
 
+@with_config(STRICT)
 class Owner(TypedDict):
     """owner.json, as far as which start of which job it was."""
 
-    __pydantic_config__ = STRICT
     generation: Count
     job: Name | None
     restart: Count
@@ -271,16 +280,16 @@ class Owner(TypedDict):
 # ---- what a run came to
 
 
+@with_config(STRICT | ConfigDict(extra="allow"))
 class _Trained(TypedDict):
-    __pydantic_config__ = STRICT | ConfigDict(extra="allow")
     resolution: Size
     depth: Size
 
 
+@with_config(STRICT | ConfigDict(extra="allow"))
 class Results(TypedDict):
     """results.json; what else stands there is kept."""
 
-    __pydantic_config__ = STRICT | ConfigDict(extra="allow")
     stages: Annotated[list[_Trained], Field(max_length=1024)]
     top1: Percent
     top1_ema: Percent
@@ -292,54 +301,30 @@ class Results(TypedDict):
     speedup: NotRequired[Number | None]
 
 
+@with_config(STRICT)
 class Baseline(TypedDict):
     """results.json of a run to compare with."""
 
-    __pydantic_config__ = STRICT
     train_seconds: Annotated[float, Field(gt=0, le=1e9)]
 
 
+@with_config(STRICT)
 class HalfMeasured(TypedDict):
     """measuring.json: the batches that were done, and every rank's sums of the losses."""
 
-    __pydantic_config__ = STRICT
     where: dict[str, Any]
     done: Count
     totals: list[list[Number]]
 
 
+@with_config(STRICT)
 class Measured(TypedDict):
     """The same, as far as how much was done."""
 
-    __pydantic_config__ = STRICT
     done: Count
-
-
-class State(TypedDict):
-    """What a checkpoint holds that is no tensor, see `RunState`; early versions knew less of it."""
-
-    __pydantic_config__ = STRICT | ConfigDict(extra="forbid")
-    step: Count
-    phase: Annotated[int, Field(ge=-1, le=2**20)]
-    gated: list[list[bool]]
-    decisions: list[Decided]
-    measured: list[list[tuple[Size, Size, Number]]]
-    step_seconds: list[tuple[Size, Size, list[Seconds]]]
-    growths: NotRequired[Count]
-    timed_on: NotRequired[Text]
-    train_seconds: NotRequired[Seconds]
-    train_cpu_seconds: NotRequired[Seconds]
-    search_seconds: NotRequired[Seconds]
-    wall_seconds: NotRequired[Seconds]
-    images: NotRequired[Count]
-    accuracies: NotRequired[dict[str, Percent]]
-    due: NotRequired[list[Literal["measurement", "choice", "evaluation"]]]
-    best_step: NotRequired[Count]
-    best_top1: NotRequired[Percent]
 
 
 METRIC: TypeAdapter[Any] = TypeAdapter(Step | Evaluation)
 EVENT: TypeAdapter[Any] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
 LEFT: TypeAdapter[Any] = TypeAdapter(Left)
-STATE: TypeAdapter[Any] = TypeAdapter(State)
 NUMBERED: TypeAdapter[Any] = TypeAdapter(Numbered)

@@ -66,7 +66,6 @@ def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: Pr
     if newest is None:
         return RunState()
     state = RunState.from_json(read_state(newest))
-    state.check(plan.schedule)
     phase = plan.schedule.phases(state.choices)[state.phase]
     load_network(newest, state, backend, elastic=phase.kind == "supernet")
     progress.say(f"resuming {newest}")

@@ -1,15 +1,12 @@
 """RunState: everything that must survive a preemption and is no tensor, named in one place."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from scaleprog.errors import CheckpointError
 from scaleprog.growth.schedule import Phase, Schedule
 from scaleprog.growth.search import Decision
 from scaleprog.growth.space import Choice, Subnet
-from scaleprog.records import STATE
 
 
 @dataclass
@@ -53,50 +50,16 @@ class RunState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RunState":
-        """The inverse of `to_json`. Raises CheckpointError for what that never returns."""
-        try:
-            state = STATE.validate_json(json.dumps(values))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"the state in a checkpoint is damaged, or of another version: {error}") from error
+        """The inverse of `to_json`."""
         return cls(
             **{
-                **state,
-                "gated": tuple(tuple(group) for group in state["gated"]),
-                "decisions": [decision_from_json(d) for d in state["decisions"]],
-                "measured": [unpaired(losses) for losses in state["measured"]],
-                "step_seconds": unpaired(state["step_seconds"]),
+                **values,
+                "gated": tuple(tuple(group) for group in values["gated"]),
+                "decisions": [decision_from_json(d) for d in values["decisions"]],
+                "measured": [unpaired(losses) for losses in values["measured"]],
+                "step_seconds": unpaired(values["step_seconds"]),
             }
         )
-
-    def check(self, schedule: Schedule) -> None:
-        """Raises CheckpointError if no run of `schedule` can stand here."""
-        fits = len(possible(schedule, self.choices)) == len(self.choices)
-        phases = schedule.phases(self.choices) if fits else []
-        if not 0 <= self.phase < len(phases) or not phases[self.phase].start <= self.step <= phases[self.phase].stop:
-            raise CheckpointError(
-                f"the state in a checkpoint, step {self.step} in phase {self.phase} after {len(self.decisions)} "
-                "choices, is none that the recipe leads to; was it put here from another run?"
-            )
-
-
-def possible(schedule: Schedule, choices: Sequence[Choice]) -> list[Choice]:
-    """The choices, up to the first that no search of `schedule` can have made."""
-    made: list[Choice] = []
-    for choice in choices:
-        search = schedule.phases(made)[-1]
-        if not search.searched or choice.subnet not in search.candidates:
-            break
-        position = search.position + (search.stop - search.start if schedule.recycle else 0)
-        takeover, last = choice.complete_from, max(position, schedule.latest)
-        if schedule.budget is None:
-            fits = takeover is None
-        else:
-            fits = takeover is not None and position <= takeover <= last
-            fits = fits and (takeover == position) == (choice.subnet == schedule.full)
-        if not fits:
-            break
-        made.append(choice)
-    return made
 
 
 def summary(state: RunState, schedule: Schedule, steps_per_epoch: int) -> dict[str, Any]:

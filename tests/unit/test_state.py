@@ -8,13 +8,10 @@ from hypothesis import strategies as st
 
 from scaleprog.growth.search import Decision, decide
 from scaleprog.growth.space import Choice, Subnet
-from scaleprog.records import Chosen, State
 from scaleprog.state import RunState, decision_from_json, decision_to_json
 
-numbers = st.floats(-1e12, 1e12)
-seconds = st.floats(0, 1e9)
-percents = st.floats(0, 100)
-counts = st.integers(0, 2**53)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+counts = st.integers(0, 2**60)
 subnets = st.builds(Subnet, st.integers(1, 10**4), st.integers(1, 10**3))
 
 
@@ -22,20 +19,18 @@ def tuples(values: st.SearchStrategy) -> st.SearchStrategy:
     return st.lists(values, max_size=5).map(tuple)
 
 
-@st.composite
-def made(draw: st.DrawFn) -> Decision:
-    """A decision whose parts fit together."""
-    candidates = draw(st.lists(subnets, min_size=1, max_size=5))
-    each = {"min_size": len(candidates), "max_size": len(candidates)}
-    losses, times, scores = (draw(st.lists(values, **each)) for values in (numbers, numbers, st.none() | numbers))
-    how = draw(st.sampled_from([{"alpha": draw(numbers)}, {"complete_from": draw(counts), "over": draw(numbers)}]))
-    return Decision(
-        draw(st.integers(1, 20)), tuple(candidates), tuple(losses), tuple(times), tuple(scores),
-        draw(st.sampled_from(candidates)), **how,
-    )  # fmt: skip
-
-
-decisions = made()
+decisions = st.builds(
+    Decision,
+    stage=st.integers(1, 20),
+    candidates=tuples(subnets),
+    losses=tuples(numbers),
+    times=tuples(numbers),
+    scores=tuples(st.none() | numbers),
+    chosen=subnets,
+    alpha=st.none() | numbers,
+    complete_from=st.none() | counts,
+    over=st.none() | numbers,
+)
 FIELDS = {
     "step": counts,
     "phase": st.integers(-1, 100),
@@ -43,23 +38,22 @@ FIELDS = {
     "gated": tuples(tuples(st.booleans())),
     "decisions": st.lists(decisions, max_size=3),
     "measured": st.lists(st.dictionaries(subnets, numbers, max_size=4), max_size=3),
-    "step_seconds": st.dictionaries(subnets, st.lists(seconds, max_size=4), max_size=4),
+    "step_seconds": st.dictionaries(subnets, st.lists(numbers, max_size=4), max_size=4),
     "timed_on": st.text(max_size=8),
-    "train_seconds": seconds,
-    "train_cpu_seconds": seconds,
-    "search_seconds": seconds,
-    "wall_seconds": seconds,
+    "train_seconds": numbers,
+    "train_cpu_seconds": numbers,
+    "search_seconds": numbers,
+    "wall_seconds": numbers,
     "images": counts,
-    "accuracies": st.dictionaries(st.text(max_size=8), percents, max_size=4),
-    "due": st.lists(st.sampled_from(["measurement", "choice", "evaluation"]), max_size=3),
+    "accuracies": st.dictionaries(st.text(max_size=8), numbers, max_size=4),
+    "due": st.lists(st.text(max_size=8), max_size=3),
     "best_step": counts,
-    "best_top1": percents,
+    "best_top1": numbers,
 }
 
 
-def test_every_field_is_tried_and_known_to_the_records() -> None:
-    assert set(FIELDS) == {f.name for f in dataclasses.fields(RunState)} == State.__annotations__.keys()
-    assert {f.name for f in dataclasses.fields(Decision)} == Chosen.__annotations__.keys()
+def test_every_field_is_tried() -> None:
+    assert set(FIELDS) == {f.name for f in dataclasses.fields(RunState)}
 
 
 @given(st.builds(RunState, **FIELDS))
@@ -90,8 +84,8 @@ def test_a_decision_of_the_search_is_plain_values() -> None:
 
 
 @given(st.lists(decisions, max_size=4))
-def test_choices_are_those_of_the_decisions(taken: list[Decision]) -> None:
-    assert RunState(decisions=taken).choices == [Choice(d.chosen, d.complete_from) for d in taken]
+def test_choices_are_those_of_the_decisions(made: list[Decision]) -> None:
+    assert RunState(decisions=made).choices == [Choice(d.chosen, d.complete_from) for d in made]
 
 
 def test_a_new_run_stands_before_its_first_phase() -> None:
