@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING
 
 import launchers
 from scaleprog import queue
+from scaleprog.display import as_text
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files import write_whole
+from scaleprog.reading import read_object
+from scaleprog.records import JobOfRun
 
 if TYPE_CHECKING:  # it imports torch, for which a job that starts again need not wait
     from scaleprog.recipe import Recipe
@@ -42,13 +45,9 @@ class JobFile:
 
     @classmethod
     def read(cls, run: Path) -> "JobFile | None":
-        """That of a run directory; None where there is none. Raises CheckpointError."""
-        try:
-            return cls(**json.loads((run / JOB).read_text()))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{run / JOB}: not readable: {error}") from error
+        """That of a run directory; None where there is none. Raises CheckpointError or Unavailable."""
+        found = read_object(run / JOB, JobOfRun)
+        return None if found is None else cls(**found)
 
     def ask(self) -> queue.Job | None:
         """What Slurm says of it; None if it does not know it any more. Raises NoAnswer."""
@@ -137,5 +136,5 @@ if __name__ == "__main__":
     try:
         print(prepare(Path(sys.argv[1]), Path(sys.argv[2]).absolute(), sys.argv[3:]))
     except ScaleprogError as mistake:
-        print(f"scaleprog: {mistake}", file=sys.stderr)
+        print(f"scaleprog: {as_text(mistake, lines=True)}", file=sys.stderr)
         sys.exit(2)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from scaleprog.data.augment import Request, low_pass
 from scaleprog.data.order import SEARCH_EPOCH
+from scaleprog.errors import ScaleprogError
 from scaleprog.evaluate import evaluate
 from scaleprog.files import write_whole
 from scaleprog.growth.schedule import Phase
@@ -23,6 +24,8 @@ from scaleprog.growth.search import Decision, candidate_times, decide, decide_wi
 from scaleprog.growth.space import Subnet
 from scaleprog.metrics import StepTimer
 from scaleprog.preemption import AskedToStop
+from scaleprog.reading import read_object
+from scaleprog.records import HalfMeasured
 from scaleprog.run import Run, patches_seen
 from scaleprog.state import decision_from_json, decision_to_json, pairs
 
@@ -56,7 +59,7 @@ def measure(run: Run, phase: Phase) -> None:
     judged = schedule.scored(phase)
     sizes = sorted({schedule.view(s).pixels for s in judged})
     requests = [Request(SEARCH_EPOCH, i, r, erase=0.0) for r in sizes for i in range(run.plan.search_batches)]
-    done, found = _half_measured(run, judged)
+    done, found = _half_measured(run, judged, requests)
     grow_from = range(len(run.recipe.ema.momenta))[run.recipe.ema.grow_from]
     weights = grow_from if run.recipe.search.weights == "ema" else None
     with run.reader.stream(requests[done:], sizes[-1]) as batches, run.backend.weights(weights):
@@ -110,19 +113,27 @@ def _means_and_errors(
     return means, errors
 
 
-def _half_measured(run: Run, judged: Sequence[Subnet]) -> tuple[int, dict[Subnet, list[float]]]:
+def _half_measured(
+    run: Run, judged: Sequence[Subnet], requests: Sequence[Request]
+) -> tuple[int, dict[Subnet, list[float]]]:
     """How many batches of the present measurement were done when the run was stopped, and the losses of this rank's
     images in them.
 
     A file of its own keeps this, because the checkpoint that a search starts from is older than its network.
     """
 
+    world, rows = run.coordinator.world, run.recipe.train.batch // run.coordinator.world
+    where, pixels = _where(run, judged), [run.plan.schedule.view(subnet).pixels for subnet in judged]
+
     def read() -> tuple[int, list[list[list[float]]]]:
-        with suppress(OSError, ValueError):
-            kept = json.loads((run.folder / HALF_MEASURED).read_text())
-            if kept["where"] == _where(run, judged):
-                return kept["done"], kept["losses"]
-        return 0, [[[] for _ in judged] for _ in range(run.coordinator.world)]
+        with suppress(ScaleprogError):  # then it is done again
+            kept = read_object(run.folder / HALF_MEASURED, HalfMeasured)
+            if kept is not None and kept["where"] == where and kept["done"] < len(requests):
+                shown = [request.resolution for request in requests[: kept["done"]]]
+                held = [rows * shown.count(side) for side in pixels]  # images of which each network has a loss
+                if [[len(losses) for losses in rank] for rank in kept["losses"]] == [held] * world:
+                    return kept["done"], kept["losses"]
+        return 0, [[[] for _ in judged] for _ in range(world)]
 
     done, losses = run.coordinator.decide("measurement so far", read)
     return done, dict(zip(judged, losses[run.coordinator.rank]))

@@ -3,18 +3,42 @@
 import errno
 import fcntl
 import os
+import stat
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 
+def read_text(path: Path, limit: int = 16 * 2**20) -> str:
+    """The UTF-8 text of a small file that anybody may have put there; a FIFO in its place does not block.
+
+    Raises FileNotFoundError, another OSError if it is no regular file or has more than `limit` bytes, and ValueError
+    (UnicodeDecodeError) if it is not UTF-8.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"more than {limit} bytes", str(path))
+    return content.decode("utf-8")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a file, or leaves it as it was (OSError); its content is on the disk before its name is."""
+    write_parts(path, [text.encode()])
+
+
+def write_parts(path: Path, parts: Iterable[bytes]) -> None:
+    """As `write_whole`, part by part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with suppress(FileNotFoundError):
+            temporary.unlink()  # of another process of this number, or a link to what is none of ours
+        with open(temporary, "xb") as file:
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -160,4 +160,4 @@ def name_of(device: torch.device) -> str:
 def process_seconds() -> float:
     """Seconds since this process was started, which imports and the rendezvous have taken when training begins."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))

@@ -22,7 +22,7 @@ from scaleprog.claim import claim_run
 from scaleprog.data.augment import Request, low_pass, mix
 from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
-from scaleprog.errors import Diverged, OverBudget, Preempted, Unavailable
+from scaleprog.errors import Diverged, OverBudget, Preempted, ScaleprogError, Unavailable
 from scaleprog.files import write_whole
 from scaleprog.growth.schedule import Phase
 from scaleprog.growth.space import Subnet
@@ -31,7 +31,9 @@ from scaleprog.models.elastic import Active, drop_scales
 from scaleprog.optim import learning_rate
 from scaleprog.plan import plan_start
 from scaleprog.preemption import AskedToStop, Due, Watch, deadline
+from scaleprog.reading import read_object
 from scaleprog.recipe import Recipe
+from scaleprog.records import Results
 from scaleprog.run import (
     Run,
     leave,
@@ -373,6 +375,7 @@ def finish(run: Run) -> dict[str, Any]:
 
 def read_results(folder: Path) -> dict[str, Any] | None:
     """The results of a finished run; None where there are none, or not whole."""
-    with suppress(OSError, ValueError):
-        return json.loads((folder / RESULTS).read_text())
+    with suppress(ScaleprogError):
+        results = read_object(folder / RESULTS, Results)
+        return None if results is None else dict(results)
     return None

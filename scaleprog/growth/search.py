@@ -82,7 +82,7 @@ class Decision:
         """What else was decided, in words."""
         if self.complete_from is None:
             return f"alpha {self.alpha:.4f}"
-        return f"complete from schedule step {self.complete_from}: {self.why}"
+        return ": ".join(filter(None, (f"complete from schedule step {self.complete_from}", self.why)))
 
     @property
     def choice(self) -> Choice:

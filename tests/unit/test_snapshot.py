@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from launchers import requeue, slurm, snapshot
+from launchers import slurm, snapshot
 from launchers.requeue import STOPPED
 from launchers.slurm import Request
 from launchers.snapshot import JobFile
+from scaleprog.reading import read_rows
 from scaleprog.recipe import Recipe
 from tests.conftest import MakeRecipe
 from tests.unit.fake_slurm import FakeSlurm
@@ -45,7 +46,7 @@ def test_a_batch_script_requeues_from_its_snapshot(
     assert not (tmp_path / "ruined").exists()
     fake.command("srun", "exit 0")
     assert run_batch([script], tmp_path).returncode == 0
-    assert len(requeue.read_lines(run / "requeues.jsonl")) == 1
+    assert len(read_rows(run / "requeues.jsonl")) == 1
     fake.command("srun", "exit 140")  # by SIGUSR2, before training
     assert run_batch([script], tmp_path).returncode == STOPPED, "not with what srun ended with"
 
