@@ -408,3 +408,18 @@ def draw_frontier(path: Path, points: Mapping[str, Sequence[tuple[float, float]]
     axes.set(xscale="log", xlabel=COST, ylabel="top-1 (%), better of online and EMA")
     axes.legend(loc="lower right")
     _save(figure, path)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_verdict(path: Path, ends: Sequence[tuple[str, float, float]]) -> None:
+    """A bar per recipe: how long it trained (seconds), and beside it what it reached (top-1, percent)."""
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.62 * len(ends[:BARS])))
+    axes = figure.subplots()
+    names, seconds, top1 = zip(*ends[:BARS])
+    bars = axes.barh([as_label(name) for name in names], seconds, color=[COLOURS[i % 7] for i in range(len(names))])
+    axes.bar_label(bars, [f"{a:.1f} % top-1 in {s:.0f} s" for s, a in zip(seconds, top1)], padding=6, fontsize=12)
+    axes.invert_yaxis()
+    axes.tick_params("y", labelsize=12, length=0)
+    axes.set(xlabel="training time (s)", xlim=(0, 1.45 * max(seconds)))
+    axes.grid(axis="y", visible=False)
+    _save(figure, path)

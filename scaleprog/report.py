@@ -17,6 +17,7 @@ from scaleprog.figures import (
     draw_lives,
     draw_schedules,
     draw_searches,
+    draw_verdict,
 )
 from scaleprog.files import write_whole
 from scaleprog.history import Run, best, read_run, size_of
@@ -40,7 +41,7 @@ SCORES = (
     "step of it that is saved (–: a network that cannot save enough). Where nothing is to be saved any more, the "
     "complete model is chosen, which has no score."
 )
-SHORT = ("run", "schedule", "stages", "top-1 best", "train s", "wall s", "speedup")  # columns for a terminal
+SHORT = ("run", "schedule", "stages", "top-1 best", "train s", "speedup", "wall s", "by the wall")  # for a terminal
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,22 @@ class Group:
         """One of the results of all finished runs."""
         return [run.results[key] for run in self.runs if run.finished]
 
+    def mean(self, key: str) -> float:
+        """The mean of `values`."""
+        return mean(self.values(key))
+
+    @property
+    def timed(self) -> bool:
+        """Whether any run has finished, in a time that can be compared."""
+        return all(values and min(values) > 0 for values in map(self.values, ("train_seconds", "wall_seconds")))
+
 
 def write_report(runs: Sequence[Path], out: Path) -> str:
     """Writes OUT/report.md and its pictures, comparing finished and unfinished run directories.
 
-    Returns the main table as plain text and where the report lies. The first finished `original` run's recipe is the
-    baseline of the speedups. Raises CheckpointError for a directory that holds no run, ScaleprogError for a bad `out`.
+    Returns the main table as plain text, what it says in a sentence, and where the report lies. The first finished
+    `original` run's recipe is the baseline of the speedups. Raises CheckpointError for a directory that holds no run,
+    ScaleprogError for a bad `out`.
     """
     folders = list(dict.fromkeys(Path(run).resolve() for run in runs))
     if not folders:
@@ -70,15 +81,24 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ScaleprogError(f"{out}: no folder for a report can be made there: {error.strerror}") from error
+    baseline = next((g for g in groups if g.runs[0].schedule == "Original" and g.values("train_seconds")), None)
+    rivals = [group for group in groups if group is not baseline and group.timed]
+    compared = [baseline, *rivals] if baseline is not None and baseline.timed and rivals else []
+    verdicts = [_verdict(compared[0], rival) for rival in compared[1:]]
     try:
         lives = _draw(told, groups, out)
+        if compared:
+            draw_verdict(
+                out / "verdict.png", [(g.name, g.mean("train_seconds"), g.mean("top1_best")) for g in compared]
+            )
     except OSError as error:
         raise ScaleprogError(f"{error.filename or out}: the report cannot be written: {reason(error)}") from error
-    baseline = next((g for g in groups if g.runs[0].schedule == "Original" and g.values("train_seconds")), None)
-    speedup = _speedup(baseline)
-    rows = [_row(run, speedup) for run in told]
+    speedup, by_wall = (_speedup(baseline, key) for key in ("train_seconds", "wall_seconds"))
+    rows = [_row(run, speedup, by_wall) for run in told]
     parts = [
         "# Comparison of runs",
+        *map(as_markdown, verdicts),
+        *(["![Seconds of training, and the accuracy at their end](verdict.png)"] if verdicts else []),
         _about_baseline(baseline, told),
         _markdown(rows),
         "train s: forward, backward and optimizer of all training steps, supernets included; CPU s: CPU time of rank 0 "
@@ -97,7 +117,7 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
     except OSError as error:
         raise ScaleprogError(f"{report}: the report cannot be written: {reason(error)}") from error
     left_out = [f"{run.name}: {trouble}" for run in told for trouble in run.troubles]
-    return "\n".join([_plain(rows, SHORT), "", *map(as_text, left_out), as_text(report)])
+    return "\n".join([_plain(rows, SHORT), "", *map(as_text, [*verdicts, *left_out, report])])
 
 
 def _draw(told: Sequence[Run], groups: Sequence[Group], out: Path) -> list[Life]:
@@ -140,13 +160,27 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
 # ---- tables
 
 
-def _speedup(baseline: Group | None) -> Callable[[float], float | None]:
-    """The paper's speedup of a run by its training seconds; None where there is no baseline."""
-    seconds = mean(baseline.values("train_seconds")) if baseline else None
+def _speedup(baseline: Group | None, key: str) -> Callable[[float], float | None]:
+    """The paper's speedup of a run by its seconds, of the kind `key`; None where there is no baseline."""
+    seconds = mean(baseline.values(key)) if baseline else None
     return lambda own: seconds / own - 1 if seconds and own else None
 
 
-def _row(run: Run, speedup: Callable[[float], float | None]) -> dict[str, str]:
+def _verdict(baseline: Group, rival: Group) -> str:
+    """What the comparison of two recipes says, in a sentence."""
+    (theirs, mine), (training, own), (wall, own_wall) = (
+        [group.mean(key) for group in (baseline, rival)] for key in ("top1_best", "train_seconds", "wall_seconds")
+    )
+    return (
+        f"{rival.name} ({rival.runs[0].schedule}) reaches {mine:.2f} % where {baseline.name} reaches {theirs:.2f} %, "
+        f"in {own:.0f} s of training instead of {training:.0f} s ({training / own - 1:+.0%} speedup), "
+        f"and in {own_wall:.0f} s instead of {wall:.0f} s by the wall ({wall / own_wall - 1:+.0%})."
+    )
+
+
+def _row(
+    run: Run, speedup: Callable[[float], float | None], by_wall: Callable[[float], float | None]
+) -> dict[str, str]:
     """One row of Table 2."""
     results, epochs = run.results, run.recipe["train"]["epochs"]
     return {
@@ -157,6 +191,7 @@ def _row(run: Run, speedup: Callable[[float], float | None]) -> dict[str, str]:
         "epochs": f"{epochs:g}" if run.finished else f"{run.epoch:.1f} of {epochs:g}",
         **{column: _cell(results[key], spec) for column, (key, spec) in RESULTS.items()},
         "speedup": _cell(speedup(results["train_seconds"]) if run.finished else None, "+.1%"),
+        "by the wall": _cell(by_wall(results["wall_seconds"]) if run.finished else None, "+.1%"),
     }
 
 
@@ -169,7 +204,7 @@ def _about_baseline(baseline: Group | None, runs: Sequence[Run]) -> str:
     several = f", the mean of {len(seconds)} runs" if len(seconds) > 1 else ""
     return (
         f"The baseline is **{as_markdown(baseline.name)}** with {mean(seconds):.1f} s of training steps{several}. "
-        "Speedup is the baseline's training seconds / the run's - 1."
+        "Speedup is the baseline's training seconds / the run's - 1; by the wall, of everything."
     )
 
 

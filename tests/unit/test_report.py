@@ -171,7 +171,7 @@ def test_one_row_per_run_with_speedups_against_the_mean_baseline(markdown: str) 
         "run": "prog-seed0", "schedule": "Prog 0.5Ω", "seed": "0", "stages": "16x4 -> 20x5 -> 24x7 -> 28x8",
         "epochs": "8", "top-1": "86.00", "top-1 EMA": "87.00", "top-1 best": "87.00", "train s": f"{prog:.1f}",
         "CPU s": f"{prog / 2:.1f}", "scoring s": "1.5", "wall s": f"{prog + 7:.1f}",
-        "speedup": f"{100 / prog - 1:+.1%}",
+        "speedup": f"{100 / prog - 1:+.1%}", "by the wall": f"{107 / (prog + 7) - 1:+.1%}",
     }  # fmt: skip
     assert rows["prog-seed1"]["speedup"] == f"{100 / (1.2 * prog) - 1:+.1%}"
     assert (rows["original-seed0"]["speedup"], rows["original-seed1"]["speedup"]) == ("+25.0%", "-16.7%")
@@ -312,11 +312,17 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
 
 def test_the_terminal_is_told_the_table_and_the_place(told: tuple[str, Path]) -> None:
     text, out = told
-    header, *lines, blank, place = text.splitlines()
-    assert header.split() == ["run", "schedule", "stages", "top-1", "best", "train", "s", "wall", "s", "speedup"]
+    header, *lines, blank, prog, autoprog, place = text.splitlines()
+    columns = ["run", "schedule", "stages", "top-1 best", "train s", "speedup", "wall s", "by the wall"]
+    assert header.split() == " ".join(columns).split()
     assert len(lines) == 6
-    assert lines[1].endswith("-16.7%")
+    assert "-16.7%" in lines[1]
     assert blank == ""
+    assert prog == (
+        "prog (Prog 0.5Ω) reaches 87.50 % where original reaches 90.00 %, in 47 s of training instead of 100 s (+114% "
+        "speedup), and in 54 s instead of 107 s by the wall (+99%)."
+    )
+    assert autoprog.startswith("autoprog (AutoProg 0.5Ω) reaches")
     assert Path(place) == out / "report.md"
 
 
