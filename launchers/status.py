@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Any
 from launchers.requeue import REQUEUES, newest_step, read_lines
 from launchers.snapshot import JobFile
 from scaleprog import queue
-from scaleprog.claim import is_alive, read_owner
+from scaleprog.claim import ask_to_stop, is_alive, read_owner
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.growth.space import Subnet
 from scaleprog.life import still_told
@@ -131,7 +130,7 @@ def standing(run: Path) -> tuple[str, str, str | None]:
         about = [f"job {job.id}", job.nodes and f"on {job.nodes}", job.reason]
         return job.state.lower(), ", ".join(filter(None, about)), name
     if owner is not None and is_alive(owner, run):
-        return "running", f"process {owner['pid']} on {owner['host']}", owner["job"]
+        return "running", f"process {owner.pid} on {owner.host}", owner.job
     ends = read_lines(run / REQUEUES)
     if file is not None and ends and ends[-1]["job"] == file.job and not ends[-1]["requeue"]:
         return "stopped", f"job {file.job}: {ends[-1]['cause']}", name
@@ -212,11 +211,11 @@ def cancel(run: Path) -> str:
     if job is not None and not job.over:
         queue.cancel(job.id)
         done = f"job {job.id}, which was {job.state}, is cancelled"
-    elif owner is not None and owner["job"] is None and is_alive(owner, run):
-        if owner["host"] != socket.gethostname():
-            raise ScaleprogError(f"{run} is trained on {owner['host']}; run `scaleprog cancel` there")
-        os.kill(owner["pid"], signal.SIGTERM)
-        done = f"process {owner['pid']} is asked to stop after a checkpoint"
+    elif owner is not None and owner.job is None and is_alive(owner, run):
+        if owner.host != socket.gethostname():
+            raise ScaleprogError(f"{run} is trained on {owner.host}; run `scaleprog cancel` there")
+        ask_to_stop(owner, run)
+        done = f"process {owner.pid} is asked to stop after a checkpoint"
     else:
         raise ScaleprogError(f"{run}: nothing to cancel; neither a job nor a process of this machine trains it")
     kept = newest_step(run)

@@ -29,7 +29,8 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a file, or leaves it as it was (OSError); its content is on the disk before its name is."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        temporary.unlink(missing_ok=True)  # of a process of this number that was killed, or a link to somewhere else
+        with open(temporary, "x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

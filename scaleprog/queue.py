@@ -11,6 +11,8 @@ OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
         "PREEMPTED", "REVOKED")  # fmt: skip
 ALSO_RUNNING = ("SIGNALING", "CONFIGURING", "STAGE_OUT")  # what scontrol says of a running job at times
 ANSWER_SECONDS = 60.0
+JOB_ID = r"[0-9]{1,10}(_[0-9]{1,10})?"
+"""What Slurm's commands are asked about; anything else, an option say, they are not to see."""
 
 
 class NoAnswer(ScaleprogError):
@@ -42,7 +44,7 @@ class Job:
 
 def find(job: str) -> Job | None:
     """The job of this id; None if Slurm knows none (any more). Raises NoAnswer."""
-    told = _ask("scontrol", "-o", "show", "job", job)
+    told = _ask("scontrol", "-o", "show", "job", _checked(job))
     if told.returncode == 0 and told.stdout.strip():
         return _read(told.stdout.splitlines()[0])
     if "Invalid job id" not in told.stderr:
@@ -52,14 +54,14 @@ def find(job: str) -> Job | None:
 
 def requeue(job: str) -> None:
     """Ends a running job and puts it into the queue again. Raises NoAnswer with what Slurm says against it."""
-    told = _ask("scontrol", "requeue", job)
+    told = _ask("scontrol", "requeue", _checked(job))
     if told.returncode:
         raise NoAnswer(_last_line(told.stderr))
 
 
 def cancel(job: str) -> None:
     """Ends a job: its tasks get TERM, and KILL after the cluster's KillWait. Raises NoAnswer."""
-    told = _ask("scancel", job)
+    told = _ask("scancel", _checked(job))
     if told.returncode:
         raise NoAnswer(_last_line(told.stderr))
 
@@ -86,6 +88,12 @@ def hosts(nodelist: str) -> list[str]:
             for number in range(int(first), int(last or first) + 1):
                 names += hosts(f"{prefix}{number:0{len(first)}}{suffix}")
     return names
+
+
+def _checked(job: str) -> str:
+    if not isinstance(job, str) or re.fullmatch(JOB_ID, job) is None:
+        raise NoAnswer(f"{job!r} is not the number of a Slurm job")
+    return job
 
 
 def _ask(*command: str) -> subprocess.CompletedProcess[str]:

@@ -53,5 +53,5 @@ def test_a_run_on_one_machine_listens_on_loopback_only(
         found = listeners_until_end(process)
     assert process.returncode == 0
     assert max(step_rows(folder)) >= STEPS - 5
-    assert {listener.kind for listener in found} == {"tcp"}, "gloo's, and no abstract Unix socket"
     assert [listener for listener in found if not listener.local] == []
+    assert {listener.kind for listener in found} == {"tcp"}, "gloo's, and no abstract Unix socket"
