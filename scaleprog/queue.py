@@ -181,8 +181,8 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 def _known(job: str) -> str:
     """The id of a job, which a file may have told: nothing that one of Slurm's commands took for an option."""
-    if not re.fullmatch(JOB_ID, job):
-        raise NoAnswer(f"{as_text(job, most=60)!r} is no job of Slurm's")
+    if not isinstance(job, str) or not re.fullmatch(JOB_ID, job):
+        raise NoAnswer(f"{as_text(str(job), most=60)!r} is not the number of a Slurm job")
     return job
 
 

@@ -83,7 +83,7 @@ def test_a_state_survives_json(state: RunState) -> None:
 # ---- what may be anything
 
 SUBNET = [16, 2]
-MADE = Decision(1, (Subnet(16, 2), Subnet(32, 4)), (2.0, 1.0), (1.0, 3.0), (None, 0.5), Subnet(16, 2), 0.5, 7, 0.0)
+MADE = Decision(1, (Subnet(16, 2), Subnet(32, 4)), (2.0, 1.0), (1.0, 3.0), (None, 0.5), Subnet(16, 2), 0.5, 7, "free")
 DECISION = json.loads(json.dumps(decision_to_json(MADE)))
 NOTHING: dict[str, list[Any]] = {  # by key, values that it cannot have
     "step": [-1, 1.5, "1", None, True, 2**70, [], {}, math.nan],
@@ -96,9 +96,10 @@ NOTHING: dict[str, list[Any]] = {  # by key, values that it cannot have
                   [DECISION | {"candidates": [SUBNET, [16]]}], [DECISION | {"candidates": [SUBNET, [0, -3]]}],
                   [DECISION | {"scores": [math.nan, 1.0]}], [DECISION | {"chosen": [16, 2, 3]}],
                   [DECISION | {"chosen": 3}], [DECISION | {"alpha": "0.5"}], [DECISION | {"complete_from": -1}],
-                  [DECISION | {"complete_from": 0.5}], [DECISION | {"over": -1.0}], [DECISION] * 20_000],
+                  [DECISION | {"complete_from": 0.5}], [DECISION | {"why": 3}], [DECISION] * 20_000],
     "measured": [3, {}, [3], [[3]], [[SUBNET]], [[[16, 2, math.nan]]], [[[16, 2, 0.0]]], [[[16, 2, "1"]]],
                  [[[16.5, 2, 1.0]]], [[[16, 2, 1.0], [16, 2, 2.0]]], [[[2**30, 2, 1.0]]]],
+    "errors": [{}, [[16, 2, -1.0]], [[16, 2, math.nan]], [[16, 2, 1.0], [16, 2, 1.0]], [[16, 2]]],
     "step_seconds": [{}, [[16, 2, 1.0]], [[16, 2, []]], [[16, 2, [-1.0]]], [[16, 2, [math.inf]]], [[[], 2, [1.0]]]],
     "timed_on": [None, 3, [], "x" * 20_000, "\ud800"],
     "train_seconds": [-1.0, math.inf, math.nan, 1e300, "1", None, True, 10**400],
