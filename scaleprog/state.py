@@ -215,7 +215,8 @@ def _check(values: Mapping[str, Any]) -> None:
     for number, decision in enumerate(state.decisions):
         if len({len(getattr(decision, key)) for key in ("candidates", "losses", "times", "scores")}) != 1:
             raise CheckpointError(f"state: decision {number} has not one loss, time and score for each candidate")
-    named = [[row[:2] for row in rows] for rows in (*state.measured, state.errors, state.step_seconds)]
+    named = [[row[:2] for row in rows] for rows in (*state.measured, state.errors)]
+    named.append([row[:2] for row in state.step_seconds])
     if any(len(set(subnets)) < len(subnets) for subnets in named):
         raise CheckpointError("state: 'measured', 'errors' or 'step_seconds' have a sub-network twice")
     if not all(seconds for _, _, seconds in state.step_seconds):
