@@ -96,8 +96,8 @@ def check_free(recipe: "Recipe", run: Path, mine: str | None = None) -> None:
             "--run-dir"
         )
     owner = read_owner(run)
-    if owner is not None and (mine is None or owner["job"] != mine) and is_alive(owner, run):
-        raise CheckpointError(f"{run} is in use by process {owner['pid']} on {owner['host']}; use another --run-dir")
+    if owner is not None and (mine is None or owner.job != mine) and is_alive(owner, run):
+        raise CheckpointError(f"{run} is in use by process {owner.pid} on {owner.host}; use another --run-dir")
 
 
 def prepare(recipe: Path, run: Path, overrides: Sequence[str]) -> Path:

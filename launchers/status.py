@@ -1,8 +1,6 @@
 """Where a run stands: from its run directory, and from Slurm where it is a Slurm job."""
 
 import math
-import os
-import signal
 import socket
 import sys
 import time
@@ -15,7 +13,7 @@ from typing import Any, TypeVar
 from launchers.requeue import newest_step
 from launchers.snapshot import JobFile
 from scaleprog import queue
-from scaleprog.claim import is_alive, read_owner
+from scaleprog.claim import ask_to_stop, is_alive, read_owner
 from scaleprog.display import as_text, first_line
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.growth.schedule import Schedule
@@ -151,7 +149,7 @@ def standing(run: Path, troubles: list[str] | None = None) -> tuple[str, str, st
         about = [f"job {job.id}", job.nodes and f"on {job.nodes}", job.reason]
         return job.state.lower(), ", ".join(filter(None, about)), name
     if owner is not None and is_alive(owner, run):
-        return "running", f"process {owner['pid']} on {owner['host']}", owner["job"]
+        return "running", f"process {owner.pid} on {owner.host}", owner.job
     ends = read(run / REQUEUES, LEFT).rows
     if file is not None and ends and ends[-1].get("job") == file.job and not ends[-1].get("requeue"):
         return "stopped", f"job {file.job}: {ends[-1]['cause']}", name
@@ -262,11 +260,11 @@ def cancel(run: Path) -> str:
     if job is not None and not job.over:
         queue.cancel(job.id)
         done = f"job {job.id}, which was {job.state}, is cancelled"
-    elif owner is not None and owner["job"] is None and is_alive(owner, run):
-        if owner["host"] != socket.gethostname():
-            raise ScaleprogError(f"{run} is trained on {owner['host']}; run `scaleprog cancel` there")
-        os.kill(owner["pid"], signal.SIGTERM)
-        done = f"process {owner['pid']} is asked to stop after a checkpoint"
+    elif owner is not None and owner.job is None and is_alive(owner, run):
+        if owner.host != socket.gethostname():
+            raise ScaleprogError(f"{run} is trained on {owner.host}; run `scaleprog cancel` there")
+        ask_to_stop(owner, run)
+        done = f"process {owner.pid} is asked to stop after a checkpoint"
     else:
         raise ScaleprogError(f"{run}: nothing to cancel; neither a job nor a process of this machine trains it")
     kept = newest_step(run)

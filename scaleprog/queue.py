@@ -55,7 +55,7 @@ class Job:
 
 def find(job: str) -> Job | None:
     """The job of this id; None if Slurm knows none (any more). Raises NoAnswer."""
-    told = _ask("scontrol", "-o", "show", "job", _known(job))
+    told = _ask("scontrol", "-o", "show", "job", _checked(job))
     if told.code == 0 and told.out.strip():
         return _read(told.out)
     if "Invalid job id" not in told.err:
@@ -65,14 +65,14 @@ def find(job: str) -> Job | None:
 
 def requeue(job: str) -> None:
     """Ends a running job and puts it into the queue again. Raises NoAnswer with what Slurm says against it."""
-    told = _ask("scontrol", "requeue", _known(job))
+    told = _ask("scontrol", "requeue", _checked(job))
     if told.code:
         raise NoAnswer(_last_line(told.err))
 
 
 def cancel(job: str) -> None:
     """Ends a job: its tasks get TERM, and KILL after the cluster's KillWait. Raises NoAnswer."""
-    told = _ask("scancel", _known(job))
+    told = _ask("scancel", _checked(job))
     if told.code:
         raise NoAnswer(_last_line(told.err))
 
@@ -181,10 +181,10 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
                 pipe.close()
 
 
-def _known(job: str) -> str:
+def _checked(job: str) -> str:
     """The id of a job, which a file may have told: nothing that one of Slurm's commands took for an option."""
-    if not re.fullmatch(JOB_ID, job):
-        raise NoAnswer(f"{as_text(job, most=60)!r} is no job of Slurm's")
+    if not isinstance(job, str) or not re.fullmatch(JOB_ID, job):
+        raise NoAnswer(f"{as_text(job, most=60)!r} is not the number of a Slurm job")
     return job
 
 

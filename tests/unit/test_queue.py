@@ -106,7 +106,7 @@ def test_values_that_are_none(fields: dict[str, str], known: dict[str, object], 
 @pytest.mark.parametrize("job", ["--all", "-u root", "7;id", "", "7 8", "9" * 40, "７", "7\n"])
 def test_nothing_but_an_id_reaches_slurm(job: str, fake: FakeSlurm) -> None:
     for ask in (queue.find, queue.cancel, queue.requeue):
-        with pytest.raises(queue.NoAnswer, match="no job of Slurm's"):
+        with pytest.raises(queue.NoAnswer, match="is not the number of a Slurm job"):
             ask(job)
     assert [fake.calls(name) for name in ("scontrol", "scancel", "sacct")] == [[], [], []]
 
