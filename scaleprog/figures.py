@@ -129,7 +129,7 @@ def draw_accuracy(path: Path, curves: Sequence[Curve], spent: str = "training ti
 def _save(figure: Figure, path: Path) -> None:
     """Writes a picture, coarser where it would become too high to be drawn."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in another script shows boxes
+        warnings.simplefilter("ignore", UserWarning)  # boxes for letters of another script, labels that leave no room
         figure.savefig(path, dpi=min(DPI, MOST_PIXELS / figure.get_figheight()))
 
 

@@ -21,6 +21,8 @@ ALSO_RUNNING = ("SIGNALING", "CONFIGURING", "STAGE_OUT")  # what scontrol says o
 ANSWER_SECONDS = 60.0
 ANSWER_BYTES = 2**20  # more than Slurm says of any job
 MOST_HOSTS = 100_000
+SPAN = "[0-9]{1,12}(?:-[0-9]{1,12})?"
+GROUP = rf"(?:\[{SPAN}(?:,{SPAN})*\]|[^][,])+"  # of a list of nodes
 LAST_SECOND = 2**33  # of what can be a time
 
 
@@ -53,7 +55,7 @@ class Job:
 
 def find(job: str) -> Job | None:
     """The job of this id; None if Slurm knows none (any more). Raises NoAnswer."""
-    told = _ask("scontrol", "-o", "show", "job", _known(job))
+    told = _ask("scontrol", "-o", "show", "job", _checked(job))
     if told.code == 0 and told.out.strip():
         return _read(told.out)
     if "Invalid job id" not in told.err:
@@ -63,14 +65,14 @@ def find(job: str) -> Job | None:
 
 def requeue(job: str) -> None:
     """Ends a running job and puts it into the queue again. Raises NoAnswer with what Slurm says against it."""
-    told = _ask("scontrol", "requeue", _known(job))
+    told = _ask("scontrol", "requeue", _checked(job))
     if told.code:
         raise NoAnswer(_last_line(told.err))
 
 
 def cancel(job: str) -> None:
     """Ends a job: its tasks get TERM, and KILL after the cluster's KillWait. Raises NoAnswer."""
-    told = _ask("scancel", _known(job))
+    told = _ask("scancel", _checked(job))
     if told.code:
         raise NoAnswer(_last_line(told.err))
 
@@ -85,24 +87,24 @@ def partitions() -> list[str]:
 
 def hosts(nodelist: str) -> list[str]:
     """The names behind Slurm's "gpu[08-10,12],login": gpu08, gpu09, gpu10, gpu12, login. Raises ScaleprogError."""
-    try:
-        names = list(islice(_hosts(nodelist[:ANSWER_BYTES]), MOST_HOSTS + 1))
-    except (ValueError, RecursionError):
-        names = []
-    if not names or len(names) > MOST_HOSTS:
+    names: list[str] = []
+    if len(nodelist) < ANSWER_BYTES and re.fullmatch(f"{GROUP}(?:,{GROUP})*", nodelist):
+        with suppress(RecursionError):
+            names = list(islice(_hosts(nodelist), MOST_HOSTS + 1))
+    if not 1 <= len(names) <= MOST_HOSTS:
         raise ScaleprogError(f"{as_text(nodelist, most=200)!r} is no list of nodes such as gpu[08-10,12],login")
     return names
 
 
 def _hosts(nodelist: str) -> Iterator[str]:
-    for group in re.findall(r"(?:\[[^]]*\]|[^,[])+", nodelist):
+    for group in re.findall(GROUP, nodelist):
         prefix, _, rest = group.partition("[")
         numbers, _, suffix = rest.partition("]")
         if not rest:
             yield group
             continue
         for span in numbers.split(","):
-            first, last = re.fullmatch(r"([0-9]{1,12})(?:-([0-9]{1,12}))?", span).groups()  # type: ignore[union-attr]
+            first, _, last = span.partition("-")
             for number in range(int(first), int(last or first) + 1):
                 yield from _hosts(f"{prefix}{number:0{len(first)}}{suffix}")
 
@@ -179,7 +181,7 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
                 pipe.close()
 
 
-def _known(job: str) -> str:
+def _checked(job: str) -> str:
     """The id of a job, which a file may have told: nothing that one of Slurm's commands took for an option."""
     if not isinstance(job, str) or not re.fullmatch(JOB_ID, job):
         raise NoAnswer(f"{as_text(str(job), most=60)!r} is not the number of a Slurm job")

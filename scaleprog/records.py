@@ -25,7 +25,7 @@ Name = Annotated[str, Field(max_length=2**10)]
 Text = Annotated[str, Field(max_length=2**20)]
 Kind = Literal["supernet", "train"]
 Pair = tuple[Size, Size]
-JOB_ID = r"[0-9]{1,18}(_[0-9]{1,9})?"
+JOB_ID = r"[0-9]{1,10}(_[0-9]{1,10})?"
 JobId = Annotated[str, Field(pattern=f"^{JOB_ID}$")]
 
 

@@ -121,8 +121,8 @@ def test_an_owner_file_that_is_none_is_named(content: bytes, take: Take, folder:
         ("generation", 0), ("generation", True), ("generation", 1.5), ("generation", "1"), ("generation", 10**30),
         ("nonce", None), ("nonce", "\x1b[2J"), ("job", 7), ("job", "-o"), ("job", "7 8"), ("job", "7\n"),
         ("job", ""), ("job", "٧"), ("restart", -1), ("restart", None), ("host", 5), ("host", ""),
-        ("host", "\x1b]0;x\x07"), ("host", "x" * 300), ("pid", -1), ("pid", 0), ("pid", 2**40),
-        ("pid", True), ("pid", "1"), ("pid", [1]),
+        ("host", "\x1b]0;x\x07"), ("host", "x" * 300), ("pid", -1), ("pid", 0),
+        ("pid", 2**40), ("pid", True), ("pid", "1"), ("pid", [1]),
         ("pid", 1e300), ("pid", float("nan")), ("started", 5), ("started", ""), ("started", "-1"), ("started", "Z"),
     ],
 )  # fmt: skip
