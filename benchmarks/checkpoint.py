@@ -75,8 +75,7 @@ def saving(folder: Path, saves: int) -> list[tuple[str, str]]:
 
         for _ in range(3):
             step()
-        state = backend.state()
-        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        size = sum(part.tensor.nbytes for part in backend.state().values())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         at_rest, stalls, beside = [], [], []
         for number in range(saves):

@@ -208,10 +208,8 @@ def _check(values: Mapping[str, Any]) -> None:
         state = _STATE.validate_python(values)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise CheckpointError(
-            f"state: {where[:100]!r}: {problem['msg']}, got {reprlib.repr(problem['input'])}"
-        ) from None
+        where, found = ".".join(map(str, problem["loc"])), reprlib.repr(problem["input"])
+        raise CheckpointError(f"state: {where[:100]!r}: {problem['msg']}, got {found}") from None
     for number, decision in enumerate(state.decisions):
         if len({len(getattr(decision, key)) for key in ("candidates", "losses", "times", "scores")}) != 1:
             raise CheckpointError(f"state: decision {number} has not one loss, time and score for each candidate")

@@ -31,8 +31,8 @@ from scaleprog.tensorfile import DTYPES, NAMES, Layout
 
 MANIFEST = "manifest.json"
 KIND, FORMAT = "scaleprog-checkpoint", 5
-MANIFEST_BYTES = 2**25  # those of a model of 24 layers on 2,000 ranks have as many
-RANKS = 100_000
+MANIFEST_BYTES = 2**24  # those of a model of 24 layers, sharded over 1,000 ranks, have as many
+RANKS = TENSORS = 100_000  # as many may be, and no more
 RUN = "[0-9a-f]{32}"
 
 FileList = dict[str, tuple[int, str]]
@@ -196,6 +196,8 @@ def _checked(values: Mapping[str, Any]) -> Manifest:
         raise ValueError("`step` is no number of a step")
     if not isinstance(permanent, bool):
         raise ValueError("`permanent` is neither true nor false")
+    if len(_mapping(values, "tensors")) > TENSORS:
+        raise ValueError(f"`tensors`: more than {TENSORS}")
     recipe, state, files, tensors = (_mapping(values, key) for key in ("recipe", "state", "files", "tensors"))
     manifest = Manifest(run, step, permanent, recipe, state, {}, {n: _stored(n, t) for n, t in tensors.items()})
     if files.keys() != (expected := {file_name(rank) for rank in manifest.held}):

@@ -94,7 +94,7 @@ def saved_and_wanted(draw: st.DrawFn) -> tuple[dict[str, Tensor], dict[str, Spre
     return whole, before, ranks, after, again
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=saved_and_wanted(), copies=st.integers(1, 3))
 def test_any_ranks_read_what_any_ranks_wrote(
     case: tuple[dict[str, Tensor], dict[str, Spread], int, dict[str, Spread], int], copies: int, tmp_path: Path
@@ -280,6 +280,10 @@ RESEALED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a tensor less": (lambda m: m["tensors"].pop("ids"), r"has \d+ bytes, its tensors make \d+"),
     "a tensor with a strange name": (set_tensor("\x1b[2J\n", ["F32", 0, []]), r"'\\x1b\[2J\\n' is no name of a tensor"),
     "a tensor with a long name": (set_tensor("x" * 10**6, ["F32", 0, []]), "is no name of a tensor"),
+    "very many tensors": (
+        lambda m: m["tensors"].update({str(i): ["F32", 0, []] for i in range(100_000)}),
+        "`tensors`: more than 100000",
+    ),
     "no tensors": (lambda m: m["tensors"].clear(), r"`files` differ"),
     "tensors that are a list": (lambda m: m.update(tensors=[1]), "`tensors` is no mapping"),
     "files that are a list": (lambda m: m.update(files=[FILE]), "`files` is no mapping"),

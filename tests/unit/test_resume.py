@@ -1,0 +1,290 @@
+"""What of a checkpoint is believed: nothing that a run of its recipe could not have left there."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scaleprog.checkpoint import RUN_ID
+from scaleprog.errors import CheckpointError, OtherRun
+from scaleprog.export import evaluate_run, export_run
+from scaleprog.plan import Plan
+from scaleprog.recipe import Recipe
+from scaleprog.resume import owner_of, state_of
+from scaleprog.state import RunState
+from scaleprog.storage import MANIFEST, committed, read_state, verify
+from scaleprog.tensorfile import Layout
+from tests.conftest import WITHIN_A_BUDGET, MakeRecipe, run, short_recipe, step_rows
+from tests.unit.checkpoints import reseal, seal
+
+
+@pytest.fixture(scope="module")
+def trained(patterns: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Recipe, Path]]:
+    """Runs that nobody changes, by where they were stopped.
+
+    Steps 0-10 supernet, 10-26 stage 1, 26-36 supernet, 36-53 stage 2, 53-80 the complete model; within a budget 0-26
+    the smallest network, 26-36 a supernet.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    runs = {}
+    for name, groups, stop in (
+        ("search", {"growth": {"optimizer": "inherit"}}, 29),
+        ("choice", {}, 36),
+        ("evaluated", {}, 44),
+        ("budget", WITHIN_A_BUDGET, 38),
+        ("end", {"train": {"epochs": 1}, "growth": {"schedule": "original"}}, None),
+    ):
+        recipe = short_recipe(patterns, **groups)
+        run(recipe, folder / name, max_steps=stop)
+        runs[name] = recipe, folder / name
+    return runs
+
+
+@pytest.fixture
+def copy(trained: dict[str, tuple[Recipe, Path]], tmp_path: Path) -> Callable[[str], tuple[Recipe, Path]]:
+    """A copy of one of them that may be changed, and its newest checkpoint."""
+
+    def copied(name: str) -> tuple[Recipe, Path]:
+        recipe, folder = trained[name]
+        shutil.copytree(folder, tmp_path / name)
+        return recipe, committed(tmp_path / name / "checkpoints")[-1]
+
+    return copied
+
+
+def state(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda manifest: manifest["state"].update(changes)
+
+
+def decision(number: int, **changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda manifest: manifest["state"]["decisions"][number].update(changes)
+
+
+def twice(manifest: dict[str, Any]) -> None:
+    manifest["state"]["decisions"] *= 2
+
+
+def measured(*rows: list[Any]) -> Callable[[dict[str, Any]], None]:
+    return state(measured=[list(rows)])
+
+
+IMPOSSIBLE: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
+    "another step": ("search", state(step=30), "step 30 in its checkpoint of step 29"),
+    "before all phases": ("search", state(phase=-1), "phase -1 in a checkpoint"),
+    "a phase too early": ("search", state(phase=1, growths=2), "step 29 in phase 1"),
+    "a phase too late": ("search", state(phase=3, growths=4), "phase 3, but 3"),
+    "a phase far beyond": ("search", state(phase=10**6), "phase 1000000, but 3"),
+    "no networks": ("search", state(growths=0), "built 0 networks"),
+    "more networks than phases": ("search", state(growths=9), "built 9 networks by phase 2"),
+    "no layers": ("search", state(gated=[[]]), r"groups of \(0,\) layers"),
+    "no groups": ("search", state(gated=[]), r"groups of \(\) layers"),
+    "two groups": ("search", state(gated=[[False] * 2, [False] * 2]), r"groups of \(2, 2\) layers"),
+    "more layers than there are": ("search", state(gated=[[False] * 16_000]), r"groups of \(16000,\) layers"),
+    "fewer layers": ("search", state(gated=[[False] * 2]), "2 layers in phase 2, but 4"),
+    "gates that nobody saved": ("search", state(gated=[[True] * 4]), "gate is not in the checkpoint"),
+    "a choice forgotten": ("search", state(decisions=[]), "phase 2, but 1"),
+    "a choice too many": ("search", twice, "made 2 choices by step 29"),
+    "a choice of another stage": ("search", decision(0, stage=2), "searched .* for stage 2"),
+    "a choice among others": ("search", decision(0, candidates=[[16, 2]] * 9), "searched 16 px, 2 layers, 16 px"),
+    "a choice of none of them": ("search", decision(0, chosen=[64, 4]), "chosen 64 px, 4 layers without having"),
+    "a choice with a takeover": ("search", decision(0, complete_from=12), "trains from step 12 on"),
+    "none within a budget": ("budget", decision(0, complete_from=None), "trains from step None on"),
+    "one before the search": ("budget", decision(0, complete_from=0), "trains from step 0 on"),
+    "one after the end": ("budget", decision(0, complete_from=10**9), "trains from step 1000000000 on"),
+    "a measurement of strangers": ("search", measured([16, 2, 1.0]), "such measurements in phase 2"),
+    "a measurement too many": ("search", state(measured=[[]] * 9), "such measurements in phase 2"),
+    "a measurement outside a search": ("end", measured([32, 4, 1.0]), "such measurements in phase 0"),
+    "step times of strangers": ("search", state(step_seconds=[[64, 9, [1.0]]]), "step times of such sub-networks"),
+    "step times outside a search": ("end", state(step_seconds=[[32, 4, [1.0]]]), "step times of such sub-networks"),
+    "unknown things due": ("search", state(due=["rm -rf \x1b"]), r"'rm -rf \\x1b' due in phase 2"),
+    "an evaluation due in a search": ("search", state(due=["evaluation"]), "'evaluation' due in phase 2"),
+    "a choice due elsewhere": ("search", state(due=["choice"]), "its search of stage 2 in such a state"),
+    "a choice due outside a search": ("end", state(due=["choice"]), "'choice' due in phase 0"),
+    "things due in another order": ("search", state(due=["choice", "measurement"]), "'choice, measurement' due"),
+    "a search left open": ("choice", lambda m: m["state"]["decisions"].pop(), "its search of stage 2 in such a state"),
+    "accuracies of others": ("end", state(accuracies={"\x1b": 3.0}), r"accuracies named \['\\x1b'\]"),
+    "only one accuracy": ("end", state(accuracies={"top1": 3.0}), "accuracies named"),
+    "an end without accuracies": ("end", state(accuracies={}), "come to its end without an evaluation"),
+    "a best step to come": ("end", state(best_step=21), "its best step, 21, after step 20"),
+    "no number": ("end", state(train_seconds="soon"), "state: 'train_seconds': Input should be a valid number"),
+    "a key more": ("end", state(moment=1), "state: 'moment' is nothing that a state has"),
+}
+
+
+@pytest.mark.parametrize("fault", IMPOSSIBLE)
+def test_a_state_that_no_run_of_the_recipe_leaves_is_refused_at_a_start(
+    fault: str, copy: Callable[[str], tuple[Recipe, Path]]
+) -> None:
+    name, change, message = IMPOSSIBLE[fault]
+    recipe, newest = copy(name)
+    state_of(newest, Plan.of(recipe, 1))
+    reseal(newest, change)
+    with pytest.raises(CheckpointError, match=rf"{newest}: .*{message}"):
+        run(recipe, newest.parent.parent)
+    with pytest.raises(CheckpointError, match=rf"{newest}: .*{message}"):
+        evaluate_run(newest.parent.parent, None, "best")
+
+
+def test_every_state_that_runs_leave_is_one(trained: dict[str, tuple[Recipe, Path]]) -> None:
+    for recipe, folder in trained.values():
+        for path in committed(folder / "checkpoints"):
+            assert verify(path, owner_of(recipe).most).step == state_of(path, Plan.of(recipe, 1)).step
+
+
+def test_an_export_needs_no_shards_and_refuses_what_cannot_be(
+    copy: Callable[[str], tuple[Recipe, Path]], tmp_path: Path
+) -> None:
+    _, newest = copy("end")
+    for change, message in (
+        (state(gated=[[False] * 16_000]), r"groups of \(16000,\) layers"),
+        (state(gated=[[False] * 2]), "is not in the network"),
+        (state(accuracies={"top1": 3.0}), "accuracies named"),
+        (state(step="20"), "'step': Input should be a valid integer"),
+    ):
+        intact = (newest / MANIFEST).read_text()
+        reseal(newest, change)
+        with pytest.raises(CheckpointError, match=rf"{newest}: .*{message}"):
+            export_run(newest.parent.parent, tmp_path / "model.safetensors")
+        (newest / MANIFEST).write_text(intact)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 90) | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.fixture(scope="module")
+def plans(trained: dict[str, tuple[Recipe, Path]]) -> dict[str, Plan]:
+    return {name: Plan.of(recipe, 1) for name, (recipe, _) in trained.items()}
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), name=st.sampled_from(["search", "choice", "evaluated", "budget", "end"]))
+def test_whatever_stands_in_a_sealed_state_a_run_can_stand_there_or_says_why_not(
+    data: st.DataObject,
+    name: str,
+    trained: dict[str, tuple[Recipe, Path]],
+    plans: dict[str, Plan],
+    tmp_path: Path,
+) -> None:
+    _, folder = trained[name]
+    newest, plan = committed(folder / "checkpoints")[-1], plans[name]
+    path = tmp_path / newest.name
+    path.mkdir(exist_ok=True)
+    manifest = json.loads((newest / MANIFEST).read_text())
+    place, inner = manifest["state"], data.draw(st.sampled_from(sorted(manifest["state"])))
+    while isinstance(place[inner], list | dict) and place[inner] and data.draw(st.booleans()):
+        place = place[inner]
+        inner = data.draw(st.sampled_from(range(len(place)) if isinstance(place, list) else sorted(place)))
+    place[inner] = data.draw(anything)
+    seal(path, manifest)
+    try:
+        found = state_of(path, plan)
+    except CheckpointError:
+        return
+    assert sum(map(len, found.gated)) == plan.schedule.phases(found.choices)[found.phase].network.depth
+    assert found.step == manifest["step"]
+
+
+# ---- weights
+
+
+def poke(newest: Path, name: str, value: float) -> None:
+    """Sets the first element of a tensor in the files, and seals the manifest again."""
+    manifest = json.loads((newest / MANIFEST).read_text())
+    [(rank, _)] = manifest["tensors"][name][2]
+    held = {n: (t[0], t[1]) for n, t in manifest["tensors"].items()}
+    file = newest / f"rank-{rank:05d}.safetensors"
+    content, start = bytearray(file.read_bytes()), Layout.of(held).starts[name]
+    content[start : start + 4] = torch.tensor([value]).numpy().tobytes()
+    file.write_bytes(content)
+    reseal(newest)
+
+
+@pytest.mark.parametrize("count", [-1.0, 0.5, 1e30, float("nan"), float("inf"), 30.0])
+def test_a_parameter_has_no_more_steps_behind_it_than_the_run(
+    count: float, copy: Callable[[str], tuple[Recipe, Path]]
+) -> None:
+    recipe, newest = copy("search")
+    poke(newest, "step/net.cls_token", count)
+    with pytest.raises(CheckpointError, match=rf"{newest}: step/net.cls_token is .*, which is no number of steps so"):
+        run(recipe, newest.parent.parent)
+
+
+# ---- whose it is
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_with_what_differs(
+    make_recipe: MakeRecipe, copy: Callable[[str], tuple[Recipe, Path]], tmp_path: Path
+) -> None:
+    _, newest = copy("search")
+    other = make_recipe(growth={"optimizer": "inherit"}, seed=3, optimizer={"lr": 1e-3})
+    run(other, tmp_path / "other", max_steps=29)
+    place = tmp_path / "other" / "checkpoints" / newest.name
+    shutil.rmtree(place)
+    shutil.copytree(newest, place)
+    for act in (lambda: run(other, tmp_path / "other"), lambda: evaluate_run(tmp_path / "other", None, "best")):
+        with pytest.raises(OtherRun, match=rf"{place}: is a checkpoint of another recipe:\n") as told:
+            act()
+        assert "  optimizer.lr: 0.001 here, 0.0005 there\n  seed: 3 here, 0 there\nmove it to where" in str(told.value)
+    assert place.exists(), "it is nobody's damage"
+
+
+def test_a_checkpoint_of_another_run_of_the_recipe_is_refused(
+    copy: Callable[[str], tuple[Recipe, Path]], tmp_path: Path
+) -> None:
+    recipe, newest = copy("search")
+    run(recipe, tmp_path / "other", max_steps=26)
+    shutil.copytree(newest, tmp_path / "other" / "checkpoints" / newest.name)
+    with pytest.raises(OtherRun, match=rf"{newest.name}: is a checkpoint of another run of the same recipe; move it"):
+        run(recipe, tmp_path / "other")
+    shutil.rmtree(tmp_path / "other" / "checkpoints" / newest.name)
+    run(recipe, tmp_path / "other", max_steps=30)
+    assert max(step_rows(tmp_path / "other")) == 30
+
+
+def test_a_run_directory_may_be_moved_and_copied_and_may_lose_its_name(
+    copy: Callable[[str], tuple[Recipe, Path]], tmp_path: Path
+) -> None:
+    recipe, newest = copy("search")
+    folder = newest.parent.parent
+    name = (folder / RUN_ID).read_text()
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    run(recipe, tmp_path / "elsewhere", max_steps=31)
+    assert json.loads((committed(tmp_path / "elsewhere/checkpoints")[-1] / MANIFEST).read_text())["run"] == name
+    (folder / RUN_ID).unlink()
+    run(recipe, folder, max_steps=31)
+    assert (folder / RUN_ID).read_text() == name
+    for strange in (b"", b"\xff", b"x" * 10**6, name.upper().encode() + b"\n"):
+        (folder / RUN_ID).write_bytes(strange)
+        with pytest.raises(CheckpointError, match=r"run\.id: names no run; delete it if the checkpoints"):
+            run(recipe, folder)
+    assert len(committed(folder / "checkpoints")) == 2, "none was taken for damaged"
+
+
+@pytest.mark.parametrize("kept", [{}, {"seed": "no"}, {"x\x1b": 1}, {"model": {"name": "a" * 2**21}}])
+def test_a_recipe_in_a_checkpoint_may_be_anything(
+    kept: dict[str, Any], copy: Callable[[str], tuple[Recipe, Path]]
+) -> None:
+    recipe, newest = copy("end")
+    reseal(newest, lambda manifest: manifest.update(recipe=kept))
+    with pytest.raises(OtherRun, match="is a checkpoint of another recipe:\n") as told:
+        run(recipe, newest.parent.parent)
+    assert "\x1b" not in str(told.value)
+    assert len(str(told.value)) < 2500
+
+
+def test_keys_that_do_not_change_the_weights_may_differ(copy: Callable[[str], tuple[Recipe, Path]]) -> None:
+    recipe, newest = copy("search")
+    changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": 1})})
+    run(changed, newest.parent.parent, max_steps=31, log_every=7)
+    assert RunState.from_json(read_state(committed(newest.parent)[-1])).step == 31
