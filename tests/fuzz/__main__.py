@@ -27,6 +27,15 @@ from tests.fuzz.targets import TARGETS
 
 AT_ONCE = 2
 STARTS_TO_TIME = 2
+ABOUT = """\
+A start may take 10 s and 2 GiB more than the process that it was forked from.
+
+- Wrong data: it ended well on input that no longer says what it said, with other results than before; or it ran, read,
+  signaled or canceled what the input has no right to.
+- Unplain: it ended by a signal or an undocumented exit code, or without a message; it printed control characters or a
+  flood.
+- Other weights under checksums that fit are another checkpoint. Nothing can tell, so that is not counted.
+"""
 HEAD = ("command, input", "cases", "refused", "real starts", *FAULTS)
 
 
@@ -54,7 +63,9 @@ def main() -> None:
         if options.only is not None:
             kept = Path(tempfile.mkdtemp(prefix="fuzz-case-")) / "case"
             verdict = run_case(targets[0], options.seed, options.only, intact, kept, server, keep=True)
-            print(f"{verdict.how}\n{verdict.told.text[-5000:]}\n{verdict.told.end}\n{kept}\n{verdict.faults or 'no fault'}")
+            print(
+                verdict.how, verdict.told.text[-5000:], verdict.told.end, kept, verdict.faults or "no fault", sep="\n"
+            )
             sys.exit(bool(verdict.faults))
         cases = [(target, number) for target in targets for number in range(shares(options.n, targets)[target.name])]
         tallies = {target.name: Tally() for target in targets}
@@ -117,7 +128,8 @@ def kinds(failed: list[Verdict]) -> str:
             place = re.sub(r"^(\w+).*(\([\w/.:]+\))$", r"\1 \2", what) if kind == "traceback" else what
             alike.setdefault((kind, verdict.target, re.sub(r"[\d.]+ (s|GiB)$", r"\1", place)), []).append(verdict)
     return "\n".join(
-        f"- {kind} ({len(verdicts)}): {target}: {place}; e.g. {verdicts[0].how[:160]!r}: `--target '{target}' --only {verdicts[0].number}`"
+        f"- {kind} ({len(verdicts)}): {target}: {place}; e.g. {verdicts[0].how[:160]!r}: "
+        f"`--target '{target}' --only {verdicts[0].number}`"
         for (kind, target, place), verdicts in sorted(alike.items())
     )
 
@@ -128,15 +140,11 @@ def page(n: int, seed: int, real: int, tallies: dict[str, Tally], minutes: list[
     total = ("in all", *(sum(row[column] for row in rows) for column in range(1, len(HEAD))))
     lines = [f"| {' | '.join(map(str, row))} |" for row in (HEAD, ("---", *["---:"] * (len(HEAD) - 1)), *rows, total)]
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    made = f"`make fuzz N={n} SEED={seed}` of commit {commit or 'unknown'}"
+    table = "\n".join(lines)
     return (
-        f"# Fuzzing\n\n`make fuzz N={n} SEED={seed}` of commit {commit or 'unknown'}: {total[1]} cases in children of one process "
-        f"({minutes[0]:.0f} min), {total[3]} of them again as processes of their own ({minutes[1]:.0f} min).\n\n"
-        + "\n".join(lines)
-        + "\n\nA start may take 10 s and 2 GiB more than the process that it was forked from. Wrong data: a start ended well on "
-        "input that says something else than before, and what it says is not what it said before; or it ran, read, "
-        "signalled or cancelled what the input has no right to. Unplain: an end by a signal or an exit code that is not "
-        "documented, no message, control characters, or a flood. Other weights under checksums that fit are another "
-        "checkpoint: nothing can tell, and that is not counted.\n"
+        f"# Fuzzing\n\n{made}: {total[1]} cases in children of one process ({minutes[0]:.0f} min), {total[3]} of them again as "
+        f"processes of their own ({minutes[1]:.0f} min).\n\n{table}\n\n{ABOUT}\n"
     )
 
 

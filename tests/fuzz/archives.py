@@ -16,11 +16,46 @@ from tests.fuzz.files import replace
 from tests.fuzz.values import ESCAPES
 
 Member = tuple[tarfile.TarInfo, bytes]
-LABELS = (b"-1", b"4", b"99", b"1.5", b"", b"1e9", b"9" * 5000, b"NaN", b"\xd9\xa1", b"\0", b"1\x001", b"0x1", b"1_0", b"+1",
-          b"\xff", b"true", b"1 2", ESCAPES.encode())  # fmt: skip
+LABELS = (
+    b"-1",
+    b"4",
+    b"99",
+    b"1.5",
+    b"",
+    b"1e9",
+    b"9" * 5000,
+    b"NaN",
+    b"\xd9\xa1",
+    b"\0",
+    b"1\x001",
+    b"0x1",
+    b"1_0",
+    b"+1",
+    b"\xff",
+    b"true",
+    b"1 2",
+    ESCAPES.encode(),
+)
 """Texts that are no class index of four classes, whatever is stripped."""
-NAMES = ("../escaped.png", "/tmp/absolute.png", "a/b/c.png", "", ".png", "noextension", "__hidden__", "two.png.cls", "x" * 3000 + ".png",
-         f"{ESCAPES}.png", "\udcff.png", "s.tar.gz", "s.pyd", "s.pickle", "new\nline.cls", "CASE.PNG", "s.json")  # fmt: skip
+NAMES = (
+    "../escaped.png",
+    "/tmp/absolute.png",
+    "a/b/c.png",
+    "",
+    ".png",
+    "noextension",
+    "__hidden__",
+    "two.png.cls",
+    "x" * 3000 + ".png",
+    f"{ESCAPES}.png",
+    "\udcff.png",
+    "s.tar.gz",
+    "s.pyd",
+    "s.pickle",
+    "new\nline.cls",
+    "CASE.PNG",
+    "s.json",
+)
 
 
 @dataclass(frozen=True)
@@ -82,9 +117,19 @@ def a_member_twice(members: list[Member], rng: random.Random) -> Tampered:
 def another_kind(members: list[Member], rng: random.Random) -> Tampered:
     """A member that is no file: the sample lacks it."""
     place = rng.randrange(len(members))
-    kind, link = rng.choice(((tarfile.SYMTYPE, "/etc/passwd"), (tarfile.LNKTYPE, "/etc/passwd"), (tarfile.CHRTYPE, ""),
-                             (tarfile.FIFOTYPE, ""), (tarfile.DIRTYPE, ""), (tarfile.BLKTYPE, ""), (tarfile.SYMTYPE, "itself"),
-                             (tarfile.LNKTYPE, members[0][0].name), (b"Z", "")))  # fmt: skip
+    kind, link = rng.choice(
+        (
+            (tarfile.SYMTYPE, "/etc/os-release"),
+            (tarfile.LNKTYPE, "/etc/os-release"),
+            (tarfile.CHRTYPE, ""),
+            (tarfile.FIFOTYPE, ""),
+            (tarfile.DIRTYPE, ""),
+            (tarfile.BLKTYPE, ""),
+            (tarfile.SYMTYPE, "itself"),
+            (tarfile.LNKTYPE, members[0][0].name),
+            (b"Z", ""),
+        )
+    )
     name = members[place][0].name
     members[place] = named(name, b"", kind, name if link == "itself" else link)
     fit = link == members[0][0].name  # a hard link to another member may be followed
@@ -109,12 +154,22 @@ def another_image(members: list[Member], rng: random.Random) -> Tampered:
     places = [i for i, (info, _) in enumerate(members) if not info.name.endswith(".cls")]
     place = rng.choice(places)
     name, image = members[place][0].name, members[place][1]
-    how, content = rng.choice((
-        ("empty", b""), ("cut", image[: len(image) // 2]), ("random", rng.randbytes(len(image))), ("zeros", bytes(1000)),
-        ("bomb", png(60_000, 60_000)), ("bomb of 1 x 2^31", png(1, 2**31 - 1)), ("of no size", png(0, 0)),
-        ("a bomb of text", png(8, 8, text=True)), ("a script", b"<svg onload=alert(1)>"), ("a GIF", b"GIF89a" + bytes(50)),
-        ("JPEG's first bytes", b"\xff\xd8\xff" + image[3:]), ("PNG's first bytes", image[:8] + rng.randbytes(500)),
-    ))  # fmt: skip
+    how, content = rng.choice(
+        (
+            ("empty", b""),
+            ("cut", image[: len(image) // 2]),
+            ("random", rng.randbytes(len(image))),
+            ("zeros", bytes(1000)),
+            ("bomb", png(60_000, 60_000)),
+            ("bomb of 1 x 2^31", png(1, 2**31 - 1)),
+            ("of no size", png(0, 0)),
+            ("a bomb of text", png(8, 8, text=True)),
+            ("a script", b"<svg onload=alert(1)>"),
+            ("a GIF", b"GIF89a" + bytes(50)),
+            ("JPEG's first bytes", b"\xff\xd8\xff" + image[3:]),
+            ("PNG's first bytes", image[:8] + rng.randbytes(500)),
+        )
+    )
     members[place] = named(name, content)
     return Tampered(packed(members), f"image {how}", undecodable=how != "a bomb of text")
 
@@ -130,9 +185,31 @@ def another_header(content: bytes, rng: random.Random) -> Tampered:
     """A field of one header, its checksum resealed."""
     offsets = header_offsets(content)
     start = rng.choice(offsets)
-    field, width, offset = rng.choice((("size", 12, 124), ("size", 12, 124), ("mode", 8, 100), ("uid", 8, 108), ("mtime", 12, 136),
-                                       ("type", 1, 156), ("magic", 6, 257), ("name", 100, 0)))  # fmt: skip
-    value = rng.choice((b"0", b"77777777777", b"-1", b"\x80" + b"\0" * 10 + b"\xff", b"\xff" * 12, b"9" * 12, b"", b"x", b"00000001750\0"))
+    field, width, offset = rng.choice(
+        (
+            ("size", 12, 124),
+            ("size", 12, 124),
+            ("mode", 8, 100),
+            ("uid", 8, 108),
+            ("mtime", 12, 136),
+            ("type", 1, 156),
+            ("magic", 6, 257),
+            ("name", 100, 0),
+        )
+    )
+    value = rng.choice(
+        (
+            b"0",
+            b"77777777777",
+            b"-1",
+            b"\x80" + b"\0" * 10 + b"\xff",
+            b"\xff" * 12,
+            b"9" * 12,
+            b"",
+            b"x",
+            b"00000001750\0",
+        )
+    )
     header = bytearray(content[start : start + 512])
     header[offset : offset + width] = value[:width].ljust(width, b"\0")
     header[148:156] = b"        "

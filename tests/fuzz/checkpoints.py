@@ -144,13 +144,16 @@ def something_else(checkpoints: Path, foreign: Path, rng: random.Random) -> Told
     """In place of a file, a checkpoint or all of them."""
     checkpoint = newest(checkpoints)
     path = rng.choice((*data_files(checkpoint), checkpoint / MANIFEST, checkpoint, checkpoints))
-    return f"{path.name}: {displace(path, rng)}", True
+    # that there was a newer checkpoint, nobody can tell
+    return f"{path.name}: {displace(path, rng)}", path.parent == checkpoint
 
 
 def listed_but_not_there(checkpoints: Path, foreign: Path, rng: random.Random) -> Told:
     """The manifest also names something outside or no file at all; sealed."""
     checkpoint = newest(checkpoints)
-    name = rng.choice(("../../recipe.yaml", "/etc/passwd", "/dev/zero", "nowhere", "", ".", "fifo", "link", "\udcff"))
+    name = rng.choice(
+        ("../../recipe.yaml", "/etc/os-release", "/dev/zero", "nowhere", "", ".", "fifo", "link", "\udcff")
+    )
     if name == "fifo":
         os.mkfifo(checkpoint / name)
     elif name == "link":
@@ -177,8 +180,20 @@ def not_listed(checkpoints: Path, foreign: Path, rng: random.Random) -> Told:
 def more_files(checkpoints: Path, foreign: Path, rng: random.Random) -> Told:
     """Files and folders that nobody wrote, beside the checkpoints or in one."""
     place = rng.choice((checkpoints, newest(checkpoints)))
-    name = rng.choice(("step-99999999", "step-00000099", ".step-00000099.old", ".step-00000026.7.writing", "step-x", "step-" + "9" * 50,
-                       "step-٣", "rank-7.safetensors", "__1_0.distcp", "step-00000000"))  # fmt: skip
+    name = rng.choice(
+        (
+            "step-99999999",
+            "step-00000099",
+            ".step-00000099.old",
+            ".step-00000026.7.writing",
+            "step-x",
+            "step-" + "9" * 50,
+            "step-٣",
+            "rank-7.safetensors",
+            "__1_0.distcp",
+            "step-00000000",
+        )
+    )
     kind = rng.choice(KINDS)
     if not (place / name).exists():
         kind(place / name)
@@ -196,7 +211,9 @@ def swapped(checkpoints: Path, foreign: Path, rng: random.Random) -> Told:
 
 def renamed(checkpoints: Path, foreign: Path, rng: random.Random) -> Told:
     one = rng.choice(steps(checkpoints))
-    name = rng.choice(("step-00000027", "step-00000039", "step-00000099", "step-00000001", "step-26", "step-0000000000026"))
+    name = rng.choice(
+        ("step-00000027", "step-00000039", "step-00000099", "step-00000001", "step-26", "step-0000000000026")
+    )
     shutil.copytree(one, checkpoints / name)
     return f"{one.name} also as {name}", True
 
@@ -282,7 +299,27 @@ def without(tree: Any, name: str) -> Any:
 
 
 CHANGES: tuple[Callable[[Path, Path, random.Random], Told], ...] = (
-    another_manifest, another_manifest, another_manifest, another_manifest, another_manifest, damaged_manifest, damaged_data,
-    cut_data, rewritten_data, rewritten_data, something_else, something_else, listed_but_not_there, not_listed, more_files,
-    swapped, renamed, from_another_run, files_of_another, another_header, another_header, a_tensor_missing, a_tensor_missing,
-)  # fmt: skip
+    another_manifest,
+    another_manifest,
+    another_manifest,
+    another_manifest,
+    another_manifest,
+    damaged_manifest,
+    damaged_data,
+    cut_data,
+    rewritten_data,
+    rewritten_data,
+    something_else,
+    something_else,
+    listed_but_not_there,
+    not_listed,
+    more_files,
+    swapped,
+    renamed,
+    from_another_run,
+    files_of_another,
+    another_header,
+    another_header,
+    a_tensor_missing,
+    a_tensor_missing,
+)

@@ -41,8 +41,24 @@ def truncate(content: bytes, rng: random.Random) -> bytes:
 
 
 def insert(content: bytes, rng: random.Random) -> bytes:
-    what = rng.choice((b"\0", b"\xff", b"\xff\xfe", b"\xc3\x28", b"\xed\xa0\x80", ESCAPES.encode(), b"\n\n", b"\r", b"\xef\xbb\xbf",
-                       b"\0" * 5000, b"\xe2\x80\xa8", b'"', b"{", b"]"))  # fmt: skip
+    what = rng.choice(
+        (
+            b"\0",
+            b"\xff",
+            b"\xff\xfe",
+            b"\xc3\x28",
+            b"\xed\xa0\x80",
+            ESCAPES.encode(),
+            b"\n\n",
+            b"\r",
+            b"\xef\xbb\xbf",
+            b"\0" * 5000,
+            b"\xe2\x80\xa8",
+            b'"',
+            b"{",
+            b"]",
+        )
+    )
     place = rng.choice((0, len(content), rng.randrange(len(content) + 1)))
     return content[:place] + what + content[place:]
 
@@ -128,9 +144,21 @@ def gone(path: Path) -> None:
 
 
 KINDS: tuple[Callable[[Path], None], ...] = (
-    a_folder, a_fifo, a_fifo, a_socket, a_huge_file, gone, _link("/dev/zero"), _link("/dev/null"), _link("/etc/passwd"),
-    _link("nowhere"), _link("itself"), _link("/dev/tty"), _link("/proc/self/mem"), _link(".."),
-)  # fmt: skip
+    a_folder,
+    a_fifo,
+    a_fifo,
+    a_socket,
+    a_huge_file,
+    gone,
+    _link("/dev/zero"),
+    _link("/dev/null"),
+    _link("/etc/os-release"),
+    _link("nowhere"),
+    _link("itself"),
+    _link("/dev/tty"),
+    _link("/proc/self/mem"),
+    _link(".."),
+)
 
 
 def displace(path: Path, rng: random.Random) -> str:

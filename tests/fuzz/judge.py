@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.fuzz.fixtures import Intact, Told, Work
-from tests.fuzz.server import End, ForkServer, Start, start_process
+from tests.fuzz.server import End, ForkServer, start_process
 from tests.fuzz.targets import TARGETS, Case, Target, controls
 
 FAULTS = ("traceback", "hang", "memory", "wrong data", "unplain")
 """`unplain`: an end by a signal, an undocumented exit code, no message or far too long a one, control characters."""
+SECRET = 'PRETTY_NAME="'
+"""Of /etc/os-release, which inputs name."""
 MOST_TEXT = 200_000
 MESSAGE = re.compile(r"^scaleprog: |^Usage: |^\S+: |^\+? ?[╭│]", re.MULTILINE)
 
@@ -88,7 +90,7 @@ def judge(case: Case, told: Told, work: Work) -> Iterator[tuple[str, str]]:
         yield "memory", f"{end.bytes / 2**30:.1f} GiB"
     if (work.work / "pwned").exists() or "code of a stranger" in text:
         yield "wrong data", "it was executed"
-    elif "root:x:0:0" in text:
+    elif SECRET in text:
         yield "wrong data", "a file outside was shown"
     elif told.signals:
         yield "wrong data", f"signalled {told.signals.splitlines()}"

@@ -12,7 +12,22 @@ from tests.fuzz.values import ESCAPES, HTML, mutate
 
 SKIPPED = ("checkpoints", "tensorboard")
 JOB, RESTART = "7", 0
-NAMES = (f"{ESCAPES}", HTML, "[red]x[/]", "[/]", "a" * 200, "two\nlines", "|x|", "\udcff", "-n", "--help", "*", "$x$", "${", "_^{")
+NAMES = (
+    f"{ESCAPES}",
+    HTML,
+    "[red]x[/]",
+    "[/]",
+    "a" * 200,
+    "two\nlines",
+    "|x|",
+    "\udcff",
+    "-n",
+    "--help",
+    "*",
+    "$x$",
+    "${",
+    "_^{",
+)
 """For run directories; what matplotlib would read as a formula is among them."""
 
 
@@ -59,8 +74,22 @@ def another_line(path: Path, rng: random.Random, times: int) -> str:
             told.append(f"line {place}: {done.kind} {'.'.join(map(str, done.path))[:40]}")
             continue
         if kind == "scalar":
-            lines[place] = rng.choice(("[]", "{}", "null", "1", '"x"', "NaN", '{"event": null}', '{"step": {}}', '{"event": "start"}',
-                                       '{"loss": 1}', '{"top1": 1}', '{"time": null, "event": "start", "step": 1}'))  # fmt: skip
+            lines[place] = rng.choice(
+                (
+                    "[]",
+                    "{}",
+                    "null",
+                    "1",
+                    '"x"',
+                    "NaN",
+                    '{"event": null}',
+                    '{"step": {}}',
+                    '{"event": "start"}',
+                    '{"loss": 1}',
+                    '{"top1": 1}',
+                    '{"time": null, "event": "start", "step": 1}',
+                )
+            )
         elif kind == "twice":
             lines[place:place] = [lines[place]] * rng.choice((1, 2, 500))
         elif kind == "order":
@@ -121,8 +150,19 @@ def complete(run: Path, step: int, judged: list[list[int]]) -> None:
     (run / "job.json").write_text(
         json.dumps({"job": JOB, "name": "scaleprog-run", "code": f"code/{'0' * 12}", "log": "jobs/7.log"})
     )
-    row = {"time": now - 50, "job": JOB, "restart": RESTART, "kind": "crash", "code": 1, "cause": "rank 0: RuntimeError: x",
-           "step": 10, "measured": 0, "preempted": False, "requeue": True, "why": ""}  # fmt: skip
+    row = {
+        "time": now - 50,
+        "job": JOB,
+        "restart": RESTART,
+        "kind": "crash",
+        "code": 1,
+        "cause": "rank 0: RuntimeError: x",
+        "step": 10,
+        "measured": 0,
+        "preempted": False,
+        "requeue": True,
+        "why": "",
+    }
     (run / "requeues.jsonl").write_text(json.dumps(row) + "\n")
     reports = run / "jobs" / "reports"
     reports.mkdir(parents=True)

@@ -4,6 +4,7 @@
 child can do whatever a process just started can. `start_process` is the same by a process of its own.
 """
 
+import gc
 import json
 import os
 import resource
@@ -43,6 +44,7 @@ class Start:
     said: str
     signals: str
     environment: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = SECONDS
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def start_process(start: Start, seconds: float) -> End:
             stderr=subprocess.STDOUT, cwd=start.folder, start_new_session=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", **start.environment},
         )  # fmt: skip
-    end = watch(process.pid, SECONDS + seconds, IMPORT_BYTES)
+    end = watch(process.pid, start.seconds + seconds, IMPORT_BYTES)
     process.returncode = end.code
     return end
 
@@ -196,23 +198,22 @@ def import_everything() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import launchers.local
-    import launchers.requeue
-    import launchers.status
     import scaleprog.cli
     import scaleprog.export
-    import scaleprog.models
     import scaleprog.plan
     import scaleprog.report
+    import scaleprog.sharding.replicated
     import scaleprog.train
     import shards.check  # noqa: F401
-    from scaleprog.models.elastic import ModelSettings
+    from tests.fuzz.fixtures import recipe
 
-    scaleprog.models.family(ModelSettings(name="vit_tiny_patch16_224", classes=2, width=32, depth=2, heads=2))
+    scaleprog.plan.describe(recipe(Path("shards")))
     figure = plt.figure()
     figure.text(0, 0, "a")
     figure.canvas.draw()
     plt.close(figure)
+    gc.collect()
+    gc.freeze()  # a child's collections need not look at what is here, nor copy its pages
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
 
 
@@ -224,10 +225,11 @@ def serve() -> None:
     for line in sys.stdin:
         values: dict[str, Any] = json.loads(line)
         baseline = resident(os.getpid())
+        start = Start(**values)
         pid = os.fork()
         if not pid:
-            child(Start(**values))
-        protocol.write(json.dumps(asdict(watch(pid, SECONDS, baseline))) + "\n")
+            child(start)
+        protocol.write(json.dumps(asdict(watch(pid, start.seconds, baseline))) + "\n")
         protocol.flush()
 
 

@@ -18,10 +18,28 @@ HTML = "<script>alert(1)</script><img src=x onerror=alert(1)>"
 SHELL = "pipe:touch pwned"
 
 WORDS: tuple[str, ...] = (
-    "", "A" * 100_000, ESCAPES, "two\nlines\r\x1b[2Kone", "nul\0", "\ud800", "\u202egnp.exe", HTML, "[/red][bold]x", "{x} %s %n",
-    "../../../../etc/passwd", "/dev/zero", SHELL, "`touch pwned`$(touch pwned)", "nan", "1e999", "-1", "٣", "null",
-    "x|y||z", "a" * 300,
-)  # fmt: skip
+    "",
+    "A" * 100_000,
+    ESCAPES,
+    "two\nlines\r\x1b[2Kone",
+    "nul\0",
+    "\ud800",
+    "\u202egnp.exe",
+    HTML,
+    "[/red][bold]x",
+    "{x} %s %n",
+    "../../../../etc/os-release",
+    "/dev/zero",
+    SHELL,
+    "`touch pwned`$(touch pwned)",
+    "nan",
+    "1e999",
+    "-1",
+    "٣",
+    "null",
+    "x|y||z",
+    "a" * 300,
+)
 NUMBERS: tuple[Any, ...] = (-1, 0, 1, 2, 10**9, -(10**9), 2**31, 2**63, 10**30, 0.5, -0.5, 1.5, 1e-300, 1e18, -1e18)
 NOT_FINITE: dict[Format, tuple[str, ...]] = {
     "json": ("NaN", "Infinity", "-Infinity", "1e300", "-1e300", "1e999", "1" + "0" * 400, "1" + "0" * 5000),
@@ -36,8 +54,20 @@ BOMB = "[" + ", ".join(
     f"&a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x, x, x, x, x, x, x, x, x'}]" for i in range(12)
 ) + "]"  # fmt: skip
 """Nine to the power of twelve values in a kilobyte of YAML."""
-ONLY_YAML = (BOMB, "2020-01-01", "2020-99-99", "!!binary aGk=", "!!set {a, b}", "!!python/object/apply:os.system ['touch pwned']",
-             "&self [*self]", "{<<: {a: 1}}", "!!int 'x'", "0o17", "1:30", "yes")  # fmt: skip
+ONLY_YAML = (
+    BOMB,
+    "2020-01-01",
+    "2020-99-99",
+    "!!binary aGk=",
+    "!!set {a, b}",
+    "!!python/object/apply:os.system ['touch pwned']",
+    "&self [*self]",
+    "{<<: {a: 1}}",
+    "!!int 'x'",
+    "0o17",
+    "1:30",
+    "yes",
+)
 SHAPES: tuple[Any, ...] = (None, True, False, [], {}, [None], [[]], {"": None}, [0] * 1000, ["x", 1], {"a": {"b": {}}})
 
 
@@ -145,6 +175,7 @@ def draw(rng: random.Random, form: Format, old: Any) -> tuple[Any, str, bool]:
         return rng.choice((old + " ", old.upper(), old[:-1], f"../{old}", f"{old}\n{old}", old + "\0")), "", True
     if kind == "near" and isinstance(old, list) and old:
         return rng.choice((old[:-1], old + old, old[::-1], {"0": old})), "", True
+    kind = "not finite" if kind == "not finite" else "raw"
     raw = NOT_FINITE[form] if kind == "not finite" else DEEP[form] + (ONLY_YAML if form == "yaml" else ())
     return None, f"{RAW}{form}-{kind}-{rng.randrange(len(raw))}", kind != "not finite"
 
@@ -157,7 +188,10 @@ def write(tree: Any, form: Format) -> str:
     else:
         text = yaml.safe_dump(tree, sort_keys=False, width=10**9).replace(TWICE, "")
     if RAW in text:
-        for kind, raws in (("not finite", NOT_FINITE[form]), ("raw", DEEP[form] + (ONLY_YAML if form == "yaml" else ()))):
+        for kind, raws in (
+            ("not finite", NOT_FINITE[form]),
+            ("raw", DEEP[form] + (ONLY_YAML if form == "yaml" else ())),
+        ):
             for number in reversed(range(len(raws))):
                 name = f"{RAW}{form}-{kind}-{number}"
                 text = text.replace(f'"{name}"', raws[number]).replace(f"'{name}'", raws[number])
