@@ -143,8 +143,8 @@ def page(n: int, seed: int, real: int, tallies: dict[str, Tally], minutes: list[
     made = f"`make fuzz N={n} SEED={seed}` of commit {commit or 'unknown'}"
     table = "\n".join(lines)
     return (
-        f"# Fuzzing\n\n{made}: {total[1]} cases in children of one process ({minutes[0]:.0f} min), {total[3]} of them again as "
-        f"processes of their own ({minutes[1]:.0f} min).\n\n{table}\n\n{ABOUT}\n"
+        f"# Fuzzing\n\n{made}: {total[1]} cases in children of one process ({minutes[0]:.0f} min), {total[3]} of them "
+        f"again as processes of their own ({minutes[1]:.0f} min).\n\n{table}\n\n{ABOUT}\n"
     )
 
 
