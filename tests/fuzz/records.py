@@ -15,8 +15,8 @@ JOB, RESTART = "7", 0
 NAMES = (
     f"{ESCAPES}",
     HTML,
-    "[red]x[/]",
-    "[/]",
+    "[red]x[bold]",
+    "[x]",
     "a" * 200,
     "two\nlines",
     "|x|",

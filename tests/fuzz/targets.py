@@ -109,9 +109,17 @@ def listed(path: Path, split: str | None = None) -> Any:
         assert all(isinstance(name, str) for name in classes)
         shards = [shard for name, shards in splits.items() if split in (None, name) for shard in shards]
         assert all(set(shard) == {"name", "samples", "bytes", "sha256"} for shard in shards)
-        return sorted([str(shard[key]) for key in sorted(shard)] for shard in shards), len(classes)
+        return sorted([meant(shard[key]) for key in sorted(shard)] for shard in shards), len(classes)
     except (AssertionError, ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError):
         return None
+
+
+def meant(value: Any) -> str:
+    """A value as text; 60.0 and "60" mean 60."""
+    try:
+        return str(int(value)) if float(value) == int(value) and not isinstance(value, bool) else str(value)
+    except (ValueError, TypeError, OverflowError):
+        return str(value)
 
 
 def check_manifest(work: Work, rng: random.Random) -> Case:
