@@ -61,7 +61,7 @@ def main() -> None:
         place = Path(folder)
         intact = make(place / "intact", server)
         if options.only is not None:
-            kept = Path(tempfile.mkdtemp(prefix="fuzz-case-")) / "case"
+            kept = Path(tempfile.mkdtemp(prefix="fuzz-case-", dir=memory_folder())) / "case"
             verdict = run_case(targets[0], options.seed, options.only, intact, kept, server, keep=True)
             print(
                 verdict.how, verdict.told.text[-5000:], verdict.told.end, kept, verdict.faults or "no fault", sep="\n"
