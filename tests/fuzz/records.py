@@ -66,10 +66,9 @@ def another_line(path: Path, rng: random.Random, times: int) -> str:
         kind = rng.choice((*["value"] * 6, "scalar", "twice", "order", "gone", "clock", "step"))
         if kind == "value":
             try:
-                tree: Any = json.loads(lines[place])
-            except (ValueError, RecursionError):
+                lines[place], done = mutate(json.loads(lines[place]), rng, "json")
+            except (ValueError, RecursionError):  # an earlier change has made it none
                 continue
-            lines[place], done = mutate(tree, rng, "json")
             lines[place] = lines[place].replace("\n", " ")
             told.append(f"line {place}: {done.kind} {'.'.join(map(str, done.path))[:40]}")
             continue
