@@ -8,7 +8,7 @@ FASHION := /usr/share/datasets/fashion-mnist
 DEMO := runs/demo
 SEED := 0
 
-.PHONY: install demo test chaos lint cluster cluster-down clean
+.PHONY: install demo test chaos fuzz lint cluster cluster-down clean
 
 install: $(INSTALLED)
 
@@ -37,10 +37,16 @@ $(FASHION):
 	fi
 
 # Runs under random faults, each compared with the undisturbed run; N of them, drawn by SEED, on fsdp, hsdp or zero.
-N := 20
+chaos: N := 20
 ENGINE := fsdp
 chaos: install
 	$(PYTHON) -m tests.chaos.harness --runs $(N) --seed $(SEED) --engine $(ENGINE) --out docs/results/chaos.md
+
+# Starts on inputs changed at random: N of them, drawn by SEED, REAL of them also as processes of their own.
+fuzz: N := 5000
+REAL := 200
+fuzz: install
+	$(PYTHON) -m tests.fuzz --n $(N) --seed $(SEED) --real $(REAL) --out docs/results/fuzz.md
 
 lint: install
 	$(VENV)/bin/ruff check .
