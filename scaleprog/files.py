@@ -3,10 +3,26 @@
 import errno
 import fcntl
 import os
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
+
+
+def read_text(path: Path, limit: int = 16 * 2**20) -> str:
+    """The UTF-8 text of a small file that anybody may have put there; a FIFO in its place does not block.
+
+    Raises FileNotFoundError, another OSError if it is no regular file or has more than `limit` bytes, and ValueError
+    (UnicodeDecodeError) if it is not UTF-8.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"more than {limit} bytes", str(path))
+    return content.decode("utf-8")
 
 
 def write_whole(path: Path, text: str) -> None:
