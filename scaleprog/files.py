@@ -7,7 +7,16 @@ import stat
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """A file to be read that anybody may have put there; a FIFO in its place does not block. Raises OSError."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
 
 
 def read_text(path: Path, limit: int = 16 * 2**20) -> str:
@@ -16,9 +25,7 @@ def read_text(path: Path, limit: int = 16 * 2**20) -> str:
     Raises FileNotFoundError, another OSError if it is no regular file or has more than `limit` bytes, and ValueError
     (UnicodeDecodeError) if it is not UTF-8.
     """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+    with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"more than {limit} bytes", str(path))
