@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from launchers.exits import exit_by
 from scaleprog.data.order import divisors
-from scaleprog.errors import CheckpointError, ScaleprogError, Unavailable
+from scaleprog.errors import CheckpointError, ScaleprogError
+from scaleprog.plain_yaml import RECIPE, read_run
 from scaleprog.queue import hosts
+from scaleprog.settings import MOST_RANKS
 
 if TYPE_CHECKING:
     from scaleprog.recipe import Recipe
@@ -32,13 +32,14 @@ class Count:
     @classmethod
     def parse(cls, text: str, option: str) -> "Count":
         """The value of an option: N, or LEAST:MOST. Raises ScaleprogError."""
-        found = re.fullmatch(r"([0-9]+)(?::([0-9]+))?", text)
+        found = re.fullmatch(r"0*([0-9]{1,12})(?::0*([0-9]{1,12}))?", text)
         if found is not None:
             least, most = int(found[1]), int(found[2] or found[1])
-            if 1 <= least <= most:
+            if 1 <= least <= most and least <= MOST_RANKS:
                 return cls(least, most)
         raise ScaleprogError(
-            f"{option} {text}: neither a number such as 4 nor a range LEAST:MOST such as 2:8, with 1 <= LEAST <= MOST"
+            f"{option} {text[:100]}: neither a number such as 4 nor a range LEAST:MOST such as 2:8, with 1 <= LEAST <= "
+            f"MOST and LEAST <= {MOST_RANKS}"
         )
 
     def __str__(self) -> str:
@@ -65,14 +66,15 @@ class Demand:
     @classmethod
     def read(cls, run: Path) -> "Demand":
         """That of the recipe of a run directory. Raises Unavailable or CheckpointError."""
-        path = run / "recipe.yaml"
+        values = read_run(run)
         try:
-            values = yaml.safe_load(path.read_text())
-            return cls(int(values["data"]["lanes"]), int(values["sharding"]["shard"] or 1))
-        except OSError as error:
-            raise Unavailable(f"{path}: not readable: {error}") from error
-        except (UnicodeDecodeError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: damaged, {error}; submit the run again") from error
+            demand = cls(values["data"]["lanes"], values["sharding"]["shard"] or 1)
+        except (LookupError, TypeError) as error:
+            raise CheckpointError(f"{run / RECIPE}: damaged, {error!r}; submit the run again") from error
+        for number in (demand.lanes, demand.shard):
+            if type(number) is not int or not 1 <= number <= MOST_RANKS:
+                raise CheckpointError(f"{run / RECIPE}: damaged, {number!r} lanes or ranks; submit the run again")
+        return demand
 
     def obstacle(self, ranks: int) -> str:
         """Why so many ranks cannot train, and how a run can be set up so that they can; empty if they can."""

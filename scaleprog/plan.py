@@ -64,7 +64,6 @@ class Plan:
                 f"{recipe.train.batch} / {recipe.data.lanes} is {order.per_lane}"
             )
         elastic, schedule = outline(recipe, order.steps_per_epoch)
-        check_decoded(recipe, schedule.full.resolution, world)
         return cls(recipe, elastic, manifest, order, schedule, _steps(recipe.optimizer.warmup_epochs, order))
 
     @property
@@ -86,6 +85,7 @@ def plan_start(recipe: Recipe, world: int, per_node: int) -> Plan:
     plan = Plan.of(recipe, world)
     recipe.sharding.check_world(world, per_node)
     check_offload(recipe, world, per_node)
+    check_decoded(recipe, plan.schedule.full.resolution, world)
     return plan
 
 
@@ -146,7 +146,6 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     if os.path.lexists(Path(recipe.data.path, NAME)):
         Plan.of(recipe, 1)
     elastic, schedule = outline(recipe, SCALE)
-    check_decoded(recipe, schedule.full.resolution, max(world, recipe.data.lanes))
     model, cost_of = recipe.model, partial(_gmacs, recipe, elastic, schedule)
     rows, phases = [], schedule.expected((), cost_of)
     for phase in phases:
@@ -198,6 +197,17 @@ def forecast(recipe: Recipe, world: int, device: Device) -> dict[str, tuple[Pred
     return found
 
 
+def check_size(recipe: Recipe, resolution: int, stride: int) -> None:
+    """Raises RecipeError for images of so many pixels a side that nothing can train on them or evaluate them."""
+    tokens = (resolution // stride) ** 2
+    if tokens > MOST_TOKENS or resolution > MOST_PIXELS:
+        raise RecipeError(
+            f"model: {resolution} pixels a side in patches of {stride} are {tokens} tokens an image; at most "
+            f"{MOST_PIXELS} pixels and {MOST_TOKENS} tokens can be"
+        )
+    check_decoded(recipe, resolution, recipe.data.lanes)
+
+
 def check_decoded(recipe: Recipe, resolution: int, world: int) -> None:
     """Raises RecipeError if the decoded images of one of `world` ranks can hardly be meant to fit into its memory."""
     batch = recipe.evaluate.batch
@@ -216,12 +226,8 @@ def _check_model(recipe: Recipe, elastic: type[ElasticModel], full: Subnet, stri
     if recipe.model.channels not in (1, 3):
         raise RecipeError(f"model.channels: {recipe.model.channels}; images are read with 1 (grey) or 3 (colour)")
     recipe.augment.normalisation(recipe.model.channels)
-    tokens, count = (full.resolution // stride) ** 2, parameters(elastic, recipe.model, full.depth)
-    if tokens > MOST_TOKENS or full.resolution > MOST_PIXELS:
-        raise RecipeError(
-            f"model: {full.resolution} pixels a side in patches of {stride} are {tokens} tokens an image; at most "
-            f"{MOST_PIXELS} pixels and {MOST_TOKENS} tokens are trained"
-        )
+    check_size(recipe, full.resolution, stride)
+    count = parameters(elastic, recipe.model, full.depth)
     if count > MOST_PARAMETERS:
         raise RecipeError(
             f"model: {recipe.model.name} with these sizes has {count:.3g} parameters, with AdamW's moments "
