@@ -10,6 +10,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+IN_THE_WAY = (errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENXIO, errno.EFBIG)
+"""What opening fails with where something else lies in the place of a file."""
+
+
+def open_regular(path: Path | str, mode: str = "rb", flags: int = 0, buffering: int = -1) -> IO[Any]:
+    """A file that anybody may have put there; a FIFO in its place does not block, a device is not read.
+
+    `flags`: of `os.open`, besides those of the mode. Raises OSError, also for whatever is no regular file.
+    """
+    guard = os.O_NONBLOCK | os.O_NOCTTY | flags
+    file = open(path, mode, buffering, opener=lambda name, own: os.open(name, own | guard, 0o666))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
 
 def read_text(path: Path, limit: int = 16 * 2**20) -> str:
     """The UTF-8 text of a small file that anybody may have put there; a FIFO in its place does not block.
@@ -17,9 +33,7 @@ def read_text(path: Path, limit: int = 16 * 2**20) -> str:
     Raises FileNotFoundError, another OSError if it is no regular file or has more than `limit` bytes, and ValueError
     (UnicodeDecodeError) if it is not UTF-8.
     """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+    with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"more than {limit} bytes", str(path))

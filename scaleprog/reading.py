@@ -6,7 +6,6 @@ What is not of the kind that is asked for (`records.py`) is left out, and said t
 import errno
 import json
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,15 +17,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from scaleprog.display import counted
 from scaleprog.errors import CheckpointError, Unavailable
-from scaleprog.files import read_text
+from scaleprog.files import IN_THE_WAY, open_regular, read_text
+from scaleprog.plain_yaml import FILE_BYTES, parse
 
 MOST_BYTES = 2**31  # of a file of lines
 MOST_LINE = 4 * 2**20  # bytes
 MOST_ROWS = 2**21
 MOST_DAMAGED = 100_000  # lines, after which a file is given up
-MOST_YAML = 2**16  # bytes: the parser is slow, and a recipe takes a few thousand
-IN_THE_WAY = (errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENXIO, errno.EFBIG)
-"""What opening fails with where something else lies in the place of a file."""
 T = TypeVar("T")
 
 
@@ -124,11 +121,10 @@ def read_object(path: Path, kind: type[T]) -> T | None:
 
 
 def read_yaml(path: Path, kind: type[T]) -> tuple[dict[str, Any], T] | None:
-    """The mapping in a small YAML file, such as a run writes: without aliases, only what JSON knows, too; whole, and
-    what of it is of a kind. None where there is no such file. Raises as `read_object` does."""
+    """The mapping in a small YAML file, such as a run writes: whole, and what of it is of a kind. None where there is
+    no such file. Raises as `read_object` does."""
     try:
-        values = yaml.load(read_text(path, MOST_YAML), _PlainLoader)
-        json.dumps(values, sort_keys=True)
+        values = parse(read_text(path, FILE_BYTES))
         return values, _adapter(kind).validate_python(values)
     except FileNotFoundError:
         return None
@@ -139,18 +135,8 @@ def read_yaml(path: Path, kind: type[T]) -> tuple[dict[str, Any], T] | None:
         raise CheckpointError(f"{path}: not readable: it is not UTF-8") from error
     except ValidationError as error:
         raise CheckpointError(f"{path}: {_mistake(error, kind)}") from error
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise CheckpointError(f"{path}: not readable: {error}") from error
-
-
-def open_regular(path: Path, mode: str, flags: int = 0, buffering: int = -1) -> IO[Any]:
-    """Opens a regular file, and nothing else that may lie in its place. Raises OSError."""
-    guard = os.O_NONBLOCK | os.O_NOCTTY | flags
-    file = open(path, mode, buffering, opener=lambda name, own: os.open(name, own | guard, 0o666))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return file
 
 
 def open_to_append(path: Path) -> IO[bytes]:
@@ -197,12 +183,3 @@ def _mistake(error: ValidationError, kind: Any) -> str:
         keys = [key for key in kind.__annotations__ if key in kind.__required_keys__]
         return f"expected the keys {', '.join(keys)}; was it written by another version?"
     return f"{place}: {what[0].lower()}{what[1:]}; was it damaged, or written by another version?"
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Takes no aliases, of which a few lines can make gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) have no place here")
-        return super().compose_node(parent, index)

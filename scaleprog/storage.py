@@ -25,7 +25,7 @@ from torch import Tensor
 import scaleprog
 from scaleprog import tensorfile
 from scaleprog.errors import CheckpointError, OtherFormat, OtherRun, Unavailable
-from scaleprog.files import sync_folder
+from scaleprog.files import IN_THE_WAY, open_regular, sync_folder
 from scaleprog.sharding.spread import Part
 from scaleprog.tensorfile import DTYPES, NAMES, Layout
 
@@ -94,11 +94,13 @@ def file_name(rank: int) -> str:
 def opened(path: Path) -> Iterator[BufferedReader]:
     """A regular file to read; what goes wrong with it, inside, too, becomes CheckpointError or Unavailable."""
     try:
-        with tensorfile.open_regular(path) as file:
+        with open_regular(path, flags=os.O_NOFOLLOW) as file:
             yield file
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{path}: missing") from error
     except OSError as error:
+        if error.errno in IN_THE_WAY:
+            raise CheckpointError(f"{path}: not a regular file") from error
         raise Unavailable(f"{path}: {error}") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -8,7 +8,6 @@ without a memory map, in which a file system that fails would end the process.
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
@@ -72,14 +71,6 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
         file.flush()
         os.fsync(file.fileno())
     return layout.size, digest.hexdigest()
-
-
-def open_regular(path: Path) -> BufferedReader:
-    """Opens a file for reading. Raises OSError, and ValueError if it is a link or anything else but a regular file."""
-    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY  # what has changed since the look at it must not hold us up
-    if not stat.S_ISREG(os.lstat(path).st_mode):
-        raise ValueError("not a regular file")
-    return open(path, "rb", opener=lambda name, asked: os.open(name, asked | flags))
 
 
 def check(file: BufferedReader, layout: Layout, sha256: str | None = None) -> None:

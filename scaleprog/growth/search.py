@@ -8,14 +8,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from scaleprog.errors import OverBudget
 from scaleprog.growth.space import CandidateRule, Choice, Subnet
-from scaleprog.settings import Settings
+from scaleprog.settings import Epochs, Few, Part, Settings, Subset
 
 Method = Literal["budget", "published"]
 
@@ -42,12 +42,12 @@ class SearchSettings(Settings):
     """
 
     method: Method = "budget"
-    budget: float | None = Field(default=None, gt=0, le=1)
-    complete_steps: int = Field(default=300, ge=0, le=10**9)
-    epochs: float | None = Field(default=None, gt=0)
-    subset: int | None = Field(default=None, ge=1)
+    budget: Part | None = None
+    complete_steps: Annotated[int, Field(ge=0, le=10**9)] = 300
+    epochs: Epochs | None = None
+    subset: Subset | None = None
     candidates: CandidateRule = "corners"
-    measurements: int = Field(default=1, ge=1)
+    measurements: Few = 1
     weights: Literal["ema", "online"] = "online"
     times: Literal["measured", "modelled"] = "measured"
 
