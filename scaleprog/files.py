@@ -7,13 +7,20 @@ import stat
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, overload
 
 IN_THE_WAY = (errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENXIO, errno.EFBIG)
 """What opening fails with where something else lies in the place of a file."""
 
 
+@overload
+def open_regular(
+    path: Path | str, mode: Literal["rb"] = "rb", flags: int = 0, buffering: Literal[-1] = -1
+) -> BufferedReader: ...
+@overload
+def open_regular(path: Path | str, mode: str, flags: int = 0, buffering: int = -1) -> IO[Any]: ...
 def open_regular(path: Path | str, mode: str = "rb", flags: int = 0, buffering: int = -1) -> IO[Any]:
     """A file that anybody may have put there; a FIFO in its place does not block, a device is not read.
 
