@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from launchers.local import launch
 from scaleprog.checkpoint import Checkpoints
 from scaleprog.errors import EXIT_CODE
+from scaleprog.growth.operators import fresh
 from scaleprog.metrics import read_rows
 from scaleprog.models import family
-from scaleprog.models.elastic import Structure
 from scaleprog.preemption import Watch
 from scaleprog.recipe import Recipe
 from scaleprog.run import make_backend
@@ -64,12 +64,12 @@ def saving(folder: Path, saves: int) -> list[tuple[str, str]]:
     labels = torch.zeros(4, dtype=torch.int64)
     with process_group() as (coordinator, device):
         backend = make_backend("replicated", recipe, kind, device)
-        backend.rebuild(Structure.plain(kind.split(full.depth)), elastic=False)
+        backend.regrow(fresh(kind.split(full.depth)), inherit=False, elastic=False)
         checkpoints = Checkpoints(folder / "checkpoints", coordinator, keep=1)
 
         def step() -> float:
             began = time.perf_counter()
-            F.cross_entropy(backend.forward(images), labels).backward()
+            backend.backward(F.cross_entropy(backend.forward(images), labels))
             backend.step(1e-4, step=0)
             return time.perf_counter() - began
 

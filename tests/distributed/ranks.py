@@ -1,5 +1,6 @@
 """What the ranks of the distributed tests run; results go to files that the tests read."""
 
+import errno
 import gc
 import json
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import scaleprog.checkpoint
+from scaleprog.checkpoint import Checkpoints
 from scaleprog.growth.operators import fresh, grow, keep
 from scaleprog.growth.supernet import active_layers
 from scaleprog.models import family
@@ -25,6 +28,8 @@ from scaleprog.sharding import Backend, engine
 from scaleprog.sharding.coordinator import Coordinator, process_group
 from scaleprog.sharding.ema import EmaSettings
 from scaleprog.sharding.settings import ShardingSettings
+from scaleprog.sharding.spread import Part
+from scaleprog.storage import load_tensors
 
 MODEL = ModelSettings(name="vit_tiny_patch16_224", classes=10, channels=1, resolution=28, patch=4, width=32, depth=8,
                       heads=2, drop_path=0.1)  # fmt: skip
@@ -220,3 +225,34 @@ def predicted_step(sharding: dict[str, Any], model: ModelSettings, depth: int, w
         collectives[c.kind] = [number + c.count, size + round(c.count * c.size)]
     held = {key: getattr(memory, key) for key in ("parameters", "gradients", "optimizer", "ema")}
     return {"memory": held, "collectives": collectives}
+
+
+def save_and_fail_on_one(folder: Path) -> None:
+    """Two saves of a tensor that is spread over the ranks and of one that all have; in the second a rank's disk is
+    full. Rank 0 writes down each rank's errors and what it read of the newest."""
+    with process_group() as (coordinator, _):
+        rank, world = coordinator.rank, coordinator.world
+        checkpoints = Checkpoints(folder / "checkpoints", coordinator, keep=1)
+        everywhere = Part.whole(torch.full((3,), 7.0))
+
+        def save(step: int) -> list[str | None]:
+            stretch = Part(torch.arange(4.0) + 4 * rank + step, 4 * rank, 4 * world)
+            checkpoints.save(step, {}, {"stretch": stretch, "everywhere": everywhere})
+            checkpoints.wait()
+            return coordinator.gather([commit.error for commit in checkpoints.finished()])
+
+        def full(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        errors = save(1)
+        write, scaleprog.checkpoint.write_tensors = scaleprog.checkpoint.write_tensors, full
+        if rank != world - 1:
+            scaleprog.checkpoint.write_tensors = write
+        errors += save(2)
+        newest = checkpoints.newest(print)
+        assert newest is not None
+        whole = {"stretch": Part.whole(torch.zeros(4 * world)), "everywhere": Part.whole(torch.zeros(3))}
+        load_tensors(newest, whole)
+        if rank == 0:
+            found = {name: part.tensor.tolist() for name, part in whole.items()}
+            (folder / "out.json").write_text(json.dumps([errors, newest.name, found]))
