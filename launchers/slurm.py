@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launchers.snapshot import JobFile, check_free, code_folder, take
+from launchers import integrity
+from launchers.snapshot import JobFile, check_free, check_name, code_folder, take
 from launchers.task import task
 from launchers.world import Count, Demand, largest, usable
 from scaleprog import queue
@@ -65,7 +66,7 @@ class Request:
         for option in self.options:
             key, equals, value = option.lstrip("-").partition("=")
             key = key.replace("_", "-")
-            if not re.fullmatch(r"[a-z][a-z0-9-]*", key) or "\n" in value:
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", key) or not value.isprintable() or "\\" in value:
                 raise ScaleprogError(f"--sbatch {option}: not of the form KEY=VALUE, KEY being a long option of sbatch")
             if key in OWN_OPTIONS:
                 raise ScaleprogError(f"--sbatch {option}: say it by {OWN_OPTIONS[key]}")
@@ -82,8 +83,11 @@ class Request:
                 f"{self.gpus_per_node}"
             )
         for name in ("partition", "account", "qos"):
-            if "\n" in (getattr(self, name) or ""):
+            value = getattr(self, name) or ""
+            if "\n" in value:
                 raise ScaleprogError(f"--{name}: more than one line")
+            if not value.isprintable() or "\\" in value:
+                raise ScaleprogError(f"--{name} {value!r}: no name that Slurm can read")
         self.further()
         if self.time is None:
             return
@@ -103,8 +107,7 @@ def submit(recipe: Recipe, run: Path, request: Request) -> JobFile:
         ScaleprogError: of a kind that says what does not fit: recipe, shards, ranks, run directory, or the cluster.
     """
     run = run.absolute()
-    if "%" in str(run) or "\n" in str(run):
-        raise ScaleprogError(f"--run-dir {run}: Slurm would replace the %")
+    check_name(run)
     request = narrow(recipe, request)
     check(recipe, run, request)
     check_cluster(request)
@@ -126,6 +129,7 @@ def submit(recipe: Recipe, run: Path, request: Request) -> JobFile:
 def script(recipe: Recipe, run: Path, request: Request) -> str:
     """The batch script that `submit` would queue."""
     run = run.absolute()
+    check_name(run)
     request = narrow(recipe, request)
     check(recipe, run, request)
     executor = make_executor(run, request)
@@ -213,7 +217,11 @@ def make_executor(run: Path, request: Request) -> Any:
 def setup(run: Path, code: Path, request: Request) -> list[str]:
     """What the batch script does before it starts the tasks; slurm/train.sbatch has the same lines."""
     requeue = shlex.join([sys.executable, "-m", "launchers.requeue", str(run)])
+    text = Path(integrity.__file__).read_text(encoding="utf-8")
     lines = [
+        # before anything of the run directory runs, and before the trap that would start the job again
+        f"{shlex.join([sys.executable, '-I', '-S', '-c', text, str(code), code.name])} || exit 2",
+        "export PYTHONDONTWRITEBYTECODE=1  # the code stays what it is",
         f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export SUBMITIT_PREEMPT_SIGNAL=USR2",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
@@ -234,7 +242,8 @@ def job_name(run: Path) -> str:
 
 def seconds(limit: str) -> int:
     """Seconds of a time limit as sbatch takes it: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    number = "([0-9]{1,9})"
+    found = re.fullmatch(f"(?:{number}-)?{number}(?::{number})?(?::{number})?", limit)
     if found is None:
         raise ScaleprogError(f"--time {limit}: not a time; write minutes, HH:MM:SS or D-HH:MM:SS")
     days, *parts = (None if part is None else int(part) for part in found.groups())

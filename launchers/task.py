@@ -40,7 +40,7 @@ def task(run: Path) -> dict[str, Any]:
         if rank == 0:
             tell_time_limit(start)
             print(describe(os.environ), flush=True)
-        results = train_rank(Recipe.load(run / "recipe.yaml"), run)
+        results = train_rank(Recipe.of_run(run), run)
     except Exception as error:
         leave(run, start, rank, error)
     atexit.register(_exit, FINISHED)  # without the interpreter's tear-down, in which threads of gloo may abort

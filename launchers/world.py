@@ -9,40 +9,18 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NotRequired
-
-from pydantic import Field, with_config
-from typing_extensions import TypedDict
+from typing import TYPE_CHECKING
 
 from launchers.exits import exit_by
 from scaleprog.data.order import divisors
 from scaleprog.display import as_text
-from scaleprog.errors import ScaleprogError, Unavailable
+from scaleprog.errors import CheckpointError, ScaleprogError
+from scaleprog.plain_yaml import RECIPE, read_run
 from scaleprog.queue import hosts
-from scaleprog.reading import read_yaml
-from scaleprog.records import STRICT
+from scaleprog.settings import MOST_RANKS
 
 if TYPE_CHECKING:
     from scaleprog.recipe import Recipe
-
-
-Ranks = Annotated[int, Field(ge=1, le=2**20)]
-
-
-@with_config(STRICT)
-class _Data(TypedDict):
-    lanes: Ranks
-
-
-@with_config(STRICT)
-class _Sharding(TypedDict):
-    shard: NotRequired[Ranks | None]
-
-
-@with_config(STRICT)
-class _Recipe(TypedDict):
-    data: _Data
-    sharding: _Sharding
 
 
 @dataclass(frozen=True)
@@ -55,14 +33,14 @@ class Count:
     @classmethod
     def parse(cls, text: str, option: str) -> "Count":
         """The value of an option: N, or LEAST:MOST. Raises ScaleprogError."""
-        found = re.fullmatch(r"([0-9]{1,9})(?::([0-9]{1,9}))?", text)
+        found = re.fullmatch(r"0*([0-9]{1,12})(?::0*([0-9]{1,12}))?", text)
         if found is not None:
             least, most = int(found[1]), int(found[2] or found[1])
-            if 1 <= least <= most:
+            if 1 <= least <= most and least <= MOST_RANKS:
                 return cls(least, most)
         raise ScaleprogError(
-            f"{option} {as_text(text, most=60)}: neither a number such as 4 nor a range LEAST:MOST such as 2:8, "
-            "with 1 <= LEAST <= MOST"
+            f"{option} {as_text(text, most=100)}: neither a number such as 4 nor a range LEAST:MOST such as 2:8, with "
+            f"1 <= LEAST <= MOST and LEAST <= {MOST_RANKS}"
         )
 
     def __str__(self) -> str:
@@ -89,10 +67,15 @@ class Demand:
     @classmethod
     def read(cls, run: Path) -> "Demand":
         """That of the recipe of a run directory. Raises Unavailable or CheckpointError."""
-        found = read_yaml(run / "recipe.yaml", _Recipe)
-        if found is None:
-            raise Unavailable(f"{run / 'recipe.yaml'}: not readable: it is not there (yet)")
-        return cls(found[1]["data"]["lanes"], found[1]["sharding"].get("shard") or 1)
+        values = read_run(run)
+        try:
+            demand = cls(values["data"]["lanes"], values["sharding"]["shard"] or 1)
+        except (LookupError, TypeError) as error:
+            raise CheckpointError(f"{run / RECIPE}: damaged, {error!r}; submit the run again") from error
+        for number in (demand.lanes, demand.shard):
+            if type(number) is not int or not 1 <= number <= MOST_RANKS:
+                raise CheckpointError(f"{run / RECIPE}: damaged, {number!r} lanes or ranks; submit the run again")
+        return demand
 
     def obstacle(self, ranks: int) -> str:
         """Why so many ranks cannot train, and how a run can be set up so that they can; empty if they can."""

@@ -14,12 +14,11 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor
 
 from scaleprog.errors import CheckpointError, OtherFormat, OtherRun, Unavailable
 from scaleprog.files import write_whole
-from scaleprog.settings import Settings
+from scaleprog.settings import Few, Minutes, Settings, Steps, WholeEpochs
 from scaleprog.sharding.coordinator import Coordinator
 from scaleprog.sharding.spread import Part, share_out
 from scaleprog.storage import (
@@ -48,14 +47,14 @@ class CheckpointSettings(Settings):
     """When a checkpoint is taken, beside the ends of phases and of the run and when the run is asked to stop, and which
     ones stay."""
 
-    every_steps: int | None = Field(default=None, ge=1)
-    every_minutes: float | None = Field(default=10.0, gt=0)
+    every_steps: Steps | None = None
+    every_minutes: Minutes | None = 10.0
     """By rank 0's clock; the least work that a crash can lose is what was done since the last commit."""
-    keep: int = Field(default=2, ge=1)
+    keep: Few = 2
     """The newest so many stay."""
     keep_best: bool = False
     """One is taken at each evaluation with a new best top-1, and that one stays."""
-    keep_every_epochs: int | None = Field(default=None, ge=1)
+    keep_every_epochs: WholeEpochs | None = None
     """One is taken at the end of every so many epochs of the schedule, and they all stay."""
 
 

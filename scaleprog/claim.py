@@ -170,7 +170,7 @@ def _this_process(generation: int) -> Owner:
 def check_recipe(folder: Path, recipe: Recipe) -> None:
     """Raises CheckpointError if `folder` is the run directory of another recipe."""
     path = folder / "recipe.yaml"
-    if path.exists() and (differences := recipe.differences(Recipe.load(path))):
+    if path.exists() and (differences := recipe.differences(Recipe.of_run(folder))):
         listing = "\n".join(f"  {line}" for line in differences)
         raise CheckpointError(
             f"{folder} is the run directory of another recipe:\n{listing}\nuse another --run-dir, or this recipe"

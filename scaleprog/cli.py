@@ -4,6 +4,8 @@ A command imports what it needs itself: `scaleprog --help` need not wait for tor
 """
 
 import json
+import re
+import shlex
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -20,6 +22,7 @@ from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
 from scaleprog.files import write_whole
 from scaleprog.reading import read_object
 from scaleprog.records import Baseline, Results
+from scaleprog.settings import MOST_RANKS
 from shards.cli import app as shards_app
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. configs/fashion_mnist/prog.yaml.")
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.epochs=8")]
+MOST_HERE = 1024
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 
 
@@ -40,7 +44,7 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    nproc: Annotated[int, typer.Option(min=1)] = 1,
+    nproc: Annotated[int, typer.Option(min=1, max=MOST_RANKS)] = 1,
     world: Annotated[
         str | None, typer.Option(help="Ranks, e.g. 8,64,512: what a step costs under each engine.")
     ] = None,
@@ -88,7 +92,8 @@ def train(
     run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-seedN.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="Run to give the speedup against.")] = None,
     restarts: Annotated[
-        int | None, typer.Option(min=0, help="Crashes in a row to start again after; default 3, for one rank 0.")
+        int | None,
+        typer.Option(min=0, max=10**6, help="Crashes in a row to start again after; default 3, 0 for one rank."),
     ] = None,
 ) -> None:
     """Trains a recipe; on a run directory that exists, goes on where it stands.
@@ -103,6 +108,8 @@ def train(
     from scaleprog.train import train_rank
 
     ranks = Count.parse(nproc, "--nproc")
+    if ranks.least > MOST_HERE:
+        raise ScaleprogError(f"--nproc {ranks}: at most {MOST_HERE} ranks are started on one machine")
     restarts = (3 if ranks.most > 1 else 0) if restarts is None else restarts
     loaded = Recipe.load(recipe, overrides or ())
     folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
@@ -135,15 +142,17 @@ def submit(
             help="Of a range, each start takes as many as Slurm has free and can train.",
         ),
     ] = "1",
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="One rank per GPU.")] = None,
-    tasks_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks per node where there are no GPUs.")] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(min=1)] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, max=1024, help="One rank per GPU.")] = None,
+    tasks_per_node: Annotated[int | None, typer.Option(min=1, max=1024, help="Ranks per node without GPUs.")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, max=1024)] = None,
     time: Annotated[str | None, typer.Option(help="Limit of one start: minutes, HH:MM:SS or D-HH:MM:SS.")] = None,
     partition: Annotated[str | None, typer.Option()] = None,
     account: Annotated[str | None, typer.Option()] = None,
     qos: Annotated[str | None, typer.Option()] = None,
-    signal_before: Annotated[int, typer.Option(min=1, help="Seconds before its end that a job is told to stop.")] = 120,
-    max_restarts: Annotated[int, typer.Option(min=0, help="Most starts after crashes.")] = 20,
+    signal_before: Annotated[
+        int, typer.Option(min=1, max=10**6, help="Seconds before its end that a job is told to stop.")
+    ] = 120,
+    max_restarts: Annotated[int, typer.Option(min=0, max=10**6, help="Most starts after crashes.")] = 20,
     sbatch: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other option of sbatch.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-seedN.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job, end with its exit code.")] = False,
@@ -165,11 +174,11 @@ def submit(
         print(slurm.script(loaded, folder, request), end="")
         return
     job = slurm.submit(loaded, folder, request)
-    shown = as_text(folder)
+    quoted = as_text(shlex.quote(str(folder)))  # lines to be copied into a shell
     print(
-        f"job {job.job}: {count} x {request.tasks} ranks\n  run directory  {shown}\n"
-        f"  watch          scaleprog status {shown}; tail -f {as_text(folder / job.log)}\n"
-        f"  end            scaleprog cancel {shown}",
+        f"job {job.job}: {count} x {request.tasks} ranks\n  run directory  {as_text(folder)}\n"
+        f"  watch          scaleprog status {quoted}; tail -f {as_text(shlex.quote(str(folder / job.log)))}\n"
+        f"  end            scaleprog cancel {quoted}",
         flush=True,
     )
     if wait:
@@ -230,8 +239,10 @@ def report(
 def rank_counts(text: str) -> tuple[int, ...]:
     """Numbers of ranks from `8,64,512`. Raises ScaleprogError."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
-        raise ScaleprogError(f"--world: {text!r} is no list of numbers of ranks from 1 on, such as 8,64,512")
+    if len(parts) > 32 or not all(re.fullmatch("0*[1-9][0-9]{0,5}", part) for part in parts):
+        raise ScaleprogError(
+            f"--world: {text[:100]!r} is no list of at most 32 numbers of ranks from 1 to 999999, such as 8,64,512"
+        )
     return tuple(map(int, parts))
 
 

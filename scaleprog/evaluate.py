@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 
-from pydantic import Field
-
 from scaleprog.data.augment import AugmentSettings
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.reader import DataSettings, evaluation_batches
 from scaleprog.models.elastic import Active
-from scaleprog.settings import Settings
+from scaleprog.settings import Epochs, Images, Settings
 from scaleprog.sharding.backend import Backend
 from scaleprog.sharding.coordinator import Coordinator
 
@@ -16,8 +14,8 @@ from scaleprog.sharding.coordinator import Coordinator
 class EvaluateSettings(Settings):
     """Every `every` epochs and at the end, in batches of `batch` images a rank."""
 
-    every: float = Field(default=1, gt=0)
-    batch: int = Field(default=256, ge=1)
+    every: Epochs = 1
+    batch: Images = 256
 
 
 def evaluate(

@@ -12,7 +12,7 @@ from scaleprog.checkpoint import Checkpoints
 from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError
 from scaleprog.evaluate import evaluate
 from scaleprog.models import family
-from scaleprog.plan import Plan
+from scaleprog.plan import Plan, check_size
 from scaleprog.recipe import Recipe
 from scaleprog.resume import owner_of, read_run_state, state_of
 from scaleprog.run import load_network, make_backend
@@ -63,9 +63,7 @@ def export_run(run: Path, out: Path) -> str:
 
 
 def _recipe(run: Path) -> Recipe:
-    if not (run / "recipe.yaml").exists():
-        raise CheckpointError(f"{run}: no run directory (no recipe.yaml); it is what `scaleprog train` writes")
-    return Recipe.load(run / "recipe.yaml")
+    return Recipe.of_run(run)
 
 
 def _restored(
@@ -89,6 +87,7 @@ def _fitting(recipe: Recipe, resolution: int) -> int:
     stride = family(recipe.model)[2]
     if resolution < 1 or resolution % stride:
         raise RecipeError(f"--resolution: {resolution} is not a multiple of the model's stride, {stride} pixels")
+    check_size(recipe, resolution, stride)
     return resolution
 
 

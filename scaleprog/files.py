@@ -8,7 +8,18 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO, cast
+
+
+def open_regular(path: Path | str, mode: str = "rb", flags: int = 0, buffering: int = -1) -> BinaryIO:
+    """A file, to be read or with another `mode`, that anybody may have put there; a FIFO in its place does not block.
+    Raises OSError."""
+    guard = os.O_NONBLOCK | os.O_NOCTTY | flags
+    file = open(path, mode, buffering, opener=lambda name, own: os.open(name, own | guard, 0o666))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return cast(BinaryIO, file)
 
 
 def read_text(path: Path, limit: int = 16 * 2**20) -> str:
@@ -17,9 +28,7 @@ def read_text(path: Path, limit: int = 16 * 2**20) -> str:
     Raises FileNotFoundError, another OSError if it is no regular file or has more than `limit` bytes, and ValueError
     (UnicodeDecodeError) if it is not UTF-8.
     """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+    with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"more than {limit} bytes", str(path))

@@ -3,15 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import field_validator
 from torch import Tensor
 
-from scaleprog.settings import Settings
+from scaleprog.settings import Momentum, NoOrMore, NoOrMoreEpochs, Norm, Rate, Settings, Text
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -19,14 +17,14 @@ class OptimizerSettings(Settings):
     """AdamW with a linear warm-up from `warmup_lr` over `warmup_epochs`, then a cosine to `min_lr`; `clip` is the
     largest global gradient norm (None: no clipping)."""
 
-    name: str = "adamw"
-    lr: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.05, ge=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    warmup_epochs: float = Field(default=5, ge=0)
-    warmup_lr: float = Field(default=1e-6, ge=0)
-    min_lr: float = Field(default=1e-5, ge=0)
-    clip: float | None = Field(default=None, gt=0)
+    name: Text = "adamw"
+    lr: Rate = 1e-3
+    weight_decay: NoOrMore = 0.05
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    warmup_epochs: NoOrMoreEpochs = 5
+    warmup_lr: NoOrMore = 1e-6
+    min_lr: NoOrMore = 1e-5
+    clip: Norm | None = None
 
     @field_validator("name")
     @classmethod

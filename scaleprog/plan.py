@@ -1,12 +1,15 @@
 """What a recipe amounts to once model and shards are known; everything that can be refused is refused here."""
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from scaleprog.data.manifest import Manifest
+from scaleprog.data.manifest import NAME, Manifest
 from scaleprog.data.order import Order
+from scaleprog.data.reader import decoded_bytes
 from scaleprog.devices import Device
 from scaleprog.errors import RecipeError
 from scaleprog.growth.schedule import Phase, Schedule
@@ -16,11 +19,16 @@ from scaleprog.models.cost import gmacs, parameters, units
 from scaleprog.models.elastic import ElasticModel
 from scaleprog.outlook import Prediction, check_offload, check_world, engines, predict, state_memory
 from scaleprog.recipe import Recipe
+from scaleprog.settings import MOST_PIXELS
 
 SCALE = 1000
 """Schedule positions per epoch where shards are not needed, nor there to be counted."""
 FORWARDS_PER_STEP = 3
 """What a training step costs, in forward passes: a backward is two, the optimizer nothing."""
+MOST_PARAMETERS, MOST_TOKENS, MOST_STEPS = 10**11, 2**16, 10**9
+"""Of the complete model, of an image in it, of a run: what is beyond was not meant, and nothing here could train it."""
+MOST_DECODED = 64 * 2**30
+"""Bytes of decoded images that one rank may hold on its host."""
 SEARCH_PARTS, SCORING_PARTS = 80, 25
 """Where the recipe does not say, a search takes an 80th of the run's epochs, and scores on a 25th of the images."""
 
@@ -40,8 +48,9 @@ class Plan:
     def of(cls, recipe: Recipe, world: int) -> "Plan":
         """Checks a recipe against its model, its shards and the number of ranks. Raises RecipeError or DataError."""
         manifest = Manifest.load(recipe.data.path).first("train", recipe.data.shards)
-        manifest.verify_sizes("train")
-        manifest.verify_sizes("val")
+        for split in ("train", "val"):
+            manifest.verify_sizes(split)
+            manifest.verify_counts(split)
         if len(manifest.classes) != recipe.model.classes:
             raise RecipeError(
                 f"model.classes: {recipe.model.classes}, but {manifest.root} has {len(manifest.classes)} classes"
@@ -76,12 +85,14 @@ def plan_start(recipe: Recipe, world: int, per_node: int) -> Plan:
     plan = Plan.of(recipe, world)
     recipe.sharding.check_world(world, per_node)
     check_offload(recipe, world, per_node)
+    check_decoded(recipe, plan.schedule.full.resolution, world)
     return plan
 
 
 def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], Schedule]:
     """Model family and schedule of a recipe whose shards need not exist. Raises RecipeError."""
     elastic, full, stride = family(recipe.model)
+    _check_model(recipe, elastic, full, stride)
     growth = recipe.growth
     if recipe.search.budget is not None:
         asked = f"search.budget: {recipe.search.budget}"
@@ -104,6 +115,10 @@ def outline(recipe: Recipe, steps_per_epoch: int) -> tuple[type[ElasticModel], S
         raise RecipeError("growth.curriculum: an image of low resolution holds no high frequencies; it goes with "
                           "growth.patches: subset")  # fmt: skip
     steps = round(recipe.train.epochs * steps_per_epoch)
+    if steps > MOST_STEPS:
+        raise RecipeError(
+            f"train.epochs: {recipe.train.epochs:g} epochs are {steps} steps; at most {MOST_STEPS} are run"
+        )
     searched = recipe.search.epochs or recipe.train.epochs / SEARCH_PARTS
     search_steps = max(1, round(searched * steps_per_epoch))
     schedule = Schedule.of(growth, full, stride, steps, search_steps, recipe.search.candidates)
@@ -125,8 +140,11 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     """The stages of a recipe with parameters, GMACs, memory per rank and epochs, and the speedup they predict.
 
     Keys: `stages` (rows), `speedup` (of training time by GMACs, as a ratio minus 1), `kind` (of the schedule) and
-    `budget` (of its searches, or None). What a search will choose is not known: see `Schedule.expected`.
+    `budget` (of its searches, or None). What a search will choose is not known: see `Schedule.expected`. Shards need
+    not be there, but if they are, what does not fit them is refused. Raises RecipeError or DataError.
     """
+    if os.path.lexists(Path(recipe.data.path, NAME)):
+        Plan.of(recipe, 1)
     elastic, schedule = outline(recipe, SCALE)
     model, cost_of = recipe.model, partial(_gmacs, recipe, elastic, schedule)
     rows, phases = [], schedule.expected((), cost_of)
@@ -177,6 +195,44 @@ def forecast(recipe: Recipe, world: int, device: Device) -> dict[str, tuple[Pred
         prediction = predict(variant, elastic, schedule.full, world, device)
         found[name] = prediction, max(prediction.memory.device, *growths, 0)
     return found
+
+
+def check_size(recipe: Recipe, resolution: int, stride: int) -> None:
+    """Raises RecipeError for images of so many pixels a side that nothing can train on them or evaluate them."""
+    tokens = (resolution // stride) ** 2
+    if tokens > MOST_TOKENS or resolution > MOST_PIXELS:
+        raise RecipeError(
+            f"model: {resolution} pixels a side in patches of {stride} are {tokens} tokens an image; at most "
+            f"{MOST_PIXELS} pixels and {MOST_TOKENS} tokens can be"
+        )
+    check_decoded(recipe, resolution, recipe.data.lanes)
+
+
+def check_decoded(recipe: Recipe, resolution: int, world: int) -> None:
+    """Raises RecipeError if the decoded images of one of `world` ranks can hardly be meant to fit into its memory."""
+    batch = recipe.evaluate.batch
+    for key, rows in (("train.batch", -(-recipe.train.batch // world)), ("evaluate.batch", batch)):
+        size = decoded_bytes(rows, recipe.model.channels, resolution, recipe.data)
+        if size > MOST_DECODED:
+            raise RecipeError(
+                f"{key}: {rows} images of {resolution} x {resolution} pixels on a rank, with data.prefetch "
+                f"{recipe.data.prefetch}, are {size / 2**30:.0f} GiB of decoded images, and at most "
+                f"{MOST_DECODED / 2**30:.0f} may be held; lower {key} or data.prefetch"
+            )
+
+
+def _check_model(recipe: Recipe, elastic: type[ElasticModel], full: Subnet, stride: int) -> None:
+    """Raises RecipeError for a model that nothing can train, though each of its sizes may be found in some other."""
+    if recipe.model.channels not in (1, 3):
+        raise RecipeError(f"model.channels: {recipe.model.channels}; images are read with 1 (grey) or 3 (colour)")
+    recipe.augment.normalisation(recipe.model.channels)
+    check_size(recipe, full.resolution, stride)
+    count = parameters(elastic, recipe.model, full.depth)
+    if count > MOST_PARAMETERS:
+        raise RecipeError(
+            f"model: {recipe.model.name} with these sizes has {count:.3g} parameters, with AdamW's moments "
+            f"{12 * count / 2**30:.3g} GiB; at most {MOST_PARAMETERS:.3g} parameters are trained"
+        )
 
 
 def _gmacs(recipe: Recipe, elastic: type[ElasticModel], schedule: Schedule, subnet: Subnet) -> float:

@@ -6,25 +6,22 @@ What is not of the kind that is asked for (`records.py`) is left out, and said t
 import errno
 import json
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from scaleprog.display import counted
 from scaleprog.errors import CheckpointError, Unavailable
-from scaleprog.files import read_text
+from scaleprog.files import open_regular, read_text
 
 MOST_BYTES = 2**31  # of a file of lines
 MOST_LINE = 4 * 2**20  # bytes
 MOST_ROWS = 2**21
 MOST_DAMAGED = 100_000  # lines, after which a file is given up
-MOST_YAML = 2**16  # bytes: the parser is slow, and a recipe takes a few thousand
 IN_THE_WAY = (errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENXIO, errno.EFBIG)
 """What opening fails with where something else lies in the place of a file."""
 T = TypeVar("T")
@@ -123,34 +120,12 @@ def read_object(path: Path, kind: type[T]) -> T | None:
         raise CheckpointError(f"{path}: {_mistake(error, kind)}") from error
 
 
-def read_yaml(path: Path, kind: type[T]) -> tuple[dict[str, Any], T] | None:
-    """The mapping in a small YAML file, such as a run writes: without aliases, only what JSON knows, too; whole, and
-    what of it is of a kind. None where there is no such file. Raises as `read_object` does."""
+def checked(path: Path, values: object, kind: type[T]) -> T:
+    """Values that were read from a file as a record of a kind. Raises CheckpointError."""
     try:
-        values = yaml.load(read_text(path, MOST_YAML), _PlainLoader)
-        json.dumps(values, sort_keys=True)
-        return values, _adapter(kind).validate_python(values)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        kind_of = CheckpointError if error.errno in IN_THE_WAY else Unavailable
-        raise kind_of(f"{path}: not readable: {reason(error)}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not readable: it is not UTF-8") from error
+        return _adapter(kind).validate_python(values)
     except ValidationError as error:
         raise CheckpointError(f"{path}: {_mistake(error, kind)}") from error
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable: {error}") from error
-
-
-def open_regular(path: Path, mode: str, flags: int = 0, buffering: int = -1) -> IO[Any]:
-    """Opens a regular file, and nothing else that may lie in its place. Raises OSError."""
-    guard = os.O_NONBLOCK | os.O_NOCTTY | flags
-    file = open(path, mode, buffering, opener=lambda name, own: os.open(name, own | guard, 0o666))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return file
 
 
 def open_to_append(path: Path) -> IO[bytes]:
@@ -197,12 +172,3 @@ def _mistake(error: ValidationError, kind: Any) -> str:
         keys = [key for key in kind.__annotations__ if key in kind.__required_keys__]
         return f"expected the keys {', '.join(keys)}; was it written by another version?"
     return f"{place}: {what[0].lower()}{what[1:]}; was it damaged, or written by another version?"
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Takes no aliases, of which a few lines can make gigabytes."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) have no place here")
-        return super().compose_node(parent, index)

@@ -1,6 +1,7 @@
 """One YAML file -> one validated, immutable Recipe. Unknown keys and bad values are errors that say what is valid."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +18,8 @@ from scaleprog.growth.schedule import GrowthSettings
 from scaleprog.growth.search import SearchSettings
 from scaleprog.models.elastic import ModelSettings
 from scaleprog.optim import OptimizerSettings
-from scaleprog.settings import Settings
+from scaleprog.plain_yaml import RECIPE, parse, read_mapping, read_run
+from scaleprog.settings import Epochs, Images, Settings, Steps
 from scaleprog.sharding.ema import EmaSettings
 from scaleprog.sharding.settings import ShardingSettings
 
@@ -26,18 +28,22 @@ FREE = ("train.max_steps", "train.log_every", "train.micro_batch", "data.path", 
         "data.cache", "data.trace", "sharding.engine", "sharding.stage", "sharding.shard", "sharding.offload",
         "sharding.reshard_after_forward", "sharding.recompute", "sharding.compile", "checkpoint",
         "evaluate.batch")  # fmt: skip
+MOST_BASES = 10
+DEEPEST_KEY = 5
+MOST_PROBLEMS, LONGEST_SHOWN = 50, 200
+"""In one message."""
 
 
 class TrainSettings(Settings):
     """How long and with what global batch; `max_steps` stops early with a checkpoint (the schedule stays that of
     `epochs`); `log_every`: steps between two points in TensorBoard and two reductions of the losses."""
 
-    epochs: float = Field(gt=0)
-    batch: int = Field(ge=1)
-    micro_batch: int | None = Field(default=None, ge=1)
+    epochs: Epochs
+    batch: Images
+    micro_batch: Images | None = None
     """Most images of a rank in one forward and backward; of a larger part of the batch, gradients are accumulated."""
-    max_steps: int | None = Field(default=None, ge=1)
-    log_every: int = Field(default=20, ge=1)
+    max_steps: Steps | None = None
+    log_every: Steps = 20
 
 
 class Recipe(Settings):
@@ -61,17 +67,13 @@ class Recipe(Settings):
         """Reads a recipe, the bases it names, and `key=value` overrides such as `growth.stages=3`."""
         values = _read(Path(path), ())
         for override in overrides:
-            key, equals, text = override.partition("=")
-            if not key or not equals:
-                raise RecipeError(f"override {override!r} is not of the form key=value")
-            try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
-            for part in reversed(key.split(".")):
-                value = {part: value}
-            values = _merge(values, value)
+            values = _merge(values, _override(override))
         return cls.of(values, str(path))
+
+    @classmethod
+    def of_run(cls, run: Path) -> "Recipe":
+        """The recipe of a run directory. Raises RecipeError, CheckpointError or Unavailable, see `read_run`."""
+        return cls.of(read_run(run), str(run / RECIPE))
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str) -> "Recipe":
@@ -97,23 +99,39 @@ class Recipe(Settings):
 
 def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     """A recipe file merged over its `base` (a path relative to it)."""
-    if path.resolve() in parents:
-        raise RecipeError(f"{path}: a recipe cannot be its own base ({' -> '.join(map(str, parents))})")
+    of = f", the base of {parents[-1]}" if parents else ""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = read_mapping(path)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        of = f", the base of {parents[-1]}" if parents else ""
         raise RecipeError(f"{path}: no such recipe{of}{hint}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+    except OSError as error:
+        raise RecipeError(f"{path}: not readable as YAML: {error}{of}") from error
+    resolved = path.resolve()
+    if resolved in parents or len(parents) == MOST_BASES:
+        what = "cannot be its own base" if resolved in parents else f"has more than {MOST_BASES} bases in a row"
+        raise RecipeError(f"{path}: a recipe {what} ({' -> '.join(map(str, parents))})")
     base = values.pop("base", None)
     if base is None:
         return values
-    return _merge(_read(path.parent / str(base), (*parents, path.resolve())), values)
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: base: the path of a recipe is needed, got {_shown(base)}")
+    return _merge(_read(path.parent / base, (*parents, resolved)), values)
+
+
+def _override(text: str) -> dict[str, Any]:
+    """What `key=value` asks for, as a recipe that says nothing else."""
+    key, equals, written = text.partition("=")
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key) or key.count(".") > DEEPEST_KEY:
+        raise RecipeError(f"override {_shown(text)} is not of the form key=value")
+    try:
+        value = parse(written)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {_shown(text)}: the value is not YAML: {error}") from error
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,7 +144,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
-    problems = [(_location(problem["loc"]), problem) for problem in error.errors()]
+    problems = [(_location(problem["loc"]), problem) for problem in error.errors()[:MOST_PROBLEMS]]
     for location, problem in problems:
         key = ".".join(location)
         if any(len(other) > len(location) and other[: len(location)] == location for other, _ in problems):
@@ -142,12 +160,23 @@ def _explain(error: ValidationError) -> Iterator[str]:
         elif problem["type"] == "value_error":  # our own checks across a group name keys and values themselves
             yield f"{key}: {problem['msg'].removeprefix('Value error, ')}"
         else:
-            yield f"{key}: {problem['msg']}, got {problem['input']!r}"
+            yield f"{key}: {problem['msg']}, got {_shown(problem['input'])}"
+    if error.error_count() > MOST_PROBLEMS:
+        yield f"... and {error.error_count() - MOST_PROBLEMS} more"
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no whole number of thousands of digits
+        return "a number of very many digits"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def _location(parts: Sequence[str | int]) -> list[str]:
     """Keys and list indices; pydantic also names the alternative of a union that it tried, as in `tuple[...]`."""
-    return [str(part) for part in parts if not str(part).startswith(("literal[", "tuple["))]
+    return [str(part) for part in parts if not re.match(r"(literal|tuple)\[.*\]$", str(part))]
 
 
 def _keys_at(location: Sequence[str]) -> list[str]:

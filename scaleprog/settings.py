@@ -1,9 +1,91 @@
-"""What a group of recipe settings is: a small, typed, immutable model that lives beside the code that reads it."""
+"""What a group of recipe settings is: a small, typed, immutable model that lives beside the code that reads it.
 
-from pydantic import BaseModel, ConfigDict
+Every number has a range that no honest recipe leaves, and each kind of range has its name here: a recipe may come from
+anybody, and what nothing can train is refused before it takes memory or time.
+"""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic_core import PydanticCustomError
+
+MOST_RANKS = 2**16
+MOST_CLASSES = 10**6
+MOST_PIXELS = 4096
+"""Of a side of what a network is shown."""
 
 
 class Settings(BaseModel):
     """Base of every settings group: unknown keys are errors, values are checked, nothing changes afterwards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):  # to Python, YAML's yes and no are 1 and 0
+        raise PydanticCustomError("number", "Input should be a number")
+    return value
+
+
+def printable(text: str) -> str:
+    if not text.isprintable():
+        raise PydanticCustomError("printable", "Input should be text without control characters")
+    return text
+
+
+def _folder(path: str) -> str:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path):
+        raise PydanticCustomError(
+            "folder",
+            "Input should be a folder: scaleprog reads no URLs or pipes (write ./ before a folder named with a colon)",
+        )
+    return path
+
+
+_Number = BeforeValidator(_number)
+
+Number = Annotated[float, _Number]
+"""One whose bounds a group checks itself."""
+Index = Annotated[int, _Number]
+
+Text = Annotated[str, StringConstraints(max_length=200), AfterValidator(printable)]
+Folder = Annotated[str, StringConstraints(max_length=4096), AfterValidator(printable), AfterValidator(_folder)]
+
+Pixels = Annotated[int, _Number, Field(ge=1, le=MOST_PIXELS)]
+Layers = Annotated[int, _Number, Field(ge=1, le=256)]
+Width = Annotated[int, _Number, Field(ge=1, le=2**16)]
+"""Of an embedding, and heads that share it."""
+Classes = Annotated[int, _Number, Field(ge=1, le=MOST_CLASSES)]
+Channels = Annotated[int, _Number, Field(ge=1, le=16)]
+Images = Annotated[int, _Number, Field(ge=1, le=2**20)]
+"""In one batch."""
+Subset = Annotated[int, _Number, Field(ge=1, le=10**9)]
+"""Images or shards of a data set."""
+Ranks = Annotated[int, _Number, Field(ge=1, le=MOST_RANKS)]
+"""Or lanes, of which each rank has one or more."""
+Workers = Annotated[int, _Number, Field(ge=0, le=256)]
+Mebibytes = Annotated[int, _Number, Field(ge=0, le=2**24)]
+Margin = Annotated[int, _Number, Field(ge=0, le=MOST_PIXELS)]
+"""Pixels around an image."""
+Few = Annotated[int, _Number, Field(ge=1, le=1000)]
+"""How often something is done, or how many are kept ready."""
+Stages = Annotated[int, _Number, Field(ge=1, le=64)]
+Steps = Annotated[int, _Number, Field(ge=1, le=10**9)]
+WholeEpochs = Annotated[int, _Number, Field(ge=1, le=10**5)]
+Epochs = Annotated[float, _Number, Field(gt=0, le=10**5)]
+NoOrMoreEpochs = Annotated[float, _Number, Field(ge=0, le=10**5)]
+Minutes = Annotated[float, _Number, Field(gt=0, le=10**6)]
+Rate = Annotated[float, _Number, Field(gt=0, le=10**3)]
+"""A learning rate."""
+NoOrMore = Annotated[float, _Number, Field(ge=0, le=10**3)]
+"""A learning rate or weight decay that may be 0."""
+Norm = Annotated[float, _Number, Field(gt=0, le=10**6)]
+Share = Annotated[float, _Number, Field(ge=0, le=1)]
+"""A part of a whole, or a probability."""
+Momentum = Annotated[float, _Number, Field(ge=0, lt=1)]
+"""Or any other part that cannot be the whole."""
+Part = Annotated[float, _Number, Field(gt=0, le=1)]
+Strength = Annotated[float, _Number, Field(ge=0, le=10)]
+Deviation = Annotated[float, _Number, Field(ge=1e-3, le=10**3)]
+Aspect = Annotated[float, _Number, Field(gt=0, le=100)]

@@ -205,7 +205,9 @@ def _check(values: Mapping[str, Any]) -> None:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, problem["loc"]))
-        raise CheckpointError(f"state: {where[:100]!r}: {problem['msg']}, got {reprlib.repr(problem['input'])}") from None
+        raise CheckpointError(
+            f"state: {where[:100]!r}: {problem['msg']}, got {reprlib.repr(problem['input'])}"
+        ) from None
     for number, decision in enumerate(state.decisions):
         if len({len(getattr(decision, key)) for key in ("candidates", "losses", "times", "scores")}) != 1:
             raise CheckpointError(f"state: decision {number} has not one loss, time and score for each candidate")

@@ -1,12 +1,14 @@
 """Is a folder of shards what its manifest says? And how plain WebDataset shards, made elsewhere, get a manifest."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from scaleprog.data.manifest import NAME, Manifest, Shard
+from scaleprog.data.manifest import NAME, SHARD_NAME, Manifest, Shard
 from scaleprog.errors import DataError
+from scaleprog.settings import MOST_CLASSES
 from shards.build import SPLITS, shard_files
 from shards.pool import listed, run_all
 from shards.samples import image_extension, read_label, read_members
@@ -71,20 +73,24 @@ def write_manifest(out: Path, classes: Sequence[str] | None = None, *, workers: 
         raise DataError(f"{out}: no shards named train-*.tar or val-*.tar; give the folder they lie in, or rename them")
     if classes is None and Path(out, NAME).exists():
         classes = Manifest.load(out).classes
+    if classes is not None and len(set(classes)) < len(classes):
+        raise DataError(f"{out}: two classes have the same name; give each its own")
     jobs = [(path, None if classes is None else len(classes)) for path in paths]
     found = run_all(_index, jobs, label=f"{out}: shards indexed", workers=workers)
     if problems := list(chain(*(contents.problems for _, contents in found))):
         raise DataError(f"{out}: {len(problems)} problems, no {NAME} written\n{listed(problems)}")
     largest = max(contents.largest_label for _, contents in found)
     names = tuple(classes) if classes is not None else tuple(str(label) for label in range(largest + 1))
-    by_split = {split: tuple(shard for shard, _ in found if shard.name.startswith(f"{split}-")) for split in SPLITS}
+    indexed = [shard for shard, _ in found if shard is not None]
+    by_split = {split: tuple(shard for shard in indexed if shard.name.startswith(f"{split}-")) for split in SPLITS}
     manifest = Manifest(str(out), names, {split: shards for split, shards in by_split.items() if shards})
     manifest.save()
     return _report(manifest)
 
 
 def read_contents(path: Path, classes: int | None) -> Contents:
-    """Read one shard from beginning to end; labels must be under `classes`, if that is known."""
+    """Read one shard from beginning to end; labels must be under `classes`, or where that is not known under 10^6."""
+    known = MOST_CLASSES if classes is None else classes
     contents = Contents()
     keys: set[str] = set()
     try:
@@ -93,8 +99,8 @@ def read_contents(path: Path, classes: int | None) -> Contents:
             try:
                 image_extension(members)
                 label = read_label(members)
-                if classes is not None and label >= classes:
-                    raise ValueError(f"label {label} out of range, {classes} classes are known (0 to {classes - 1})")
+                if label >= known:
+                    raise ValueError(f"label {label} out of range, {known} classes are known (0 to {known - 1})")
                 if key in keys:
                     raise ValueError("the key occurs twice")
                 keys.add(key)
@@ -113,7 +119,10 @@ def _compare(job: tuple[Path, Shard, int]) -> list[str]:
         return [f"{path}: {NAME} lists this shard, but it is missing; copy or build it again"]
     problems = []
     contents = read_contents(path, classes)
-    actual = Shard.measure(path, contents.samples)
+    try:
+        actual = Shard.measure(path, contents.samples)
+    except OSError as error:
+        return [f"{path}: cannot be read: {error}", *contents.problems]
     if actual.bytes != indexed.bytes:
         problems.append(f"{path}: {actual.bytes} bytes, {NAME} says {indexed.bytes}; copy or build it again")
     elif actual.sha256 != indexed.sha256:
@@ -123,12 +132,19 @@ def _compare(job: tuple[Path, Shard, int]) -> list[str]:
     return problems + contents.problems
 
 
-def _index(job: tuple[Path, int | None]) -> tuple[Shard, Contents]:
+def _index(job: tuple[Path, int | None]) -> tuple[Shard | None, Contents]:
+    """The entry of a shard, None if it has problems, and what it holds."""
     path, classes = job
     contents = read_contents(path, classes)
     if not contents.samples and not contents.problems:
         contents.problems.append(f"{path}: holds no samples; remove it")
-    return Shard.measure(path, contents.samples), contents
+    if not re.search(SHARD_NAME, path.name) or not path.name.isprintable():
+        contents.problems.append(f"{str(path)!r}: a shard cannot have this name; rename it")
+    try:
+        return None if contents.problems else Shard.measure(path, contents.samples), contents
+    except OSError as error:
+        contents.problems.append(f"{path}: cannot be read: {error}")
+        return None, contents
 
 
 def _report(manifest: Manifest) -> Report:

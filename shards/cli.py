@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from scaleprog.errors import DataError
+from scaleprog.files import read_text
 
 app = typer.Typer(no_args_is_help=True, help="Build WebDataset shards, check them, index shards made elsewhere.")
 
 Out = Annotated[Path, typer.Argument(help="Folder of the shards and their manifest.json.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the order that samples are stored in.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default one for each CPU.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the order that samples are stored in.")]
+Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Processes; default one for each CPU.")]
 
 
 @app.command("fashion-mnist")
@@ -19,7 +20,7 @@ def fashion_mnist(
     out: Out,
     source: Annotated[Path | None, typer.Option(help="Folder of the four original idx.gz files.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many samples in each split, to try things.")
+        int | None, typer.Option(min=1, max=10**9, help="At most so many samples in each split, to try things.")
     ] = None,
     seed: Seed = 0,
 ) -> None:
@@ -33,7 +34,9 @@ def fashion_mnist(
 def image_folder(
     src: Annotated[Path, typer.Argument(help="Folder of train/CLASS/ and val/CLASS/ (ImageNet), or of CLASS/.")],
     out: Out,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="At most so many samples in a shard.")] = 1000,
+    samples_per_shard: Annotated[
+        int, typer.Option(min=1, max=10**6, help="At most so many samples in a shard.")
+    ] = 1000,
     val_fraction: Annotated[float, typer.Option(help="Part to split off where SRC has no val/.")] = 0.1,
     seed: Seed = 0,
     workers: Workers = None,
@@ -69,7 +72,7 @@ def check(
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     return [line.strip() for line in lines if line.strip()]

@@ -17,6 +17,7 @@ import numpy as np
 
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
+from scaleprog.files import open_regular
 from shards.build import SPLITS, finished
 from shards.build import build as build_shards
 from shards.pool import MAX_LISTED, listed
@@ -64,6 +65,10 @@ def build(
     return build_shards(out, classes=classes, splits=splits, source=description, workers=workers)
 
 
+MOST_BYTES = 2**28
+"""Of an image's file."""
+
+
 @dataclass(frozen=True)
 class Image:
     """One image file and its class index."""
@@ -85,9 +90,13 @@ class Files:
         problems = []
         for place, image in enumerate(self.images, start=self.first):
             try:
-                content = image.path.read_bytes()
+                with open_regular(image.path) as file:
+                    content = file.read(MOST_BYTES + 1)
             except OSError as error:
                 problems.append(f"{image.path}: cannot be read: {error.strerror}")
+                continue
+            if len(content) > MOST_BYTES:
+                problems.append(f"{image.path}: more than {MOST_BYTES} bytes; remove or replace it")
                 continue
             kind = sniff(content)
             if kind is None:
@@ -158,7 +167,12 @@ def _scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
 
 
 def _walk(folder: Path) -> list[Path]:
-    return sorted(Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        here = Path(parent).resolve()
+        folders[:] = [name for name in folders if not here.is_relative_to(Path(parent, name).resolve())]  # a circle
+        found += [Path(parent, name) for name in names]
+    return sorted(found)
 
 
 def _shuffled(files: Sequence[tuple[str, Path]], labels: dict[str, int], seed: list[int]) -> list[Image]:

@@ -4,19 +4,17 @@ This is the WebDataset format, so other WebDataset tools read our shards and we 
 """
 
 import os
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from webdataset.tariterators import group_by_keys
 from webdataset.writer import TarWriter
 
-from scaleprog.data.manifest import Shard
+from scaleprog.data import tar
+from scaleprog.data.manifest import MOST_BYTES, Shard
+from scaleprog.data.shard import IMAGE_EXTENSIONS
 from scaleprog.errors import DataError
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+from scaleprog.files import open_regular
 
 
 @dataclass(frozen=True)
@@ -55,29 +53,17 @@ def read_members(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """
     key = None
     try:
-        for sample in group_by_keys(_files(path)):
-            key = sample.pop("__key__")
-            yield key, {name: value for name, value in sample.items() if not name.startswith("__")}
-    except (OSError, tarfile.TarError, ValueError) as error:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MOST_BYTES:
+                raise ValueError(f"{size} bytes, and a shard is read whole: at most {MOST_BYTES}")
+            for found, files in tar.samples(file, size):
+                key = found
+                yield key, {extension: tar.read(file, member) for extension, member in files.items()}
+    except (OSError, ValueError) as error:
         where = f"after key {key!r}" if key else "at its first sample"
-        what = next((part for part in error.args if isinstance(part, str)), repr(error))
+        what = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise DataError(f"{path}: not a readable tar {where}: {what}. Copy or build it again.") from error
-
-
-def _files(path: Path) -> Iterator[dict[str, Any]]:
-    """The files of a tar as webdataset's `group_by_keys` wants them; its metadata files (`__name__`) left out."""
-    with tarfile.open(path, "r:") as tar:
-        for info in tar:
-            content = tar.extractfile(info) if not info.name.startswith("__") else None
-            if content is not None:
-                yield {"fname": info.name, "data": content.read(), "__url__": path}
-        end = tar.offset
-    # tarfile takes a damaged header and a missing one for the end of the archive: only zeros may follow it.
-    with open(path, "rb") as file:
-        file.seek(end)
-        rest = file.read()
-    if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
-        raise tarfile.ReadError(f"no end marker at byte {end}, truncated or damaged")
 
 
 def image_extension(members: Mapping[str, bytes]) -> str:
@@ -93,9 +79,10 @@ def read_label(members: Mapping[str, bytes]) -> int:
     if "cls" not in members:
         raise ValueError(f"no .cls member ({', '.join(members)})")
     text = members["cls"].strip()
-    if not text.isdigit():
+    label = tar.label(text)
+    if label is None or label < 0 or text.startswith(b"-"):
         raise ValueError(f".cls is {text[:20]!r}, expected a class index such as b'7'")
-    return int(text)
+    return label
 
 
 def sniff(image: bytes) -> str | None:

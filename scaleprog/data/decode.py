@@ -1,9 +1,9 @@
 """Encoded bytes to pixels at the wanted resolution, reading no more than needed.
 
 JPEGs go through simplejpeg: the header gives the size, the size gives the crop, and the decoder scales down in the
-frequency domain (1/2 to 1/8) as far as the crop stays well above the wanted resolution. Everything else goes through
-OpenCV, and what neither can read (CMYK JPEGs, rare formats) through Pillow. The content decides which, never the file's
-name: ImageNet holds a PNG named .JPEG.
+frequency domain (1/2 to 1/8) as far as the crop stays well above the wanted resolution. PNG and WebP go through OpenCV,
+and what neither can read (CMYK JPEGs, rare kinds) through Pillow. The content decides which, never the file's name:
+ImageNet holds a PNG named .JPEG. Other formats are refused: some make Pillow start programs.
 """
 
 import io
@@ -26,7 +26,11 @@ Box = tuple[int, int, int, int]
 Crop = Callable[[int, int], Box]
 """(height, width) of the full image -> the box to be resized."""
 
+MOST_PIXELS = 2**26
+"""Of an image: more than the largest of ImageNet has."""
 _JPEG_MAGIC = b"\xff\xd8"
+_ANIMATION = 2  # a flag of WebP
+_JPEG_SCAN, _MOST_SCANNED = b"\xff\xda", 16 * MOST_PIXELS  # each scan of a progressive JPEG goes over all pixels
 _MIN_FACTOR = 2.0  # scaling by less than 1/2 has no fast path in libjpeg-turbo: slower than decoding everything
 _MARGIN = (
     2.0  # scaled down to twice what is wanted, the picture keeps the look of a bicubic resize; to just as much, not
@@ -68,6 +72,10 @@ def _decode_jpeg(data: bytes | memoryview, channels: int, resolution: int, crop:
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        _check_size(width, height)
+        scans = bytes(data).count(_JPEG_SCAN)
+        if scans * width * height > _MOST_SCANNED:
+            raise DataError(f"{scans} scans of {width} x {height} pixels")
         if colorspace in ("CMYK", "YCCK"):
             return None
         left, top, right, bottom = crop(height, width)
@@ -98,15 +106,39 @@ def _nearest(coordinate: float) -> int:
 
 def _decode_other(data: bytes | memoryview, channels: int, crop: Crop) -> tuple[np.ndarray, Box]:
     """A whole image by OpenCV, or by Pillow where it is a JPEG or OpenCV cannot read it; and its box."""
-    image = None
-    if data[:2] != _JPEG_MAGIC:
+    image, head = None, bytes(data[:32])
+    if not head.startswith(_JPEG_MAGIC):
+        _check_size(*_size(head))
         color = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
         with suppress(cv2.error):  # Pillow says better what is wrong
             image = cv2.imdecode(np.frombuffer(data, np.uint8), color | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
+            _check_size(*opened.size)
             image = np.array(opened.convert("L" if channels == 1 else "RGB"))
     return image, crop(image.shape[0], image.shape[1])
+
+
+def _check_size(width: int, height: int) -> None:
+    """Raises DataError, before anything is decoded, for an image that would take all memory."""
+    if width * height > MOST_PIXELS:
+        raise DataError(f"{width} x {height} pixels, more than {MOST_PIXELS}")
+
+
+def _size(head: bytes) -> tuple[int, int]:
+    """Width and height that a PNG or WebP begins with. Raises DataError for anything else, and for an animation."""
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
+    if not head.startswith(b"RIFF") or head[8:12] != b"WEBP" or len(head) < 32:
+        raise DataError("neither JPEG nor PNG nor WebP")
+    if head[12:16] == b"VP8X":
+        if head[20] & _ANIMATION:
+            raise DataError("an animation")
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
 
 
 def _resize(image: np.ndarray, box: Box, resolution: int) -> np.ndarray:

@@ -3,36 +3,43 @@
 import hashlib
 import json
 import os
+import reprlib
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NoReturn, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AfterValidator, FailFast, Field, ValidationError, field_validator, model_validator
 
+from scaleprog.data.tar import SMALLEST_SAMPLE
 from scaleprog.errors import DataError
-from scaleprog.files import sync_folder, write_whole
-from scaleprog.settings import Settings
+from scaleprog.files import open_regular, read_text, sync_folder, write_whole
+from scaleprog.settings import MOST_CLASSES, Settings, printable
 
 NAME = "manifest.json"
 VERSION = 1
+MOST_BYTES = 2**30
+"""In a shard, which is read whole."""
+MOST_KEYS = 100
+SHARD_NAME = r"^[^/\\:.-][^/\\:]*\.tar$"
 
 
 @dataclass(frozen=True)
 class Shard:
     """One tar of samples."""
 
-    name: Annotated[str, Field(pattern=r"^[^/\\]+\.tar$")]
-    """File name, relative to the manifest's folder."""
-    samples: Annotated[int, Field(ge=0)]
-    bytes: Annotated[int, Field(ge=0)]
+    name: Annotated[str, Field(pattern=SHARD_NAME, max_length=255), AfterValidator(printable)]
+    """File name, relative to the manifest's folder: of a file in it, and nothing that a program might read as more."""
+    samples: Annotated[int, Field(strict=True, ge=0, le=2**40)]
+    bytes: Annotated[int, Field(strict=True, ge=0, le=2**50)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """Checksum of the whole file, hexadecimal."""
 
     @classmethod
     def measure(cls, path: str | os.PathLike[str], samples: int) -> Self:
         """The entry of the file at `path`, which holds `samples` samples; reads the whole file (OSError)."""
-        with open(path, "rb") as file:
+        with open_regular(os.fspath(path)) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return cls(os.path.basename(path), samples, file.tell(), digest)
 
@@ -64,7 +71,7 @@ class Manifest:
                 f"or, to try things, `scaleprog shards fashion-mnist {root}`."
             )
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path)
         except FileNotFoundError:
             raise DataError(
                 f"{root}: the folder has no {NAME}. If shards lie there (train-*.tar, val-*.tar), index them with "
@@ -135,12 +142,30 @@ class Manifest:
             others = f" {len(problems) - 1} more shards of {name!r} have such a problem." if problems[1:] else ""
             raise DataError(f"{problems[0]}{others}")
 
+    def verify_counts(self, name: str) -> None:
+        """Preflight of split `name`: can its shards hold as many samples? Reads no shard.
+
+        Raises:
+            DataError: one of them is too small for that.
+        """
+        for shard in self.split(name):
+            if shard.samples * SMALLEST_SAMPLE > shard.bytes:
+                raise DataError(
+                    f"{self.path(shard)}: {NAME} says {shard.samples} samples in {shard.bytes} bytes, which cannot be. "
+                    f"Write it anew: {_rewrite(Path(self.root, NAME))}."
+                )
+
     def _size_problem(self, shard: Shard) -> str | None:
         path = self.path(shard)
         try:
-            size = os.stat(path).st_size
+            found = os.stat(path)
         except OSError as error:
             return f"{path}: {NAME} lists this shard, but {error.strerror}. Copy or build it again."
+        size = found.st_size
+        if not stat.S_ISREG(found.st_mode):
+            return f"{path}: {NAME} lists this shard, but it is no regular file. Copy or build it again."
+        if size > MOST_BYTES:
+            return f"{path}: {size} bytes, and a shard is read whole: at most {MOST_BYTES}. Build smaller ones."
         if size == shard.bytes:
             return None
         state = "truncated" if size < shard.bytes else "not the indexed file"
@@ -152,15 +177,26 @@ class _Stored(Settings):
 
     kind: Literal["scaleprog-manifest"]
     version: Literal[1]
-    classes: tuple[str, ...]
-    source: dict[str, Any] = Field(default_factory=dict)
-    splits: dict[str, tuple[Shard, ...]]
+    classes: Annotated[tuple[str, ...], Field(max_length=MOST_CLASSES), FailFast()]
+    source: dict[str, Annotated[str, Field(max_length=4096)] | int | float | bool | None] = Field(default_factory=dict)
+    splits: dict[Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,64}$")], Annotated[tuple[Shard, ...], FailFast()]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_keys(cls, values: Any) -> Any:
+        """Of a million keys that are wrong, a million errors would be collected."""
+        for group in (values, *values.values()) if isinstance(values, dict) else ():
+            if isinstance(group, dict) and len(group) > MOST_KEYS:
+                raise ValueError(f"a mapping of {len(group)} keys; at most {MOST_KEYS} are read")
+        return values
 
     @field_validator("classes")
     @classmethod
     def _distinct_classes(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(classes)) < len(classes):
             raise ValueError("two classes have the same name")
+        if not all(name.isascii() or name.encode("utf-8", "ignore").decode() == name for name in classes):
+            raise ValueError("the name of a class is no text")  # JSON can write half of a character
         return classes
 
     @field_validator("splits")
@@ -174,12 +210,13 @@ class _Stored(Settings):
 
 def _parse(path: Path, text: str) -> _Stored:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: malformed, not JSON: {error}. Write it anew: {_rewrite(path)}.") from None
-    if isinstance(value, dict) and value.get("kind") == "scaleprog-manifest" and value.get("version") != VERSION:
+    ours = isinstance(value, dict) and value.get("kind") == "scaleprog-manifest"
+    if ours and (value.get("version") != VERSION or type(value["version"]) is not int):
         raise DataError(
-            f"{path}: format version {value.get('version')!r}, this scaleprog reads version {VERSION}. "
+            f"{path}: format version {reprlib.repr(value.get('version'))}, this scaleprog reads version {VERSION}. "
             f"Use the scaleprog that wrote it, or remove it and write it anew: {_rewrite(path)}."
         )
     try:
@@ -187,7 +224,19 @@ def _parse(path: Path, text: str) -> _Stored:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        where = where if where.isprintable() and len(where) <= 200 else reprlib.repr(where)
         raise DataError(f"{path}: malformed at {where}: {first['msg']}. Write it anew: {_rewrite(path)}.") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
 
 
 def _rewrite(path: Path) -> str:

@@ -9,7 +9,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from scaleprog.data.augment import Augmentation, AugmentSettings, Request
 from scaleprog.data.manifest import Manifest
@@ -17,7 +16,7 @@ from scaleprog.data.order import Order
 from scaleprog.data.shard import Cursor, Sample, ShardReader
 from scaleprog.data.stream import Batch, Stream
 from scaleprog.errors import DataError
-from scaleprog.settings import Settings
+from scaleprog.settings import Few, Folder, Mebibytes, Ranks, Settings, Subset, Workers
 
 TRAIN = "train"
 PADDING_LABEL = -1
@@ -27,20 +26,25 @@ PADDING_LABEL = -1
 class DataSettings(Settings):
     """Where the samples come from, and how they are read."""
 
-    path: str
+    path: Folder
     """Folder of the shards and their manifest."""
-    lanes: int = Field(64, ge=1)
+    lanes: Ranks = 64
     """V, into how many lanes an epoch is cut: a divisor of the batch, and a multiple of every world size to be used."""
-    workers: int = Field(4, ge=0)
+    workers: Workers = 4
     """Decoding processes per rank; 0 decodes in the training process."""
-    prefetch: int = Field(2, ge=1)
+    prefetch: Few = 2
     """Steps that each worker decodes ahead."""
-    cache: int = Field(256, ge=0)
+    cache: Mebibytes = 256
     """MiB: a split no larger than this is read once and kept in memory."""
-    shards: int | None = Field(None, ge=1)
+    shards: Subset | None = None
     """Train on the first so many shards only: a fixed random part of the images, which were shuffled when stored."""
     trace: bool = False
     """Write the ids of the samples of every step down."""
+
+
+def decoded_bytes(rows: int, channels: int, resolution: int, data: DataSettings) -> int:
+    """Bytes on the host of batches of `rows` images: those decoded ahead, and the one that is handed out, twice."""
+    return rows * channels * resolution**2 * torch.float32.itemsize * (data.prefetch * bool(data.workers) + 2)
 
 
 class TrainReader:
@@ -103,8 +107,8 @@ class TrainReader:
         largest = max(shard.bytes for shard in shards)
         held = len(self.lanes) + 2 * max(self.workers, 1)
         encoded = sum(shard.bytes for shard in shards) + 2 * largest if self._shards.fits else held * largest
-        pixels = len(self.lanes) * self.order.per_lane * self._augmentation.channels * resolution**2
-        return encoded + pixels * torch.float32.itemsize * (self.data.prefetch * bool(self.workers) + 2)
+        rows = len(self.lanes) * self.order.per_lane
+        return encoded + decoded_bytes(rows, self._augmentation.channels, resolution, self.data)
 
     def _produce(self, requests: Iterable[Request], part: int, parts: int) -> Iterator[Batch]:
         """One worker's part of every batch: a contiguous part of the rank's lanes."""

@@ -1,22 +1,24 @@
-"""One shard in memory: read whole from a file or a URL, checked against the manifest, taken apart into samples."""
+"""One shard in memory: a file read whole, checked against the manifest, taken apart into samples."""
 
+import errno
 import hashlib
 import io
-import re
-import tarfile
+import os
 from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
-import webdataset
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from scaleprog.data import tar
 from scaleprog.data.augment import Encoded
-from scaleprog.data.manifest import Manifest, Shard
+from scaleprog.data.manifest import MOST_BYTES, Manifest, Shard
 from scaleprog.errors import DataError, Unavailable
+from scaleprog.files import open_regular
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+NO_FILE = (errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+"""Errors of what is there but no regular file, which another try would not find in order."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,17 @@ class LoadedShard:
     path: str
     keys: tuple[str, ...]
     data: memoryview
-    """All encoded images, one behind the other."""
+    """The whole tar."""
+    starts: np.ndarray
+    """(samples,) int64: where each image begins in `data`."""
     ends: np.ndarray
-    """(samples,) int64: where each image ends in `data`."""
+    """(samples,) int64: where it ends."""
     labels: np.ndarray
     """(samples,) int64."""
 
     def image(self, index: int) -> Encoded:
         """The encoded image, without a copy, and where it stands."""
-        start = int(self.ends[index - 1]) if index else 0
-        return self.data[start : int(self.ends[index])], f"{self.path}: sample {self.keys[index]!r}"
+        return self.data[int(self.starts[index]) : int(self.ends[index])], f"{self.path}: sample {self.keys[index]!r}"
 
 
 class ShardReader:
@@ -70,7 +73,7 @@ class ShardReader:
         if loaded is None:
             shard = self.shards[index]
             path = self.manifest.path(shard)
-            content = _read(path)
+            content = _read(path, shard.bytes)
             if index not in self._verified:
                 _verify(content, shard, path)
                 self._verified.add(index)
@@ -110,54 +113,62 @@ class Cursor:
         return self.sample(shard, position - int(self._offsets[shard]))
 
 
-def _read(path: str) -> bytes:
-    """A whole shard, from a file or through webdataset from a URL (http:, pipe:, ...)."""
-    is_url = re.match(r"[a-z][a-z0-9+.-]*:", path)
+def _read(path: str, size: int) -> bytes:
+    """A whole shard, and what shows that it has more than `size` bytes if it has. No path is anything but a file's."""
+    if size > MOST_BYTES:
+        raise DataError(f"{path}: {size} bytes, and a shard is read whole: at most {MOST_BYTES}; build smaller ones")
     try:
-        with webdataset.gopen(path, "rb") if is_url else open(path, "rb") as stream:
-            return stream.read()
+        with open_regular(path) as stream:
+            return stream.read(size + 1)
     except (FileNotFoundError, ValueError) as error:
         raise DataError(f"{path}: the shard cannot be read ({error}); is data.path right and reachable?") from error
     except OSError as error:
+        if error.errno in NO_FILE:
+            raise DataError(f"{path}: the shard cannot be read: no regular file; copy or build it again") from error
         raise Unavailable(f"{path}: the shard cannot be read now: {error}") from error
 
 
 def _verify(content: bytes, shard: Shard, path: str) -> None:
     hint = "copy or build the shard again; `scaleprog shards check` finds every damaged one"
     if len(content) != shard.bytes:
-        state = "truncated" if len(content) < shard.bytes else "too long"
-        raise DataError(f"{path}: {state}: {len(content)} of {shard.bytes} bytes; {hint}")
+        if len(content) < shard.bytes:
+            raise DataError(f"{path}: truncated: {len(content)} of {shard.bytes} bytes; {hint}")
+        raise DataError(f"{path}: too long: {os.stat(path).st_size} of {shard.bytes} bytes; {hint}")
     if hashlib.sha256(content).hexdigest() != shard.sha256:
         raise DataError(f"{path}: the checksum differs from the manifest's; {hint}")
 
 
 def _parse(content: bytes, shard: Shard, path: str, classes: int) -> LoadedShard:
-    keys, images, labels = [], [], []
+    keys, starts, ends, labels = dict[str, None](), list[int](), list[int](), list[int]()
+    file = io.BytesIO(content)
     try:
-        files = tar_file_expander([{"url": path, "stream": io.BytesIO(content)}])
-        for sample in group_by_keys(files):
-            key = sample["__key__"]
-            image = next((sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample), None)
-            if image is None:
-                raise DataError(f"{path}: sample {key!r} has no image ({', '.join(IMAGE_EXTENSIONS)}); build it again")
-            keys.append(key)
-            images.append(image)
-            labels.append(_label(sample.get("cls", b""), classes, f"{path}: sample {key!r}"))
-    except (tarfile.TarError, ValueError, EOFError, OSError) as error:
+        for key, files in tar.samples(file, len(content)):
+            where = f"{path}: sample {key!r}"
+            images = [files[extension] for extension in IMAGE_EXTENSIONS if extension in files]
+            if len(images) != 1:
+                count = f"{len(images)} images" if images else "no image"
+                raise DataError(f"{where} has {count} ({', '.join(IMAGE_EXTENSIONS)}); build it again")
+            if key in keys:
+                raise DataError(f"{where} is there twice; build the shard again")
+            keys[key] = None
+            starts.append(images[0].start)
+            ends.append(images[0].start + images[0].size)
+            labels.append(_label(tar.read(file, files["cls"]) if "cls" in files else b"", classes, where))
+    except (ValueError, OSError) as error:
         raise DataError(f"{path}: not a tar of samples ({error}); build the shard again") from error
     if len(keys) != shard.samples:
         raise DataError(
             f"{path}: holds {len(keys)} samples where the manifest says {shard.samples}; "
             "write the manifest anew with `scaleprog shards check --write-manifest`"
         )
-    ends = np.cumsum([len(image) for image in images], dtype=np.int64)
-    return LoadedShard(path, tuple(keys), memoryview(b"".join(images)), ends, np.array(labels, dtype=np.int64))
+    places = np.array([starts, ends], dtype=np.int64)
+    return LoadedShard(path, tuple(keys), memoryview(content), *places, np.array(labels, dtype=np.int64))
 
 
 def _label(text: bytes, classes: int, where: str) -> int:
-    if not re.fullmatch(rb"\s*-?\d+\s*", text):
+    label = tar.label(text)
+    if label is None:
         raise DataError(f"{where}: its label (.cls) is {text[:20]!r}, not a number; build the shard again")
-    label = int(text)
     if not 0 <= label < classes:
         raise DataError(
             f"{where}: label {label} is outside 0-{classes - 1}, the manifest's {classes} classes; "

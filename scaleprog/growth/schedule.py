@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ from scaleprog.growth.operators import LayerMap, Operator, fresh, grow, keep
 from scaleprog.growth.regularization import Regularization, regularization
 from scaleprog.growth.search import Funds
 from scaleprog.growth.space import CandidateRule, Choice, GrowthSpace, Subnet, View, ladder
-from scaleprog.settings import Settings
+from scaleprog.settings import Layers, Part, Pixels, Settings, Stages
 
 Price = Callable[[Subnet], float]  # what a step of a sub-network costs, in any unit
 Split = Callable[[int], tuple[int, ...]]  # shares a depth out among a model family's layer groups
@@ -21,8 +21,11 @@ Split = Callable[[int], tuple[int, ...]]  # shares a depth out among a model fam
 class SubnetSettings(Settings):
     """One stage of a schedule given by hand: resolution in pixels, depth in layers."""
 
-    resolution: int = Field(ge=1)
-    depth: int = Field(ge=1)
+    resolution: Pixels
+    depth: Layers
+
+
+ByHand = Annotated[tuple[SubnetSettings, ...], Field(max_length=100)]
 
 
 class GrowthSettings(Settings):
@@ -39,13 +42,13 @@ class GrowthSettings(Settings):
     easy first (EfficientTrain++, arXiv 2405.08768).
     """
 
-    schedule: Literal["original", "linear", "automatic", "supernet"] | tuple[SubnetSettings, ...] = "automatic"
+    schedule: Literal["original", "linear", "automatic", "supernet"] | ByHand = "automatic"
     operator: Operator = "mogrow"
-    stages: int = Field(default=4, ge=1)
-    smallest: float = Field(default=0.5, gt=0, le=1)
+    stages: Stages = 4
+    smallest: Part = 0.5
     recycle: bool = True
     optimizer: Literal["reset", "inherit"] = "reset"
-    resolution_multiple: int | None = Field(default=None, ge=1)
+    resolution_multiple: Pixels | None = None
     adaptive_regularization: bool = False
     patches: Literal["resolution", "subset"] = "resolution"
     curriculum: bool = False

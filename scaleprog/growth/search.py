@@ -11,10 +11,10 @@ from statistics import median
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from scaleprog.growth.space import CandidateRule, Choice, Subnet
-from scaleprog.settings import Settings
+from scaleprog.settings import Epochs, Few, Part, Settings, Subset
 
 Method = Literal["budget", "published"]
 
@@ -38,11 +38,11 @@ class SearchSettings(Settings):
     """
 
     method: Method = "budget"
-    budget: float | None = Field(default=None, gt=0, le=1)
-    epochs: float | None = Field(default=None, gt=0)
-    subset: int | None = Field(default=None, ge=1)
+    budget: Part | None = None
+    epochs: Epochs | None = None
+    subset: Subset | None = None
     candidates: CandidateRule = "corners"
-    measurements: int = Field(default=1, ge=1)
+    measurements: Few = 1
     weights: Literal["ema", "online"] = "online"
     times: Literal["measured", "modelled"] = "measured"
 

@@ -1,6 +1,8 @@
 """Elastic models; they know nothing of distribution."""
 
 import difflib
+import re
+from functools import cache
 
 import timm
 import torch
@@ -13,12 +15,14 @@ from scaleprog.models.vit import ElasticViT
 FAMILIES: tuple[type[ElasticModel], ...] = (ElasticViT,)
 
 
+@cache
 def family(settings: ModelSettings) -> tuple[type[ElasticModel], Subnet, int]:
     """The elastic family of a recipe's model, its full size and its stride (pixels that resolutions are multiples of).
 
     Raises RecipeError for a name timm does not know, a model of no elastic family, or sizes timm refuses.
     """
-    if not timm.is_model(settings.name):
+    # a name only: timm reads hf-hub:... from the network and local-dir:... from a folder
+    if not re.fullmatch(r"\w+(\.\w+)?", settings.name) or not timm.is_model(settings.name):
         near = difflib.get_close_matches(settings.name, timm.list_models(), 3) or timm.list_models("deit_*")[:3]
         raise RecipeError(f"model.name: timm knows no {settings.name!r}; did you mean {' or '.join(near)}?")
     for candidate in FAMILIES:
@@ -27,8 +31,9 @@ def family(settings: ModelSettings) -> tuple[type[ElasticModel], Subnet, int]:
                 net = candidate.create(settings, None)
             except TypeError:  # a model class without elastic resolution
                 continue
-            except (AssertionError, ValueError, RuntimeError) as error:
-                raise RecipeError(f"model: timm cannot build {settings.name} with these sizes: {error}") from error
+            except Exception as error:  # its models raise whatever they like where sizes do not fit
+                reason = str(error) or type(error).__name__
+                raise RecipeError(f"model: timm cannot build {settings.name} with these sizes: {reason}") from error
         if candidate.fits(net):
             return candidate, *candidate.sizes(net)
     raise RecipeError(

@@ -1,5 +1,6 @@
 """What a sub-network costs: parameters, multiply-accumulates and activations, counted by torch without any data."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Literal
 
@@ -22,27 +23,50 @@ Arithmetic = Literal["fp32", "bf16", "autocast"]
 @cache
 def parameters(family: type[ElasticModel], model: ModelSettings, depth: int) -> int:
     """Parameters of the network of `depth` layers."""
-    return sum(p.numel() for p in _on_paper(family, model, depth).parameters())
+    return _by_layer(
+        family, depth, lambda layers: sum(p.numel() for p in _on_paper(family, model, layers).parameters())
+    )
 
 
 @cache
 def units(family: type[ElasticModel], model: ModelSettings, depth: int) -> tuple[Unit, ...]:
     """Parameter shapes of the network of `depth` layers: of what is in no layer, then of each layer."""
+    built = 1 if _alike(family, depth) else depth
     found: dict[tuple[int, int], list[tuple[int, ...]]] = {(-1, -1): []}
-    for name, parameter in _on_paper(family, model, depth).named_parameters():
+    for name, parameter in _on_paper(family, model, built).named_parameters():
         place = family.locate(name)
         found.setdefault((-1, -1) if place is None else place[:2], []).append(tuple(parameter.shape))
-    return tuple(tuple(found[place]) for place in sorted(found))
+    root, *layers = (tuple(found[place]) for place in sorted(found))
+    return root, *layers, *layers[-1:] * (depth - built)
 
 
 @cache
 def gmacs(family: type[ElasticModel], model: ModelSettings, view: View, depth: int) -> float:
     """Billions of multiply-accumulates of one image's forward pass through `depth` layers, attention included."""
+    return _by_layer(family, depth, lambda d: _flops(family, model, view, d)) / 2e9
+
+
+@cache
+def _flops(family: type[ElasticModel], model: ModelSettings, view: View, depth: int) -> int:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = family(model, Structure.plain(family.split(depth)))
         kept = None if view.patches is None else torch.empty(1, view.patches, dtype=torch.int64)
         network(torch.empty(1, model.channels, view.pixels, view.pixels), kept=kept)
-    return counter.get_total_flops() / 2e9
+    return counter.get_total_flops()
+
+
+def _alike(family: type[ElasticModel], depth: int) -> bool:
+    """Whether all layers are of one group, which a growth copies onto each other: what one costs, every one does."""
+    return len(family.split(depth)) == 1
+
+
+def _by_layer(family: type[ElasticModel], depth: int, count: Callable[[int], int]) -> int:
+    """What `count` says of the network of `depth` layers, without building it where one layer costs what another does:
+    a deep network takes seconds, even on paper."""
+    if depth < 3 or not _alike(family, depth):
+        return count(depth)
+    one, two = count(1), count(2)
+    return one + (depth - 1) * (two - one)
 
 
 def activations(

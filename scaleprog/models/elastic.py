@@ -8,14 +8,13 @@ from typing import Any, ClassVar, Literal, cast
 import numpy as np
 import timm
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scaleprog.errors import RecipeError
 from scaleprog.growth.operators import LayerMap
 from scaleprog.growth.space import Subnet
-from scaleprog.settings import Settings
+from scaleprog.settings import Channels, Classes, Layers, Momentum, Pixels, Settings, Text, Width
 
 Active = tuple[tuple[int, ...], ...]  # per layer group, the positions of the layers that run, ascending
 
@@ -27,15 +26,15 @@ class ModelSettings(Settings):
     the last layer (it rises linearly from 0 at the first), `init` timm's scheme of initialisation (None: its default).
     """
 
-    name: str
-    classes: int = Field(default=1000, ge=1)
-    channels: int = Field(default=3, ge=1)
-    resolution: int | None = Field(default=None, ge=1)
-    patch: int | None = Field(default=None, ge=1)
-    width: int | None = Field(default=None, ge=1)
-    depth: int | None = Field(default=None, ge=1)
-    heads: int | None = Field(default=None, ge=1)
-    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    name: Text
+    classes: Classes = 1000
+    channels: Channels = 3
+    resolution: Pixels | None = None
+    patch: Pixels | None = None
+    width: Width | None = None
+    depth: Layers | None = None
+    heads: Width | None = None
+    drop_path: Momentum = 0.0
     init: Literal["jax", "jax_nlhb", "moco"] | None = None
 
 

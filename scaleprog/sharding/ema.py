@@ -6,14 +6,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from scaleprog.settings import Settings
+from scaleprog.settings import Index, Number, Settings
 
 
 class EmaSettings(Settings):
     """`momenta`: one momentum network each; `grow_from`: index of the one that MoGrow and the search read."""
 
-    momenta: tuple[float, ...] = Field(default=(0.998,), min_length=1)
-    grow_from: int = -1
+    momenta: tuple[Number, ...] = Field(default=(0.998,), min_length=1, max_length=16)
+    grow_from: Index = -1
 
     @model_validator(mode="after")
     def _check(self) -> "EmaSettings":

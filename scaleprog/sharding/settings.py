@@ -3,10 +3,10 @@
 import importlib.util
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from scaleprog.errors import RecipeError
-from scaleprog.settings import Settings
+from scaleprog.settings import Ranks, Settings
 
 Engine = Literal["fsdp", "hsdp", "zero", "replicated"]
 
@@ -23,7 +23,7 @@ class ShardingSettings(Settings):
     precision: Literal["fp32", "bf16"] = "fp32"
     stage: Literal[1, 2, 3] = 3
     """zero: optimizer and EMA sharded (1), gradients too (2), parameters too (3)."""
-    shard: int | None = Field(default=None, ge=1)
+    shard: Ranks | None = None
     """hsdp: ranks that one copy of the model is spread over; default: those of a node."""
     offload: Literal["optimizer", "all"] | None = None
     """What lives in the host's memory: zero's optimizer state, or with it (stage 3) and under fsdp and hsdp the

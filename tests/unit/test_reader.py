@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import multiprocessing
+import os
 import random
 import subprocess
 import time
@@ -14,11 +15,13 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
+from pydantic import ValidationError
 
 from scaleprog.data.augment import AugmentSettings
 from scaleprog.data.manifest import Manifest, Shard
 from scaleprog.data.order import SEARCH_EPOCH, Order
 from scaleprog.data.reader import DataSettings, Request, TrainReader, evaluation_batches
+from scaleprog.data.shard import ShardReader
 from scaleprog.data.stream import Batch
 from scaleprog.errors import DataError, Unavailable
 
@@ -205,12 +208,54 @@ def test_a_cached_split_is_read_once(manifest: Manifest, straight: list[Batch], 
         read(uncached, requests(0, 3))
 
 
-def test_shards_from_a_pipe(manifest: Manifest, straight: list[Batch]) -> None:
-    piped = dataclasses.replace(manifest, root=f"pipe:cat {manifest.root}")
-    assert all(same(a, b) for a, b in zip(read(make_reader(piped, workers=1), requests(0, 3)), straight))
-    broken = dataclasses.replace(manifest, root="pipe:cat /nowhere 2>/dev/null")
-    with pytest.raises((DataError, Unavailable), match=r"train-\d\.tar: .*(cannot be read|truncated)"):
-        read(make_reader(broken), requests(0, 1))
+URLS = ["pipe:touch ruined; cat", "file:.", "http://127.0.0.1:9", "https://127.0.0.1:9", "sftp://nowhere", "gs://nowhere",
+        "ais://nowhere", "hf://datasets/a/b", "htgs://nowhere"]  # fmt: skip
+"""What webdataset would open by a shell, or by a program that it starts in one."""
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_no_path_is_anything_but_that_of_a_file(
+    manifest: Manifest, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValidationError, match="scaleprog reads no URLs or pipes"):
+        DataSettings(path=url)
+    (tmp_path / url).mkdir(parents=True)  # a manifest may lie in a folder of that name
+    for root in (url, f"./{url}"):
+        named = dataclasses.replace(manifest, root=root)
+        with pytest.raises(DataError, match=r"train-\d\.tar: the shard cannot be read"):
+            ShardReader(named, "train").load(0)
+    for name in (f"{url}.tar", "pipe:touch ruined; exit.tar", "-.tar", "|touch ruined.tar"):
+        (tmp_path / "plain").mkdir(exist_ok=True)
+        shards = tuple(dataclasses.replace(shard, name=name) for shard in manifest.split("train")[:1])
+        with pytest.raises(DataError, match="the shard cannot be read"):
+            ShardReader(dataclasses.replace(manifest, root="", splits={"train": shards}), "train").load(0)
+    assert not (tmp_path / "ruined").exists()
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "device", "link to a FIFO", "link in a circle"])
+def test_what_is_no_file_in_place_of_a_shard(manifest: Manifest, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / manifest.split("train")[0].name
+    if "FIFO" in kind:
+        os.mkfifo(tmp_path / "fifo")
+    targets = {"device": Path("/dev/zero"), "link in a circle": path}
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(targets.get(kind, tmp_path / "fifo"))
+    moved = dataclasses.replace(manifest, root=str(tmp_path))
+    with pytest.raises(DataError, match="the shard cannot be read"):
+        ShardReader(moved, "train").load(0)
+    with pytest.raises(DataError, match=r"no regular file|Too many levels"):
+        moved.verify_sizes("train")
+
+
+def test_a_shard_may_be_a_link_to_a_file(manifest: Manifest, tmp_path: Path) -> None:
+    for shard in manifest.split("train"):
+        (tmp_path / shard.name).symlink_to(manifest.path(shard))
+    moved = dataclasses.replace(manifest, root=str(tmp_path))
+    moved.verify_sizes("train")
+    assert len(ShardReader(moved, "train").load(0).keys) == moved.split("train")[0].samples
 
 
 def test_an_order_of_other_shards_is_refused(manifest: Manifest) -> None:

@@ -1,17 +1,22 @@
 """Jobs run the code and the recipe that were copied into their run directory, not the working tree."""
 
+import importlib.util
+import json
 import os
+import py_compile
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launchers import slurm, snapshot
+from launchers import integrity, slurm, snapshot
 from launchers.requeue import STOPPED
 from launchers.slurm import Request
 from launchers.snapshot import JobFile
+from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.reading import read_rows
 from scaleprog.recipe import Recipe
 from tests.conftest import MakeRecipe
@@ -20,9 +25,11 @@ from tests.unit.fake_slurm import FakeSlurm
 ROOT = Path(__file__).parents[2]
 
 
-def run_batch(arguments: list[str | Path], cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_batch(arguments: list[str | Path], cwd: Path, restart: int = 0) -> subprocess.CompletedProcess[str]:
     """A batch script as job 7 would run it, in an environment of Slurm's."""
     environment = os.environ | {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "scaleprog", "SLURM_SUBMIT_DIR": str(cwd)}
+    if restart:
+        environment["SLURM_RESTART_COUNT"] = str(restart)
     environment["SLURM_JOB_NUM_NODES"] = "2"
     environment["PYTHON"] = sys.executable
     return subprocess.run(
@@ -73,14 +80,14 @@ def test_train_sbatch(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) 
     assert {"--kill-on-bad-exit=1", "--wait=60"} <= set(arguments)
 
     fake.command("srun", f"{seen}; exit 140")
-    assert run_batch([script, recipe, "a run"], tmp_path).returncode == STOPPED
-    (run / "job.json").write_text('{"job": "6", "name": "", "code": "of a job that was refused"}')
+    assert run_batch([script, recipe, "a run"], tmp_path, restart=1).returncode == STOPPED
+    (run / "job.json").write_text('{"job": "6", "name": "", "code": "code/0"}')
     (run / "owner.json").write_text('{"job": "7", "restart": 0, "generation": 1, "pid": 1, "host": "node0"}')
     assert run_batch([script, recipe, "a run", "seed=3"], tmp_path).returncode == STOPPED, "it is its own run directory"
 
     recipe.write_text("seed: edited while the job was queued again")
     fake.command("srun", "exit 0")
-    assert run_batch([script, recipe, "a run"], tmp_path).returncode == 0
+    assert run_batch([script, recipe, "a run"], tmp_path, restart=1).returncode == 0
     assert Recipe.load(run / "recipe.yaml").seed == 3
 
     calls = len(fake.calls("scontrol"))
@@ -90,6 +97,148 @@ def test_train_sbatch(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) 
     assert "requeue" not in " ".join(fake.calls("scontrol")[calls:])
     assert not (tmp_path / "another run" / "recipe.yaml").exists()
     assert run_batch([script, recipe], tmp_path).stderr.startswith("usage: sbatch")
+
+
+def hide_pyc(code: Path, ruin: str) -> None:
+    """Python loads this in place of the source, whose time and size it names."""
+    source = code / "launchers" / "requeue.py"
+    there = source.stat()
+    fake = code.parent / "fake.py"
+    fake.write_text(ruin)
+    cached = Path(importlib.util.cache_from_source(str(source)))
+    py_compile.compile(str(fake), str(cached), doraise=True)
+    fake.unlink()
+    content = bytearray(cached.read_bytes())
+    content[8:16] = int(there.st_mtime).to_bytes(4, "little") + there.st_size.to_bytes(4, "little")
+    cached.write_bytes(content)
+
+
+DOORS: dict[str, Callable[[Path, str], object]] = {
+    "a changed file": lambda code, ruin: (code / "launchers" / "requeue.py").write_text(ruin),
+    "a module that Python imports by itself": lambda code, ruin: (code / "sitecustomize.py").write_text(ruin),
+    "a module of the standard library": lambda code, ruin: (code / "json.py").write_text(ruin),
+    "an extension": lambda code, ruin: (code / "launchers" / "requeue.cpython-311-x86_64-linux-gnu.so").touch(),
+    "a compiled file": hide_pyc,
+    "a missing file": lambda code, ruin: (code / "launchers" / "exits.py").unlink(),
+    "a link": lambda code, ruin: (code / "yaml").symlink_to(code.parent),
+    "a FIFO": lambda code, ruin: os.mkfifo(code / "yaml.py"),
+    "all of it a link": lambda code, ruin: (code.rename(code.parent / "0"), code.symlink_to(code.parent / "0")),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_code_that_is_not_what_was_submitted_never_runs(
+    door: str, fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """Neither when it lay there before the job was submitted, nor when it was changed later."""
+    run = tmp_path / "run"
+    file = slurm.submit(make_recipe(), run, Request())
+    (script,) = run.glob("jobs/*/7_submission.sh")
+    ruin = f"open({str(tmp_path / 'ruined')!r}, 'w')\n"
+    DOORS[door](run / file.code, ruin)
+    fake.command("srun", "exit 1")
+    done = run_batch([script], tmp_path)
+    assert done.returncode == 2
+    assert "scaleprog: the job's code is not what was submitted" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert fake.calls("srun") == []
+    fake.show(state="FAILED")
+    with pytest.raises(CheckpointError, match="not the code that it is named after"):
+        slurm.submit(make_recipe(), run, Request())
+    batch, recipe = ROOT / "slurm" / "train.sbatch", run / "recipe.yaml"
+    for restart in (0, 1) if door == "a changed file" else (1,):
+        JobFile("7", "scaleprog", file.code).write(run)
+        done = run_batch([batch, recipe, run], tmp_path, restart)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+        assert "not the code that it is named after" in done.stderr
+    assert fake.calls("srun") == []
+    assert not (tmp_path / "ruined").exists()
+
+
+def test_a_job_file_that_somebody_else_wrote_names_no_code(
+    fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """It may name the next job, and code that is what its own name says."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere" / "launchers"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "requeue.py").write_text(f"open({str(tmp_path / 'ruined')!r}, 'w')\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(make_recipe().dump())
+    name = integrity.digest(integrity.read(str(elsewhere.parent)))
+    shutil.copytree(elsewhere.parent, run / "code" / name)
+    fake.command("srun", "exit 1")
+    for code in (
+        f"code/{name}",
+        "code/../../elsewhere",
+        str(elsewhere.parent),
+        "../elsewhere",
+        "code/",
+        "",
+        7,
+        None,
+        [],
+    ):
+        (run / "job.json").write_text(json.dumps({"job": "7", "name": "scaleprog", "code": code}))
+        done = run_batch([ROOT / "slurm" / "train.sbatch", recipe, run], tmp_path)
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "ruined").exists()
+
+
+HOSTILE = ["a b'$(touch ruined);", 'a"`touch ruined`&|', "#a>ruined", "-n", "*${HOME}!("]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_name_of_a_run_directory_reaches_a_shell(
+    name: str, fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / name
+    options = ("comment=$(touch ruined)", "wckey=`touch ruined`'\"")
+    file = slurm.submit(make_recipe(), run, Request(account="$(touch ruined)", qos="a'b", options=options))
+    (script,) = run.glob("jobs/*/7_submission.sh")
+    fake.command("srun", 'echo "$PYTHONPATH" > python-path; exit 137')
+    assert run_batch([script], tmp_path).returncode == 137
+    assert (tmp_path / "python-path").read_text().split(":")[0].strip() == str(run / file.code)
+    assert not (tmp_path / "ruined").exists()
+
+
+def test_nor_by_plain_sbatch(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    name = "-n " + "".join(HOSTILE)
+    recipe = tmp_path / f"{name}.yaml"
+    recipe.write_text(make_recipe().dump())
+    fake.command("srun", 'case $* in *bash*) exec "${@:3}" ;; esac; exit 137')
+    done = run_batch([ROOT / "slurm" / "train.sbatch", recipe.name, name], tmp_path)
+    assert done.returncode == 137, done.stderr
+    assert not (tmp_path / "ruined").exists()
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\n#SBATCH --uid=0", "a\rb", "a\x1b[31mb", "a\\b", "a:b", "50%"])
+def test_names_that_a_batch_script_cannot_say_are_refused(
+    name: str, fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(make_recipe().dump())
+    for refused in (slurm.submit, slurm.script):
+        with pytest.raises(ScaleprogError, match="--run-dir"):
+            refused(make_recipe(), tmp_path / name, Request())
+    if name == "a\n#SBATCH --uid=0":
+        done = run_batch([ROOT / "slurm" / "train.sbatch", recipe, name], tmp_path)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert not (tmp_path / name).exists()
+    assert fake.calls("sbatch") == fake.calls("srun") == []
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["", "[]", "7", "{}", {"job": 7}, {"name": "a\x1b[31m"}, {"job": "7; id"}, {"job": "-1"}, {"log": "/etc/passwd"},
+     {"log": "jobs/../../x"}, {"log": []}, {"code": ["code/0"]}, {"extra": 1}, "[" * 10**5, "x" * 10**6, "\xff\xfe"],
+)  # fmt: skip
+def test_a_job_file_of_another_form(written: str | dict, tmp_path: Path) -> None:
+    whole = {"job": "7", "name": "a", "code": "code/0", "log": ""}
+    text = written if isinstance(written, str) else json.dumps(whole | written)
+    (tmp_path / "job.json").write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"job\.json: not readable"):
+        JobFile.read(tmp_path)
 
 
 def test_a_snapshot_does_not_follow_the_working_tree(

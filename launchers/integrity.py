@@ -1,0 +1,58 @@
+"""Is a folder of code, file by file, what its digest says? Needs nothing but Python, and nothing from that folder.
+
+A batch script holds this text and runs it before any of the code: `python -I -S -c TEXT FOLDER DIGEST`.
+"""
+
+import hashlib
+import os
+import stat
+import sys
+
+
+def digest(files: dict[str, bytes]) -> str:
+    """SHA-256 of files by their path, hexadecimal."""
+    total = hashlib.sha256()
+    for name in sorted(files):
+        total.update(os.fsencode(name) + b"\0%d\0" % len(files[name]) + files[name])
+    return total.hexdigest()
+
+
+def read(folder: str) -> dict[str, bytes]:
+    """All files of a folder by their path below it. Raises OSError, or ValueError for what is no file or folder."""
+    if not stat.S_ISDIR(os.lstat(folder).st_mode):
+        raise ValueError(f"{folder!r} is a link")
+    files = {}
+    for parent, folders, names in os.walk(folder, onerror=_fail):
+        for name in (*folders, *names):
+            path = os.path.join(parent, name)
+            kind = os.lstat(path).st_mode
+            if stat.S_ISREG(kind):
+                if os.lstat(path).st_size > MOST_BYTES:
+                    raise ValueError(f"{path!r} is too large for code")
+                with open(path, "rb") as file:
+                    files[os.path.relpath(path, folder)] = file.read(MOST_BYTES)
+            elif not stat.S_ISDIR(kind):
+                raise ValueError(f"{path!r} is no regular file")
+            if len(files) > MOST_FILES:
+                raise ValueError(f"{folder!r} holds more than {MOST_FILES} files")
+    return files
+
+
+def problem(folder: str, expected: str) -> str:
+    """Why a folder is not the code of this digest; empty if it is."""
+    try:
+        found = digest(read(folder))
+    except (OSError, ValueError) as error:
+        return str(error)
+    return "" if found == expected else f"{folder!r}: files were changed, added or removed since it was taken"
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
+MOST_BYTES, MOST_FILES = 2**24, 1000
+
+if __name__ == "__main__":
+    if wrong := problem(sys.argv[1], sys.argv[2]):
+        sys.exit(f"scaleprog: the job's code is not what was submitted: {wrong}; remove it and submit again")

@@ -1,0 +1,170 @@
+"""The samples of a tar, found without trusting a byte of it.
+
+Python's tarfile unpacks what is compressed, follows links, builds sparse files and reads headers of any size, each of
+which lets a small file take all memory. A shard needs none of it: it is a plain tar (ustar, GNU or pax) of plain files.
+"""
+
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from scaleprog.settings import MOST_CLASSES
+
+BLOCK = 512
+LONGEST_HEADER, LONGEST_NAME = 64 * 2**10, 4096
+SMALLEST_SAMPLE = 2 * BLOCK
+"""Bytes: the headers of an image and a label."""
+_LEFT_OUT = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a FIFO"}
+_PLAIN = (b"0", b"\0", b"7")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A plain file in a tar: where its bytes are."""
+
+    name: str
+    start: int
+    size: int
+
+
+def samples(file: BinaryIO, size: int) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Consecutive files of one key, as (key, {extension in lower case: file}), named as WebDataset does: KEY.EXTENSION.
+
+    Files without an extension, and WebDataset's own (`__NAME...`), are left out.
+
+    Raises:
+        ValueError: `file`, of `size` bytes, is no whole plain tar, or two files of a sample have one extension.
+        OSError: it cannot be read.
+    """
+    current: str | None = None
+    files: dict[str, Member] = {}
+    for member in _members(file, size):
+        folder, slash, name = member.name.rpartition("/")
+        stem, dot, extension = name.partition(".")
+        if not stem or not dot or member.name.startswith("__"):
+            continue
+        key, extension = f"{folder}{slash}{stem}", extension.lower()
+        if key != current:
+            if current is not None:
+                yield current, files
+            current, files = key, {}
+        if extension in files:
+            raise ValueError(f"{member.name!r} is there twice")
+        files[extension] = member
+    if current is not None:
+        yield current, files
+
+
+def read(file: BinaryIO, member: Member) -> bytes:
+    """The bytes of a member. Raises OSError, or ValueError if the file has been cut meanwhile."""
+    file.seek(member.start)
+    content = file.read(member.size)
+    if len(content) != member.size:
+        raise ValueError(f"{member.name!r} is truncated")
+    return content
+
+
+def label(text: bytes) -> int | None:
+    """The class index that a `.cls` file holds, which may be negative; None if it is no number or of no class ever."""
+    text = text.strip()
+    digits = text.removeprefix(b"-")
+    return int(text) if digits.isdigit() and len(digits) <= len(str(MOST_CLASSES)) else None
+
+
+def _members(file: BinaryIO, size: int) -> Iterator[Member]:
+    """The plain files of a tar, in order; folders are left out, anything else is an error."""
+    at, name, pax = 0, "", dict[bytes, bytes]()
+    while True:
+        file.seek(at)
+        header = file.read(BLOCK)
+        if len(header) < BLOCK or (any(header) and not _sound(header)):
+            raise ValueError(f"no end marker at byte {at}, truncated or damaged")
+        if not any(header):
+            break
+        kind = header[156:157]
+        length = _number(pax[b"size"] if b"size" in pax else header[124:136], 10 if b"size" in pax else 8)
+        start, at = at + BLOCK, at + BLOCK + -(-length // BLOCK) * BLOCK
+        if start + length > size:
+            raise ValueError(f"a file of {length} bytes at byte {start} of {size}, truncated or damaged")
+        if kind in (b"x", b"g", b"L"):
+            if length > (LONGEST_NAME if kind == b"L" else LONGEST_HEADER):
+                raise ValueError(f"a header of {length} bytes at byte {start}")
+            extra = file.read(length)
+            if kind == b"L":
+                name = _text(extra.partition(b"\0")[0])
+            elif kind == b"x":
+                pax = _records(extra)
+            elif _records(extra).keys() & {b"path", b"size"}:
+                raise ValueError(f"a header at byte {start} that names all files alike")
+            continue
+        if kind == b"K":  # the name of a link that follows
+            continue
+        name = _text(pax[b"path"]) if b"path" in pax else name or _own_name(header)
+        if kind in _LEFT_OUT or (kind not in (*_PLAIN, b"5")) or any(key.startswith(b"GNU.sparse") for key in pax):
+            what = _LEFT_OUT.get(kind, "a sparse or special file")
+            raise ValueError(f"{name!r} is {what}; a shard holds plain files")
+        if kind != b"5" and not name.endswith("/"):
+            yield Member(name, start, length)
+        name, pax = "", {}
+    while at < size:
+        file.seek(at)
+        if not (rest := file.read(2**20)) or rest.strip(b"\0"):
+            raise ValueError(f"no end marker at byte {at}, truncated or damaged")
+        at += len(rest)
+
+
+def _sound(header: bytes) -> bool:
+    """Whether the header's checksum fits it."""
+    try:
+        told = _number(header[148:156], 8)
+    except ValueError:
+        return False
+    return told == sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
+
+
+def _number(field: bytes, base: int) -> int:
+    """A size as headers write it: digits, or in a field that begins with 0x80 the bytes of the number itself."""
+    if field[0:1] == b"\x80":
+        return int.from_bytes(field[1:])
+    digits = field.strip(b" \0")
+    if not digits:
+        return 0
+    if not digits.isdigit() or len(digits) > 20:
+        raise ValueError(f"{field[:20]!r} in place of a number of bytes")
+    return int(digits, base)
+
+
+def _own_name(header: bytes) -> str:
+    """The name in the header itself, to which ustar puts a folder in front."""
+    name, prefix = (field.partition(b"\0")[0] for field in (header[:100], header[345:500]))
+    return _text(b"/".join((prefix, name)) if prefix and header[257:263] == b"ustar\0" else name)
+
+
+def _text(raw: bytes) -> str:
+    """A file's name as text that can be shown."""
+    try:
+        name = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"the name {raw[:100]!r} is not UTF-8") from None
+    shown = f"the name {name[:100]!r}"
+    if not all(char.isprintable() or unicodedata.category(char) == "Zs" for char in name):
+        raise ValueError(f"{shown} has control characters")
+    if not name or len(name) > LONGEST_NAME or name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"{shown} is none for a file in a folder")
+    return name
+
+
+def _records(content: bytes) -> dict[bytes, bytes]:
+    """The "LENGTH KEY=VALUE" lines of a pax header."""
+    found: dict[bytes, bytes] = {}
+    at = 0
+    while at < len(content):
+        length = content[at : at + 8].partition(b" ")[0]
+        end = at + int(length) if length.isdigit() else at
+        key, equals, value = content[at + len(length) + 1 : end - 1].partition(b"=")
+        if end > len(content) or end - at <= len(length) + 1 or content[end - 1 : end] != b"\n" or not equals:
+            raise ValueError("a damaged pax header")
+        found[key] = value
+        at = end
+    return found
