@@ -9,7 +9,7 @@ DEMO := runs/demo
 # the same recipes, shortened to minutes, on a batch that feeds two ranks
 DEMO_RECIPE := train.epochs=1 train.batch=128 optimizer.warmup_epochs=0.1 search.epochs=0.05 evaluate.every=0.25
 
-.PHONY: install demo test chaos lint cluster cluster-down clean
+.PHONY: install demo test chaos fuzz lint cluster cluster-down clean
 
 install: $(INSTALLED)
 
@@ -36,11 +36,17 @@ test: install
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Runs under random faults, each compared with the undisturbed run; N of them, drawn by SEED, on fsdp, hsdp or zero.
-N := 20
+chaos: N := 20
 SEED := 0
 ENGINE := fsdp
 chaos: install
 	$(PYTHON) -m tests.chaos.harness --runs $(N) --seed $(SEED) --engine $(ENGINE) --out docs/results/chaos.md
+
+# Starts on inputs changed at random: N of them, drawn by SEED, REAL of them also as processes of their own.
+fuzz: N := 5000
+REAL := 200
+fuzz: install
+	$(PYTHON) -m tests.fuzz --n $(N) --seed $(SEED) --real $(REAL) --out docs/results/fuzz.md
 
 lint: install
 	$(VENV)/bin/ruff check .
