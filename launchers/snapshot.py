@@ -20,9 +20,7 @@ from launchers import integrity
 from scaleprog import queue
 from scaleprog.display import as_text
 from scaleprog.errors import CheckpointError, ScaleprogError
-from scaleprog.files import write_whole
-from scaleprog.reading import read_object
-from scaleprog.records import JobOfRun
+from scaleprog.files import read_text, write_whole
 
 if TYPE_CHECKING:  # it imports torch, for which a job that starts again need not wait
     from scaleprog.recipe import Recipe
@@ -46,14 +44,13 @@ class JobFile:
 
     @classmethod
     def read(cls, run: Path) -> "JobFile | None":
-        """That of a run directory; None where there is none. Raises CheckpointError or Unavailable."""
-        found = read_object(run / JOB, JobOfRun)
-        if found is None:
-            return None
-        file = cls(**found)
+        """That of a run directory; None where there is none. Raises CheckpointError."""
         try:
+            file = cls(**json.loads(read_text(run / JOB, 2**16)))
             file._check()
-        except ValueError as error:
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{run / JOB}: not readable: {error}") from error
         return file
 

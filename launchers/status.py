@@ -15,7 +15,7 @@ from launchers.snapshot import JobFile
 from scaleprog import queue
 from scaleprog.claim import ask_to_stop, is_alive, read_owner
 from scaleprog.display import as_text, first_line
-from scaleprog.errors import CheckpointError, ScaleprogError
+from scaleprog.errors import ScaleprogError
 from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.space import Choice, Subnet
 from scaleprog.life import still_told
@@ -91,10 +91,8 @@ class Status:
 
 
 def status(run: Path) -> Status:
-    """Where the run in a directory stands. Raises CheckpointError where there is no run."""
-    if not (run / "recipe.yaml").exists():
-        raise CheckpointError(f"{run}: no run directory; it is what `scaleprog submit` and `scaleprog train` write")
-    recipe = Recipe.load(run / "recipe.yaml")
+    """Where the run in a directory stands. Raises ScaleprogError where there is no run, or none of this version."""
+    recipe = Recipe.of_run(run)
     records = [read(run / METRICS, METRIC, LAST_BYTES), read(run / EVENTS, EVENT), read(run / REQUEUES, LEFT)]
     rows, events, ends = (told.rows for told in records)
     trained = [row for row in rows if "loss" in row]

@@ -39,8 +39,8 @@ class Count:
             if 1 <= least <= most and least <= MOST_RANKS:
                 return cls(least, most)
         raise ScaleprogError(
-            f"{option} {as_text(text, most=60)}: neither a number such as 4 nor a range LEAST:MOST such as 2:8, "
-            f"with 1 <= LEAST <= MOST and LEAST <= {MOST_RANKS}"
+            f"{option} {as_text(text, most=100)}: neither a number such as 4 nor a range LEAST:MOST such as 2:8, with "
+            f"1 <= LEAST <= MOST and LEAST <= {MOST_RANKS}"
         )
 
     def __str__(self) -> str:

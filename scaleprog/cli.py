@@ -176,10 +176,10 @@ def submit(
         print(slurm.script(loaded, folder, request), end="")
         return
     job = slurm.submit(loaded, folder, request)
-    shown, quoted = as_text(folder), shlex.quote(str(folder))  # the latter to be copied into a shell
+    quoted = as_text(shlex.quote(str(folder)))  # lines to be copied into a shell
     print(
-        f"job {job.job}: {count} x {request.tasks} ranks\n  run directory  {shown}\n"
-        f"  watch          scaleprog status {quoted}; tail -f {shlex.quote(str(folder / job.log))}\n"
+        f"job {job.job}: {count} x {request.tasks} ranks\n  run directory  {as_text(folder)}\n"
+        f"  watch          scaleprog status {quoted}; tail -f {as_text(shlex.quote(str(folder / job.log)))}\n"
         f"  end            scaleprog cancel {quoted}",
         flush=True,
     )

@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
+from scaleprog import plain_yaml
 from scaleprog.errors import CheckpointError
 from scaleprog.figures import Search, Segment
 from scaleprog.growth.space import Subnet
 from scaleprog.life import Life, read_life, still_told
-from scaleprog.reading import read, read_object, read_yaml
+from scaleprog.reading import checked, read, read_object
 from scaleprog.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, STRICT, Results
 from scaleprog.state import decision_from_json, unpaired
 
@@ -94,9 +95,8 @@ def read_run(folder: Path, name: str) -> Run:
     """Reads a run directory. Raises CheckpointError where there is none, or nothing was recorded in it yet."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such run directory")
-    recipe = read_yaml(folder / "recipe.yaml", _Recipe)
-    if recipe is None:
-        raise CheckpointError(f"{folder}: no recipe.yaml; a run directory is what `scaleprog train` writes")
+    recipe = plain_yaml.read_run(folder)
+    checked(folder / plain_yaml.RECIPE, recipe, _Recipe)
     files = (METRICS, METRIC), (EVENTS, EVENT), (REQUEUES, LEFT)
     records = [read(folder / file, kind) for file, kind in files]
     troubles = [told.trouble for told in records if told.trouble]
@@ -108,7 +108,7 @@ def read_run(folder: Path, name: str) -> Run:
     steps = _last_told(row for row in rows if "loss" in row)
     evaluations = _last_told(row for row in rows if "top1" in row)
     return Run(
-        name, recipe[0], results is not None, _so_far(steps, evaluations) if results is None else results, evaluations,
+        name, recipe, results is not None, _so_far(steps, evaluations) if results is None else results, evaluations,
         _segments(steps), _read_searches(events, steps), events, read_life(folder, name, rows, events),
         steps[-1].get("epoch", 0.0) if steps else 0.0, troubles,
     )  # fmt: skip

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from scaleprog.display import counted
 from scaleprog.errors import CheckpointError, Unavailable
 from scaleprog.files import IN_THE_WAY, open_regular, read_text
-from scaleprog.plain_yaml import FILE_BYTES, parse
 
 MOST_BYTES = 2**31  # of a file of lines
 MOST_LINE = 4 * 2**20  # bytes
@@ -120,23 +118,12 @@ def read_object(path: Path, kind: type[T]) -> T | None:
         raise CheckpointError(f"{path}: {_mistake(error, kind)}") from error
 
 
-def read_yaml(path: Path, kind: type[T]) -> tuple[dict[str, Any], T] | None:
-    """The mapping in a small YAML file, such as a run writes: whole, and what of it is of a kind. None where there is
-    no such file. Raises as `read_object` does."""
+def checked(path: Path, values: object, kind: type[T]) -> T:
+    """Values that were read from a file as a record of a kind. Raises CheckpointError."""
     try:
-        values = parse(read_text(path, FILE_BYTES))
-        return values, _adapter(kind).validate_python(values)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        kind_of = CheckpointError if error.errno in IN_THE_WAY else Unavailable
-        raise kind_of(f"{path}: not readable: {reason(error)}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not readable: it is not UTF-8") from error
+        return _adapter(kind).validate_python(values)
     except ValidationError as error:
         raise CheckpointError(f"{path}: {_mistake(error, kind)}") from error
-    except yaml.YAMLError as error:
-        raise CheckpointError(f"{path}: not readable: {error}") from error
 
 
 def open_to_append(path: Path) -> IO[bytes]:

@@ -260,15 +260,6 @@ class Job(TypedDict):
 
 
 @with_config(STRICT)
-class JobOfRun(Job):
-    """job.json."""
-
-    name: Name
-    code: Name
-    log: NotRequired[Name]
-
-
-@with_config(STRICT)
 class Owner(TypedDict):
     """owner.json, as far as which start of which job it was."""
 

@@ -101,7 +101,7 @@ def judge(case: Case, told: Told, work: Work) -> Iterator[tuple[str, str]]:
     if "Traceback" in text or "Error ignored" in text:
         yield "traceback", last_error(text)
         return
-    if wrong := mistaken(case, told):
+    if (wrong := mistaken(case, told)) and not told.signals:
         yield "wrong data", wrong
     if strange := unplain(case, end, text):
         yield "unplain", strange

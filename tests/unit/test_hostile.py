@@ -81,7 +81,7 @@ def test_status_says_what_was_left_out(new_run: Any, command: Command, fake: Fak
     assert told.code == 0
     assert "left out   metrics.jsonl: 1 line of 2 is no record" in told.out
     assert "left out   events.jsonl: 2 lines of 2 are no records" in told.out
-    assert "job.json: job: string should match pattern" in told.out
+    assert "job.json: not readable" in told.out
     assert len(json.loads(command("status", run, "--json").out)["troubles"]) == 3
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from scaleprog.errors import CheckpointError
-from scaleprog.reading import read, read_object, read_rows, read_yaml, to_line
-from scaleprog.records import EVENT, LEFT, METRIC, Baseline, JobOfRun, Report, Results
+from scaleprog.reading import read, read_object, read_rows, to_line
+from scaleprog.records import EVENT, LEFT, METRIC, Baseline, Job, Report, Results
 from tests.unit import hostile
 
 HONEST: dict[str, tuple[Any, list[dict[str, Any]]]] = {
@@ -58,7 +57,7 @@ def test_whatever_stands_there_is_read(tmp_path_factory: pytest.TempPathFactory,
         told = read(run / name, kind)
         json.dumps(told.rows).encode()
         assert all(isinstance(row, dict) for row in (*told.rows, *read_rows(run / name)))
-    for name, file_kind in (("results.json", Results), ("job.json", JobOfRun), ("jobs/reports/7-0-0.json", Report)):
+    for name, file_kind in (("results.json", Results), ("job.json", Job), ("jobs/reports/7-0-0.json", Report)):
         with suppress(CheckpointError):
             read_object(run / name, file_kind)
 
@@ -117,25 +116,3 @@ def test_a_baseline_has_taken_time(seconds: str, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(f'{{"train_seconds": {seconds}}}')
     with pytest.raises(CheckpointError, match="train_seconds"):
         read_object(tmp_path / "results.json", Baseline)
-
-
-@given(hostile.raw | st.text().map(str.encode))
-def test_yaml_is_plain(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    path = tmp_path_factory.mktemp("yaml") / "recipe.yaml"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError):
-        read_yaml(path, Baseline)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a: &a [*a]", "train_seconds: 1\n3: 4\nx: 5", "a: &a [1, 2]\nb: *c", "a: !!int x", "a: " + "[" * 9999,
-        "train_seconds: 1\nb: !!binary aGk=", "a: b\n" * 2**14,
-        "!!python/object/apply:os.system ['a']",
-    ],
-)  # fmt: skip
-def test_yaml_knows_no_more_than_json(text: str, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(text)
-    with pytest.raises(CheckpointError, match="not readable"):
-        read_yaml(tmp_path / "recipe.yaml", Baseline)

@@ -344,7 +344,7 @@ RECORDS = ("metrics", "events")
             "has not recorded any",
         ),
         (lambda run: (run / "results.json").write_text('{"top1": '), "results.json: not readable"),
-        (lambda run: (run / "recipe.yaml").write_text("- a list"), "recipe.yaml: expected the keys seed, train"),
+        (lambda run: (run / "recipe.yaml").write_text("- a list"), "recipe.yaml: a recipe is a mapping"),
         (lambda run: (run / "results.json").write_text('{"top1": 1.0}'), "results.json: expected the keys stages"),
     ],
 )
