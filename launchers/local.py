@@ -1,28 +1,37 @@
-"""Ranks as processes of this machine, watched by torch's elastic agent: if one fails, all end at once."""
+"""Ranks as processes of this machine: if one fails, all end at once.
+
+They meet in memory that has no name and belongs to this process, and tell it there why they fail. torch's elastic agent
+would listen on every interface, and unpickle what anybody writes to it.
+"""
 
 import atexit
+import ctypes
 import json
-import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from ctypes import c_int
+from dataclasses import replace
+from multiprocessing import connection
+from multiprocessing.context import SpawnProcess
 from types import FrameType
 from typing import Any
 
 import torch
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from launchers.exits import MISTAKE, STOPPED, exit_by
 from launchers.world import Count, Demand, largest
 from scaleprog.errors import Preempted, ScaleprogError
 from scaleprog.preemption import SIGNALS
+from scaleprog.sharding.rendezvous import Place
+
+GRACE_SECONDS = 30.0  # from the TERM of the ranks that are left after a failure to the KILL
+PR_SET_PDEATHSIG = 1
 
 
 class RankFailed(ScaleprogError):
@@ -41,7 +50,7 @@ def launch(
     restarts: int = 0,
     progress: Callable[[], object] = lambda: None,
 ) -> None:
-    """Runs `function(*arguments)` in `ranks` processes of this machine, with torch.distributed's environment set.
+    """Runs `function(*arguments)` in `ranks` processes of this machine, which `process_group()` joins.
 
     Signals that ask to stop (TERM, INT, USR2) are passed on to the ranks, which end by themselves. From the first one
     on nothing is started again, however the ranks end.
@@ -110,25 +119,55 @@ def _stopped(name: str, error: Exception) -> Preempted:
 
 
 def _launch_once(asked: c_int, ranks: int, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=f"scaleprog-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="spawn",
-        signals_to_handle="",  # else the agent kills its ranks instead of letting them finish
-    )
-    for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # RankFailed says it
+    """One start; returns when all ranks have ended well."""
+    spawn = multiprocessing.get_context("spawn")
+    with _memory() as (_, store), _memory() as (told, words):
+        processes: list[SpawnProcess] = []
+        try:
+            for rank in range(ranks):
+                place = Place(rank, ranks, rank, ranks, store)
+                process = spawn.Process(target=_rank, args=(asked, place, words, function, arguments))
+                try:
+                    process.start()
+                except OSError as error:
+                    raise RankFailed(f"rank {rank}: cannot be started: {error}", mistake=False) from error
+                processes.append(process)
+            _watch(processes, told)
+        finally:
+            _end(processes)
+
+
+@contextmanager
+def _memory() -> Iterator[tuple[int, str]]:
+    """A file in memory: its descriptor, and the path by which this user's processes, and no others, can open it."""
+    descriptor = os.memfd_create("scaleprog")
     try:
-        elastic_launch(config, _rank)(asked, function, arguments)
-    except ChildFailedError as error:
-        raise _failure(*error.get_first_failure()) from None
+        yield descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
+def _watch(processes: Sequence[SpawnProcess], told: int) -> None:
+    """Returns when all ranks have ended well; raises RankFailed or Preempted as soon as one has not."""
+    running = {process.sentinel: rank for rank, process in enumerate(processes)}
+    while running:
+        for sentinel in connection.wait(list(running)):
+            rank = running.pop(sentinel)  # type: ignore[call-overload]
+            processes[rank].join()
+            if processes[rank].exitcode:
+                raise _failure(rank, processes[rank].exitcode or 0, os.pread(told, os.fstat(told).st_size, 0))
+
+
+def _end(processes: Sequence[SpawnProcess]) -> None:
+    """Ends the ranks that still run: TERM, and KILL for those that do not heed it."""
+    for process in processes:
+        process.terminate()
+    give_up = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        process.join(max(0.0, give_up - time.monotonic()))
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 @contextmanager
@@ -157,20 +196,24 @@ def _passing_signals_on() -> Iterator[c_int]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def _rank(asked: c_int, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-    """What one process does; an exception goes into the agent's error file instead of over the other ranks' output."""
+def _rank(asked: c_int, place: Place, words: str, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    """What one process does. What it fails by goes into the launcher's memory, not over the other ranks' output."""
     for number in SIGNALS:
         signal.signal(number, _too_early)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)  # without its launcher it leaves, after a checkpoint
     if asked.value:
         os._exit(STOPPED)
+    telling, store = os.open(words, os.O_WRONLY | os.O_APPEND), os.open(place.store, os.O_RDWR)
     try:
+        os.environ |= replace(place, store=f"file:/proc/self/fd/{store}").variables()  # the launcher may be killed
         function(*arguments)
         atexit.register(_leave)
     except Exception as error:
         end = exit_by(error)
         time.sleep(end.delay)
-        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
-            json.dump({"message": end.text, "timestamp": int(time.time()), "reason": end.reason}, file)
+        with suppress(OSError):
+            row = {"rank": place.rank, "code": end.code, "text": end.text, "reason": end.reason}
+            os.write(telling, f"{json.dumps(row)}\n".encode())
         sys.stdout.flush()
         sys.stderr.flush()
         # no tidy end: a collective that waits for another rank would never return
@@ -189,14 +232,28 @@ def _too_early(number: int, _: FrameType | None) -> None:
     os._exit(STOPPED)
 
 
-def _failure(rank: int, failure: ProcessFailure) -> RankFailed | Preempted:
-    """What it means that a rank has ended so."""
-    said = failure.error_file_data
-    spoke = "reason" in said  # else it was ended from outside, or left at once
-    if failure.exitcode == STOPPED:
-        return Preempted(said["message"], said["reason"]) if spoke else Preempted("stopped by a signal")
-    if failure.exitcode < 0:
-        how = f"was ended by {failure.signal_name()}; all other ranks were stopped"
+def _failure(rank: int, code: int, told: bytes) -> RankFailed | Preempted:
+    """What it means that a rank was the first to leave, with `code`.
+
+    `told`: a line of every rank that has said why it fails, in that order. The first of them is the first to fail, even
+    if another was faster to leave.
+    """
+    line, end, _ = told.partition(b"\n")
+    if end:
+        first = json.loads(line)
+        if first["code"] == STOPPED:
+            return Preempted(first["text"], first["reason"])
+        return RankFailed(f"rank {first['rank']}: {first['text']}", mistake=first["code"] == MISTAKE)
+    if code == STOPPED:
+        return Preempted("stopped by a signal")
+    if code < 0:
+        how = f"was ended by {_signal_name(-code)}; all other ranks were stopped"
         return RankFailed(f"rank {rank} {how}", mistake=False)
-    text = said["message"] if spoke else f"failed with exit code {failure.exitcode}"
-    return RankFailed(f"rank {rank}: {text}", mistake=spoke and failure.exitcode == MISTAKE)
+    return RankFailed(f"rank {rank}: failed with exit code {code}", mistake=False)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of the real-time signals
+        return f"signal {number}"

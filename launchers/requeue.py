@@ -4,7 +4,6 @@
 killed hides what the first to fail ended with. So a task that leaves for a reason writes it down (`report`).
 """
 
-import json
 import os
 import re
 import shutil
@@ -14,20 +13,28 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from launchers.exits import FINISHED, MISTAKE, STOPPED
 from scaleprog import queue
+from scaleprog.display import as_text
+from scaleprog.errors import ScaleprogError
+from scaleprog.files import write_whole
+from scaleprog.reading import is_torn, open_to_append, read, read_object, to_line
+from scaleprog.records import EVENT, EVENTS, JOB_ID, LEFT, REQUEUES, Job, Measured, Owner, Report
 
 INTERRUPTED, USR2, TERM = (128 + number for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM))
 """What a task ends with that is signalled before the run listens."""
 FRUITLESS = 3  # restarts in a row without a new checkpoint: it is not bad luck
 PAUSES = (1, 1, 2, 4, 8, 15, 30, 60, 60)  # seconds until Slurm is asked again; quick first, a grace time may be running
-REQUEUES = "requeues.jsonl"
+MAX_RESTARTS = 20  # where what the script was given is no number
+MOST_REPORTS = 100_000
 AGAIN = "submit it again, it goes on from the last checkpoint"
 
 Kind = Literal["finished", "mistake", "interrupted", "stopped", "crash"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,12 @@ class Start:
 
     @classmethod
     def current(cls, variables: Mapping[str, str] = os.environ) -> "Start":
-        """The start that this process belongs to."""
-        return cls(variables["SLURM_JOB_ID"], int(variables.get("SLURM_RESTART_COUNT") or 0))
+        """The start that this process belongs to. Raises ScaleprogError outside of a job."""
+        job = variables.get("SLURM_JOB_ID", "")
+        if not re.fullmatch(JOB_ID, job):
+            raise ScaleprogError(f"SLURM_JOB_ID is {as_text(job, most=60)!r}, so this is no job of Slurm's")
+        count = variables.get("SLURM_RESTART_COUNT", "")
+        return cls(job, int(count) if re.fullmatch("[0-9]{1,9}", count) else 0)
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ def report(run: Path, start: Start, rank: int, code: int, cause: str, reason: st
         (run / "jobs").mkdir(exist_ok=True)
         path.parent.mkdir(exist_ok=True)
         row = {"time": time.time(), "rank": rank, "code": code, "cause": cause, "reason": reason}
-        path.write_text(json.dumps(row))
+        write_whole(path, to_line(row).decode())
 
 
 def has_reported(run: Path, start: Start, rank: int) -> bool:
@@ -97,7 +108,7 @@ def how_it_ended(code: int, reports: Sequence[Mapping[str, Any]], signals: Seque
         return End("mistake", MISTAKE, "see the log")
     for report in first:
         if report["code"] == STOPPED:
-            return _stop(report["cause"], report["reason"])
+            return _stop(report["cause"], report.get("reason"))
     for report in first:
         return End("crash", code, f"rank {report['rank']}: {report['cause']}")
     if signals:
@@ -108,7 +119,7 @@ def how_it_ended(code: int, reports: Sequence[Mapping[str, Any]], signals: Seque
     return End("crash", code, f"{'a task was killed, ' if code > 128 else ''}exit code {code}")
 
 
-def _stop(cause: str, *reasons: str) -> End:
+def _stop(cause: str, *reasons: str | None) -> End:
     return End("interrupted" if "SIGINT" in reasons else "stopped", STOPPED, cause)
 
 
@@ -142,11 +153,11 @@ def decide(
         return Verdict(False, f"Slurm has started it again by itself, restart {job.restarts}")
     if job.state != "RUNNING":
         return Verdict(False, f"Slurm is ending it: {job.state}")
-    own = [row for row in earlier if row["job"] == start.job]
-    crashes = sum(row["kind"] == "crash" for row in own)
+    own = [row for row in earlier if row.get("job") == start.job]
+    crashes = sum(row.get("kind") == "crash" for row in own)
     if end.kind == "crash" and crashes >= limit:
         return Verdict(False, f"it has crashed {crashes + 1} times (--max-restarts {limit})")
-    last = [(row["kind"], row["step"], row.get("measured", 0)) for row in own[-FRUITLESS:]]
+    last = [(row.get("kind"), row.get("step"), row.get("measured", 0)) for row in own[-FRUITLESS:]]
     if last == [(end.kind, *progress)] * FRUITLESS:
         if end.kind == "crash":
             return Verdict(False, f"{FRUITLESS} restarts in a row committed nothing new; see the log")
@@ -163,23 +174,30 @@ def after(run: Path, code: int, limit: int) -> int:
     """
     if code == FINISHED:
         return code
-    start, (step, measured) = Start.current(), progress_of(run)
-    files = list(_reports(run).glob(f"{start.job}-{start.restart}-*.json"))
-    reports = [row for path in files for row in read_lines(path)]
+    try:
+        start = Start.current()
+    except ScaleprogError as error:
+        print(f"scaleprog: {error}; nothing starts again", file=sys.stderr, flush=True)
+        return code
+    step, measured = progress_of(run)
+    files = list(islice(_reports(run).glob(f"{start.job}-{start.restart}-*.json"), MOST_REPORTS))
+    reports = [row for path in files if (row := _object(path, Report)) is not None]
     ended = time.time()
     end, verdict, preempted = _settle(run, start, code, reports, limit)
-    row = {"time": ended, **asdict(start), **asdict(end), "step": step, "measured": measured, "preempted": preempted}
-    row |= asdict(verdict)
+    line = {"time": ended, **asdict(start), **asdict(end), "step": step, "measured": measured, "preempted": preempted}
+    line |= asdict(verdict)
+    job = _object(run / "job.json", Job)
     try:
-        if _object(run / "job.json").get("job", start.job) == start.job:  # else it was refused
-            with open(run / REQUEUES, "a") as file:
-                file.write(json.dumps(row) + "\n")
+        if job is None or job["job"] == start.job:  # else it was refused
+            with open_to_append(run / REQUEUES) as file:
+                file.write((b"\n" if is_torn(file) else b"") + to_line(line))
         for path in files:
             path.unlink()
     except OSError as error:
-        print(f"scaleprog: {error}", file=sys.stderr)
+        _say(str(error))
     told = "starts again" if verdict.requeue else f"does not start again: {verdict.why}"
-    print(f"scaleprog: {end.cause}\nscaleprog: job {start.job} {told}", file=sys.stderr, flush=True)
+    _say(end.cause)
+    _say(f"job {start.job} {told}")
     return end.code
 
 
@@ -190,7 +208,7 @@ def _settle(
 
     Where Slurm does not answer, all is asked and decided again: it may have heard the last try, or ended the job since.
     """
-    signals, earlier, progress = _hurried(run, start), read_lines(run / REQUEUES), progress_of(run)
+    signals, earlier, progress = _hurried(run, start), _lines(run / REQUEUES, LEFT), progress_of(run)
     pauses = [*PAUSES] if shutil.which("scontrol") else []
     while True:
         job, unheard = None, ""
@@ -208,7 +226,7 @@ def _settle(
                 unheard, verdict = str(error), Verdict(False, f"Slurm does not requeue it: {error}; {AGAIN}")
         if not unheard or end.kind in ("mistake", "interrupted"):  # these need no word of Slurm's
             return end, verdict, preempted
-        print(f"scaleprog: {unheard}", file=sys.stderr, flush=True)
+        _say(unheard)
         if not pauses:
             return end, verdict, preempted
         time.sleep(pauses.pop(0))
@@ -216,39 +234,50 @@ def _settle(
 
 def progress_of(run: Path) -> tuple[int, int]:
     """The step of the newest checkpoint, and how much of a measurement a stop has kept since."""
-    return newest_step(run), int(_object(run / "measuring.json").get("done", 0))
+    half = _object(run / "measuring.json", Measured)
+    return newest_step(run), 0 if half is None else half["done"]
 
 
 def newest_step(run: Path) -> int:
     """The step of the newest checkpoint; 0 where there is none."""
-    names = [path.name for path in (run / "checkpoints").glob("step-*")]
-    return max((int(name[5:]) for name in names if re.fullmatch(r"step-\d+", name)), default=0)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, as far as they are whole."""
-    rows = []
-    with suppress(OSError):
-        for line in path.read_text().splitlines():
-            with suppress(ValueError):
-                rows.append(json.loads(line))
-    return rows
+    try:
+        names = [entry.name for entry in os.scandir(run / "checkpoints")]
+    except OSError:
+        return 0
+    return max((int(name[5:]) for name in names if re.fullmatch("step-[0-9]{1,15}", name)), default=0)
 
 
 def _hurried(run: Path, start: Start) -> list[str]:
     """The signals, if `events.jsonl` says that they made this start leave at once."""
-    owner = _object(run / "owner.json")
-    if (owner.get("job"), owner.get("restart")) != (start.job, start.restart):
+    owner = _object(run / "owner.json", Owner)
+    if owner is None or (owner["job"], owner["restart"]) != (start.job, start.restart):
         return []
-    events = read_lines(run / "events.jsonl")
-    mine = [event for event in events if event.get("generation") == owner["generation"]]
+    mine = [event for event in _lines(run / EVENTS, EVENT) if event.get("generation") == owner["generation"]]
     hurried = any(event["event"] == "hurried" for event in mine)
     signals = (event["signal"] for event in mine if event["event"] == "signal")  # as every rank has heard them
     return list(dict.fromkeys(signals)) if hurried else []
 
 
-def _object(path: Path) -> dict[str, Any]:
-    return next(iter(read_lines(path)), {})
+def _lines(path: Path, kind: Any) -> list[Any]:
+    """The records in a file; what is none counts as absent, and is said."""
+    told = read(path, kind)
+    if told.trouble:
+        _say(told.trouble)
+    return told.rows
+
+
+def _object(path: Path, kind: type[T]) -> T | None:
+    """The record in a small file; one that holds none counts as absent, and is said."""
+    try:
+        return read_object(path, kind)
+    except ScaleprogError as error:
+        _say(f"{error}; it counts as absent")
+        return None
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the log may lie on a full disk
+        print(f"scaleprog: {as_text(text, lines=True)}", file=sys.stderr, flush=True)
 
 
 def _report(run: Path, start: Start, rank: int) -> Path:
@@ -259,7 +288,20 @@ def _reports(run: Path) -> Path:
     return run / "jobs" / "reports"
 
 
+def _main(run: str, code: str, limit: str) -> int:
+    """What the batch script calls; whatever lies in the run directory, it ends with a decision."""
+    ended = int(code) if re.fullmatch("[0-9]{1,3}", code) else 1
+    try:
+        most = int(limit) if re.fullmatch("[0-9]{1,9}", limit) else None
+        if most is None:
+            _say(f"MAX_RESTARTS {limit!r} is no number, so it is {MAX_RESTARTS}")
+        return after(Path(run), ended, MAX_RESTARTS if most is None else most)
+    except Exception as error:  # nobody comes after this to start the job again
+        _say(f"no decision, {type(error).__name__}: {error}; {AGAIN}")
+        return ended
+
+
 if __name__ == "__main__":
     for ending in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(ending, signal.SIG_IGN)  # those for the tasks, and Slurm's to a job that it has just requeued
-    sys.exit(after(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
+    sys.exit(_main(*sys.argv[1:4]))

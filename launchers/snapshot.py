@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING
 import launchers
 from launchers import integrity
 from scaleprog import queue
+from scaleprog.display import as_text
 from scaleprog.errors import CheckpointError, ScaleprogError
-from scaleprog.files import read_text, write_whole
+from scaleprog.files import write_whole
+from scaleprog.reading import read_object
+from scaleprog.records import JobOfRun
 
 if TYPE_CHECKING:  # it imports torch, for which a job that starts again need not wait
     from scaleprog.recipe import Recipe
@@ -43,25 +46,17 @@ class JobFile:
 
     @classmethod
     def read(cls, run: Path) -> "JobFile | None":
-        """That of a run directory; None where there is none. Raises CheckpointError."""
-        try:
-            file = cls(**json.loads(read_text(run / JOB, 2**16)))
-            file._check()
-        except FileNotFoundError:
+        """That of a run directory; None where there is none. Raises CheckpointError or Unavailable."""
+        found = read_object(run / JOB, JobOfRun)
+        if found is None:
             return None
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{run / JOB}: not readable: {error}") from error
-        return file
-
-    def _check(self) -> None:
-        """Raises ValueError for what no job has: the file may be somebody else's."""
-        forms = {"job": r"[0-9]+(_[0-9]+)?", "code": r"code/[0-9a-z]+", "log": r"|jobs/[^/]+/[^/]+", "name": r".*"}
-        for key, form in forms.items():
-            value = getattr(self, key)
-            if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
-                raise ValueError(f"{key} is no text that can be shown")
+        file = cls(**found)
+        # a folder of code and a log in the run directory, and nothing elsewhere: the file may be somebody else's
+        for key, form in (("job", r"[0-9]+(_[0-9]+)?"), ("code", r"code/[0-9a-z]+"), ("log", r"|jobs/[^/]+/[^/]+")):
+            value = getattr(file, key)
             if not re.fullmatch(form, value) or "/../" in f"/{value}/":
-                raise ValueError(f"{key} is {value[:100]!r}")
+                raise CheckpointError(f"{run / JOB}: not readable: {key} is {value[:100]!r}")
+        return file
 
     def ask(self) -> queue.Job | None:
         """What Slurm says of it; None if it does not know it any more. Raises NoAnswer."""
@@ -135,8 +130,8 @@ def check_free(recipe: "Recipe", run: Path, mine: str | None = None) -> None:
             "--run-dir"
         )
     owner = read_owner(run)
-    if owner is not None and (mine is None or owner["job"] != mine) and is_alive(owner, run):
-        raise CheckpointError(f"{run} is in use by process {owner['pid']} on {owner['host']}; use another --run-dir")
+    if owner is not None and (mine is None or owner.job != mine) and is_alive(owner, run):
+        raise CheckpointError(f"{run} is in use by process {owner.pid} on {owner.host}; use another --run-dir")
 
 
 def prepare(recipe: Path, run: Path, overrides: Sequence[str]) -> Path:
@@ -174,5 +169,5 @@ if __name__ == "__main__":
     try:
         print(prepare(Path(sys.argv[1]), Path(sys.argv[2]).absolute(), sys.argv[3:]))
     except ScaleprogError as mistake:
-        print(f"scaleprog: {mistake}", file=sys.stderr)
+        print(f"scaleprog: {as_text(mistake, lines=True)}", file=sys.stderr)
         sys.exit(2)

@@ -1,31 +1,37 @@
 """Where a run stands: from its run directory, and from Slurm where it is a Slurm job."""
 
-import json
-import os
-import signal
+import math
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from launchers.requeue import REQUEUES, newest_step, read_lines
+from launchers.requeue import newest_step
 from launchers.snapshot import JobFile
 from scaleprog import queue
-from scaleprog.claim import is_alive, read_owner
+from scaleprog.claim import ask_to_stop, is_alive, read_owner
+from scaleprog.display import as_text, first_line
 from scaleprog.errors import CheckpointError, ScaleprogError
-from scaleprog.growth.space import Subnet
+from scaleprog.growth.schedule import Schedule
+from scaleprog.growth.space import Choice, Subnet
 from scaleprog.life import still_told
 from scaleprog.plan import Plan
+from scaleprog.reading import read, read_object
 from scaleprog.recipe import Recipe
+from scaleprog.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, Results
 from scaleprog.state import decision_from_json
 
 RECENT_STEPS = 50
 POLL_SECONDS = 3.0
 TELL_SECONDS = 15.0  # between two lines of progress
+LAST_BYTES = 8 * 2**20  # of metrics.jsonl, which may be long: thousands of steps
+MOST_RESTARTS = 50  # that are shown
 Row = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,16 @@ class Status:
     commit_step: int
     commit_age: float | None
     restarts: list[Restart]
+    troubles: list[str]
+    """What of the run directory could not be read, in words."""
 
     def text(self) -> str:
         """The same for people."""
         of = "" if self.steps is None else f" of {self.steps} ({self.step / self.steps:.0%})"
         lines = [("state", f"{self.state}{self.detail and f' ({self.detail})'}"), ("step", f"{self.step}{of}")]
         if self.stage is not None:
-            lines.append(("stage", f"{self.stage}, {self.phase}, {self.network}, loss {self.loss:.3f}"))
+            loss = "no number" if self.loss is None else f"{self.loss:.3f}"
+            lines.append(("stage", f"{self.stage}, {self.phase}, {self.network}, loss {loss}"))
         if self.top1 is not None:
             lines.append(("top-1", f"{self.top1:.2f} % after step {self.top1_step}"))
         if self.images_per_second is not None:
@@ -74,8 +83,11 @@ class Status:
             lines.append(("checkpoint", "none yet"))
         else:
             lines.append(("checkpoint", f"step {self.commit_step}, {_span(self.commit_age)} ago"))
-        lines += [("restart", f"{_clock(r.time)} at step {r.step}: {r.cause}") for r in self.restarts]
-        return "\n".join([self.run, *(f"  {key:<11}{value}" for key, value in lines)])
+        more = len(self.restarts) - MOST_RESTARTS
+        lines += [("restart", f"{more} earlier ones")] if more > 0 else []
+        lines += [("restart", f"{_clock(r.time)} at step {r.step}: {r.cause}") for r in self.restarts[-MOST_RESTARTS:]]
+        lines += [("left out", trouble) for trouble in self.troubles]
+        return "\n".join([as_text(self.run), *(f"  {key:<11}{as_text(value)}" for key, value in lines)])
 
 
 def status(run: Path) -> Status:
@@ -83,17 +95,20 @@ def status(run: Path) -> Status:
     if not (run / "recipe.yaml").exists():
         raise CheckpointError(f"{run}: no run directory; it is what `scaleprog submit` and `scaleprog train` write")
     recipe = Recipe.load(run / "recipe.yaml")
-    rows, events = read_lines(run / "metrics.jsonl"), read_lines(run / "events.jsonl")
+    records = [read(run / METRICS, METRIC, LAST_BYTES), read(run / EVENTS, EVENT), read(run / REQUEUES, LEFT)]
+    rows, events, ends = (told.rows for told in records)
     trained = [row for row in rows if "loss" in row]
-    evaluated = [row for row in rows if "top1" in row]
+    evaluated = [row for row in (*still_told(events), *rows) if row.keys() >= {"top1", "top1_ema"}]
     now = trained[-1] if trained else None
     commit = newest_step(run)
     step = max(commit, now["step"]) if now else commit
     recent = trained[-RECENT_STEPS:]
     steps, left = outlook(recipe, events, step, recent)
-    state, detail, job = standing(run)
+    troubles = [told.trouble for told in records if told.trouble]
+    state, detail, job = standing(run, troubles)
     if state == "finished":
         left = None
+    seconds = _seconds(recent)
     return Status(
         run=str(run),
         state=state,
@@ -104,20 +119,22 @@ def status(run: Path) -> Status:
         stage=now["stage"] if now else None,
         phase=now["phase"] if now else None,
         network=str(Subnet(now["resolution"], now["depth"])) if now else None,
-        loss=now["loss"] if now else None,
+        loss=_finite(now["loss"]) if now else None,
         top1=max(evaluated[-1]["top1"], evaluated[-1]["top1_ema"]) if evaluated else None,
         top1_step=evaluated[-1]["step"] if evaluated else None,
-        images_per_second=sum(row["images"] for row in recent) / _seconds(recent) if recent else None,
-        seconds_left=left,
+        images_per_second=_finite(sum(row.get("images", 0) for row in recent) / seconds) if seconds else None,
+        seconds_left=None if left is None else _finite(left),
         commit_step=commit,
         commit_age=_age(run / "checkpoints" / f"step-{commit:08d}"),
-        restarts=list(restarts(events, read_lines(run / REQUEUES))),
+        restarts=list(restarts(events, ends)),
+        troubles=troubles,
     )
 
 
-def standing(run: Path) -> tuple[str, str, str | None]:
-    """State, what there is to say about it, and the Slurm job."""
-    file, owner, unknown = JobFile.read(run), read_owner(run), ""
+def standing(run: Path, troubles: list[str] | None = None) -> tuple[str, str, str | None]:
+    """State, what there is to say about it, and the Slurm job; what cannot be read is added to `troubles`."""
+    troubles = [] if troubles is None else troubles
+    file, owner, unknown = _told(partial(JobFile.read, run), troubles), _told(partial(read_owner, run), troubles), ""
     job = None
     if file is not None:
         try:
@@ -126,18 +143,28 @@ def standing(run: Path) -> tuple[str, str, str | None]:
             unknown = f"job {file.job}; {error}"
     name = None if file is None else file.job
     if (run / "results.json").exists():
+        _told(partial(read_object, run / "results.json", Results), troubles)
         return "finished", "", name
     if job is not None and not job.over:
         about = [f"job {job.id}", job.nodes and f"on {job.nodes}", job.reason]
         return job.state.lower(), ", ".join(filter(None, about)), name
     if owner is not None and is_alive(owner, run):
-        return "running", f"process {owner['pid']} on {owner['host']}", owner["job"]
-    ends = read_lines(run / REQUEUES)
-    if file is not None and ends and ends[-1]["job"] == file.job and not ends[-1]["requeue"]:
+        return "running", f"process {owner.pid} on {owner.host}", owner.job
+    ends = read(run / REQUEUES, LEFT).rows
+    if file is not None and ends and ends[-1].get("job") == file.job and not ends[-1].get("requeue"):
         return "stopped", f"job {file.job}: {ends[-1]['cause']}", name
     if job is not None:
         return "stopped", f"job {job.id}: {job.state}", name
     return "stopped", unknown or ("never started" if owner is None else ""), name
+
+
+def _told(ask: Callable[[], T], troubles: list[str]) -> T | None:
+    """What a file tells; one that cannot be read counts as absent, and is added to `troubles`."""
+    try:
+        return ask()
+    except ScaleprogError as error:
+        troubles.append(str(error))
+        return None
 
 
 def restarts(events: Sequence[Row], ends: Sequence[Row]) -> Iterator[Restart]:
@@ -158,8 +185,8 @@ def restarts(events: Sequence[Row], ends: Sequence[Row]) -> Iterator[Restart]:
 def _cause(row: Row) -> str:
     """Why a start ended, by an event of its end or a line of `requeues.jsonl`."""
     if "cause" in row:
-        return row["cause"]
-    return row[{"preempted": "reason", "error": "message", "signal": "signal"}[row["event"]]].splitlines()[0]
+        return first_line(row["cause"])
+    return first_line(row[{"preempted": "reason", "error": "message", "signal": "signal"}[row["event"]]])
 
 
 def outlook(recipe: Recipe, events: Sequence[Row], step: int, recent: Sequence[Row]) -> tuple[int | None, float | None]:
@@ -172,12 +199,33 @@ def outlook(recipe: Recipe, events: Sequence[Row], step: int, recent: Sequence[R
     except ScaleprogError:  # the shards need not be within reach of whoever asks
         return None, None
     told = [e for e in still_told(events) if e["event"] == "choice" and e["step"] <= step]
-    phases = plan.schedule.expected([decision_from_json(event).choice for event in told], plan.gmacs)
+    choices = possible(plan.schedule, [decision_from_json(event).choice for event in told])
+    phases = plan.schedule.expected(choices, plan.gmacs)
 
     left = [replace(phase, start=max(phase.start, step)) for phase in phases if phase.stop > step]
     work = plan.schedule.cost(left, plan.gmacs)
-    done = sum(plan.gmacs(Subnet(row["resolution"], row["depth"])) for row in recent)
-    return phases[-1].stop, _seconds(recent) / done * work if recent else None
+    trained = [Subnet(row["resolution"], row["depth"]) for row in recent]
+    networks = {subnet for phase in phases for subnet in phase.candidates}
+    if not trained or not networks.issuperset(trained):  # nobody knows what such a network would cost
+        return phases[-1].stop, None
+    return phases[-1].stop, _seconds(recent) / sum(map(plan.gmacs, trained)) * work
+
+
+def possible(schedule: Schedule, choices: Sequence[Choice]) -> list[Choice]:
+    """The choices, up to the first that no search of `schedule` can have made."""
+    made: list[Choice] = []
+    for choice in choices:
+        search = schedule.phases(made)[-1]
+        if not search.searched or choice.subnet not in search.candidates:
+            break
+        position = search.position + (search.stop - search.start if schedule.recycle else 0)
+        takeover = choice.complete_from
+        if (takeover is None) != (schedule.budget is None):
+            break
+        if takeover is not None and not position <= takeover <= max(position, schedule.latest):
+            break
+        made.append(choice)
+    return made
 
 
 def follow(run: Path, file: JobFile) -> int:
@@ -192,16 +240,16 @@ def follow(run: Path, file: JobFile) -> int:
             now = str(error)
         if now != said:
             said = now
-            print(f"{_clock(time.time())} {now}", flush=True)
+            print(f"{_clock(time.time())} {as_text(now)}", flush=True)
         if time.monotonic() - told > TELL_SECONDS and (line := _last_step(run)) is not None:
             told = time.monotonic()
             print(f"{_clock(time.time())} {line}", flush=True)
         time.sleep(POLL_SECONDS)
     if (job is None and (run / "results.json").exists()) or (job is not None and job.state == "COMPLETED"):
         return 0
-    last = next(reversed(read_lines(run / REQUEUES)), None)
-    if last is not None and last["job"] == file.job:
-        print(f"scaleprog: {last['cause']}", file=sys.stderr)
+    last = next(reversed(read(run / REQUEUES, LEFT).rows), None)
+    if last is not None and last.get("job") == file.job:
+        print(f"scaleprog: {as_text(last['cause'], lines=True)}", file=sys.stderr)
     return 1 if job is None else job.exit_code or 1
 
 
@@ -212,11 +260,11 @@ def cancel(run: Path) -> str:
     if job is not None and not job.over:
         queue.cancel(job.id)
         done = f"job {job.id}, which was {job.state}, is cancelled"
-    elif owner is not None and owner["job"] is None and is_alive(owner, run):
-        if owner["host"] != socket.gethostname():
-            raise ScaleprogError(f"{run} is trained on {owner['host']}; run `scaleprog cancel` there")
-        os.kill(owner["pid"], signal.SIGTERM)
-        done = f"process {owner['pid']} is asked to stop after a checkpoint"
+    elif owner is not None and owner.job is None and is_alive(owner, run):
+        if owner.host != socket.gethostname():
+            raise ScaleprogError(f"{run} is trained on {owner.host}; run `scaleprog cancel` there")
+        ask_to_stop(owner, run)
+        done = f"process {owner.pid} is asked to stop after a checkpoint"
     else:
         raise ScaleprogError(f"{run}: nothing to cancel; neither a job nor a process of this machine trains it")
     kept = newest_step(run)
@@ -233,17 +281,14 @@ def _now(job: queue.Job | None) -> str:
 
 def _last_step(run: Path) -> str | None:
     """The last line of `metrics.jsonl` in words."""
-    try:
-        with open(run / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = file.read().splitlines()[1:]
-    except OSError:
-        return None
-    for line in reversed(lines):
-        row = json.loads(line) if line.endswith(b"}") else {}
+    for row in reversed(read(run / METRICS, METRIC, last=2**14).rows):
         if "loss" in row:
             return f"step {row['step']}, stage {row['stage']} {row['phase']}, loss {row['loss']:.3f}"
     return None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _seconds(rows: Sequence[Row]) -> float:

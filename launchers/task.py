@@ -19,6 +19,7 @@ from scaleprog import queue
 from scaleprog.errors import ScaleprogError
 from scaleprog.preemption import SIGNALS
 from scaleprog.recipe import Recipe
+from scaleprog.sharding.rendezvous import INTERFACES, LOOPBACK, STORE
 from scaleprog.train import train_rank
 
 PORTS = range(15_000, 30_000)  # below those that Linux gives out to clients
@@ -35,6 +36,7 @@ def task(run: Path) -> dict[str, Any]:
     start, rank = Start.current(), int(os.environ["SLURM_PROCID"])
     try:
         os.environ |= rank_variables(os.environ, start) | network_variables(os.environ)
+        os.environ[STORE] = f"tcp:{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if rank == 0:
             tell_time_limit(start)
             print(describe(os.environ), flush=True)
@@ -104,19 +106,23 @@ def tasks_per_node(text: str) -> list[int]:
 def network_variables(slurm: Mapping[str, str]) -> dict[str, str]:
     """Where rank 0 is, and the interface by which the ranks talk to each other unless the user has named one.
 
-    That is the one that leads to rank 0's node, and on that node the one that leads to the next.
+    On one node that is loopback, whatever else is named: nothing need be reachable from elsewhere. On several it is the
+    one that leads to rank 0's node, and on that node the one that leads to the next.
     """
     names = queue.hosts(slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"])
     if len(names) == 1:
-        master, chosen = "127.0.0.1", "lo"
-    else:
-        master = address(names[0]) or slurm.get("SLURM_LAUNCH_NODE_IPADDR", "")
-        if not master:
-            raise ScaleprogError(f"{names[0]}: no address is known of this node, on which rank 0 runs")
-        first = slurm.get("SLURM_NODEID") == "0"
-        chosen = interface(address(names[1]) if first else master)
+        return {"MASTER_ADDR": "127.0.0.1", **dict.fromkeys(INTERFACES, LOOPBACK)}
+    master = address(names[0]) or slurm.get("SLURM_LAUNCH_NODE_IPADDR", "")
+    if not master:
+        raise ScaleprogError(f"{names[0]}: no address is known of this node, on which rank 0 runs")
+    peer = master
+    if slurm.get("SLURM_NODEID") == "0":
+        peer = address(names[1])
+        if master.startswith("127."):  # /etc/hosts often says so of a machine's own name
+            master = address_towards(peer) or master
+    chosen = interface(peer)
     variables = {"MASTER_ADDR": master}
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+    for name in INTERFACES:
         if chosen and not slurm.get(name):
             variables[name] = chosen
     return variables
@@ -130,13 +136,20 @@ def address(host: str) -> str:
         return ""
 
 
-def interface(peer: str) -> str:
-    """The network interface by which packets to an IPv4 address leave; empty if it cannot be told."""
+def address_towards(peer: str) -> str:
+    """This machine's address from which packets to an IPv4 address leave; empty if it cannot be told."""
     if not peer:
         return ""
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((peer, 9))  # sends nothing
-        own = probe.getsockname()[0]
+        return probe.getsockname()[0]
+    return ""
+
+
+def interface(peer: str) -> str:
+    """The network interface by which packets to an IPv4 address leave; empty if it cannot be told."""
+    own = address_towards(peer)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with suppress(OSError):
                 answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))

@@ -9,17 +9,41 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, NotRequired
+
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
 
 from launchers.exits import exit_by
 from scaleprog.data.order import divisors
-from scaleprog.errors import CheckpointError, ScaleprogError
-from scaleprog.plain_yaml import RECIPE, read_run
+from scaleprog.display import as_text
+from scaleprog.errors import ScaleprogError, Unavailable
 from scaleprog.queue import hosts
+from scaleprog.reading import read_yaml
+from scaleprog.records import STRICT
 from scaleprog.settings import MOST_RANKS
 
 if TYPE_CHECKING:
     from scaleprog.recipe import Recipe
+
+
+Ranks = Annotated[int, Field(ge=1, le=MOST_RANKS)]
+
+
+@with_config(STRICT)
+class _Data(TypedDict):
+    lanes: Ranks
+
+
+@with_config(STRICT)
+class _Sharding(TypedDict):
+    shard: NotRequired[Ranks | None]
+
+
+@with_config(STRICT)
+class _Recipe(TypedDict):
+    data: _Data
+    sharding: _Sharding
 
 
 @dataclass(frozen=True)
@@ -32,14 +56,14 @@ class Count:
     @classmethod
     def parse(cls, text: str, option: str) -> "Count":
         """The value of an option: N, or LEAST:MOST. Raises ScaleprogError."""
-        found = re.fullmatch(r"0*([0-9]{1,12})(?::0*([0-9]{1,12}))?", text)
+        found = re.fullmatch(r"([0-9]{1,9})(?::([0-9]{1,9}))?", text)
         if found is not None:
             least, most = int(found[1]), int(found[2] or found[1])
-            if 1 <= least <= most and least <= MOST_RANKS:
+            if 1 <= least <= most:
                 return cls(least, most)
         raise ScaleprogError(
-            f"{option} {text[:100]}: neither a number such as 4 nor a range LEAST:MOST such as 2:8, with 1 <= LEAST <= "
-            f"MOST and LEAST <= {MOST_RANKS}"
+            f"{option} {as_text(text, most=60)}: neither a number such as 4 nor a range LEAST:MOST such as 2:8, "
+            "with 1 <= LEAST <= MOST"
         )
 
     def __str__(self) -> str:
@@ -66,15 +90,10 @@ class Demand:
     @classmethod
     def read(cls, run: Path) -> "Demand":
         """That of the recipe of a run directory. Raises Unavailable or CheckpointError."""
-        values = read_run(run)
-        try:
-            demand = cls(values["data"]["lanes"], values["sharding"]["shard"] or 1)
-        except (LookupError, TypeError) as error:
-            raise CheckpointError(f"{run / RECIPE}: damaged, {error!r}; submit the run again") from error
-        for number in (demand.lanes, demand.shard):
-            if type(number) is not int or not 1 <= number <= MOST_RANKS:
-                raise CheckpointError(f"{run / RECIPE}: damaged, {number!r} lanes or ranks; submit the run again")
-        return demand
+        found = read_yaml(run / "recipe.yaml", _Recipe)
+        if found is None:
+            raise Unavailable(f"{run / 'recipe.yaml'}: not readable: it is not there (yet)")
+        return cls(found[1]["data"]["lanes"], found[1]["sharding"].get("shard") or 1)
 
     def obstacle(self, ranks: int) -> str:
         """Why so many ranks cannot train, and how a run can be set up so that they can; empty if they can."""
@@ -117,13 +136,16 @@ def nodes_to_use(run: Path, least: int, each: int) -> int:
     Raises:
         ScaleprogError: the job has fewer nodes than `least`, or no number of them can train.
     """
-    there = int(os.environ["SLURM_JOB_NUM_NODES"])
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES", "")
+    if not re.fullmatch("[0-9]{1,9}", nodes):
+        raise ScaleprogError(f"SLURM_JOB_NUM_NODES is {as_text(nodes, most=60)!r}: this is no job of Slurm's")
+    there = int(nodes)
     if there < least:
         raise ScaleprogError(f"the job has {there} nodes, fewer than MIN_NODES, {least}: ask Slurm for as many")
     demand = Demand.read(run)
     used = largest("nodes", Count(least, there), demand, each)
     if used < there:
-        idle = ", ".join(hosts(os.environ["SLURM_JOB_NODELIST"])[used:])
+        idle = as_text(", ".join(hosts(os.environ.get("SLURM_JOB_NODELIST", ""))[used:]))
         print(
             f"scaleprog: {used} of {there} nodes train, idle: {idle}; {demand.obstacle(there * each)}",
             file=sys.stderr, flush=True,
@@ -134,8 +156,9 @@ def nodes_to_use(run: Path, least: int, each: int) -> int:
 if __name__ == "__main__":
     folder, fewest, tasks = sys.argv[1:]
     try:
-        print(nodes_to_use(Path(folder), Count.parse(fewest, "MIN_NODES").least, int(tasks)))
+        each = Count.parse(tasks, "TASKS").least
+        print(nodes_to_use(Path(folder), Count.parse(fewest, "MIN_NODES").least, each))
     except Exception as error:
         end = exit_by(error)
-        print(f"scaleprog: how many nodes are to train? {end.text}", file=sys.stderr)
+        print(f"scaleprog: how many nodes are to train? {as_text(end.text, lines=True)}", file=sys.stderr)
         sys.exit(end.code)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from scaleprog.data.augment import Request, low_pass
 from scaleprog.data.order import SEARCH_EPOCH
+from scaleprog.errors import ScaleprogError
 from scaleprog.evaluate import evaluate
 from scaleprog.files import write_whole
 from scaleprog.growth.schedule import Phase
@@ -21,6 +22,8 @@ from scaleprog.growth.search import Decision, candidate_times, decide, decide_wi
 from scaleprog.growth.space import Subnet
 from scaleprog.metrics import StepTimer
 from scaleprog.preemption import AskedToStop
+from scaleprog.reading import read_object
+from scaleprog.records import HalfMeasured
 from scaleprog.run import Run, patches_seen
 from scaleprog.state import decision_from_json, decision_to_json, pairs
 
@@ -54,7 +57,7 @@ def measure(run: Run, phase: Phase) -> None:
     judged = schedule.scored(phase)
     sizes = sorted({schedule.view(s).pixels for s in judged})
     requests = [Request(SEARCH_EPOCH, i, r, erase=0.0) for r in sizes for i in range(run.plan.search_batches)]
-    done, totals = _half_measured(run, judged)
+    done, totals = _half_measured(run, judged, len(requests))
     grow_from = range(len(run.recipe.ema.momenta))[run.recipe.ema.grow_from]
     weights = grow_from if run.recipe.search.weights == "ema" else None
     with run.reader.stream(requests[done:], sizes[-1]) as batches, run.backend.weights(weights):
@@ -87,18 +90,22 @@ def measure(run: Run, phase: Phase) -> None:
     run.recorder.curve(at, "search", {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()})
 
 
-def _half_measured(run: Run, judged: Sequence[Subnet]) -> tuple[int, dict[Subnet, float]]:
-    """How many batches of the present measurement were done when the run was stopped, and this rank's sums of them.
+def _half_measured(run: Run, judged: Sequence[Subnet], batches: int) -> tuple[int, dict[Subnet, float]]:
+    """How many of the present measurement's batches were done when the run was stopped, and this rank's sums of them.
 
     A file of its own keeps this, because the checkpoint that a search starts from is older than its network.
     """
 
+    world = run.coordinator.world
+    wanted = _where(run, judged), [len(judged)] * world
+
     def read() -> tuple[int, list[list[float]]]:
-        with suppress(OSError, ValueError):
-            kept = json.loads((run.folder / HALF_MEASURED).read_text())
-            if kept["where"] == _where(run, judged):
+        with suppress(ScaleprogError):  # then it is done anew
+            kept = read_object(run.folder / HALF_MEASURED, HalfMeasured)
+            fits = kept is not None and (kept["where"], list(map(len, kept["totals"]))) == wanted
+            if kept is not None and fits and kept["done"] < batches:
                 return kept["done"], kept["totals"]
-        return 0, [[0.0] * len(judged)] * run.coordinator.world
+        return 0, [[0.0] * len(judged)] * world
 
     done, totals = run.coordinator.decide("measurement so far", read)
     return done, dict(zip(judged, totals[run.coordinator.rank]))

@@ -1,29 +1,33 @@
 """Checkpoints of a run: taken while training goes on, visible once all ranks agree that they are sound."""
 
 import copy
+import os
+import re
 import time
+import uuid
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from scaleprog.errors import CheckpointError, OtherFormat, Unavailable
+from scaleprog.errors import CheckpointError, OtherFormat, OtherRun, Unavailable
+from scaleprog.files import write_whole
 from scaleprog.settings import Few, Minutes, Settings, Steps, WholeEpochs
 from scaleprog.sharding.coordinator import Coordinator
-from scaleprog.sharding.spread import Part
+from scaleprog.sharding.spread import Part, share_out
 from scaleprog.storage import (
+    RUN,
     FileList,
+    Manifest,
+    Stored,
     committed,
-    digest_files,
-    flat,
+    opened,
     prepare,
     publish,
     reason,
@@ -31,7 +35,12 @@ from scaleprog.storage import (
     step_of,
     tidy,
     verify,
+    write_tensors,
 )
+from scaleprog.tensorfile import NAMES
+
+RUN_ID = "run.id"
+ELSEWHERE = "move it to where it belongs; then the newest of this run's own is taken"
 
 
 class CheckpointSettings(Settings):
@@ -63,15 +72,29 @@ class Commit:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class Owner:
+    """The run that checkpoints belong to, as far as the recipe says; the default asks for nothing.
+
+    `recipe`: plain values that are kept with each checkpoint; `differences`: says in lines why a run with such values
+    cannot go on with this recipe; `most`: bytes that no checkpoint of the run exceeds (None: not known).
+    """
+
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    differences: Callable[[Mapping[str, Any]], list[str]] = lambda recipe: []
+    most: int | None = None
+
+
 class Checkpoints:
     """The checkpoints of one run directory. Every rank calls the same methods in the same order.
 
     Args:
-        folder: where they are; one folder `step-N` each.
+        folder: where they are; one folder `step-N` each. The folder above is the run's: `run.id` in it names the run.
         coordinator: of the ranks.
         keep: how many of the newest stay.
         fence: held on rank 0 while something becomes visible or is deleted; raises Superseded.
         generation: of this start; names what is being written. 0 for whoever only reads.
+        owner: the run.
     """
 
     def __init__(
@@ -81,17 +104,15 @@ class Checkpoints:
         keep: int,
         fence: Callable[[], AbstractContextManager[None]] = nullcontext,
         generation: int = 0,
+        owner: Owner = Owner(),
     ) -> None:
         self.folder, self.coordinator, self.keep = folder, coordinator, keep
-        self._fence, self._generation = fence, generation
+        self._fence, self._generation, self._owner = fence, generation, owner
         group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         self._background = Coordinator(group)  # its collectives meet only each other
-        gpu = torch.cuda.is_available()
-        device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if gpu else (None, ())  # a thread has its own
-        self._writer = ThreadPoolExecutor(1, "checkpoint", *device)
-        # one for all saves: its host memory is used again, as `save` waits for the save before
-        options = StagingOptions(gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu)
-        self._stager = DefaultStager(options)
+        self._gpu = torch.cuda.is_available()
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._host: dict[str, Tensor] = {}  # used again, as `save` waits for the save before
         self._writing: Future[Commit] | None = None
         self._finished: list[Commit] = []
 
@@ -113,8 +134,7 @@ class Checkpoints:
         """
         began = time.monotonic()
         self.wait()
-        copies = cast(dict[str, Tensor], self._stager.stage({name: part.tensor for name, part in parts.items()}))
-        staged = {name: flat(part, copies[name]) for name, part in parts.items()}
+        staged = self._staged(parts)
         state = copy.deepcopy(dict(state))
         stall = time.monotonic() - began
         self._writing = self._writer.submit(self._write, step, state, staged, stall, tuple(protect), permanent)
@@ -132,20 +152,35 @@ class Checkpoints:
         ended, self._finished = self._finished, []
         return ended
 
+    def _staged(self, parts: Mapping[str, Part]) -> dict[str, Part]:
+        """Copies on the host, which the next call overwrites."""
+        sources = {name: part.tensor.detach().view(-1) for name, part in parts.items()}
+        like = {name: (source.shape, source.dtype) for name, source in sources.items()}
+        self._host = {name: t for name, t in self._host.items() if like.get(name) == (t.shape, t.dtype)}
+        for name, source in sources.items():
+            if name not in self._host:
+                self._host[name] = torch.empty(source.shape, dtype=source.dtype, pin_memory=self._gpu)
+            self._host[name].copy_(source, non_blocking=self._gpu)
+        if self._gpu:
+            torch.cuda.current_stream().synchronize()
+        return {name: Part(self._host[name], part.start, part.numel) for name, part in parts.items()}
+
     def newest(self, report: Callable[[str], None]) -> Path | None:
         """The newest checkpoint that verifies, agreed by all ranks; rank 0 reports what it skipped and why, and takes
         it out of the way.
 
-        Raises OtherFormat where that is one of another version of scaleprog, Unavailable where none can be read.
+        Raises OtherFormat where that is one of another version of scaleprog, OtherRun where it does not belong here,
+        Unavailable where none can be read.
         """
 
         def find() -> str | None:
             damaged: list[Path] = []
             unreadable: Unavailable | None = None
+            run = run_of(self.folder.parent)
             for path in reversed(committed(self.folder)):
                 try:
-                    verify(path)
-                except OtherFormat:
+                    self._verify(path, run)
+                except (OtherFormat, OtherRun):
                     raise
                 except CheckpointError as error:
                     report(f"skipped a damaged checkpoint: {error}")
@@ -170,6 +205,19 @@ class Checkpoints:
         name = self.coordinator.on_rank_0("checkpoint to resume from", find)
         return self.folder / name if name else None
 
+    def _verify(self, path: Path, run: str | None) -> None:
+        """As `verify`; raises OtherRun, too, unless the checkpoint is one of `run`."""
+        manifest = verify(path, self._owner.most)
+        differences = self._owner.differences(manifest.recipe)
+        if differences:
+            listing = "\n".join(f"  {line}" for line in differences)
+            raise OtherRun(f"{path}: is a checkpoint of another recipe:\n{listing}\n{ELSEWHERE}")
+        if run is None and self._generation:  # `run.id` got lost; the newest knows it
+            with self._fence(), suppress(OSError):
+                write_whole(self.folder.parent / RUN_ID, manifest.run)
+        if run not in (None, manifest.run):
+            raise OtherRun(f"{path}: is a checkpoint of another run of the same recipe; {ELSEWHERE}")
+
     @property
     def newest_step(self) -> int:
         """The step of the newest visible checkpoint; 0 if there is none."""
@@ -180,17 +228,25 @@ class Checkpoints:
         self.wait()
         path = self.folder / f"step-{step:08d}"
         try:
-            self.coordinator.on_rank_0("checkpoint to go back to", lambda: verify(path))
+            self.coordinator.on_rank_0(
+                "checkpoint to go back to", lambda: self._verify(path, run_of(self.folder.parent))
+            )
         except CheckpointError as error:
             raise CheckpointError(f"cannot go back to the weights from before the search: {error}") from None
         return path
 
     def tidy(self) -> None:
         """Removes what interrupted starts have left; to be called on rank 0 when no other start can be writing."""
-        tidy(self.folder)
+        tidy(self.folder, self._owner.most)
 
     def _write(
-        self, step: int, state: Mapping[str, Any], tensors: Any, stall: float, protect: Collection[int], permanent: bool
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        parts: Mapping[str, Part],
+        stall: float,
+        protect: Collection[int],
+        permanent: bool,
     ) -> Commit:
         """What the thread does."""
         began = time.monotonic()
@@ -202,20 +258,23 @@ class Checkpoints:
             with self._fence():
                 prepare(temporary)
 
-        def digest() -> FileList | str:
+        def write() -> FileList | str:
+            mine = [name for name, shared in chunks.items() if any(rank == group.rank for rank, _ in shared)]
             try:
-                return digest_files(temporary, group.rank)
+                return write_tensors(temporary, group.rank, {name: parts[name].tensor for name in mine})
             except OSError as failure:
                 return f"rank {group.rank}: {failure}"
 
         def make_visible() -> int:
             files: FileList = {}
-            for part in parts:
-                if isinstance(part, str):
-                    raise CheckpointError(part)
-                files |= part
+            for files_or_error in written:
+                if isinstance(files_or_error, str):
+                    raise CheckpointError(files_or_error)
+                files |= files_or_error
+            tensors = {name: Stored(NAMES[part.tensor.dtype], part.numel, chunks[name]) for name, part in parts.items()}
             with self._fence():
-                return publish(temporary, final, state, files, permanent)
+                manifest = Manifest(self._run(), step, permanent, self._owner.recipe, state, files, tensors)
+                return publish(temporary, final, manifest)
 
         def delete_older() -> None:
             with self._fence():
@@ -224,17 +283,38 @@ class Checkpoints:
         size, error = 0, None
         try:
             group.on_rank_0("prepare", lambda: _on_disk(temporary, make_room))
-            dcp.save(
-                tensors,
-                storage_writer=dcp.FileSystemWriter(temporary, sync_files=True),
-                process_group=group.group,
-            )
-            parts = group.gather(digest())
+            held = {name: [part.numel, part.start, part.tensor.numel()] for name, part in parts.items()}
+            chunks = share_out(group.gather(held))
+            written = group.gather(write())
             size = group.on_rank_0("publish", lambda: _on_disk(final, make_visible))
             group.on_rank_0("retire", lambda: _on_disk(self.folder, delete_older))
-        except (OSError, CheckpointError, Unavailable, dcp.api.CheckpointException) as failure:
+        except (CheckpointError, Unavailable) as failure:
             error = f"{temporary}: not written ({reason(failure)}); is the disk full or over quota?"
         return Commit(final, step, stall, time.monotonic() - began, size, error)
+
+    def _run(self) -> str:
+        """Which run this is; from its first checkpoint on it has a name."""
+        folder = self.folder.parent
+        run = run_of(folder)
+        if run is None:
+            run = uuid.uuid4().hex
+            write_whole(folder / RUN_ID, run)
+        return run
+
+
+def run_of(folder: Path) -> str | None:
+    """What a run directory is called, wherever it is moved or copied to; None where it has no name yet.
+
+    Raises CheckpointError and Unavailable.
+    """
+    path = folder / RUN_ID
+    if not os.path.lexists(path):
+        return None
+    with opened(path) as file:
+        run = file.read(100)
+        if not re.fullmatch(RUN.encode(), run):
+            raise ValueError("names no run; delete it if the checkpoints beside it are this run's")
+    return run.decode()
 
 
 def _on_disk(path: Path, action: Callable[[], Any]) -> Any:

@@ -5,20 +5,24 @@ the directory over with a number higher than the last, its generation; an older 
 a checkpoint finds the higher number and must leave. Two jobs on one directory are a mistake; the second is told so.
 """
 
+import errno
 import json
 import os
+import re
+import signal
 import socket
+import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from scaleprog import queue
-from scaleprog.errors import CheckpointError, Superseded, Unavailable
-from scaleprog.files import lock, unlock, write_whole
+from scaleprog.errors import CheckpointError, ScaleprogError, Superseded, Unavailable
+from scaleprog.files import lock, read_text, unlock, write_whole
 from scaleprog.recipe import Recipe
 from scaleprog.sharding.coordinator import Coordinator
 
@@ -26,6 +30,57 @@ OWNER = "owner.json"
 SILENT_SECONDS = 120.0  # an owner on another host that cannot be asked about is gone after so long without a heartbeat
 LOCK_SECONDS = 90.0  # longer than its holder waits for Slurm's answer
 SHARED_SECONDS = 60.0  # a network file system shows a new file on other nodes within so long
+OWNER_BYTES = 2**16
+LARGEST_PID = 2**22
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The latest start in a run directory, as `owner.json` says; anybody may have written that."""
+
+    generation: int
+    nonce: str
+    job: str | None
+    restart: int
+    host: str
+    pid: int
+    started: str | None
+    """When the process was started, in kernel ticks."""
+
+    @classmethod
+    def of(cls, values: Any) -> "Owner":
+        """From parsed JSON. Raises ValueError that names what cannot be."""
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        values = {"nonce": "", "started": None, **values}  # nobody acts on their absence
+        for name, fits in FITS.items():
+            if name not in values or not fits(values[name]):
+                raise ValueError(f"{name} is {json.dumps(values.get(name))[:80]}")
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+    def __str__(self) -> str:
+        job = "" if self.job is None else f"job {self.job} restart {self.restart}, "
+        return f"{job}process {self.pid} on {self.host}"
+
+
+def _whole(least: int, most: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def _text(pattern: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+FITS: dict[str, Callable[[Any], bool]] = {
+    "generation": _whole(1, 2**53),
+    "nonce": _text(r"[0-9A-Za-z]{0,64}"),
+    "job": lambda value: value is None or _text(queue.JOB_ID)(value),
+    "restart": _whole(0, 2**31),
+    "host": lambda value: isinstance(value, str) and value.isprintable() and 1 <= len(value) <= 255,
+    "pid": _whole(1, LARGEST_PID),
+    "started": lambda value: value is None or _text(r"[0-9]{1,20}")(value),
+}
+"""What each field of an Owner may be."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +106,8 @@ class Claim:
 
     def _check(self) -> None:
         owner = read_owner(self.folder)
-        if owner is None or owner["generation"] != self.generation:
-            by = "nobody" if owner is None else f"generation {owner['generation']} ({_who(owner)})"
+        if owner is None or owner.generation != self.generation:
+            by = "nobody" if owner is None else f"generation {owner.generation} ({owner})"
             raise Superseded(f"{self.folder}: generation {self.generation} was superseded by {by}; nothing was written")
 
 
@@ -78,32 +133,38 @@ def claim_run(folder: Path, recipe: Recipe, coordinator: Coordinator) -> Claim:
 
 def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
     """Writes the next generation down, and the recipe; returns generation and nonce."""
-    me = {
-        "nonce": uuid.uuid4().hex,
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-    }
     with _lock(folder):
         other = read_owner(folder)
-        if other is not None and me["job"] is not None and other["job"] == me["job"]:
-            if other["restart"] > me["restart"]:
-                raise Superseded(f"{folder}: restart {me['restart']} of this job comes after {_who(other)}")
+        me = _this_process(1 if other is None else other.generation + 1)
+        if other is not None and me.job is not None and other.job == me.job:
+            if other.restart > me.restart:
+                raise Superseded(f"{folder}: restart {me.restart} of this job comes after {other}")
         elif other is not None and is_alive(other, folder):
-            raise CheckpointError(
-                f"{folder} is in use by {_who(other)}; wait for it, cancel it, or use another --run-dir"
-            )
+            raise CheckpointError(f"{folder} is in use by {other}; wait for it, cancel it, or use another --run-dir")
+        if not FITS["generation"](me.generation):
+            raise CheckpointError(f"{folder / OWNER}: no generation comes after the last; delete it")
         check_recipe(folder, recipe)
-        generation = 1 if other is None else other["generation"] + 1
         try:
             if not (folder / "recipe.yaml").exists():
                 write_whole(folder / "recipe.yaml", recipe.dump())
-            write_whole(folder / OWNER, json.dumps({"generation": generation, **me}))
+            write_whole(folder / OWNER, json.dumps(asdict(me)))
+            os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # open for as long as this process lives: see `ask_to_stop`
         except OSError as error:
             raise Unavailable(f"{folder}: cannot be written to: {error}") from error
-    return generation, str(me["nonce"])
+    return me.generation, me.nonce
+
+
+def _this_process(generation: int) -> Owner:
+    job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "")
+    return Owner(
+        generation,
+        nonce=uuid.uuid4().hex,
+        job=job if FITS["job"](job) else None,
+        restart=int(restart) if re.fullmatch("[0-9]{1,9}", restart) else 0,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        started=_started(os.getpid()),
+    )
 
 
 def check_recipe(folder: Path, recipe: Recipe) -> None:
@@ -116,25 +177,68 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def read_owner(folder: Path) -> dict[str, Any] | None:
-    """The latest start's `owner.json`; None where there was none."""
+def read_owner(folder: Path) -> Owner | None:
+    """The latest start in a run directory; None where there was none. Raises CheckpointError."""
     try:
-        return json.loads((folder / OWNER).read_text())
+        return Owner.of(json.loads(read_text(folder / OWNER, OWNER_BYTES)))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / OWNER}: not readable ({error}); delete it if nothing trains there") from error
 
 
-def is_alive(owner: dict[str, Any], folder: Path) -> bool:
+def is_alive(owner: Owner, folder: Path) -> bool:
     """Whether that start still runs, as far as can be told: by Slurm, by its process, or by its heartbeat."""
-    if owner["job"] is not None:
+    if owner.job is not None:
         with suppress(queue.NoAnswer):
-            job = queue.find(owner["job"])
+            job = queue.find(owner.job)
             return job is not None and not job.over
-    if owner["host"] == socket.gethostname():
-        return owner["pid"] != os.getpid() and _started(owner["pid"]) == owner["started"]
-    return time.time() - (folder / OWNER).stat().st_mtime < SILENT_SECONDS
+    if owner.host == socket.gethostname():
+        return owner.pid != os.getpid() and owner.started is not None and _started(owner.pid) == owner.started
+    try:
+        silent = time.time() - (folder / OWNER).stat().st_mtime
+    except OSError:
+        return False
+    return abs(silent) < SILENT_SECONDS  # a heartbeat in the future is of a clock that was wrong, or forged
+
+
+def ask_to_stop(owner: Owner, folder: Path) -> None:
+    """Sends TERM to the process of this host that trains in `folder`.
+
+    Raises ScaleprogError, and signals nothing, unless the process that `owner` names is provably that one: it was
+    started when `owner` says, belongs to this user, is called as ours are, and has this very folder open.
+    """
+    named = f"{folder / OWNER} names process {owner.pid}"
+    try:
+        handle = os.pidfd_open(owner.pid)  # of this process alone: its number may be another's before the signal
+    except OSError as error:
+        raise ScaleprogError(f"{named}, which cannot be signaled: {error.strerror}") from error
+    try:
+        if doubt := _doubt(owner, folder):
+            raise ScaleprogError(f"{named}, {doubt}; nothing was signaled")
+        signal.pidfd_send_signal(handle, signal.SIGTERM)
+    except OSError as error:
+        raise ScaleprogError(f"{named}, which cannot be signaled: {error.strerror}") from error
+    finally:
+        os.close(handle)
+
+
+def _doubt(owner: Owner, folder: Path) -> str:
+    """Why the process that `owner` names is not the one that trains in `folder`; empty if it is. May raise OSError."""
+    process = Path(f"/proc/{owner.pid}")
+    if owner.started is None or _started(owner.pid) != owner.started:
+        return "which was started at another time"
+    if os.geteuid() not in (0, process.stat().st_uid):
+        return "which belongs to another user"
+    words = (process / "cmdline").read_bytes().split(b"\0")
+    if b"--multiprocessing-fork" not in words and b"scaleprog" not in [os.path.basename(word) for word in words]:
+        return "whose command line is not scaleprog's"
+    here = folder.stat()
+    for link in (process / "fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            if os.path.samestat(link.stat(), here):
+                return ""
+    return "which does not have this run directory open"
 
 
 def _started(pid: int) -> str | None:
@@ -151,12 +255,7 @@ def _sees(folder: Path, nonce: str) -> bool:
         owner = read_owner(folder)
     except CheckpointError:
         return False
-    return owner is not None and owner["nonce"] == nonce
-
-
-def _who(owner: dict[str, Any]) -> str:
-    job = "" if owner["job"] is None else f"job {owner['job']} restart {owner['restart']}, "
-    return f"{job}process {owner['pid']} on {owner['host']}"
+    return owner is not None and owner.nonce == nonce
 
 
 @contextmanager
@@ -164,7 +263,8 @@ def _lock(folder: Path) -> Iterator[None]:
     """Excludes other holders, where the file system knows locks."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115
+        # nothing that lies there may be followed, waited for or emptied
+        file = open(folder / ".lock", "r+b", buffering=0, opener=_open_lock)  # noqa: SIM115
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be a run directory: {error}") from error
     with file:
@@ -176,3 +276,11 @@ def _lock(folder: Path) -> Iterator[None]:
             yield
         finally:
             unlock(file)
+
+
+def _open_lock(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return descriptor

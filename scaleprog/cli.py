@@ -9,6 +9,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,8 +17,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from scaleprog.display import as_text
 from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
 from scaleprog.files import write_whole
+from scaleprog.reading import read_object
+from scaleprog.records import Baseline, Results
 from scaleprog.settings import MOST_RANKS
 from shards.cli import app as shards_app
 
@@ -120,11 +124,11 @@ def train(
             number, train_rank, loaded, folder,
             restarts=restarts, progress=lambda: committed(folder / "checkpoints")[-1:],
         )  # fmt: skip
-    results = folder / "results.json"
-    if results.exists():
+    results = read_object(folder / "results.json", Results)
+    if results is not None:
         if baseline_seconds is not None:
-            write_speedup(results, baseline_seconds)
-        show(json.loads(results.read_text()), folder)
+            results = write_speedup(folder / "results.json", results, baseline_seconds)
+        show(results, folder)
 
 
 @app.command()
@@ -170,11 +174,11 @@ def submit(
         print(slurm.script(loaded, folder, request), end="")
         return
     job = slurm.submit(loaded, folder, request)
-    quoted = shlex.quote(str(folder))  # lines to be copied into a shell
+    shown = shlex.quote(as_text(folder))  # lines to be copied into a shell
     print(
-        f"job {job.job}: {count} x {request.tasks} ranks\n  run directory  {folder}\n"
-        f"  watch          scaleprog status {quoted}; tail -f {shlex.quote(str(folder / job.log))}\n"
-        f"  end            scaleprog cancel {quoted}",
+        f"job {job.job}: {count} x {request.tasks} ranks\n  run directory  {as_text(folder)}\n"
+        f"  watch          scaleprog status {shown}; tail -f {shlex.quote(as_text(folder / job.log))}\n"
+        f"  end            scaleprog cancel {shown}",
         flush=True,
     )
     if wait:
@@ -189,7 +193,7 @@ def show_status(
     from launchers import status
 
     found = status.status(run)
-    print(json.dumps(asdict(found), indent=1) if as_json else found.text())
+    print(json.dumps(asdict(found), indent=1, allow_nan=False) if as_json else found.text())
 
 
 @app.command()
@@ -197,7 +201,7 @@ def cancel(run: RunPath) -> None:
     """Ends a run, queued or running, under Slurm or on this machine; says what remains."""
     from launchers import status
 
-    print(status.cancel(run))
+    print(as_text(status.cancel(run)))
 
 
 @app.command()
@@ -210,7 +214,7 @@ def evaluate(
     from scaleprog.export import evaluate_run
 
     accuracy, chosen = evaluate_run(run, resolution, weights)
-    print(f"{run}: top-1 {accuracy:.2f} % ({chosen} weights)")
+    print(f"{as_text(run)}: top-1 {accuracy:.2f} % ({chosen} weights)")
 
 
 @app.command()
@@ -218,7 +222,7 @@ def export(run: RunPath, out: Annotated[Path, typer.Argument(metavar="OUT.safete
     """Writes the better of a run's online and EMA weights as a file that plain timm loads."""
     from scaleprog.export import export_run
 
-    print(export_run(run, out))
+    print(as_text(export_run(run, out)))
 
 
 @app.command()
@@ -249,15 +253,21 @@ def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", con
     from scaleprog.plan import forecast
 
     console.print(
-        f"\na step of {recipe.model.name} at full size on {device.name}, of one rank: MiB of memory, and the run's "
-        "peak; collectives, MiB sent, and of them to other nodes; modelled ms and efficiency",
+        f"\na step of {as_text(recipe.model.name)} at full size on {device.name}, of one rank: MiB of memory, and the "
+        "run's peak; collectives, MiB sent, and of them to other nodes; modelled ms and efficiency",
+        markup=False,
         highlight=False,
     )
     for world in worlds:
         try:
             found = forecast(recipe, world, device)
         except RecipeError as error:
-            console.print(f"\n{world} ranks: cannot run: {error}", soft_wrap=True, markup=False, highlight=False)
+            console.print(
+                as_text(f"\n{world} ranks: cannot run: {error}", lines=True),
+                soft_wrap=True,
+                markup=False,
+                highlight=False,
+            )
             continue
         console.print(f"\n{world} ranks, {next(iter(found.values()))[0].images} images each", highlight=False)
         hosts = any(prediction.memory.host for prediction, _ in found.values())
@@ -278,45 +288,55 @@ def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", con
         console.print(table)
     console.print("\n* the recipe's engine; ! more than the device has. What this rests on:")
     for line in assumptions(recipe, device):
-        console.print(f"- {line}", soft_wrap=True, markup=False, highlight=False)
+        console.print(as_text(f"- {line}"), soft_wrap=True, markup=False, highlight=False)
 
 
 def train_seconds(baseline: Path) -> float:
-    """Seconds of training steps that a finished run took. Raises ScaleprogError."""
+    """Seconds of training steps that a finished run took, more than 0. Raises ScaleprogError."""
     results = baseline / "results.json"
     try:
-        return float(json.loads(results.read_text())["train_seconds"])
-    except FileNotFoundError:
-        raise ScaleprogError(f"--baseline: {results} does not exist; has that run finished?") from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ScaleprogError(f"--baseline: {results} is no results.json of a run: {error}") from error
+        found = read_object(results, Baseline)
+    except ScaleprogError as error:
+        raise ScaleprogError(f"--baseline: {results} is no results.json of a run: {error}") from None
+    if found is None:
+        raise ScaleprogError(f"--baseline: {results} does not exist; has that run finished?")
+    return found["train_seconds"]
 
 
-def write_speedup(results: Path, baseline_seconds: float) -> None:
-    """Adds the paper's speedup against another run to `results.json`."""
-    mine = json.loads(results.read_text())
-    mine["speedup"] = baseline_seconds / mine["train_seconds"] - 1
-    write_whole(results, json.dumps(mine, indent=1))
+def write_speedup(path: Path, results: Results, baseline_seconds: float) -> Results:
+    """Adds the paper's speedup against another run to `results.json`; None if the run trained in no time."""
+    own = results["train_seconds"]
+    results = {**results, "speedup": baseline_seconds / own - 1 if own else None}
+    write_whole(path, json.dumps(results, indent=1))
+    return results
 
 
-def show(results: dict, folder: Path) -> None:
+def show(results: Results, folder: Path) -> None:
     """One line of results."""
-    speedup = "" if results["speedup"] is None else f", speedup {results['speedup']:+.1%}"
+    ratio = results.get("speedup")
+    speedup = "" if ratio is None else f", speedup {ratio:+.1%}"
     print(
-        f"{folder}: top-1 {results['top1_best']:.2f} %, {results['train_seconds']:.1f} s of training steps, "
+        f"{as_text(folder)}: top-1 {results['top1_best']:.2f} %, {results['train_seconds']:.1f} s of training steps, "
         f"{results['wall_seconds']:.1f} s in all{speedup}"
     )
 
 
 def main() -> None:
     """Entry point: a mistake that the user can mend is told in plain words, and the exit code is not 0."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where the terminal's alphabet lacks a letter
     try:
         app()
     except Preempted as error:
-        print(f"scaleprog: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
+        _say(f"{error}; the same command goes on from the last checkpoint")
         sys.exit(EXIT_CODE)
     except ScaleprogError as error:
-        print(f"scaleprog: {error}", file=sys.stderr)
+        _say(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _say(message: str) -> None:
+    print(f"scaleprog: {as_text(message, lines=True)}", file=sys.stderr)

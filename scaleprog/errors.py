@@ -24,6 +24,10 @@ class OtherFormat(CheckpointError):
     """A sound checkpoint of another version of scaleprog: nothing to skip as if it were damaged."""
 
 
+class OtherRun(CheckpointError):
+    """A sound checkpoint in the wrong place: of another run, or of another step than its name says."""
+
+
 class Unavailable(ScaleprogError):
     """Something that another try may find in order: a full disk, a file system that does not answer, a lost worker.
 

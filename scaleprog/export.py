@@ -14,11 +14,11 @@ from scaleprog.evaluate import evaluate
 from scaleprog.models import family
 from scaleprog.plan import Plan, check_size
 from scaleprog.recipe import Recipe
+from scaleprog.resume import owner_of, read_run_state, state_of
 from scaleprog.run import load_network, make_backend
 from scaleprog.sharding import Backend
 from scaleprog.sharding.coordinator import Coordinator, process_group
 from scaleprog.state import RunState
-from scaleprog.storage import read_state
 
 Weights = Literal["ema", "online", "best"]
 
@@ -28,7 +28,7 @@ def evaluate_run(run: Path, resolution: int | None, weights: Weights) -> tuple[f
     recipe = _recipe(run)
     with process_group() as (coordinator, device):
         plan = Plan.of(recipe, 1)
-        backend, _ = _restored(run, recipe, coordinator, device)
+        backend, _ = _restored(run, recipe, coordinator, device, plan)
         size = plan.schedule.full.resolution if resolution is None else resolution
         found = evaluate(
             backend, coordinator, plan.manifest, recipe.data, recipe.augment, recipe.evaluate, _fitting(recipe, size)
@@ -66,13 +66,19 @@ def _recipe(run: Path) -> Recipe:
     return Recipe.of_run(run)
 
 
-def _restored(run: Path, recipe: Recipe, coordinator: Coordinator, device: torch.device) -> tuple[Backend, RunState]:
-    """The network of a run's newest checkpoint, whole in this process. Raises CheckpointError if there is none."""
-    newest = Checkpoints(run / "checkpoints", coordinator, keep=1).newest(print)
+def _restored(
+    run: Path, recipe: Recipe, coordinator: Coordinator, device: torch.device, plan: Plan | None = None
+) -> tuple[Backend, RunState]:
+    """The network of a run's newest checkpoint, whole in this process. Raises CheckpointError if there is none.
+
+    `plan`: the recipe's, where its shards are there.
+    """
+    newest = Checkpoints(run / "checkpoints", coordinator, keep=1, owner=owner_of(recipe)).newest(print)
     if newest is None:
         raise CheckpointError(f"{run}: no checkpoint yet; has the run trained?")
-    state = RunState.from_json(read_state(newest))
-    backend = make_backend("replicated", recipe, family(recipe.model)[0], device)
+    elastic, full, _ = family(recipe.model)
+    state = read_run_state(newest, recipe, elastic, full.depth) if plan is None else state_of(newest, plan)
+    backend = make_backend("replicated", recipe, elastic, device)
     load_network(newest, state, backend, elastic=False)
     return backend, state
 

@@ -1,12 +1,13 @@
 """The pictures of a report, drawn without a display: accuracy over time, growth schedules, searches, lives."""
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -16,10 +17,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from scaleprog.display import as_label
 from scaleprog.growth.search import Decision
 from scaleprog.growth.space import Subnet
-from scaleprog.life import Life, Mark, span, when
+from scaleprog.life import Life, Mark, queued_from, span, when
 
+T = TypeVar("T")
 # Okabe and Ito's colours, which stay apart under every common kind of colour blindness
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X")
@@ -34,11 +37,15 @@ STARTING, DOWN, QUEUE = "#cfe0ee", "#ececec", "#dadada"
 COST = "cost (steps of the complete model)"
 LONG = 20  # letters of a name from which on a legend has fewer columns
 WIDTH, DPI = 8.4, 160  # inches; readable where a README shows 800 to 1000 pixels
+MOST_PIXELS = 2**15  # of a picture's height; there is no drawing more than twice as many
+POINTS, BARS, STARTS, COLUMNS, SHADES = 2000, 500, 250, 8, 12
+"""How much of a kind a picture shows: of more, there would be nothing to see and long to wait."""
 STYLE: dict[Any, Any] = {
     "font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.axisbelow": True, "grid.color": "#e4e4e4", "legend.frameon": False, "hatch.linewidth": 0.7,
     "hatch.color": "white", "lines.solid_capstyle": "round", "figure.constrained_layout.use": True,
     "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.08,
+    "text.parse_math": False,  # a name with dollar signs is no formula
 }  # fmt: skip
 
 
@@ -90,10 +97,12 @@ def draw_accuracy(path: Path, curves: Sequence[Curve], spent: str = "training ti
         members = [curve for curve in curves if curve.recipe == recipe]
         colour, marker, line = COLOURS[i % 7], MARKERS[i % 7], LINES[i // 7 % len(LINES)]
         for curve in members:
-            axes[0].plot(curve.seconds, curve.top1, line, color=colour, linewidth=1.2 if len(members) > 1 else 1.8)
+            seen = _some(list(zip(curve.seconds, curve.top1)))
+            axes[0].plot(*np.reshape(seen, (-1, 2)).T, line, color=colour, linewidth=1.2 if len(members) > 1 else 1.8)
             if curve.top1:
-                heights = np.interp(curve.begins, curve.seconds, curve.top1)
-                axes[0].plot(curve.begins, heights, "|", color=colour, markersize=11, markeredgewidth=1.6)
+                begins = _some(curve.begins)
+                heights = np.interp(begins, curve.seconds, curve.top1)
+                axes[0].plot(begins, heights, "|", color=colour, markersize=11, markeredgewidth=1.6)
                 if not curve.finished:
                     axes[0].plot(
                         curve.seconds[-1], curve.top1[-1], marker, color=colour, markerfacecolor="white", zorder=4
@@ -103,7 +112,7 @@ def draw_accuracy(path: Path, curves: Sequence[Curve], spent: str = "training ti
         notes = [f"{len(members)} seeds"] * (len(members) > 1) + [
             f"{unfinished} unfinished" if len(members) > 1 else "unfinished"
         ] * (unfinished > 0)
-        label = f"{recipe} ({', '.join(notes)})" if notes else recipe
+        label = f"{as_label(recipe)} ({', '.join(notes)})" if notes else as_label(recipe)
         axes[0].plot([], [], line + marker, color=colour, markeredgecolor="white", markersize=8, label=label)
     if any(curve.begins for curve in curves):
         axes[0].plot([], [], "|", color="#555555", markersize=11, markeredgewidth=1.6, label="a stage begins")
@@ -114,7 +123,20 @@ def draw_accuracy(path: Path, curves: Sequence[Curve], spent: str = "training ti
         axes[1].xaxis.set_major_locator(MaxNLocator(4))
     columns = 3 if max(map(len, recipes), default=0) > LONG else 4
     figure.legend(loc="outside lower center", ncols=min(len(recipes) + 1, columns))
-    figure.savefig(path, dpi=DPI)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Writes a picture, coarser where it would become too high to be drawn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # boxes for letters of another script, labels that leave no room
+        figure.savefig(path, dpi=min(DPI, MOST_PIXELS / figure.get_figheight()))
+
+
+def _some(points: Sequence[T]) -> Sequence[T]:
+    """As many of some points as a picture can show, the last one among them."""
+    step = -(-len(points) // POINTS)
+    return points if step < 2 else [*points[:-1:step], points[-1]]
 
 
 def _ends(axes: Sequence[Axes], ends: Sequence[tuple[float, float]], colour: str, marker: str) -> None:
@@ -134,10 +156,11 @@ def _ends(axes: Sequence[Axes], ends: Sequence[tuple[float, float]], colour: str
 @matplotlib.rc_context(STYLE)
 def draw_schedules(path: Path, timelines: Sequence[tuple[str, Sequence[Segment]]]) -> None:
     """Which network trained when: bars as high as it is deep and as dark as its images are large, supernets hatched."""
+    timelines = [(as_label(label), segments[-BARS:]) for label, segments in timelines]
     every = [segment for _, segments in timelines for segment in segments]
     deepest = max((s.network.depth for s in every), default=1)
     resolutions = sorted({s.network.resolution for s in every})
-    last = max((s.stop for s in every), default=1)
+    last = max((s.stop for s in every), default=1) or 1
     shades = _shades(resolutions)
     figure = Figure(figsize=(WIDTH, 1.2 + 0.72 * len(timelines)))
     axes = figure.subplots()
@@ -160,15 +183,21 @@ def draw_schedules(path: Path, timelines: Sequence[tuple[str, Sequence[Segment]]
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
-    legend = [Patch(color=shade, label=f"{resolution} px") for resolution, shade in shades.items()]
+    legend = [Patch(color=shade, label=f"{resolution} px") for resolution, shade in _some_shades(shades)]
     legend.append(Patch(facecolor="#999999", hatch="////", label="supernet"))
     figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 7), handlelength=1.4)
-    figure.savefig(path, dpi=DPI)
+    _save(figure, path)
 
 
 def _shades(resolutions: Sequence[int]) -> dict[int, Any]:
     """A colour for each resolution, the darker the larger."""
     return dict(zip(resolutions, matplotlib.colormaps["cividis_r"](np.linspace(0.1, 0.9, len(resolutions)))))
+
+
+def _some_shades(shades: Mapping[int, Any]) -> list[tuple[int, Any]]:
+    """Those that a legend has room for."""
+    step = -(-len(shades) // SHADES) or 1
+    return list(shades.items())[::step]
 
 
 def _ink(shade: Any) -> str:
@@ -188,13 +217,13 @@ def _segment_text(segment: Segment, share: float) -> str:
 def draw_searches(path: Path, searches: Mapping[str, Sequence[Search]]) -> None:
     """Per run one column for each searched stage: the candidates' losses above, their scores below, the chosen one
     ringed."""
-    columns = max(len(stages) for stages in searches.values())
+    columns = min(COLUMNS, max(len(stages) for stages in searches.values()))
     figure = Figure(figsize=(WIDTH, 4.9 * len(searches)))
     blocks = figure.subfigures(len(searches), 1, squeeze=False)[:, 0]
     for (run, stages), block in zip(searches.items(), blocks, strict=True):
-        block.suptitle(run, fontweight="bold", fontsize=11)
-        _draw_run(block, stages, max(columns, 2))
-    figure.savefig(path, dpi=DPI)
+        block.suptitle(as_label(run), fontweight="bold", fontsize=11)
+        _draw_run(block, stages[-columns:], max(columns, 2))
+    _save(figure, path)
 
 
 def _draw_run(block: SubFigure, stages: Sequence[Search], columns: int) -> None:
@@ -209,8 +238,8 @@ def _draw_run(block: SubFigure, stages: Sequence[Search], columns: int) -> None:
         for subnet, losses in search.losses.items():
             chosen = decision is not None and subnet == decision.chosen
             above.plot(
-                search.steps, losses, color=colours[subnet.resolution], marker=markers[subnet.depth], markersize=5,
-                linewidth=2.6 if chosen else 1.0, zorder=3 if chosen else 2, markeredgecolor="white",
+                _some(search.steps), _some(losses), color=colours[subnet.resolution], marker=markers[subnet.depth],
+                markersize=5, linewidth=2.6 if chosen else 1.0, zorder=3 if chosen else 2, markeredgecolor="white",
             )  # fmt: skip
         above.set_xlabel("step")
         above.xaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -237,11 +266,6 @@ def _draw_run(block: SubFigure, stages: Sequence[Search], columns: int) -> None:
     grid[0, 0].set_ylabel("loss of the candidates")
 
 
-def stage_begins(segments: Sequence[Segment]) -> tuple[float, ...]:
-    """Training seconds at which the stages after the first begin."""
-    return tuple(after.seconds for before, after in pairwise(segments) if after.stage != before.stage)
-
-
 @matplotlib.rc_context(STYLE)
 def draw_lives(path: Path, lives: Sequence[Life]) -> None:
     """Per run the steps done over the time of day, with what happened; below, the networks that were trained."""
@@ -250,7 +274,7 @@ def draw_lives(path: Path, lives: Sequence[Life]) -> None:
     figure = Figure(figsize=(WIDTH, 1.0 + 3.5 * len(lives)))
     blocks = figure.subfigures(len(lives), 1, squeeze=False)[:, 0]
     for life, block in zip(lives, blocks, strict=True):
-        block.suptitle(life.name, fontweight="bold", fontsize=11)
+        block.suptitle(as_label(life.name), fontweight="bold", fontsize=11)
         above, below = block.subplots(2, 1, sharex=True, height_ratios=(5, 1))
         _draw_life(above, below, life, shades)
     used = {mark.kind for life in lives for mark in life.marks}
@@ -260,11 +284,11 @@ def draw_lives(path: Path, lives: Sequence[Life]) -> None:
     ]  # fmt: skip
     if any(life.lost for life in lives):
         legend.append(Line2D([], [], linestyle=":", color=VERMILION, linewidth=2, label="lost, trained again"))
-    legend += [Patch(color=shade, label=f"{resolution} px") for resolution, shade in shades.items()]
+    legend += [Patch(color=shade, label=f"{resolution} px") for resolution, shade in _some_shades(shades)]
     legend.append(Patch(facecolor="#999999", hatch="////", label="supernet"))
     legend.append(Patch(color=STARTING, label="start-up"))
     figure.legend(handles=legend, loc="outside lower center", ncols=5, handlelength=1.4)
-    figure.savefig(path, dpi=DPI)
+    _save(figure, path)
 
 
 def _draw_life(above: Axes, below: Axes, life: Life, shades: Mapping[int, Any]) -> None:
@@ -272,15 +296,16 @@ def _draw_life(above: Axes, below: Axes, life: Life, shades: Mapping[int, Any]) 
         (s, u) for s, u in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s")) if life.wall >= 2 * s or s == 1
     )
     wall = max(life.wall, 1e-9) / size
-    for start in life.starts:
+    shown = life.starts[-STARTS:]
+    for start in shown:
         points = [(seconds / size, step) for seconds, step in start.points]
         parting = min(start.kept, points[-1][1])
         at = when(points, parting)
         kept = [point for point in points if point[1] <= parting]
         lost = [(at, parting), *(point for point in points if point[1] > parting)]
-        above.plot(*zip(*kept), color=BLUE, linewidth=1.8)
+        above.plot(*np.reshape(_some(kept), (-1, 2)).T, color=BLUE, linewidth=1.8)
         below.barh(0, (start.ready - start.began) / size, left=start.began / size, height=1, color=STARTING)
-        for stretch in start.stretches:
+        for stretch in start.stretches[-(BARS // len(shown)) :]:
             left, width, shade = (
                 stretch.begin / size,
                 (stretch.end - stretch.begin) / size,
@@ -293,7 +318,7 @@ def _draw_life(above: Axes, below: Axes, life: Life, shades: Mapping[int, Any]) 
                 below.text(left + width / 2, 0, text, color=_ink(shade), ha="center", va="center", fontsize=8,
                            bbox={"facecolor": shade, "edgecolor": "none", "pad": 1})  # fmt: skip
         if len(lost) > 1:
-            above.plot(*zip(*lost), ":", color=VERMILION, linewidth=2)
+            above.plot(*np.reshape(_some(lost), (-1, 2)).T, ":", color=VERMILION, linewidth=2)
             below.barh(0, lost[-1][0] - at, left=at, height=1, color=VERMILION, linewidth=0, hatch="xxxx")
             room = lost[-1][0] > 0.15 * wall
             above.annotate(
@@ -301,9 +326,9 @@ def _draw_life(above: Axes, below: Axes, life: Life, shades: Mapping[int, Any]) 
                 ha="right" if room else "left", fontsize=8, color=VERMILION,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
             )  # fmt: skip
-    for before, after in pairwise(life.starts):
-        parts = [(before.end, before.requeued or after.began, "down", DOWN),
-                 (before.requeued or after.began, after.began, "in the queue", QUEUE)]  # fmt: skip
+    for before, after in pairwise(shown):
+        requeued = queued_from(before, after) or after.began
+        parts = [(before.end, requeued, "down", DOWN), (requeued, after.began, "in the queue", QUEUE)]
         for begin, end, what, colour in parts:
             for axes in (above, below):
                 axes.axvspan(begin / size, end / size, color=colour, linewidth=0, zorder=0)
@@ -312,6 +337,7 @@ def _draw_life(above: Axes, below: Axes, life: Life, shades: Mapping[int, Any]) 
                            rotation=90, ha="center", va="bottom", transform=above.get_xaxis_transform())  # fmt: skip
     levels = _draw_marks(above, life.marks, size, wall)
     starts = f"{len(life.starts)} starts" if len(life.starts) > 1 else "one start"
+    starts += f" (drawn: the last {STARTS})" if len(life.starts) > STARTS else ""
     again = [f"{life.lost} steps trained again"] if life.lost else []
     begun = time.strftime("began %d %b %Y %H:%M:%S", time.localtime(life.epoch))
     shares = {
@@ -331,7 +357,7 @@ def _draw_marks(axes: Axes, marks: Sequence[Mark], size: float, wall: float) -> 
     """Those with a step on the curve, the others in a row above it, with as many words as there is room for in three
     lines; returns how many lines that took."""
     transform, ends = axes.get_xaxis_transform(), [-1.0] * 3
-    for mark in marks:
+    for mark in _some(marks):
         marker, colour, _ = MARKS[mark.kind]
         x = mark.seconds / size
         if mark.step is not None:
@@ -349,7 +375,8 @@ def _draw_marks(axes: Axes, marks: Sequence[Mark], size: float, wall: float) -> 
         level = next((level for level, end in enumerate(ends) if end < left), None)
         if mark.text and level is not None:
             ends[level] = left + width + 0.01
-            axes.text(left * wall, 1.1 + 0.083 * level, mark.text, color=colour, fontsize=8, transform=transform)
+            words = as_label(mark.text)
+            axes.text(left * wall, 1.1 + 0.083 * level, words, color=colour, fontsize=8, transform=transform)
     return sum(end >= 0 for end in ends)
 
 
@@ -361,9 +388,9 @@ def draw_cloud(path: Path, points: Sequence[tuple[str, float, float]]) -> None:
     for i, group in enumerate(dict.fromkeys(group for group, _, _ in points)):
         mine = [(cost, top1) for name, cost, top1 in points if name == group]
         axes.plot(*zip(*mine), MARKERS[i // 7 % len(MARKERS)], color=COLOURS[i % 7], alpha=0.75, markersize=6,
-                  markeredgecolor="white", label=f"{group} ({len(mine)})")  # fmt: skip
+                  markeredgecolor="white", label=f"{as_label(group)} ({len(mine)})")  # fmt: skip
     best = [p[1:] for p in points if not any(o[1] <= p[1] and o[2] >= p[2] and o[1:] != p[1:] for o in points)]
     axes.plot(*zip(*sorted(best)), color="#999999", linewidth=1, zorder=1)
     axes.set(xlabel=COST, ylabel="top-1 (%), better of online and EMA")
     figure.legend(loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=DPI)
+    _save(figure, path)

@@ -5,14 +5,16 @@ import fcntl
 import os
 import stat
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 
-def open_regular(path: Path | str) -> BinaryIO:
-    """A file to be read that anybody may have put there; a FIFO in its place does not block. Raises OSError."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY))  # noqa: SIM115
+def open_regular(path: Path | str, mode: str = "rb", flags: int = 0, buffering: int = -1) -> IO[Any]:
+    """Opens a regular file, and nothing else that may lie in its place: a FIFO does not block. Raises OSError."""
+    guard = os.O_NONBLOCK | os.O_NOCTTY | flags
+    file = open(path, mode, buffering, opener=lambda name, own: os.open(name, own | guard, 0o666))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -34,10 +36,17 @@ def read_text(path: Path, limit: int = 16 * 2**20) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file, or leaves it as it was (OSError); its content is on the disk before its name is."""
+    write_parts(path, [text.encode()])
+
+
+def write_parts(path: Path, parts: Iterable[bytes]) -> None:
+    """As `write_whole`, part by part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with suppress(FileNotFoundError):
+            temporary.unlink()  # of another process of this number, or a link to what is none of ours
+        with open(temporary, "xb") as file:
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,8 +1,8 @@
 """What a run tells: metrics.jsonl and TensorBoard (each step once, over restarts), events.jsonl, a progress line."""
 
 import errno
-import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -20,11 +21,18 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 
-from scaleprog.files import lock, unlock, write_whole
+from scaleprog.display import as_text, counted
+from scaleprog.errors import CheckpointError, Unavailable
+from scaleprog.files import lock, unlock, write_parts
+from scaleprog.reading import IN_THE_WAY, is_torn, lines, open_to_append, read, read_rows, reason, to_line
+from scaleprog.records import EVENTS, METRIC, METRICS, NUMBERED
 from scaleprog.sharding.coordinator import Coordinator
+
+__all__ = ["ProgressLine", "Recorder", "StepTimer", "read_rows"]
 
 PLAIN_EVERY = 15.0  # seconds between two progress lines where the output is no terminal
 LOCK_SECONDS = 2.0  # a line is written without the lock if another process has held it for so long
+LAST_ROW_BYTES = 2**16  # more than the last row of metrics.jsonl takes
 PER_RANK = ("step_seconds", "data_wait_seconds")  # curves that every rank draws of its own
 
 
@@ -62,25 +70,30 @@ class Recorder:
     ) -> None:
         """`generation`: of this start, which its events and samples carry; `step`: optimizer steps finished; whatever
         a run that got further wrote beyond it is dropped; `due`: so is what was measured after that step, as it is
-        again."""
+        again. Raises CheckpointError where something lies in the way of a record, else Unavailable."""
         self.coordinator, self.log_every = coordinator, log_every
         self._pending: list[tuple[dict[str, Any], Tensor, Tensor, StepTimer]] = []
         self._generation, self._main = generation, coordinator.rank == 0
-        self._events = _Lines(run / "events.jsonl")
         self._samples: _Lines | None = None
         self._samples_path = run / f"samples-{coordinator.rank}.jsonl"
-        board, world = run / "tensorboard", coordinator.world
-        self._own_board = _Board(board / f"rank_{coordinator.rank}", step) if world > 1 else None
+        with _to_be_recorded(run):
+            self._open(run, step, due)
+
+    def _open(self, run: Path, step: int, due: bool) -> None:
+        self._events = _Lines(run / EVENTS)
+        board, world = run / "tensorboard", self.coordinator.world
+        self._own_board = _Board(board / f"rank_{self.coordinator.rank}", step) if world > 1 else None
         if not self._main:
             return
-        self.lost = _truncate(run / "metrics.jsonl", step, due)
-        self._metrics = _Lines(run / "metrics.jsonl")
+        self.lost = _truncate(run / METRICS, step, due)
+        self._metrics = _Lines(run / METRICS)
         self._board = _Board(board, step - due)
         if due:
-            for row in read_rows(run / "metrics.jsonl")[-1:]:
+            for row in read(run / METRICS, METRIC, last=LAST_ROW_BYTES).rows[-1:]:
                 self._draw_step(row)
         for folder in board.glob("rank_*"):  # of ranks that an earlier start had and this one has not
-            if world == 1 or int(folder.name[5:]) >= world:
+            number = re.fullmatch("rank_([0-9]{1,9})", folder.name)
+            if number and folder.is_dir() and (world == 1 or int(number[1]) >= world):
                 _Board(folder, step).close()
 
     def step(self, row: dict[str, Any], loss: Tensor, grad_norm: Tensor, timer: StepTimer) -> None:
@@ -124,7 +137,8 @@ class Recorder:
     def samples(self, step: int, ids: list[int]) -> None:
         """Writes down which samples this rank trained on in a step, in a file of its own."""
         if self._samples is None:
-            self._samples = _Lines(self._samples_path)
+            with _to_be_recorded(self._samples_path):
+                self._samples = _Lines(self._samples_path)
         self._samples.write({"step": step, "generation": self._generation, "ids": ids})
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -163,24 +177,15 @@ class Recorder:
         self._events.write({"time": time.time(), "event": kind, "generation": self._generation, **fields})
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; lines that were cut off, by a loss of power say, are left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_bytes().splitlines():
-            with suppress(ValueError):
-                rows.append(json.loads(line))
-    return rows
-
-
 class ProgressLine:
     """A live line on rank 0 where the output is a terminal, else a plain line every few seconds."""
 
     def __init__(self, total: int, step: int, enabled: bool) -> None:
         console = Console(file=sys.stderr)
         self._live = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-        )
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=console,
+        )  # fmt: skip
         self._enabled, self._terminal = enabled, console.is_terminal
         self._task = self._live.add_task("starting", total=total, completed=step)
         self._total, self._told = total, 0.0
@@ -203,7 +208,8 @@ class ProgressLine:
         """Prints a line of its own on rank 0, as far as the disk of the log takes it."""
         if self._enabled:
             with suppress(OSError):
-                self._live.console.print(text, highlight=False, markup=False, soft_wrap=True)
+                told = as_text(text, lines=True)
+                self._live.console.print(told, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Gives the terminal back."""
@@ -215,7 +221,7 @@ class _Appended:
     """A file that is appended to whole or not at all; what a full disk refuses is kept for the next time."""
 
     def __init__(self, path: Path) -> None:
-        self.file = open(path, "a+b", buffering=0)  # noqa: SIM115
+        self.file = open_to_append(path)
         self._refused = b""
 
     def write(self, data: bytes = b"", mend: bytes = b"") -> None:
@@ -259,8 +265,7 @@ class _Lines:
     def write(self, *rows: Mapping[str, Any]) -> None:
         file = self._appended.file
         with self._lock, _locked(file):
-            lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-            self._appended.write(lines, mend=b"\n" if _torn(file) else b"")
+            self._appended.write(b"".join(map(to_line, rows)), mend=b"\n" if is_torn(file) else b"")
 
     def sync(self) -> None:
         self.write()
@@ -307,14 +312,6 @@ class _Board:
         self._records.write(Event(wall_time=time.time(), **event).SerializeToString())
 
 
-def _torn(file: IO[bytes]) -> bool:
-    """Whether a process died in the middle of the last line."""
-    with suppress(OSError):
-        size = os.fstat(file.fileno()).st_size
-        return size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
-    return False
-
-
 @contextmanager
 def _locked(file: IO[bytes]) -> Iterator[None]:
     """Keeps other processes from writing inside: on NFS two hosts that append at once write over each other."""
@@ -326,19 +323,47 @@ def _locked(file: IO[bytes]) -> Iterator[None]:
         unlock(file)
 
 
+@contextmanager
+def _to_be_recorded(path: Path) -> Iterator[None]:
+    """Raises CheckpointError where something lies in the way of a record, else Unavailable."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename or path}: nothing can be recorded there: {reason(error)}"
+        if error.errno in IN_THE_WAY:
+            raise CheckpointError(f"{what}; move it away and start again") from error
+        raise Unavailable(f"{what}; put that right and start again") from error
+
+
 def _truncate(path: Path, step: int, due: bool) -> dict[str, Any]:
     """Drops rows beyond `step`: each step stands in the file once, however often it was trained. With `due`, drops
-    the accuracies after that step, too.
+    the accuracies after that step, too. Other rows stay as they are; lines that are none go, and are counted aloud.
 
     Returns what a start event says of the steps that are lost: how many, how long they took, when they were trained.
+    Raises OSError.
     """
-    rows = read_rows(path)
-    if path.exists():
-        kept = [row for row in rows if row["step"] < step or (row["step"] == step and ("loss" in row or not due))]
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
-    lost = [row for row in rows if row["step"] > step and "loss" in row]
+    lost: list[Mapping[str, Any]] = []
+    damaged = 0
+
+    def kept() -> Iterator[bytes]:
+        nonlocal damaged
+        for line in lines(path):
+            try:
+                row = NUMBERED.validate_json(line)
+            except ValidationError:
+                damaged += line.endswith(b"\n") and not line.isspace()
+                continue
+            if row["step"] < step or (row["step"] == step and ("loss" in row or not due)):
+                yield line if line.endswith(b"\n") else line + b"\n"
+            elif row["step"] > step and "loss" in row:
+                lost.append(row)
+
+    if path.is_symlink() or path.exists():
+        write_parts(path, kept())
+    if damaged:
+        print(f"{as_text(path)}: {counted(damaged, 'line')} that told of no step dropped", file=sys.stderr, flush=True)
     told: dict[str, Any] = {"repeated_steps": len(lost)}
-    if lost and "time" in lost[0]:  # rows of early versions do not tell
+    if lost and all(row.keys() >= {"time", "step_seconds", "data_wait_seconds"} for row in lost):  # not in early rows
         seconds = [row["step_seconds"] + row["data_wait_seconds"] for row in lost]
         told |= {"repeated_seconds": sum(seconds), "repeated_since": lost[0]["time"] - seconds[0],
                  "repeated_until": lost[-1]["time"]}  # fmt: skip

@@ -6,6 +6,7 @@ over the ranks by a collective that is begun after one step and looked at after 
 """
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -161,7 +162,7 @@ class Watch:
 def deadline(environment: dict[str, str] | None = None) -> float | None:
     """When Slurm will end this job, in seconds since the epoch, as far as its environment tells."""
     end = (os.environ if environment is None else environment).get("SLURM_JOB_END_TIME", "")
-    return float(end) if end.isdigit() else None
+    return float(end) if re.fullmatch("[0-9]{1,12}", end) else None
 
 
 def _name(number: int) -> str:

@@ -2,15 +2,28 @@
 
 import os
 import re
+import selectors
+import signal
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 
+from scaleprog.display import as_text, first_line
 from scaleprog.errors import ScaleprogError
+from scaleprog.records import JOB_ID
 
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",
         "PREEMPTED", "REVOKED")  # fmt: skip
 ALSO_RUNNING = ("SIGNALING", "CONFIGURING", "STAGE_OUT")  # what scontrol says of a running job at times
 ANSWER_SECONDS = 60.0
+ANSWER_BYTES = 2**20  # more than Slurm says of any job
+MOST_HOSTS = 100_000
+SPAN = "[0-9]{1,12}(?:-[0-9]{1,12})?"
+GROUP = rf"(?:\[{SPAN}(?:,{SPAN})*\]|[^][,])+"  # of a list of nodes
+LAST_SECOND = 2**33  # of what can be a time
 
 
 class NoAnswer(ScaleprogError):
@@ -42,84 +55,164 @@ class Job:
 
 def find(job: str) -> Job | None:
     """The job of this id; None if Slurm knows none (any more). Raises NoAnswer."""
-    told = _ask("scontrol", "-o", "show", "job", job)
-    if told.returncode == 0 and told.stdout.strip():
-        return _read(told.stdout.splitlines()[0])
-    if "Invalid job id" not in told.stderr:
-        raise NoAnswer(_last_line(told.stderr))
+    told = _ask("scontrol", "-o", "show", "job", _checked(job))
+    if told.code == 0 and told.out.strip():
+        return _read(told.out)
+    if "Invalid job id" not in told.err:
+        raise NoAnswer(_last_line(told.err))
     return _accounted(job)
 
 
 def requeue(job: str) -> None:
     """Ends a running job and puts it into the queue again. Raises NoAnswer with what Slurm says against it."""
-    told = _ask("scontrol", "requeue", job)
-    if told.returncode:
-        raise NoAnswer(_last_line(told.stderr))
+    told = _ask("scontrol", "requeue", _checked(job))
+    if told.code:
+        raise NoAnswer(_last_line(told.err))
 
 
 def cancel(job: str) -> None:
     """Ends a job: its tasks get TERM, and KILL after the cluster's KillWait. Raises NoAnswer."""
-    told = _ask("scancel", job)
-    if told.returncode:
-        raise NoAnswer(_last_line(told.stderr))
+    told = _ask("scancel", _checked(job))
+    if told.code:
+        raise NoAnswer(_last_line(told.err))
 
 
 def partitions() -> list[str]:
     """The partitions' names. Raises NoAnswer."""
     told = _ask("sinfo", "-h", "-o", "%R")
-    if told.returncode:
-        raise NoAnswer(_last_line(told.stderr))
-    return list(dict.fromkeys(told.stdout.split()))
+    if told.code:
+        raise NoAnswer(_last_line(told.err))
+    return list(dict.fromkeys(told.out.split()))
 
 
 def hosts(nodelist: str) -> list[str]:
-    """The names behind Slurm's "gpu[08-10,12],login": gpu08, gpu09, gpu10, gpu12, login."""
-    names = []
-    for group in re.findall(r"(?:\[[^]]*\]|[^,[])+", nodelist):
+    """The names behind Slurm's "gpu[08-10,12],login": gpu08, gpu09, gpu10, gpu12, login. Raises ScaleprogError."""
+    names: list[str] = []
+    if len(nodelist) < ANSWER_BYTES and re.fullmatch(f"{GROUP}(?:,{GROUP})*", nodelist):
+        with suppress(RecursionError):
+            names = list(islice(_hosts(nodelist), MOST_HOSTS + 1))
+    if not 1 <= len(names) <= MOST_HOSTS:
+        raise ScaleprogError(f"{as_text(nodelist, most=200)!r} is no list of nodes such as gpu[08-10,12],login")
+    return names
+
+
+def _hosts(nodelist: str) -> Iterator[str]:
+    for group in re.findall(GROUP, nodelist):
         prefix, _, rest = group.partition("[")
         numbers, _, suffix = rest.partition("]")
         if not rest:
-            names.append(group)
+            yield group
             continue
         for span in numbers.split(","):
             first, _, last = span.partition("-")
             for number in range(int(first), int(last or first) + 1):
-                names += hosts(f"{prefix}{number:0{len(first)}}{suffix}")
-    return names
+                yield from _hosts(f"{prefix}{number:0{len(first)}}{suffix}")
 
 
-def _ask(*command: str) -> subprocess.CompletedProcess[str]:
+@dataclass(frozen=True)
+class _Answer:
+    """What a command said, as far as it is text."""
+
+    code: int
+    out: str
+    err: str
+
+
+def _ask(*command: str) -> _Answer:
+    """What one of Slurm's commands answers. Raises NoAnswer if it is not there, says too much or takes too long, also
+    where what it has started in its turn goes on."""
     environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=ANSWER_SECONDS, env=environment, check=False
-        )
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
     except FileNotFoundError:
         raise NoAnswer(f"no Slurm on {os.uname().nodename}: {command[0]} is not there") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, ValueError) as error:
         raise NoAnswer(f"{command[0]}: {error}") from error
+    with _ended(process):
+        told = _read_all(process, command[0])
+        try:
+            code = process.wait(timeout=ANSWER_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise NoAnswer(f"{command[0]}: no end after {ANSWER_SECONDS:.0f} s") from None
+    return _Answer(code, *(part.decode("utf-8", "replace") for part in told))
 
 
-def _read(line: str) -> Job:
-    """A line of `scontrol -o show job`."""
+def _read_all(process: subprocess.Popen[bytes], name: str) -> list[bytearray]:
+    """Both outputs of a process to their ends, or until it has ended and is silent. Raises NoAnswer."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    told = [bytearray(), bytearray()]
+    give_up = time.monotonic() + ANSWER_SECONDS
+    with selectors.DefaultSelector() as open_ends:
+        for number, pipe in enumerate((process.stdout, process.stderr)):
+            open_ends.register(pipe, selectors.EVENT_READ, number)
+        while open_ends.get_map():
+            ready = open_ends.select(timeout=0.2)
+            for key, _ in ready:
+                part = os.read(key.fd, 2**16)
+                told[key.data] += part
+                if not part:
+                    open_ends.unregister(key.fileobj)
+            if max(map(len, told)) > ANSWER_BYTES:
+                raise NoAnswer(f"{name}: more than {ANSWER_BYTES} bytes are no answer")
+            if time.monotonic() > give_up:
+                raise NoAnswer(f"{name}: no answer within {ANSWER_SECONDS:.0f} s")
+            if not ready and process.poll() is not None:
+                break
+    return told
+
+
+@contextmanager
+def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Leaves nothing of a process, and of what it has started, that has not answered."""
+    try:
+        yield
+    except BaseException:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    finally:
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+def _checked(job: str) -> str:
+    """The id of a job, which a file may have told: nothing that one of Slurm's commands took for an option."""
+    if not isinstance(job, str) or not re.fullmatch(JOB_ID, job):
+        raise NoAnswer(f"{as_text(job, most=60)!r} is not the number of a Slurm job")
+    return job
+
+
+def _read(told: str) -> Job:
+    """The first line of `scontrol -o show job`. Raises NoAnswer if it was cut off, or tells nothing of a job."""
+    line, end_of_line, _ = told.partition("\n")
 
     def value(key: str) -> str:
         found = re.search(rf"(?:^| ){key}=(\S*)", line)
         return "" if found is None or found[1] in ("(null)", "None") else found[1]
 
+    def number(key: str) -> int | None:
+        return _number(value(key))
+
     name = re.search(r"JobName=(.*?) UserId=", line)
-    state, end = value("JobState"), value("EndTime")
-    code, _, number = (value("ExitCode") or "0:0").partition(":")
+    state, end, restarts = value("JobState"), number("EndTime"), number("Restarts")
+    if not end_of_line or not re.fullmatch("[A-Z_]{4,40}", state) or (restarts is None and value("Restarts")):
+        raise NoAnswer(f"scontrol: not to be understood: {as_text(first_line(line), most=100)!r}")
     return Job(
         id=value("JobId"),
         name=name[1] if name else "",
         state="RUNNING" if state in ALSO_RUNNING else state,
         reason=value("Reason"),
         nodes=value("NodeList"),
-        restarts=int(value("Restarts") or 0),
-        exit_code=128 + int(number) if int(number or 0) else int(code),
-        preempted=value("PreemptTime").isdigit(),
-        end=float(end) if end.isdigit() else None,
+        restarts=restarts or 0,
+        exit_code=_exit_code(value("ExitCode")),
+        preempted=number("PreemptTime") is not None,
+        end=float(end) if end is not None and end < LAST_SECOND else None,
     )
 
 
@@ -129,22 +222,26 @@ def _accounted(job: str) -> Job | None:
         told = _ask("sacct", "-X", "-n", "-P", "-j", job, "-o", "JobName,State,ExitCode,NodeList")
     except NoAnswer:
         return None
-    rows = [line.split("|") for line in told.stdout.splitlines()]
-    if told.returncode or not rows or len(rows[-1]) != 4 or not rows[-1][1]:
+    rows = [line.split("|") for line in told.out.splitlines()]
+    if told.code or not rows or len(rows[-1]) != 4 or not rows[-1][1].strip():
         return None
     name, state, code, nodes = rows[-1]
     state = state.split()[0]  # "CANCELLED by 1000"
     if state not in OVER:
         return None  # accounting has missed its end
-    number = int(code.partition(":")[2] or 0)
-    return Job(
-        id=job,
-        name=name,
-        state=state,
-        nodes=nodes,
-        exit_code=128 + number if number else int(code.partition(":")[0] or 0),
-    )
+    return Job(id=job, name=name, state=state, nodes=nodes, exit_code=_exit_code(code))
+
+
+def _exit_code(text: str) -> int:
+    """That of Slurm's "code:signal"."""
+    code, _, ended_by = text.partition(":")
+    number = _number(ended_by)
+    return 128 + number if number else _number(code) or 0
+
+
+def _number(text: str) -> int | None:
+    return int(text) if re.fullmatch("[0-9]{1,12}", text) else None
 
 
 def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["Slurm does not answer"])[-1]
+    return first_line((text.strip().splitlines() or ["Slurm does not answer"])[-1])

@@ -1,34 +1,28 @@
 """Compares runs: report.md with the paper's Table 2, what the searches decided, the runs' lives, and pictures."""
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import yaml
-
+from scaleprog.display import as_markdown, as_text
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.figures import (
     Curve,
-    Search,
     Segment,
     draw_accuracy,
     draw_lives,
     draw_schedules,
     draw_searches,
-    stage_begins,
 )
-from scaleprog.growth.space import Subnet
-from scaleprog.life import Life, describe, read_life, still_told, table_row
-from scaleprog.metrics import read_rows
-from scaleprog.state import decision_from_json, unpaired
+from scaleprog.files import write_whole
+from scaleprog.history import Run, best, read_run, size_of
+from scaleprog.life import Life, describe, table_row
+from scaleprog.reading import reason
 
-Row = dict[str, Any]
-NAMES = {"original": "Original", "linear": "Prog", "automatic": "AutoProg", "supernet": "Supernet"}  # the paper's
 TEXT = ("run", "recipe", "schedule", "stages", "candidate")  # columns that stand at the left
 RESULTS = {  # columns, their keys in results.json and formats
     "top-1": ("top1", ".2f"), "top-1 EMA": ("top1_ema", ".2f"), "top-1 best": ("top1_best", ".2f"),
@@ -47,44 +41,6 @@ SCORES = (
     "complete model is chosen, which has no score."
 )
 SHORT = ("run", "schedule", "stages", "top-1 best", "train s", "wall s", "speedup")  # columns for a terminal
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one run directory tells. `results` holds the keys of results.json that the tables show, or for an
-    unfinished run what is known of them so far; times in seconds, accuracies in percent."""
-
-    name: str
-    recipe: Mapping[str, Any]
-    finished: bool
-    results: Mapping[str, Any]
-    evaluations: Sequence[Row]
-    segments: Sequence[Segment]
-    searches: Sequence[Search]
-    events: Sequence[Row]
-    life: Life | None
-    epoch: float
-
-    @property
-    def twins(self) -> str:
-        """Equal for runs that share their recipe apart from the seed."""
-        return json.dumps({**self.recipe, "seed": None}, sort_keys=True)
-
-    @property
-    def schedule(self) -> str:
-        """The growth schedule as the paper calls it."""
-        growth = self.recipe["growth"]
-        if not isinstance(growth["schedule"], str):
-            return "by hand"
-        ratio = "" if growth["schedule"] == "original" else f" {growth['smallest']:g}Ω"
-        return NAMES[growth["schedule"]] + ratio
-
-    @property
-    def stages(self) -> str:
-        """The trained networks, as in "16x4 -> 28x8"; dots where more are to come."""
-        if self.finished:
-            return " -> ".join(f"{s['resolution']}x{s['depth']}" for s in self.results["stages"])
-        return " -> ".join([*(_size(s.network) for s in self.segments if s.phase == "train"), "..."])
 
 
 @dataclass(frozen=True)
@@ -108,128 +64,53 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
     folders = list(dict.fromkeys(Path(run).resolve() for run in runs))
     if not folders:
         raise CheckpointError("no run directory given; name at least one")
-    read = [read_run(folder, name) for folder, name in zip(folders, _names(folders))]
-    groups = _groups(read)
+    told = [read_run(folder, name) for folder, name in zip(folders, _names(folders))]
+    groups = _groups(told)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ScaleprogError(f"{out}: no folder for a report can be made there: {error.strerror}") from error
-    draw_accuracy(out / "accuracy_over_time.png", [_curve(group, run) for group in groups for run in group.runs])
-    draw_schedules(out / "schedule.png", _timelines(groups))
-    searches = {run.name: run.searches for run in read if run.searches}
-    if searches:
-        draw_searches(out / "search.png", searches)
-    lives = [run.life for run in read if run.life is not None]
-    if lives:
-        draw_lives(out / "life.png", lives)
+    try:
+        lives = _draw(told, groups, out)
+    except OSError as error:
+        raise ScaleprogError(f"{error.filename or out}: the report cannot be written: {reason(error)}") from error
     baseline = next((g for g in groups if g.runs[0].schedule == "Original" and g.values("train_seconds")), None)
     speedup = _speedup(baseline)
-    rows = [_row(run, speedup) for run in read]
+    rows = [_row(run, speedup) for run in told]
     parts = [
         "# Comparison of runs",
-        _about_baseline(baseline, read),
+        _about_baseline(baseline, told),
         _markdown(rows),
         "train s: forward, backward and optimizer of all training steps, supernets included; CPU s: CPU time of rank 0 "
         "during these; scoring s: measuring the candidates of the searches; wall s: everything.",
         *_means(groups, speedup),
         "## Accuracy over training time\n\n![Top-1 against training seconds](accuracy_over_time.png)",
         "## Growth schedules\n\n![Resolution and depth over the steps](schedule.png)",
-        *_searches([run for run in read if run.searches]),
+        *_searches([run for run in told if run.searches]),
         "## The runs' lives",
         *([LIVES, _markdown([table_row(life) for life in lives])] if lives else []),
-        *(_life(run) for run in read),
+        *(_life(run) for run in told),
     ]
     report = out / "report.md"
-    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return f"{_plain(rows, SHORT)}\n\n{report}"
-
-
-# ---- reading
-
-
-def read_run(folder: Path, name: str) -> Run:
-    """Reads a run directory. Raises CheckpointError where there is none, or nothing was recorded in it yet."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such run directory")
-    rows = read_rows(folder / "metrics.jsonl")
-    recipe = _parsed(folder / "recipe.yaml", yaml.safe_load, ("seed", "train", "growth", "search"))
-    if recipe is None:
-        raise CheckpointError(f"{folder}: no recipe.yaml; a run directory is what `scaleprog train` writes")
-    events = read_rows(folder / "events.jsonl")
-    if not rows and not events:
-        raise CheckpointError(f"{folder}: metrics.jsonl is missing or empty; the run has not recorded anything yet")
-    results = _parsed(folder / "results.json", json.loads, ("stages", *(key for key, _ in RESULTS.values())))
-    steps = _last_told(row for row in rows if "step_seconds" in row)
-    evaluations = _last_told(row for row in rows if "top1" in row)
-    return Run(
-        name, recipe, results is not None, results or _so_far(steps, evaluations), evaluations, _segments(steps),
-        _read_searches(events, steps), events, read_life(folder, name, rows, events),
-        steps[-1]["epoch"] if steps else 0.0,
-    )  # fmt: skip
-
-
-def _parsed(path: Path, parse: Callable[[str], Any], keys: Sequence[str]) -> dict[str, Any] | None:
-    """A file's mapping, which must hold `keys`; None where there is no such file."""
-    if not path.exists():
-        return None
     try:
-        values = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path}: not readable: {error}") from error
-    if not isinstance(values, dict) or not values.keys() >= set(keys):
-        raise CheckpointError(f"{path}: expected the keys {', '.join(keys)}; was it written by another version?")
-    return values
+        write_whole(report, "\n\n".join(parts) + "\n")
+    except OSError as error:
+        raise ScaleprogError(f"{report}: the report cannot be written: {reason(error)}") from error
+    left_out = [f"{run.name}: {trouble}" for run in told for trouble in run.troubles]
+    return "\n".join([_plain(rows, SHORT), "", *map(as_text, left_out), as_text(report)])
 
 
-def _last_told(rows: Iterable[Mapping[str, Any]]) -> list[Any]:
-    """One row per step, in the order of the steps: the last that was written."""
-    return sorted({row["step"]: row for row in rows}.values(), key=lambda row: row["step"])
-
-
-def _so_far(steps: Sequence[Row], evaluations: Sequence[Row]) -> Row:
-    last = evaluations[-1] if evaluations else {"top1": None, "top1_ema": None}
-    return {
-        "top1": last["top1"], "top1_ema": last["top1_ema"], "top1_best": _best(last) if evaluations else None,
-        "train_seconds": sum(row["step_seconds"] for row in steps),
-        "train_cpu_seconds": sum(row["cpu_seconds"] for row in steps), "search_seconds": None, "wall_seconds": None,
-    }  # fmt: skip
-
-
-def _best(evaluation: Row) -> float:
-    return max(evaluation["top1"], evaluation["top1_ema"])
-
-
-def _segments(steps: Sequence[Row]) -> list[Segment]:
-    """The phases that the steps tell of."""
-    before = list(accumulate((row["step_seconds"] for row in steps), initial=0.0))
-    segments = []
-    for (stage, phase), group in groupby(enumerate(steps), lambda item: (item[1]["stage"], item[1]["phase"])):
-        indices, rows = zip(*group)
-        largest = Subnet(max(row["resolution"] for row in rows), max(row["depth"] for row in rows))
-        segments.append(Segment(stage, phase, rows[0]["step"] - 1, rows[-1]["step"], largest, before[indices[0]]))
-    return segments
-
-
-def _read_searches(events: Sequence[Row], steps: Sequence[Row]) -> list[Search]:
-    """The searches in order, each with the measurements since the one before; the last may be undecided."""
-    measured = _last_told(event for event in still_told(events) if event["event"] == "measurement")
-    choices = {event["stage"]: event for event in still_told(events) if event["event"] == "choice"}
-    searches, since = [], -1
-    for stage, choice in sorted(choices.items()):
-        own = [row for row in measured if since < row["step"] <= choice["step"]]
-        searches.append(Search(stage, *_losses(own), decision_from_json(choice)))
-        since = choice["step"]
-    undecided = [row for row in measured if row["step"] > since]
-    if undecided and steps:
-        searches.append(Search(steps[-1]["stage"], *_losses(undecided), None))
-    return searches
-
-
-def _losses(measured: Sequence[Row]) -> tuple[tuple[int, ...], dict[Subnet, tuple[float, ...]]]:
-    """The steps of some measurements, and per candidate the losses."""
-    told = [unpaired(event["losses"]) for event in measured]
-    losses = {subnet: tuple(losses[subnet] for losses in told) for subnet in (told[-1] if told else ())}
-    return tuple(event["step"] for event in measured), losses
+def _draw(told: Sequence[Run], groups: Sequence[Group], out: Path) -> list[Life]:
+    """Draws the pictures; returns the lives that are in one."""
+    draw_accuracy(out / "accuracy_over_time.png", [_curve(group, run) for group in groups for run in group.runs])
+    draw_schedules(out / "schedule.png", _timelines(groups))
+    searches = {run.name: run.searches for run in told if run.searches}
+    if searches:
+        draw_searches(out / "search.png", searches)
+    lives = [run.life for run in told if run.life is not None]
+    if lives:
+        draw_lives(out / "life.png", lives)
+    return lives
 
 
 # ---- naming and grouping
@@ -254,10 +135,6 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
         name = short if short not in groups else members[0].name
         groups[name] = Group(name, members)
     return list(groups.values())
-
-
-def _size(subnet: Subnet) -> str:
-    return f"{subnet.resolution}x{subnet.depth}"
 
 
 # ---- tables
@@ -291,7 +168,7 @@ def _about_baseline(baseline: Group | None, runs: Sequence[Run]) -> str:
     seconds = baseline.values("train_seconds")
     several = f", the mean of {len(seconds)} runs" if len(seconds) > 1 else ""
     return (
-        f"The baseline is **{baseline.name}** with {mean(seconds):.1f} s of training steps{several}. "
+        f"The baseline is **{as_markdown(baseline.name)}** with {mean(seconds):.1f} s of training steps{several}. "
         "Speedup is the baseline's training seconds / the run's - 1."
     )
 
@@ -322,7 +199,7 @@ def _searches(runs: Sequence[Run]) -> list[str]:
         return []
     parts = [f"## Searches\n\n{SCORES}\n\n![Losses and scores](search.png)"]
     for run in runs:
-        modelled = run.recipe["search"]["times"] == "modelled"
+        modelled = run.recipe["search"].get("times") == "modelled"
         unit, scale = ("GMACs", 1.0) if modelled else ("step ms", 1e3)
         rows, summary = [], []
         for search in run.searches:
@@ -330,23 +207,24 @@ def _searches(runs: Sequence[Run]) -> list[str]:
             if decision is None:
                 summary.append(f"stage {search.stage} is not decided yet")
                 continue
-            summary.append(f"stage {search.stage} chose {_size(decision.chosen)}, {decision.because}")
+            summary.append(f"stage {search.stage} chose {size_of(decision.chosen)}, {decision.because}")
             for subnet, loss, time, score in zip(
                 decision.candidates, decision.losses, decision.times, decision.scores, strict=True
             ):
                 rows.append({
-                    "stage": str(search.stage), "candidate": _size(subnet), "loss": f"{loss:.4f}",
+                    "stage": str(search.stage), "candidate": size_of(subnet), "loss": f"{loss:.4f}",
                     unit: f"{time * scale:.4g}", "score": _cell(score, ".4f"),
                     "chosen": "chosen" if subnet == decision.chosen else "",
                 })  # fmt: skip
-        parts += [f"### {run.name}", "; ".join(summary) + ".", *([_markdown(rows)] if rows else [])]
+        parts += [f"### {as_markdown(run.name)}", f"{as_markdown('; '.join(summary))}."]
+        parts += [_markdown(rows)] if rows else []
     return parts
 
 
 def _life(run: Run) -> str:
     """Starts, growths, checkpoints, interruptions and errors of one run, and where its time went."""
-    lines = [f"- {line}" for line in describe(run.life, run.events)]
-    return "\n".join([f"### {run.name}{'' if run.finished else ' (unfinished)'}", "", *lines])
+    lines = [f"- {as_markdown(line)}" for line in (*run.troubles, *describe(run.life, run.events))]
+    return "\n".join([f"### {as_markdown(run.name)}{'' if run.finished else ' (unfinished)'}", "", *lines])
 
 
 def _cell(value: float | None, spec: str) -> str:
@@ -362,7 +240,7 @@ def _padded(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> list[l
 
 def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
     """Rows with the same keys as a Markdown table."""
-    escaped = [{key: cell.replace("|", "\\|") for key, cell in row.items()} for row in rows]
+    escaped = [{key: as_markdown(cell) for key, cell in row.items()} for row in rows]
     header, *lines = _padded(escaped, list(rows[0]))
     rule = ["-" * len(cell) if c in TEXT else "-" * (len(cell) - 1) + ":" for c, cell in zip(rows[0], header)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
@@ -370,16 +248,19 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 def _plain(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> str:
     """Some columns of the rows for a terminal."""
-    return "\n".join("  ".join(line).rstrip() for line in _padded(rows, columns))
+    shown = [{column: as_text(row[column]) for column in columns} for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in _padded(shown, columns))
 
 
 # ---- for the pictures
 
 
 def _curve(group: Group, run: Run) -> Curve:
-    seconds = tuple(row["train_seconds"] for row in run.evaluations)
-    top1 = tuple(map(_best, run.evaluations))
-    return Curve(group.name, seconds, top1, stage_begins(run.segments), run.finished)
+    begins = tuple(after.seconds for before, after in pairwise(run.segments) if after.stage != before.stage)
+    timed = [row for row in run.evaluations if "train_seconds" in row]
+    seconds = tuple(row["train_seconds"] for row in timed)
+    top1 = tuple(map(best, timed))
+    return Curve(group.name, seconds, top1, begins, run.finished)
 
 
 def _timelines(groups: Sequence[Group]) -> list[tuple[str, Sequence[Segment]]]:

@@ -4,8 +4,8 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from scaleprog.checkpoint import Checkpoints, Commit
 from scaleprog.claim import Claim
 from scaleprog.data.reader import TrainReader
-from scaleprog.errors import EXIT_CODE, Preempted
+from scaleprog.errors import EXIT_CODE, CheckpointError, Preempted
 from scaleprog.growth.schedule import Phase
 from scaleprog.growth.space import View
 from scaleprog.metrics import ProgressLine, Recorder
@@ -22,10 +22,12 @@ from scaleprog.models.elastic import ElasticModel, Structure, draw_patches
 from scaleprog.plan import Plan
 from scaleprog.preemption import Watch
 from scaleprog.recipe import Recipe
+from scaleprog.resume import state_of
 from scaleprog.sharding import Backend, Engine, engine
 from scaleprog.sharding.coordinator import Coordinator
+from scaleprog.sharding.spread import Part
 from scaleprog.state import RunState
-from scaleprog.storage import load_tensors, read_state
+from scaleprog.storage import load_tensors
 
 
 @dataclass
@@ -65,7 +67,7 @@ def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: Pr
     newest = checkpoints.newest(progress.say)
     if newest is None:
         return RunState()
-    state = RunState.from_json(read_state(newest))
+    state = state_of(newest, plan)
     phase = plan.schedule.phases(state.choices)[state.phase]
     load_network(newest, state, backend, elastic=phase.kind == "supernet")
     progress.say(f"resuming {newest}")
@@ -79,8 +81,16 @@ def make_backend(name: Engine, recipe: Recipe, family: type[ElasticModel], devic
 
 def load_network(checkpoint: Path, state: RunState, backend: Backend, elastic: bool) -> None:
     """Builds the network that a checkpoint holds, with everything that follows it."""
+
+    def load(parts: Mapping[str, Part], subset: bool = False) -> None:
+        load_tensors(checkpoint, parts, subset)
+        for name, part in parts.items() if subset else ():  # the counts that an engine lays parameters out by
+            count = float(part.tensor)
+            if not (0 <= count <= state.step and count.is_integer()):
+                raise CheckpointError(f"{checkpoint}: {name} is {count}, which is no number of steps so far")
+
     backend.growths = state.growths
-    backend.restore(Structure(state.gated), elastic, partial(load_tensors, checkpoint))
+    backend.restore(Structure(state.gated), elastic, load)
 
 
 # ---- checkpoints
@@ -160,4 +170,4 @@ def name_of(device: torch.device) -> str:
 def process_seconds() -> float:
     """Seconds since this process was started, which imports and the rendezvous have taken when training begins."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))

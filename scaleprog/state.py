@@ -1,9 +1,13 @@
 """RunState: everything that must survive a preemption and is no tensor, named in one place."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from scaleprog.errors import CheckpointError
 from scaleprog.growth.schedule import Phase, Schedule
 from scaleprog.growth.search import Decision
 from scaleprog.growth.space import Choice, Subnet
@@ -50,7 +54,8 @@ class RunState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RunState":
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`, for values that may be anything. Raises CheckpointError."""
+        _check(values)
         return cls(
             **{
                 **values,
@@ -136,3 +141,80 @@ def pairs(values: Mapping[Subnet, Any]) -> list[list[Any]]:
 def unpaired(pairs: list[list[Any]]) -> dict[Subnet, Any]:
     """The inverse of `pairs`."""
     return {Subnet(resolution, depth): value for resolution, depth, value in pairs}
+
+
+# ---- what a state that was read may be
+
+T = TypeVar("T")
+Count = Annotated[int, Field(ge=0, le=2**60)]
+Size = Annotated[int, Field(ge=1, le=2**20)]
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Positive = Annotated[float, Field(gt=0)]
+Some = Annotated[list[T], Field(max_length=2**14, fail_fast=True)]  # the first of a million errors is enough
+Many = Annotated[list[T], Field(max_length=2**20, fail_fast=True)]
+Sized = Annotated[tuple[Size, Size, T], Field(strict=False)]  # JSON has lists
+
+
+class _DecisionValues(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    stage: Count
+    candidates: Some[Annotated[tuple[Size, Size], Field(strict=False)]]
+    losses: Some[Positive]
+    times: Some[Positive]
+    scores: Some[float | None]
+    chosen: Annotated[tuple[Size, Size], Field(strict=False)]
+    alpha: Annotated[float, Field(ge=0)] | None
+    complete_from: Count | None
+    over: Annotated[float, Field(ge=0)] | None
+
+
+class _StateValues(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    step: Count
+    phase: Annotated[int, Field(ge=-1, le=2**20)]
+    growths: Count
+    gated: Some[Some[bool]]
+    decisions: Some[_DecisionValues]
+    measured: Some[Some[Sized[Positive]]]
+    step_seconds: Some[Sized[Many[Seconds]]]
+    timed_on: Annotated[str, Field(max_length=2**14)]
+    train_seconds: Seconds
+    train_cpu_seconds: Seconds
+    search_seconds: Seconds
+    wall_seconds: Seconds
+    images: Count
+    accuracies: dict[str, Percent]
+    due: Some[str]
+    best_step: Count
+    best_top1: Percent
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless `values` are of the types and in the ranges of a state's."""
+    expected = _StateValues.model_fields.keys()
+    if unlike := expected ^ values.keys():
+        name = min(unlike)
+        raise CheckpointError(f"state: {name!r} is {'missing' if name in expected else 'nothing that a state has'}")
+    if isinstance(values["accuracies"], dict) and len(values["accuracies"]) > ACCURACIES:
+        raise CheckpointError(f"state: more than {ACCURACIES} accuracies")
+    try:
+        state = _STATE.validate_python(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise CheckpointError(f"state: {where[:100]!r}: {problem['msg']}, got {reprlib.repr(problem['input'])}") from None
+    for number, decision in enumerate(state.decisions):
+        if len({len(getattr(decision, key)) for key in ("candidates", "losses", "times", "scores")}) != 1:
+            raise CheckpointError(f"state: decision {number} has not one loss, time and score for each candidate")
+    named = [[row[:2] for row in rows] for rows in state.measured] + [[row[:2] for row in state.step_seconds]]
+    if any(len(set(subnets)) < len(subnets) for subnets in named):
+        raise CheckpointError("state: 'measured' or 'step_seconds' have a sub-network twice")
+    if not all(seconds for _, _, seconds in state.step_seconds):
+        raise CheckpointError("state: 'step_seconds' has a sub-network without any")
+
+
+ACCURACIES = 1000
+_STATE = TypeAdapter(_StateValues)

@@ -1,4 +1,7 @@
-"""What a checkpoint is on disk: `step-N` with DCP's files and a manifest of their checksums; there whole or not at all.
+"""What a checkpoint is on disk: `step-N` with a file of each rank and a manifest; there whole or not at all.
+
+The manifest says whose the checkpoint is, which tensors it holds, in which files their elements lie and what the files'
+checksums are; nothing of it is believed before it is checked: whoever changes a file can seal the manifest again.
 
 A name that begins with a dot is unfinished business of somebody who was interrupted; `tidy` removes it.
 """
@@ -6,33 +9,71 @@ A name that begins with a dot is unfinished business of somebody who was interru
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 import scaleprog
-from scaleprog.errors import CheckpointError, OtherFormat, Unavailable
+from scaleprog import tensorfile
+from scaleprog.errors import CheckpointError, OtherFormat, OtherRun, Unavailable
 from scaleprog.files import sync_folder
 from scaleprog.sharding.spread import Part
+from scaleprog.tensorfile import DTYPES, NAMES, Layout
 
 MANIFEST = "manifest.json"
-FORMAT = 4
+KIND, FORMAT = "scaleprog-checkpoint", 5
+MANIFEST_BYTES = 2**25  # those of a model of 24 layers on 2,000 ranks have as many
+RANKS = 100_000
+RUN = "[0-9a-f]{32}"
 
 FileList = dict[str, tuple[int, str]]
 """Name -> (bytes, SHA-256)."""
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint, flattened: `chunks` of (rank, elements), which follow each other, make it up."""
+
+    dtype: str
+    numel: int
+    chunks: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself."""
+
+    run: str
+    """Which run it belongs to."""
+    step: int
+    permanent: bool
+    recipe: Mapping[str, Any]
+    state: Mapping[str, Any]
+    files: FileList
+    tensors: Mapping[str, Stored]
+
+    @cached_property
+    def held(self) -> dict[int, dict[str, tuple[str, int]]]:
+        """By rank, what its file holds: name -> (dtype, elements)."""
+        held: dict[int, dict[str, tuple[str, int]]] = {}
+        for name, stored in self.tensors.items():
+            for rank, length in stored.chunks:
+                held.setdefault(rank, {})[name] = stored.dtype, length
+        return held
+
+
 def committed(folder: Path) -> list[Path]:
     """The published checkpoints, oldest first."""
-    found = (p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir())
+    found = (p for p in folder.glob("step-*") if re.fullmatch(r"step-[0-9]+", p.name) and p.is_dir())
     return sorted(found, key=step_of)
 
 
@@ -41,73 +82,174 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """What `save` was given as state. Raises CheckpointError."""
-    return _manifest(path)["state"]
+def file_name(rank: int) -> str:
+    """The name of a rank's file."""
+    return f"rank-{rank:05d}.safetensors"
 
 
-def load_tensors(path: Path, parts: Mapping[str, Part]) -> None:
-    """Reads a checkpoint into `parts` in place, however it and they are spread. Raises CheckpointError."""
+# ---- reading
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """A regular file to read; what goes wrong with it, inside, too, becomes CheckpointError or Unavailable."""
     try:
-        dcp.load({name: flat(part) for name, part in parts.items()}, storage_reader=_Reader(path))
-    except (OSError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
-        failures = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
-        if any(isinstance(cause, OSError) for cause in failures):
-            raise Unavailable(f"{path}: cannot be read: {reason(error)}") from error
-        raise CheckpointError(f"{path}: does not fit this run: {reason(error)}") from error
-
-
-def flat(part: Part, tensor: Tensor | None = None) -> Tensor:
-    """A part (or `tensor`, a copy of it) as DCP takes it: 1-D, with the attributes of DCP's CheckpointableTensor.
-
-    So a checkpoint holds every tensor flattened, whatever the shapes in which an engine had cut it.
-    """
-    local = (part.tensor if tensor is None else tensor).view(-1)
-    held = local.numel() > 0
-    attributes = {
-        "global_shape": (part.numel,),
-        "global_offsets": ((part.start,),) * held,
-        "local_offsets": ((0,),) * held,
-        "local_sizes": ((local.numel(),),) * held,
-    }
-    for name, value in attributes.items():
-        setattr(local, name, value)
-    return local
-
-
-def verify(path: Path) -> None:
-    """Raises CheckpointError unless every file of the checkpoint has the size and checksum of its manifest.
-
-    Raises Unavailable where that cannot be told.
-    """
-    for name, (size, digest) in _manifest(path)["files"].items():
-        file = path / name
-        try:
-            if file.stat().st_size != size:
-                raise CheckpointError(f"{file}: {file.stat().st_size} bytes, {size} expected")
-            if _sha256(file) != digest:
-                raise CheckpointError(f"{file}: the checksum differs")
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{file}: missing") from error
-        except OSError as error:
-            raise Unavailable(f"{file}: {error}") from error
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (FileNotFoundError, ValueError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: not readable: {error}") from error
+        with tensorfile.open_regular(path) as file:
+            yield file
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{path}: missing") from error
     except OSError as error:
-        raise Unavailable(f"{path / MANIFEST}: {error}") from error
-    if not isinstance(manifest, dict) or manifest.pop("checksum", None) != _checksum(manifest):
-        raise CheckpointError(f"{path / MANIFEST}: the checksum differs")
-    if manifest["format"] != FORMAT:
-        raise OtherFormat(
-            f"{path / MANIFEST}: format {manifest['format']}, this version of scaleprog reads {FORMAT}; "
-            f"use the version that wrote it, {manifest['versions']['scaleprog']}"
+        raise Unavailable(f"{path}: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def read_state(path: Path) -> Mapping[str, Any]:
+    """What `save` was given as state. Raises CheckpointError."""
+    return read_manifest(path).state
+
+
+def load_tensors(path: Path, parts: Mapping[str, Part], subset: bool = False) -> None:
+    """Reads a checkpoint into `parts` in place, however it and they are spread. Raises CheckpointError.
+
+    They must be all tensors that it holds, or with `subset` may be some of them.
+    """
+    manifest = read_manifest(path)
+    unlike = parts.keys() - manifest.tensors.keys() or (not subset and manifest.tensors.keys() - parts.keys())
+    if unlike:
+        name = min(unlike)
+        raise _misfit(path, f"{_shown(name)} is not in the {'checkpoint' if name in parts else 'network'}")
+    wanted: dict[int, list[tuple[str, int, Tensor]]] = {}  # by rank: tensor, the first element of its chunk, into what
+    for name, part in parts.items():
+        stored, target = manifest.tensors[name], part.tensor.detach().view(-1)
+        if (stored.numel, stored.dtype) != (part.numel, NAMES[target.dtype]):
+            raise _misfit(path, f"size and type of {_shown(name)} are {stored.numel} {stored.dtype} "
+                                f"instead of {part.numel} {NAMES[target.dtype]}")  # fmt: skip
+        start, stop = part.start, part.start + target.numel()
+        at = 0
+        for rank, length in stored.chunks:
+            first, last = max(at, start), min(at + length, stop)
+            if first < last:
+                wanted.setdefault(rank, []).append((name, first - at, target[first - start : last - start]))
+            at += length
+    for rank, pieces in sorted(wanted.items()):
+        with opened(path / file_name(rank)) as file:
+            layout = Layout.of(manifest.held[rank])
+            tensorfile.check(file, layout)
+            for name, first, target in pieces:
+                tensorfile.read(file, layout.starts[name] + first * target.element_size(), target)
+
+
+def verify(path: Path, most: int | None = None) -> Manifest:
+    """The manifest of a checkpoint whose files have the content that it says, of at most `most` bytes (None: any).
+
+    Raises CheckpointError where they have not, and Unavailable where that cannot be told.
+    """
+    manifest = read_manifest(path)
+    size = sum(size for size, _ in manifest.files.values())
+    if most is not None and size > most:
+        raise CheckpointError(f"{path}: {size} bytes, but the complete model of this run has no more than {most}")
+    for rank, held in manifest.held.items():
+        with opened(path / file_name(rank)) as file:
+            tensorfile.check(file, Layout.of(held), manifest.files[file_name(rank)][1])
+    return manifest
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest, checked in itself and against the folder's name. Raises CheckpointError or Unavailable."""
+    where = path / MANIFEST
+    with opened(where) as file:
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: a link; a checkpoint is a folder of its own")
+        content = file.read(MANIFEST_BYTES + 1)
+        if len(content) > MANIFEST_BYTES:
+            raise ValueError(f"more than {MANIFEST_BYTES} bytes")
+        try:
+            values = json.loads(content.decode(), parse_constant=_refuse)
+            if not isinstance(values, dict) or values.pop("checksum", None) != _checksum(values):
+                raise ValueError("the checksum differs")
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        if values.get("kind") != KIND or type(values.get("format")) is not int:
+            raise ValueError("not of a checkpoint")
+        if values["format"] != FORMAT:
+            raise OtherFormat(
+                f"{where}: format {values['format']}, this version of scaleprog reads {FORMAT}; "
+                f"use the version that wrote it, {_version(values)}"
+            )
+        manifest = _checked(values)
+    named = re.fullmatch(r"\.?step-([0-9]+)(\.old)?", path.name)
+    if named and int(named[1]) != manifest.step:
+        raise OtherRun(
+            f"{path}: holds step {manifest.step}, so it was renamed or put in the place of another; "
+            f"its name must be step-{manifest.step:08d}"
         )
     return manifest
+
+
+def _checked(values: Mapping[str, Any]) -> Manifest:
+    """A manifest from anything that JSON can hold. Raises ValueError."""
+    run, step, permanent = values.get("run"), values.get("step"), values.get("permanent")
+    if not (isinstance(run, str) and re.fullmatch(RUN, run)):
+        raise ValueError("`run` names no run")
+    if not _is_count(step) or step >= 2**53:
+        raise ValueError("`step` is no number of a step")
+    if not isinstance(permanent, bool):
+        raise ValueError("`permanent` is neither true nor false")
+    recipe, state, files, tensors = (_mapping(values, key) for key in ("recipe", "state", "files", "tensors"))
+    manifest = Manifest(run, step, permanent, recipe, state, {}, {n: _stored(n, t) for n, t in tensors.items()})
+    if files.keys() != (expected := {file_name(rank) for rank in manifest.held}):
+        raise ValueError(f"`files` differ from those that hold tensors: {_shown(min(files.keys() ^ expected))}")
+    for rank, held in manifest.held.items():
+        name = file_name(rank)
+        file = files[name]
+        if not (isinstance(file, list) and len(file) == 2 and _is_count(file[0]) and _is_digest(file[1])):
+            raise ValueError(f"`files`: {name} has no size and checksum")
+        if file[0] != (size := Layout.of(held).size):
+            raise ValueError(f"`files`: {name} has {file[0]} bytes, its tensors make {size}")
+        manifest.files[name] = file[0], file[1]
+    return manifest
+
+
+def _mapping(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = values.get(key)
+    if not isinstance(value, dict):
+        raise ValueError(f"`{key}` is no mapping")
+    return value
+
+
+def _stored(name: str, value: Any) -> Stored:
+    if not re.fullmatch(r"[\w./-]{1,200}", name, re.ASCII):
+        raise ValueError(f"`tensors`: {_shown(name)} is no name of a tensor")
+    if not (isinstance(value, list) and len(value) == 3 and isinstance(value[0], str) and value[0] in DTYPES
+            and _is_count(value[1]) and isinstance(value[2], list)):  # fmt: skip
+        raise ValueError(f"`tensors`: {name} has no type, size and chunks")
+    dtype, numel, chunks = value
+    for chunk in chunks:
+        if not (
+            isinstance(chunk, list)
+            and len(chunk) == 2
+            and all(map(_is_count, chunk))
+            and chunk[0] < RANKS
+            and chunk[1] > 0
+        ):
+            raise ValueError(f"`tensors`: {name} has a chunk that is no rank and length")
+    if sum(length for _, length in chunks) != numel:
+        raise ValueError(f"`tensors`: the chunks of {name} do not make up its {numel} elements")
+    if len({rank for rank, _ in chunks}) < len(chunks):
+        raise ValueError(f"`tensors`: {name} has two chunks of one rank")
+    return Stored(dtype, numel, tuple((rank, length) for rank, length in chunks))
+
+
+# ---- writing
+
+
+def write_tensors(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> FileList:
+    """Writes a rank's file, which is on the disk on return; none if there is nothing to write. Raises OSError."""
+    if not tensors:
+        return {}
+    name = file_name(rank)
+    return {name: tensorfile.write(folder / name, tensors)}
 
 
 def prepare(folder: Path) -> None:
@@ -116,46 +258,53 @@ def prepare(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def tidy(folder: Path) -> None:
-    """Removes what interrupted saves and deletions left behind; a checkpoint that was being replaced comes back."""
-    for path in folder.glob(".step-*.old"):
-        final = folder / path.name.removeprefix(".").removesuffix(".old")
-        if not final.exists() and _sound(path):
-            os.rename(path, final)
-    for path in folder.glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def digest_files(folder: Path, rank: int) -> FileList:
-    """Size and checksum of the files that a rank has written; rank 0's include DCP's metadata."""
-    mine = [*folder.glob(f"__{rank}_*"), *([folder / ".metadata"] if rank == 0 else [])]
-    return {path.name: (path.stat().st_size, _sha256(path)) for path in sorted(mine)}
-
-
-def publish(temporary: Path, final: Path, state: Mapping[str, Any], files: FileList, permanent: bool) -> int:
-    """Writes the manifest, makes everything durable, renames. Returns bytes.
+def publish(temporary: Path, final: Path, manifest: Manifest) -> int:
+    """Writes the manifest, makes everything durable, renames. Returns bytes. Raises CheckpointError and OSError.
 
     In place of a checkpoint of the same step: after a restart, or with more done of what is due after that step.
     """
-    permanent |= final.exists() and _permanent(final)
-    manifest = {
-        "kind": "scaleprog-checkpoint",
+    values = {
+        "kind": KIND,
         "format": FORMAT,
         "versions": {"scaleprog": scaleprog.__version__, "torch": torch.__version__},
-        "permanent": permanent,
-        "state": state,
-        "files": files,
+        "run": manifest.run,
+        "step": manifest.step,
+        "permanent": manifest.permanent or (final.exists() and _permanent(final)),
+        "recipe": manifest.recipe,
+        "state": manifest.state,
+        "files": manifest.files,
+        "tensors": {name: [t.dtype, t.numel, t.chunks] for name, t in manifest.tensors.items()},
     }
+    try:
+        text = json.dumps({**values, "checksum": _checksum(values)}, allow_nan=False)
+    except ValueError as error:  # what is not a number would be refused by whoever reads it
+        raise CheckpointError(f"{temporary / MANIFEST}: the state cannot be written: {error}") from error
+    if len(text) > MANIFEST_BYTES:
+        raise CheckpointError(f"{temporary / MANIFEST}: {len(text)} bytes, more than is ever read ({MANIFEST_BYTES})")
     with open(temporary / MANIFEST, "w") as file:
-        json.dump({**manifest, "checksum": _checksum(manifest)}, file, indent=1)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    sync_folder(temporary)
     if final.exists():
         os.rename(final, _aside(final))
     os.rename(temporary, final)
     sync_folder(final.parent)
     shutil.rmtree(_aside(final), ignore_errors=True)
-    return sum(size for size, _ in files.values())
+    return sum(size for size, _ in manifest.files.values())
+
+
+# ---- what stays
+
+
+def tidy(folder: Path, most: int | None = None) -> None:
+    """Removes what interrupted saves and deletions left behind; a checkpoint that was being replaced comes back."""
+    for path in folder.glob(".step-*.old"):
+        final = folder / path.name.removeprefix(".").removesuffix(".old")
+        if not final.exists() and _sound(path, most):
+            os.rename(path, final)
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def retire(folder: Path, step: int, keep: int, protect: Collection[int]) -> None:
@@ -170,9 +319,9 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
-def _sound(path: Path) -> bool:
+def _sound(path: Path, most: int | None) -> bool:
     try:
-        verify(path)
+        verify(path, most)
     except (CheckpointError, Unavailable):
         return False
     return True
@@ -180,63 +329,49 @@ def _sound(path: Path) -> bool:
 
 def _permanent(path: Path) -> bool:
     try:
-        return bool(_manifest(path)["permanent"])
+        return read_manifest(path).permanent
+    except (OtherFormat, OtherRun, Unavailable):
+        return True  # somebody else's; and what cannot be known is not deleted
     except CheckpointError:
         return False
-    except Unavailable:
-        return True  # not to be deleted as long as it is not known
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+# ---- details
 
 
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _misfit(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{path}: does not fit this run: {why}")
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and value >= 0
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+def _version(values: Mapping[str, Any]) -> str:
+    """Which scaleprog wrote a manifest of another format."""
+    versions = values.get("versions")
+    version = versions.get("scaleprog") if isinstance(versions, dict) else None
+    known = isinstance(version, str) and re.fullmatch(r"[0-9a-z.+]{1,40}", version)
+    return str(version) if known else "which it does not say"
+
+
+def _shown(name: str) -> str:
+    """A name that may be anything, for a message."""
+    return name if re.fullmatch(r"[\w./-]{1,200}", name, re.ASCII) else repr(name[:100])
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what went wrong, on the first rank where something did."""
-    if isinstance(error, dcp.api.CheckpointException) and error.failures:
-        rank, (error, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        return f"rank {rank}: {reason(error)}"
+    """The first line of what went wrong."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-class _Reader(dcp.FileSystemReader):
-    """DCP's reader, but its `.metadata` pickle may name nothing beyond what such metadata is made of."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    ALLOWED = frozenset(
-        {
-            ("collections", "OrderedDict"),
-            ("pathlib", "PosixPath"),
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            *(("torch.distributed.checkpoint.metadata", name) for name in (
-                "Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
-                "_MEM_FORMAT_ENCODING", "StorageMeta")),  # not BytesStorageMetadata: DCP would unpickle such bytes
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.distributed.checkpoint._storage_utils", "_StorageInfo"),
-        }
-    )  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        value = super().find_class(module, name) if (module, name) in self.ALLOWED else None
-        if value is None and module == "torch":
-            value = getattr(torch, name, None)
-            if not isinstance(value, torch.dtype):
-                value = None
-        if value is None:
-            raise pickle.UnpicklingError(f".metadata names {module}.{name}, which no checkpoint metadata contains")
-        return value

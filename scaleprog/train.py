@@ -22,7 +22,7 @@ from scaleprog.claim import claim_run
 from scaleprog.data.augment import Request, low_pass, mix
 from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
-from scaleprog.errors import Diverged, Preempted, Unavailable
+from scaleprog.errors import Diverged, Preempted, ScaleprogError, Unavailable
 from scaleprog.files import write_whole
 from scaleprog.growth.schedule import Phase
 from scaleprog.growth.space import Subnet
@@ -31,7 +31,10 @@ from scaleprog.models.elastic import Active, drop_scales
 from scaleprog.optim import learning_rate
 from scaleprog.plan import plan_start
 from scaleprog.preemption import AskedToStop, Due, Watch, deadline
+from scaleprog.reading import read_object
 from scaleprog.recipe import Recipe
+from scaleprog.records import Results
+from scaleprog.resume import owner_of, state_of
 from scaleprog.run import (
     Run,
     leave,
@@ -47,8 +50,7 @@ from scaleprog.run import (
     tell_signal,
 )
 from scaleprog.sharding.coordinator import Coordinator, process_group, ranks_per_node
-from scaleprog.state import RunState, summary
-from scaleprog.storage import read_state, tidy
+from scaleprog.state import summary
 
 RESULTS = "results.json"
 COLLECT_EVERY = 500  # steps between two garbage collections, the same steps on all ranks
@@ -84,11 +86,11 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
     # ---- resume
     progress = ProgressLine(plan.schedule.steps, 0, rank == 0)
     checkpoints = Checkpoints(
-        folder / "checkpoints", coordinator, recipe.checkpoint.keep, claim.fence, claim.generation
+        folder / "checkpoints", coordinator, recipe.checkpoint.keep, claim.fence, claim.generation, owner_of(recipe)
     )
     if rank == 0:
         with claim.fence():
-            tidy(checkpoints.folder)
+            checkpoints.tidy()
     state = restore(plan, checkpoints, backend, progress)
     timed_on = f"{world} x {name_of(device)}, {recipe.sharding}, micro_batch={recipe.train.micro_batch}"
     if state.timed_on != timed_on:  # other machines' times are not to be mixed with ours
@@ -189,7 +191,7 @@ def enter(run: Run, phases: list[Phase], index: int) -> None:
         began = time.perf_counter()
         if index > 1 and phases[index - 1].searched and not schedule.recycle:
             before = run.checkpoints.at(phases[index - 1].start)
-            load_network(before, RunState.from_json(read_state(before)), backend, elastic=False)
+            load_network(before, state_of(before, run.plan), backend, elastic=False)
             backend.growths = state.growths
         backend.regrow(layer_map, inherit=growth.optimizer == "inherit", elastic=phase.kind == "supernet")
         sources = [[o.source for o in group] for group in layer_map.groups]
@@ -366,6 +368,7 @@ def finish(run: Run) -> dict[str, Any]:
 
 def read_results(folder: Path) -> dict[str, Any] | None:
     """The results of a finished run; None where there are none, or not whole."""
-    with suppress(OSError, ValueError):
-        return json.loads((folder / RESULTS).read_text())
+    with suppress(ScaleprogError):
+        results = read_object(folder / RESULTS, Results)
+        return None if results is None else dict(results)
     return None

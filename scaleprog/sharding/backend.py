@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,12 @@ class Network:
     weights: dict[str, Tensor]
     moments: dict[str, Moments]
     emas: list[Ema] = field(default_factory=list)
+
+
+class Load(Protocol):
+    """Writes what was saved into `parts`: everything, or with `subset` some of it."""
+
+    def __call__(self, parts: Mapping[str, Part], subset: bool = False) -> None: ...
 
 
 class Backend(ABC):
@@ -146,11 +152,12 @@ class Backend(ABC):
                 move(sources, old.spreads[source], targets, new.spreads[name], self.group)
         self.settle()
 
-    def restore(self, structure: Structure, elastic: bool, load: Callable[[dict[str, Part]], None]) -> None:
+    def restore(self, structure: Structure, elastic: bool, load: Load) -> None:
         """Replaces the network by one of `structure`; `load` writes its `state`, which is asked for twice."""
         model = self._on_meta(structure)
         steps = {name: torch.zeros(1) for name, _ in model.named_parameters()}
-        load({f"step/{name}": Part.whole(step) for name, step in steps.items()})  # an engine may lay out by them
+        # an engine may lay out by them
+        load({f"step/{name}": Part.whole(step) for name, step in steps.items()}, subset=True)
         self._replace(model, {name: float(step) for name, step in steps.items()}, elastic)
         load(self.state())
         self.settle()

@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,30 +12,24 @@ import torch.distributed as dist
 
 from scaleprog import errors
 from scaleprog.errors import Disagreement, ScaleprogError
+from scaleprog.sharding.rendezvous import Place
 
 NAMED = 8  # different values that an error names
 
 
 @contextmanager
 def process_group() -> Iterator[tuple["Coordinator", torch.device]]:
-    """Joins the ranks that the launcher's environment describes and gives the device of this one.
-
-    The variables are torch.distributed's: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; without them this
-    process is alone.
-    """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    """Joins the ranks that this process was launched with, if any, and gives the device of this one."""
+    place = Place.current()
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_per_node()))
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world))
+    place.join(backend)
     try:
         yield Coordinator(), device
     except BaseException:
@@ -47,8 +40,8 @@ def process_group() -> Iterator[tuple["Coordinator", torch.device]]:
 
 
 def ranks_per_node() -> int:
-    """As the launcher's environment says; a process alone is one."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """As the launcher says; a process alone is one."""
+    return Place.current().local_world
 
 
 class Coordinator:
@@ -91,10 +84,15 @@ class Coordinator:
         return value
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every rank, by rank, on every rank. It must survive JSON."""
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        """The value of every rank, by rank, on every rank. It must survive JSON: nothing is unpickled."""
+        text = json.dumps(value).encode()
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(lengths, torch.tensor([len(text)]), group=self.group)
+        widest = max(int(length) for length in lengths)
+        texts = [torch.empty(widest, dtype=torch.uint8) for _ in range(self.world)]
+        padded = torch.frombuffer(bytearray(text.ljust(widest)), dtype=torch.uint8)
+        dist.all_gather(texts, padded, group=self.group)
+        return [json.loads(text.numpy().tobytes()) for text in texts]  # JSON may end in blanks
 
     def verify(self, what: str, value: Any) -> None:
         """Raises Disagreement on every rank, naming each rank's value, unless all ranks hold the same `value`."""

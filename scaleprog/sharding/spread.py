@@ -1,6 +1,6 @@
 """Which rank holds which elements of a tensor, as arithmetic; and moving them where another spread wants them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,35 @@ class Part:
     def whole(cls, tensor: Tensor) -> "Part":
         """All elements of a contiguous tensor; writing into the part writes into it."""
         return cls(tensor.detach().view(-1), 0, tensor.numel())
+
+
+def share_out(held: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Which rank saves which stretch of each tensor, so that each element is saved once.
+
+    Args:
+        held: by rank, what it holds of each tensor: name -> (numel, start, elements).
+
+    Returns:
+        By name, (rank, elements) of stretches that follow each other. Of ranks that hold the same stretch, the one
+        that has least to save so far takes it.
+    """
+    loads, shared = [0] * len(held), {}
+    for name, (numel, _, _) in held[0].items():
+        holders: dict[tuple[int, int], list[int]] = {}
+        for rank, parts in enumerate(held):
+            _, start, length = parts[name]
+            if length:
+                holders.setdefault((start, length), []).append(rank)
+        stretches, at = [], 0
+        for (start, length), ranks in sorted(holders.items()):
+            assert start == at, f"{name}: the ranks hold {holders} of {numel}"
+            rank = min(ranks, key=loads.__getitem__)
+            loads[rank] += length
+            stretches.append((rank, length))
+            at += length
+        assert at == numel, f"{name}: the ranks hold {holders} of {numel}"
+        shared[name] = tuple(stretches)
+    return shared
 
 
 @torch.no_grad()

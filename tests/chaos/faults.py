@@ -167,12 +167,22 @@ def _in_the_next_save(fault: Fault, folder: Path, step: int) -> None:
         return lambda *_, **__: fault.strike(folder, step)
 
     if fault.kind == "kill while writing":
-        digest = checkpoint.digest_files
-        checkpoint.digest_files = killing(digest)  # DCP has written, nothing is checked yet
+        checkpoint.write_tensors = _half_written(fault, folder, step)
     elif fault.kind == "kill before the rename":
         storage.os = _With(os, rename=killing(None))  # type: ignore[assignment]
     else:
         storage.shutil = _With(storage.shutil, rmtree=_rmtree_of_old(fault, folder, step))  # type: ignore[assignment]
+
+
+def _half_written(fault: Fault, folder: Path, step: int) -> Callable[..., Any]:
+    write = scaleprog.checkpoint.write_tensors
+
+    def write_half(temporary: Path, *arguments: Any) -> None:
+        for name, (size, _) in write(temporary, *arguments).items():
+            os.truncate(temporary / name, size // 2)
+        fault.strike(folder, step)
+
+    return write_half
 
 
 def _rmtree_of_old(fault: Fault, folder: Path, step: int) -> Callable[..., None]:

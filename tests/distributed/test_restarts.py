@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import scaleprog.train
+from launchers import status
 from launchers.local import RankFailed, launch
-from scaleprog.errors import EXIT_CODE, Preempted
+from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
 from scaleprog.life import read_life
 from scaleprog.metrics import read_rows
 from scaleprog.recipe import Recipe
@@ -27,8 +28,8 @@ from tests.conftest import step_rows
 SAVE_STEPS = 9
 
 
-def start(recipe: Path, folder: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "scaleprog", "train", recipe, "--nproc", "2", "--run-dir", folder]
+def start(recipe: Path, folder: Path, ranks: int = 2) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "scaleprog", "train", recipe, "--nproc", str(ranks), "--run-dir", folder]
     return subprocess.Popen(list(map(str, command)), start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -103,6 +104,18 @@ def test_a_run_that_was_stopped_and_killed_tells_its_life(make_recipe: Callable[
     assert costs["rest"] < 0.5 * life.wall
     write_report([run], tmp_path / "report")
     assert (tmp_path / "report" / "life.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_cancel_finds_the_process_that_trains(ranks: int, make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    path, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    path.write_text(make_recipe(train={"epochs": 200}).dump())
+    training = start(path, run, ranks)
+    reached(run, 5, training)
+    assert "is asked to stop after a checkpoint" in status.cancel(run)
+    assert training.wait() == EXIT_CODE
+    with pytest.raises(ScaleprogError, match="nothing to cancel"):
+        status.cancel(run)
 
 
 def happened_to_ranks(folder: Path) -> list[tuple[str, int, str | None]]:

@@ -82,17 +82,18 @@ def install() -> None:
     import scaleprog.train
 
     control = Control(Path(os.environ["CONTROL"]))
-    after_step, digest_files = scaleprog.train.after_step, scaleprog.checkpoint.digest_files
+    after_step, write_tensors = scaleprog.train.after_step, scaleprog.checkpoint.write_tensors
 
     def held_step(run: Any, *arguments: Any) -> None:
         after_step(run, *arguments)
         control.wait_a_little()
         control.reached("step", run.state.step)
 
-    def held_digest(folder: Path, rank: int) -> Any:
+    def held_write(folder: Path, *arguments: Any) -> Any:
+        written = write_tensors(folder, *arguments)
         if (name := re.match(r"\.step-(\d+)", folder.name)) is not None:
             control.reached("save", int(name[1]))
-        return digest_files(folder, rank)
+        return written
 
     scaleprog.train.after_step = held_step
-    scaleprog.checkpoint.digest_files = held_digest
+    scaleprog.checkpoint.write_tensors = held_write

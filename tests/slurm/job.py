@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from launchers.requeue import REQUEUES, newest_step, read_lines
+from launchers.requeue import newest_step
 from scaleprog.queue import OVER
+from scaleprog.reading import read_rows
 from scaleprog.recipe import Recipe
+from scaleprog.records import REQUEUES
 from tests.slurm.cluster import Cluster
 from tests.slurm.control import Control
 
@@ -149,7 +151,7 @@ class TrainingJob:
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The run's events, of all starts."""
-        events = read_lines(self.run / "events.jsonl")
+        events = read_rows(self.run / "events.jsonl")
         return [event for event in events if kind is None or event["event"] == kind]
 
     def signals(self) -> list[str]:
@@ -160,7 +162,7 @@ class TrainingJob:
 
     def trained(self) -> int:
         """The last step that was written down."""
-        return max((row["step"] for row in read_lines(self.run / "metrics.jsonl") if "loss" in row), default=0)
+        return max((row["step"] for row in read_rows(self.run / "metrics.jsonl") if "loss" in row), default=0)
 
     def committed(self) -> int:
         """The step of the newest visible checkpoint."""
@@ -168,7 +170,7 @@ class TrainingJob:
 
     def requeues(self) -> list[dict[str, Any]]:
         """What the batch script decided at the ends of the starts."""
-        return read_lines(self.run / REQUEUES)
+        return read_rows(self.run / REQUEUES)
 
     def log(self) -> str:
         """Everything that the job has printed, of all its tasks and starts."""

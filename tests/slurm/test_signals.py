@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers.requeue import read_lines
 from launchers.status import restarts
+from scaleprog.reading import read_rows
 from scaleprog.recipe import Recipe
 from tests.compare import differences
 from tests.conftest import run, short_recipe
@@ -217,7 +217,7 @@ def go_through(row: Row, cluster: Cluster, jobs: Jobs, saves: set[int]) -> None:
 
 def save_steps(run: Path) -> set[int]:
     """After which steps a run takes checkpoints: a job held there has nothing to lose."""
-    return {event["step"] for event in read_lines(run / "events.jsonl") if event["event"] == "checkpoint"}
+    return {event["step"] for event in read_rows(run / "events.jsonl") if event["event"] == "checkpoint"}
 
 
 def test_what_a_cut_network_leaves_running_is_refused(

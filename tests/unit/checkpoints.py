@@ -1,5 +1,7 @@
 """Checkpoints to test, and ways to damage them."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from torch import Tensor
 from scaleprog.checkpoint import Checkpoints, Commit
 from scaleprog.sharding.coordinator import Coordinator
 from scaleprog.sharding.spread import Part
+from scaleprog.storage import MANIFEST, _checksum
 
 Save = Callable[..., Path]
 
@@ -72,4 +75,22 @@ def flip(path: Path, at: int = -1, bit: int = 0) -> None:
 
 
 def data_file(path: Path) -> Path:
-    return next(p for p in path.iterdir() if p.suffix == ".distcp")
+    return next(p for p in path.iterdir() if p.suffix == ".safetensors")
+
+
+def reseal(path: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> Path:
+    """What whoever damages a checkpoint on purpose does: a manifest that is right for the files as they are now, with
+    `change` made to it and a checksum for that."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    for file in path.glob("rank-*"):
+        content = file.read_bytes()
+        manifest["files"][file.name] = [len(content), hashlib.sha256(content).hexdigest()]
+    change(manifest)
+    return seal(path, manifest)
+
+
+def seal(path: Path, manifest: dict[str, Any]) -> Path:
+    """Writes a manifest with its checksum."""
+    values = {key: value for key, value in manifest.items() if key != "checksum"}
+    (path / MANIFEST).write_text(json.dumps(values | {"checksum": _checksum(values)}))
+    return path

@@ -8,15 +8,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 import torch
 
-import scaleprog.storage
+import scaleprog.tensorfile
 from scaleprog.checkpoint import Checkpoints
 from scaleprog.errors import Superseded, Unavailable
 from scaleprog.sharding.coordinator import Coordinator
-from scaleprog.storage import MANIFEST, committed, digest_files, load_tensors, read_state, step_of, tidy, verify
+from scaleprog.storage import MANIFEST, committed, load_tensors, read_state, step_of, tidy, verify, write_tensors
 from tests.unit.checkpoints import Save, blank, commit, data_file, flip, names, newest, parts, tensors
 
 # ---- writing and reading
@@ -66,7 +67,7 @@ def test_the_state_is_saved_as_it_was_then(
     one_rank: None, checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     going_on = threading.Event()
-    monkeypatch.setattr("scaleprog.checkpoint.digest_files", lambda *a: going_on.wait(10) and digest_files(*a))
+    monkeypatch.setattr("scaleprog.checkpoint.write_tensors", lambda *a: going_on.wait(10) and write_tensors(*a))
     checkpoints, live = Checkpoints(checkpoint_folder, Coordinator(), keep=1), {"times": [[16, 2, [1.0]]]}
     checkpoints.save(1, live, parts(tensors()))
     live["times"][0][2].append(2.0)
@@ -109,14 +110,14 @@ def test_a_file_system_that_does_not_answer_is_no_damage(
     commit(checkpoint_folder, 2, {}, tensors())
 
     def failing(*steps: int) -> None:
-        def digest(file: Path) -> str:
-            if any(file.parent.name.endswith(str(step)) for step in steps):
+        def check_file(file: BinaryIO, *expected: Any) -> None:
+            if any(Path(file.name).parent.name.endswith(str(step)) for step in steps):
                 raise OSError(errno.EIO, "Input/output error")
-            return sha256(file)
+            check(file, *expected)
 
-        monkeypatch.setattr("scaleprog.storage._sha256", digest)
+        monkeypatch.setattr("scaleprog.tensorfile.check", check_file)
 
-    sha256 = scaleprog.storage._sha256
+    check = scaleprog.tensorfile.check
     failing(2)
     found, told = newest(checkpoint_folder)
     assert found == "step-00000001"
@@ -187,7 +188,7 @@ def test_what_an_interruption_left_is_tidied_away(save_checkpoint: Save, checkpo
     save_checkpoint(10)
     for name in (".step-00000020.3.writing", ".step-00000005.old"):
         (checkpoint_folder / name).mkdir()
-        (checkpoint_folder / name / "__0_0.distcp").write_bytes(b"half")
+        (checkpoint_folder / name / "rank-00000.safetensors").write_bytes(b"half")
     assert newest(checkpoint_folder) == ("step-00000010", [])
     tidy(checkpoint_folder)
     assert names(checkpoint_folder) == ["step-00000010"]

@@ -71,7 +71,7 @@ def test_a_directory_in_use_on_this_machine_is_refused(take: Take, folder: Path)
         owned_by(folder, pid=process.pid, started=started)
         with pytest.raises(CheckpointError, match=rf"in use by process {process.pid} on .*; wait for it, cancel it"):
             take()
-        assert read_owner(folder)["generation"] == 4  # type: ignore[index]
+        assert read_owner(folder).generation == 4  # type: ignore[union-attr]
         owned_by(folder, pid=process.pid, started="1")  # that process ended, and its number is another's now
         assert take().generation == 5
         process.kill()
@@ -83,6 +83,94 @@ def test_an_owner_on_another_host_is_alive_while_its_heart_beats(take: Take, fol
         take()
     os.utime(folder / OWNER, (time.time() - 200,) * 2)
     assert take().generation == 5
+
+
+@pytest.mark.parametrize("ahead", [200.0, 1e6, 2e9])
+def test_a_heartbeat_in_the_future_locks_nothing(ahead: float, take: Take, folder: Path) -> None:
+    owned_by(folder, host="elsewhere")
+    os.utime(folder / OWNER, (time.time() + ahead,) * 2)
+    assert take().generation == 5
+
+
+def test_clocks_that_differ_a_little_do_not_end_an_owner(take: Take, folder: Path) -> None:
+    owned_by(folder, host="elsewhere")
+    os.utime(folder / OWNER, (time.time() + 60,) * 2)
+    with pytest.raises(CheckpointError, match="in use by process 1 on elsewhere"):
+        take()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"{}", b"[]", b"7", b"null", b'"text"', b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000,
+        b" " * 2**17, b"9" * 5000,
+    ],
+)  # fmt: skip
+def test_an_owner_file_that_is_none_is_named(content: bytes, take: Take, folder: Path) -> None:
+    folder.mkdir()
+    (folder / OWNER).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"owner\.json: not readable \(.*\); delete it if nothing trains there"):
+        read_owner(folder)
+    with pytest.raises(CheckpointError, match=r"owner\.json: not readable"):
+        take()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("generation", 0), ("generation", True), ("generation", 1.5), ("generation", "1"), ("generation", 10**30),
+        ("nonce", None), ("nonce", "\x1b[2J"), ("job", 7), ("job", "-o"), ("job", "7 8"), ("job", "7\n"),
+        ("job", ""), ("job", "٧"), ("restart", -1), ("restart", None), ("host", 5), ("host", ""),
+        ("host", "\x1b]0;x\x07"), ("host", "x" * 300), ("pid", -1), ("pid", 0),
+        ("pid", 2**40), ("pid", True), ("pid", "1"), ("pid", [1]),
+        ("pid", 1e300), ("pid", float("nan")), ("started", 5), ("started", ""), ("started", "-1"), ("started", "Z"),
+    ],
+)  # fmt: skip
+def test_an_owner_that_cannot_be_is_named(field: str, value: Any, folder: Path) -> None:
+    owned_by(folder, **{field: value})
+    with pytest.raises(CheckpointError, match=rf"owner\.json: not readable \({field} is ") as caught:
+        read_owner(folder)
+    assert str(caught.value).isprintable()
+
+
+def test_a_last_generation_is_refused(take: Take, folder: Path) -> None:
+    owned_by(folder, generation=2**53)
+    with pytest.raises(CheckpointError, match=r"owner\.json: no generation comes after the last"):
+        take()
+
+
+def test_what_a_job_calls_itself_is_written_down_if_it_can_be_a_job(take: Take, folder: Path) -> None:
+    take(job="--help")
+    owner = read_owner(folder)
+    assert owner is not None
+    assert owner.job is None
+
+
+@pytest.mark.parametrize("name", [OWNER, ".lock"])
+@pytest.mark.parametrize("kind", ["FIFO", "folder", "device", "link"])
+def test_what_lies_in_the_place_of_a_file_is_not_waited_for(name: str, kind: str, take: Take, folder: Path) -> None:
+    folder.mkdir()
+    other = folder.parent / "other"
+    other.write_text("not to be touched")
+    if kind == "FIFO":
+        os.mkfifo(folder / name)
+    elif kind == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).symlink_to("/dev/zero" if kind == "device" else other)
+    with pytest.raises(CheckpointError, match="not readable" if name == OWNER else "cannot be a run directory"):
+        take()
+    assert other.read_text() == "not to be touched"
+
+
+def test_a_link_in_the_place_of_a_temporary_file_is_not_written_through(take: Take, folder: Path) -> None:
+    folder.mkdir()
+    other = folder.parent / "other"
+    other.write_text("not to be touched")
+    (folder / f".{OWNER}.{os.getpid()}").symlink_to(other)
+    take()
+    assert other.read_text() == "not to be touched"
+    assert not (folder / OWNER).is_symlink()
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from launchers import local
 from launchers.exits import CRASHED, MISTAKE, STOPPED, Exit, exit_by
-from launchers.local import RankFailed, elastic_launch, launch, ranks_to_start
+from launchers.local import RankFailed, launch, ranks_to_start
 from launchers.world import Count, Demand
 from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable
 
@@ -118,13 +120,13 @@ def test_ranks_that_stop_by_themselves_say_why(tmp_path: Path) -> None:
 def test_a_signal_before_a_start_lets_nothing_start(
     number: int, call: int, starts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, launches = iter(range(1, 9)), []
+    calls, launches, launch_once = iter(range(1, 9)), [], local._launch_once
 
-    def counted(config: object, entrypoint: Callable[..., None]) -> object:
-        launches.append(config)
-        return elastic_launch(config, entrypoint)
+    def counted(*arguments: Any) -> None:
+        launches.append(arguments)
+        launch_once(*arguments)
 
-    monkeypatch.setattr("launchers.local.elastic_launch", counted)
+    monkeypatch.setattr(local, "_launch_once", counted)
 
     def progress() -> None:
         if next(calls) == call:
@@ -152,11 +154,77 @@ def test_a_signal_while_ranks_start_is_no_crash(tmp_path: Path) -> None:
 
 
 def test_a_signal_just_before_the_spawn_reaches_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def after_the_signal(config: object, entrypoint: Callable[..., None]) -> object:
-        signal_me(signal.SIGTERM)  # nobody is there to be told
-        return elastic_launch(config, entrypoint)
+    launch_once = local._launch_once
 
-    monkeypatch.setattr("launchers.local.elastic_launch", after_the_signal)
+    def after_the_signal(*arguments: Any) -> None:
+        signal_me(signal.SIGTERM)  # nobody is there to be told
+        launch_once(*arguments)
+
+    monkeypatch.setattr(local, "_launch_once", after_the_signal)
     with pytest.raises(Preempted, match=r"^stopped by SIGTERM$"):
         launch(2, begin, tmp_path)
     assert begun(tmp_path) == 0
+
+
+def fail_in_turn(kind: str, folder: Path) -> None:
+    """Rank 1 is the first to fail, in some way; what happens to the others afterwards is an echo."""
+    rank = int(os.environ["RANK"])
+    signal.signal(signal.SIGTERM, lambda *_: None if kind == "deaf" else os._exit(3))
+    (folder / str(rank)).touch()
+    while len(list(folder.iterdir())) < 3:
+        time.sleep(0.01)
+    if rank == 1 and kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1 and kind == "real-time":
+        os.kill(os.getpid(), signal.SIGRTMIN + 3)
+    if rank == 1:
+        raise DataError(f"shard 3 is damaged\n{'x' * 200_000}")
+    time.sleep(0.5 if rank == 0 and kind == "echo" else 600)
+    raise DataError("connection closed")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("echo", "rank 1: shard 3 is damaged\n" + "x" * 200_000),
+        ("deaf", "rank 1: shard 3 is damaged\n" + "x" * 200_000),
+        ("killed", "rank 1 was ended by SIGKILL; all other ranks were stopped"),
+        ("real-time", f"rank 1 was ended by signal {signal.SIGRTMIN + 3}; all other ranks were stopped"),
+    ],
+)
+def test_the_first_to_fail_is_named_and_the_others_are_ended(
+    kind: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "GRACE_SECONDS", 1.0)
+    with pytest.raises(RankFailed) as caught:
+        launch(3, fail_in_turn, kind, tmp_path)
+    assert str(caught.value) == message
+    assert caught.value.mistake == ("damaged" in message)
+    assert not multiprocessing.active_children()
+
+
+def stay(folder: Path) -> None:
+    """Waits for a signal, and says which came."""
+
+    def heard(number: int, _: object) -> None:
+        (folder / f"heard {number}").touch()
+        os._exit(STOPPED)
+
+    signal.signal(signal.SIGINT, heard)
+    (folder / "waits").touch()
+    time.sleep(600)
+
+
+def until(condition: Callable[[], object]) -> None:
+    give_up = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def test_ranks_whose_launcher_is_killed_are_asked_to_stop(tmp_path: Path) -> None:
+    launcher = multiprocessing.get_context("spawn").Process(target=launch, args=(1, stay, tmp_path))
+    launcher.start()
+    until((tmp_path / "waits").exists)
+    launcher.kill()
+    until((tmp_path / f"heard {signal.SIGINT}").exists)

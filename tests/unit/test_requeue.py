@@ -16,6 +16,7 @@ from launchers import requeue
 from launchers.requeue import End, Start, decide, how_it_ended
 from scaleprog import preemption
 from scaleprog.queue import Job
+from scaleprog.reading import read_rows
 from tests.conftest import write_lines
 from tests.unit.fake_slurm import FakeSlurm
 
@@ -121,7 +122,7 @@ def test_after(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     (tmp_path / "measuring.json").write_text('{"where": {}, "done": 48}')
     assert requeue.after(tmp_path, 137, limit=3) == 75
     assert fake.calls("scontrol")[-1] == "scontrol requeue 7"
-    (row,) = requeue.read_lines(tmp_path / "requeues.jsonl")
+    (row,) = read_rows(tmp_path / "requeues.jsonl")
     assert row.pop("time") == pytest.approx(time.time(), abs=60)
     assert row == {
         "job": "7", "restart": 0, "kind": "stopped", "code": 75, "step": 9, "requeue": True, "why": "",
@@ -133,12 +134,12 @@ def test_after(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
     fake.show(state="CANCELLED")
     assert requeue.after(tmp_path, 143, limit=3) == 143
-    assert requeue.read_lines(tmp_path / "requeues.jsonl")[1]["why"] == "Slurm is ending it: CANCELLED"
+    assert read_rows(tmp_path / "requeues.jsonl")[1]["why"] == "Slurm is ending it: CANCELLED"
     assert len(fake.calls("scontrol requeue")) == 1
 
     (tmp_path / "job.json").write_text('{"job": "6"}')  # whose run directory it is; job 7 was refused
     assert requeue.after(tmp_path, 2, limit=3) == 2
-    assert len(requeue.read_lines(tmp_path / "requeues.jsonl")) == 2
+    assert len(read_rows(tmp_path / "requeues.jsonl")) == 2
 
 
 SILENT = "echo 'Socket timed out on send/recv operation' >&2; exit 1"
@@ -168,7 +169,7 @@ def test_slurm_that_does_not_answer_is_asked_again(
     monkeypatch.setattr(requeue, "time", SimpleNamespace(**vars(time) | {"sleep": wait}))
     requeue.after(tmp_path, 75, limit=3)
     asked = ["requeue" if "requeue" in call else "show" for call in fake.calls("scontrol")]
-    (row,) = requeue.read_lines(tmp_path / "requeues.jsonl")
+    (row,) = read_rows(tmp_path / "requeues.jsonl")
     assert (asked, row["requeue"], row["why"]) == (calls, again, why)
     assert written == [False]
 
@@ -187,7 +188,7 @@ def test_slurm_that_never_answers(
     fake.command("scontrol", SILENT)
     monkeypatch.setattr(requeue, "PAUSES", (0,) * len(requeue.PAUSES))
     requeue.after(tmp_path, code, limit=3)
-    (row,) = requeue.read_lines(tmp_path / "requeues.jsonl")
+    (row,) = read_rows(tmp_path / "requeues.jsonl")
     assert (len(fake.calls("scontrol")), row["requeue"]) == (tries, False)
     assert row["why"].startswith(why)
 
@@ -197,7 +198,7 @@ def test_without_scontrol_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(requeue, "PAUSES", (600,))
     assert requeue.after(tmp_path, 75, limit=3) == 75
-    (row,) = requeue.read_lines(tmp_path / "requeues.jsonl")
+    (row,) = read_rows(tmp_path / "requeues.jsonl")
     assert row["why"].startswith("Slurm cannot be asked from here")
 
 
@@ -207,21 +208,23 @@ def test_slurms_signals_to_a_job_that_it_requeues_do_not_end_the_decision(fake: 
     command = [sys.executable, "-m", "launchers.requeue", str(tmp_path), "75", "3"]
     ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"SLURM_JOB_ID": "7"}, check=False)
     assert ended.returncode == 75
-    assert requeue.read_lines(tmp_path / "requeues.jsonl")[0]["requeue"]
+    assert read_rows(tmp_path / "requeues.jsonl")[0]["requeue"]
 
 
 def test_a_run_that_left_in_a_hurry(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     events = [
-        {"event": "start", "generation": 2}, {"event": "signal", "generation": 2, "rank": 0, "signal": "SIGINT"},
-        {"event": "hurried", "generation": 2, "rank": 0}, {"event": "start", "generation": 3},
+        {"event": "start", "generation": 2, "step": 0}, {"event": "signal", "generation": 2, "signal": "SIGINT"},
+        {"event": "hurried", "generation": 2, "rank": 0}, {"event": "start", "generation": 3, "step": 0},
         *({"event": "signal", "generation": 3, "rank": rank, "signal": "SIGTERM"} for rank in range(2)),
+        {"event": "hurried", "generation": 3, "rank": 1},
     ]  # fmt: skip
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     (tmp_path / "owner.json").write_text(json.dumps({"generation": 3, "job": "7", "restart": 0}))
-    write_lines(tmp_path / "events.jsonl", events)
+    events = [{"time": float(i), **event} for i, event in enumerate(events)]
+    write_lines(tmp_path / "events.jsonl", events[:-1])
     assert requeue.after(tmp_path, 137, limit=3) == 137  # signalled, but not for that
-    write_lines(tmp_path / "events.jsonl", [*events, {"event": "hurried", "generation": 3, "rank": 1}])
+    write_lines(tmp_path / "events.jsonl", events)
     assert requeue.after(tmp_path, 137, limit=3) == 75
-    rows = requeue.read_lines(tmp_path / "requeues.jsonl")
+    rows = read_rows(tmp_path / "requeues.jsonl")
     assert [row["kind"] for row in rows] == ["crash", "stopped"]
     assert rows[1]["cause"] == "stopped by SIGTERM, in a hurry"

@@ -1,10 +1,13 @@
 """`scaleprog status`, `cancel` and `submit --wait`: where a run stands."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 
 from launchers import snapshot, status
 from launchers.snapshot import JobFile
+from scaleprog import queue
 from scaleprog.claim import read_owner
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.growth.space import Subnet
@@ -27,9 +31,12 @@ OWNER = {
     "job": None,
     "restart": 0,
     "host": socket.gethostname(),
-    "pid": 0,
-    "started": "",
+    "pid": 1,
+    "started": "0",
 }
+TRAINS = (  # a process that trains in the folder it is given, as far as can be seen from outside
+    "import os, sys, time; os.open(sys.argv[-1], os.O_RDONLY); print('open', flush=True); time.sleep(60)"
+)
 
 
 def step_row(step: int, subnet: Subnet, seconds: float) -> dict[str, Any]:
@@ -145,13 +152,30 @@ def test_cancel_a_job(made_up: Path, fake: FakeSlurm) -> None:
         status.cancel(made_up)
 
 
+def owned_by_process(run: Path, pid: int, **changes: Any) -> None:
+    """Makes a process, and no other of its number, the owner of a run directory."""
+    started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    (run / "owner.json").write_text(json.dumps(OWNER | {"pid": pid, "started": started, **changes}))
+
+
+@contextmanager
+def process_called(*command: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process that says when it is ready."""
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def test_cancel_a_process(made_up: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    started = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
-    (made_up / "owner.json").write_text(json.dumps(OWNER | {"pid": process.pid, "started": started}))
-    assert status.standing(made_up) == ("running", f"process {process.pid} on {socket.gethostname()}", None)
-    assert f"process {process.pid} is asked to stop" in status.cancel(made_up)
-    assert process.wait(timeout=30) == -15
+    with process_called(sys.executable, "-c", TRAINS, "scaleprog", "train", made_up) as process:
+        owned_by_process(made_up, process.pid)
+        assert status.standing(made_up) == ("running", f"process {process.pid} on {socket.gethostname()}", None)
+        assert f"process {process.pid} is asked to stop" in status.cancel(made_up)
+        assert process.wait(timeout=30) == -15
     assert status.standing(made_up)[0] == "stopped"
     with pytest.raises(ScaleprogError, match="nothing to cancel"):
         status.cancel(made_up)
@@ -159,6 +183,66 @@ def test_cancel_a_process(made_up: Path) -> None:
     with pytest.raises(ScaleprogError, match="is trained on elsewhere"):
         status.cancel(made_up)
     assert read_owner(made_up) is not None
+
+
+@pytest.mark.parametrize(
+    ("command", "doubt"),
+    [
+        (("sh", "-c", "echo; exec sleep 60"), "whose command line is not scaleprog's"),
+        ((sys.executable, "-c", TRAINS, "train", "RUN"), "whose command line is not scaleprog's"),
+        ((sys.executable, "-c", TRAINS, "my-scaleprog", "RUN"), "whose command line is not scaleprog's"),
+        ((sys.executable, "-c", TRAINS, "scaleprog", "train", "OTHER"), "does not have this run directory open"),
+        ((sys.executable, "-c", TRAINS, "--multiprocessing-fork", "OTHER"), "does not have this run directory open"),
+    ],
+)
+def test_cancel_leaves_a_process_alone_that_does_not_train_there(
+    command: tuple[str, ...], doubt: str, made_up: Path, tmp_path: Path
+) -> None:
+    folders = {"RUN": str(made_up), "OTHER": str(tmp_path)}
+    with process_called(*(folders.get(word, word) for word in command)) as process:
+        owned_by_process(made_up, process.pid)
+        with pytest.raises(
+            ScaleprogError, match=rf"owner\.json names process {process.pid}, .*{doubt}; nothing was signaled"
+        ):
+            status.cancel(made_up)
+        assert process.poll() is None
+        for started in ("1", None):  # that process ended, and its number is another's now
+            owned_by_process(made_up, process.pid, started=started)
+            with pytest.raises(ScaleprogError, match="nothing to cancel"):
+                status.cancel(made_up)
+        time.sleep(0.1)
+        assert process.poll() is None
+
+
+@pytest.mark.parametrize("pid", [-1, 0, 1, -(2**31), 2**22, 2**64, True, "1", None, [1], 1.0])
+def test_cancel_signals_no_number_that_a_run_directory_makes_up(
+    pid: Any, made_up: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signalled(*_: object) -> None:
+        raise AssertionError("a process was signalled")
+
+    monkeypatch.setattr("os.kill", signalled)
+    monkeypatch.setattr("signal.pidfd_send_signal", signalled)
+    (made_up / "owner.json").write_text(json.dumps(OWNER | {"pid": pid}))
+    with pytest.raises(ScaleprogError, match=r"nothing to cancel|not readable"):
+        status.cancel(made_up)
+
+
+def test_a_process_of_another_user_is_left_alone(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with process_called(sys.executable, "-c", TRAINS, "scaleprog", "train", made_up) as process:
+        owned_by_process(made_up, process.pid)
+        monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
+        with pytest.raises(ScaleprogError, match="which belongs to another user; nothing was signaled"):
+            status.cancel(made_up)
+        assert process.poll() is None
+
+
+@pytest.mark.parametrize("job", ["-1", "--help", "7 8", "$(touch x)", "", "7\n8", 7, None, [7]])
+def test_slurm_is_asked_about_numbers_of_jobs_only(job: Any, fake: FakeSlurm) -> None:
+    for ask in (queue.find, queue.cancel, queue.requeue):
+        with pytest.raises(queue.NoAnswer, match="is not the number of a Slurm job"):
+            ask(job)
+    assert fake.calls("scontrol") == fake.calls("scancel") == []
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from launchers import task
-from launchers.requeue import Start, read_lines
+from launchers.requeue import Start
 from scaleprog import preemption
 from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable
+from scaleprog.reading import read_rows
 from tests.unit.fake_slurm import FakeSlurm
 
 
@@ -93,7 +94,7 @@ def test_a_task_that_leaves_says_why(
     with pytest.raises(SystemExit) as left:
         task.leave(tmp_path, Start("7", 2), rank, error)
     assert left.value.code == code
-    (row,) = read_lines(tmp_path / "jobs" / "reports" / f"7-2-{rank}.json")
+    (row,) = read_rows(tmp_path / "jobs" / "reports" / f"7-2-{rank}.json")
     assert (row["code"], row["cause"], row["reason"]) == (code, cause, reason)
     told = capsys.readouterr().err
     if isinstance(error, Preempted):
