@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from launchers import requeue, status
 from scaleprog import cli, history, report
 from scaleprog.assess import _half_measured
+from scaleprog.data.augment import Request
 from scaleprog.display import as_text
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.figures import draw_accuracy, draw_cloud, draw_schedules, draw_searches
-from scaleprog.growth.space import Subnet
+from scaleprog.growth.space import Subnet, View
 from scaleprog.life import describe, read_life, table_row
 from scaleprog.reading import read_object, read_rows, to_line
 from scaleprog.records import Results
@@ -290,19 +291,28 @@ def test_a_start_on_any_record(new_run: Any, files: Files, step: int, two: bool)
     st.integers(-1, 9) | hostile.values, st.lists(st.lists(hostile.values, max_size=2), max_size=3) | hostile.values,
     st.sampled_from([1, 2]),
 )  # fmt: skip
-def test_half_a_measurement_is_taken_up_only_as_it_was_left(tmp_path: Path, done: Any, totals: Any, world: int) -> None:
-    judged = [Subnet(16, 2)]
+def test_half_a_measurement_is_taken_up_only_as_it_was_left(tmp_path: Path, done: Any, losses: Any, world: int) -> None:
+    """Five batches of `world` images, one on each rank."""
+    judged, requests = [Subnet(16, 2)], [Request(0, i, 16) for i in range(5)]
     ranks = SimpleNamespace(world=world, rank=world - 1, decide=lambda _, what: what())
-    run: Any = SimpleNamespace(folder=tmp_path, state=SimpleNamespace(step=7), coordinator=ranks)
+    run: Any = SimpleNamespace(
+        folder=tmp_path, state=SimpleNamespace(step=7), coordinator=ranks,
+        recipe=SimpleNamespace(train=SimpleNamespace(batch=world)),
+        plan=SimpleNamespace(schedule=SimpleNamespace(view=lambda subnet: View(subnet.resolution))),
+    )  # fmt: skip
     where = {"step": 7, "judged": [[16, 2]], "ranks": world}
-    (tmp_path / "measuring.json").write_bytes(hostile.dumps({"where": where, "done": done, "totals": totals}))
-    begun, sums = _half_measured(run, judged, batches=5)
+    (tmp_path / "measuring.json").write_bytes(hostile.dumps({"where": where, "done": done, "losses": losses}))
+    begun, found = _half_measured(run, judged, requests)
     assert 0 <= begun < 5
-    assert list(sums) == judged
-    assert all(map(math.isfinite, sums.values()))
-    (tmp_path / "measuring.json").write_bytes(hostile.dumps({"where": where, "done": 3, "totals": [[2.5]] * world}))
-    assert _half_measured(run, judged, batches=5) == (3, {judged[0]: 2.5})
-    assert _half_measured(run, judged, batches=3) == (0, {judged[0]: 0.0})
+    assert list(found) == judged
+    assert len(found[judged[0]]) == begun
+    assert all(map(math.isfinite, found[judged[0]]))
+    kept = {"where": where, "done": 3, "losses": [[[2.5, 1.0, 0.5]]] * world}
+    (tmp_path / "measuring.json").write_bytes(hostile.dumps(kept))
+    assert _half_measured(run, judged, requests) == (3, {judged[0]: [2.5, 1.0, 0.5]})
+    assert _half_measured(run, judged, requests[:3]) == (0, {judged[0]: []})
+    (tmp_path / "measuring.json").write_bytes(hostile.dumps(kept | {"done": 2}))
+    assert _half_measured(run, judged, requests) == (0, {judged[0]: []})
 
 
 def test_other_rows_stay_byte_for_byte(tmp_path: Path) -> None:
