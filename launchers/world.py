@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from launchers.exits import exit_by
 from scaleprog.data.order import divisors
 from scaleprog.display import as_text
-from scaleprog.errors import CheckpointError, ScaleprogError
+from scaleprog.errors import CheckpointError, ScaleprogError, Unavailable
 from scaleprog.plain_yaml import RECIPE, read_run
 from scaleprog.queue import hosts
 from scaleprog.settings import MOST_RANKS
@@ -67,6 +67,8 @@ class Demand:
     @classmethod
     def read(cls, run: Path) -> "Demand":
         """That of the recipe of a run directory. Raises Unavailable or CheckpointError."""
+        if not (run / RECIPE).exists():
+            raise Unavailable(f"{run / RECIPE}: not readable: not there, or not yet on this node")
         values = read_run(run)
         try:
             demand = cls(values["data"]["lanes"], values["sharding"]["shard"] or 1)
