@@ -26,6 +26,7 @@ import torch
 
 from launchers.exits import MISTAKE, STOPPED, exit_by
 from launchers.world import Count, Demand, largest
+from scaleprog.display import as_text
 from scaleprog.errors import Preempted, ScaleprogError
 from scaleprog.preemption import SIGNALS
 from scaleprog.sharding.rendezvous import Place
@@ -81,7 +82,8 @@ def launch(
                 if error.mistake or left == 0:
                     raise
                 left -= 1
-                print(f"scaleprog: {error}\nscaleprog: starting again, {left} more tries", file=sys.stderr, flush=True)
+                told = as_text(error, lines=True)
+                print(f"scaleprog: {told}\nscaleprog: starting again, {left} more tries", file=sys.stderr, flush=True)
 
 
 def ranks_to_start(count: Count, demand: Demand) -> int:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from launchers.exits import FINISHED, STOPPED, exit_by
 from launchers.requeue import Start, has_reported, report
 from scaleprog import queue
+from scaleprog.display import as_text
 from scaleprog.errors import ScaleprogError
 from scaleprog.preemption import SIGNALS
 from scaleprog.recipe import Recipe
@@ -39,7 +40,7 @@ def task(run: Path) -> dict[str, Any]:
         os.environ[STORE] = f"tcp:{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if rank == 0:
             tell_time_limit(start)
-            print(describe(os.environ), flush=True)
+            print(as_text(describe(os.environ)), flush=True)
         results = train_rank(Recipe.of_run(run), run)
     except Exception as error:
         leave(run, start, rank, error)
@@ -56,7 +57,7 @@ def leave(run: Path, start: Start, rank: int, error: Exception) -> NoReturn:
             time.sleep(0.2)
         _exit(STOPPED)
     if end.code != STOPPED:
-        print(f"scaleprog: rank {rank}: {end.text}", file=sys.stderr, flush=True)
+        print(f"scaleprog: rank {rank}: {as_text(end.text, lines=True)}", file=sys.stderr, flush=True)
         time.sleep(end.delay)
     report(run, start, rank, end.code, end.cause, end.reason)
     _exit(end.code)

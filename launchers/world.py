@@ -67,8 +67,8 @@ class Demand:
     @classmethod
     def read(cls, run: Path) -> "Demand":
         """That of the recipe of a run directory. Raises Unavailable or CheckpointError."""
-        if not os.path.lexists(run / RECIPE):  # a job has put it there
-            raise Unavailable(f"{run / RECIPE}: not readable: it is not there (yet)")
+        if not (run / RECIPE).exists():
+            raise Unavailable(f"{run / RECIPE}: not readable: not there, or not yet on this node")
         values = read_run(run)
         try:
             demand = cls(values["data"]["lanes"], values["sharding"]["shard"] or 1)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from scaleprog.display import as_text
 from scaleprog.errors import DataError
 from scaleprog.files import read_text
 
@@ -75,7 +76,7 @@ def check(
         report = shards_check.write_manifest(out, _lines(classes) if classes else None, workers=workers)
     else:
         report = shards_check.check(out, workers=workers)
-    print(f"{out}: {report}")
+    print(as_text(f"{out}: {report}", lines=True))
 
 
 def _lines(path: Path) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from scaleprog.data.manifest import Manifest
+from scaleprog.display import as_text
 from scaleprog.errors import DataError
 from scaleprog.files import open_regular
 from shards.build import SPLITS, finished
@@ -127,7 +128,7 @@ def _images_by_split(src: Path, seed: int, val_fraction: float) -> tuple[list[st
                 f"{val_folder}: classes that train/ does not have: {_some(unknown)}. Remove or rename them."
             )
         if missing := sorted(set(classes) - set(val_classes)):
-            print(f"note: {val_folder} has no images of {len(missing)} classes: {_some(missing)}")
+            print(as_text(f"note: {val_folder} has no images of {len(missing)} classes: {_some(missing)}"))
         images["val"] = _shuffled(val, labels, [seed, 1])
         return classes, images
     count = max(1, round(val_fraction * len(train)))
@@ -162,7 +163,8 @@ def _scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
         kinds = f".{', .'.join(IMAGE_EXTENSIONS)}"
         raise DataError(f"{folder}: class folders without an image ({kinds}): {_some(empty)}. Remove or fill them.")
     if ignored:
-        print(f"note: {len(ignored)} files that are not images of class folders are left out: {_some(ignored)}")
+        note = f"note: {len(ignored)} files that are not images of class folders are left out: {_some(ignored)}"
+        print(as_text(note))
     return classes, files
 
 
