@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from scaleprog.errors import ScaleprogError
 
@@ -11,6 +12,7 @@ OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
         "PREEMPTED", "REVOKED")  # fmt: skip
 ALSO_RUNNING = ("SIGNALING", "CONFIGURING", "STAGE_OUT")  # what scontrol says of a running job at times
 ANSWER_SECONDS = 60.0
+MOST_WORDS = 32  # of a command, which are looked at
 JOB_ID = r"[0-9]{1,10}(_[0-9]{1,10})?"
 """What Slurm's commands are asked about; anything else, an option say, they are not to see."""
 
@@ -35,11 +37,23 @@ class Job:
     """Whether Slurm has announced that it takes the nodes away."""
     end: float | None = None
     """When its time limit ends it, in seconds since the epoch; None if it does not run or has no limit."""
+    command: str | None = None
+    """Its batch script and that one's arguments, with blanks between; None where Slurm does not tell."""
+    directory: str = ""
+    """In which it was submitted."""
 
     @property
     def over(self) -> bool:
         """Whether it has ended for good, as far as Slurm itself is concerned."""
         return self.state in OVER
+
+    def names(self, path: Path) -> bool:
+        """Whether its command is a file in the folder `path`, or has that folder as an argument."""
+        words, wanted = (self.command or "").split(" ")[:MOST_WORDS], os.path.realpath(path)
+        if os.path.realpath(self.command or "/").startswith(f"{wanted}/"):
+            return True
+        spans = (" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1))
+        return any(os.path.realpath(os.path.join(self.directory, span)) == wanted for span in spans if span)
 
 
 def find(job: str) -> Job | None:
@@ -116,6 +130,7 @@ def _read(line: str) -> Job:
         return "" if found is None or found[1] in ("(null)", "None") else found[1]
 
     name = re.search(r"JobName=(.*?) UserId=", line)
+    command = re.search(r" Command=(.*?) WorkDir=(.*?) StdErr=", line)
     state, end = value("JobState"), value("EndTime")
     code, _, number = (value("ExitCode") or "0:0").partition(":")
     return Job(
@@ -128,6 +143,8 @@ def _read(line: str) -> Job:
         exit_code=128 + int(number) if int(number or 0) else int(code),
         preempted=value("PreemptTime").isdigit(),
         end=float(end) if end.isdigit() else None,
+        command=None if command is None else command[1],
+        directory="" if command is None else command[2],
     )
 
 
