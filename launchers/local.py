@@ -151,13 +151,14 @@ def _memory() -> Iterator[tuple[int, str]]:
 
 def _watch(processes: Sequence[SpawnProcess], told: int) -> None:
     """Returns when all ranks have ended well; raises RankFailed or Preempted as soon as one has not."""
-    running = {process.sentinel: rank for rank, process in enumerate(processes)}
+    running = dict(enumerate(processes))
     while running:
-        for sentinel in connection.wait(list(running)):
-            rank = running.pop(sentinel)  # type: ignore[call-overload]
-            processes[rank].join()
-            if processes[rank].exitcode:
-                raise _failure(rank, processes[rank].exitcode or 0, os.pread(told, os.fstat(told).st_size, 0))
+        ready = connection.wait([process.sentinel for process in running.values()])
+        for rank in [rank for rank, process in running.items() if process.sentinel in ready]:
+            process = running.pop(rank)
+            process.join()
+            if process.exitcode:
+                raise _failure(rank, process.exitcode, os.pread(told, os.fstat(told).st_size, 0))
 
 
 def _end(processes: Sequence[SpawnProcess]) -> None:

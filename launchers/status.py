@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launchers.requeue import newest_step
-from launchers.snapshot import JobFile
+from launchers.snapshot import JOB, JobFile
 from scaleprog import queue
 from scaleprog.claim import ask_to_stop, is_alive, read_owner
 from scaleprog.display import as_text, first_line
@@ -256,6 +256,11 @@ def cancel(run: Path) -> str:
     file, owner = JobFile.read(run), read_owner(run)
     job = None if file is None else file.ask()
     if job is not None and not job.over:
+        if job.command is not None and not job.names(run):
+            raise ScaleprogError(
+                f"{run / JOB} names job {job.id}, whose command, as Slurm has it, does not name this run directory: "
+                f"nothing was cancelled; if it trains there, `scancel {job.id}`"
+            )
         queue.cancel(job.id)
         done = f"job {job.id}, which was {job.state}, is cancelled"
     elif owner is not None and owner.job is None and is_alive(owner, run):

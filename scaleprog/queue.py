@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 from scaleprog.display import as_text, first_line
 from scaleprog.errors import ScaleprogError
@@ -24,6 +25,7 @@ MOST_HOSTS = 100_000
 SPAN = "[0-9]{1,12}(?:-[0-9]{1,12})?"
 GROUP = rf"(?:\[{SPAN}(?:,{SPAN})*\]|[^][,])+"  # of a list of nodes
 LAST_SECOND = 2**33  # of what can be a time
+MOST_WORDS = 32  # of a command, which are looked at
 
 
 class NoAnswer(ScaleprogError):
@@ -46,11 +48,23 @@ class Job:
     """Whether Slurm has announced that it takes the nodes away."""
     end: float | None = None
     """When its time limit ends it, in seconds since the epoch; None if it does not run or has no limit."""
+    command: str | None = None
+    """Its batch script and that one's arguments, with blanks between; None where Slurm does not tell."""
+    directory: str = ""
+    """In which it was submitted."""
 
     @property
     def over(self) -> bool:
         """Whether it has ended for good, as far as Slurm itself is concerned."""
         return self.state in OVER
+
+    def names(self, path: Path) -> bool:
+        """Whether its command is a file in the folder `path`, or has that folder as an argument."""
+        words, wanted = (self.command or "").split(" ")[:MOST_WORDS], os.path.realpath(path)
+        if os.path.realpath(self.command or "/").startswith(f"{wanted}/"):
+            return True
+        spans = (" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1))
+        return any(os.path.realpath(os.path.join(self.directory, span)) == wanted for span in spans if span)
 
 
 def find(job: str) -> Job | None:
@@ -200,6 +214,7 @@ def _read(told: str) -> Job:
         return _number(value(key))
 
     name = re.search(r"JobName=(.*?) UserId=", line)
+    command = re.search(r" Command=(.*?) WorkDir=(.*?) StdErr=", line)
     state, end, restarts = value("JobState"), number("EndTime"), number("Restarts")
     if not end_of_line or not re.fullmatch("[A-Z_]{4,40}", state) or (restarts is None and value("Restarts")):
         raise NoAnswer(f"scontrol: not to be understood: {as_text(first_line(line), most=100)!r}")
@@ -213,6 +228,8 @@ def _read(told: str) -> Job:
         exit_code=_exit_code(value("ExitCode")),
         preempted=number("PreemptTime") is not None,
         end=float(end) if end is not None and end < LAST_SECOND else None,
+        command=None if command is None else command[1],
+        directory="" if command is None else command[2],
     )
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from scaleprog.errors import Unavailable
 
 STORE = "SCALEPROG_STORE"
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 JOIN_LIMIT = timedelta(minutes=30)
 BACKLOG = 4096  # ranks that may come at once
 LOOPBACK = "lo"
@@ -41,14 +42,13 @@ class Place:
         """What the launcher of this process has put into its environment."""
         if not variables.get(STORE):
             return cls()
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        return cls(*(int(variables[name]) for name in names), variables[STORE])
+        rank, world, local_rank, local_world = (int(variables[name]) for name in NUMBERS)
+        return cls(rank, world, local_rank, local_world, variables[STORE])
 
     def variables(self) -> dict[str, str]:
         """The same for an environment; torch.distributed's names, which DeepSpeed reads, too."""
-        numbers = {"RANK": self.rank, "WORLD_SIZE": self.world, "LOCAL_RANK": self.local_rank,
-                   "LOCAL_WORLD_SIZE": self.local_world}  # fmt: skip
-        return {**{name: str(number) for name, number in numbers.items()}, STORE: self.store}
+        numbers = (self.rank, self.world, self.local_rank, self.local_world)
+        return {**{name: str(number) for name, number in zip(NUMBERS, numbers, strict=True)}, STORE: self.store}
 
     @property
     def on_one_machine(self) -> bool:

@@ -1,5 +1,6 @@
 """Mistakes on a real cluster: each is told in words, costs no time in the queue, and harms nothing that is there."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from scaleprog.recipe import Recipe
 from tests.conftest import short_recipe
 from tests.slurm.cluster import Cluster, Settings
-from tests.slurm.job import BOTH, By, TrainingJob
+from tests.slurm.job import BOTH, ROOT, SECONDS, By, TrainingJob
 
 
 @pytest.fixture(scope="module")
@@ -77,3 +78,25 @@ def test_two_jobs_on_one_run_directory(cluster: Cluster, recipe: Recipe, tmp_pat
 def files(run: Path) -> dict[str, bytes]:
     """The files of a run directory but for those of what it holds in folders."""
     return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("by", BOTH)
+def test_cancel_ends_the_job_that_trains_in_a_directory_and_no_other(
+    by: By, cluster: Cluster, recipe: Recipe, tmp_path: Path
+) -> None:
+    job = TrainingJob(cluster, recipe, tmp_path / "run", by, nodes=1)
+    job.hold_at(3)
+    job.submit()
+    job.wait_held()
+    another = tmp_path / "of somebody else"
+    another.mkdir()
+    for name in ("job.json", "recipe.yaml"):
+        (another / name).write_text((job.run / name).read_text())
+    cancel = [sys.executable, "-m", "scaleprog", "cancel"]
+    refused = cluster.run(["env", f"--chdir={ROOT}", *cancel, another], check=False, seconds=SECONDS)
+    assert f"names job {job.id}, whose command" in " ".join(refused.stderr.split())
+    assert job.show()["JobState"] == "RUNNING"
+    assert f"job {job.id}, which was RUNNING, is cancelled" in " ".join(
+        cluster.run(["env", f"--chdir={ROOT}", *cancel, job.run], seconds=SECONDS).stdout.split()
+    )
+    job.wait_state("CANCELLED")

@@ -152,6 +152,39 @@ def test_cancel_a_job(made_up: Path, fake: FakeSlurm) -> None:
         status.cancel(made_up)
 
 
+@pytest.mark.parametrize(
+    ("command", "cancelled"),
+    [
+        ("{run}/jobs/20260101-000000/submission_file_1.sh", True),
+        ("/home/me/train.sbatch my recipe.yaml {run} seed=1", True),
+        ("/home/me/train.sbatch my recipe.yaml a run/ seed=1", True),
+        ("/home/me/train.sbatch recipe.yaml ./x/../a run", True),
+        ("/home/me/train.sbatch recipe.yaml another run", False),
+        ("/home/me/train.sbatch recipe.yaml {run}/other", False),
+        ("{run}-2/jobs/20260101-000000/submission_file_1.sh", False),
+        ("/home/me/simulate.sh", False),
+        ("(null)", False),
+    ],
+)
+def test_cancel_leaves_a_job_alone_that_does_not_train_there(
+    command: str, cancelled: bool, made_up: Path, fake: FakeSlurm
+) -> None:
+    run = made_up.rename(made_up.with_name("a run"))
+    JobFile("7", "scaleprog-a b", "code/x").write(run)
+    where = f"Command={command.format(run=run)} WorkDir={run.parent} StdErr={run.parent}/7.out"
+    fake.show()
+    shown = fake.folder / "shown"
+    shown.write_text(shown.read_text().replace(" BatchHost=node0", f" {where}"))
+    if cancelled:
+        assert status.cancel(run).startswith("job 7, which was RUNNING, is cancelled")
+    else:
+        with pytest.raises(
+            ScaleprogError, match=r"names job 7, whose command, .*: nothing was cancelled; .*`scancel 7`"
+        ):
+            status.cancel(run)
+    assert fake.calls("scancel") == ["scancel 7"] * cancelled
+
+
 def owned_by_process(run: Path, pid: int, **changes: Any) -> None:
     """Makes a process, and no other of its number, the owner of a run directory."""
     started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
