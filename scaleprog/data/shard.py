@@ -161,8 +161,8 @@ def _parse(content: bytes, shard: Shard, path: str, classes: int) -> LoadedShard
             f"{path}: holds {len(keys)} samples where the manifest says {shard.samples}; "
             "write the manifest anew with `scaleprog shards check --write-manifest`"
         )
-    places = np.array([starts, ends], dtype=np.int64)
-    return LoadedShard(path, tuple(keys), memoryview(content), *places, np.array(labels, dtype=np.int64))
+    begins, stops, classes_of = (np.array(values, dtype=np.int64) for values in (starts, ends, labels))
+    return LoadedShard(path, tuple(keys), memoryview(content), begins, stops, classes_of)
 
 
 def _label(text: bytes, classes: int, where: str) -> int:
