@@ -136,7 +136,8 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
     if schedule.kind == "automatic" and recipe.search.method == "budget":
         # 0 where the length of an epoch is not known
         complete_steps = recipe.search.complete_steps if steps_per_epoch is not None else 0
-        schedule = replace(schedule, complete_steps=complete_steps, promised=recipe.search.budget is not None)
+        promised = (recipe.search.budget or 1) < 1  # whoever grants Original's cost does not mind what a search adds
+        schedule = replace(schedule, complete_steps=complete_steps, promised=promised)
         schedule = replace(schedule, budget=_budget(recipe, elastic, schedule))
     return elastic, schedule
 
