@@ -102,8 +102,8 @@ class Schedule:
     search's choice says where the complete model takes over, and stages until then are about an equal part each;
     `promised`: whether the recipe asks for it, and for less than all; `complete_steps`: how many the complete model
     trains at least. `patch` is the side in pixels of the patches that sub-networks see a subset of (None: by
-    resolution); `curriculum`: whether only of low frequencies. `scoring` is what a search pays for the loss of one network, in its
-    training steps.
+    resolution); `curriculum`: whether only of low frequencies. `scoring` is what a search pays for the loss of one
+    network, in its training steps.
     """
 
     kind: Literal["fixed", "automatic", "supernet"]
