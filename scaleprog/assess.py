@@ -183,7 +183,8 @@ def _decide(run: Run, phase: Phase, times: dict[Subnet, float]) -> Decision:
         complete = dict(zip(subnets, seconds))[schedule.full]
         prices |= {subnet: each / complete for subnet, each in zip(subnets, seconds)}
     funds = schedule.funds(schedule.phases(state.choices), prices.__getitem__, run.plan.gmacs)
-    return decide_within(funds, phase.stage, state.measured, times, state.errors)
+    guessing = math.log(run.recipe.model.classes)
+    return decide_within(funds, phase.stage, state.measured, times, state.errors, guessing)
 
 
 # ---- accuracy

@@ -39,7 +39,7 @@ SHARDINGS: tuple[dict[str, Any], ...] = (
 """Every engine on two or more ranks."""
 WITHIN_A_BUDGET: dict[str, Any] = {
     "growth": {"schedule": "automatic", "stages": 3, "patches": "subset", "curriculum": True, "optimizer": "inherit"},
-    "search": {"method": "budget", "measurements": 2, "complete_steps": 0},
+    "search": {"method": "budget", "budget": 0.57, "measurements": 2, "complete_steps": 0},
 }
 """The default search and ours on top of it, over `short_recipe`, which searches as published."""
 MakeRecipe = Callable[..., Recipe]

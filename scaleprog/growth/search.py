@@ -21,6 +21,7 @@ Method = Literal["budget", "published"]
 
 TIE = 1e-6  # relative difference of two scores below which the cheaper candidate wins
 NOISE = 2.0  # standard errors by which a loss must exceed the complete model's to count as higher
+LEARNED = 0.25  # the part of the loss of guessing that must be gone before anything is saved; docs/LOG.md says why
 WORTHWHILE = 0.9  # a network whose step costs a larger part of a complete one saves nothing worth a growth
 
 
@@ -167,6 +168,7 @@ def decide_within(
     measured: Sequence[Mapping[Subnet, float]],
     times: Mapping[Subnet, float],
     errors: Mapping[Subnet, float] | None = None,
+    guessing: float | None = None,
 ) -> Decision:
     """The budget's choice: the complete model where it can be paid for to the end, else where saving costs least.
 
@@ -176,7 +178,9 @@ def decide_within(
     that is the tangent from the complete model to the candidates. `errors` holds the standard error of each difference
     of losses: what is within twice that is noise and counts as nothing. Those that lose nothing tie, and so do others
     within 1e-6: the cheapest wins. A candidate that cannot save enough in the time that is left is none, if another
-    can. The complete model is chosen, too, where no candidate's step is noticeably cheaper.
+    can. Unless the budget is promised, the complete model is chosen, too, where no candidate's step is noticeably
+    cheaper, and where so little has been learned that steps on small networks would go on being lost: where even the
+    best candidate's loss is near `guessing`, that of a uniform guess.
 
     Raises:
         OverBudget: no choice keeps to a budget that was promised.
@@ -184,7 +188,9 @@ def decide_within(
     candidates, losses, seconds = _found(stage, measured, times)
     complete = max(range(len(candidates)), key=lambda i: (candidates[i].resolution, candidates[i].depth))
     prices = [time / seconds[complete] for time in seconds]
-    cheaper = [i for i, price in enumerate(prices) if i != complete and price <= WORTHWHILE]
+    learned = 1.0 if guessing is None else 1 - min(losses) / guessing
+    early = learned < LEARNED and not funds.promised
+    cheaper = [i for i, price in enumerate(prices) if i != complete and price <= WORTHWHILE and not early]
     open_to = [i for i in cheaper if funds.enough(prices[i])]
     cheapest = min((i for i in range(len(candidates)) if i != complete), key=lambda i: prices[i])
     if funds.promised and funds.saving > 0 and not open_to:
@@ -210,6 +216,8 @@ def decide_within(
         why = f"a step of it costs {prices[small]:.0%} of a complete one and {loses}"
     elif funds.saving <= 0:
         why = "it can be paid for to the end"
+    elif early:
+        why = f"too early to save, {max(0.0, learned):.0%} of the loss of guessing is gone, {LEARNED:.0%} is needed"
     elif not cheaper:
         why = f"nothing to save, a step on {candidates[cheapest]} costs {prices[cheapest]:.0%} of a complete one"
     else:

@@ -1,5 +1,6 @@
 """The budget's search: what it chooses, when the complete model takes over, and what runs of such choices are."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -230,6 +231,19 @@ def test_where_nothing_can_be_saved_the_complete_model_trains() -> None:
     assert decision.why == "nothing to save, a step on 128 px, 6 layers costs 93% of a complete one"
     with pytest.raises(OverBudget, match="costs 93%"):
         decide_within(replace(here, promised=True), 2, [dict.fromkeys(CORNERS, 1.0)], times)
+
+
+def test_nothing_is_saved_before_something_is_learned() -> None:
+    """Of ten classes, whose guess costs 2.30; a promise has to be kept all the same."""
+    here, times = Funds(100, 400, 300, 200), dict(zip(CORNERS, (2, 5, 6, 10)))
+    for loss, early in ((2.4, True), (1.8, True), (1.7, False)):
+        measured = [dict(zip(CORNERS, (2.2, loss, 2.2, loss)))]
+        assert (decide_within(here, 2, measured, times, guessing=math.log(10)).chosen == DEIT) == early
+        promised = decide_within(replace(here, promised=True), 2, measured, times, guessing=math.log(10))
+        assert promised.chosen != DEIT
+    measured = [dict.fromkeys(CORNERS, 2.07)]
+    decision = decide_within(here, 2, measured, times, guessing=math.log(10))
+    assert decision.why == "too early to save, 10% of the loss of guessing is gone, 25% is needed"
 
 
 def test_a_difference_of_losses_within_its_noise_is_none() -> None:
