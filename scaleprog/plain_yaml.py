@@ -4,6 +4,7 @@
 two equal keys and turns what looks like a date into one. A recipe needs none of that.
 """
 
+import errno
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -15,8 +16,8 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 from scaleprog.errors import CheckpointError, RecipeError, Unavailable
 from scaleprog.files import read_text
 
-FILE_BYTES = 2**20
-MOST_VALUES = 10_000
+FILE_BYTES = 2**17
+MOST_VALUES = 2000
 """With each alias counted as all that it stands for."""
 DEEPEST = 20
 LONGEST_TEXT, LONGEST_NUMBER = 4096, 100
@@ -94,8 +95,8 @@ def read_run(run: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{run}: no run directory (no {RECIPE}); it is what `scaleprog train` writes") from None
     except OSError as error:
-        if not path.is_file():
-            raise CheckpointError(f"{path}: not a file; this is no run directory") from error
+        if error.errno == errno.EFBIG or not path.is_file():
+            raise CheckpointError(f"{path}: {error.strerror}; this is no run directory") from error
         raise Unavailable(f"{path}: not readable: {error}") from error
     except RecipeError as error:
         raise CheckpointError(f"{error}; the run directory is damaged") from error

@@ -30,7 +30,6 @@ FREE = ("train.max_steps", "train.log_every", "train.micro_batch", "data.path", 
         "sharding.reshard_after_forward", "sharding.recompute", "sharding.compile", "checkpoint",
         "evaluate.batch", "search.budget")  # fmt: skip
 MOST_BASES = 10
-DEEPEST_KEY = 5
 MOST_PROBLEMS, LONGEST_SHOWN = 50, 200
 """In one message."""
 
@@ -124,7 +123,7 @@ def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
 def _override(text: str) -> dict[str, Any]:
     """What `key=value` asks for, as a recipe that says nothing else."""
     key, equals, written = text.partition("=")
-    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key) or key.count(".") > DEEPEST_KEY:
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key) or len(key) > LONGEST_SHOWN:
         raise RecipeError(f"override {_shown(text)} is not of the form key=value")
     try:
         value = parse(written)
