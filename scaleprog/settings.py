@@ -70,7 +70,7 @@ Margin = Annotated[int, _Number, Field(ge=0, le=MOST_PIXELS)]
 """Pixels around an image."""
 Few = Annotated[int, _Number, Field(ge=1, le=1000)]
 """How often something is done, or how many are kept ready."""
-Stages = Annotated[int, _Number, Field(ge=1, le=64)]
+Stages = Annotated[int, _Number, Field(ge=1, le=32)]
 Steps = Annotated[int, _Number, Field(ge=1, le=10**9)]
 WholeEpochs = Annotated[int, _Number, Field(ge=1, le=10**5)]
 Epochs = Annotated[float, _Number, Field(gt=0, le=10**5)]

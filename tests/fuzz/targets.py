@@ -273,7 +273,7 @@ def strict_json(arguments: list[str]) -> Callable[[Told], bool]:
 def report_records(work: Work, rng: random.Random) -> Case:
     name = RUN
     if rng.random() < 0.15:
-        name = rng.choice(records.NAMES)
+        name = rng.choice(records.NAMES).replace("/", "_")
         work.run.rename(work.work / name)
         how = f"run directory named {name!r}"
     elif rng.random() < 0.1:
