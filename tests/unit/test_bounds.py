@@ -110,6 +110,7 @@ def test_values_within_bounds_together(changes: list[tuple[tuple[str | int, ...]
 )  # fmt: skip
 def test_what_is_absurd_is_refused_with_its_number(overrides: list[str], message: str | None) -> None:
     begun = time.process_time()
+    overrides = [*overrides, "data.path=nowhere"]  # whoever runs this may have built the recipe's shards
     if message is None:
         assert describe(Recipe.load(CONFIGS / "fashion_mnist/prog.yaml", overrides))["stages"]
     else:
