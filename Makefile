@@ -25,6 +25,8 @@ demo: install
 	$(SCALEPROG) train configs/digits/autoprog.yaml seed=$(SEED) --nproc 2 --run-dir $(DEMO)/autoprog --baseline $(DEMO)/original
 	$(SCALEPROG) export $(DEMO)/autoprog $(DEMO)/autoprog.safetensors
 	$(SCALEPROG) report $(DEMO)/original $(DEMO)/autoprog --out $(DEMO)/report
+	@echo "picture: $(DEMO)/report/verdict.png; curves: $(VENV)/bin/tensorboard --logdir $(DEMO)"
+	@echo "next, with images of yours: $(SCALEPROG) shards image-folder FOLDER data/mine"
 
 # Two files at a time: those on Slurm mostly wait.
 test: install $(FASHION)
