@@ -42,6 +42,17 @@ def test_ports_differ_between_starts() -> None:
 def test_network_on_one_host() -> None:
     variables = task.network_variables({"SLURM_JOB_NODELIST": "node3"})
     assert variables == {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    asked = {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "ib0", "MASTER_ADDR": "10.0.0.1"}
+    assert task.network_variables({"SLURM_JOB_NODELIST": "node3"} | asked) == variables
+
+
+def test_rank_0_is_where_others_find_it_though_its_name_means_loopback_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    addresses = {"node0": "127.0.1.1", "node1": "10.0.0.2"}  # node0's own /etc/hosts
+    monkeypatch.setattr(task, "address", lambda host: addresses[host])
+    monkeypatch.setattr(task, "address_towards", lambda peer: {"10.0.0.2": "10.0.0.1"}.get(peer, ""))
+    monkeypatch.setattr(task, "interface", lambda peer: {"10.0.0.2": "to1"}.get(peer, ""))
+    variables = task.network_variables({"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_NODEID": "0"})
+    assert variables == {"MASTER_ADDR": "10.0.0.1", "GLOO_SOCKET_IFNAME": "to1", "NCCL_SOCKET_IFNAME": "to1"}
 
 
 def test_network_over_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
