@@ -107,8 +107,8 @@ def tasks_per_node(text: str) -> list[int]:
 def network_variables(slurm: Mapping[str, str]) -> dict[str, str]:
     """Where rank 0 is, and the interface by which the ranks talk to each other unless the user has named one.
 
-    On one node that is loopback, whatever else is named: nothing need be reachable from elsewhere. On several it is the
-    one that leads to rank 0's node, and on that node the one that leads to the next.
+    On one node that is loopback, whatever else is named: nothing need be reachable from elsewhere. On several, where
+    loopback leads nowhere, it is the one that leads to rank 0's node, and on that node the one that leads to the next.
     """
     names = queue.hosts(slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"])
     if len(names) == 1:
@@ -124,7 +124,7 @@ def network_variables(slurm: Mapping[str, str]) -> dict[str, str]:
     chosen = interface(peer)
     variables = {"MASTER_ADDR": master}
     for name in INTERFACES:
-        if chosen and not slurm.get(name):
+        if chosen and slurm.get(name, LOOPBACK) in ("", LOOPBACK):
             variables[name] = chosen
     return variables
 

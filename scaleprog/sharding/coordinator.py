@@ -29,14 +29,14 @@ def process_group() -> Iterator[tuple["Coordinator", torch.device]]:
         device, backend = torch.device("cpu"), "gloo"
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world))
-    place.join(backend)
-    try:
-        yield Coordinator(), device
-    except BaseException:
-        if dist.get_world_size() == 1:  # elsewhere the other ranks must not see us go before the launcher knows why
-            dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
+    with place.joined(backend):
+        try:
+            yield Coordinator(), device
+        except BaseException:
+            if dist.get_world_size() == 1:  # elsewhere the other ranks must not see us go before the launcher knows why
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
 
 
 def ranks_per_node() -> int:

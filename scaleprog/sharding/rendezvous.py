@@ -6,7 +6,8 @@ else's job) joins nothing: without our launcher, a process is alone.
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -56,12 +57,25 @@ class Place:
         kind, _, where = self.store.partition(":")
         return kind != "tcp" or where.startswith("127.")
 
-    def join(self, backend: str) -> None:
-        """Makes torch's default process group of all ranks; returns when all have come. Raises Unavailable."""
-        os.environ |= self.variables()
-        if self.on_one_machine:
-            os.environ |= dict.fromkeys(INTERFACES, LOOPBACK)
-        dist.init_process_group(backend, store=self._open(), rank=self.rank, world_size=self.world, timeout=JOIN_LIMIT)
+    @contextmanager
+    def joined(self, backend: str) -> Iterator[None]:
+        """Inside, torch's default process group is that of all ranks, once they have come. Raises Unavailable.
+
+        The environment says so, too, and is as it was afterwards: what this process starts then is not of the group.
+        """
+        changed = self.variables() | (dict.fromkeys(INTERFACES, LOOPBACK) if self.on_one_machine else {})
+        before = {name: os.environ.get(name) for name in changed}
+        os.environ |= changed
+        try:
+            dist.init_process_group(
+                backend, store=self._open(), rank=self.rank, world_size=self.world, timeout=JOIN_LIMIT
+            )
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
     def _open(self) -> dist.Store:
         kind, _, where = self.store.partition(":")

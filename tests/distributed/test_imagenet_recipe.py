@@ -49,7 +49,8 @@ def test_deit_small_autoprog_trains_three_steps_in_every_phase_on_two_ranks(imag
         "configs/imagenet/deit_small_autoprog_100.yaml",
         ["model.classes=2", f"data.path={imagenet}", "data.lanes=4", "data.workers=1", "train.batch=8",
          "train.epochs=8", "optimizer.warmup_epochs=1", "search.epochs=1", "search.subset=8", "search.times=modelled",
-         "evaluate.every=8", "evaluate.batch=4", "sharding.precision=fp32"],
+         "search.budget=0.65", "search.complete_steps=0", "evaluate.every=8", "evaluate.batch=4",
+         "sharding.precision=fp32"],
     )  # fmt: skip
     launch(2, train_rank, recipe, tmp_path / "run")
     rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row]

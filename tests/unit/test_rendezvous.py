@@ -37,14 +37,23 @@ def test_what_somebody_elses_job_has_left_in_the_environment_joins_nothing(monke
         assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"] == "lo"
 
 
-def test_rank_0_says_where_it_cannot_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_0_says_where_it_cannot_listen() -> None:
     reasons = {"127.0.0.1": "Address already in use", "192.0.2.99": "Cannot assign requested address"}
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for address, why in reasons.items():
             place = Place(0, 2, 0, 1, f"tcp:{address}:{port}")
-            for name in (*place.variables(), "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                monkeypatch.setenv(name, "")  # put back afterwards
-            with pytest.raises(Unavailable, match=rf"rank 0 on .* cannot listen at {address}:{port}, .*: {why}"):
-                place.join("gloo")
+            with (
+                pytest.raises(Unavailable, match=rf"rank 0 on .* cannot listen at {address}:{port}, .*: {why}"),
+                place.joined("gloo"),
+            ):
+                pass
     assert not dist.is_initialized()
+
+
+def test_a_group_leaves_nothing_behind_for_what_is_started_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    before = dict(os.environ)
+    with process_group():
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    assert dict(os.environ) == before
