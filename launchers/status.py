@@ -256,7 +256,7 @@ def cancel(run: Path) -> str:
     file, owner = JobFile.read(run), read_owner(run)
     job = None if file is None else file.ask()
     if job is not None and not job.over:
-        if job.command is not None and not job.names(run):
+        if not job.names(run):
             raise ScaleprogError(
                 f"{run / JOB} names job {job.id}, whose command, as Slurm has it, does not name this run directory: "
                 f"nothing was cancelled; if it trains there, `scancel {job.id}`"

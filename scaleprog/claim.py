@@ -5,13 +5,11 @@ the directory over with a number higher than the last, its generation; an older 
 a checkpoint finds the higher number and must leave. Two jobs on one directory are a mistake; the second is told so.
 """
 
-import errno
 import json
 import os
 import re
 import signal
 import socket
-import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,7 +20,7 @@ from typing import Any
 
 from scaleprog import queue
 from scaleprog.errors import CheckpointError, ScaleprogError, Superseded, Unavailable
-from scaleprog.files import lock, read_text, unlock, write_whole
+from scaleprog.files import lock, open_regular, read_text, unlock, write_whole
 from scaleprog.recipe import Recipe
 from scaleprog.records import JOB_ID
 from scaleprog.sharding.coordinator import Coordinator
@@ -265,7 +263,7 @@ def _lock(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # nothing that lies there may be followed, waited for or emptied
-        file = open(folder / ".lock", "r+b", buffering=0, opener=_open_lock)  # noqa: SIM115
+        file = open_regular(folder / ".lock", "r+b", os.O_CREAT | os.O_NOFOLLOW, buffering=0)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be a run directory: {error}") from error
     with file:
@@ -277,11 +275,3 @@ def _lock(folder: Path) -> Iterator[None]:
             yield
         finally:
             unlock(file)
-
-
-def _open_lock(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", path)
-    return descriptor

@@ -309,7 +309,10 @@ def write_speedup(path: Path, results: Results, baseline_seconds: float) -> Resu
     """Adds the paper's speedup against another run to `results.json`; None if the run trained in no time."""
     own = results["train_seconds"]
     results = {**results, "speedup": baseline_seconds / own - 1 if own else None}
-    write_whole(path, json.dumps(results, indent=1))
+    try:
+        write_whole(path, json.dumps(results, indent=1))
+    except OSError as error:
+        raise ScaleprogError(f"{path}: the speedup cannot be written: {error}") from error
     return results
 
 

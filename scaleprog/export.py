@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from scaleprog.checkpoint import Checkpoints
+from scaleprog.display import as_text
 from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError
 from scaleprog.evaluate import evaluate
 from scaleprog.models import family
@@ -25,7 +26,7 @@ Weights = Literal["ema", "online", "best"]
 
 def evaluate_run(run: Path, resolution: int | None, weights: Weights) -> tuple[float, str]:
     """Percent top-1 of a run's newest checkpoint at `resolution` (None: the model's full size), and which weights."""
-    recipe = _recipe(run)
+    recipe = Recipe.of_run(run)
     with process_group() as (coordinator, device):
         plan = Plan.of(recipe, 1)
         backend, _ = _restored(run, recipe, coordinator, device, plan)
@@ -40,7 +41,7 @@ def evaluate_run(run: Path, resolution: int | None, weights: Weights) -> tuple[f
 
 def export_run(run: Path, out: Path) -> str:
     """Writes the better of a run's online and EMA weights as safetensors with plain timm's names; says how to load."""
-    recipe = _recipe(run)
+    recipe = Recipe.of_run(run)
     with process_group() as (coordinator, device):
         backend, state = _restored(run, recipe, coordinator, device)
         ema, chosen = _better(state, len(recipe.ema.momenta))
@@ -62,8 +63,8 @@ def export_run(run: Path, out: Path) -> str:
     )
 
 
-def _recipe(run: Path) -> Recipe:
-    return Recipe.of_run(run)
+def _say(text: str) -> None:
+    print(as_text(text, lines=True))
 
 
 def _restored(
@@ -73,7 +74,7 @@ def _restored(
 
     `plan`: the recipe's, where its shards are there.
     """
-    newest = Checkpoints(run / "checkpoints", coordinator, keep=1, owner=owner_of(recipe)).newest(print)
+    newest = Checkpoints(run / "checkpoints", coordinator, keep=1, owner=owner_of(recipe)).newest(_say)
     if newest is None:
         raise CheckpointError(f"{run}: no checkpoint yet; has the run trained?")
     elastic, full, _ = family(recipe.model)

@@ -122,14 +122,12 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
         with watch:
             try:
                 train_phases(run, began)
+                wait_for_checkpoint(run)
             except AskedToStop as asked:
                 leave(run, asked.reason)
             except OverBudget:
-                settle_checkpoints(run, wait=True)
+                wait_for_checkpoint(run)
                 raise
-            last = settle_checkpoints(run, wait=True)
-            if last is not None and last.error:
-                raise Unavailable(f"{last.error}; free some space and start again: it goes on where it can")
         state.wall_seconds = time.perf_counter() - began
         if current_phase(run) is None:
             return finish(run)
@@ -172,6 +170,13 @@ def train_phases(run: Run, began: float) -> None:
                 train_step(run, phase, subnet, actives[subnet], batch, waited)
                 state.wall_seconds = time.perf_counter() - began
                 after_step(run, phase, run.watch.due())
+
+
+def wait_for_checkpoint(run: Run) -> None:
+    """Returns when the last checkpoint is visible. Raises Unavailable if it could not be written."""
+    last = settle_checkpoints(run, wait=True)
+    if last is not None and last.error:
+        raise Unavailable(f"{last.error}; free some space and start again: it goes on where it can")
 
 
 def current_phase(run: Run) -> int | None:

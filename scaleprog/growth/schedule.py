@@ -1,5 +1,6 @@
 """The growth schedule Psi (paper 3.1, 4): which network trains from which step to which, as far as it is decided."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -180,14 +181,17 @@ class Schedule:
     @property
     def latest(self) -> int:
         """The last position at which the complete model may take over: the last of the equal parts is its own, and so
-        are `complete_steps`. 0, so that it trains all the time, where these leave less than the first part."""
-        latest = min((self.stages - 1) * self.steps // self.stages, self.steps - self.complete_steps)
-        return latest if latest >= self.steps // self.stages else 0
+        are `complete_steps`. 0, so that it trains all the time, where these leave no room for a first search."""
+        latest, first = (self.stages - 1) * self.steps // self.stages, self.steps // self.stages
+        if self.steps - self.complete_steps >= latest:
+            return latest
+        latest = self.steps - self.complete_steps
+        return latest if latest >= first + self.search_steps else 0
 
     @property
     def short(self) -> str:
         """Why nothing is saved from the start; empty where something is."""
-        if self.budget is None or self.latest > 0:
+        if self.budget is None or self.stages == 1 or self.latest > 0:
             return ""
         return (
             f"a run of {self.steps} steps is too short to save any: the complete model trains all of them, as it needs "
@@ -304,7 +308,9 @@ class Schedule:
             return self.steps
         if choice.complete_from is None:
             return stage * self.steps // self.stages
-        if self.judged(choice.subnet) == self.full or choice.complete_from + self.search_steps > self.latest:
+        # what another search costs, three networks' scoring at most, puts the takeover off
+        later = choice.complete_from + self.search_steps + math.ceil(3 * self.scoring)
+        if self.judged(choice.subnet) == self.full or later > self.latest:
             return choice.complete_from  # another search could not tell it from the complete model, or be paid for
         before = choice.complete_from - position
         return position + -(-before // max(1, round(before * self.stages / self.steps)))

@@ -22,6 +22,7 @@ Method = Literal["budget", "published"]
 TIE = 1e-6  # relative difference of two scores below which the cheaper candidate wins
 NOISE = 2.0  # standard errors by which a loss must exceed the complete model's to count as higher
 LEARNED = 0.25  # the part of the loss of guessing that must be gone before anything is saved; docs/LOG.md says why
+CLOCKS = 0.01  # the part of a run by which measured times may make it miss a budget that was kept at the search before
 WORTHWHILE = 0.9  # a network whose step costs a larger part of a complete one saves nothing worth a growth
 
 
@@ -118,9 +119,9 @@ class Funds:
         takeover = max(self.position, min(takeover, self.latest))
         return Choice(small if takeover > self.position else complete, takeover)
 
-    def enough(self, price: float) -> bool:
-        """Whether a network whose step costs `price` can save what has to be saved."""
-        return self.saving <= max(0.0, (1 - price) * (self.latest - self.position))
+    def enough(self, price: float, missed: float = 1e-9) -> bool:
+        """Whether a network whose step costs `price` can save what has to be saved, but a part `missed` of the run."""
+        return self.saving <= max(0.0, (1 - price) * (self.latest - self.position)) + missed * self.steps
 
 
 def measurement_steps(start: int, stop: int, epoch: int, measurements: int) -> tuple[int, ...]:
@@ -190,10 +191,11 @@ def decide_within(
     prices = [time / seconds[complete] for time in seconds]
     learned = 1.0 if guessing is None else 1 - min(losses) / guessing
     early = learned < LEARNED and not funds.promised
-    cheaper = [i for i, price in enumerate(prices) if i != complete and price <= WORTHWHILE and not early]
+    dearest = 1.0 if funds.promised else WORTHWHILE
+    cheaper = [i for i, price in enumerate(prices) if i != complete and price < dearest and not early]
     open_to = [i for i in cheaper if funds.enough(prices[i])]
     cheapest = min((i for i in range(len(candidates)) if i != complete), key=lambda i: prices[i])
-    if funds.promised and funds.saving > 0 and not open_to:
+    if funds.promised and not any(funds.enough(prices[i], CLOCKS) for i in cheaper or [cheapest]):
         spent = funds.steps - funds.position - max(0.0, 1 - prices[cheapest]) * max(0, funds.latest - funds.position)
         raise OverBudget(
             f"search.budget: a step on {candidates[cheapest]} costs {prices[cheapest]:.0%} of a complete one as "

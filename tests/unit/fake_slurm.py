@@ -6,7 +6,7 @@ from typing import Any
 SHOWN = (
     "JobId=7 JobName=scaleprog-a b UserId=me(1) GroupId=me(1) JobState={state} Reason={reason} Requeue=1 "
     "Restarts={restarts} ExitCode={code} TimeLimit=00:05:00 SubmitTime=1795468537 EndTime={end} PreemptTime={preempt} "
-    "NodeList=node[0-1] BatchHost=node0\n"
+    "NodeList=node[0-1] BatchHost=node0{command}\n"
 )
 
 
@@ -35,6 +35,7 @@ class FakeSlurm:
             "code": "0:0",
             "end": "Unknown",
             "preempt": "None",
+            "command": "",
         }
         (self.folder / "shown").write_text(SHOWN.format(**values | fields))
         self.command("scontrol", f'[ "$1" = requeue ] || cat {self.folder}/shown')

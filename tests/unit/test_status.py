@@ -143,6 +143,9 @@ def test_status_of_a_job(made_up: Path, fake: FakeSlurm) -> None:
 
 def test_cancel_a_job(made_up: Path, fake: FakeSlurm) -> None:
     JobFile("7", "scaleprog-a b", "code/x").write(made_up)
+    with pytest.raises(ScaleprogError, match="does not name this run directory: nothing was cancelled"):
+        status.cancel(made_up)  # Slurm tells no command
+    fake.show(command=f" Command=/home/me/train.sbatch a.yaml {made_up} WorkDir=/home/me StdErr=/dev/null")
     assert status.cancel(made_up).startswith(
         "job 7, which was RUNNING, is cancelled; checkpoint of step 20, or a newer"
     )
@@ -171,10 +174,7 @@ def test_cancel_leaves_a_job_alone_that_does_not_train_there(
 ) -> None:
     run = made_up.rename(made_up.with_name("a run"))
     JobFile("7", "scaleprog-a b", "code/x").write(run)
-    where = f"Command={command.format(run=run)} WorkDir={run.parent} StdErr={run.parent}/7.out"
-    fake.show()
-    shown = fake.folder / "shown"
-    shown.write_text(shown.read_text().replace(" BatchHost=node0", f" {where}"))
+    fake.show(command=f" Command={command.format(run=run)} WorkDir={run.parent} StdErr={run.parent}/7.out")
     if cancelled:
         assert status.cancel(run).startswith("job 7, which was RUNNING, is cancelled")
     else:
