@@ -15,7 +15,7 @@ from tests.fuzz.server import ForkServer, Start
 from tests.fuzz.targets import TARGETS, Case, Target
 from tests.fuzz.values import BOMB, DEEP, ESCAPES, Change, mutate
 
-SEED, CASES = 15, 110
+SEED, CASES = 15, 80
 
 
 class Fuzzing(NamedTuple):

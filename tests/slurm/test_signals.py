@@ -144,6 +144,7 @@ def undisturbed(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+@pytest.mark.timeout(1800)  # every row restarts eight ranks or so on two cores
 @pytest.mark.parametrize("story", STORIES)
 def test_a_run_goes_on_from_whatever_happens(
     story: str, cluster: Cluster, recipe: Recipe, undisturbed: Path, tmp_path: Path
