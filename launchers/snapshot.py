@@ -21,6 +21,7 @@ from scaleprog import queue
 from scaleprog.display import as_text
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files import read_text, write_whole
+from scaleprog.records import JOB_ID
 
 if TYPE_CHECKING:  # it imports torch, for which a job that starts again need not wait
     from scaleprog.recipe import Recipe
@@ -56,7 +57,7 @@ class JobFile:
 
     def _check(self) -> None:
         """Raises ValueError for what no job has: the file may be somebody else's."""
-        forms = {"job": r"[0-9]+(_[0-9]+)?", "code": r"code/[0-9a-z]+", "log": r"|jobs/[^/]+/[^/]+", "name": r".*"}
+        forms = {"job": JOB_ID, "code": r"code/[0-9a-z]+", "log": r"|jobs/[^/]+/[^/]+", "name": r".*"}
         for key, form in forms.items():
             value = getattr(self, key)
             if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():

@@ -182,11 +182,10 @@ class Schedule:
     def latest(self) -> int:
         """The last position at which the complete model may take over: the last of the equal parts is its own, and so
         are `complete_steps`. 0, so that it trains all the time, where these leave no room for a first search."""
-        latest, first = (self.stages - 1) * self.steps // self.stages, self.steps // self.stages
-        if self.steps - self.complete_steps >= latest:
-            return latest
-        latest = self.steps - self.complete_steps
-        return latest if latest >= first + self.search_steps else 0
+        by_parts, by_steps = (self.stages - 1) * self.steps // self.stages, self.steps - self.complete_steps
+        if by_steps >= by_parts:
+            return by_parts
+        return by_steps if by_steps >= self.steps // self.stages + self.search_steps else 0
 
     @property
     def short(self) -> str:
