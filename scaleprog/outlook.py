@@ -170,7 +170,7 @@ def traffic(network: Sequence[Unit], sharding: ShardingSettings, world: int, pas
     """The collectives of a step whose forward and backward run in `passes` micro-batches."""
     ranks = sharding.shard_ranks(world)
     compute = BF16 if sharding.precision == "bf16" else FP32
-    whole, count = sum(map(_elements, network)), sum(map(len, network))
+    whole = sum(map(_elements, network))
     found: list[Collective] = []
     if sharding.engine == "replicated":
         buckets = _buckets(network)
@@ -194,7 +194,7 @@ def traffic(network: Sequence[Unit], sharding: ShardingSettings, world: int, pas
                 Collective("all_reduce", FP32 * size / ranks, world // ranks, passes, ranks, exposed=index == 0),
             ]
         if sharding.engine != "zero":
-            found.append(Collective("all_reduce", FP32 * count, ranks, exposed=True))  # norms of the gradients
+            found.append(Collective("all_reduce", FP32, ranks, exposed=True))  # the gradients' norm, squared
     return Traffic(tuple(c for c in found if c.ranks > 1 and c.count))
 
 
