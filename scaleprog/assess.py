@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from scaleprog.errors import ScaleprogError
 from scaleprog.evaluate import evaluate
 from scaleprog.files import write_whole
 from scaleprog.growth.schedule import Phase
-from scaleprog.growth.search import Decision, candidate_times, decide, decide_within, measurement_steps
+from scaleprog.growth.search import Decision, candidate_times, decide, decide_within, measurement_steps, step_time
 from scaleprog.growth.space import Subnet
 from scaleprog.metrics import StepTimer
 from scaleprog.preemption import AskedToStop
@@ -156,7 +155,7 @@ def _where(run: Run, judged: Sequence[Subnet]) -> dict[str, Any]:
 def choose(run: Run, phase: Phase) -> None:
     """Ends a search: the slowest rank's times count, rank 0 decides, all ranks verify."""
     state = run.state
-    local = [median(state.step_seconds[s]) if s in state.step_seconds else 0.0 for s in phase.candidates]
+    local = [step_time(state.step_seconds[s]) if s in state.step_seconds else 0.0 for s in phase.candidates]
     measured = dict(zip(phase.candidates, run.coordinator.maximum(local)))
     costs = {subnet: run.plan.gmacs(subnet) for subnet in phase.candidates}
     times = costs if run.recipe.search.times == "modelled" else candidate_times(measured, costs)

@@ -116,7 +116,7 @@ def _misplaced(state: RunState, plan: Plan) -> Iterator[str]:
         yield f"such measurements in phase {state.phase}"
     if state.errors.keys() != (set(phase.candidates) if measured else set()):
         yield f"such errors of measurements in phase {state.phase}"
-    if not state.step_seconds.keys() <= set(phase.candidates if phase.searched else ()):
+    if not state.step_seconds.keys() <= set(phase.candidates):
         yield f"step times of such sub-networks in phase {state.phase}"
     undecided = phases[-1].searched and phases[-1].stop <= state.step
     possible = ["measurement", "choice"] if phase.searched else ["evaluation"]

@@ -24,7 +24,7 @@ class RunState:
     decisions: list[Decision] = field(default_factory=list)
     measured: list[dict[Subnet, float]] = field(default_factory=list)  # the present search: losses at each measurement
     errors: dict[Subnet, float] = field(default_factory=dict)  # of the last of them: see `decide_within`
-    step_seconds: dict[Subnet, list[float]] = field(default_factory=dict)  # the present search: rank 0's step times
+    step_seconds: dict[Subnet, list[float]] = field(default_factory=dict)  # as a search weighs them: this rank's
     timed_on: str = ""  # what they were measured on
     train_seconds: float = 0.0  # forward + backward + optimizer and the search's scoring, as the paper counts
     train_cpu_seconds: float = 0.0  # CPU time of rank 0 during the same

@@ -54,6 +54,7 @@ from scaleprog.state import summary
 
 RESULTS = "results.json"
 COLLECT_EVERY = 500  # steps between two garbage collections, the same steps on all ranks
+TIMED_STEPS = 16  # of those before a search, whose times it weighs
 
 
 def train_rank(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -212,7 +213,9 @@ def enter(run: Run, phases: list[Phase], index: int) -> None:
         )  # fmt: skip
         run.progress.say(f"stage {phase.stage} {phase.kind}: {', '.join(map(str, phase.candidates))}")
     state.phase, state.growths, state.gated = index, backend.growths, backend.structure.gated
-    state.measured, state.errors, state.step_seconds = [], {}, {}
+    state.measured, state.errors = [], {}
+    judged = phase.candidates if phase.searched else ()  # the network that trained until now may be one of them
+    state.step_seconds = {subnet: times for subnet, times in state.step_seconds.items() if subnet in judged}
     if phase.start in measuring_steps(run, phase):
         state.due = ["measurement"]
         settle_due(run, phase)
@@ -352,8 +355,11 @@ def settle_rows(run: Run) -> None:
             )
         state.train_seconds += row["step_seconds"]
         state.train_cpu_seconds += row["cpu_seconds"]
-        if run.plan.schedule.kind == "automatic" and row["phase"] == "supernet":
-            state.step_seconds.setdefault(Subnet(row["resolution"], row["depth"]), []).append(row["step_seconds"])
+        if run.plan.schedule.kind == "automatic":
+            times = state.step_seconds.setdefault(Subnet(row["resolution"], row["depth"]), [])
+            times.append(row["step_seconds"])
+            if row["phase"] == "train":
+                del times[:-TIMED_STEPS]
         run.progress.update(row, max(run.plan.schedule.steps, run.plan.schedule.phases(state.choices)[-1].stop))
 
 

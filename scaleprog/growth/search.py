@@ -7,7 +7,7 @@ what the run may cost, so that the only question is where it saves: at the candi
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, median_low
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -130,6 +130,12 @@ def measurement_steps(start: int, stop: int, epoch: int, measurements: int) -> t
         return (stop,)
     first = max(start, stop - epoch)
     return tuple(first + (stop - first) * i // (measurements - 1) for i in range(measurements))
+
+
+def step_time(samples: Sequence[float]) -> float:
+    """What a step takes, of at least one that was timed: the lower median, as few samples are more often late than
+    early, without the first if there are more, which may have compiled or allocated."""
+    return median_low(samples[1:] or samples)
 
 
 def candidate_times(measured: Mapping[Subnet, float], costs: Mapping[Subnet, float]) -> dict[Subnet, float]:

@@ -1,16 +1,16 @@
 """A run that goes on under another engine and on another number of ranks: nobody notices in its losses."""
 
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
 
 from launchers.local import launch
+from scaleprog.growth.search import step_time
 from scaleprog.metrics import read_rows
 from scaleprog.state import RunState
 from scaleprog.storage import committed, read_state
-from scaleprog.train import train_rank
+from scaleprog.train import TIMED_STEPS, train_rank
 from tests.compare import samples
 from tests.conftest import MakeRecipe, run, step_rows
 
@@ -68,12 +68,26 @@ def test_step_times_are_those_of_the_machine_that_decides(make_recipe: MakeRecip
     run(recipe, folder, max_steps=9, micro_batch=4)
     assert timed(folder) == 3
     run(recipe, folder, max_steps=11, micro_batch=4)
-    (choice,) = (row for row in read_rows(folder / "events.jsonl") if row["event"] == "choice")
-    taken = {(row["resolution"], row["depth"]): [] for row in step_rows(folder).values()}
-    for step in range(7, 11):
+    weighs(folder, range(7, 11))
+
+
+def test_a_search_weighs_the_last_steps_of_the_network_that_trained_before_it(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe, folder = make_recipe(search={"times": "measured"}), tmp_path / "run"
+    run(recipe, folder, max_steps=40)
+    searched = [step for step, row in step_rows(folder).items() if row["stage"] == 2 and row["phase"] == "supernet"]
+    weighs(folder, range(searched[0] - TIMED_STEPS, searched[-1] + 1))
+
+
+def weighs(folder: Path, steps: range) -> None:
+    """The last choice weighed the times of these steps."""
+    choice = [row for row in read_rows(folder / "events.jsonl") if row["event"] == "choice"][-1]
+    taken: dict[tuple[int, int], list[float]] = {}
+    for step in steps:
         row = step_rows(folder)[step]
-        taken[row["resolution"], row["depth"]].append(row["step_seconds"])
+        taken.setdefault((row["resolution"], row["depth"]), []).append(row["step_seconds"])
     for (resolution, depth), seconds in zip(choice["candidates"], choice["times"]):
         if here := taken.get((resolution, depth)):
-            assert seconds == pytest.approx(median(here))
+            assert seconds == pytest.approx(step_time(here))
         assert seconds > 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from scaleprog.errors import OverBudget
 from scaleprog.growth.schedule import Phase
-from scaleprog.growth.search import CLOCKS, Funds, candidate_times, decide_within
+from scaleprog.growth.search import CLOCKS, Funds, candidate_times, decide_within, step_time
 from scaleprog.growth.space import Choice, Subnet
 from tests.unit.schedules import DEIT, Run, of, unroll
 
@@ -339,3 +339,10 @@ def test_the_expected_run_stays_small_and_keeps_to_its_budget() -> None:
     ]  # fmt: skip
     assert 0.59 < schedule.cost(phases, price) / 400 <= 0.6
     assert [p.network for p in of().expected((), price) if p.kind == "train"] == list(of().ladder)
+
+
+def test_the_time_of_a_step_is_the_lower_median_without_the_first() -> None:
+    assert step_time([9.0]) == 9.0
+    assert step_time([9.0, 2.0]) == 2.0
+    assert step_time([9.0, 2.0, 3.0]) == 2.0
+    assert step_time([9.0, 4.0, 2.0, 3.0]) == 3.0

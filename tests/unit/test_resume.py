@@ -101,7 +101,11 @@ IMPOSSIBLE: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "a measurement too many": ("search", state(measured=[[]] * 9), "such measurements in phase 2"),
     "a measurement outside a search": ("end", measured([32, 4, 1.0]), "such measurements in phase 0"),
     "step times of strangers": ("search", state(step_seconds=[[64, 9, [1.0]]]), "step times of such sub-networks"),
-    "step times outside a search": ("end", state(step_seconds=[[32, 4, [1.0]]]), "step times of such sub-networks"),
+    "step times of a network that does not train": (
+        "end",
+        state(step_seconds=[[16, 2, [1.0]]]),
+        "step times of such sub-networks",
+    ),
     "unknown things due": ("search", state(due=["rm -rf \x1b"]), r"'rm -rf \\x1b' due in phase 2"),
     "an evaluation due in a search": ("search", state(due=["evaluation"]), "'evaluation' due in phase 2"),
     "a choice due elsewhere": ("search", state(due=["choice"]), "its search of stage 2 in such a state"),
