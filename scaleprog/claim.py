@@ -143,6 +143,7 @@ def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
         if not FITS["generation"](me.generation):
             raise CheckpointError(f"{folder / OWNER}: no generation comes after the last; delete it")
         check_recipe(folder, recipe)
+        check_folders(folder)
         try:
             if not (folder / "recipe.yaml").exists():
                 write_whole(folder / "recipe.yaml", recipe.dump())
@@ -174,6 +175,16 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
         raise CheckpointError(
             f"{folder} is the run directory of another recipe:\n{listing}\nuse another --run-dir, or this recipe"
         )
+
+
+def check_folders(folder: Path) -> None:
+    """Raises CheckpointError if a folder in a run directory is a link: what is written there would lie elsewhere."""
+    for path in (folder / "checkpoints", folder / "tensorboard", *folder.glob("tensorboard/*")):
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path}: a link; a run directory holds folders of its own. Where there is more room, link the whole "
+                "run directory, or use another --run-dir"
+            )
 
 
 def read_owner(folder: Path) -> Owner | None:

@@ -223,3 +223,13 @@ def test_ranks_that_do_not_see_the_directory_are_named(
     monkeypatch.setattr("scaleprog.claim._sees", lambda *_: False)
     with pytest.raises(CheckpointError, match=r"rank 0 on .* cannot see what rank 0 on .* wrote there; .*nodes share"):
         take()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "tensorboard/rank_1"])
+def test_a_folder_that_lies_elsewhere_is_refused(name: str, take: Take, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).symlink_to(tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match=f"{name}: a link; .* use another --run-dir"):
+        take()
+    assert list((tmp_path / "theirs").iterdir()) == []
