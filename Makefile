@@ -8,7 +8,7 @@ FASHION := /usr/share/datasets/fashion-mnist
 DEMO := runs/demo
 SEED := 0
 
-.PHONY: install demo test chaos fuzz lint cluster cluster-down clean
+.PHONY: install demo test test-fast format chaos fuzz lint cluster cluster-down clean
 
 install: $(INSTALLED)
 
@@ -38,6 +38,10 @@ $(FASHION):
 		(apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist) || echo "no package of Fashion-MNIST: its tests skip"; \
 	fi
 
+# For daily work: unit tests that start no processes.
+test-fast: install
+	$(PYTHON) -m pytest -n 2 -m "not process" tests/unit
+
 # Runs under random faults, each compared with the undisturbed run; N of them, drawn by SEED, on fsdp, hsdp or zero.
 chaos: N := 20
 ENGINE := fsdp
@@ -49,6 +53,10 @@ fuzz: N := 5000
 REAL := 200
 fuzz: install
 	$(PYTHON) -m tests.fuzz --n $(N) --seed $(SEED) --real $(REAL) --out docs/results/fuzz.md
+
+format: install
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -27,15 +27,15 @@ import torch
 import torch.nn.functional as F
 
 from launchers.local import launch
-from scaleprog.checkpoint import Checkpoints
 from scaleprog.errors import EXIT_CODE
 from scaleprog.growth.operators import fresh
-from scaleprog.metrics import read_rows
-from scaleprog.models import family
-from scaleprog.preemption import Watch
+from scaleprog.models import resolve_family
+from scaleprog.ranks.coordinator import process_group
+from scaleprog.ranks.stop import Watch
 from scaleprog.recipe import Recipe
-from scaleprog.run import make_backend
-from scaleprog.sharding.coordinator import process_group
+from scaleprog.rundir.checkpoint import Checkpoints
+from scaleprog.rundir.recorder import read_rows
+from scaleprog.training.process import make_backend
 
 MINUTE = 60.0
 DEIT_S = "configs/imagenet/deit_small_original_100.yaml"
@@ -59,12 +59,12 @@ def main() -> None:
 def saving(folder: Path, saves: int) -> list[tuple[str, str]]:
     """Saves of a DeiT-S with training at rest, and with training going on."""
     recipe = Recipe.load(DEIT_S, ["sharding.engine=replicated"])
-    kind, full, _ = family(recipe.model)
+    kind, full, _ = resolve_family(recipe.model)
     images = torch.randn(4, 3, full.resolution, full.resolution)
     labels = torch.zeros(4, dtype=torch.int64)
     with process_group() as (coordinator, device):
         backend = make_backend("replicated", recipe, kind, device)
-        backend.regrow(fresh(kind.split(full.depth)), inherit=False, elastic=False)
+        backend.regrow(fresh(kind.split(full.depth)), inherit=False, may_skip_layers=False)
         checkpoints = Checkpoints(folder / "checkpoints", coordinator, keep=1)
 
         def step() -> float:
@@ -105,7 +105,7 @@ def saving(folder: Path, saves: int) -> list[tuple[str, str]]:
 
 
 def agreement(folder: Path, repeats: int = 3) -> list[tuple[str, str]]:
-    """`Watch.due` on two ranks."""
+    """`Watch.agree` on two ranks."""
     measured = []
     for _ in range(repeats):
         launch(2, step_and_ask, folder)
@@ -132,7 +132,7 @@ def step_and_ask(folder: Path) -> None:
                 coordinator.barrier()  # as the gradients' reduction does: waiting for each other is no part of this
                 compute(0.001)  # the optimizer
                 before = time.perf_counter()
-                watch.due()
+                watch.agree()
                 between = time.perf_counter()
                 nothing()
                 asked += 2 * between - before - time.perf_counter()  # without what the clock costs

@@ -23,9 +23,9 @@ import timm
 import torch
 import torch.nn.functional as F
 
-import scaleprog.train
+import scaleprog.training.loop
 from scaleprog.data.reader import evaluation_batches
-from scaleprog.plan import Plan
+from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
 
 
@@ -92,7 +92,7 @@ def turns(recipe: Recipe, bare: Iterator[None], steps: int) -> tuple[list[float]
     mine: list[float] = []
     taken = 0
     began = 0.0
-    train_step = scaleprog.train.train_step
+    train_step = scaleprog.training.loop.train_step
 
     def timed(*arguments: object) -> None:
         nonlocal taken, began
@@ -107,12 +107,12 @@ def turns(recipe: Recipe, bare: Iterator[None], steps: int) -> tuple[list[float]
         train_step(*arguments)  # type: ignore[arg-type]
         taken += 1
 
-    scaleprog.train.train_step = timed  # type: ignore[assignment]
+    scaleprog.training.loop.train_step = timed  # type: ignore[assignment]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            scaleprog.train.train_rank(recipe, Path(folder))
+            scaleprog.training.loop.train_rank(recipe, Path(folder))
     finally:
-        scaleprog.train.train_step = train_step
+        scaleprog.training.loop.train_step = train_step
     return theirs, mine
 
 

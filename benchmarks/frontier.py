@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from benchmarks.search_lab import Case, Record, Records, Run, attempt
-from scaleprog.figures import draw_frontier
-from scaleprog.plan import steps_per_epoch
+from benchmarks.search_lab import Case, Record, Records, Trial, attempt
+from scaleprog.planning.plan import steps_per_epoch
 from scaleprog.recipe import Recipe
+from scaleprog.reporting.figures import draw_frontier
 
 ORIGINAL, SAME_COST = "Original", "Original at the same cost"
 SAMPLES, INTERVAL = 10_000, (5, 95)
@@ -58,7 +58,7 @@ class Grid:
             {int(length): tuple(seeds) for length, seeds in values["seeds"].items()},
         )
 
-    def run(self, data: str, name: str, length: int, seed: int, runs: Path) -> Run:
+    def run(self, data: str, name: str, length: int, seed: int, runs: Path) -> Trial:
         """One run of `length` steps."""
         recipe, settings = self.data[data]
         epoch = steps_per_epoch(Recipe.load(recipe, settings))
@@ -66,7 +66,7 @@ class Grid:
         method = self.settings if name == self.name else ("growth.schedule=original",)
         lengths = (f"train.epochs={length / epoch!r}", f"optimizer.warmup_epochs={length / epoch / 20!r}")
         once = ("evaluate.every=100000", "search.times=modelled")
-        return Run(Case(f"{data}: {name}", name, recipe, (*settings, *method, *lengths, *once), False), seed, runs)
+        return Trial(Case(f"{data}: {name}", name, recipe, (*settings, *method, *lengths, *once), False), seed, runs)
 
 
 def main() -> None:

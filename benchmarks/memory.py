@@ -30,13 +30,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from launchers.local import launch
 from scaleprog.growth.operators import fresh, grow
-from scaleprog.models import family
+from scaleprog.models import resolve_family
 from scaleprog.models.cost import units
-from scaleprog.models.elastic import ModelSettings
-from scaleprog.outlook import FP32, lasting_buffers, state_memory
+from scaleprog.planning.cost_model import FP32, lasting_buffers, state_memory
+from scaleprog.ranks.coordinator import Coordinator, process_group
+from scaleprog.recipe.keys import ModelSettings, ShardingSettings
 from scaleprog.sharding import Backend
-from scaleprog.sharding.coordinator import Coordinator, process_group
-from scaleprog.sharding.settings import ShardingSettings
 from tests.distributed import ranks
 
 MODEL = ModelSettings(name="deit_small_patch16_224", resolution=224)
@@ -79,11 +78,11 @@ def measured(world: int) -> list[dict[str, Any]]:
         out = Path(folder) / "rows.json"
         launch(world, measure, names, out)
         rows = json.loads(out.read_text())
-    network = units(family(MODEL)[0], MODEL, AFTER)
+    network = units(resolve_family(MODEL)[0], MODEL, AFTER)
     for row in rows:
         settings = ShardingSettings.model_validate(ENGINES[row["engine"]])
         row["world"], row["buffers"] = world, lasting_buffers(network, settings, world)
-        row["theory"] = state_memory(network, settings, EMAS, world).state
+        row["theory"] = state_memory(network, settings, EMAS, world, world).state
         row["layer"] = FP32 * sum(math.prod(shape) for shape in network[-1])
     return rows
 
@@ -109,7 +108,7 @@ def live(
     gc.collect()
     nothing, no_tensors = given_out(), ranks.live_tensors()
     backend = ranks.make(sharding, device, model)
-    backend.regrow(fresh((before,)), inherit=False, elastic=False)
+    backend.regrow(fresh((before,)), inherit=False, may_skip_layers=False)
     for _ in range(2):  # DistributedDataParallel forms its buckets anew after the first
         backpropagate(backend, model, device)
         backend.step(1e-3, step=0)
@@ -117,7 +116,7 @@ def live(
     old = given_out() - nothing
     of.barrier()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        backend.regrow(grow("mogrow", (before,), (after,)), inherit=False, elastic=False)
+        backend.regrow(grow("mogrow", (before,), (after,)), inherit=False, may_skip_layers=False)
     growth = most_held(profiler)
     del profiler
     gc.collect()
@@ -133,7 +132,7 @@ def live(
 
 
 def backpropagate(backend: Backend, model: ModelSettings, device: torch.device) -> None:
-    pixels = family(model)[1].resolution
+    pixels = resolve_family(model)[1].resolution
     logits = backend.forward(torch.randn(2, model.channels, pixels, pixels, device=device))
     backend.backward(F.cross_entropy(logits.float(), torch.zeros(2, dtype=torch.long, device=device)))
 
@@ -185,7 +184,7 @@ def given_out() -> int:
 def tables(rows: list[dict[str, Any]]) -> list[str]:
     """The lines of the two tables."""
     lines = [
-        f"A step of {AFTER} layers, rank 0, MiB. Theory: `scaleprog plan --world`'s arithmetic (`outlook.py`).", "",
+        f"A step of {AFTER} layers, rank 0, MiB. Theory: `scaleprog plan --world`'s arithmetic (`cost_model.py`).", "",
         "| engine | ranks | theory: state | its lasting buffers | held | held / theory | live tensors |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -33,15 +33,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from launchers.local import launch
-from scaleprog.checkpoint import Checkpoints
 from scaleprog.growth.operators import LayerMap, fresh, grow
-from scaleprog.models import family
-from scaleprog.plan import outline
+from scaleprog.models import resolve_family
+from scaleprog.planning.plan import outline
+from scaleprog.ranks.coordinator import Coordinator, process_group
 from scaleprog.recipe import Recipe
-from scaleprog.run import make_backend
+from scaleprog.rundir.checkpoint import Checkpoints
+from scaleprog.rundir.storage import load_tensors
 from scaleprog.sharding import Backend
-from scaleprog.sharding.coordinator import Coordinator, process_group
-from scaleprog.storage import load_tensors
+from scaleprog.training.process import make_backend
 
 RECIPE = "configs/imagenet/deit_small_prog_100.yaml"
 ENGINES = {
@@ -99,19 +99,19 @@ def measure(engine: str, repeats: int, folder: Path) -> None:
         for before, after in itertools.pairwise(depths)
     ]
     with process_group() as (coordinator, device):
-        make = partial(make_backend, recipe.sharding.engine, recipe, family(recipe.model)[0], device)
+        make = partial(make_backend, recipe.sharding.engine, recipe, resolve_family(recipe.model)[0], device)
         make()  # imports the engine
         gc.freeze()
         checkpoints = Checkpoints(folder / "checkpoints", coordinator, keep=1)
         for repeat in range(repeats + 1):
             backend = make()
-            backend.regrow(fresh((depths[0],)), inherit=False, elastic=False)
+            backend.regrow(fresh((depths[0],)), inherit=False, may_skip_layers=False)
             for row in rows:
                 train(backend)
                 growth = grow("mogrow", (row["before"],), (row["after"],))
                 if repeat == 0:
                     with Sent() as sent:
-                        backend.regrow(growth, inherit=False, elastic=False)
+                        backend.regrow(growth, inherit=False, may_skip_layers=False)
                     row["sent"] = round(coordinator.total([float(sent.bytes)])[0])
                     continue
                 holder = [backend]
@@ -157,7 +157,7 @@ def grow_both_ways(
     gc.collect()
     clock = Clock(checkpoints.coordinator)
     backend = read()
-    backend.regrow(growth, inherit=False, elastic=False)
+    backend.regrow(growth, inherit=False, may_skip_layers=False)
     loaded = clock.read()
     backend.release()
     del backend
@@ -166,7 +166,7 @@ def grow_both_ways(
     train(backend)
     gc.collect()
     clock = Clock(checkpoints.coordinator)
-    backend.regrow(growth, inherit=False, elastic=False)
+    backend.regrow(growth, inherit=False, may_skip_layers=False)
     place = clock.read()
     gc.collect()
     return backend, {"place": place, "checkpoint": save + loaded, "save": save}

@@ -39,13 +39,13 @@ from typing import Any
 import yaml
 
 from scaleprog.errors import ScaleprogError
-from scaleprog.figures import COST, Curve, draw_accuracy, draw_cloud, draw_schedules, draw_searches
-from scaleprog.life import still_told
-from scaleprog.metrics import read_rows
 from scaleprog.recipe import Recipe
-from scaleprog.report import Run as Told
-from scaleprog.report import read_run
-from scaleprog.train import train_rank
+from scaleprog.reporting.figures import COST, Curve, draw_accuracy, draw_cloud, draw_schedules, draw_searches
+from scaleprog.reporting.report import RunRecord as Told
+from scaleprog.reporting.report import read_run
+from scaleprog.reporting.timeline import still_told
+from scaleprog.rundir.recorder import read_rows
+from scaleprog.training.loop import train_rank
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def by_hand(text: str) -> list[dict[str, int]]:
     return stages
 
 
-class Run:
+class Trial:
     """One case with one seed, to be run."""
 
     def __init__(self, case: Case, seed: int, runs: Path) -> None:
@@ -141,7 +141,7 @@ class Record:
     searches: list[list[dict[str, float]]]
 
     @classmethod
-    def of(cls, run: Run) -> "Record":
+    def of(cls, run: Trial) -> "Record":
         results = json.loads((run.folder / "results.json").read_text())
         rows, events = read_rows(run.folder / "metrics.jsonl"), still_told(read_rows(run.folder / "events.jsonl"))
         steps = [row for row in rows if "loss" in row]
@@ -201,10 +201,10 @@ class Records:
         rows = read_rows(path) if path.exists() else []
         self._found = {row["digest"]: Record(**row) for row in rows}
 
-    def __getitem__(self, run: Run) -> Record:
+    def __getitem__(self, run: Trial) -> Record:
         return self._found[run.digest]
 
-    def __contains__(self, run: Run) -> bool:
+    def __contains__(self, run: Trial) -> bool:
         return run.digest in self._found
 
     def add(self, record: Record) -> None:
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--only-table", action="store_true", help="of the runs that are finished")
     options = parser.parse_args()
     grid, records = Grid.load(options.grid, options.recipe), Records(options.records)
-    runs = [Run(case, seed, options.runs) for seed in options.seeds or grid.seeds for case in grid.cases]
+    runs = [Trial(case, seed, options.runs) for seed in options.seeds or grid.seeds for case in grid.cases]
     if not options.only_table:
         for _ in attempt(runs, records, options.jobs):
             pass
@@ -244,7 +244,7 @@ def main() -> None:
         draw_choices(options.out / grid.name, runs)
 
 
-def attempt(runs: Sequence[Run], records: Records, jobs: int) -> Iterator[Record]:
+def attempt(runs: Sequence[Trial], records: Records, jobs: int) -> Iterator[Record]:
     """Trains those of the runs that have no record, `jobs` at a time; gives each record when it is there."""
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(jobs, get_context("spawn"), os.nice, (10,)) as pool:
@@ -260,7 +260,7 @@ def attempt(runs: Sequence[Run], records: Records, jobs: int) -> Iterator[Record
             yield record
 
 
-def table(grid: Grid, runs: Sequence[Run], records: Records) -> str:
+def table(grid: Grid, runs: Sequence[Trial], records: Records) -> str:
     """Markdown: a row per case, against the first case with the same seeds, and a row per run."""
     of = {(run.case.name, run.seed): records[run] for run in runs}
     reference = grid.cases[0].name
@@ -283,7 +283,7 @@ def table(grid: Grid, runs: Sequence[Run], records: Records) -> str:
         cost = statistics.mean(record.cost for record in mine)
         scoring = statistics.mean(record.scoring / record.cost for record in mine)
         lines.append(
-            f"| {case.name} | {', '.join(map(str, seeds))} | {spread([r.best for r in mine])} "
+            f"| {case.name} | {', '.join(map(str, seeds))} | {mean_and_deviation([r.best for r in mine])} "
             f"| {statistics.mean(deltas):+.2f}{error} | {speedup:+.0%} | {cost / 1000:.2f} | {scoring:.1%} |"
         )
     lines += ["", "| run | seed | stages, epochs | online | EMA | cost |", "|---|---|---|---|---|---|"]
@@ -294,17 +294,17 @@ def table(grid: Grid, runs: Sequence[Run], records: Records) -> str:
     return "\n".join(lines) + "\n"
 
 
-def spread(values: Sequence[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{deviation}"
 
 
-def curve(run: Run, record: Record) -> Curve:
+def curve(run: Trial, record: Record) -> Curve:
     """Accuracy against what was spent, as the paper's Fig. 4."""
     return Curve(run.case.name, *zip(*record.curve), (), finished=True)
 
 
-def draw_choices(stem: Path, runs: Sequence[Run]) -> None:
+def draw_choices(stem: Path, runs: Sequence[Trial]) -> None:
     """What was trained when, and what the searches measured: of each case the first run whose directory is here."""
     here: dict[str, Told] = {}
     for run in runs:

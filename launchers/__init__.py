@@ -1,1 +1,1 @@
-"""Programs that start the ranks of a run; all of them call the same function in every rank."""
+"""Programs that start the ranks of a run. All of them call the same function in every rank."""

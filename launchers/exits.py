@@ -1,4 +1,4 @@
-"""How a rank leaves by an error: what that means to whoever started it, on this machine or as a task of a Slurm job."""
+"""How a rank exits on an error, and what the exit tells its launcher (on this machine, or as a task of a Slurm job)."""
 
 import traceback
 from dataclasses import dataclass
@@ -6,26 +6,26 @@ from dataclasses import dataclass
 from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError, Unavailable
 
 FINISHED, CRASHED, MISTAKE, STOPPED = 0, 1, 2, EXIT_CODE
-"""What a rank ends with. Only the user can put a mistake right: another try would end the same."""
-ECHO_SECONDS = 3.0  # a failed collective is nearly always the echo of another rank's error, which is to be heard first
+"""Exit codes of a rank. Only the user can fix a mistake: another try would end the same way."""
+ECHO_SECONDS = 3.0  # a failed collective almost always echoes another rank's error; that rank must report first
 
 
 @dataclass(frozen=True)
 class Exit:
-    """What a rank leaves with."""
+    """How a rank exits: its exit code and its report."""
 
     code: int
     cause: str
     text: str
-    """The cause for the log; that of a bug has its traceback."""
+    """The cause for the log; for a bug, with the traceback."""
     delay: float = 0.0
-    """Seconds to wait before anything is said."""
+    """Seconds to wait before reporting."""
     reason: str | None = None
-    """That of a Preempted."""
+    """The `reason` of a Preempted."""
 
 
 def exit_by(error: Exception) -> Exit:
-    """How a rank leaves that has met `error`."""
+    """How a rank exits after `error`."""
     text = str(error)
     if isinstance(error, Preempted):
         return Exit(STOPPED, text, text, reason=error.reason)

@@ -1,6 +1,6 @@
-"""Is a folder of code, file by file, what its digest says? Needs nothing but Python, and nothing from that folder.
+"""Checks a folder of code against its digest, file by file. Uses only the standard library, and no code in that folder.
 
-A batch script holds this text and runs it before any of the code: `python -I -S -c TEXT FOLDER DIGEST`.
+A batch script contains the text of this module, and runs it before the code: `python -I -S -c TEXT FOLDER DIGEST`.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import sys
 
 
 def digest(files: dict[str, bytes]) -> str:
-    """SHA-256 of files by their path, hexadecimal."""
+    """SHA-256 of the files, given as {path: content}; in hexadecimal."""
     total = hashlib.sha256()
     for name in sorted(files):
         total.update(os.fsencode(name) + b"\0%d\0" % len(files[name]) + files[name])
@@ -18,7 +18,12 @@ def digest(files: dict[str, bytes]) -> str:
 
 
 def read(folder: str) -> dict[str, bytes]:
-    """All files of a folder by their path below it. Raises OSError, or ValueError for what is no file or folder."""
+    """Reads all files of a folder, as {path below the folder: content}.
+
+    Raises:
+        OSError: something in the folder cannot be read.
+        ValueError: the folder is a link, holds anything that is neither a file nor a folder, or is too large.
+    """
     if not stat.S_ISDIR(os.lstat(folder).st_mode):
         raise ValueError(f"{folder!r} is a link")
     files = {}
@@ -39,7 +44,7 @@ def read(folder: str) -> dict[str, bytes]:
 
 
 def problem(folder: str, expected: str) -> str:
-    """Why a folder is not the code of this digest; empty if it is."""
+    """Why a folder does not match the digest `expected`; empty if it matches."""
     try:
         found = digest(read(folder))
     except (OSError, ValueError) as error:

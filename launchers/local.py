@@ -1,7 +1,7 @@
-"""Ranks as processes of this machine: if one fails, all end at once.
+"""Starts ranks as processes of this machine. If one fails, all of them end.
 
-They meet in memory that has no name and belongs to this process, and tell it there why they fail. torch's elastic agent
-would listen on every interface, and unpickle what anybody writes to it.
+The ranks meet in unnamed memory that belongs to this process, and report there why they fail. This module does not use
+torch's elastic agent, because that listens on every interface and unpickles whatever arrives there.
 """
 
 import atexit
@@ -26,12 +26,12 @@ import torch
 
 from launchers.exits import MISTAKE, STOPPED, exit_by
 from launchers.world import Count, Demand, largest
-from scaleprog.display import as_text
 from scaleprog.errors import Preempted, ScaleprogError
-from scaleprog.preemption import SIGNALS
-from scaleprog.sharding.rendezvous import Place
+from scaleprog.files.display import as_text
+from scaleprog.ranks.rendezvous import Place
+from scaleprog.ranks.stop import SIGNALS
 
-GRACE_SECONDS = 30.0  # from the TERM of the ranks that are left after a failure to the KILL
+GRACE_SECONDS = 30.0  # after a failure: time between TERM and KILL for the other ranks
 PR_SET_PDEATHSIG = 1
 
 
@@ -39,7 +39,7 @@ class RankFailed(ScaleprogError):
     """The first rank that failed, and why."""
 
     def __init__(self, message: str, mistake: bool) -> None:
-        """`mistake`: whether only the user can put it right, so that another try would end the same."""
+        """`mistake`: whether only the user can fix the error, so that another try would end the same way."""
         super().__init__(message)
         self.mistake = mistake
 
@@ -51,18 +51,20 @@ def launch(
     restarts: int = 0,
     progress: Callable[[], object] = lambda: None,
 ) -> None:
-    """Runs `function(*arguments)` in `ranks` processes of this machine, which `process_group()` joins.
+    """Runs `function(*arguments)` in `ranks` processes on this machine; `process_group()` connects them.
 
-    Signals that ask to stop (TERM, INT, USR2) are passed on to the ranks, which end by themselves. From the first one
-    on nothing is started again, however the ranks end.
+    Passes the signals TERM, INT, and USR2 on to the ranks, which then stop by themselves. After the first such signal,
+    the ranks are not restarted, whatever happens to them.
 
     Args:
-        ranks: how many, or what is asked for the number at each start.
-        restarts: how many times in a row the ranks are started again after one crashed or was killed.
-        progress: a value that has changed since the last start where the ranks got on; the count then begins anew.
+        ranks: the number of ranks, or a function that returns it; called at each start.
+        function: runs in every rank; pickled.
+        arguments: the arguments of `function`; pickled.
+        restarts: how many times in a row to restart the ranks after one of them crashed or was killed.
+        progress: returns a value that changes when the ranks make progress; the count of restarts then begins again.
 
     Raises:
-        RankFailed: with the error of the rank that failed first; the others have ended by then.
+        RankFailed: a rank failed; has the error of the first one. The other ranks have ended by then.
         Preempted: the ranks were asked to stop, and did.
     """
     with _passing_signals_on() as asked:
@@ -87,10 +89,12 @@ def launch(
 
 
 def ranks_to_start(count: Count, demand: Demand) -> int:
-    """The largest number in a range that this machine has room for and that can train; says why if it is not the most.
+    """The largest number of ranks in a range that fits on this machine and can train.
+
+    If that is less than `count.most`, prints the reason.
 
     Raises:
-        ScaleprogError: there is no such number.
+        ScaleprogError: no number in the range fits and can train.
     """
     room, of = room_here()
     if room < count.least:
@@ -107,21 +111,21 @@ def ranks_to_start(count: Count, demand: Demand) -> int:
 
 
 def room_here() -> tuple[int, str]:
-    """How many ranks this machine has room for, and what of: CUDA devices, or the CPU cores that are ours."""
+    """How many ranks fit on this machine, and what limits them: its CUDA devices, or the CPU cores of this process."""
     if devices := torch.cuda.device_count():
         return devices, "CUDA devices"
     return len(os.sched_getaffinity(0)), "CPU cores"
 
 
 def _stopped(name: str, error: Exception) -> Preempted:
-    """What it means that ranks ended by `error` after a signal of this name."""
+    """Converts the `error` that ended the ranks after the signal `name` to Preempted."""
     if not isinstance(error, Preempted):
         return Preempted(f"stopped by {name}; {error}", name)
     return error if error.reason else Preempted(f"stopped by {name}", name)
 
 
 def _launch_once(asked: c_int, ranks: int, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-    """One start; returns when all ranks have ended well."""
+    """Starts the ranks once; returns when all of them have ended without an error."""
     spawn = multiprocessing.get_context("spawn")
     with _memory() as (_, store), _memory() as (told, words):
         processes: list[SpawnProcess] = []
@@ -141,7 +145,7 @@ def _launch_once(asked: c_int, ranks: int, function: Callable[..., object], argu
 
 @contextmanager
 def _memory() -> Iterator[tuple[int, str]]:
-    """A file in memory: its descriptor, and the path by which this user's processes, and no others, can open it."""
+    """A file in memory: its descriptor, and its path. Only processes of this user can open the path."""
     descriptor = os.memfd_create("scaleprog")
     try:
         yield descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
@@ -150,7 +154,12 @@ def _memory() -> Iterator[tuple[int, str]]:
 
 
 def _watch(processes: Sequence[SpawnProcess], told: int) -> None:
-    """Returns when all ranks have ended well; raises RankFailed or Preempted as soon as one has not."""
+    """Returns when all ranks have ended without an error.
+
+    Raises:
+        RankFailed: a rank failed.
+        Preempted: a rank was asked to stop.
+    """
     running = dict(enumerate(processes))
     while running:
         ready = connection.wait([process.sentinel for process in running.values()])
@@ -162,7 +171,7 @@ def _watch(processes: Sequence[SpawnProcess], told: int) -> None:
 
 
 def _end(processes: Sequence[SpawnProcess]) -> None:
-    """Ends the ranks that still run: TERM, and KILL for those that do not heed it."""
+    """Ends the ranks that still run: with TERM, then with KILL if they ignore it."""
     for process in processes:
         process.terminate()
     give_up = time.monotonic() + GRACE_SECONDS
@@ -175,9 +184,9 @@ def _end(processes: Sequence[SpawnProcess]) -> None:
 
 @contextmanager
 def _passing_signals_on() -> Iterator[c_int]:
-    """Inside, a signal that asks to stop goes to the ranks, and this process waits for them to end.
+    """Inside this context, a signal that asks to stop goes to the ranks, and this process waits for them to end.
 
-    Gives the first one's number, 0 until there is one, in memory that ranks which are started later see, too.
+    Yields the number of the first signal (0 until one arrives), in memory that is shared with ranks that start later.
     """
     asked = multiprocessing.get_context("spawn").RawValue(c_int, 0)
     if threading.current_thread() is not threading.main_thread():
@@ -200,10 +209,10 @@ def _passing_signals_on() -> Iterator[c_int]:
 
 
 def _rank(asked: c_int, place: Place, words: str, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-    """What one process does. What it fails by goes into the launcher's memory, not over the other ranks' output."""
+    """Runs one rank. Its error goes into the launcher's memory, so that it does not mix with other ranks' output."""
     for number in SIGNALS:
         signal.signal(number, _too_early)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)  # without its launcher it leaves, after a checkpoint
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)  # if the launcher dies, save a checkpoint and stop
     if asked.value:
         os._exit(STOPPED)
     telling, store = os.open(words, os.O_WRONLY | os.O_APPEND), os.open(place.store, os.O_RDWR)
@@ -219,27 +228,30 @@ def _rank(asked: c_int, place: Place, words: str, function: Callable[..., object
             os.write(telling, f"{json.dumps(row)}\n".encode())
         sys.stdout.flush()
         sys.stderr.flush()
-        # no tidy end: a collective that waits for another rank would never return
+        # no clean shutdown: a collective that waits for another rank would never return
         os._exit(end.code)
 
 
 def _leave() -> None:
-    """Ends a rank that is done, without the interpreter's tear-down: threads of gloo have been seen to abort in it."""
+    """Ends a finished rank without the interpreter's teardown, in which gloo's threads sometimes abort."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
 def _too_early(number: int, _: FrameType | None) -> None:
-    """Ends a rank that is asked to stop before it trains, or after: there is nothing to save."""
+    """Ends a rank that is asked to stop before or after training: it has nothing to save."""
     os._exit(STOPPED)
 
 
 def _failure(rank: int, code: int, told: bytes) -> RankFailed | Preempted:
-    """What it means that a rank was the first to leave, with `code`.
+    """The error to raise when `rank` exits first.
 
-    `told`: a line of every rank that has said why it fails, in that order. The first of them is the first to fail, even
-    if another was faster to leave.
+    Args:
+        rank: the rank that exited first.
+        code: its exit code, not 0.
+        told: one JSON line from each rank that has reported an error, in order. The first line names the first rank
+            that failed, even if another rank exited sooner.
     """
     line, end, _ = told.partition(b"\n")
     if end:

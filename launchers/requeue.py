@@ -1,7 +1,8 @@
-"""Shall a Slurm job start again? Its batch script asks when the tasks have ended, in whatever way they did.
+"""Decides whether a Slurm job starts again. Its batch script asks after the tasks have ended, however they ended.
 
-`python -m launchers.requeue RUN CODE MAX_RESTARTS`, where CODE is what srun ended with: the signal of a task that it
-killed hides what the first to fail ended with. So a task that leaves for a reason writes it down (`report`).
+`python -m launchers.requeue RUN CODE MAX_RESTARTS`, where CODE is srun's exit code. That code is not enough: if srun
+kills the other tasks, its exit code shows their signal and hides how the first task failed. So each task that exits for
+a known reason writes a report (`report`).
 """
 
 import os
@@ -18,35 +19,35 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from launchers.exits import FINISHED, MISTAKE, STOPPED
-from scaleprog import queue
-from scaleprog.display import as_text
 from scaleprog.errors import ScaleprogError
-from scaleprog.files import write_whole
-from scaleprog.reading import is_torn, open_to_append, read, read_object, to_line
-from scaleprog.records import EVENT, EVENTS, JOB_ID, LEFT, REQUEUES, Job, Measured, Owner, Report
+from scaleprog.files.atomic import write_whole
+from scaleprog.files.display import as_text
+from scaleprog.rundir import slurm_queue
+from scaleprog.rundir.reading import is_torn, open_to_append, read, read_object, to_line
+from scaleprog.rundir.records import EVENT, EVENTS, JOB_ID, LEFT, REQUEUES, Job, Measured, Owner, Report
 
 INTERRUPTED, USR2, TERM = (128 + number for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM))
-"""What a task ends with that is signalled before the run listens."""
-FRUITLESS = 3  # restarts in a row without a new checkpoint: it is not bad luck
-PAUSES = (1, 1, 2, 4, 8, 15, 30, 60, 60)  # seconds until Slurm is asked again; quick first, a grace time may be running
-MAX_RESTARTS = 20  # where what the script was given is no number
+"""Exit codes of a task that gets a signal before the run handles signals."""
+FRUITLESS = 3  # after this many restarts in a row without a new checkpoint, it is not bad luck
+PAUSES = (1, 1, 2, 4, 8, 15, 30, 60, 60)  # seconds before asking Slurm again; short first, a grace time may be running
+MAX_RESTARTS = 20  # if the batch script passes something that is not a number
 MOST_REPORTS = 100_000
-AGAIN = "submit it again, it goes on from the last checkpoint"
+AGAIN = "submit it again, it resumes from the last checkpoint"
 
 Kind = Literal["finished", "mistake", "interrupted", "stopped", "crash"]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Start:
-    """One start of a job: its id and how often Slurm had started it before."""
+class Attempt:
+    """One start of a job: the job's id, and how many times Slurm had restarted the job before."""
 
     job: str
     restart: int
 
     @classmethod
-    def current(cls, variables: Mapping[str, str] = os.environ) -> "Start":
-        """The start that this process belongs to. Raises ScaleprogError outside of a job."""
+    def current(cls, variables: Mapping[str, str] = os.environ) -> "Attempt":
+        """The start of this process, from its environment. Raises ScaleprogError outside a job."""
         job = variables.get("SLURM_JOB_ID", "")
         if not re.fullmatch(JOB_ID, job):
             raise ScaleprogError(f"SLURM_JOB_ID is {as_text(job, most=60)!r}, so this is no job of Slurm's")
@@ -56,7 +57,7 @@ class Start:
 
 @dataclass(frozen=True)
 class End:
-    """How a start ended. `code`: what the batch script is to end with."""
+    """How a start ended. `code` is the exit code for the batch script."""
 
     kind: Kind
     code: int
@@ -65,16 +66,24 @@ class End:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the job starts again; `why` if it does not."""
+    """Whether the job starts again; if not, `why` gives the reason."""
 
     requeue: bool
     why: str = ""
 
 
-def report(run: Path, start: Start, rank: int, code: int, cause: str, reason: str | None = None) -> None:
-    """Writes down why a task leaves with `code`. Where that is not possible, the exit code alone has to do.
+def report(run: Path, start: Attempt, rank: int, code: int, cause: str, reason: str | None = None) -> None:
+    """Writes a report of why a task exits with `code`.
 
-    `reason`: that of a Preempted.
+    If the report cannot be written, the exit code alone must do: no error is raised.
+
+    Args:
+        run: the run directory.
+        start: the start that the task belongs to.
+        rank: the rank of the task.
+        code: the exit code of the task.
+        cause: why it exits, in words.
+        reason: the `reason` of a Preempted; None for every other error.
     """
     with suppress(OSError):
         path = _report(run, start, rank)
@@ -84,19 +93,19 @@ def report(run: Path, start: Start, rank: int, code: int, cause: str, reason: st
         write_whole(path, to_line(row).decode())
 
 
-def has_reported(run: Path, start: Start, rank: int) -> bool:
-    """Whether a task has written down why it leaves."""
+def has_reported(run: Path, start: Attempt, rank: int) -> bool:
+    """Whether a task has written its report."""
     return _report(run, start, rank).exists()
 
 
 def how_it_ended(code: int, reports: Sequence[Mapping[str, Any]], signals: Sequence[str], preempted: bool) -> End:
-    """What happened.
+    """Determines how a start ended.
 
     Args:
-        code: what srun ended with.
-        reports: of the tasks. A mistake explains whatever else went wrong, an orderly stop all but that.
-        signals: that made the run leave in a hurry, without a report.
-        preempted: whether Slurm has announced that it takes the nodes away.
+        code: srun's exit code.
+        reports: the reports of the tasks. A mistake takes precedence over all other reports, then an orderly stop.
+        signals: the signals that made the run exit at once, without a report.
+        preempted: whether Slurm has announced a preemption.
     """
     if code == FINISHED:
         return End("finished", FINISHED, "finished")
@@ -125,28 +134,28 @@ def _stop(cause: str, *reasons: str | None) -> End:
 
 def decide(
     end: End,
-    start: Start,
-    job: queue.Job | None,
+    start: Attempt,
+    job: slurm_queue.Job | None,
     earlier: Sequence[Mapping[str, Any]],
     progress: tuple[int, int],
     limit: int,
 ) -> Verdict:
-    """Whether the job is to start again.
+    """Decides whether the job starts again.
 
     Args:
         end: how this start ended.
-        start: which one it was; Slurm may have started the job again elsewhere, and this one be an orphan.
-        job: what Slurm says of it now; None if it cannot be asked.
+        start: this start. It may be an orphan: Slurm may already have started the job again elsewhere.
+        job: Slurm's current record of the job; None if Slurm does not answer.
         earlier: the lines of `requeues.jsonl`.
-        progress: what `progress_of` tells of the run.
-        limit: most restarts after crashes; being stopped does not count.
+        progress: the result of `progress_of` for the run.
+        limit: the most restarts after crashes; requested stops do not count.
     """
     if end.kind == "finished":
         return Verdict(False)
     if end.kind == "mistake":
         return Verdict(False, "another try would end the same")
     if end.kind == "interrupted":
-        return Verdict(False, "somebody asked it to stop")
+        return Verdict(False, "a user asked it to stop")
     if job is None:
         return Verdict(False, f"Slurm cannot be asked from here; {AGAIN}")
     if job.restarts != start.restart:
@@ -168,14 +177,20 @@ def decide(
 
 
 def after(run: Path, code: int, limit: int) -> int:
-    """Decides, requeues the job or says why not, and adds a line to `requeues.jsonl`.
+    """Decides whether the job starts again, requeues it or prints why not, and adds a line to `requeues.jsonl`.
 
-    Returns the batch script's exit code.
+    Args:
+        run: the run directory.
+        code: srun's exit code.
+        limit: the most restarts after crashes.
+
+    Returns:
+        The exit code for the batch script.
     """
     if code == FINISHED:
         return code
     try:
-        start = Start.current()
+        start = Attempt.current()
     except ScaleprogError as error:
         print(f"scaleprog: {error}; nothing starts again", file=sys.stderr, flush=True)
         return code
@@ -183,12 +198,12 @@ def after(run: Path, code: int, limit: int) -> int:
     files = list(islice(_reports(run).glob(f"{start.job}-{start.restart}-*.json"), MOST_REPORTS))
     reports = [row for path in files if (row := _object(path, Report)) is not None]
     ended = time.time()
-    end, verdict, preempted = _settle(run, start, code, reports, limit)
+    end, verdict, preempted = _decide_and_requeue(run, start, code, reports, limit)
     line = {"time": ended, **asdict(start), **asdict(end), "step": step, "measured": measured, "preempted": preempted}
     line |= asdict(verdict)
     job = _object(run / "job.json", Job)
     try:
-        if job is None or job["job"] == start.job:  # else it was refused
+        if job is None or job["job"] == start.job:  # otherwise this job was refused
             with open_to_append(run / REQUEUES) as file:
                 file.write((b"\n" if is_torn(file) else b"") + to_line(line))
         for path in files:
@@ -201,30 +216,34 @@ def after(run: Path, code: int, limit: int) -> int:
     return end.code
 
 
-def _settle(
-    run: Path, start: Start, code: int, reports: Sequence[Mapping[str, Any]], limit: int
+def _decide_and_requeue(
+    run: Path, start: Attempt, code: int, reports: Sequence[Mapping[str, Any]], limit: int
 ) -> tuple[End, Verdict, bool]:
-    """Decides, and requeues the job; also tells whether Slurm has announced a preemption.
+    """Decides, and requeues the job if it starts again.
 
-    Where Slurm does not answer, all is asked and decided again: it may have heard the last try, or ended the job since.
+    If Slurm does not answer, this asks and decides again from scratch, because Slurm may have received the last request
+    or may have ended the job in the meantime.
+
+    Returns:
+        How the start ended, the verdict, and whether Slurm has announced a preemption.
     """
     signals, earlier, progress = _hurried(run, start), _lines(run / REQUEUES, LEFT), progress_of(run)
     pauses = [*PAUSES] if shutil.which("scontrol") else []
     while True:
         job, unheard = None, ""
         try:
-            job = queue.find(start.job)
-        except queue.NoAnswer as error:
+            job = slurm_queue.find(start.job)
+        except slurm_queue.NoAnswer as error:
             unheard = str(error)
         preempted = job is not None and job.preempted
         end = how_it_ended(code, reports, signals, preempted)
         verdict = decide(end, start, job, earlier, progress, limit)
         if verdict.requeue:
             try:
-                queue.requeue(start.job)
-            except queue.NoAnswer as error:
+                slurm_queue.requeue(start.job)
+            except slurm_queue.NoAnswer as error:
                 unheard, verdict = str(error), Verdict(False, f"Slurm does not requeue it: {error}; {AGAIN}")
-        if not unheard or end.kind in ("mistake", "interrupted"):  # these need no word of Slurm's
+        if not unheard or end.kind in ("mistake", "interrupted"):  # these do not need Slurm's answer
             return end, verdict, preempted
         _say(unheard)
         if not pauses:
@@ -233,13 +252,13 @@ def _settle(
 
 
 def progress_of(run: Path) -> tuple[int, int]:
-    """The step of the newest checkpoint, and how much of a measurement a stop has kept since."""
+    """The step of the newest checkpoint, and how much of an unfinished measurement the last stop saved."""
     half = _object(run / "measuring.json", Measured)
-    return newest_step(run), 0 if half is None else half["done"]
+    return committed_step(run), 0 if half is None else half["done"]
 
 
-def newest_step(run: Path) -> int:
-    """The step of the newest checkpoint; 0 where there is none."""
+def committed_step(run: Path) -> int:
+    """The step of the newest checkpoint; 0 if there is none."""
     try:
         names = [entry.name for entry in os.scandir(run / "checkpoints")]
     except OSError:
@@ -247,19 +266,19 @@ def newest_step(run: Path) -> int:
     return max((int(name[5:]) for name in names if re.fullmatch("step-[0-9]{1,15}", name)), default=0)
 
 
-def _hurried(run: Path, start: Start) -> list[str]:
-    """The signals, if `events.jsonl` says that they made this start leave at once."""
+def _hurried(run: Path, start: Attempt) -> list[str]:
+    """The names of the signals, if `events.jsonl` says that they made this start exit at once; otherwise empty."""
     owner = _object(run / "owner.json", Owner)
     if owner is None or (owner["job"], owner["restart"]) != (start.job, start.restart):
         return []
     mine = [event for event in _lines(run / EVENTS, EVENT) if event.get("generation") == owner["generation"]]
     hurried = any(event["event"] == "hurried" for event in mine)
-    signals = (event["signal"] for event in mine if event["event"] == "signal")  # as every rank has heard them
+    signals = (event["signal"] for event in mine if event["event"] == "signal")  # one event from every rank
     return list(dict.fromkeys(signals)) if hurried else []
 
 
 def _lines(path: Path, kind: Any) -> list[Any]:
-    """The records in a file; what is none counts as absent, and is said."""
+    """The records in a file. Invalid lines count as absent, and a message says so."""
     told = read(path, kind)
     if told.trouble:
         _say(told.trouble)
@@ -267,7 +286,7 @@ def _lines(path: Path, kind: Any) -> list[Any]:
 
 
 def _object(path: Path, kind: type[T]) -> T | None:
-    """The record in a small file; one that holds none counts as absent, and is said."""
+    """The record in a small file. An invalid file counts as absent (None), and a message says so."""
     try:
         return read_object(path, kind)
     except ScaleprogError as error:
@@ -280,7 +299,7 @@ def _say(text: str) -> None:
         print(f"scaleprog: {as_text(text, lines=True)}", file=sys.stderr, flush=True)
 
 
-def _report(run: Path, start: Start, rank: int) -> Path:
+def _report(run: Path, start: Attempt, rank: int) -> Path:
     return _reports(run) / f"{start.job}-{start.restart}-{rank}.json"
 
 
@@ -289,19 +308,19 @@ def _reports(run: Path) -> Path:
 
 
 def _main(run: str, code: str, limit: str) -> int:
-    """What the batch script calls; whatever lies in the run directory, it ends with a decision."""
+    """The entry point for the batch script. It always decides, whatever the run directory contains."""
     ended = int(code) if re.fullmatch("[0-9]{1,3}", code) else 1
     try:
         most = int(limit) if re.fullmatch("[0-9]{1,9}", limit) else None
         if most is None:
             _say(f"MAX_RESTARTS {limit!r} is no number, so it is {MAX_RESTARTS}")
         return after(Path(run), ended, MAX_RESTARTS if most is None else most)
-    except Exception as error:  # nobody comes after this to start the job again
+    except Exception as error:  # nothing runs after this that could requeue the job
         _say(f"no decision, {type(error).__name__}: {error}; {AGAIN}")
         return ended
 
 
 if __name__ == "__main__":
     for ending in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(ending, signal.SIG_IGN)  # those for the tasks, and Slurm's to a job that it has just requeued
+        signal.signal(ending, signal.SIG_IGN)  # signals for the tasks, and Slurm's signal after a requeue
     sys.exit(_main(*sys.argv[1:4]))

@@ -1,4 +1,4 @@
-"""`scaleprog submit`: a recipe becomes a Slurm job, through submitit, that starts again by itself until it is done."""
+"""`scaleprog submit`: makes a Slurm job from a recipe, with submitit. The job requeues itself until the run is done."""
 
 import math
 import re
@@ -12,16 +12,14 @@ from typing import Any
 
 from launchers import integrity
 from launchers.snapshot import JobFile, check_free, check_name, code_folder, take
-from launchers.task import task
 from launchers.world import Count, Demand, largest, usable
-from scaleprog import queue
 from scaleprog.errors import ScaleprogError
-from scaleprog.plan import plan_start
 from scaleprog.recipe import Recipe
+from scaleprog.rundir import slurm_queue
 
-CHECKPOINT_SECONDS = 60  # at least so long between the end of a job's start-up and the signal that stops it
-SRUN = ("--kill-on-bad-exit=1", "--wait=60")  # one task gone, all gone: the others would wait for it for ever
-STEP = (  # srun reads these, and starts so many tasks on so many of the job's nodes
+CHECKPOINT_SECONDS = 60  # least time between the end of a job's startup and the signal that stops the job
+SRUN = ("--kill-on-bad-exit=1", "--wait=60")  # if one task ends, end all: the others would wait for it forever
+STEP = (  # srun reads these variables, and starts that many tasks on that many of the job's nodes
     "export SLURM_JOB_NUM_NODES=$NODES SLURM_NNODES=$NODES SLURM_NTASKS_PER_NODE=$TASKS",
     "export SLURM_NTASKS=$((NODES * TASKS)) SLURM_NPROCS=$((NODES * TASKS))",
 )
@@ -35,8 +33,22 @@ RESERVED = ("ntasks", "array", "requeue", "no-requeue", "open-mode", "output", "
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a job asks Slurm for. `options`: further ones of sbatch, each KEY=VALUE or KEY."""
+class JobRequest:
+    """What a job asks Slurm for.
+
+    Attributes:
+        nodes: number of nodes, or a range of it.
+        gpus_per_node: GPUs on each node, one task per GPU; None on nodes without GPUs.
+        tasks_per_node: tasks on each node without GPUs.
+        cpus_per_task: CPU cores for each task.
+        time: time limit of one start, as sbatch takes it (see `seconds`).
+        partition: as in sbatch.
+        account: as in sbatch.
+        qos: as in sbatch.
+        signal_before: seconds before the time limit at which Slurm tells the job to stop.
+        max_restarts: the most restarts after crashes; requested stops do not count.
+        options: other options of sbatch, each KEY=VALUE or KEY.
+    """
 
     nodes: Count = ONE
     gpus_per_node: int | None = None
@@ -52,16 +64,20 @@ class Request:
 
     @property
     def tasks(self) -> int:
-        """Tasks on each node: one per GPU."""
+        """Tasks on each node; one per GPU if the nodes have GPUs."""
         return self.gpus_per_node or self.tasks_per_node or 1
 
     @property
     def world(self) -> int:
-        """Ranks, at most."""
+        """The largest number of ranks."""
         return self.nodes.most * self.tasks
 
     def further(self) -> dict[str, Any]:
-        """`options` as submitit takes them. Raises ScaleprogError for one that the job's life depends on."""
+        """`options` in the form that submitit takes.
+
+        Raises:
+            ScaleprogError: an option is malformed, or scaleprog sets it itself.
+        """
         found: dict[str, Any] = {}
         for option in self.options:
             key, equals, value = option.lstrip("-").partition("=")
@@ -76,7 +92,7 @@ class Request:
         return found
 
     def check(self) -> None:
-        """Raises ScaleprogError for what needs no Slurm to see that it cannot work."""
+        """Raises ScaleprogError for a request that cannot work, as far as this can be seen without Slurm."""
         if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
             raise ScaleprogError(
                 f"--tasks-per-node {self.tasks_per_node}: there is one task per GPU, and --gpus-per-node is "
@@ -100,23 +116,29 @@ class Request:
             )
 
 
-def submit(recipe: Recipe, run: Path, request: Request) -> JobFile:
-    """Queues `recipe` to be trained in the run directory `run`.
+def submit(recipe: Recipe, run: Path, request: JobRequest) -> JobFile:
+    """Queues a job that trains `recipe` in the run directory `run`.
+
+    Returns:
+        The content of the `job.json` that it writes into `run`.
 
     Raises:
-        ScaleprogError: of a kind that says what does not fit: recipe, shards, ranks, run directory, or the cluster.
+        ScaleprogError: the recipe, the shards, the number of ranks, the run directory, or the cluster does not fit. The
+            subclass says which.
     """
     run = run.absolute()
     check_name(run)
     request = narrow(recipe, request)
-    check(recipe, run, request)
     check_cluster(request)
+    check(recipe, run, request)
+    from launchers.task import task
+
     new = not run.exists()
     take(recipe, run)
     executor = make_executor(run, request)
     try:
         job = executor.submit(task, run)
-    except RuntimeError as error:  # submitit's are all of this kind
+    except RuntimeError as error:  # all of submitit's errors are RuntimeErrors
         if new:
             shutil.rmtree(run)
         raise ScaleprogError(f"Slurm refuses the job: {str(error).strip()}") from error
@@ -126,8 +148,8 @@ def submit(recipe: Recipe, run: Path, request: Request) -> JobFile:
     return file
 
 
-def script(recipe: Recipe, run: Path, request: Request) -> str:
-    """The batch script that `submit` would queue."""
+def script(recipe: Recipe, run: Path, request: JobRequest) -> str:
+    """The batch script that `submit` would queue. Raises ScaleprogError as `submit` does, but works without Slurm."""
     run = run.absolute()
     check_name(run)
     request = narrow(recipe, request)
@@ -136,11 +158,13 @@ def script(recipe: Recipe, run: Path, request: Request) -> str:
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
-def narrow(recipe: Recipe, request: Request) -> Request:
-    """The request with a range of nodes whose ends can train, so that every start finds a number that can.
+def narrow(recipe: Recipe, request: JobRequest) -> JobRequest:
+    """Narrows a range of nodes so that both ends can train. Then every start finds a number that can train.
+
+    Prints a message if the range changes.
 
     Raises:
-        ScaleprogError: the range holds none.
+        ScaleprogError: no number in the range can train.
     """
     if request.nodes.fixed:
         return request
@@ -154,28 +178,34 @@ def narrow(recipe: Recipe, request: Request) -> Request:
     return replace(request, nodes=nodes)
 
 
-def check(recipe: Recipe, run: Path, request: Request) -> None:
-    """Raises ScaleprogError for whatever the job would fail with at its start."""
+def check(recipe: Recipe, run: Path, request: JobRequest) -> None:
+    """Raises ScaleprogError for every error that the job would otherwise meet at its start."""
     request.check()
-    plan_start(recipe, request.world, request.tasks)
     check_free(recipe, run)
+    from scaleprog.planning.plan import plan_start  # imports torch, so only after the quick checks
+
+    plan_start(recipe, request.world, request.tasks)
 
 
-def check_cluster(request: Request) -> None:
-    """Raises ScaleprogError unless there is a Slurm that has what is asked for."""
+def check_cluster(request: JobRequest) -> None:
+    """Raises ScaleprogError unless this machine has Slurm, and Slurm has the requested partitions."""
     if shutil.which("sbatch") is None:
         raise ScaleprogError(
             "no Slurm on this machine: sbatch is not there; on a cluster, submit from a login node, and without one "
             "train on this machine by `scaleprog train --nproc`"
         )
-    known = queue.partitions()
+    known = slurm_queue.partitions()
     for name in (request.partition or "").split(","):
         if name and name not in known:
-            raise ScaleprogError(f"--partition {name}: there is none of this name; there are {', '.join(known)}")
+            raise ScaleprogError(f"--partition {name}: no such partition; available: {', '.join(known)}")
 
 
-def make_executor(run: Path, request: Request) -> Any:
-    """submitit's executor for one job: its files, logs included, get a folder that no other submission has had."""
+def make_executor(run: Path, request: JobRequest) -> Any:
+    """submitit's executor for one job. Its files, including logs, go into a new folder for this submission.
+
+    Raises:
+        ScaleprogError: submitit is not installed, or an sbatch option is refused.
+    """
     try:
         from submitit.slurm.slurm import SlurmExecutor
     except ImportError:
@@ -184,17 +214,17 @@ def make_executor(run: Path, request: Request) -> Any:
     class Executor(SlurmExecutor):
         @classmethod
         def affinity(cls) -> int:
-            return 1  # the script can be shown where there is no Slurm
+            return 1  # so that `script` works on a machine without Slurm
 
         def _num_tasks(self) -> int:
-            return request.world  # submitit's own knows no range
+            return request.world  # submitit's own method cannot handle a range of nodes
 
     executor = Executor(run / "jobs" / time.strftime("%Y%m%d-%H%M%S"))
     nodes = request.nodes
     further: dict[str, Any] = {"signal": f"USR2@{request.signal_before}", "requeue": True, **request.further()}
-    if not nodes.fixed:  # with ntasks-per-node, Slurm gives no more nodes than the tasks of the fewest would fill
+    if not nodes.fixed:  # with ntasks-per-node, Slurm would limit the range of nodes (docs/slurm.md)
         further = {"mincpus": request.tasks * (request.cpus_per_task or 1), **further}
-    cpus = () if request.cpus_per_task is None else (f"--cpus-per-task={request.cpus_per_task}",)  # not inherited
+    cpus = () if request.cpus_per_task is None else (f"--cpus-per-task={request.cpus_per_task}",)  # srun needs it again
     executor.update_parameters(
         job_name=job_name(run),
         nodes=nodes.most if nodes.fixed else f"{nodes.least}-{nodes.most}",
@@ -214,12 +244,18 @@ def make_executor(run: Path, request: Request) -> Any:
     return executor
 
 
-def setup(run: Path, code: Path, request: Request) -> list[str]:
-    """What the batch script does before it starts the tasks; slurm/train.sbatch has the same lines."""
+def setup(run: Path, code: Path, request: JobRequest) -> list[str]:
+    """The lines of the batch script before it starts the tasks; slurm/train.sbatch has the same commands.
+
+    Args:
+        run: the run directory.
+        code: the folder of the job's code, named by its digest.
+        request: the job's request.
+    """
     requeue = shlex.join([sys.executable, "-m", "launchers.requeue", str(run)])
     text = Path(integrity.__file__).read_text(encoding="utf-8")
     lines = [
-        # before anything of the run directory runs, and before the trap that would start the job again
+        # before any code in the run directory runs, and before the trap that would requeue the job
         f"{shlex.join([sys.executable, '-I', '-S', '-c', text, str(code), code.name])} || exit 2",
         "export PYTHONDONTWRITEBYTECODE=1  # the code stays what it is",
         f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -236,18 +272,25 @@ def setup(run: Path, code: Path, request: Request) -> list[str]:
 
 
 def job_name(run: Path) -> str:
-    """By which a job in the queue is known to be this run's."""
+    """The name that identifies this run's job in the queue."""
     return f"scaleprog-{run.name}"
 
 
 def seconds(limit: str) -> int:
-    """Seconds of a time limit as sbatch takes it: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS."""
+    """Converts a time limit of sbatch to seconds.
+
+    Args:
+        limit: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, or D-HH:MM:SS.
+
+    Raises:
+        ScaleprogError: `limit` has another form.
+    """
     number = "([0-9]{1,9})"
     found = re.fullmatch(f"(?:{number}-)?{number}(?::{number})?(?::{number})?", limit)
     if found is None:
         raise ScaleprogError(f"--time {limit}: not a time; write minutes, HH:MM:SS or D-HH:MM:SS")
     days, *parts = (None if part is None else int(part) for part in found.groups())
-    if days is None and parts[2] is None:  # minutes lead
+    if days is None and parts[2] is None:  # the first number is minutes
         parts = [0, *parts[:2]]
     hours, minutes, rest = (part or 0 for part in parts)
     return ((days or 0) * 24 + hours) * 3600 + minutes * 60 + rest

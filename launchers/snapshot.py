@@ -1,7 +1,7 @@
-"""What a job runs is copied into its run directory, so that a working tree edited meanwhile does not change the job.
+"""Copies a job's code and recipe into its run directory, so that later edits to the working tree do not change the job.
 
-`python -m launchers.snapshot RECIPE RUN [key=value]...` does it for slurm/train.sbatch, at the job's first start, and
-prints where the code lies.
+`python -m launchers.snapshot RECIPE RUN [key=value]...` does this for slurm/train.sbatch at the job's first start, and
+prints the folder of the code.
 """
 
 import json
@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 import launchers
 from launchers import integrity
-from scaleprog import queue
-from scaleprog.display import as_text
 from scaleprog.errors import CheckpointError, ScaleprogError
-from scaleprog.files import read_text, write_whole
-from scaleprog.records import JOB_ID
+from scaleprog.files.atomic import read_text, write_whole
+from scaleprog.files.display import as_text
+from scaleprog.rundir import slurm_queue
+from scaleprog.rundir.records import JOB_ID
 
-if TYPE_CHECKING:  # it imports torch, for which a job that starts again need not wait
+if TYPE_CHECKING:  # a job that starts again does not need this import
     from scaleprog.recipe import Recipe
 
 PACKAGES = ("scaleprog", "launchers", "shards")
@@ -32,7 +32,14 @@ JOB = "job.json"
 
 @dataclass(frozen=True)
 class JobFile:
-    """`job.json` of a run directory: the Slurm job that trains it, or the last that did; paths are relative to it."""
+    """The content of a run directory's `job.json`: the Slurm job that trains the run, or the last one that did.
+
+    Attributes:
+        job: the id of the job.
+        name: the name of the job.
+        code: the folder of the job's code, relative to the run directory.
+        log: the job's log, relative to the run directory; empty if not known.
+    """
 
     job: str
     name: str
@@ -40,12 +47,12 @@ class JobFile:
     log: str = ""
 
     def write(self, run: Path) -> None:
-        """Puts it into a run directory."""
+        """Writes `job.json` into a run directory."""
         write_whole(run / JOB, json.dumps(asdict(self)))
 
     @classmethod
     def read(cls, run: Path) -> "JobFile | None":
-        """That of a run directory; None where there is none. Raises CheckpointError."""
+        """Reads the `job.json` of a run directory; None if there is none. Raises CheckpointError if it is invalid."""
         try:
             file = cls(**json.loads(read_text(run / JOB, 2**16)))
             file._check()
@@ -56,7 +63,7 @@ class JobFile:
         return file
 
     def _check(self) -> None:
-        """Raises ValueError for what no job has: the file may be somebody else's."""
+        """Raises ValueError for a value that no job can have: anyone may have written the file."""
         forms = {"job": JOB_ID, "code": r"code/[0-9a-z]+", "log": r"|jobs/[^/]+/[^/]+", "name": r".*"}
         for key, form in forms.items():
             value = getattr(self, key)
@@ -65,26 +72,32 @@ class JobFile:
             if not re.fullmatch(form, value) or "/../" in f"/{value}/":
                 raise ValueError(f"{key} is {value[:100]!r}")
 
-    def ask(self) -> queue.Job | None:
-        """What Slurm says of it; None if it does not know it any more. Raises NoAnswer."""
-        job = queue.find(self.job)
-        return job if job is not None and job.name == self.name else None  # a new cluster counts its jobs anew
+    def ask(self) -> slurm_queue.Job | None:
+        """Slurm's record of the job; None if Slurm no longer knows it. Raises NoAnswer."""
+        job = slurm_queue.find(self.job)
+        return job if job is not None and job.name == self.name else None  # a new cluster reuses job ids
 
 
 def code_folder(run: Path) -> Path:
-    """Where `take` puts the present code."""
+    """The folder where `take` puts the current code."""
     return run / "code" / integrity.digest(_sources())
 
 
 def take(recipe: "Recipe", run: Path) -> Path:
-    """Copies the present code and `recipe` into `run`; returns the folder of the code. Raises ScaleprogError.
+    """Copies the current code and `recipe` into `run`.
 
-    Code that is there already is compared, file by file: the run directory may be somebody else's.
+    If the folder of the code already exists, this compares it file by file, because anyone may have written it.
+
+    Returns:
+        The folder of the code.
+
+    Raises:
+        ScaleprogError: `run` cannot be written, or holds something else where the code belongs.
     """
     sources = _sources()
     folder = run / "code" / integrity.digest(sources)
     try:
-        if folder.parent.is_symlink():  # and not where else it leads
+        if folder.parent.is_symlink():  # the code must not go where a link leads
             raise CheckpointError(
                 f"{folder.parent}: is a link, and code is kept in the run directory itself; remove it"
             )
@@ -97,7 +110,7 @@ def take(recipe: "Recipe", run: Path) -> Path:
             try:
                 temporary.rename(folder)
             except OSError:
-                shutil.rmtree(temporary)  # another process was faster
+                shutil.rmtree(temporary)  # another process created the folder first
         verify(folder)
         write_whole(run / "recipe.yaml", recipe.dump())
     except OSError as error:
@@ -106,13 +119,13 @@ def take(recipe: "Recipe", run: Path) -> Path:
 
 
 def verify(folder: Path) -> None:
-    """Raises CheckpointError unless a folder of code holds what its name says, and nothing else."""
+    """Raises CheckpointError unless a folder of code holds exactly the files whose digest is its name."""
     if problem := integrity.problem(str(folder), folder.name):
         raise CheckpointError(f"{folder}: not the code that it is named after: {problem}; remove it and start again")
 
 
 def check_name(run: Path) -> None:
-    """Raises ScaleprogError for a run directory that a batch script or the path of Python's modules cannot name."""
+    """Raises ScaleprogError if the name of a run directory does not work in a batch script or in PYTHONPATH."""
     if "%" in str(run):
         raise ScaleprogError(f"--run-dir {run}: Slurm would replace the %")
     if not str(run).isprintable() or {"\\", ":"} & set(str(run)):
@@ -123,13 +136,20 @@ def check_name(run: Path) -> None:
 
 
 def check_free(recipe: "Recipe", run: Path, mine: str | None = None) -> None:
-    """Raises CheckpointError if `run` belongs to another recipe, or to a job (but `mine`) or process that is alive."""
-    from scaleprog.claim import check_recipe, is_alive, read_owner
+    """Raises CheckpointError if `run` is not free.
+
+    Args:
+        recipe: the recipe to train. `run` is not free if it belongs to another recipe.
+        run: the run directory.
+        mine: the id of this job, if any. `run` is not free if a queued or running job, or a live process that does not
+            belong to job `mine`, owns it.
+    """
+    from scaleprog.rundir.lease import check_recipe, is_alive, read_owner
 
     check_recipe(run, recipe)
     job = None
     if (last := JobFile.read(run)) is not None:
-        with suppress(queue.NoAnswer):
+        with suppress(slurm_queue.NoAnswer):
             job = last.ask()
     if job is not None and not job.over:
         raise CheckpointError(
@@ -142,9 +162,20 @@ def check_free(recipe: "Recipe", run: Path, mine: str | None = None) -> None:
 
 
 def prepare(recipe: Path, run: Path, overrides: Sequence[str]) -> Path:
-    """What a job started by train.sbatch does first; its restarts find what its first start laid down.
+    """The first action of a job started by train.sbatch. Restarts find the code that the first start copied.
 
-    At its first start what it finds is somebody else's, whatever job it names.
+    At its first start, the job trusts nothing that is already in the run directory, whatever job id it names.
+
+    Args:
+        recipe: the recipe file.
+        run: the run directory.
+        overrides: `key=value` settings that override the recipe.
+
+    Returns:
+        The folder of the code.
+
+    Raises:
+        ScaleprogError: the recipe is invalid, or the run directory belongs to something else or is damaged.
     """
     job = os.environ["SLURM_JOB_ID"]
     last = JobFile.read(run)
@@ -156,14 +187,14 @@ def prepare(recipe: Path, run: Path, overrides: Sequence[str]) -> Path:
 
     check_name(run)
     loaded = Recipe.load(recipe, overrides)
-    check_free(loaded, run, job)  # a job that was refused may have put its job.json in place of this one's
+    check_free(loaded, run, job)  # a refused job may have replaced this job's job.json
     code = take(loaded, run)
     JobFile(job, os.environ["SLURM_JOB_NAME"], str(code.relative_to(run))).write(run)
     return code
 
 
 def _sources() -> dict[str, bytes]:
-    """The text of every module, by its path below the checkout."""
+    """Every module of the checkout, as {path below the checkout: content}."""
     root = Path(launchers.__file__).parents[1]
     return {
         str(path.relative_to(root)): path.read_bytes()

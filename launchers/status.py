@@ -1,4 +1,4 @@
-"""Where a run stands: from its run directory, and from Slurm where it is a Slurm job."""
+"""The status of a run, from its run directory and, if it is a Slurm job, from Slurm."""
 
 import math
 import socket
@@ -10,33 +10,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launchers.requeue import newest_step
+from launchers.requeue import committed_step
 from launchers.snapshot import JOB, JobFile
-from scaleprog import queue
-from scaleprog.claim import ask_to_stop, is_alive, read_owner
-from scaleprog.display import as_text, first_line
 from scaleprog.errors import ScaleprogError
+from scaleprog.files.display import as_text, first_line
 from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.space import Choice, Subnet
-from scaleprog.life import still_told
-from scaleprog.plan import Plan
-from scaleprog.reading import read, read_object
 from scaleprog.recipe import Recipe
-from scaleprog.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, Results
-from scaleprog.state import decision_from_json
+from scaleprog.reporting.timeline import still_told
+from scaleprog.rundir import slurm_queue
+from scaleprog.rundir.accuracies import Accuracies
+from scaleprog.rundir.lease import ask_to_stop, is_alive, read_owner
+from scaleprog.rundir.planned import read_plan
+from scaleprog.rundir.reading import read, read_object
+from scaleprog.rundir.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, Results
+from scaleprog.rundir.state import decision_from_json
 
 RECENT_STEPS = 50
 POLL_SECONDS = 3.0
 TELL_SECONDS = 15.0  # between two lines of progress
-LAST_BYTES = 8 * 2**20  # of metrics.jsonl, which may be long: thousands of steps
-MOST_RESTARTS = 50  # that are shown
+LAST_BYTES = 8 * 2**20  # read only the end of metrics.jsonl (thousands of steps); the file may be long
+MOST_RESTARTS = 50  # the most restarts shown
 Row = Mapping[str, Any]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Restart:
-    """A start after the first: why it was needed, and the step at which it went on."""
+    """A start after the first: when it began (seconds since the epoch), why it was needed, and the step it began at."""
 
     time: float
     cause: str
@@ -45,7 +46,30 @@ class Restart:
 
 @dataclass(frozen=True)
 class Status:
-    """What a run directory tells. Times in seconds, accuracies in percent; None is what is not known (yet)."""
+    """The status of a run.
+
+    Attributes:
+        run: the run directory.
+        state: "finished", "running", "stopped", or the job's state in Slurm, in lowercase.
+        detail: more about the state, in words; may be empty.
+        job: the id of the Slurm job; None without one.
+        step: the last optimizer step known.
+        steps: optimizer steps in the whole run, as far as decided or expected.
+        stage: the stage of the last step, from 1.
+        phase: the kind of phase of the last step.
+        network: the sub-network of the last step, in words.
+        loss: the loss of the last step; None also if it is not finite.
+        top1: the latest top-1 accuracy, in percent; the better of the online and EMA weights.
+        top1_step: the step of that evaluation.
+        images_per_second: the recent rate of training.
+        seconds_left: expected training time left.
+        commit_step: the step of the newest checkpoint; 0 if there is none.
+        commit_age: seconds since that checkpoint was written.
+        restarts: every start after the first.
+        troubles: what could not be read in the run directory, in words.
+
+    None means "not known (yet)" unless noted otherwise.
+    """
 
     run: str
     state: str
@@ -65,10 +89,9 @@ class Status:
     commit_age: float | None
     restarts: list[Restart]
     troubles: list[str]
-    """What of the run directory could not be read, in words."""
 
     def text(self) -> str:
-        """The same for people."""
+        """The status as text for people."""
         of = "" if self.steps is None else f" of {self.steps} ({self.step / self.steps:.0%})"
         lines = [("state", f"{self.state}{self.detail and f' ({self.detail})'}"), ("step", f"{self.step}{of}")]
         if self.stage is not None:
@@ -91,18 +114,18 @@ class Status:
 
 
 def status(run: Path) -> Status:
-    """Where the run in a directory stands. Raises ScaleprogError where there is no run, or none of this version."""
-    recipe = Recipe.of_run(run)
+    """The status of the run in a directory. Raises ScaleprogError if it holds no run, or a run of another version."""
+    Recipe.of_run(run)  # refuses a directory that is not a run directory
     records = [read(run / METRICS, METRIC, LAST_BYTES), read(run / EVENTS, EVENT), read(run / REQUEUES, LEFT)]
     rows, events, ends = (told.rows for told in records)
     trained = [row for row in rows if "loss" in row]
     evaluated = [row for row in (*still_told(events), *rows) if row.keys() >= {"top1", "top1_ema"}]
     now = trained[-1] if trained else None
-    commit = newest_step(run)
+    commit = committed_step(run)
     step = max(commit, now["step"]) if now else commit
     recent = trained[-RECENT_STEPS:]
-    steps, left = outlook(recipe, events, step, recent)
-    troubles = [told.trouble for told in records if told.trouble]
+    steps, left, trouble = time_left(run, events, step, recent)
+    troubles = [*(told.trouble for told in records if told.trouble), *filter(None, [trouble])]
     state, detail, job = standing(run, troubles)
     if state == "finished":
         left = None
@@ -118,7 +141,7 @@ def status(run: Path) -> Status:
         phase=now["phase"] if now else None,
         network=str(Subnet(now["resolution"], now["depth"])) if now else None,
         loss=_finite(now["loss"]) if now else None,
-        top1=max(evaluated[-1]["top1"], evaluated[-1]["top1_ema"]) if evaluated else None,
+        top1=Accuracies(evaluated[-1]).best if evaluated else None,
         top1_step=evaluated[-1]["step"] if evaluated else None,
         images_per_second=_finite(sum(row.get("images", 0) for row in recent) / seconds) if seconds else None,
         seconds_left=None if left is None else _finite(left),
@@ -130,14 +153,22 @@ def status(run: Path) -> Status:
 
 
 def standing(run: Path, troubles: list[str] | None = None) -> tuple[str, str, str | None]:
-    """State, what there is to say about it, and the Slurm job; what cannot be read is added to `troubles`."""
+    """The state of a run.
+
+    Args:
+        run: the run directory.
+        troubles: gets a sentence for each file that cannot be read.
+
+    Returns:
+        The state, details about it (may be empty), and the id of the Slurm job (None without one); see `Status`.
+    """
     troubles = [] if troubles is None else troubles
     file, owner, unknown = _told(partial(JobFile.read, run), troubles), _told(partial(read_owner, run), troubles), ""
     job = None
     if file is not None:
         try:
             job = file.ask()
-        except queue.NoAnswer as error:
+        except slurm_queue.NoAnswer as error:
             unknown = f"job {file.job}; {error}"
     name = None if file is None else file.job
     if (run / "results.json").exists():
@@ -157,7 +188,7 @@ def standing(run: Path, troubles: list[str] | None = None) -> tuple[str, str, st
 
 
 def _told(ask: Callable[[], T], troubles: list[str]) -> T | None:
-    """What a file tells; one that cannot be read counts as absent, and is added to `troubles`."""
+    """The result of `ask`. If it raises ScaleprogError, adds the message to `troubles` and returns None."""
     try:
         return ask()
     except ScaleprogError as error:
@@ -166,8 +197,15 @@ def _told(ask: Callable[[], T], troubles: list[str]) -> T | None:
 
 
 def restarts(events: Sequence[Row], ends: Sequence[Row]) -> Iterator[Restart]:
-    """The starts after the first, each with why the one before ended: the batch script's word on it, else what ended it
-    first (later errors are echoes of other ranks), else the last signal that it heard."""
+    """The starts after the first, each with the cause that ended the start before.
+
+    The cause is the one in the batch script's line in `requeues.jsonl`. If there is none, it is the first error (later
+    errors are echoes from other ranks). If there is none either, it is the last signal.
+
+    Args:
+        events: the lines of `events.jsonl`.
+        ends: the lines of `requeues.jsonl`.
+    """
     before = None
     for start in (event for event in events if event["event"] == "start"):
         if before is not None:
@@ -181,36 +219,50 @@ def restarts(events: Sequence[Row], ends: Sequence[Row]) -> Iterator[Restart]:
 
 
 def _cause(row: Row) -> str:
-    """Why a start ended, by an event of its end or a line of `requeues.jsonl`."""
+    """Why a start ended, from a line of `requeues.jsonl` or from the event that ended it."""
     if "cause" in row:
         return first_line(row["cause"])
     return first_line(row[{"preempted": "reason", "error": "message", "signal": "signal"}[row["event"]]])
 
 
-def outlook(recipe: Recipe, events: Sequence[Row], step: int, recent: Sequence[Row]) -> tuple[int | None, float | None]:
-    """Steps in all and seconds of training left, stages still to be searched as they are expected.
+def time_left(
+    run: Path, events: Sequence[Row], step: int, recent: Sequence[Row]
+) -> tuple[int | None, float | None, str]:
+    """Estimates how much training is left, with `Schedule.expected` for stages without a choice.
 
-    A step is taken to cost its sub-network's multiply-accumulates, at the rate of the recent steps.
+    Assumes that the time of a step is proportional to its sub-network's multiply-accumulates, at the recent rate.
+
+    Args:
+        run: the run directory.
+        events: the lines of `events.jsonl`.
+        step: the current optimizer step.
+        recent: the lines of `metrics.jsonl` for the recent steps; they give the rate.
+
+    Returns:
+        The steps of the whole run, the seconds of training left, and a sentence about what could not be read (may be
+        empty). The numbers are None if they are not known.
     """
     try:
-        plan = Plan.of(recipe, 1)
-    except ScaleprogError:  # the shards need not be within reach of whoever asks
-        return None, None
+        planned = read_plan(run)
+    except ScaleprogError as error:
+        return None, None, str(error)
+    if planned is None:  # the run has not started
+        return None, None, ""
+    schedule, gmacs = planned
     told = [e for e in still_told(events) if e["event"] == "choice" and e["step"] <= step]
-    choices = possible(plan.schedule, [decision_from_json(event).choice for event in told])
-    phases = plan.schedule.expected(choices, plan.gmacs)
-
-    left = [replace(phase, start=max(phase.start, step)) for phase in phases if phase.stop > step]
-    work = plan.schedule.cost(left, plan.gmacs)
-    trained = [Subnet(row["resolution"], row["depth"]) for row in recent]
-    networks = {subnet for phase in phases for subnet in phase.candidates}
-    if not trained or not networks.issuperset(trained):  # nobody knows what such a network would cost
-        return phases[-1].stop, None
-    return phases[-1].stop, _seconds(recent) / sum(map(plan.gmacs, trained)) * work
+    choices = possible(schedule, [decision_from_json(event).choice for event in told])
+    try:
+        phases = schedule.expected(choices, gmacs.__getitem__)
+        left = [replace(phase, start=max(phase.start, step)) for phase in phases if phase.stop > step]
+        work = schedule.cost(left, gmacs.__getitem__)
+        trained = sum(gmacs[Subnet(row["resolution"], row["depth"])] for row in recent)
+    except (LookupError, ArithmeticError):  # the plan does not contain such a network, or is invalid
+        return None, None, ""
+    return phases[-1].stop, _seconds(recent) / trained * work if trained else None, ""
 
 
 def possible(schedule: Schedule, choices: Sequence[Choice]) -> list[Choice]:
-    """The choices, up to the first that no search of `schedule` can have made."""
+    """The choices up to, but not including, the first one that no search of `schedule` can have made."""
     made: list[Choice] = []
     for choice in choices:
         search = schedule.phases(made)[-1]
@@ -227,14 +279,14 @@ def possible(schedule: Schedule, choices: Sequence[Choice]) -> list[Choice]:
 
 
 def follow(run: Path, file: JobFile) -> int:
-    """Tells how a queued run gets on until it has ended; returns its exit code."""
+    """Prints the progress of a queued run until it has ended; returns its exit code."""
     said, told, ended, job = "", 0.0, 0, None
     while ended < 2:  # Slurm may put a job that has just ended into the queue again
         try:
             job = file.ask()
             ended = ended + 1 if job is None or job.over else 0
             now = f"job {file.job}: {_now(job)}"
-        except queue.NoAnswer as error:  # its controller is started anew, say
+        except slurm_queue.NoAnswer as error:  # for example, Slurm's controller restarts
             now = str(error)
         if now != said:
             said = now
@@ -252,7 +304,15 @@ def follow(run: Path, file: JobFile) -> int:
 
 
 def cancel(run: Path) -> str:
-    """Ends the run in a directory, whether queued, running under Slurm or on this machine; returns what remains."""
+    """Ends the run in a directory: a queued or running Slurm job, or a process on this machine.
+
+    Returns:
+        A message about what was ended and which checkpoint remains.
+
+    Raises:
+        ScaleprogError: nothing trains the run, another machine trains it, Slurm's job does not match it, or Slurm does
+            not answer.
+    """
     file, owner = JobFile.read(run), read_owner(run)
     job = None if file is None else file.ask()
     if job is not None and not job.over:
@@ -261,7 +321,7 @@ def cancel(run: Path) -> str:
                 f"{run / JOB} names job {job.id}, whose command, as Slurm has it, does not name this run directory: "
                 f"nothing was cancelled; if it trains there, `scancel {job.id}`"
             )
-        queue.cancel(job.id)
+        slurm_queue.cancel(job.id)
         done = f"job {job.id}, which was {job.state}, is cancelled"
     elif owner is not None and owner.job is None and is_alive(owner, run):
         if owner.host != socket.gethostname():
@@ -270,12 +330,12 @@ def cancel(run: Path) -> str:
         done = f"process {owner.pid} is asked to stop after a checkpoint"
     else:
         raise ScaleprogError(f"{run}: nothing to cancel; neither a job nor a process of this machine trains it")
-    kept = newest_step(run)
+    kept = committed_step(run)
     remains = f"checkpoint of step {kept}" if kept else "no checkpoint yet"
-    return f"{done}; {remains}, or a newer one if there was time to write it; the same command goes on from there"
+    return f"{done}; {remains}, or a newer one if there was time to write it; the same command resumes from there"
 
 
-def _now(job: queue.Job | None) -> str:
+def _now(job: slurm_queue.Job | None) -> str:
     if job is None:
         return "no longer known to Slurm"
     about = [job.state, job.nodes and f"on {job.nodes}", job.reason, f"restart {job.restarts}" if job.restarts else ""]
@@ -310,7 +370,7 @@ def _clock(moment: float) -> str:
 
 
 def _span(seconds: float) -> str:
-    """A duration as people say it."""
+    """A duration in words."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

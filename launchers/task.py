@@ -1,4 +1,4 @@
-"""What every task of a Slurm job does, started by submitit or by slurm/train.sbatch: `python -m launchers.task RUN`."""
+"""One task of a Slurm job, which is one rank. submitit or slurm/train.sbatch starts `python -m launchers.task RUN`."""
 
 import atexit
 import fcntl
@@ -14,27 +14,27 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launchers.exits import FINISHED, STOPPED, exit_by
-from launchers.requeue import Start, has_reported, report
-from scaleprog import queue
-from scaleprog.display import as_text
+from launchers.requeue import Attempt, has_reported, report
 from scaleprog.errors import ScaleprogError
-from scaleprog.preemption import SIGNALS
+from scaleprog.files.display import as_text
+from scaleprog.ranks.rendezvous import INTERFACES, LOOPBACK, STORE
+from scaleprog.ranks.stop import SIGNALS
 from scaleprog.recipe import Recipe
-from scaleprog.sharding.rendezvous import INTERFACES, LOOPBACK, STORE
-from scaleprog.train import train_rank
+from scaleprog.rundir import slurm_queue
+from scaleprog.training.loop import train_rank
 
-PORTS = range(15_000, 30_000)  # below those that Linux gives out to clients
+PORTS = range(15_000, 30_000)  # below the ephemeral ports of Linux
 LINGER_SECONDS = 60.0
 SIOCGIFADDR = 0x8915
 
 
 def task(run: Path) -> dict[str, Any]:
-    """Trains as one rank of the job; returns the results of a finished run, else ends the process."""
+    """Trains as one rank of the job. Returns the results of a finished run, or else ends the process (see `leave`)."""
     for number in SIGNALS:
-        # Until the run listens there is nothing to lose, and a handler in Python might wait for a rendezvous to end;
-        # submitit's, which are replaced here, would do nothing on all ranks but one.
+        # Until the run handles signals, a signal loses nothing, and a Python handler might wait for the rendezvous to
+        # end. This also replaces submitit's handlers, which work on only one rank.
         signal.signal(number, signal.SIG_DFL)
-    start, rank = Start.current(), int(os.environ["SLURM_PROCID"])
+    start, rank = Attempt.current(), int(os.environ["SLURM_PROCID"])
     try:
         os.environ |= rank_variables(os.environ, start) | network_variables(os.environ)
         os.environ[STORE] = f"tcp:{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -44,14 +44,17 @@ def task(run: Path) -> dict[str, Any]:
         results = train_rank(Recipe.of_run(run), run)
     except Exception as error:
         leave(run, start, rank, error)
-    atexit.register(_exit, FINISHED)  # without the interpreter's tear-down, in which threads of gloo may abort
+    atexit.register(_exit, FINISHED)  # without the interpreter's teardown, in which gloo's threads may abort
     return results
 
 
-def leave(run: Path, start: Start, rank: int, error: Exception) -> NoReturn:
-    """Ends this process by the error that ended its part of the run."""
+def leave(run: Path, start: Attempt, rank: int, error: Exception) -> NoReturn:
+    """Ends this process after `error`, and writes a report for the batch script.
+
+    After a stop, ranks other than 0 wait up to LINGER_SECONDS for the report of rank 0 and write none of their own.
+    """
     end = exit_by(error)
-    if end.code == STOPPED and rank > 0:  # the first to go ends the step, and rank 0 may still have something to write
+    if end.code == STOPPED and rank > 0:  # the first task to exit ends them all, and rank 0 may still be writing
         give_up = time.monotonic() + LINGER_SECONDS
         while time.monotonic() < give_up and not has_reported(run, start, rank=0):
             time.sleep(0.2)
@@ -72,12 +75,17 @@ def _exit(code: int) -> NoReturn:
 # ---- torch.distributed's variables from Slurm's
 
 
-def rank_variables(slurm: Mapping[str, str], start: Start) -> dict[str, str]:
-    """Which rank this task is, of how many."""
+def rank_variables(slurm: Mapping[str, str], start: Attempt) -> dict[str, str]:
+    """torch.distributed's variables for this task: its rank, the number of ranks, and the port where they meet.
+
+    Args:
+        slurm: the environment that Slurm gives the task.
+        start: the start that the task belongs to.
+    """
     node = int(slurm.get("SLURM_NODEID", 0))
     counts = tasks_per_node(slurm.get("SLURM_STEP_TASKS_PER_NODE") or slurm["SLURM_TASKS_PER_NODE"])
     gpus = slurm.get("CUDA_VISIBLE_DEVICES", "")
-    bound = bool(gpus) and "," not in gpus  # Slurm shows each task its own GPU only
+    bound = bool(gpus) and "," not in gpus  # Slurm shows each task only its own GPU
     return {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm["SLURM_NTASKS"],
@@ -87,13 +95,13 @@ def rank_variables(slurm: Mapping[str, str], start: Start) -> dict[str, str]:
     }
 
 
-def port(start: Start) -> int:
-    """Where the ranks meet: another port at each start, so that a process left over cannot be in the way."""
+def port(start: Attempt) -> int:
+    """The TCP port where the ranks meet. It differs at each start, so leftover processes cannot interfere."""
     return PORTS[(7 * int(start.job) + start.restart) % len(PORTS)]
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """The counts behind Slurm's "2(x3),1": 2, 2, 2, 1."""
+    """Expands Slurm's notation: "2(x3),1" becomes [2, 2, 2, 1]."""
     counts = []
     for part in text.split(","):
         number, _, times = part.partition("(x")
@@ -105,12 +113,16 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def network_variables(slurm: Mapping[str, str]) -> dict[str, str]:
-    """Where rank 0 is, and the interface by which the ranks talk to each other unless the user has named one.
+    """The address of rank 0, and the network interface for gloo and NCCL.
 
-    On one node that is loopback, whatever else is named: nothing need be reachable from elsewhere. On several, where
-    loopback leads nowhere, it is the one that leads to rank 0's node, and on that node the one that leads to the next.
+    On one node, both are loopback, whatever the user has set: no other machine needs to reach the ranks. On several
+    nodes, the interface is the one that leads to rank 0's node; on that node, it is the one that leads to the next
+    node. There, an interface that the user has set takes precedence, unless it is loopback.
+
+    Raises:
+        ScaleprogError: the address of rank 0's node is not known.
     """
-    names = queue.hosts(slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"])
+    names = slurm_queue.hosts(slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"])
     if len(names) == 1:
         return {"MASTER_ADDR": "127.0.0.1", **dict.fromkeys(INTERFACES, LOOPBACK)}
     master = address(names[0]) or slurm.get("SLURM_LAUNCH_NODE_IPADDR", "")
@@ -119,7 +131,7 @@ def network_variables(slurm: Mapping[str, str]) -> dict[str, str]:
     peer = master
     if slurm.get("SLURM_NODEID") == "0":
         peer = address(names[1])
-        if master.startswith("127."):  # /etc/hosts often says so of a machine's own name
+        if master.startswith("127."):  # /etc/hosts often maps a machine's own name to loopback
             master = address_towards(peer) or master
     chosen = interface(peer)
     variables = {"MASTER_ADDR": master}
@@ -130,7 +142,7 @@ def network_variables(slurm: Mapping[str, str]) -> dict[str, str]:
 
 
 def address(host: str) -> str:
-    """A host's IPv4 address; empty if the name cannot be resolved."""
+    """The IPv4 address of a host; empty if its name cannot be resolved."""
     try:
         return socket.gethostbyname(host)
     except OSError:
@@ -138,7 +150,7 @@ def address(host: str) -> str:
 
 
 def address_towards(peer: str) -> str:
-    """This machine's address from which packets to an IPv4 address leave; empty if it cannot be told."""
+    """This machine's source address for packets to the IPv4 address `peer`; empty if it cannot be determined."""
     if not peer:
         return ""
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -148,7 +160,7 @@ def address_towards(peer: str) -> str:
 
 
 def interface(peer: str) -> str:
-    """The network interface by which packets to an IPv4 address leave; empty if it cannot be told."""
+    """The network interface for packets to the IPv4 address `peer`; empty if it cannot be determined."""
     own = address_towards(peer)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
@@ -160,7 +172,7 @@ def interface(peer: str) -> str:
 
 
 def describe(variables: Mapping[str, str]) -> str:
-    """One line about who runs where."""
+    """One line that says which ranks run where, and how they meet."""
     nodes = variables.get("SLURM_STEP_NODELIST") or variables["SLURM_JOB_NODELIST"]
     by = [f"{kind} by {variables.get(f'{kind.upper()}_SOCKET_IFNAME', 'its own choice')}" for kind in ("gloo", "NCCL")]
     return (
@@ -169,13 +181,13 @@ def describe(variables: Mapping[str, str]) -> str:
     )
 
 
-def tell_time_limit(start: Start) -> None:
-    """Sets SLURM_JOB_END_TIME, which Slurm before 23.02 does not."""
+def tell_time_limit(start: Attempt) -> None:
+    """Sets SLURM_JOB_END_TIME (seconds since the epoch), because Slurm before 23.02 does not."""
     if os.environ.get("SLURM_JOB_END_TIME"):
         return
     try:
-        job = queue.find(start.job)
-    except queue.NoAnswer as error:
+        job = slurm_queue.find(start.job)
+    except slurm_queue.NoAnswer as error:
         print(f"scaleprog: the job's time limit is not known, only its signal will tell: {error}", file=sys.stderr)
         return
     if job is not None and job.end is not None:

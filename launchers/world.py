@@ -1,7 +1,7 @@
-"""How many ranks a start has where the user leaves it open: as many as there is room for and as the recipe can use.
+"""Chooses the number of ranks of a start if the user gave a range: as many as fit and as the recipe can use.
 
-`python -m launchers.world RUN MIN_NODES TASKS` tells a batch script on how many of its job's nodes to start TASKS ranks
-each. It needs no torch, for which every start would have to wait.
+`python -m launchers.world RUN MIN_NODES TASKS` prints the number of nodes on which the batch script should start TASKS
+ranks each. This module does not import torch, because every start would have to wait for it.
 """
 
 import os
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from launchers.exits import exit_by
 from scaleprog.data.order import divisors
-from scaleprog.display import as_text
 from scaleprog.errors import CheckpointError, ScaleprogError, Unavailable
-from scaleprog.plain_yaml import RECIPE, read_run
-from scaleprog.queue import hosts
-from scaleprog.settings import MOST_RANKS
+from scaleprog.files.display import as_text
+from scaleprog.files.plain_yaml import RECIPE, read_run
+from scaleprog.recipe.numbers import MOST_RANKS
+from scaleprog.rundir.slurm_queue import hosts
 
 if TYPE_CHECKING:
     from scaleprog.recipe import Recipe
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Count:
-    """How many nodes, or ranks, each start of a run is to have: at least `least`, at most `most`."""
+    """How many nodes or ranks each start of a run may have: from `least` to `most`."""
 
     least: int
     most: int
 
     @classmethod
     def parse(cls, text: str, option: str) -> "Count":
-        """The value of an option: N, or LEAST:MOST. Raises ScaleprogError."""
+        """Parses the value of an option: N, or LEAST:MOST. `option` is its name, for the message of ScaleprogError."""
         found = re.fullmatch(r"0*([0-9]{1,12})(?::0*([0-9]{1,12}))?", text)
         if found is not None:
             least, most = int(found[1]), int(found[2] or found[1])
@@ -48,25 +48,30 @@ class Count:
 
     @property
     def fixed(self) -> bool:
-        """Whether it is a number and no range."""
+        """Whether this is a single number, not a range."""
         return self.least == self.most
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a recipe demands of the number of ranks: that it divides `lanes`, and is a multiple of hsdp's `shard`."""
+    """What a recipe requires of the number of ranks: it must divide `lanes` and be a multiple of `shard` (of hsdp)."""
 
     lanes: int
     shard: int = 1
 
     @classmethod
     def of(cls, recipe: "Recipe") -> "Demand":
-        """That of a recipe."""
+        """The demand of a recipe."""
         return cls(recipe.data.lanes, recipe.sharding.shard or 1)
 
     @classmethod
     def read(cls, run: Path) -> "Demand":
-        """That of the recipe of a run directory. Raises Unavailable or CheckpointError."""
+        """The demand of the recipe in a run directory.
+
+        Raises:
+            Unavailable: the recipe is not (yet) there.
+            CheckpointError: the recipe is damaged.
+        """
         if not (run / RECIPE).exists():
             raise Unavailable(f"{run / RECIPE}: not readable: not there, or not yet on this node")
         values = read_run(run)
@@ -80,7 +85,7 @@ class Demand:
         return demand
 
     def obstacle(self, ranks: int) -> str:
-        """Why so many ranks cannot train, and how a run can be set up so that they can; empty if they can."""
+        """Why this number of ranks cannot train, and how to set up a run so that it can; empty if it can train."""
         if self.lanes % ranks:
             return (
                 f"{ranks} ranks do not divide data.lanes, {self.lanes}; "
@@ -92,17 +97,23 @@ class Demand:
 
 
 def usable(count: Count, demand: Demand, each: int = 1) -> list[int]:
-    """The numbers in a range, of nodes with `each` ranks, that can train; ascending."""
-    # more ranks than lanes never can, and the end of a range may be any number
+    """The numbers in the range `count` that can train, ascending; `count` counts nodes with `each` ranks."""
+    # more ranks than lanes can never train, and the range may end at any number
     most = min(count.most, demand.lanes // each)
     return [number for number in range(count.least, most + 1) if not demand.obstacle(number * each)]
 
 
 def largest(option: str, count: Count, demand: Demand, each: int = 1) -> int:
-    """The largest number in a range, of nodes with `each` ranks, that can train.
+    """The largest number in a range that can train.
+
+    Args:
+        option: the name of the range in error messages.
+        count: the range.
+        demand: what the recipe requires.
+        each: ranks per unit of `count`: 1 if it counts ranks, the ranks per node if it counts nodes.
 
     Raises:
-        ScaleprogError: none of them can; `option` is what the message calls the range by.
+        ScaleprogError: no number in the range can train.
     """
     if not (numbers := usable(count, demand, each)):
         nodes = f" x {each} ranks" if each > 1 else ""
@@ -115,10 +126,15 @@ def largest(option: str, count: Count, demand: Demand, each: int = 1) -> int:
 
 
 def nodes_to_use(run: Path, least: int, each: int) -> int:
-    """On how many of this job's nodes, the first ones, ranks are to start; says which stay idle, and why.
+    """How many of this job's nodes train; these are the first ones. If nodes stay idle, prints which ones and why.
+
+    Args:
+        run: the run directory.
+        least: the smallest number of nodes that may train.
+        each: ranks per node.
 
     Raises:
-        ScaleprogError: the job has fewer nodes than `least`, or no number of them can train.
+        ScaleprogError: the job has fewer nodes than `least`, or no number of its nodes can train.
     """
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "")
     if not re.fullmatch("[0-9]{1,9}", nodes):

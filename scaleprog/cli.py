@@ -1,6 +1,6 @@
-"""The command line: plan · train · submit · status · cancel · evaluate · export · report · shards.
+"""The command line: plan · keys · train · submit · status · cancel · evaluate · export · report · shards.
 
-A command imports what it needs itself: `scaleprog --help` need not wait for torch, nor training for matplotlib.
+Each command imports what it needs, so that `scaleprog --help` does not wait for torch, nor training for matplotlib.
 """
 
 import json
@@ -17,16 +17,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from scaleprog.display import as_text
 from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
-from scaleprog.files import write_whole
-from scaleprog.reading import read_object
-from scaleprog.records import Baseline, Results
-from scaleprog.settings import MOST_RANKS
+from scaleprog.files.atomic import write_whole
+from scaleprog.files.display import as_text
+from scaleprog.recipe.numbers import MOST_RANKS
+from scaleprog.rundir.reading import read_object
+from scaleprog.rundir.records import Baseline, Results
 from shards.cli import app as shards_app
 
 if TYPE_CHECKING:
-    from scaleprog.devices import Device
+    from scaleprog.planning.devices import Device
     from scaleprog.recipe import Recipe
 
 app = typer.Typer(help="Progressive training of Vision Transformers.", no_args_is_help=True, add_completion=False)
@@ -46,20 +46,21 @@ def plan(
     overrides: Overrides = None,
     nproc: Annotated[int, typer.Option(min=1, max=MOST_RANKS)] = 1,
     world: Annotated[
-        str | None, typer.Option(help="Ranks, e.g. 8,64,512: what a step costs under each engine.")
+        str | None,
+        typer.Option(help="Numbers of ranks, e.g. 8,64,512: also shows what a step costs under each engine."),
     ] = None,
     device: Annotated[str, typer.Option(help="With --world: h100, a100 or cpu.")] = "h100",
 ) -> None:
-    """Shows stages, parameters, GMACs, memory per rank and the predicted speedup before anything is spent."""
-    from scaleprog.devices import Device
-    from scaleprog.plan import describe
+    """Shows stages, parameters, GMACs, memory per rank and predicted speedup, and trains nothing."""
+    from scaleprog.planning.devices import Device
+    from scaleprog.planning.plan import describe
     from scaleprog.recipe import Recipe
 
     loaded = Recipe.load(recipe, overrides or ())
     worlds, described = rank_counts(world) if world is not None else (), Device.named(device)
-    outlook = describe(loaded, nproc)
+    prediction = describe(loaded, nproc)
     table = Table("stage", "phase", "px", "layers", "parameters", "GMACs", "memory/rank", "epochs")
-    for row in outlook["stages"]:
+    for row in prediction["stages"]:
         table.add_row(
             str(row["stage"]), row["phase"], str(row["resolution"]), str(row["depth"]),
             f"{row['parameters'] / 1e6:.2f} M", f"{row['gmacs']:.3g}", f"{row['bytes_per_rank'] / 2**20:.0f} MiB",
@@ -67,17 +68,37 @@ def plan(
         )  # fmt: skip
     console = Console()
     console.print(table)
-    console.print(f"predicted speedup by GMACs: {outlook['speedup']:+.1%}; memory: weights, gradients, AdamW, EMA")
-    if outlook["short"]:
-        console.print(outlook["short"])
-    elif outlook["kind"] == "automatic":
+    console.print(f"predicted speedup by GMACs: {prediction['speedup']:+.1%}; memory: weights, gradients, AdamW, EMA")
+    if prediction["short"]:
+        console.print(prediction["short"])
+    elif prediction["kind"] == "automatic":
         console.print(
             "a search decides stage by stage; shown is the equispaced schedule"
-            if outlook["budget"] is None
-            else f"a search spends {outlook['budget']:.1%} of Original's cost; shown: staying smallest"
+            if prediction["budget"] is None
+            else f"a search spends {prediction['budget']:.1%} of Original's cost; shown: staying smallest"
         )
     if worlds:
         show_worlds(loaded, worlds, described, console)
+
+
+@app.command()
+def keys(
+    group: Annotated[str | None, typer.Argument(help="Of keys, e.g. search; default: all groups.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="The JSON schema, for editors.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The text of docs/recipe.md.")] = False,
+) -> None:
+    """Every key of a recipe: what it takes, its default and its meaning."""
+    from scaleprog.recipe import reference
+
+    if schema or markdown:
+        print(json.dumps(reference.schema(), indent=1) if schema else reference.markdown(), end="\n" if schema else "")
+        return
+    console = Console()
+    for name, (about, rows) in (reference.groups() if group is None else {group: reference.group(group)}).items():
+        table = Table("key", "takes", "default", "meaning", title=f"{name}: {about}", title_justify="left")
+        for key in rows:
+            table.add_row(key.name, key.takes, "required" if key.default is None else key.default, key.meaning)
+        console.print(table, markup=False)
 
 
 @app.command()
@@ -88,26 +109,28 @@ def train(
         str,
         typer.Option(
             metavar="N|LEAST:MOST",
-            help="Ranks on this machine; of a range each start takes what can train on the GPUs, or else CPU cores.",
+            help="Ranks on this machine. With a range, each start takes as many as there are GPUs, or else CPU cores.",
         ),
     ] = "1",
     run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-seedN.")] = None,
-    baseline: Annotated[Path | None, typer.Option(help="Run to give the speedup against.")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Run directory of the baseline; adds the speedup over it.")
+    ] = None,
     restarts: Annotated[
         int | None,
-        typer.Option(min=0, max=10**6, help="Crashes in a row to start again after; default 3, 0 for one rank."),
+        typer.Option(min=0, max=10**6, help="Consecutive crashes to tolerate; default 3, or 0 for one rank."),
     ] = None,
 ) -> None:
-    """Trains a recipe; on a run directory that exists, goes on where it stands.
+    """Trains a recipe, or resumes a run directory that exists.
 
-    TERM, INT and USR2 end it after a checkpoint, with exit code 75; the same command goes on from there.
+    On TERM, INT or USR2 it writes a checkpoint and exits with code 75; the same command resumes from there.
     """
     from launchers.local import launch, ranks_to_start
     from launchers.world import Count, Demand
-    from scaleprog.plan import plan_start
+    from scaleprog.planning.plan import plan_start
     from scaleprog.recipe import Recipe
-    from scaleprog.storage import committed
-    from scaleprog.train import train_rank
+    from scaleprog.rundir.storage import committed
+    from scaleprog.training.loop import train_rank
 
     ranks = Count.parse(nproc, "--nproc")
     if ranks.least > MOST_HERE:
@@ -141,26 +164,28 @@ def submit(
         str,
         typer.Option(
             metavar="N|LEAST:MOST",
-            help="Of a range, each start takes as many as Slurm has free and can train.",
+            help="Nodes. With a range, each start takes as many as Slurm has free.",
         ),
     ] = "1",
     gpus_per_node: Annotated[int | None, typer.Option(min=1, max=1024, help="One rank per GPU.")] = None,
     tasks_per_node: Annotated[int | None, typer.Option(min=1, max=1024, help="Ranks per node without GPUs.")] = None,
     cpus_per_task: Annotated[int | None, typer.Option(min=1, max=1024)] = None,
-    time: Annotated[str | None, typer.Option(help="Limit of one start: minutes, HH:MM:SS or D-HH:MM:SS.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit of one start: minutes, HH:MM:SS or D-HH:MM:SS.")] = None,
     partition: Annotated[str | None, typer.Option()] = None,
     account: Annotated[str | None, typer.Option()] = None,
     qos: Annotated[str | None, typer.Option()] = None,
     signal_before: Annotated[
-        int, typer.Option(min=1, max=10**6, help="Seconds before its end that a job is told to stop.")
+        int, typer.Option(min=1, max=10**6, help="Seconds before its time limit at which a job is asked to stop.")
     ] = 120,
-    max_restarts: Annotated[int, typer.Option(min=0, max=10**6, help="Most starts after crashes.")] = 20,
-    sbatch: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other option of sbatch.")] = None,
+    max_restarts: Annotated[int, typer.Option(min=0, max=10**6, help="Restarts after crashes, at most.")] = 20,
+    sbatch: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other option for sbatch.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-seedN.")] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow the job, end with its exit code.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script and do nothing.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Follow the job until it ends, and exit with its exit code.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and submit nothing.")] = False,
 ) -> None:
-    """Trains a recipe as a Slurm job, which comes back by itself until the run is finished."""
+    """Trains a recipe as a Slurm job that restarts by itself until the run is finished."""
     from launchers import slurm, status
     from launchers.world import Count
     from scaleprog.recipe import Recipe
@@ -168,7 +193,7 @@ def submit(
     count = Count.parse(nodes, "--nodes")
     loaded = Recipe.load(recipe, overrides or ())
     folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
-    request = slurm.Request(
+    request = slurm.JobRequest(
         count, gpus_per_node, tasks_per_node, cpus_per_task, time, partition, account, qos, signal_before,
         max_restarts, tuple(sbatch or ()),
     )  # fmt: skip
@@ -189,9 +214,9 @@ def submit(
 
 @app.command(name="status")
 def show_status(
-    run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="For programs, in seconds.")] = False
+    run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="As JSON; times in seconds.")] = False
 ) -> None:
-    """Says where a run stands: queued, running or ended, step, restarts, last checkpoint, time still needed."""
+    """Shows where a run stands: queued, running or ended, its step, restarts, last checkpoint and time left."""
     from launchers import status
 
     found = status.status(run)
@@ -200,7 +225,7 @@ def show_status(
 
 @app.command()
 def cancel(run: RunPath) -> None:
-    """Ends a run, queued or running, under Slurm or on this machine; says what remains."""
+    """Ends a run that is queued or running, under Slurm or on this machine, and says what it leaves."""
     from launchers import status
 
     print(as_text(status.cancel(run)))
@@ -213,7 +238,7 @@ def evaluate(
     weights: Annotated[Literal["ema", "online", "best"], typer.Option()] = "best",
 ) -> None:
     """Top-1 accuracy of a run's newest checkpoint on the validation split."""
-    from scaleprog.export import evaluate_run
+    from scaleprog.training.export import evaluate_run
 
     accuracy, chosen = evaluate_run(run, resolution, weights)
     print(f"{as_text(run)}: top-1 {accuracy:.2f} % ({chosen} weights)")
@@ -222,7 +247,7 @@ def evaluate(
 @app.command()
 def export(run: RunPath, out: Annotated[Path, typer.Argument(metavar="OUT.safetensors")]) -> None:
     """Writes the better of a run's online and EMA weights as a file that plain timm loads."""
-    from scaleprog.export import export_run
+    from scaleprog.training.export import export_run
 
     print(as_text(export_run(run, out)))
 
@@ -230,10 +255,10 @@ def export(run: RunPath, out: Annotated[Path, typer.Argument(metavar="OUT.safete
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...")],
-    out: Annotated[Path, typer.Option(help="Folder of report.md and its pictures.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.md and its pictures.")],
 ) -> None:
     """Compares runs: accuracy against time, schedules, search scores, a table; the first original is the baseline."""
-    from scaleprog.report import write_report
+    from scaleprog.reporting.report import write_report
 
     print(write_report(runs, out))
 
@@ -251,8 +276,8 @@ def rank_counts(text: str) -> tuple[int, ...]:
 def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", console: Console) -> None:
     """What a step of the complete model costs a rank, a table for every number of ranks; then what it rests on."""
     from scaleprog.errors import RecipeError
-    from scaleprog.outlook import assumptions
-    from scaleprog.plan import forecast
+    from scaleprog.planning.cost_model import assumptions
+    from scaleprog.planning.plan import forecast
 
     console.print(
         f"\na step of {as_text(recipe.model.name)} at full size on {device.name}, of one rank: MiB of memory, and the "
@@ -327,14 +352,14 @@ def show(results: Results, folder: Path) -> None:
 
 
 def main() -> None:
-    """Entry point: a mistake that the user can mend is told in plain words, and the exit code is not 0."""
+    """Entry point: reports a mistake of the user's in plain words, and exits with a code that is not 0."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where the terminal's alphabet lacks a letter
     try:
         app()
     except Preempted as error:
-        _say(f"{error}; the same command goes on from the last checkpoint")
+        _say(f"{error}; the same command resumes from the last checkpoint")
         sys.exit(EXIT_CODE)
     except ScaleprogError as error:
         _say(str(error))

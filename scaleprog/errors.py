@@ -1,11 +1,11 @@
-"""What the user can be told: every mistake that is not a bug of ours ends in one of these, without a traceback."""
+"""Errors for the user: every failure that is not a bug in scaleprog ends in one of these, without a traceback."""
 
 EXIT_CODE = 75
-"""Of a process that left with a checkpoint because it was asked to; BSD's EX_TEMPFAIL, "try again"."""
+"""Exit code of a process that was asked to stop and left a checkpoint; BSD's EX_TEMPFAIL, "try again"."""
 
 
 class ScaleprogError(Exception):
-    """Something the user can put right; the message says what, where and how."""
+    """A problem that the user can fix; the message says what, where and how."""
 
 
 class RecipeError(ScaleprogError):
@@ -13,7 +13,7 @@ class RecipeError(ScaleprogError):
 
 
 class OverBudget(RecipeError):
-    """A budget that was asked for cannot be kept at the step times measured; the run waits for a larger one."""
+    """A promised budget that the run cannot keep at the measured step times; a larger budget resumes the run."""
 
 
 class DataError(ScaleprogError):
@@ -25,36 +25,36 @@ class CheckpointError(ScaleprogError):
 
 
 class OtherFormat(CheckpointError):
-    """A sound checkpoint of another version of scaleprog: nothing to skip as if it were damaged."""
+    """A sound checkpoint of another version of scaleprog; it must not be skipped like a damaged one."""
 
 
 class OtherRun(CheckpointError):
-    """A sound checkpoint in the wrong place: of another run, or of another step than its name says."""
+    """A sound checkpoint in the wrong place: it belongs to another run, or to another step than its name says."""
 
 
 class Unavailable(ScaleprogError):
-    """Something that another try may find in order: a full disk, a file system that does not answer, a lost worker.
+    """A problem that may go away: a full disk, a file system that does not respond, a lost worker.
 
-    Launchers treat it as a crash, and start again.
+    Launchers treat it as a crash and start the run again.
     """
 
 
 class Diverged(ScaleprogError):
-    """A loss that is not a number any more."""
+    """A loss that is no longer a finite number."""
 
 
 class Disagreement(ScaleprogError):
-    """Ranks that would have acted on different values."""
+    """Ranks that were about to act on different values."""
 
 
 class Superseded(ScaleprogError):
-    """A run directory that a later start has taken over; whoever reads this must write nothing into it any more."""
+    """A run directory that a later start has taken over; this process must no longer write into it."""
 
 
 class Preempted(ScaleprogError):
-    """A run that was asked to stop and has left; the same command goes on from its last checkpoint."""
+    """A run that has stopped because it was asked to; the same command resumes it from its last checkpoint."""
 
     def __init__(self, message: str, reason: str | None = None) -> None:
-        """`reason`: what asked, a signal's name or "time limit"; None where that is not known."""
+        """`reason`: the name of a signal, or "time limit"; None if unknown."""
         super().__init__(message)
         self.reason = reason

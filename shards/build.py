@@ -1,8 +1,8 @@
-"""Build a folder of shards so that it is there whole or not at all, and only once.
+"""Builds a folder of shards once, completely or not at all.
 
-Shards are written into `OUT/.building`. When all are on disk they move to their final names; the manifest comes last.
-So a folder with shards, without a manifest and with `.building` is an interrupted build of ours, which starts again;
-one without `.building` is somebody's, which is left alone.
+`build` writes shards into `OUT/.building`. When all shards are on disk, it moves them to their final names; it writes
+the manifest last. So a folder with shards and `.building`, but without a manifest, is an interrupted build, and the
+build starts again. Shards without a manifest and without `.building` are someone else's, and stay untouched.
 """
 
 import shutil
@@ -14,21 +14,23 @@ from typing import Any
 
 from scaleprog.data.manifest import NAME, Manifest, Shard
 from scaleprog.errors import DataError
-from scaleprog.files import sync_folder
+from scaleprog.files.atomic import sync_folder
 from shards.pool import run_all
-from shards.samples import Sample, write_shard
+from shards.samples import SourceSample, write_shard
 
 STAGING = ".building"
 SPLITS = ("train", "val")
 
 
 def finished(out: Path, source: Mapping[str, Any]) -> Manifest | None:
-    """The manifest of `out` if this very build was finished there and every shard is unharmed; reads all shards.
+    """The manifest of `out` if it holds this build, finished and undamaged; otherwise None. Reads all shards.
 
-    `source` names what the shards are built from and every parameter that changes them, in JSON types.
+    Args:
+        out: the folder of the shards.
+        source: what the shards are built from, and every parameter that changes them; in JSON types.
 
     Raises:
-        DataError: `out` holds another build, or shards that no build here made.
+        DataError: `out` holds another build, or shards from elsewhere without a manifest.
     """
     if not Path(out, NAME).exists():
         if shard_files(out) and not Path(out, STAGING).exists():
@@ -60,17 +62,23 @@ def build(
     out: Path,
     *,
     classes: Sequence[str],
-    splits: Mapping[str, Sequence[Iterable[Sample]]],
+    splits: Mapping[str, Sequence[Iterable[SourceSample]]],
     source: Mapping[str, Any],
     workers: int | None = None,
 ) -> Manifest:
-    """Write one shard for each iterable of samples in each split, then the manifest.
+    """Writes the shards, then the manifest. Replaces the shards in `out`, so call `finished` first.
 
-    Replaces the shards in `out`: ask `finished` first. With more than one worker the iterables are pickled, and read in
-    other processes.
+    Args:
+        out: the folder of the shards.
+        classes: the names of the classes; a label is an index into them.
+        splits: for each split, one iterable of samples per shard. With more than one worker, they are pickled and read
+            in other processes.
+        source: as in `finished`; goes into the manifest.
+        workers: number of processes; default: one per CPU.
 
     Raises:
-        DataError: `out` cannot be written (a full disk), or reading the samples raised it. No shard is left behind.
+        DataError: `out` cannot be written (for example, a full disk), or a sample cannot be read. No shard is left
+            behind.
     """
     jobs = [
         (split, Path(out, STAGING, f"{split}-{index:06d}.tar"), samples)
@@ -93,18 +101,18 @@ def build(
 
 
 def shard_files(out: Path) -> list[Path]:
-    """The files in `out` that are named like shards, train before val, in the order of their names."""
+    """The files in `out` with names of shards: train before val, each sorted by name."""
     return [path for split in SPLITS for path in sorted(out.glob(f"{split}-*.tar"))]
 
 
-def _write(job: tuple[str, Path, Iterable[Sample]]) -> Shard:
+def _write(job: tuple[str, Path, Iterable[SourceSample]]) -> Shard:
     _, path, samples = job
     return write_shard(path, samples)
 
 
 @contextmanager
 def _staging(out: Path) -> Iterator[None]:
-    """An empty OUT/.building, removed again on failure; an interrupted build's is removed first."""
+    """Creates an empty OUT/.building, in place of one from an interrupted build; removes it again on failure."""
     folder = Path(out, STAGING)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -116,7 +124,7 @@ def _staging(out: Path) -> Iterator[None]:
 
 
 def _publish(manifest: Manifest) -> None:
-    """Give the staged shards their final names, instead of all shards there."""
+    """Deletes the old manifest and shards, gives the staged shards their final names, and writes the manifest."""
     out = Path(manifest.root)
     for old in [out / NAME, *shard_files(out)]:
         old.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Is a folder of shards what its manifest says? And how plain WebDataset shards, made elsewhere, get a manifest."""
+"""Checks a folder of shards against its manifest, and writes a manifest for WebDataset shards made elsewhere."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from scaleprog.data.manifest import NAME, SHARD_NAME, Manifest, Shard
 from scaleprog.errors import DataError
-from scaleprog.settings import MOST_CLASSES
+from scaleprog.recipe.numbers import MOST_CLASSES
 from shards.build import SPLITS, shard_files
 from shards.pool import listed, run_all
 from shards.samples import image_extension, read_label, read_members
@@ -16,7 +16,7 @@ from shards.samples import image_extension, read_label, read_members
 
 @dataclass(frozen=True)
 class Report:
-    """What a folder of sound shards holds."""
+    """The contents of a folder of undamaged shards."""
 
     classes: int
     shards: int
@@ -31,19 +31,25 @@ class Report:
 
 @dataclass
 class Contents:
-    """What reading one shard from beginning to end found."""
+    """The result of reading one shard from beginning to end."""
 
     samples: int = 0
     largest_label: int = -1
     problems: list[str] = field(default_factory=list)
-    """One line each; names the shard and, where it is about one sample, the key."""
+    """One line per problem, with the shard and, if the problem is in one sample, its key."""
 
 
 def check(out: Path, *, workers: int | None = None) -> Report:
-    """Read every shard of `out`: size, checksum, number of samples, one image and one label in range in every sample.
+    """Reads every shard of `out`, and checks its size, checksum, and number of samples.
+
+    Also checks that every sample has one image and one label in range.
+
+    Args:
+        out: the folder of the shards.
+        workers: number of processes; default: one per CPU.
 
     Raises:
-        DataError: lists the problems, the first twenty of them, each with its shard and key; or there is no manifest.
+        DataError: there is no manifest, or a shard has problems; lists the first twenty, each with its shard and key.
     """
     manifest = Manifest.load(out)
     shards = list(chain(*manifest.splits.values()))
@@ -61,12 +67,18 @@ def check(out: Path, *, workers: int | None = None) -> Report:
 
 
 def write_manifest(out: Path, classes: Sequence[str] | None = None, *, workers: int | None = None) -> Report:
-    """Index the train-*.tar and val-*.tar in `out`, e.g. of `webdataset.ShardWriter`, and write `out/manifest.json`.
+    """Indexes the train-*.tar and val-*.tar in `out`, and writes `out/manifest.json`.
 
-    Class names are `classes`, else those of a manifest already there, else "0", "1", ... up to the largest label.
+    The tars may come from elsewhere, for example from `webdataset.ShardWriter`.
+
+    Args:
+        out: the folder of the shards.
+        classes: names of the classes; default: those of a manifest already in `out`, otherwise "0", "1", ... up to
+            the largest label.
+        workers: number of processes; default: one per CPU.
 
     Raises:
-        DataError: no shards, or unsound ones: lists the problems, each with its shard and key.
+        DataError: there are no shards, or a shard has problems; lists them, each with its shard and key.
     """
     paths = shard_files(out)
     if not paths:
@@ -89,7 +101,7 @@ def write_manifest(out: Path, classes: Sequence[str] | None = None, *, workers: 
 
 
 def read_contents(path: Path, classes: int | None) -> Contents:
-    """Read one shard from beginning to end; labels must be under `classes`, or where that is not known under 10^6."""
+    """Reads one shard from beginning to end. Labels must be less than `classes`; if that is None, less than 10^6."""
     known = MOST_CLASSES if classes is None else classes
     contents = Contents()
     keys: set[str] = set()
@@ -113,7 +125,7 @@ def read_contents(path: Path, classes: int | None) -> Contents:
 
 
 def _compare(job: tuple[Path, Shard, int]) -> list[str]:
-    """The problems of one shard that the manifest lists."""
+    """The problems of one shard in the manifest."""
     path, indexed, classes = job
     if not path.is_file():
         return [f"{path}: {NAME} lists this shard, but it is missing; copy or build it again"]
@@ -128,12 +140,12 @@ def _compare(job: tuple[Path, Shard, int]) -> list[str]:
     elif actual.sha256 != indexed.sha256:
         problems.append(f"{path}: damaged, its checksum is not that of {NAME}; copy or build it again")
     elif actual.samples != indexed.samples:
-        problems.append(f"{path}: {actual.samples} samples, {NAME} says {indexed.samples}; index it anew")
+        problems.append(f"{path}: {actual.samples} samples, {NAME} says {indexed.samples}; index it again")
     return problems + contents.problems
 
 
 def _index(job: tuple[Path, int | None]) -> tuple[Shard | None, Contents]:
-    """The entry of a shard, None if it has problems, and what it holds."""
+    """The manifest entry of a shard (None if the shard has problems), and its contents."""
     path, classes = job
     contents = read_contents(path, classes)
     if not contents.samples and not contents.problems:

@@ -1,18 +1,19 @@
-"""`scaleprog shards`: build shards, check them, index shards made elsewhere."""
+"""The `scaleprog shards` command: builds shards, checks them, and indexes shards made elsewhere."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from scaleprog.display import as_text
 from scaleprog.errors import DataError
-from scaleprog.files import read_text
+from scaleprog.files.atomic import read_text
+from scaleprog.files.display import as_text
 
 app = typer.Typer(no_args_is_help=True, help="Build WebDataset shards, check them, index shards made elsewhere.")
 
 Out = Annotated[Path, typer.Argument(help="Folder of the shards and their manifest.json.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the order that samples are stored in.")]
+SamplesPerShard = Annotated[int, typer.Option(min=1, max=10**6, help="At most so many samples in a shard.")]
 Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Processes; default one for each CPU.")]
 
 
@@ -43,9 +44,7 @@ def digits(out: Out, seed: Seed = 0) -> None:
 def image_folder(
     src: Annotated[Path, typer.Argument(help="Folder of train/CLASS/ and val/CLASS/ (ImageNet), or of CLASS/.")],
     out: Out,
-    samples_per_shard: Annotated[
-        int, typer.Option(min=1, max=10**6, help="At most so many samples in a shard.")
-    ] = 1000,
+    samples_per_shard: SamplesPerShard = 1000,
     val_fraction: Annotated[float, typer.Option(help="Part to split off where SRC has no val/.")] = 0.1,
     seed: Seed = 0,
     workers: Workers = None,
@@ -56,11 +55,26 @@ def image_folder(
     build(src, out, samples_per_shard=samples_per_shard, val_fraction=val_fraction, seed=seed, workers=workers)
 
 
+@app.command("csv")
+def csv(
+    src: Annotated[Path, typer.Argument(help="CSV file with the columns path, label and, if there is one, split.")],
+    out: Out,
+    samples_per_shard: SamplesPerShard = 1000,
+    val_fraction: Annotated[float, typer.Option(help="Part to split off where SRC has no column split.")] = 0.1,
+    seed: Seed = 0,
+    workers: Workers = None,
+) -> None:
+    """Build shards of the images that a CSV file names; image files are stored as they are."""
+    from shards.csv_file import build
+
+    build(src, out, samples_per_shard=samples_per_shard, val_fraction=val_fraction, seed=seed, workers=workers)
+
+
 @app.command("check")
 def check(
     out: Out,
     write_manifest: Annotated[
-        bool, typer.Option("--write-manifest", help="Index train-*.tar and val-*.tar anew.")
+        bool, typer.Option("--write-manifest", help="Index train-*.tar and val-*.tar again.")
     ] = False,
     classes: Annotated[
         Path | None, typer.Option(help="With --write-manifest: file of class names, one a line.")

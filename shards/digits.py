@@ -1,6 +1,7 @@
-"""scikit-learn's handwritten digits (Alpaydin and Kaynak, 1998) as shards: real images that need no download.
+"""Builds shards from scikit-learn's handwritten digits (Alpaydin and Kaynak, 1998): real images without a download.
 
-897 + 900 images of 8 x 8 pixels and 17 shades of grey, enlarged: a small network reaches its ceiling in minutes.
+897 + 900 images of 8 x 8 pixels with 17 shades of gray, enlarged. A small network reaches its best accuracy on them in
+minutes.
 """
 
 from pathlib import Path
@@ -22,9 +23,9 @@ SHADES = 16
 
 
 def build(out: Path, *, seed: int = 0) -> Manifest:
-    """Build `out`: 4 shards for training and 2 for validation, drawn from the whole data set by `seed`.
+    """Builds 4 shards for training and 2 for validation in `out`; `seed` draws the splits from the whole data set.
 
-    The key of a sample is its split and its place in the data set, `train-00123`.
+    The key of a sample is its split and its place in the data set, for example `train-00123`.
 
     Raises:
         DataError: scikit-learn is missing, or `out` holds something else or cannot be written.

@@ -1,4 +1,7 @@
-"""Fashion-MNIST (Xiao et al., 2017) as shards of lossless PNGs: 60,000 + 10,000 images of 28 x 28, one channel."""
+"""Builds shards of lossless PNGs from Fashion-MNIST (Xiao et al., 2017).
+
+60,000 + 10,000 images of 28 x 28 pixels with one channel.
+"""
 
 import gzip
 import math
@@ -27,13 +30,16 @@ UNSIGNED_BYTES = 0x08
 
 
 def build(out: Path, source: Path | None = None, *, limit: int | None = None, seed: int = 0) -> Manifest:
-    """Build `out`: 8 shards for training and 4 for validation, each split shuffled once by `seed`.
+    """Builds 8 shards for training and 4 for validation in `out`. Shuffles each split once.
 
-    The key of a sample is its split and its place in the original file, `train-01234`.
+    The key of a sample is its split and its place in the original file, for example `train-01234`.
 
     Args:
-        source: folder of the four original idx.gz files; default the Debian package's, else torchvision downloads them.
-        limit: at most this many samples in each split, for smoke runs.
+        out: the folder of the shards.
+        source: folder of the four original idx.gz files; default: the Debian package's folder. If that does not exist,
+            torchvision downloads the files.
+        limit: the most samples in each split, for smoke runs.
+        seed: seed of the order of the samples.
 
     Raises:
         DataError: the files are missing or damaged, or `out` holds something else or cannot be written.
@@ -49,7 +55,7 @@ def build(out: Path, source: Path | None = None, *, limit: int | None = None, se
 
 
 def _shuffled(folder: Path, split: str, limit: int | None, seed: int) -> list[Pixels]:
-    """The shards of one split: its samples in an order drawn from `seed`, cut as evenly as can be."""
+    """The shards of one split: its samples in an order drawn from `seed`, cut as evenly as possible."""
     images = read_idx(folder / f"{PREFIX[split]}-images-idx3-ubyte.gz")
     labels = read_idx(folder / f"{PREFIX[split]}-labels-idx1-ubyte.gz")
     if len(images) != len(labels):
@@ -60,12 +66,16 @@ def _shuffled(folder: Path, split: str, limit: int | None, seed: int) -> list[Pi
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """A gzipped idx file of unsigned bytes as an array of its shape; DataError where it is missing or damaged."""
+    """Reads a gzipped idx file of unsigned bytes into an array of its shape.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
     try:
         content = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}. {_where_from()}") from error
-    # Two zero bytes, the data type, the number of dimensions; each dimension as a big-endian integer; the values.
+    # Format: two zero bytes, the data type, the number of dimensions, each dimension as a big-endian integer, values.
     start = 4 + 4 * (content[3] if len(content) > 3 else 0)
     shape = [int.from_bytes(content[at : at + 4]) for at in range(4, start, 4)]
     if content[:3] != bytes([0, 0, UNSIGNED_BYTES]) or len(content) != start + math.prod(shape):
@@ -75,7 +85,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 @contextmanager
 def _originals(source: Path | None) -> Iterator[Path]:
-    """The folder of the original files, downloaded into a temporary one if there is no other."""
+    """The folder of the original files. If there is none, downloads them into a temporary folder."""
     if source is not None or DEBIAN_FOLDER.is_dir():
         yield source or DEBIAN_FOLDER
         return

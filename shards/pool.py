@@ -1,4 +1,4 @@
-"""One job per shard, shared out over processes, with a progress bar (plain lines where the output is no terminal)."""
+"""Runs one job per shard in a pool of processes, with a progress bar (plain lines if the output is not a terminal)."""
 
 import multiprocessing
 import os
@@ -23,13 +23,19 @@ MAX_LISTED = 20
 def run_all(
     function: Callable[[Job], Result], jobs: Sequence[Job], *, label: str, workers: int | None = None
 ) -> list[Result]:
-    """`[function(job) for job in jobs]`, on `workers` processes (default: one for each CPU this process may use).
+    """Computes `[function(job) for job in jobs]` in parallel.
 
-    With more than one worker, `function` and the jobs are pickled. A DataError of one job does not stop the others, so
-    that all of them are known at the end; any other exception does.
+    A DataError in one job does not stop the others, so the final error lists all of them. Any other exception stops
+    everything.
+
+    Args:
+        function: runs each job; pickled if there is more than one worker.
+        jobs: the arguments for `function`; pickled if there is more than one worker.
+        label: what the progress bar shows.
+        workers: number of processes; default: one per CPU that this process may use.
 
     Raises:
-        DataError: what the jobs raised, or a worker died.
+        DataError: a job raised it, or a worker died.
     """
     results: dict[int, Result] = {}
     problems: dict[int, str] = {}
@@ -55,14 +61,14 @@ def run_all(
 
 
 def listed(problems: Sequence[str]) -> str:
-    """The first MAX_LISTED problems, one a line, and how many more there are."""
+    """The first MAX_LISTED problems, one per line, and how many more there are."""
     more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
     return "\n".join([*problems[:MAX_LISTED], *more])
 
 
 @contextmanager
 def _executor(workers: int) -> Iterator[Executor]:
-    """Spawned processes, or this process where one worker is enough; jobs not yet begun are dropped on an exception."""
+    """A pool of spawned processes, or a thread if one worker is enough. An exception cancels the jobs that wait."""
     if workers > 1:
         pool: Executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
     else:
@@ -74,7 +80,7 @@ def _executor(workers: int) -> Iterator[Executor]:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent is killed would wait for jobs for ever, and write into the next build: end it too."""
+    """Ends this worker when its parent dies. Otherwise it would wait for jobs forever and write into the next build."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in workers only"
 
@@ -87,7 +93,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """Yields the function to call after each of `total` steps."""
+    """Yields a function that must be called after each of `total` steps."""
     console = Console()
     if console.is_terminal:
         name = TextColumn("{task.description}", markup=False)

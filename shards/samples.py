@@ -1,6 +1,6 @@
-"""What a sample is inside a shard: `KEY.{png|jpg|jpeg|webp}` with the image's bytes, and `KEY.cls`, the class index.
+"""Samples in shards. A sample is `KEY.{png|jpg|jpeg|webp}`, the image's bytes, and `KEY.cls`, the class index.
 
-This is the WebDataset format, so other WebDataset tools read our shards and we read theirs.
+This is the WebDataset format, so other WebDataset tools can read these shards, and scaleprog can read theirs.
 """
 
 import os
@@ -16,12 +16,12 @@ from scaleprog.data import tar
 from scaleprog.data.manifest import MOST_BYTES, Shard
 from scaleprog.data.shard import IMAGE_EXTENSIONS
 from scaleprog.errors import DataError
-from scaleprog.files import open_regular
+from scaleprog.files.atomic import open_regular
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One labelled image, still encoded."""
+class SourceSample:
+    """One labeled image, still encoded."""
 
     key: str
     extension: str
@@ -32,7 +32,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Pixels:
-    """Grey images in memory as the samples of one shard, encoded as they are read."""
+    """The samples of one shard as gray images in memory. Iterating encodes them as PNG."""
 
     split: str
     indices: np.ndarray
@@ -42,17 +42,20 @@ class Pixels:
     labels: np.ndarray
     """(N,) uint8."""
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[SourceSample]:
         for index, image, label in zip(self.indices, self.images, self.labels):
             _, png = cv2.imencode(".png", image)
-            yield Sample(f"{self.split}-{index:05d}", "png", png.tobytes(), int(label))
+            yield SourceSample(f"{self.split}-{index:05d}", "png", png.tobytes(), int(label))
 
 
-def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
-    """Write `samples` to a new tar at `path`, on disk when this returns; the same samples give the same bytes.
+def write_shard(path: Path, samples: Iterable[SourceSample]) -> Shard:
+    """Writes `samples` to a new tar at `path`. When this returns, the tar is on disk. Equal samples give equal bytes.
+
+    Returns:
+        The manifest entry of the shard.
 
     Raises:
-        OSError: the file exists or cannot be written (a full disk); what was written so far is left behind.
+        OSError: the file exists or cannot be written (for example, a full disk). A partly written file stays behind.
     """
     count = 0
     with open(path, "xb") as file:
@@ -66,10 +69,10 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
 
 
 def read_members(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The samples of a shard as they lie in it, as (key, {extension: bytes}); unchecked, see `read_label`.
+    """Yields the samples of a shard in order, as (key, {extension: bytes}). Does not check them; see `read_label`.
 
     Raises:
-        DataError: the tar is missing, damaged, or ends before its end marker; names the last key that could be read.
+        DataError: the tar is missing, damaged, or ends before its end marker. The message names the last readable key.
     """
     key = None
     try:
@@ -87,7 +90,7 @@ def read_members(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def image_extension(members: Mapping[str, bytes]) -> str:
-    """Which of a sample's members is its image; ValueError unless there is exactly one."""
+    """The extension of a sample's image. Raises ValueError unless the sample has exactly one image."""
     found = [extension for extension in IMAGE_EXTENSIONS if extension in members]
     if len(found) != 1:
         raise ValueError(f"{len(found)} images ({', '.join(members)}), expected one of .{', .'.join(IMAGE_EXTENSIONS)}")
@@ -95,7 +98,7 @@ def image_extension(members: Mapping[str, bytes]) -> str:
 
 
 def read_label(members: Mapping[str, bytes]) -> int:
-    """The class index in a sample's `cls` member, ASCII decimal; ValueError where there is none."""
+    """The class index in a sample's `cls` member, in ASCII decimal. Raises ValueError if there is none."""
     if "cls" not in members:
         raise ValueError(f"no .cls member ({', '.join(members)})")
     text = members["cls"].strip()
@@ -106,7 +109,7 @@ def read_label(members: Mapping[str, bytes]) -> int:
 
 
 def sniff(image: bytes) -> str | None:
-    """The format that encoded bytes begin like: jpg, png, webp; None for anything else."""
+    """The format of an encoded image, from its first bytes: jpg, png, or webp; None for anything else."""
     if image.startswith(b"\xff\xd8\xff"):
         return "jpg"
     if image.startswith(b"\x89PNG\r\n\x1a\n"):

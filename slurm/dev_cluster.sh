@@ -1,37 +1,38 @@
 #!/bin/bash
-# A real Slurm on one machine, for tests and first steps: root, but no systemd, no cgroups, no database.
+# A real Slurm on one machine, for tests and first steps. Needs root, but no systemd, no cgroups, and no database.
 #
-#   dev_cluster.sh up                 start it, in place of one that runs; installs Slurm by apt-get where it is missing
-#   eval "$(dev_cluster.sh env)"      then sbatch, srun, squeue, scontrol and submitit speak to it
+#   dev_cluster.sh up                 start it, and replace a running one; installs Slurm with apt-get if it is missing
+#   eval "$(dev_cluster.sh env)"      then sbatch, srun, squeue, scontrol, and submitit use it
 #   dev_cluster.sh down | status
 #   dev_cluster.sh kill-node N        power cut                  start-node N   power on, or a reboot
 #   dev_cluster.sh cut-net N          unplug its network         heal-net N     plug it in again
-#   dev_cluster.sh kill-slurmd N      only the daemon dies       pid N          that daemon's pid, seen from here
+#   dev_cluster.sh kill-slurmd N      only the daemon dies       pid N          pid of that daemon on this machine
 #
-# Nodes node0, node1, ... are net, uts, ipc, mount and pid namespaces with their own hostname, address and /dev/shm, and
-# see this machine's files. Partitions: low (preempted by requeueing after GRACE seconds) and high.
-# Its munge, ports, addresses and directory are its own: other Slurms and clusters of other numbers are left alone.
+# Nodes node0, node1, ... are net, uts, ipc, mount, and pid namespaces with their own hostname, address, and /dev/shm.
+# They see the files of this machine. Partitions: low (Slurm requeues its preempted jobs after GRACE seconds) and high.
+# The cluster has its own munge, ports, addresses, and directory, so it does not disturb other Slurms or clusters with
+# other numbers.
 set -euo pipefail
 
-# What `up` reads from the environment; the other commands need CLUSTER (or CLUSTER_DIR) only.
+# `up` reads these from the environment; the other commands need only CLUSTER (or CLUSTER_DIR).
 GIVEN=${CLUSTER:-}${CLUSTER_DIR:-}${TMPDIR:-}
-CLUSTER=${CLUSTER:-77}                                   # 1-254, gives the defaults of the next three
+CLUSTER=${CLUSTER:-77}                                   # 1-254; sets the defaults of the next three
 CLUSTER_DIR=${CLUSTER_DIR:-${TMPDIR:-/tmp}/slurm-dev-$CLUSTER}
 CLUSTER_NET=${CLUSTER_NET:-10.213.$CLUSTER}              # a /24
 CLUSTER_PORT=${CLUSTER_PORT:-$((26800 + CLUSTER))}
 NODES=${NODES:-4}
-CPUS=${CPUS:-4}                                          # per node, whatever this machine has
-GPUS=${GPUS:-0}                                          # per node, to ask for with --gres; no device is behind them
+CPUS=${CPUS:-4}                                          # per node, however many this machine has
+GPUS=${GPUS:-0}                                          # per node, for --gres; there are no real devices
 GRACE=${GRACE:-10}                                       # seconds from a preemption's first signal to the end
 USERSIG=${USERSIG:-1}                                    # 1: preemption sends the signal of sbatch --signal; 0: SIGTERM
-PRIVATE_DIR=${PRIVATE_DIR:-}                             # a directory that every node has its own tmpfs at
-EXTRA_CONF=${EXTRA_CONF:-}                               # more lines of slurm.conf
+PRIVATE_DIR=${PRIVATE_DIR:-}                             # a directory where every node mounts its own tmpfs
+EXTRA_CONF=${EXTRA_CONF:-}                               # extra lines for slurm.conf
 
 SELF=$(realpath "$0")
 COMMAND=${1:-}
 fail() { echo "dev_cluster.sh: $*" >&2; exit 1; }
-refuse() { echo "dev_cluster.sh: $*" >&2; exit 3; }      # not on this machine, as opposed to: it went wrong
-exists() { [ -O "$CLUSTER_DIR/settings" ]; }             # -O: ours, not planted in /tmp by another user
+refuse() { echo "dev_cluster.sh: $*" >&2; exit 3; }      # this machine cannot run it; `fail` means an error
+exists() { [ -O "$CLUSTER_DIR/settings" ]; }             # -O: owned by this user, not planted in /tmp
 
 case $COMMAND in
   up) ;;
@@ -41,15 +42,15 @@ case $COMMAND in
   *) sed -n '2,/^set/{/^#/p}' "$SELF"; exit 2 ;;
 esac
 # shellcheck disable=SC1091
-[ "$COMMAND" = up ] || . "$CLUSTER_DIR/settings"         # as it was brought up
+[ "$COMMAND" = up ] || . "$CLUSTER_DIR/settings"         # the settings from `up`
 
 BRIDGE=slurm${CLUSTER_NET##*.}
 CONF=$CLUSTER_DIR/slurm.conf
 RUN=$CLUSTER_DIR/run
 export SLURM_CONF=$CONF
 
-# A pid file may outlive its process and the number be another's: ours have the directory among their arguments.
-# (A zombie, which nobody may reap in a container, has no arguments.)
+# A pid file may outlive its process, and another process may get its number. So this checks that the cluster directory
+# is among the arguments of the process. (A zombie has no arguments; in a container, it may never be reaped.)
 alive() { [ -n "$1" ] && grep -qasF -- "$CLUSTER_DIR" "/proc/$1/cmdline"; }
 
 stop() {  # PIDFILE SIGNAL
@@ -63,7 +64,7 @@ stop() {  # PIDFILE SIGNAL
   rm -f "$1"
 }
 
-wait_for() {  # WHAT COMMAND...: for up to 30 s
+wait_for() {  # WHAT COMMAND...: waits up to 30 s
   local what=$1
   shift
   for _ in {1..300}; do "$@" && return; sleep 0.1; done
@@ -90,17 +91,17 @@ write_slurm_conf() {
   local gpus=
   if [ "$GPUS" -gt 0 ]; then
     gpus=Gres=gpu:$GPUS
-    for ((i = 0; i < GPUS; i++)); do mknod "$CLUSTER_DIR/gpu$i" c 1 3; done  # Slurm wants devices: of /dev/null
+    for ((i = 0; i < GPUS; i++)); do mknod "$CLUSTER_DIR/gpu$i" c 1 3; done  # Slurm needs devices: like /dev/null
     echo "Name=gpu File=$CLUSTER_DIR/gpu[0-$((GPUS - 1))]" > "$CLUSTER_DIR/gres.conf"
   fi
-  # Not used, but unless this names v1 slurmd insists on a mounted /sys/fs/cgroup.
+  # Unused, but unless this names v1, slurmd requires a mounted /sys/fs/cgroup.
   echo "CgroupPlugin=cgroup/v1" > "$CLUSTER_DIR/cgroup.conf"
-  # cred_expire: a requeued job waits that long plus a second, 121 s by default.
-  # FirstJobId: ids of an earlier cluster would make old result folders look like new ones.
-  # MinJobAge: there is no accounting, so slurmctld has to remember how jobs ended.
-  # SlurmdTimeout, MessageTimeout: a lost node is noticed after 16 s, one that comes back after 10 s; with 10 s each it
-  # would be 30 and 40 s.
-  # config_overrides: CPUS may be more than the machine has.
+  # cred_expire: a requeued job waits this many seconds plus one; 121 s by default.
+  # FirstJobId: if job ids repeated those of an earlier cluster, old result folders would look like new ones.
+  # MinJobAge: there is no accounting database, so slurmctld must remember how jobs ended.
+  # SlurmdTimeout, MessageTimeout: Slurm notices a lost node after 16 s, and a returning node after 10 s. With 10 s for
+  # each, it would take 30 and 40 s.
+  # config_overrides: allows more CPUs than the machine has.
   cat << CONF
 ClusterName=dev
 SlurmctldHost=$(hostname -s)($CLUSTER_NET.1)
@@ -144,7 +145,7 @@ CONF
   echo "PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF"
 }
 
-write_sacct() {  # submitit asks `sacct -j ID ...`, which needs a database: answer from slurmctld's memory
+write_sacct() {  # submitit calls `sacct -j ID ...`, which needs a database; this answers from slurmctld's memory
   cat << 'SACCT'
 #!/bin/bash
 echo 'JobID|State|NodeList'
@@ -156,14 +157,14 @@ done | awk '{
   for (i = 1; i <= NF; i++) { split($i, pair, "="); if (!(pair[1] in job)) job[pair[1]] = pair[2] }
   id = job["JobId"]; task = job["ArrayTaskId"]; state = job["JobState"]
   if ("ArrayJobId" in job) id = job["ArrayJobId"] "_" (task ~ /^[0-9]+$/ ? task : "[" task "]")
-  if (state ~ /^(SIGNALING|CONFIGURING|STAGE_OUT)$/) state = "RUNNING"  # as the real one says
+  if (state ~ /^(SIGNALING|CONFIGURING|STAGE_OUT)$/) state = "RUNNING"  # as the real sacct reports it
   print id "|" state "|" job["NodeList"] }'
 SACCT
 }
 
 has_network() { ip link show eth0 > /dev/null 2>&1; }
 
-init() {  # N: what PID 1 of a node does
+init() {  # N: runs as PID 1 of a node
   hostname "node$1"
   mount --bind "$CLUSTER_DIR/hosts" /etc/hosts
   mount -t tmpfs tmpfs /dev/shm
@@ -173,7 +174,7 @@ init() {  # N: what PID 1 of a node does
   ip addr add "$CLUSTER_NET.$((10 + $1))/24" dev eth0
   ip link set eth0 up
   slurmd -f "$CONF" -N "node$1"
-  while true; do sleep 3600 || true; done  # bash reaps the orphans meanwhile
+  while true; do sleep 3600 || true; done  # meanwhile, bash reaps orphans
 }
 
 start_node() {
@@ -198,7 +199,7 @@ up() {
   [ ! -e "/sys/class/net/$BRIDGE" ] || fail "$BRIDGE exists: another cluster has $CLUSTER_NET.*; choose another CLUSTER"
   case $CLUSTER_DIR/ in "${PRIVATE_DIR:-none}"/*) fail "PRIVATE_DIR would hide $CLUSTER_DIR from the nodes" ;; esac
   mkdir -p "$CLUSTER_DIR"/{run,state,spool,log,bin} ${PRIVATE_DIR:+"$PRIVATE_DIR"}
-  chmod 755 "$CLUSTER_DIR" "$RUN"  # munge insists
+  chmod 755 "$CLUSTER_DIR" "$RUN"  # munge requires this mode
   declare -p CLUSTER_DIR CLUSTER_NET CLUSTER_PORT NODES PRIVATE_DIR > "$CLUSTER_DIR/settings"
   trap 'tail -n 5 "$CLUSTER_DIR"/log/* >&2; down' EXIT
 

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scaleprog.metrics import read_rows
-from scaleprog.models import family
+from scaleprog.models import resolve_family
+from scaleprog.ranks.coordinator import process_group
 from scaleprog.recipe import Recipe
-from scaleprog.run import load_network, make_backend
-from scaleprog.sharding.coordinator import process_group
-from scaleprog.state import RunState
-from scaleprog.storage import committed, read_state
+from scaleprog.rundir.recorder import read_rows
+from scaleprog.rundir.state import RunState
+from scaleprog.rundir.storage import committed, read_state
+from scaleprog.training.process import load_network, make_backend
 
 CLOCK = (  # differ by nature
     "step_seconds", "data_wait_seconds", "images_per_second", "cpu_seconds", "train_seconds", "time"
@@ -44,8 +44,8 @@ def final_tensors(folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
     newest = committed(folder / "checkpoints")[-1]
     state = RunState.from_json(read_state(newest))
     with process_group() as (_, device):
-        backend = make_backend("replicated", recipe, family(recipe.model)[0], device)
-        load_network(newest, state, backend, elastic=False)
+        backend = make_backend("replicated", recipe, resolve_family(recipe.model)[0], device)
+        load_network(newest, state, backend, may_skip_layers=False)
         return {name: part.tensor for name, part in backend.state().items()}
 
 

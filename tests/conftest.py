@@ -18,9 +18,9 @@ import torch.distributed as dist
 from webdataset.writer import ShardWriter
 
 from launchers.local import launch
-from scaleprog.metrics import read_rows
 from scaleprog.recipe import Recipe
-from scaleprog.train import train_rank
+from scaleprog.rundir.recorder import read_rows
+from scaleprog.training.loop import train_rank
 from shards.check import write_manifest
 
 # other work on the machine must not fail a test: hypothesis times examples and their drawing

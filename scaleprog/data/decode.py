@@ -1,9 +1,9 @@
-"""Encoded bytes to pixels at the wanted resolution, reading no more than needed.
+"""Decodes images to pixels at the wanted resolution, reading no more than needed.
 
-JPEGs go through simplejpeg: the header gives the size, the size gives the crop, and the decoder scales down in the
-frequency domain (1/2 to 1/8) as far as the crop stays well above the wanted resolution. PNG and WebP go through OpenCV,
-and what neither can read (CMYK JPEGs, rare kinds) through Pillow. The content decides which, never the file's name:
-ImageNet holds a PNG named .JPEG. Other formats are refused: some make Pillow start programs.
+simplejpeg decodes JPEGs: the header gives the size, the size gives the crop, and the decoder scales down in the
+frequency domain (1/2 to 1/8) while the crop stays well above the wanted resolution. OpenCV decodes PNG and WebP.
+Pillow decodes what the two cannot read (CMYK JPEGs, rare kinds). The content selects the decoder, never the file's
+name: ImageNet holds a PNG named .JPEG. Other formats are refused, because some make Pillow start programs.
 """
 
 import io
@@ -21,44 +21,42 @@ from torch.nn.functional import interpolate
 from scaleprog.errors import DataError
 
 Box = tuple[int, int, int, int]
-"""left, top, right, bottom in pixels of the full image; what lies beyond the image is 0."""
+"""left, top, right, bottom in pixels of the full image; pixels beyond the image are 0."""
 
 Crop = Callable[[int, int], Box]
-"""(height, width) of the full image -> the box to be resized."""
+"""(height, width) of the full image -> the box to resize."""
 
 MOST_PIXELS = 2**26
-"""Of an image: more than the largest of ImageNet has."""
+"""The most pixels in an image; the largest image of ImageNet has fewer."""
 _JPEG_MAGIC = b"\xff\xd8"
-_ANIMATION = 2  # a flag of WebP
+_ANIMATION = 2  # the flag in a WebP header
 _JPEG_SCAN, _MOST_SCANNED = b"\xff\xda", 16 * MOST_PIXELS  # each scan of a progressive JPEG goes over all pixels
-_MIN_FACTOR = 2.0  # scaling by less than 1/2 has no fast path in libjpeg-turbo: slower than decoding everything
-_MARGIN = (
-    2.0  # scaled down to twice what is wanted, the picture keeps the look of a bicubic resize; to just as much, not
-)
+_MIN_FACTOR = 2.0  # libjpeg-turbo has no fast path for smaller factors: slower than decoding everything
+_MARGIN = 2.0  # at twice the wanted size, the result looks like a bicubic resize; at exactly that size it does not
 
 
 def decode(data: bytes | memoryview, where: str, channels: int, resolution: int, crop: Crop) -> np.ndarray:
-    """Decodes an image, cuts the box that `crop` chooses for its size, and resizes that to a square.
+    """Decodes an image, crops it to the box that `crop` chooses for its size, and resizes the box to a square.
 
-    Resizing is antialiased bicubic in integers, by torch: what Pillow computes to 1 or 2 of 255, six times as fast.
-    EXIF orientation is ignored, as timm does.
+    torch resizes with antialiased bicubic interpolation in integers, which is within 1 or 2 of 255 of Pillow and six
+    times as fast. EXIF orientation is ignored, as in timm.
 
     Args:
         data: the encoded image.
-        where: shard and key, for the message.
-        channels: 1 or 3; grey and colour are converted to each other.
+        where: shard and key, for error messages.
+        channels: 1 or 3; converts between gray and color if the image has the other kind.
         resolution: r, side of the result in pixels.
-        crop: chooses the box; called once, or a second time with the same size where a decoder gives up.
+        crop: chooses the box; called again with the same size if a decoder gives up.
 
     Returns:
         (r, r, channels) uint8.
 
     Raises:
-        DataError: the bytes are no image that can be read.
+        DataError: the bytes are not a readable image.
     """
     try:
         image, box = _decode_jpeg(data, channels, resolution, crop) or _decode_other(data, channels, crop)
-    except Exception as error:  # decoders raise whatever they like on damaged data
+    except Exception as error:  # decoders raise exceptions of any kind on damaged data
         raise DataError(
             f"{where}: cannot be decoded as an image ({error or type(error).__name__}); "
             "remove or replace it and build the shard again"
@@ -67,7 +65,7 @@ def decode(data: bytes | memoryview, where: str, channels: int, resolution: int,
 
 
 def _decode_jpeg(data: bytes | memoryview, channels: int, resolution: int, crop: Crop) -> tuple[np.ndarray, Box] | None:
-    """A JPEG, scaled down as far as the crop allows, and the box in its pixels; None where simplejpeg gives up."""
+    """A JPEG, scaled down as far as the crop allows, and the box in its pixels; None if simplejpeg cannot decode it."""
     if data[:2] != _JPEG_MAGIC:
         return None
     try:
@@ -100,17 +98,17 @@ def _decode_jpeg(data: bytes | memoryview, channels: int, resolution: int, crop:
 
 
 def _nearest(coordinate: float) -> int:
-    """The nearest integer, halves up: a box of at least a pixel stays one, which rounding halves to even breaks."""
+    """The nearest integer, halves up. Rounding halves to even could shrink a box of one pixel to nothing."""
     return math.floor(coordinate + 0.5)
 
 
 def _decode_other(data: bytes | memoryview, channels: int, crop: Crop) -> tuple[np.ndarray, Box]:
-    """A whole image by OpenCV, or by Pillow where it is a JPEG or OpenCV cannot read it; and its box."""
+    """Decodes a whole image with OpenCV, or with Pillow if it is a JPEG or OpenCV fails. Returns pixels and box."""
     image, head = None, bytes(data[:32])
     if not head.startswith(_JPEG_MAGIC):
         _check_size(*_size(head))
         color = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-        with suppress(cv2.error):  # Pillow says better what is wrong
+        with suppress(cv2.error):  # Pillow's error messages are better
             image = cv2.imdecode(np.frombuffer(data, np.uint8), color | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as opened:
@@ -120,13 +118,13 @@ def _decode_other(data: bytes | memoryview, channels: int, crop: Crop) -> tuple[
 
 
 def _check_size(width: int, height: int) -> None:
-    """Raises DataError, before anything is decoded, for an image that would take all memory."""
+    """Raises DataError for an image that would exhaust memory; to be called before decoding."""
     if width * height > MOST_PIXELS:
         raise DataError(f"{width} x {height} pixels, more than {MOST_PIXELS}")
 
 
 def _size(head: bytes) -> tuple[int, int]:
-    """Width and height that a PNG or WebP begins with. Raises DataError for anything else, and for an animation."""
+    """Width and height from the header of a PNG or WebP. Raises DataError for other formats and for animations."""
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
     if not head.startswith(b"RIFF") or head[8:12] != b"WEBP" or len(head) < 32:
@@ -142,7 +140,7 @@ def _size(head: bytes) -> tuple[int, int]:
 
 
 def _resize(image: np.ndarray, box: Box, resolution: int) -> np.ndarray:
-    """Cuts the box from (H, W[, C]) and resizes it to (r, r[, C])."""
+    """Crops (H, W[, C]) to the box and resizes it to (r, r[, C])."""
     height, width = image.shape[:2]
     left, top, right, bottom = box
     inside = image[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]

@@ -14,13 +14,13 @@ from pydantic import AfterValidator, FailFast, Field, ValidationError, field_val
 
 from scaleprog.data.tar import SMALLEST_SAMPLE
 from scaleprog.errors import DataError
-from scaleprog.files import open_regular, read_text, sync_folder, write_whole
-from scaleprog.settings import MOST_CLASSES, Settings, printable
+from scaleprog.files.atomic import open_regular, read_text, sync_folder, write_whole
+from scaleprog.recipe.numbers import MOST_CLASSES, Settings, printable
 
 NAME = "manifest.json"
 VERSION = 1
 MOST_BYTES = 2**30
-"""In a shard, which is read whole."""
+"""The most bytes in a shard, because a shard is read whole."""
 MOST_KEYS = 100
 SHARD_NAME = r"^[^/\\:.-][^/\\:]*\.tar$"
 
@@ -30,7 +30,7 @@ class Shard:
     """One tar of samples."""
 
     name: Annotated[str, Field(pattern=SHARD_NAME, max_length=255), AfterValidator(printable)]
-    """File name, relative to the manifest's folder: of a file in it, and nothing that a program might read as more."""
+    """Name of a file in the manifest's folder. The pattern excludes paths, URLs and command-line options."""
     samples: Annotated[int, Field(strict=True, ge=0, le=2**40)]
     bytes: Annotated[int, Field(strict=True, ge=0, le=2**50)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -38,7 +38,7 @@ class Shard:
 
     @classmethod
     def measure(cls, path: str | os.PathLike[str], samples: int) -> Self:
-        """The entry of the file at `path`, which holds `samples` samples; reads the whole file (OSError)."""
+        """The entry of the file at `path`, which holds `samples` samples. Reads the whole file; raises OSError."""
         with open_regular(os.fspath(path)) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return cls(os.path.basename(path), samples, file.tell(), digest)
@@ -46,23 +46,24 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All shards of one data set and its class names. The order of the shards is part of the order of the data."""
+    """All shards of one data set and its class names. The order of the shards affects the order of the data."""
 
     root: str
-    """The folder the shards lie in; not stored, so that the folder may move."""
+    """The folder of the shards; not stored, so that the folder can be moved."""
     classes: tuple[str, ...]
     """Class names; the index is the label."""
     splits: Mapping[str, tuple[Shard, ...]]
     """Shards by split: "train", "val"."""
     source: Mapping[str, Any] = field(default_factory=dict)
-    """What the shards were built from, by which a builder knows its own finished work; empty if unknown."""
+    """What the shards were built from, so that a builder recognizes its own finished work; empty if unknown."""
 
     @classmethod
     def load(cls, root: str | os.PathLike[str]) -> Self:
         """Read `root/manifest.json`.
 
         Raises:
-            DataError: the folder or the manifest is missing, unreadable, malformed or of a version unknown here.
+            DataError: the folder or the manifest is missing or unreadable, or the manifest is malformed or has an
+                unknown version.
         """
         path = Path(root, NAME)
         if not Path(root).is_dir():
@@ -84,7 +85,7 @@ class Manifest:
         return cls(os.fspath(root), stored.classes, stored.splits, stored.source)
 
     def save(self) -> None:
-        """Write `root/manifest.json`, which is there whole or not at all, even after a power cut.
+        """Write `root/manifest.json` atomically: even a power failure cannot leave half a file.
 
         Raises:
             DataError: the folder cannot be written.
@@ -103,11 +104,11 @@ class Manifest:
             raise DataError(f"{self.root}: cannot write {NAME}: {error}") from error
 
     def split(self, name: str) -> tuple[Shard, ...]:
-        """The shards of split `name`; DataError where the data set has no such split."""
+        """The shards of split `name`. Raises DataError if the data set has no such split."""
         if name not in self.splits:
             there = ", ".join(self.splits) or "none"
             raise DataError(
-                f"{self.root}: no split {name!r} in {NAME} (there: {there}); add {name}-*.tar and index anew."
+                f"{self.root}: no split {name!r} in {NAME} (there: {there}); add {name}-*.tar and index again."
             )
         return self.splits[name]
 
@@ -124,18 +125,18 @@ class Manifest:
         return replace(self, splits={**self.splits, name: self.split(name)[:shards]})
 
     def samples(self, name: str) -> int:
-        """Number of samples in split `name`; DataError where the data set has no such split."""
+        """Number of samples in split `name`. Raises DataError if the data set has no such split."""
         return sum(shard.samples for shard in self.split(name))
 
     def path(self, shard: Shard) -> str:
-        """Where `shard` lies."""
+        """The path of `shard`."""
         return os.path.join(self.root, shard.name)
 
     def verify_sizes(self, name: str) -> None:
-        """Preflight of split `name`: is every shard there, and of the right size? Reads no shard.
+        """Checks that every shard of split `name` exists and has the right size, without reading any shard.
 
         Raises:
-            DataError: a shard is missing, truncated or of another size; names the first, counts the others.
+            DataError: a shard is missing or has another size; the message names the first one and counts the others.
         """
         problems = [problem for shard in self.split(name) if (problem := self._size_problem(shard))]
         if problems:
@@ -143,16 +144,16 @@ class Manifest:
             raise DataError(f"{problems[0]}{others}")
 
     def verify_counts(self, name: str) -> None:
-        """Preflight of split `name`: can its shards hold as many samples? Reads no shard.
+        """Checks that the shards of split `name` are large enough for their samples, without reading any shard.
 
         Raises:
-            DataError: one of them is too small for that.
+            DataError: a shard is too small for the number of samples in the manifest.
         """
         for shard in self.split(name):
             if shard.samples * SMALLEST_SAMPLE > shard.bytes:
                 raise DataError(
                     f"{self.path(shard)}: {NAME} says {shard.samples} samples in {shard.bytes} bytes, which cannot be. "
-                    f"Write it anew: {_rewrite(Path(self.root, NAME))}."
+                    f"Write it again: {_rewrite(Path(self.root, NAME))}."
                 )
 
     def _size_problem(self, shard: Shard) -> str | None:
@@ -173,7 +174,7 @@ class Manifest:
 
 
 class _Stored(Settings):
-    """What manifest.json must look like."""
+    """The schema of manifest.json."""
 
     kind: Literal["scaleprog-manifest"]
     version: Literal[1]
@@ -184,7 +185,7 @@ class _Stored(Settings):
     @model_validator(mode="before")
     @classmethod
     def _few_keys(cls, values: Any) -> Any:
-        """Of a million keys that are wrong, a million errors would be collected."""
+        """Limits the number of keys, because pydantic collects an error for each wrong one, even for a million."""
         for group in (values, *values.values()) if isinstance(values, dict) else ():
             if isinstance(group, dict) and len(group) > MOST_KEYS:
                 raise ValueError(f"a mapping of {len(group)} keys; at most {MOST_KEYS} are read")
@@ -196,7 +197,7 @@ class _Stored(Settings):
         if len(set(classes)) < len(classes):
             raise ValueError("two classes have the same name")
         if not all(name.isascii() or name.encode("utf-8", "ignore").decode() == name for name in classes):
-            raise ValueError("the name of a class is no text")  # JSON can write half of a character
+            raise ValueError("the name of a class is no text")  # JSON can encode half of a surrogate pair
         return classes
 
     @field_validator("splits")
@@ -212,12 +213,12 @@ def _parse(path: Path, text: str) -> _Stored:
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: malformed, not JSON: {error}. Write it anew: {_rewrite(path)}.") from None
+        raise DataError(f"{path}: malformed, not JSON: {error}. Write it again: {_rewrite(path)}.") from None
     ours = isinstance(value, dict) and value.get("kind") == "scaleprog-manifest"
     if ours and (value.get("version") != VERSION or type(value["version"]) is not int):
         raise DataError(
             f"{path}: format version {reprlib.repr(value.get('version'))}, this scaleprog reads version {VERSION}. "
-            f"Use the scaleprog that wrote it, or remove it and write it anew: {_rewrite(path)}."
+            f"Use the scaleprog that wrote it, or remove it and write it again: {_rewrite(path)}."
         )
     try:
         return _Stored.model_validate(value)
@@ -225,7 +226,7 @@ def _parse(path: Path, text: str) -> _Stored:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         where = where if where.isprintable() and len(where) <= 200 else reprlib.repr(where)
-        raise DataError(f"{path}: malformed at {where}: {first['msg']}. Write it anew: {_rewrite(path)}.") from None
+        raise DataError(f"{path}: malformed at {where}: {first['msg']}. Write it again: {_rewrite(path)}.") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

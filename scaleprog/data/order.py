@@ -1,9 +1,9 @@
-"""Which sample comes when: lanes, as pure arithmetic.
+"""The order of the samples, as pure arithmetic on lanes.
 
-An epoch has one order of all samples: the shards in a permutation of (seed, epoch), inside each shard the samples in a
-permutation of (seed, epoch, shard). That sequence is cut into V equal, contiguous segments, the *lanes*. The global
-batch of a step takes the next B / V samples of every lane, and a rank owns V / W lanes, so the global batch is the same
-for every world size W that divides V, and the step number alone says where to resume.
+An epoch has one order of all samples: (seed, epoch) permutes the shards, and (seed, epoch, shard) permutes the samples
+inside each shard. That sequence is cut into V equal, contiguous segments, the *lanes*. The global batch of a step takes
+the next B / V samples of every lane, and each rank owns V / W lanes. So the global batch is the same for every world
+size W that divides V, and the step number alone determines where to resume.
 """
 
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ import numpy as np
 from scaleprog.errors import DataError
 
 SEARCH_EPOCH = 2**31 - 1
-"""Reserved epoch: the order from which the search subset is cut; training epochs stay below it."""
+"""Reserved epoch whose order defines the search subset; training epochs stay below it."""
 
-_SHARDS, _SAMPLES = 0, 1  # what a permutation is of: keeps the two kinds of draws apart
+_SHARDS, _SAMPLES = 0, 1  # what is permuted: keeps the two kinds of draws apart
 
 
 def _permutation(size: int, *entropy: int) -> np.ndarray:
     """A permutation of range(size) drawn from `entropy`.
 
-    Sorts raw bits instead of calling `Generator.permutation`: the raw stream of a bit generator is what numpy promises
-    never to change, so a run resumed under another numpy continues in the same order.
+    Sorts raw bits instead of calling `Generator.permutation`: numpy promises never to change the raw stream of a bit
+    generator, so a run that resumes with another version of numpy continues in the same order.
     """
     bits = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(size)
     return np.argsort(bits, kind="stable")
@@ -34,15 +34,15 @@ class Order:
 
     Args:
         counts: samples per shard.
-        seed: what all permutations are drawn from, with the epoch (>= 0).
-        lanes: V, into how many lanes an epoch is cut.
-        batch: B, samples in a global batch; V divides it.
-        repeats: R of repeated augmentation: position p of a lane takes sample p // R of its segment, so that an epoch
-            has as many steps as without, and uses the first 1 / R of each lane, each sample R times. The search
-            subset repeats nothing.
+        seed: seeds all permutations, together with the epoch (>= 0).
+        lanes: V, the number of lanes in an epoch.
+        batch: B, samples in a global batch; a multiple of V.
+        repeats: R of repeated augmentation: position p of a lane takes sample p // R of its segment. So an epoch keeps
+            its number of steps and uses the first 1 / R of each lane, each sample R times. The search subset has no
+            repeats.
 
     Raises:
-        DataError: V < 1, R < 1, V does not divide B, or the split holds less than one batch.
+        DataError: V, B or R is less than 1, V does not divide B, or the split holds less than one batch.
     """
 
     counts: tuple[int, ...]
@@ -74,7 +74,7 @@ class Order:
 
     @property
     def per_lane(self) -> int:
-        """B / V, samples that a lane gives to a step."""
+        """B / V, samples that a lane contributes to a step."""
         return self.batch // self.lanes
 
     @property
@@ -84,14 +84,17 @@ class Order:
 
     @property
     def dropped(self) -> int:
-        """Positions of the epoch's order that no step takes; fewer than B."""
+        """Positions in the epoch's order that no step uses; fewer than B."""
         return self.samples - self.steps_per_epoch * self.batch
 
     def lane(self, epoch: int, lane: int) -> np.ndarray:
-        """The samples that a lane gives in an epoch, in order; only the shards it touches are permuted.
+        """The samples of one lane in one epoch, in order. Permutes only the shards that the lane touches.
 
         Returns:
             (steps_per_epoch * per_lane, 2) int64: shard, index in shard.
+
+        Raises:
+            ValueError: there is no such lane.
         """
         if not 0 <= lane < self.lanes:
             raise ValueError(f"lane {lane} of {self.lanes}")
@@ -115,6 +118,7 @@ class Order:
 
         Raises:
             DataError: the world size does not divide the number of lanes.
+            ValueError: there is no such rank.
         """
         if self.lanes % world:
             raise DataError(
@@ -128,5 +132,5 @@ class Order:
 
 
 def divisors(number: int) -> str:
-    """The divisors of a number, ascending, as a message shows them."""
+    """The divisors of a number, ascending, as text for a message."""
     return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)

@@ -1,7 +1,7 @@
-"""Streams shards along lanes: steps in, decoded batches out, from any step on, for any number of ranks and workers.
+"""Streams decoded batches along lanes, beginning at any step, for any number of ranks and workers.
 
-Worker processes own contiguous parts of the rank's lanes and decode their part of every batch; the rank joins
-the parts. What a batch holds is arithmetic (`order.py`, `augment.py`); who decodes it, and when, changes nothing.
+Worker processes own contiguous parts of the rank's lanes and decode their part of every batch; the rank joins the
+parts. `order.py` and `augment.py` determine the content of a batch, no matter which process decodes it, or when.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,40 +10,21 @@ from functools import partial
 import numpy as np
 import torch
 
-from scaleprog.data.augment import Augmentation, AugmentSettings, Request
+from scaleprog.data.augment import Augmentation, BatchRequest
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.order import Order
-from scaleprog.data.shard import Cursor, Sample, ShardReader
+from scaleprog.data.shard import Cursor, ShardReader, StoredSample
 from scaleprog.data.stream import Batch, Stream
 from scaleprog.errors import DataError
-from scaleprog.settings import Few, Folder, Mebibytes, Ranks, Settings, Subset, Workers
+from scaleprog.recipe.keys import AugmentSettings, DataSettings
 
 TRAIN = "train"
 PADDING_LABEL = -1
-"""Label of a row that only fills an evaluation batch up; its id is -1 too."""
-
-
-class DataSettings(Settings):
-    """Where the samples come from, and how they are read."""
-
-    path: Folder
-    """Folder of the shards and their manifest."""
-    lanes: Ranks = 64
-    """V, into how many lanes an epoch is cut: a divisor of the batch, and a multiple of every world size to be used."""
-    workers: Workers = 4
-    """Decoding processes per rank; 0 decodes in the training process."""
-    prefetch: Few = 2
-    """Steps that each worker decodes ahead."""
-    cache: Mebibytes = 256
-    """MiB: a split no larger than this is read once and kept in memory."""
-    shards: Subset | None = None
-    """Train on the first so many shards only: a fixed random part of the images, which were shuffled when stored."""
-    trace: bool = False
-    """Write the ids of the samples of every step down."""
+"""Label of a row that only pads an evaluation batch; its ID is -1, too."""
 
 
 def decoded_bytes(rows: int, channels: int, resolution: int, data: DataSettings) -> int:
-    """Bytes on the host of batches of `rows` images: those decoded ahead, and the one that is handed out, twice."""
+    """Bytes on the host for batches of `rows` images: the batches decoded ahead, and two copies of the current one."""
     return rows * channels * resolution**2 * torch.float32.itemsize * (data.prefetch * bool(data.workers) + 2)
 
 
@@ -52,15 +33,15 @@ class TrainReader:
 
     Args:
         manifest: the data set; its split "train" is read.
-        order: which sample comes when; made from this split's counts.
+        order: order of the samples, made from this split's counts.
         data: workers, prefetch and cache.
-        augment: what is done to the images.
+        augment: the recipe's augmentation settings.
         channels: 1 or 3.
         seed: of the augmentation.
-        rank, world: which part of the batches this process takes.
+        rank, world: this process's rank, and the number of ranks that share each batch.
 
     Raises:
-        DataError: the order is of other shards, or the world size does not divide the lanes.
+        DataError: the order was made from other shards, or the world size does not divide the lanes.
     """
 
     def __init__(
@@ -83,15 +64,17 @@ class TrainReader:
         if order.counts != tuple(shard.samples for shard in self._shards.shards):
             raise DataError(f"{manifest.root}: the shards of {TRAIN!r} are not those that the order was made from")
 
-    def stream(self, requests: Iterable[Request], resolution: int) -> Stream:
-        """The batches of these steps, decoded ahead; close it (or leave its `with`) to stop the workers.
+    def stream(self, requests: Iterable[BatchRequest], resolution: int) -> Stream:
+        """Streams the requested batches, decoded ahead. Close the stream, or leave its `with`, to stop the workers.
 
         Args:
-            requests: one per batch, from any step on; iterated anew by every worker, so no one-way iterator.
-            resolution: the largest that they ask for, pixels of a side.
+            requests: one per batch, beginning at any step. Every worker iterates over them, so an iterator, which can
+                be used only once, is not allowed.
+            resolution: the largest one requested, in pixels per side.
 
         Raises:
-            DataError: while iterating: a shard or sample that is missing, damaged or does not fit.
+            TypeError: `requests` is an iterator.
+            DataError: a shard or sample is missing, damaged or does not fit; also raised while iterating.
         """
         if isinstance(requests, Iterator):
             raise TypeError("requests are iterated by every worker: pass a list or another re-iterable value")
@@ -101,8 +84,11 @@ class TrainReader:
         return Stream(partial(self._produce, requests), self.workers, self.data.prefetch, largest)
 
     def memory(self, resolution: int) -> int:
-        """Bytes that reading takes on the host at most: the cached split, or else one shard per lane (and two more per
-        worker while it reads one), plus the batches decoded ahead and the one handed out."""
+        """The most memory that reading takes on the host, in bytes.
+
+        That is the cached split, or else one shard per lane and two more for each worker that is reading a shard, plus
+        the batches decoded ahead and the current one.
+        """
         shards = self._shards.shards
         largest = max(shard.bytes for shard in shards)
         held = len(self.lanes) + 2 * max(self.workers, 1)
@@ -110,7 +96,7 @@ class TrainReader:
         rows = len(self.lanes) * self.order.per_lane
         return encoded + decoded_bytes(rows, self._augmentation.channels, resolution, self.data)
 
-    def _produce(self, requests: Iterable[Request], part: int, parts: int) -> Iterator[Batch]:
+    def _produce(self, requests: Iterable[BatchRequest], part: int, parts: int) -> Iterator[Batch]:
         """One worker's part of every batch: a contiguous part of the rank's lanes."""
         owned = self.lanes[len(self.lanes) * part // parts : len(self.lanes) * (part + 1) // parts]
         lanes = [_Lane(lane, self.order, self._shards) for lane in owned]
@@ -125,7 +111,7 @@ class TrainReader:
 
 
 class _Lane:
-    """A lane as it is walked: the rows of the current epoch, and the one shard it is in."""
+    """A reader of one lane, which holds the rows of the current epoch and the current shard."""
 
     def __init__(self, lane: int, order: Order, shards: ShardReader) -> None:
         self.lane = lane
@@ -134,8 +120,8 @@ class _Lane:
         self._epoch: int | None = None
         self._rows = np.empty((0, 2), np.int64)
 
-    def take(self, epoch: int, step: int) -> list[Sample]:
-        """The samples that the lane gives to a step of an epoch, from any step on."""
+    def take(self, epoch: int, step: int) -> list[StoredSample]:
+        """The samples that the lane contributes to any step of any epoch. Raises ValueError for an unknown step."""
         if not 0 <= step < self._order.steps_per_epoch:
             raise ValueError(f"step {step} of an epoch of {self._order.steps_per_epoch}")
         if epoch != self._epoch:
@@ -156,17 +142,23 @@ def evaluation_batches(
     rank: int,
     world: int,
 ) -> Stream:
-    """One rank's batches of a whole split: every sample exactly once over all ranks, as many batches on every rank.
+    """One rank's batches of a split: all ranks together get every sample exactly once, and equally many batches each.
 
-    Batches are filled up with rows of zeros whose label and id are -1; mask them. Ranks and workers read contiguous
-    parts of the split. The order of the rows depends on both; the set of ids over all ranks does not.
+    Rows of zeros with label and ID -1 pad the batches; mask them. Ranks and workers read contiguous parts of the split.
+    The order of the rows depends on the number of ranks and workers; the set of IDs over all ranks does not.
 
     Args:
+        manifest: the data set.
+        split: name of the split.
+        data: workers and prefetch.
+        augment: the recipe's augmentation settings.
+        channels: 1 or 3.
+        resolution: pixels per side.
         batch_local: rows of every batch.
-        resolution: pixels of a side.
+        rank, world: this process's rank, and the number of ranks that share the split.
 
     Raises:
-        DataError: while iterating: a shard or sample that is missing, damaged or does not fit.
+        DataError: while iterating: a shard or sample is missing, damaged or does not fit.
     """
     shards = ShardReader(manifest, split)
     augmentation = Augmentation(augment, channels)

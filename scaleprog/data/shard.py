@@ -1,4 +1,4 @@
-"""One shard in memory: a file read whole, checked against the manifest, taken apart into samples."""
+"""One shard in memory: a file that is read whole, checked against the manifest and split into samples."""
 
 import errno
 import hashlib
@@ -14,17 +14,17 @@ from scaleprog.data import tar
 from scaleprog.data.augment import Encoded
 from scaleprog.data.manifest import MOST_BYTES, Manifest, Shard
 from scaleprog.errors import DataError, Unavailable
-from scaleprog.files import open_regular
+from scaleprog.files.atomic import open_regular
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 NO_FILE = (errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
-"""Errors of what is there but no regular file, which another try would not find in order."""
+"""Errors for a path that is not a regular file; another attempt would fail, too."""
 
 
 @dataclass(frozen=True)
 class LoadedShard:
-    """A shard in memory. Few large objects, so that forked workers share its pages: counting references to one object
-    per image would copy them all."""
+    """A shard in memory. It consists of few large objects, so that forked workers share its pages: the reference counts
+    of one object per image would make them copy every page."""
 
     path: str
     keys: tuple[str, ...]
@@ -38,19 +38,19 @@ class LoadedShard:
     """(samples,) int64."""
 
     def image(self, index: int) -> Encoded:
-        """The encoded image, without a copy, and where it stands."""
+        """The encoded image, without a copy, and its location."""
         return self.data[int(self.starts[index]) : int(self.ends[index])], f"{self.path}: sample {self.keys[index]!r}"
 
 
 class ShardReader:
     """Reads the shards of a split whole and checks them against the manifest.
 
-    A shard is read once while anyone holds it, and once for good where the split fits into the cache. Size and checksum
-    are verified the first time that a process reads it.
+    A shard is not read again while any caller holds it, and never again if the split fits into the cache. A process
+    verifies size and checksum of a shard the first time that it reads the shard.
     """
 
     def __init__(self, manifest: Manifest, split: str, cache: int = 0) -> None:
-        """`cache`: bytes up to which the split is kept."""
+        """`cache`: a split of at most so many bytes stays in memory."""
         self.manifest = manifest
         self.shards = manifest.split(split)
         self.fits = sum(shard.bytes for shard in self.shards) <= cache
@@ -59,7 +59,7 @@ class ShardReader:
         self._verified: set[int] = set()
 
     def preload(self) -> None:
-        """Fills the cache, if the split fits; call it before forking workers, which then share it."""
+        """Fills the cache if the split fits. Call it before forking workers, so that they share it."""
         if self.fits and not self._kept:
             self._kept = [self.load(index) for index in range(len(self.shards))]
 
@@ -67,7 +67,8 @@ class ShardReader:
         """The shard with this index in the split.
 
         Raises:
-            DataError: it cannot be read, is not what the manifest says, or holds samples that do not fit.
+            DataError: it cannot be read, differs from the manifest, or holds samples that do not fit.
+            Unavailable: it cannot be read now.
         """
         loaded = self._held.get(index)
         if loaded is None:
@@ -81,17 +82,17 @@ class ShardReader:
         return loaded
 
 
-class Sample(NamedTuple):
+class StoredSample(NamedTuple):
     """One encoded sample."""
 
     image: Encoded
     label: int
     id: int
-    """Which sample of the split: samples of earlier shards + index in its shard."""
+    """Position in the split: samples of earlier shards + index in its shard."""
 
 
 class Cursor:
-    """Takes samples and holds one shard meanwhile: a walk along the shards reads each once."""
+    """Reads samples and holds the current shard, so that a pass over the shards reads each of them once."""
 
     def __init__(self, shards: ShardReader) -> None:
         self._shards = shards
@@ -99,22 +100,22 @@ class Cursor:
         self._shard: LoadedShard | None = None
         self._index = -1
 
-    def sample(self, shard: int, index: int) -> Sample:
-        """The sample with this index in this shard of the split (DataError as `ShardReader.load`)."""
+    def sample(self, shard: int, index: int) -> StoredSample:
+        """The sample with this index in this shard of the split. Raises like `ShardReader.load`."""
         if self._shard is None or shard != self._index:
-            self._shard = None  # lets the last one go before the next one is read
+            self._shard = None  # frees the memory of the last shard before reading the next one
             self._shard, self._index = self._shards.load(shard), shard
         label, position = int(self._shard.labels[index]), int(self._offsets[shard]) + index
-        return Sample(self._shard.image(index), label, position)
+        return StoredSample(self._shard.image(index), label, position)
 
-    def at(self, position: int) -> Sample:
-        """The sample with this id."""
+    def at(self, position: int) -> StoredSample:
+        """The sample at this position in the split. Raises like `ShardReader.load`."""
         shard = int(np.searchsorted(self._offsets, position, side="right")) - 1
         return self.sample(shard, position - int(self._offsets[shard]))
 
 
 def _read(path: str, size: int) -> bytes:
-    """A whole shard, and what shows that it has more than `size` bytes if it has. No path is anything but a file's."""
+    """Reads a whole shard, up to `size` + 1 bytes, to detect one that is too long. Refuses all but regular files."""
     if size > MOST_BYTES:
         raise DataError(f"{path}: {size} bytes, and a shard is read whole: at most {MOST_BYTES}; build smaller ones")
     try:
@@ -159,7 +160,7 @@ def _parse(content: bytes, shard: Shard, path: str, classes: int) -> LoadedShard
     if len(keys) != shard.samples:
         raise DataError(
             f"{path}: holds {len(keys)} samples where the manifest says {shard.samples}; "
-            "write the manifest anew with `scaleprog shards check --write-manifest`"
+            "write the manifest again with `scaleprog shards check --write-manifest`"
         )
     begins, stops, classes_of = (np.array(values, dtype=np.int64) for values in (starts, ends, labels))
     return LoadedShard(path, tuple(keys), memoryview(content), begins, stops, classes_of)

@@ -1,7 +1,8 @@
-"""Batches decoded ahead of the step by worker processes, handed over in shared memory.
+"""Worker processes decode batches ahead of the step and hand them over in shared memory.
 
-torch's DataLoader sends every tensor as a file through a socket, about a millisecond each: a fifth of a small network's
-step. Here a worker writes into slots of memory that it shares with the rank, and two semaphores say whose turn it is.
+torch's DataLoader sends every tensor as a file through a socket, which takes about a millisecond per tensor: a fifth of
+a small network's step. Here, a worker writes into memory slots that it shares with the rank, and two semaphores control
+whose turn it is.
 """
 
 import math
@@ -25,7 +26,7 @@ from scaleprog.errors import Unavailable
 
 FORK = multiprocessing.get_context("fork")  # shares the cached shards
 POLL_SECONDS = 1.0
-START_SECONDS = 20.0  # after which a worker that has not begun is taken to hang
+START_SECONDS = 20.0  # a worker that has not begun after this long counts as hung
 
 
 @dataclass
@@ -33,24 +34,24 @@ class Batch:
     """One rank's part of a batch; in training its rows are lane-major: (lane, sample of the lane)."""
 
     images: Tensor
-    """(B_local, C, r, r) float32, normalised."""
+    """(B_local, C, r, r) float32, normalized."""
     labels: Tensor
-    """(B_local,) int64; -1 where an evaluation batch is filled up."""
+    """(B_local,) int64; -1 in rows that pad an evaluation batch."""
     ids: Tensor
-    """(B_local,) int64: which sample of the split (samples of earlier shards + index in its shard); or -1."""
+    """(B_local,) int64: position in the split (samples of earlier shards + index in its shard); -1 in padding."""
 
 
 class Stream:
-    """Batches, decoded ahead by worker processes; an iterator, and a context manager whose end stops the workers.
+    """An iterator over batches that worker processes decode ahead, and a context manager that stops the workers.
 
     Args:
-        produce: (part, parts) -> that part of every batch, in order; every part yields as many.
-        workers: processes, one per part; 0 produces the whole in this process.
+        produce: (part, parts) -> that part of every batch, in order; all parts yield equally many.
+        workers: processes, one per part; with 0, this process produces the whole batches.
         prefetch: batches decoded ahead.
-        largest: (rows, C, r, r), the shape of a part's images at most.
+        largest: (rows, C, r, r), the largest shape of a part's images.
 
     Raises:
-        Exception: while iterating: what `produce` raised, of the same type.
+        Exception: while iterating: `produce` raised an exception of the same type.
         Unavailable: while iterating: a worker died.
     """
 
@@ -72,7 +73,7 @@ class Stream:
         try:
             if not self._workers:
                 return next(self._alone)
-            parts = [worker.take() for worker in self._workers]  # they end together
+            parts = [worker.take() for worker in self._workers]  # all parts end at the same batch
             images = self._whole([images for images, _ in parts], 0)
             labels, ids = self._whole([rows for _, rows in parts], 1)
         except BaseException:
@@ -89,7 +90,7 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Stops the workers; there are no batches afterwards."""
+        """Stops the workers and ends the iteration."""
         self._alone = iter(())
         for worker in self._workers:
             worker.terminate()
@@ -97,7 +98,7 @@ class Stream:
             self._workers.pop().join()
 
     def _whole(self, parts: list[Tensor], dim: int) -> Tensor:
-        """A copy of the parts as one tensor, in page-locked memory where there is a GPU."""
+        """A copy of the parts as one tensor, in page-locked memory if there is a GPU."""
         if not self._pin:
             return torch.cat(parts, dim)
         shape = list(parts[0].shape)
@@ -106,7 +107,7 @@ class Stream:
 
 
 class _Worker:
-    """A process that fills `prefetch` slots with its part of the batches, one after the other, round and round."""
+    """A process that fills a ring of `prefetch` slots with its part of the batches."""
 
     def __init__(
         self,
@@ -121,7 +122,7 @@ class _Worker:
         self._slots = prefetch
         self._images = _shared((prefetch, math.prod(largest)), torch.float32)
         self._rows = _shared((prefetch, 2, rows), torch.int64)  # labels, ids
-        self._shapes = _shared((prefetch, 2), torch.int64).numpy()  # rows, resolution; no rows: the end, or an error
+        self._shapes = _shared((prefetch, 2), torch.int64).numpy()  # rows, resolution; 0 rows: the end or an error
         self._free = FORK.Semaphore(prefetch)
         self._filled = FORK.Semaphore(0)
         self._begun = _shared((1,), torch.int64).numpy()
@@ -136,17 +137,17 @@ class _Worker:
         errors.close()
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """The next part's images (B, C, r, r), and labels and ids (2, B), in shared memory: copy, then `give_back`.
+        """The next part's images (B, C, r, r), and labels and IDs (2, B), in shared memory: copy, then `give_back`.
 
         Raises:
             StopIteration: there are no more.
             Unavailable: the worker died.
-            Exception: what the producer raised.
+            Exception: the producer raised it.
         """
         while not self._filled.acquire(timeout=POLL_SECONDS):
             if not self._begun[0] and time.monotonic() - self._forked > START_SECONDS:
-                # Python 3.11 itself hangs in a fork that meets a thread of C++ which just enters Python (seen with gdb:
-                # PyOS_AfterFork_Child waits for the lock of the thread states); what it was to do can be done anew
+                # Python 3.11 can hang in a fork while a C++ thread is entering Python (seen with gdb:
+                # PyOS_AfterFork_Child waits for the lock of the thread states); another fork can do the same work
                 self._process.kill()
                 self._process.join()
                 if not self._begun[0]:
@@ -164,12 +165,12 @@ class _Worker:
         return self._images[self._next, : math.prod(shape)].view(shape), self._rows[self._next, :, :rows]
 
     def give_back(self) -> None:
-        """Lets the worker fill the slot that was taken."""
+        """Lets the worker fill the taken slot again."""
         self._next = (self._next + 1) % self._slots
         self._free.release()
 
     def terminate(self) -> None:
-        """Ends the process; by KILL where it still has the rank's handlers, by which a TERM would reach the rank."""
+        """Ends the process, with SIGKILL if it still has the rank's handlers, which would pass SIGTERM to the rank."""
         if self._begun[0]:
             self._process.terminate()
         else:
@@ -182,9 +183,9 @@ class _Worker:
         self._errors.close()
 
     def _fill(self, errors: Connection) -> None:
-        """What the process does."""
+        """Fills the slots; runs in the process."""
         rank_process = os.getppid()
-        _settle(rank_process)
+        _reset_signals(rank_process)
         self._begun[0] = 1
         slot = 0
 
@@ -214,22 +215,20 @@ class _Worker:
 
 
 def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory that forked processes share; anonymous, so that a small /dev/shm is no limit."""
+    """Memory that forked processes share; anonymous, so that a small /dev/shm does not limit it."""
     memory = mmap.mmap(-1, max(1, math.prod(shape)) * dtype.itemsize)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
-def _settle(rank_process: int) -> None:
-    """Settles the signals and threads of a forked worker.
+def _reset_signals(rank_process: int) -> None:
+    """Sets up the signal handlers and threads of a forked worker.
 
-    Slurm and terminals signal every process of a job, and the rank still takes some steps after that: so INT and USR2
-    are ignored, and of the TERMs only the rank's own ends the worker. A worker whose rank is gone leaves by itself.
+    Slurm and terminals signal every process of a job, and the rank still trains some steps after that. So a worker
+    ignores SIGINT and SIGUSR2, and SIGTERM ends it only if the rank sent it. A worker whose rank is gone exits.
     """
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    if hasattr(
-        os, "SCHED_BATCH"
-    ):  # else the kernel lets a worker that wakes run for some milliseconds in the rank's place
+    if hasattr(os, "SCHED_BATCH"):  # otherwise a worker that wakes up can take the rank's CPU for some milliseconds
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)

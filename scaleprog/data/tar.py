@@ -1,7 +1,7 @@
-"""The samples of a tar, found without trusting a byte of it.
+"""Finds the samples in an untrusted tar.
 
-Python's tarfile unpacks what is compressed, follows links, builds sparse files and reads headers of any size, each of
-which lets a small file take all memory. A shard needs none of it: it is a plain tar (ustar, GNU or pax) of plain files.
+Python's tarfile decompresses, follows links, builds sparse files and reads headers of any size. Each of these lets a
+small file exhaust memory, and a shard needs none of them: it is a plain tar (ustar, GNU or pax) of plain files.
 """
 
 import unicodedata
@@ -9,19 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from scaleprog.settings import MOST_CLASSES
+from scaleprog.recipe.numbers import MOST_CLASSES
 
 BLOCK = 512
 LONGEST_HEADER, LONGEST_NAME = 64 * 2**10, 4096
 SMALLEST_SAMPLE = 2 * BLOCK
-"""Bytes: the headers of an image and a label."""
+"""Bytes in the headers of an image and a label."""
 _LEFT_OUT = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a FIFO"}
 _PLAIN = (b"0", b"\0", b"7")
 
 
 @dataclass(frozen=True)
 class Member:
-    """A plain file in a tar: where its bytes are."""
+    """A plain file in a tar: its name, and the position of its bytes."""
 
     name: str
     start: int
@@ -29,12 +29,13 @@ class Member:
 
 
 def samples(file: BinaryIO, size: int) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Consecutive files of one key, as (key, {extension in lower case: file}), named as WebDataset does: KEY.EXTENSION.
+    """The consecutive files of each key, as (key, {lowercase extension: file}); names are KEY.EXTENSION, as in
+    WebDataset.
 
     Files without an extension, and WebDataset's own (`__NAME...`), are left out.
 
     Raises:
-        ValueError: `file`, of `size` bytes, is no whole plain tar, or two files of a sample have one extension.
+        ValueError: `file`, of `size` bytes, is not a whole plain tar, or two files of a sample share an extension.
         OSError: it cannot be read.
     """
     current: str | None = None
@@ -57,7 +58,7 @@ def samples(file: BinaryIO, size: int) -> Iterator[tuple[str, dict[str, Member]]
 
 
 def read(file: BinaryIO, member: Member) -> bytes:
-    """The bytes of a member. Raises OSError, or ValueError if the file has been cut meanwhile."""
+    """The bytes of a member. Raises OSError, or ValueError if the file has been truncated in the meantime."""
     file.seek(member.start)
     content = file.read(member.size)
     if len(content) != member.size:
@@ -66,14 +67,14 @@ def read(file: BinaryIO, member: Member) -> bytes:
 
 
 def label(text: bytes) -> int | None:
-    """The class index that a `.cls` file holds, which may be negative; None if it is no number or of no class ever."""
+    """The class index in a `.cls` file, which may be negative; None if it is not a number or too long to be one."""
     text = text.strip()
     digits = text.removeprefix(b"-")
     return int(text) if digits.isdigit() and len(digits) <= len(str(MOST_CLASSES)) else None
 
 
 def _members(file: BinaryIO, size: int) -> Iterator[Member]:
-    """The plain files of a tar, in order; folders are left out, anything else is an error."""
+    """The plain files of a tar, in order. Skips folders; raises ValueError for anything else."""
     at, name, pax = 0, "", dict[bytes, bytes]()
     while True:
         file.seek(at)
@@ -98,7 +99,7 @@ def _members(file: BinaryIO, size: int) -> Iterator[Member]:
             elif _records(extra).keys() & {b"path", b"size"}:
                 raise ValueError(f"a header at byte {start} that names all files alike")
             continue
-        if kind == b"K":  # the name of a link that follows
+        if kind == b"K":  # the long name of a link; the link itself is refused
             continue
         name = _text(pax[b"path"]) if b"path" in pax else name or _own_name(header)
         if kind in _LEFT_OUT or (kind not in (*_PLAIN, b"5")) or any(key.startswith(b"GNU.sparse") for key in pax):
@@ -115,7 +116,7 @@ def _members(file: BinaryIO, size: int) -> Iterator[Member]:
 
 
 def _sound(header: bytes) -> bool:
-    """Whether the header's checksum fits it."""
+    """Whether the header's checksum is right."""
     try:
         told = _number(header[148:156], 8)
     except ValueError:
@@ -124,7 +125,7 @@ def _sound(header: bytes) -> bool:
 
 
 def _number(field: bytes, base: int) -> int:
-    """A size as headers write it: digits, or in a field that begins with 0x80 the bytes of the number itself."""
+    """The size in a header field: digits in `base`, or bytes of the number after 0x80. Raises ValueError."""
     if field[0:1] == b"\x80":
         return int.from_bytes(field[1:])
     digits = field.strip(b" \0")
@@ -136,13 +137,13 @@ def _number(field: bytes, base: int) -> int:
 
 
 def _own_name(header: bytes) -> str:
-    """The name in the header itself, to which ustar puts a folder in front."""
+    """The name in the header itself; ustar stores its folder in another field."""
     name, prefix = (field.partition(b"\0")[0] for field in (header[:100], header[345:500]))
     return _text(b"/".join((prefix, name)) if prefix and header[257:263] == b"ustar\0" else name)
 
 
 def _text(raw: bytes) -> str:
-    """A file's name as text that can be shown."""
+    """A file's name as printable text. Raises ValueError if it is not one for a file in a folder."""
     try:
         name = raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -156,7 +157,7 @@ def _text(raw: bytes) -> str:
 
 
 def _records(content: bytes) -> dict[bytes, bytes]:
-    """The "LENGTH KEY=VALUE" lines of a pax header."""
+    """The "LENGTH KEY=VALUE" lines of a pax header. Raises ValueError."""
     found: dict[bytes, bytes] = {}
     at = 0
     while at < len(content):

@@ -1,1 +1,1 @@
-"""How a network grows: pure values and arithmetic, no tensor of the model in sight."""
+"""How a network grows: pure values and arithmetic, without the model's tensors."""

@@ -1,4 +1,4 @@
-"""Adaptive regularisation, AdaReg (paper 5.3): augmentation and drop-path strengths that grow with the network."""
+"""Adaptive regularization, AdaReg (paper 5.3): augmentation and drop-path strengths that grow with the network."""
 
 from dataclasses import dataclass
 
@@ -13,6 +13,6 @@ class Regularization:
 
 
 def regularization(ramp: float) -> Regularization:
-    """Strengths where growth has come as far as `ramp` (0: it begins, 1: complete): magnitude from a half, the others
-    from zero, linearly up to full."""
+    """Strengths at the growth progress `ramp`, from 0 (growth begins) to 1 (complete model). All increase linearly to
+    1: the magnitude from 0.5, the others from 0."""
     return Regularization(magnitude=0.5 + 0.5 * ramp, erase=ramp, drop_path=ramp)

@@ -1,72 +1,34 @@
-"""The search's decision: losses and step times of the candidates -> the chosen Subnet, and how long it is trained.
+"""The search's decision: losses and step times of the candidates -> the chosen Subnet, and how long it trains.
 
-Two methods. `published` (paper 4.1, 4.3) balances loss against time by an exponent that it fits. `budget`, ours, knows
-what the run may cost, so that the only question is where it saves: at the candidate that gives up least loss for it.
+There are two methods. `published` (paper 4.1, 4.3) balances loss against time with a fitted exponent. `budget`, which
+is not in the paper, knows what the run may cost, and chooses the candidate that gives up the least loss per step saved.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, median_low
-from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from scaleprog.errors import OverBudget
-from scaleprog.growth.space import CandidateRule, Choice, Subnet
-from scaleprog.settings import Epochs, Few, Part, Settings, Subset
-
-Method = Literal["budget", "published"]
+from scaleprog.growth.space import Choice, Subnet
 
 TIE = 1e-6  # relative difference of two scores below which the cheaper candidate wins
-NOISE = 2.0  # standard errors by which a loss must exceed the complete model's to count as higher
-LEARNED = 0.25  # the part of the loss of guessing that must be gone before anything is saved; docs/LOG.md says why
-CLOCKS = 0.01  # the part of a run by which measured times may make it miss a budget that was kept at the search before
-WORTHWHILE = 0.9  # a network whose step costs a larger part of a complete one saves nothing worth a growth
-
-
-PUBLISHED = {"epochs": 2, "subset": 50_000, "candidates": "window", "measurements": 5, "weights": "ema"}
-"""What the published method does (paper 5) where a recipe does not say; the defaults below are the budget's."""
-
-
-class SearchSettings(Settings):
-    """How a stage is searched.
-
-    `method`: `budget` or `published`, see docs/search.md; `budget`: the most that the run may cost, searches included,
-    as a part of Original's cost (None: about what the equispaced ladder, "Prog", costs); `complete_steps`: how many
-    steps a budget leaves the complete model at the end, at least; a run too short for that trains it from the first
-    step; `epochs` of supernet training (None: an 80th of the run's); `subset`: training images that score a candidate,
-    rounded down to whole batches, at least one (None: a 25th of all); `candidates`: see `GrowthSpace.candidates`;
-    `measurements`: how often losses are measured, equispaced from the start to the end of the last search epoch;
-    `weights`: of which network they are; `times`: `measured` step times, or `modelled` ones in proportion to GMACs, for
-    runs that must make the same choice twice. The published method has defaults of its own, `PUBLISHED`.
-    """
-
-    method: Method = "budget"
-    budget: Part | None = None
-    complete_steps: Annotated[int, Field(ge=0, le=10**9)] = 300
-    epochs: Epochs | None = None
-    subset: Subset | None = None
-    candidates: CandidateRule = "corners"
-    measurements: Few = 1
-    weights: Literal["ema", "online"] = "online"
-    times: Literal["measured", "modelled"] = "measured"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_published(cls, values: Any) -> Any:
-        published = isinstance(values, dict) and values.get("method") == "published"
-        return PUBLISHED | values if published else values
+NOISE = 2.0  # a loss counts as higher if it exceeds the complete model's by more standard errors than this
+LEARNED = 0.25  # saving begins once this part of a uniform guess's loss is gone; docs/LOG.md says why
+LEARNED_AT_PROBE = 0.1  # the same at a probe, a tenth into the run
+CLOCKS = 0.01  # tolerance for noisy step times, as a part of the run: a promised budget may be missed by this much
+WORTHWHILE = 0.9  # a step that costs a larger part of a complete one does not save enough to justify a growth
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a search found and chose: per candidate the mean loss, the step time in seconds (or GMACs) and the score.
+    """The choice of a search, with the mean loss, the step time in seconds (or GMACs) and the score of each candidate.
 
-    Of the published method: `alpha`, and scores whose unit of time is the cheapest candidate's. Of the budget:
-    `complete_from`, the schedule position from which on the complete model trains, scores in loss per step saved (None:
-    the complete model, and what cannot save enough), and `why` that was chosen, in words.
+    The published method sets `alpha`; its scores measure time in steps of the cheapest candidate. The budget method
+    sets `complete_from`, the schedule position of the takeover, and `why`, the reason for the choice as text; its
+    scores are loss per step saved (None: the complete model, and candidates that cannot save enough).
     """
 
     stage: int
@@ -81,24 +43,29 @@ class Decision:
 
     @property
     def because(self) -> str:
-        """What else was decided, in words."""
+        """The details of the decision, as text."""
         if self.complete_from is None:
             return f"alpha {self.alpha:.4f}"
         return ": ".join(filter(None, (f"complete from schedule step {self.complete_from}", self.why)))
 
     @property
     def choice(self) -> Choice:
-        """What the schedule goes by."""
+        """The part of the decision that determines the schedule."""
         return Choice(self.chosen, self.complete_from)
 
 
 @dataclass(frozen=True)
-class Funds:
-    """Where a run with a budget stands. Costs are in steps of the complete model.
+class BudgetState:
+    """The state of a run's budget at a search. Costs are in steps of the complete model.
 
-    `position`: the schedule position from which on the search's choice is trained; `steps`: those of the whole
-    schedule; `latest`: the last position at which the complete model may take over; `left`: what may still be spent;
-    `promised`: whether the recipe names the budget, so that it must not be exceeded.
+    Args:
+        position: schedule position at which the search's choice begins to train.
+        steps: positions of the whole schedule.
+        latest: last position at which the complete model may take over.
+        left: cost that the run may still spend.
+        promised: whether the recipe names the budget, so that the run must not exceed it.
+        probing: whether the search only asks if the smallest network learns at all: it continues, or the complete model
+            takes over.
     """
 
     position: int
@@ -106,26 +73,30 @@ class Funds:
     latest: int
     left: float
     promised: bool = False
+    probing: bool = False
 
     @property
     def saving(self) -> float:
-        """What has to be saved on the way, against training the complete model from here on."""
+        """The cost that the rest of the run must save, compared with training only the complete model."""
         return self.steps - self.position - self.left
 
     def choice(self, small: Subnet, price: float, complete: Subnet) -> Choice:
-        """`small`, whose step costs `price` < 1, until the complete model takes over: as early as may be, at `latest`
-        even where that saves too little. The complete model itself where that is at once."""
+        """The choice of `small`, whose step costs `price` < 1, until the complete model takes over.
+
+        The takeover comes as early as the budget allows, but no later than `latest`, even if that saves too little. If
+        it would come immediately, the choice is `complete` itself.
+        """
         takeover = self.position + math.ceil(self.saving / (1 - price) - 1e-9)
         takeover = max(self.position, min(takeover, self.latest))
         return Choice(small if takeover > self.position else complete, takeover)
 
     def enough(self, price: float, missed: float = 1e-9) -> bool:
-        """Whether a network whose step costs `price` can save what has to be saved, but a part `missed` of the run."""
+        """Whether a network whose step costs `price` can save enough; `missed` is a tolerance, as a part of the run."""
         return self.saving <= max(0.0, (1 - price) * (self.latest - self.position)) + missed * self.steps
 
 
 def measurement_steps(start: int, stop: int, epoch: int, measurements: int) -> tuple[int, ...]:
-    """After how many optimizer steps losses are measured: equispaced over the last `epoch` steps before `stop`."""
+    """The optimizer steps after which losses are measured, equispaced over the last `epoch` steps before `stop`."""
     if measurements == 1:
         return (stop,)
     first = max(start, stop - epoch)
@@ -133,21 +104,26 @@ def measurement_steps(start: int, stop: int, epoch: int, measurements: int) -> t
 
 
 def step_time(samples: Sequence[float]) -> float:
-    """What a step takes, of at least one that was timed: the lower median, as few samples are more often late than
-    early, without the first if there are more, which may have compiled or allocated."""
+    """The duration of a step: the lower median of one or more `samples`, because outliers are mostly slow.
+
+    Ignores the first of several samples, because that step may have compiled or allocated.
+    """
     return median_low(samples[1:] or samples)
 
 
 def candidate_times(measured: Mapping[Subnet, float], costs: Mapping[Subnet, float]) -> dict[Subnet, float]:
-    """The step time of every candidate in `costs` (GMACs): as measured, or by its share of the work for one that no
-    step happened to sample; the costs themselves where nothing was measured."""
+    """The step time of every candidate in `costs` (GMACs).
+
+    The time of a candidate that no step happened to sample is estimated from its cost. If nothing was measured, the
+    times are the costs.
+    """
     known = [measured[subnet] / cost for subnet, cost in costs.items() if measured.get(subnet)]
     rate = median(known) if known else 1.0
     return {subnet: measured.get(subnet) or cost * rate for subnet, cost in costs.items()}
 
 
 def balancing_exponent(losses: Sequence[float], times: Sequence[float]) -> float:
-    """alpha >= 0 that balances the candidates' scores: with loss ~ a * T^b fitted in log-log, alpha = max(-b, 0)."""
+    """alpha >= 0, which balances the candidates' scores: fits loss ~ a * T^b in log-log space; alpha = max(-b, 0)."""
     x, y = np.log(np.asarray(times, np.float64)), np.log(np.asarray(losses, np.float64))
     x = x - x.mean()
     spread = float(x @ x)
@@ -155,13 +131,14 @@ def balancing_exponent(losses: Sequence[float], times: Sequence[float]) -> float
 
 
 def decide(stage: int, measured: Sequence[Mapping[Subnet, float]], times: Mapping[Subnet, float]) -> Decision:
-    """The published choice: argmin loss * T^alpha over the candidates; scores that tie go to the cheaper one.
+    """The published choice: argmin loss * T^alpha over the candidates; on a tie, the cheapest one wins.
 
-    `measured` holds the losses of every candidate at each measurement; their mean counts.
+    `measured` holds the losses of every candidate at each measurement, which are averaged. Raises ValueError if a loss
+    or a time is not finite and positive.
     """
     candidates, losses, seconds = _found(stage, measured, times)
     alpha = balancing_exponent(losses, seconds)
-    cheapest = min(seconds)  # in its units the scores neither overflow nor depend on the clock's
+    cheapest = min(seconds)  # as the unit of time, it avoids overflow and makes scores independent of the clock's unit
     scores = [loss * (time / cheapest) ** alpha for loss, time in zip(losses, seconds)]
     best = min(scores)
     tied = [i for i, score in enumerate(scores) if score <= best * (1 + TIE)]
@@ -170,42 +147,57 @@ def decide(stage: int, measured: Sequence[Mapping[Subnet, float]], times: Mappin
 
 
 def decide_within(
-    funds: Funds,
+    budget: BudgetState,
     stage: int,
     measured: Sequence[Mapping[Subnet, float]],
     times: Mapping[Subnet, float],
     errors: Mapping[Subnet, float] | None = None,
     guessing: float | None = None,
 ) -> Decision:
-    """The budget's choice: the complete model where it can be paid for to the end, else where saving costs least.
+    """The budget's choice: the complete model if the budget pays for it to the end, else the least loss per step saved.
 
-    A sub-network that trains in place of the complete model (the largest candidate) gives up the difference of their
-    losses and saves that of their times. A budget fixes how much is to be saved until the complete model takes over, so
-    the loss per step saved decides: the cheaper a sub-network, the sooner it can be left. In the plane of time and loss
-    that is the tangent from the complete model to the candidates. `errors` holds the standard error of each difference
-    of losses: what is within twice that is noise and counts as nothing. Those that lose nothing tie, and so do others
-    within 1e-6: the cheapest wins. A candidate that cannot save enough in the time that is left is none, if another
-    can. Unless the budget is promised, the complete model is chosen, too, where no candidate's step is noticeably
-    cheaper, and where so little has been learned that steps on small networks would go on being lost: where even the
-    best candidate's loss is near `guessing`, that of a uniform guess.
+    A Subnet that trains in place of the complete model (the largest candidate) gives up the difference of their losses
+    and saves the difference of their times. The budget fixes how much to save before the takeover, so a candidate's
+    score is the loss that it gives up per step saved: the cheaper a Subnet, the sooner the takeover. In the plane of
+    time and loss, the lowest score is the tangent from the complete model to the candidates.
+
+    - A difference of losses within twice its standard error is noise and counts as 0.
+    - All candidates that give up nothing tie, and so do scores within a factor of 1 + 1e-6; then the cheapest one wins.
+    - A candidate that cannot save enough in the rest of the run is left out, if another one can.
+    - A probe has only the smallest Subnet to choose, or the complete model.
+    - If the budget is not promised, the complete model also wins if no candidate's step is noticeably cheaper, or if
+      even the best loss is near `guessing`: the network has learned so little that cheap steps would be wasted.
+
+    Args:
+        budget: state of the budget.
+        stage: number of the stage.
+        measured: losses of every candidate at each measurement, which are averaged.
+        times: step time of every candidate, in any unit.
+        errors: standard error of each candidate's difference of losses from the complete model (None: all 0).
+        guessing: loss of a uniform guess (None: not checked).
 
     Raises:
-        OverBudget: no choice keeps to a budget that was promised.
+        OverBudget: no choice keeps a promised budget.
+        ValueError: a loss or a time is not finite and positive.
     """
     candidates, losses, seconds = _found(stage, measured, times)
     complete = max(range(len(candidates)), key=lambda i: (candidates[i].resolution, candidates[i].depth))
     prices = [time / seconds[complete] for time in seconds]
     learned = 1.0 if guessing is None else 1 - min(losses) / guessing
-    early = learned < LEARNED and not funds.promised
-    dearest = 1.0 if funds.promised else WORTHWHILE
-    cheaper = [i for i, price in enumerate(prices) if i != complete and price < dearest and not early]
-    open_to = [i for i in cheaper if funds.enough(prices[i])]
-    cheapest = min((i for i in range(len(candidates)) if i != complete), key=lambda i: prices[i])
-    if funds.promised and not any(funds.enough(prices[i], CLOCKS) for i in cheaper or [cheapest]):
-        spent = funds.steps - funds.position - max(0.0, 1 - prices[cheapest]) * max(0, funds.latest - funds.position)
+    needed = LEARNED_AT_PROBE if budget.probing else LEARNED
+    early = learned < needed and not budget.promised
+    dearest = 1.0 if budget.promised else WORTHWHILE
+    smaller = [0] if budget.probing else [i for i in range(len(candidates)) if i != complete]
+    cheaper = [i for i in smaller if prices[i] < dearest and not early]
+    open_to = [i for i in cheaper if budget.enough(prices[i])]
+    cheapest = min(smaller, key=lambda i: prices[i])
+    if budget.promised and not any(budget.enough(prices[i], CLOCKS) for i in cheaper or [cheapest]):
+        spent = (
+            budget.steps - budget.position - max(0.0, 1 - prices[cheapest]) * max(0, budget.latest - budget.position)
+        )
         raise OverBudget(
             f"search.budget: a step on {candidates[cheapest]} costs {prices[cheapest]:.0%} of a complete one as "
-            f"measured here, so the rest of the run takes at least {spent:.0f} complete steps, {funds.left:.0f} are "
+            f"measured here, so the rest of the run takes at least {spent:.0f} complete steps, {budget.left:.0f} are "
             "left; the same command with a larger search.budget resumes the run"
         )
     noise = errors or {}
@@ -214,22 +206,22 @@ def decide_within(
         for candidate, loss in zip(candidates, losses)
     ]
     scores = {i: gaps[i] / (1 - prices[i]) for i in open_to or [i for i in cheaper if i == cheapest]}
-    choice = Choice(candidates[complete], funds.position)
+    choice = Choice(candidates[complete], budget.position)
     if scores:
         tied = [i for i, score in scores.items() if score <= min(scores.values()) * (1 + TIE)]
         small = min(tied, key=lambda i: (prices[i], candidates[i]))
-        choice = funds.choice(candidates[small], prices[small], candidates[complete])
+        choice = budget.choice(candidates[small], prices[small], candidates[complete])
     if choice.subnet != candidates[complete]:
         loses = f"loses {gaps[small]:.3g} of loss beyond noise" if gaps[small] else "loses nothing beyond noise"
         why = f"a step of it costs {prices[small]:.0%} of a complete one and {loses}"
-    elif funds.saving <= 0:
-        why = "it can be paid for to the end"
+    elif budget.saving <= 0:
+        why = "the budget pays for it to the end"
     elif early:
-        why = f"too early to save, {max(0.0, learned):.0%} of the loss of guessing is gone, {LEARNED:.0%} is needed"
+        why = f"too early to save: {max(0.0, learned):.0%} of a uniform guess's loss is gone, {needed:.0%} is needed"
     elif not cheaper:
         why = f"nothing to save, a step on {candidates[cheapest]} costs {prices[cheapest]:.0%} of a complete one"
     else:
-        why = "it needs what is left of the run"
+        why = "it needs the rest of the run's budget"
     shown = tuple(scores.get(i) for i in range(len(candidates)))
     return Decision(
         stage, candidates, losses, seconds, shown, choice.subnet, complete_from=choice.complete_from, why=why
@@ -239,7 +231,7 @@ def decide_within(
 def _found(
     stage: int, measured: Sequence[Mapping[Subnet, float]], times: Mapping[Subnet, float]
 ) -> tuple[tuple[Subnet, ...], tuple[float, ...], tuple[float, ...]]:
-    """The candidates, ascending, their mean losses and their times. Raises ValueError."""
+    """The candidates in ascending order, their mean losses and their times. Raises ValueError."""
     candidates = tuple(sorted(times))
     losses = tuple(float(np.mean([losses[c] for losses in measured])) for c in candidates)
     seconds = tuple(times[c] for c in candidates)

@@ -4,16 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
 
-CandidateRule = Literal["corners", "all", "window"]
+from scaleprog.recipe.keys import CandidateRule
 
 
 @dataclass(frozen=True, order=True)
 class Subnet:
     """One size of the network: input resolution in pixels and depth in layers (over all layer groups).
 
-    Where `growth.patches` is `subset`, the resolution says how many patches: those of an image of so many pixels.
+    With `growth.patches: subset`, the resolution stands for a number of patches: as many as in an image of that size.
     """
 
     resolution: int
@@ -30,8 +29,8 @@ class Subnet:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a search ends with: the sub-network of its stage and, where a budget says so (else None), the schedule
-    position from which on the complete model trains."""
+    """The result of a search: the Subnet of its stage and, with a budget, `complete_from`, the schedule position of the
+    takeover (None: no budget)."""
 
     subnet: Subnet
     complete_from: int | None = None
@@ -39,17 +38,22 @@ class Choice:
 
 @dataclass(frozen=True)
 class View:
-    """What a sub-network is shown of an image: its `pixels` a side, `patches` of it drawn at random (None: all), and
-    of its frequencies those that `band` pixels a side could hold (None: all)."""
+    """The part of an image that a Subnet sees.
+
+    Args:
+        pixels: side of the image.
+        patches: number of patches, drawn at random (None: all).
+        cutoff: the image keeps only frequencies that so many pixels per side can hold (None: all).
+    """
 
     pixels: int
     patches: int | None = None
-    band: int | None = None
+    cutoff: int | None = None
 
 
 @dataclass(frozen=True)
 class GrowthSpace:
-    """Omega: the ascending resolutions and depths whose product are the sub-networks a search may choose from."""
+    """Omega: ascending resolutions and depths. Every combination of them is a Subnet that a search may choose."""
 
     resolutions: tuple[int, ...]
     depths: tuple[int, ...]
@@ -60,12 +64,13 @@ class GrowthSpace:
         return cls(tuple(sorted({s.resolution for s in subnets})), tuple(sorted({s.depth for s in subnets})))
 
     def candidates(self, previous: Subnet | None, rule: CandidateRule) -> tuple[Subnet, ...]:
-        """Lambda_k: what the stage after `previous` may become; ascending (None: the first stage).
+        """Lambda_k: the candidates of the stage after `previous` (None: of the first stage), ascending.
 
-        `corners` is whether and where to grow: either dimension as it is or complete (first stage: or smallest).
-        `all` is eq. 8: every member with at least as many parameters as `previous` (parameters grow with depth alone).
-        `window` is what the published implementation does: the first stage takes smallest, middle and largest of either
-        list; a later one the current and the next resolution, and up to three depths above the current one.
+        - `corners`: each dimension stays as it is or becomes complete (first stage: is smallest or complete).
+        - `all`, eq. 8: every member with at least as many parameters as `previous` (only depth adds parameters).
+        - `window`, the published implementation: the first stage takes the smallest, middle and largest value of each
+          dimension; a later one takes the current and the next resolution, and up to three depths above the current
+          one.
         """
         if rule == "corners":
             before = previous or Subnet(self.resolutions[0], self.depths[0])
@@ -84,9 +89,10 @@ class GrowthSpace:
 
 
 def ladder(full: Subnet, smallest: float, stages: int, multiple: int) -> tuple[Subnet, ...]:
-    """The `stages` sub-networks at equispaced ratios smallest..1 of both dimensions, ascending; the last is `full`.
+    """The `stages` Subnets at equispaced ratios smallest..1 of both dimensions, ascending; the last is `full`.
 
-    Resolutions are rounded to `multiple` pixels and depths to whole layers, halves up and never below one unit.
+    Resolutions are rounded to multiples of `multiple` pixels and depths to whole layers, halves up and never below one
+    unit.
     """
     if stages == 1:
         return (full,)

@@ -1,4 +1,4 @@
-"""Elastic models; they know nothing of distribution."""
+"""Elastic models; they know nothing about ranks."""
 
 import difflib
 import re
@@ -9,19 +9,21 @@ import torch
 
 from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet
-from scaleprog.models.elastic import ElasticModel, ModelSettings
+from scaleprog.models.elastic import ElasticModel
 from scaleprog.models.vit import ElasticViT
+from scaleprog.recipe.keys import ModelSettings
 
 FAMILIES: tuple[type[ElasticModel], ...] = (ElasticViT,)
 
 
 @cache
-def family(settings: ModelSettings) -> tuple[type[ElasticModel], Subnet, int]:
-    """The elastic family of a recipe's model, its full size and its stride (pixels that resolutions are multiples of).
+def resolve_family(settings: ModelSettings) -> tuple[type[ElasticModel], Subnet, int]:
+    """The elastic family of a recipe's model, its full size and its stride (pixels; resolutions are its multiples).
 
-    Raises RecipeError for a name timm does not know, a model of no elastic family, or sizes timm refuses.
+    Raises RecipeError for a name that timm does not know, a model outside the elastic families, or sizes that timm
+    refuses.
     """
-    # a name only: timm reads hf-hub:... from the network and local-dir:... from a folder
+    # plain names only, because timm reads hf-hub:... from the network and local-dir:... from a folder
     if not re.fullmatch(r"\w+(\.\w+)?", settings.name) or not timm.is_model(settings.name):
         near = difflib.get_close_matches(settings.name, timm.list_models(), 3) or timm.list_models("deit_*")[:3]
         raise RecipeError(f"model.name: timm knows no {settings.name!r}; did you mean {' or '.join(near)}?")
@@ -31,7 +33,7 @@ def family(settings: ModelSettings) -> tuple[type[ElasticModel], Subnet, int]:
                 net = candidate.create(settings, None)
             except TypeError:  # a model class without elastic resolution
                 continue
-            except Exception as error:  # its models raise whatever they like where sizes do not fit
+            except Exception as error:  # timm's models raise exceptions of any kind if sizes do not fit
                 reason = str(error) or type(error).__name__
                 raise RecipeError(f"model: timm cannot build {settings.name} with these sizes: {reason}") from error
         if candidate.fits(net):

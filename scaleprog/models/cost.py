@@ -1,4 +1,4 @@
-"""What a sub-network costs: parameters, multiply-accumulates and activations, counted by torch without any data."""
+"""The cost of a Subnet: parameters, multiply-accumulates and activations, counted by torch without any data."""
 
 from collections.abc import Callable
 from functools import cache
@@ -12,17 +12,18 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from scaleprog.growth.space import Subnet, View
-from scaleprog.models.elastic import ElasticModel, ModelSettings, Structure
+from scaleprog.models.elastic import ElasticModel, Structure
+from scaleprog.recipe.keys import ModelSettings
 
 Unit = tuple[tuple[int, ...], ...]
-"""Shapes of the parameters that are gathered together."""
+"""Shapes of the parameters that an engine gathers together."""
 Arithmetic = Literal["fp32", "bf16", "autocast"]
-"""What forward and backward compute in: `autocast` keeps fp32 weights and casts them to bf16 where torch would."""
+"""The precision of forward and backward; `autocast` keeps fp32 weights and casts them to bf16 where torch would."""
 
 
 @cache
 def parameters(family: type[ElasticModel], model: ModelSettings, depth: int) -> int:
-    """Parameters of the network of `depth` layers."""
+    """Number of parameters of the network of `depth` layers."""
     return _by_layer(
         family, depth, lambda layers: sum(p.numel() for p in _on_paper(family, model, layers).parameters())
     )
@@ -30,7 +31,7 @@ def parameters(family: type[ElasticModel], model: ModelSettings, depth: int) -> 
 
 @cache
 def units(family: type[ElasticModel], model: ModelSettings, depth: int) -> tuple[Unit, ...]:
-    """Parameter shapes of the network of `depth` layers: of what is in no layer, then of each layer."""
+    """Parameter shapes of the network of `depth` layers: first those outside the layers, then those of each layer."""
     built = 1 if _alike(family, depth) else depth
     found: dict[tuple[int, int], list[tuple[int, ...]]] = {(-1, -1): []}
     for name, parameter in _on_paper(family, model, built).named_parameters():
@@ -56,13 +57,13 @@ def _flops(family: type[ElasticModel], model: ModelSettings, view: View, depth: 
 
 
 def _alike(family: type[ElasticModel], depth: int) -> bool:
-    """Whether all layers are of one group, which a growth copies onto each other: what one costs, every one does."""
+    """Whether all layers are in one group, and therefore cost the same: a growth copies layers within a group."""
     return len(family.split(depth)) == 1
 
 
 def _by_layer(family: type[ElasticModel], depth: int, count: Callable[[int], int]) -> int:
-    """What `count` says of the network of `depth` layers, without building it where one layer costs what another does:
-    a deep network takes seconds, even on paper."""
+    """`count` of the network of `depth` layers. If all layers cost the same, extrapolates from two shallow networks,
+    because building a deep network takes seconds even without data."""
     if depth < 3 or not _alike(family, depth):
         return count(depth)
     one, two = count(1), count(2)
@@ -77,10 +78,18 @@ def activations(
     arithmetic: Arithmetic,
     recompute: bool = False,
 ) -> int:
-    """Bytes that autograd keeps from the forward of `images` images for their backward, parameters not counted.
+    """Bytes that autograd keeps between forward and backward, without parameters.
 
-    `recompute`: of every layer only its input, and all that the largest one keeps while it is computed again. Counted
-    with attention fused, as torch does it wherever it can; without, the (tokens, tokens) matrices come on top.
+    Assumes fused attention, which torch uses wherever it can; without fusion, add the (tokens, tokens) matrices.
+
+    Args:
+        family: the elastic family.
+        model: the recipe's model settings.
+        subnet: the network's size.
+        images: number of images.
+        arithmetic: precision of forward and backward.
+        recompute: whether only every layer's input is kept, plus everything in the largest layer, which backward
+            computes again.
     """
     one, two = (_kept(family, model, subnet, n, arithmetic, recompute) for n in (1, 2))
     return one + (images - 1) * (two - one)
@@ -97,7 +106,7 @@ def _kept(
 ) -> int:
     network = _on_paper(family, model, subnet.depth)
     dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float32
-    kept: dict[int, dict[int, torch.UntypedStorage]] = {-1: {}}  # of each layer, and of what is in none
+    kept: dict[int, dict[int, torch.UntypedStorage]] = {-1: {}}  # by layer; -1 is everything outside the layers
     inputs: list[int] = []
     place = -1
 

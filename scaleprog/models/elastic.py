@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import timm
@@ -14,33 +14,14 @@ from torch.utils.checkpoint import checkpoint
 from scaleprog.errors import RecipeError
 from scaleprog.growth.operators import LayerMap
 from scaleprog.growth.space import Subnet
-from scaleprog.settings import Channels, Classes, Layers, Momentum, Pixels, Settings, Text, Width
+from scaleprog.recipe.keys import ModelSettings
 
 Active = tuple[tuple[int, ...], ...]  # per layer group, the positions of the layers that run, ascending
 
 
-class ModelSettings(Settings):
-    """A timm model by name, and overrides of its sizes (None keeps timm's).
-
-    `resolution` and `patch` are in pixels, `width` is the embedding dimension, `drop_path` the stochastic-depth rate of
-    the last layer (it rises linearly from 0 at the first), `init` timm's scheme of initialisation (None: its default).
-    """
-
-    name: Text
-    classes: Classes = 1000
-    channels: Channels = 3
-    resolution: Pixels | None = None
-    patch: Pixels | None = None
-    width: Width | None = None
-    depth: Layers | None = None
-    heads: Width | None = None
-    drop_path: Momentum = 0.0
-    init: Literal["jax", "jax_nlhb", "moco"] | None = None
-
-
 @dataclass(frozen=True)
 class Structure:
-    """What a network is made of beyond its settings: for each layer of each group, whether it has a residual gate."""
+    """The structure of a network beyond its settings: for each layer of each group, whether it has a residual gate."""
 
     gated: tuple[tuple[bool, ...], ...]
 
@@ -55,7 +36,7 @@ class Structure:
         return tuple(len(group) for group in self.gated)
 
     def after(self, layer_map: LayerMap) -> "Structure":
-        """The structure that `layer_map` grows this one into: gates are added by the map and inherited from sources."""
+        """The structure after a growth with `layer_map`, which adds gates; layers also inherit their source's gate."""
         return Structure(
             tuple(
                 tuple(o.gate == 0 or (o.source is not None and gated[o.source]) for o in group)
@@ -65,9 +46,9 @@ class Structure:
 
 
 class Residual(nn.Module):
-    """The end of a residual branch: stochastic depth with scales drawn outside, and a learnable gate if it has one.
+    """The end of a residual branch: stochastic depth with scales drawn elsewhere, and an optional learnable gate.
 
-    It takes the place of timm's DropPath, whose draws would depend on how the batch is spread over ranks.
+    It replaces timm's DropPath, whose draws would depend on how the ranks share the batch.
     """
 
     def __init__(self, gated: bool) -> None:
@@ -86,7 +67,8 @@ class Residual(nn.Module):
 class ElasticModel(nn.Module, ABC):
     """A timm model (`net`) whose layer groups are elastic. A family says where its groups are and how they run.
 
-    A Subnet's depth counts the layers of all groups; `split` shares it out. Layers are addressed as (group, position).
+    A Subnet's depth counts the layers of all groups; `split` divides it among them. The address of a layer is
+    (group, position).
     """
 
     layer_groups: ClassVar[tuple[str, ...]]  # attribute of `net` that holds each group's layers
@@ -94,7 +76,7 @@ class ElasticModel(nn.Module, ABC):
     def __init__(self, settings: ModelSettings, structure: Structure) -> None:
         super().__init__()
         self.structure = structure
-        self.recompute = False  # a layer's activations in backward, instead of keeping them
+        self.recompute = False  # whether backward recomputes a layer's activations instead of keeping them
         self.net = self.create(settings, structure.depths)
         for layers, gates in zip(self.groups(), structure.gated, strict=True):
             for layer, gated in zip(layers, gates, strict=True):
@@ -104,7 +86,7 @@ class ElasticModel(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def arguments(cls, settings: ModelSettings, depths: tuple[int, ...] | None) -> dict[str, Any]:
-        """What timm.create_model takes for a network with `depths` layers (None: timm's own, or the settings')."""
+        """Arguments of timm.create_model for a network with `depths` layers (None: the settings' depth, or timm's)."""
 
     @classmethod
     def create(cls, settings: ModelSettings, depths: tuple[int, ...] | None) -> nn.Module:
@@ -137,10 +119,13 @@ class ElasticModel(nn.Module, ABC):
     def forward(
         self, images: Tensor, active: Active | None = None, drop: Tensor | None = None, kept: Tensor | None = None
     ) -> Tensor:
-        """(B, C, H, W) images -> (B, classes) logits.
+        """Computes (B, classes) logits.
 
-        `active`: the layers that run (None: all); `drop`: stochastic-depth scales (layers, 2, B), see `drop_scales`;
-        `kept`: which patches of each image are seen (None: all), (B, patches) indices, see `draw_patches`.
+        Args:
+            images: (B, C, H, W).
+            active: the layers that run (None: all).
+            drop: stochastic-depth scales (layers, 2, B), see `drop_scales` (None: every layer keeps every sample).
+            kept: the patches that the network sees of each image, (B, patches) indices, see `draw_patches` (None: all).
         """
         for i, ends in enumerate(self._residuals):
             for j, end in enumerate(ends):
@@ -152,7 +137,7 @@ class ElasticModel(nn.Module, ABC):
         return tuple(tuple(range(len(group))) for group in self.groups())
 
     def run_layer(self, layer: nn.Module, tokens: Tensor) -> Tensor:
-        """What a family calls a layer by."""
+        """Runs one layer; a family must call its layers through this method."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(layer, tokens, use_reentrant=False)
         return layer(tokens)
@@ -184,7 +169,8 @@ def residuals(layer: nn.Module) -> list[Residual]:
 def drop_scales(rate: float, layers: int, batch: int, seed: int, step: int) -> Tensor | None:
     """Stochastic-depth scales (layers, 2, batch) of one global batch: 0, or 1 / keep; None if `rate` is 0.
 
-    A function of (seed, step) alone: a rank takes its rows of the batch. The rate rises linearly with depth to `rate`.
+    They depend only on (seed, step), so each rank can take its rows of the batch. The drop rate increases linearly with
+    depth, from 0 to `rate`.
     """
     if rate == 0:
         return None
@@ -194,9 +180,9 @@ def drop_scales(rate: float, layers: int, batch: int, seed: int, step: int) -> T
 
 
 def draw_patches(count: int, total: int, lanes: Iterable[int], per_lane: int, *entropy: int) -> Tensor:
-    """Which `count` of `total` patches each image of a rank is seen by: (lanes * per_lane, count) indices, ascending.
+    """Draws `count` of `total` patches for each image of a rank: (lanes * per_lane, count) indices, ascending.
 
-    A function of `entropy` and the lane alone, so that no world size changes it.
+    They depend only on `entropy` and the lane, so that the world size does not change them.
     """
     drawn = []
     for lane in lanes:

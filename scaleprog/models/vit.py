@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet
-from scaleprog.models.elastic import Active, ElasticModel, ModelSettings, residuals
+from scaleprog.models.elastic import Active, ElasticModel, residuals
+from scaleprog.recipe.keys import ModelSettings
 
 
 class ElasticViT(ElasticModel):
@@ -37,7 +38,7 @@ class ElasticViT(ElasticModel):
 
     @classmethod
     def fits(cls, net: nn.Module) -> bool:
-        # plain blocks of two residual branches, and no buffers that a growth would have to carry
+        # only plain blocks have the two residual branches, and a growth does not move buffers
         return (
             isinstance(net, VisionTransformer)
             and all(isinstance(block, Block) for block in net.blocks)

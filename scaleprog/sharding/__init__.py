@@ -1,16 +1,23 @@
-"""How a model is spread over ranks: the only place that knows."""
+"""How a model is sharded over ranks: one backend for each engine."""
 
+from importlib import import_module
+from typing import cast
+
+from scaleprog.recipe.keys import Engine
 from scaleprog.sharding.backend import Backend
-from scaleprog.sharding.settings import Engine
+
+ENGINES = {
+    "fsdp": "scaleprog.sharding.fsdp.FsdpBackend",
+    "hsdp": "scaleprog.sharding.fsdp.FsdpBackend",
+    "zero": "scaleprog.sharding.zero.ZeroBackend",
+    "replicated": "scaleprog.sharding.replicated.ReplicatedBackend",
+}
+"""The backend of each engine, by its import path: DeepSpeed is imported only if a recipe asks for it."""
 
 
 def engine(name: Engine) -> type[Backend]:
-    """The backend of an engine's name; DeepSpeed is imported by those only who ask for it."""
-    if name == "zero":
-        from scaleprog.sharding.zero import ZeroBackend
-
-        return ZeroBackend
-    from scaleprog.sharding.fsdp import FsdpBackend
-    from scaleprog.sharding.replicated import ReplicatedBackend
-
-    return ReplicatedBackend if name == "replicated" else FsdpBackend
+    """The backend of an engine. Raises ValueError for an unknown name, and RecipeError for zero without DeepSpeed."""
+    if name not in ENGINES:
+        raise ValueError(f"{name!r} is not an engine; choose from {', '.join(ENGINES)}")
+    module, _, backend = ENGINES[name].rpartition(".")
+    return cast(type[Backend], getattr(import_module(module), backend))

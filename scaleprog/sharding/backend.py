@@ -1,4 +1,4 @@
-"""The contract between training and what spreads a model over ranks: build, step, regrow, EMA, state in and out."""
+"""The contract between training and the engines that shard a model over ranks: build, step, regrow, EMA, and state."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,47 +13,48 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from scaleprog.growth.operators import LayerMap, Weights
-from scaleprog.models.elastic import Active, ElasticModel, ModelSettings, Structure
-from scaleprog.optim import MOMENTS, OptimizerSettings
-from scaleprog.sharding.ema import Ema, EmaSettings, momentum_of
-from scaleprog.sharding.settings import ShardingSettings
-from scaleprog.sharding.spread import Part, Spread, move
+from scaleprog.models.elastic import Active, ElasticModel, Structure
+from scaleprog.recipe.keys import EmaSettings, ModelSettings, OptimizerSettings, ShardingSettings
+from scaleprog.sharding.ema import Ema, momentum_of
+from scaleprog.sharding.optimizer import MOMENTS
+from scaleprog.sharding.placement import LocalSlice, Placement, move
 
 Moments = dict[str, Tensor]
-"""AdamW's state of one parameter: `exp_avg` and `exp_avg_sq`, this rank's elements, 1-D; `step`, 0-d."""
+"""AdamW's state of one parameter: `exp_avg` and `exp_avg_sq` (this rank's elements, 1-D), and `step` (0-D)."""
 
 
 @dataclass
 class Network:
-    """A model that an engine has spread over the ranks, and everything that follows it, by full parameter name.
+    """A model that an engine has sharded over the ranks, with its AdamW moments and EMAs, by full parameter name.
 
-    Tensors are fp32, 1-D, and hold this rank's elements, as `spreads` says; writing into them changes the network.
+    Tensors are fp32 and 1-D and hold the elements that `placements` gives to this rank. Writing into them changes the
+    network.
     """
 
-    elastic: ElasticModel  # the model itself
-    forward: Callable[..., Tensor]  # the model, or what an engine put around it
+    model: ElasticModel
+    forward: Callable[..., Tensor]  # the model, or the engine's wrapper around it
     shapes: dict[str, torch.Size]
-    spreads: dict[str, Spread]
+    placements: dict[str, Placement]
     weights: dict[str, Tensor]
     moments: dict[str, Moments]
     emas: list[Ema] = field(default_factory=list)
 
 
 class Load(Protocol):
-    """Writes what was saved into `parts`: everything, or with `subset` some of it."""
+    """Writes saved tensors into `parts`, which must name all of them or, with `subset`, may name some."""
 
-    def __call__(self, parts: Mapping[str, Part], subset: bool = False) -> None: ...
+    def __call__(self, parts: Mapping[str, LocalSlice], subset: bool = False) -> None: ...
 
 
 class Backend(ABC):
-    """One elastic model, its AdamW and its momentum networks, spread over the ranks of the default process group.
+    """One elastic model, its AdamW, and its EMAs, sharded over the ranks of the default process group.
 
-    A subclass says where parameters lie and how a step is taken; layer maps, EMA and state are the same for all
+    A subclass decides where parameters lie and how to take a step; layer maps, EMAs, and state are the same for all
     engines. There is no network until the first `regrow` or `restore`.
     """
 
     group: dist.ProcessGroup | None = None
-    """The ranks that one copy of the network is spread over; None: each rank has it whole."""
+    """The ranks that share one copy of the network; None: each rank holds a whole copy."""
 
     def __init__(
         self,
@@ -68,79 +69,87 @@ class Backend(ABC):
         self.family, self.model, self.optimizer, self.ema, self.sharding = family, model, optimizer, ema, sharding
         self.device = device
         self.seed = seed
-        self.growths = 0  # networks built so far; fresh layers draw from (seed, growths)
+        self.growths = 0  # networks built so far; fresh layers are drawn from (seed, growths)
         self._network: Network | None = None
 
     # ---- what an engine is
 
     @abstractmethod
-    def build(self, model: ElasticModel, steps: Mapping[str, float], elastic: bool) -> Network:
-        """Gives the meta-device `model` storage and its place among the ranks; no EMAs yet, values undefined.
+    def build(self, model: ElasticModel, steps: Mapping[str, float], may_skip_layers: bool) -> Network:
+        """Gives `model` storage and shards it over the ranks. Its values are undefined, and it has no EMAs yet.
 
-        `steps`: AdamW steps behind each parameter's moments, 0 where not named; `elastic`: training steps may skip
-        layers, on all ranks alike.
+        Args:
+            model: on the meta device.
+            steps: by parameter, the AdamW steps behind its moments; 0 for parameters without an entry.
+            may_skip_layers: whether training steps may skip layers, the same ones on all ranks.
         """
 
     @abstractmethod
-    def settle(self, changed: bool = True) -> None:
-        """Makes the model compute with the weights as they are now, after a forward without a backward or (`changed`)
-        after they changed outside a step; all ranks call it."""
+    def refresh_compute_weights(self, changed: bool = True) -> None:
+        """Makes the model compute with the current weights; all ranks call it.
+
+        `changed`: whether the weights changed outside a step; if not, a forward without a backward came before.
+        """
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of this rank's `loss`, 0-d, to those since the last step; ranks are averaged."""
+        """Adds the gradients of `loss` (0-D, this rank's), averaged over ranks, to those since the last step."""
 
     @abstractmethod
     def update(self, lr: float) -> Tensor:
-        """One clipped AdamW step on the gradients, which are then gone. Returns their norm, 0-d.
+        """Takes one AdamW step on the clipped gradients and drops them. Returns their norm before clipping, 0-D.
 
-        Layers that took no part have zero gradients: their moments decay and weight decay acts, in every engine.
+        In every engine, skipped layers have zero gradients: their moments decay, and weight decay applies.
         """
 
     def release(self) -> None:  # noqa: B027 - most engines hold nothing
-        """Lets go of whatever would outlive the network: it is about to be replaced."""
+        """Frees whatever would outlive the current network, which is about to be replaced."""
 
     # ---- growth
 
     @property
     def network(self) -> Network:
-        """The present network."""
+        """The current network."""
         assert self._network is not None, "no network yet: regrow or restore first"
         return self._network
 
     @property
     def compilations(self) -> int:
-        """Graphs that torch.compile has made so far in this process; it stops growing when all variants were seen."""
+        """How many graphs torch.compile has built in this process; constant once it has seen all variants."""
         return torch._dynamo.utils.counters["stats"]["unique_graphs"] if self.sharding.compile else 0
 
     @property
     def structure(self) -> Structure:
-        """The present network's structure."""
-        return self.network.elastic.structure
+        """The current network's structure."""
+        return self.network.model.structure
 
-    def regrow(self, layer_map: LayerMap, *, inherit: bool, elastic: bool) -> None:
-        """Replaces the network by the one that `layer_map` describes.
+    def regrow(self, layer_map: LayerMap, *, inherit: bool, may_skip_layers: bool) -> None:
+        """Replaces the network with the one that `layer_map` describes.
 
-        Online weights come from where the map says; every EMA grows from itself by the same map; AdamW starts anew, or
-        with `inherit` takes the moments of each layer's source. Without a network all of `layer_map` must be fresh.
-        Elements move between ranks only where the two networks are spread differently.
+        The new online weights come from the layers and weights that the map names; every EMA grows from itself by the
+        same map. Elements change ranks only where the placements of the two networks differ.
+
+        Args:
+            layer_map: of the growth; must be entirely fresh if there is no network yet.
+            inherit: whether AdamW takes over the moments of each layer's source; if not, it starts from scratch.
+            may_skip_layers: whether training steps may skip layers, the same ones on all ranks.
         """
         old = self._network
-        structure = old.elastic.structure.after(layer_map) if old else Structure.plain(layer_map.depths)
+        structure = old.model.structure.after(layer_map) if old else Structure.plain(layer_map.depths)
         self.growths += 1
         model = self._on_meta(structure)
         origins = {name: _origin(model, name, layer_map) for name, _ in model.named_parameters()}
         steps = {}
         if old and inherit:
             steps = {n: float(old.moments[o.source]["step"]) for n, o in origins.items() if o.source is not None}
-        new = self._replace(model, steps, elastic)
+        new = self._replace(model, steps, may_skip_layers)
         fresh = self._fresh(structure) if any(o.source is None and not o.closed for o in origins.values()) else {}
         for name, origin in origins.items():
             targets = [new.weights[name], *(ema.weights[name] for ema in new.emas)]
             if origin.closed:
                 _fill(targets, 0.0)
             elif origin.source is None:
-                _fill_from(targets, fresh[name], new.spreads[name].part(self._rank))
+                _fill_from(targets, fresh[name], new.placements[name].local(self._rank))
             else:
                 assert old is not None, "the first network must be fresh"
                 source = origin.source
@@ -149,33 +158,36 @@ class Backend(ABC):
                 if inherit:
                     sources += [old.moments[source][key] for key in MOMENTS]
                     targets += [new.moments[name][key] for key in MOMENTS]
-                move(sources, old.spreads[source], targets, new.spreads[name], self.group)
-        self.settle()
+                move(sources, old.placements[source], targets, new.placements[name], self.group)
+        self.refresh_compute_weights()
 
-    def restore(self, structure: Structure, elastic: bool, load: Load) -> None:
-        """Replaces the network by one of `structure`; `load` writes its `state`, which is asked for twice."""
+    def restore(self, structure: Structure, may_skip_layers: bool, load: Load) -> None:
+        """Replaces the network with one of `structure`; calls `load` for AdamW's step counts, then for all of `state`.
+
+        `may_skip_layers`: whether training steps may skip layers, the same ones on all ranks.
+        """
         model = self._on_meta(structure)
         steps = {name: torch.zeros(1) for name, _ in model.named_parameters()}
-        # an engine may lay out by them
-        load({f"step/{name}": Part.whole(step) for name, step in steps.items()}, subset=True)
-        self._replace(model, {name: float(step) for name, step in steps.items()}, elastic)
+        # an engine may group parameters by their counts, so `build` needs them first
+        load({f"step/{name}": LocalSlice.whole(step) for name, step in steps.items()}, subset=True)
+        self._replace(model, {name: float(step) for name, step in steps.items()}, may_skip_layers)
         load(self.state())
-        self.settle()
+        self.refresh_compute_weights()
 
     def _on_meta(self, structure: Structure) -> ElasticModel:
         with torch.device("meta"), _Unwritten():
             model = self.family(self.model, structure)
         model.recompute = self.sharding.recompute
         if self.sharding.compile:
-            for layer in chain.from_iterable(model.groups()):  # the code is that of one layer: compiled once for all
+            for layer in chain.from_iterable(model.groups()):  # layers share their code, so torch compiles it once
                 layer.forward = torch.compile(layer.forward, dynamic=True)
         return model
 
-    def _replace(self, model: ElasticModel, steps: Mapping[str, float], elastic: bool) -> Network:
-        """A network whose weights are NaN, so that one that nobody fills fails loudly."""
+    def _replace(self, model: ElasticModel, steps: Mapping[str, float], may_skip_layers: bool) -> Network:
+        """Builds the new network with weights of NaN, so that a parameter left unfilled fails loudly."""
         if self._network is not None:
             self.release()
-        self._network = network = self.build(model, steps, elastic)
+        self._network = network = self.build(model, steps, may_skip_layers)
         _fill(network.weights.values(), float("nan"))
         network.emas = [Ema(network.weights) for _ in self.ema.momenta]
         return network
@@ -185,7 +197,7 @@ class Backend(ABC):
         return 0 if self.group is None else dist.get_rank(self.group)
 
     def _fresh(self, structure: Structure) -> Mapping[str, Tensor]:
-        """timm's own initialisation of a whole network on the host, the same on every rank."""
+        """timm's own initialization of a whole network on the host, the same on every rank."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 1_000_003 + self.growths)
             return dict(self.family(self.model, structure).named_parameters())
@@ -199,9 +211,14 @@ class Backend(ABC):
         return self.network.forward(images, active, drop, kept)
 
     def step(self, lr: float, step: int) -> Tensor:
-        """One AdamW step on the gradients since the last, then every EMA follows. Returns the gradient norm, 0-d.
+        """Takes one AdamW step on the gradients since the last step, then updates every EMA.
 
-        `step`: how many optimizer steps the run has taken before this one.
+        Args:
+            lr: the learning rate.
+            step: how many optimizer steps the run has taken before this one.
+
+        Returns:
+            The norm of the gradients before clipping, 0-D.
         """
         norm = self.update(lr)
         weights = list(self.network.weights.values())
@@ -213,15 +230,15 @@ class Backend(ABC):
 
     @contextmanager
     def weights(self, ema: int | None) -> Iterator[None]:
-        """For inference inside the block: the weights of momentum network `ema` in place of the online ones (None)."""
+        """Inside the block, the model is in inference mode with the weights of EMA number `ema` (None: online)."""
         network = self.network
-        network.elastic.eval()
+        network.model.eval()
         try:
             with self._exchanged(ema), torch.no_grad():
                 yield
         finally:
-            network.elastic.train()
-            self.settle(changed=ema is not None)
+            network.model.train()
+            self.refresh_compute_weights(changed=ema is not None)
 
     @contextmanager
     def _exchanged(self, ema: int | None) -> Iterator[None]:
@@ -230,49 +247,52 @@ class Backend(ABC):
             return
         pair = self.network.weights.values(), self.network.emas[ema].weights.values()
         _exchange(*pair)
-        self.settle()
+        self.refresh_compute_weights()
         try:
             yield
         finally:
             _exchange(*pair)
 
-    def state(self) -> dict[str, Part]:
-        """Everything that must survive, by name, the same on any number of ranks; writing into it restores it."""
+    def state(self) -> dict[str, LocalSlice]:
+        """This rank's part of everything that a checkpoint must hold, by name; writing into it restores the network.
+
+        Names and whole tensors are the same on any number of ranks.
+        """
         network = self.network
 
-        def part(name: str, tensor: Tensor) -> Part:
-            spread = network.spreads[name]
-            return Part(tensor, spread.part(self._rank).start, spread.numel)
+        def part(name: str, tensor: Tensor) -> LocalSlice:
+            placement = network.placements[name]
+            return LocalSlice(tensor, placement.local(self._rank).start, placement.numel)
 
         state = {f"online/{name}": part(name, tensor) for name, tensor in network.weights.items()}
         for i, ema in enumerate(network.emas):
             state |= {f"ema.{i}/{name}": part(name, tensor) for name, tensor in ema.weights.items()}
         for name, moments in network.moments.items():
             state |= {f"{key}/{name}": part(name, moments[key]) for key in MOMENTS}
-            state[f"step/{name}"] = Part.whole(moments["step"])
+            state[f"step/{name}"] = LocalSlice.whole(moments["step"])
         return state
 
     def gather(self, ema: int | None) -> dict[str, Tensor]:
-        """The whole weights (online, or of momentum network `ema`) on the host of rank 0; empty elsewhere.
+        """The whole weights of EMA number `ema` (None: online) in rank 0's host memory; empty on other ranks.
 
-        They come one parameter at a time.
+        Rank 0 gathers one parameter at a time, to save memory on its device.
         """
         network = self.network
         source = network.weights if ema is None else network.emas[ema].weights
         if self.group is not None and 0 not in dist.get_process_group_ranks(self.group):
-            return {}  # another copy than rank 0's
+            return {}  # this rank's copy of the network is not rank 0's
         gathered = {}
         for name, shape in network.shapes.items():
-            spread, first = network.spreads[name], self._rank == 0
-            whole = source[name].new_empty(spread.numel if first else 0)
-            move([source[name]], spread, [whole], Spread.whole(spread.numel), self.group)
+            placement, first = network.placements[name], self._rank == 0
+            whole = source[name].new_empty(placement.numel if first else 0)
+            move([source[name]], placement, [whole], Placement.whole(placement.numel), self.group)
             if dist.get_rank() == 0:
                 gathered[name] = whole.view(shape).cpu()
         return gathered
 
 
 class _Unwritten(TorchFunctionMode):
-    """Skips what initialisations write: tensors on the meta device have no values, yet it takes a while."""
+    """Skips the writes of an initialization: they take time, even though tensors on the meta device have no values."""
 
     WRITES = frozenset(
         getattr(Tensor, f"{name}_") for name in ("uniform", "normal", "erfinv", "mul", "add", "clamp", "fill", "zero")
@@ -284,7 +304,10 @@ class _Unwritten(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where one parameter's value comes from: an old parameter (None: none), its weights, or a closed gate."""
+    """Where one parameter's value comes from: the online or EMA weights of an old parameter, or none (`source` None).
+
+    A `closed` gate starts at 0; every other parameter without a source is fresh.
+    """
 
     source: str | None
     weights: Weights

@@ -1,37 +1,17 @@
-"""The momentum network (paper eq. 3), sharded like the model it follows: every operation is local to a shard."""
+"""The EMA, the paper's momentum network (eq. 3). It is sharded like its model, so ranks update it on their own."""
 
 from collections.abc import Mapping
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
-
-from scaleprog.settings import Index, Number, Settings
-
-
-class EmaSettings(Settings):
-    """`momenta`: one momentum network each; `grow_from`: index of the one that MoGrow and the search read; `warmup`:
-    whether they follow more closely in the first steps, see `momentum_of`."""
-
-    momenta: tuple[Number, ...] = Field(default=(0.998,), min_length=1, max_length=16)
-    grow_from: Index = -1
-    warmup: bool = True
-
-    @model_validator(mode="after")
-    def _check(self) -> "EmaSettings":
-        if not all(0 <= m < 1 for m in self.momenta):
-            raise ValueError(f"momenta must lie in [0, 1), got {list(self.momenta)}")
-        if not -len(self.momenta) <= self.grow_from < len(self.momenta):
-            raise ValueError(f"grow_from must name one of the {len(self.momenta)} momenta, got {self.grow_from}")
-        return self
 
 
 def momentum_of(momentum: float, step: int, warmup: bool) -> float:
-    """The momentum m of the run's optimizer step 0 <= `step`: with `warmup` at most (1 + step) / (10 + step).
+    """The momentum m of the run's optimizer step `step` >= 0; with `warmup`, at most (1 + step) / (10 + step).
 
-    So the average spans about a ninth of the steps so far until it spans 1 / (1 - `momentum`) of them. Without it, the
-    average is still near the random weights that it began with after 1 / (1 - `momentum`) steps, and so is whatever
-    grows from it.
+    With warmup, the average spans about a ninth of the steps so far, and at most 1 / (1 - `momentum`) steps. Without
+    warmup, the average is still close to its random initial weights after 1 / (1 - `momentum`) steps, and so is any
+    network that grows from it.
     """
     return min(momentum, (1 + step) / (10 + step)) if warmup else momentum
 
@@ -40,10 +20,10 @@ class Ema:
     """One exponential moving average of a network's weights: w_ema <- m * w_ema + (1 - m) * w."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        """Starts as a copy of `weights`, which may be this rank's elements only."""
+        """Starts as a copy of `weights`, which may hold only this rank's elements."""
         self.weights = {name: tensor.clone() for name, tensor in weights.items()}
 
     @torch.no_grad()
     def update(self, weights: list[Tensor], momentum: float) -> None:
-        """Follows the weights after an optimizer step; `weights` in the order of construction."""
+        """Updates the average after an optimizer step; `weights` come in the same order as at construction."""
         torch._foreach_lerp_(list(self.weights.values()), weights, 1 - momentum)

@@ -1,4 +1,4 @@
-"""FSDP2 and HSDP: parameters, gradients, moments and EMA sharded over ranks, one unit a layer."""
+"""FSDP2 and HSDP: parameters, gradients, moments, and EMAs sharded over ranks, with each layer as one unit."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,16 +12,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from scaleprog.models.elastic import Active, ElasticModel
-from scaleprog.sharding.coordinator import ranks_per_node
+from scaleprog.ranks.coordinator import ranks_per_node
 from scaleprog.sharding.native import NativeBackend
-from scaleprog.sharding.spread import Spread
+from scaleprog.sharding.placement import Placement
 
 
 class FsdpBackend(NativeBackend):
-    """fully_shard around every layer and the root. A regrowth rebuilds and copies local shards: 0 bytes on the wire.
+    """Applies fully_shard to every layer and to the root. A growth copies only within a rank: ranks send 0 bytes.
 
     A step gathers each active layer twice (once with `reshard_after_forward: false`) and reduces its gradient once;
-    inactive layers communicate nothing. Under HSDP the reduced shards are then averaged across the copies.
+    skipped layers cause no communication. Under HSDP, the copies then average their reduced shards.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -42,7 +42,7 @@ class FsdpBackend(NativeBackend):
         self._shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
         self._prefetched: Active | None = None
 
-    def wrap(self, model: ElasticModel, elastic: bool) -> Callable[..., Tensor]:
+    def wrap(self, model: ElasticModel, may_skip_layers: bool) -> Callable[..., Tensor]:
         for group in model.groups():
             for layer in group:
                 self._shard(layer, reshard_after_forward=self.sharding.reshard_after_forward)
@@ -51,29 +51,29 @@ class FsdpBackend(NativeBackend):
         self._prefetched = None
         return model
 
-    def spread(self, parameter: nn.Parameter) -> Spread:
+    def placement(self, parameter: nn.Parameter) -> Placement:
         rows = -(-parameter.shape[0] // dist.get_world_size(self.group))
-        return Spread(parameter.numel(), max(1, rows * (parameter.numel() // parameter.shape[0])))
+        return Placement(parameter.numel(), max(1, rows * (parameter.numel() // parameter.shape[0])))
 
     def forward(
         self, images: Tensor, active: Active | None = None, drop: Tensor | None = None, kept: Tensor | None = None
     ) -> Tensor:
-        elastic = self.network.elastic
-        active = active or elastic.all_active()
+        model = self.network.model
+        active = active or model.all_active()
         if active != self._prefetched:
-            _prefetch(elastic, active)
+            _prefetch(model, active)
             self._prefetched = active
         return super().forward(images, active, drop, kept)
 
-    def settle(self, changed: bool = True) -> None:
+    def refresh_compute_weights(self, changed: bool = True) -> None:
         # after a forward without backward, FSDP keeps the root's parameters gathered
-        for module in self.network.elastic.modules():
+        for module in self.network.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
 
 def _prefetch(model: ElasticModel, active: Active) -> None:
-    """Has each active layer gathered while the one before it computes, in forward and in backward."""
+    """Makes FSDP gather each active layer while the previous one computes, in forward and in backward."""
     groups = zip(model.groups(), active, strict=True)
     layers = [cast(FSDPModule, group[position]) for group, positions in groups for position in positions]
     cast(FSDPModule, model).set_modules_to_forward_prefetch(layers[:1])

@@ -1,4 +1,4 @@
-"""What engines of torch itself have in common: parameters are tensors or DTensors, stepped by torch's AdamW."""
+"""What torch's own engines have in common: parameters are tensors or DTensors, and torch's AdamW steps them."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -10,28 +10,28 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from scaleprog.models.elastic import ElasticModel
-from scaleprog.optim import adamw, alike, moments
 from scaleprog.sharding.backend import Backend, Network
-from scaleprog.sharding.spread import Spread
+from scaleprog.sharding.optimizer import adamw, alike, moments
+from scaleprog.sharding.placement import Placement
 
 
 class NativeBackend(Backend):
-    """Parameters stay those of the model, each wholly or in part on this rank, with its gradient and moments beside."""
+    """Keeps the model's own parameters: this rank holds all or part of each, with its gradient and moments."""
 
     @abstractmethod
-    def wrap(self, model: ElasticModel, elastic: bool) -> Callable[..., Tensor]:
-        """Gives the meta-device `model` storage on this rank and returns what is to be called."""
+    def wrap(self, model: ElasticModel, may_skip_layers: bool) -> Callable[..., Tensor]:
+        """Gives the meta-device `model` storage on this rank, and returns the callable that runs its forward."""
 
     @abstractmethod
-    def spread(self, parameter: nn.Parameter) -> Spread:
-        """How a parameter of a wrapped model is spread over `group`."""
+    def placement(self, parameter: nn.Parameter) -> Placement:
+        """How a parameter of a wrapped model is sharded over `group`."""
 
-    def build(self, model: ElasticModel, steps: Mapping[str, float], elastic: bool) -> Network:
+    def build(self, model: ElasticModel, steps: Mapping[str, float], may_skip_layers: bool) -> Network:
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        forward = self.wrap(model, elastic)
+        forward = self.wrap(model, may_skip_layers)
         parameters = dict(model.named_parameters())
-        weights = {name: _elements(parameter) for name, parameter in parameters.items()}
-        # AdamW sees this rank's elements: a step on DTensors spends most of its time on dispatching them
+        weights = {name: _local_elements(parameter) for name, parameter in parameters.items()}
+        # AdamW steps plain tensors of this rank's elements: with DTensors, most of a step would be dispatch
         self._pairs = [(parameters[name], weights[name]) for name in parameters]
         groups = alike(shapes, model.no_weight_decay(), self.optimizer, steps)
         self._adamw = adamw(groups, weights, self.optimizer)
@@ -41,7 +41,7 @@ class NativeBackend(Backend):
             model,
             forward,
             shapes,
-            spreads={name: self.spread(parameter) for name, parameter in parameters.items()},
+            placements={name: self.placement(parameter) for name, parameter in parameters.items()},
             weights=weights,
             moments={name: state[name] for name in parameters},
         )
@@ -52,10 +52,10 @@ class NativeBackend(Backend):
     def update(self, lr: float) -> Tensor:
         optimizer, weights = self._adamw, [weight for _, weight in self._pairs]
         for parameter, weight in self._pairs:
-            weight.grad = torch.zeros_like(weight) if parameter.grad is None else _elements(parameter.grad)
+            weight.grad = torch.zeros_like(weight) if parameter.grad is None else _local_elements(parameter.grad)
             parameter.grad = None
         norm = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-        if self.group is not None:  # of this rank's elements only
+        if self.group is not None:  # so far, the norm covers this rank's elements only
             squared = norm**2
             dist.all_reduce(squared, group=self.group)
             norm = squared.sqrt()
@@ -68,7 +68,7 @@ class NativeBackend(Backend):
         return norm
 
 
-def _elements(tensor: Tensor) -> Tensor:
-    """This rank's elements of a tensor, 1-D; writing into them writes into it."""
+def _local_elements(tensor: Tensor) -> Tensor:
+    """This rank's elements of a tensor, 1-D; they share its memory."""
     tensor = tensor.detach()
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)

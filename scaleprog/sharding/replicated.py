@@ -9,25 +9,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scaleprog.models.elastic import Active, ElasticModel
 from scaleprog.sharding.native import NativeBackend
-from scaleprog.sharding.spread import Spread
+from scaleprog.sharding.placement import Placement
 
 
 class ReplicatedBackend(NativeBackend):
-    """The unsharded reference that every other engine is held against."""
+    """The unsharded reference for every other engine."""
 
-    def wrap(self, model: ElasticModel, elastic: bool) -> Callable[..., Tensor]:
+    def wrap(self, model: ElasticModel, may_skip_layers: bool) -> Callable[..., Tensor]:
         model.to_empty(device=self.device)
         if dist.get_world_size() == 1:
             return model
         return DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            find_unused_parameters=elastic,
-            init_sync=False,  # weights are copied afterwards, the same on every rank
+            find_unused_parameters=may_skip_layers,
+            init_sync=False,  # the backend then writes the same weights on every rank
         )
 
-    def spread(self, parameter: nn.Parameter) -> Spread:
-        return Spread.whole(parameter.numel())
+    def placement(self, parameter: nn.Parameter) -> Placement:
+        return Placement.whole(parameter.numel())
 
     def forward(
         self, images: Tensor, active: Active | None = None, drop: Tensor | None = None, kept: Tensor | None = None
@@ -35,5 +35,5 @@ class ReplicatedBackend(NativeBackend):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.sharding.precision == "bf16"):
             return super().forward(images, active, drop, kept)
 
-    def settle(self, changed: bool = True) -> None:
+    def refresh_compute_weights(self, changed: bool = True) -> None:
         pass

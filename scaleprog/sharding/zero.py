@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: optimizer state (stage 1), gradients (2) and parameters (3) sharded over all ranks."""
+"""DeepSpeed ZeRO: optimizer state (stage 1), gradients (2), and parameters (3) sharded over all ranks."""
 
 import gc
 import inspect
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from scaleprog.errors import RecipeError
 from scaleprog.growth.operators import LayerMap
 from scaleprog.models.elastic import Active, ElasticModel
-from scaleprog.optim import MOMENTS, adamw, alike, moments
 from scaleprog.sharding.backend import Backend, Network
-from scaleprog.sharding.spread import Spread
+from scaleprog.sharding.optimizer import MOMENTS, adamw, alike, moments
+from scaleprog.sharding.placement import Placement
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks a process alone, too
+os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed needs it even in a single process
 
 try:
     import deepspeed
@@ -29,51 +29,51 @@ try:
 except ImportError as error:
     raise RecipeError(f"sharding.engine: zero needs DeepSpeed: pip install 'scaleprog[deepspeed]' ({error})") from error
 
-# DeepSpeed calls torch's collectives by names that torch is about to drop
+# DeepSpeed calls torch's collectives by deprecated names
 warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
 
-BUCKET = 2**26  # elements that are reduced or gathered at a time, at most: DeepSpeed allocates as many
+BUCKET = 2**26  # most elements to reduce or gather at a time: DeepSpeed allocates as many
 
 
 class ZeroBackend(Backend):
-    """A DeepSpeed engine around the model, replaced at each growth; in stage 3 its parameters are born sharded.
+    """Wraps the model in a DeepSpeed engine, a new one at each growth; in stage 3, parameters are created sharded.
 
-    AdamW is torch's, fused, on CPU and GPU alike: it steps a handful of flat tensors, so that DeepSpeed's own would
-    gain nothing, and needs a compiler where it runs.
+    On CPU and GPU alike, AdamW is torch's fused one. It steps only a few flat tensors, so DeepSpeed's own would be no
+    faster, and that one needs a compiler at run time.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         deepspeed.utils.logger.setLevel(logging.WARNING)
-        deepspeed.ops.__compatible_ops__ = {}  # none of its own is used, and finding that out compiles one
+        deepspeed.ops.__compatible_ops__ = {}  # no DeepSpeed op is used, yet the check for ops would compile one
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         self.group = deepspeed.utils.groups._get_data_parallel_group()
         self._dtype = torch.bfloat16 if self.sharding.precision == "bf16" else torch.float32
         self._engine: Any = None
 
     def _configuration(self, model: ElasticModel) -> dict[str, Any]:
-        """What `deepspeed.initialize` takes."""
-        whole, unit = _elements(model)
+        """The configuration for `deepspeed.initialize`."""
+        whole, unit = _numel_whole_and_largest(model)
         ranks, bucket = dist.get_world_size(self.group), min(BUCKET, unit)
         sharding, host = self.sharding, {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         zero: dict[str, Any] = {
             "stage": sharding.stage,
             "reduce_bucket_size": bucket,
-            "allgather_bucket_size": BUCKET,  # gathered in place
+            "allgather_bucket_size": BUCKET,  # takes no buffer: DeepSpeed gathers in place
             "stage3_prefetch_bucket_size": bucket if sharding.reshard_after_forward else BUCKET,
-            # a buffer of as many elements times `ranks` exists while the optimizer is built: a shard, or a unit
+            # while DeepSpeed builds the optimizer, it holds `ranks` times as many elements: a shard or a unit
             "sub_group_size": max(whole // ranks, unit) // ranks,
-            "stage3_param_persistence_threshold": 0,  # small parameters, too, lie where `Spread` says
+            "stage3_param_persistence_threshold": 0,  # small parameters must follow their `Placement`, too
             "stage3_max_reuse_distance": 0 if sharding.reshard_after_forward else 2**62,
             "stage3_max_live_parameters": 2 * bucket if sharding.reshard_after_forward else 2**62,
-            "memory_efficient_linear": False,  # it replaces torch's own function, for the whole process
+            "memory_efficient_linear": False,  # it would replace torch's own function in the whole process
         }
         if sharding.offload:
             zero["offload_optimizer"] = host
         if sharding.offload == "all":
             zero["offload_param"] = host
         return {
-            "train_micro_batch_size_per_gpu": 1,  # it must be there; gradients accumulate until a step is asked for
+            "train_micro_batch_size_per_gpu": 1,  # required, but unused: gradients accumulate until `update`
             "managed_gradient_accumulation": False,
             "gradient_clipping": self.optimizer.clip or 0.0,
             "bf16": {"enabled": sharding.precision == "bf16"},
@@ -84,14 +84,14 @@ class ZeroBackend(Backend):
             "steps_per_print": 2**62,
         }
 
-    def build(self, model: ElasticModel, steps: Mapping[str, float], elastic: bool) -> Network:
+    def build(self, model: ElasticModel, steps: Mapping[str, float], may_skip_layers: bool) -> Network:
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         configuration = self._configuration(model)
         if self.sharding.stage == 3:
             layers = {type(layer) for group in model.groups() for layer in group}
-            deepspeed.utils.set_z3_leaf_modules(model, list(layers))  # each is gathered as a whole
+            deepspeed.utils.set_z3_leaf_modules(model, list(layers))  # DeepSpeed then gathers each as a whole
             self._bear_sharded(model, configuration)
-            for parameter in model.net.parameters(recurse=False):  # ours uses them; the forward of `net` never runs
+            for parameter in model.net.parameters(recurse=False):  # `model` uses them; `net.forward` never runs
                 deepspeed.zero.register_external_parameter(model, parameter)
         else:
             model.to_empty(device=self.device)
@@ -101,47 +101,47 @@ class ZeroBackend(Backend):
         groups = alike(shapes, model.no_weight_decay(), self.optimizer, steps)
         self._adamw = adamw(groups, named, self.optimizer)
         self._engine, self._zero, *_ = deepspeed.initialize(model=model, optimizer=self._adamw, config=configuration)
-        spreads, weights, state = {}, {}, {}
+        placements, weights, state = {}, {}, {}
         of = self._zero.sub_group_to_group_id if self.sharding.stage == 3 else range(len(groups))
         for index, (flat, laid) in enumerate(zip(self._masters, self._laid_out(), strict=True)):
             flat.data.zero_()
             ours = self._adamw.state[flat] = moments(flat, groups[of[index]].steps)
-            for parameter, spread, position in laid:
-                name, count = names[id(parameter)], len(spread.part(self._rank))
-                spreads[name], weights[name] = spread, flat.detach()[position : position + count]
+            for parameter, placement, position in laid:
+                name, count = names[id(parameter)], len(placement.local(self._rank))
+                placements[name], weights[name] = placement, flat.detach()[position : position + count]
                 state[name] = {key: ours[key][position : position + count] for key in MOMENTS} | {"step": ours["step"]}
         return Network(
             model,
             self._engine,
             shapes,
-            spreads={name: spreads[name] for name in shapes},
+            placements={name: placements[name] for name in shapes},
             weights={name: weights[name] for name in shapes},
             moments={name: state[name] for name in shapes},
         )
 
     def _bear_sharded(self, model: ElasticModel, configuration: dict[str, Any]) -> None:
-        """Gives a meta-device model parameters that exist in parts only: one at a time is whole, for a moment."""
+        """Gives a meta-device model sharded parameters; only one at a time is whole, for a moment."""
         birth = _Birth(config_dict_or_path=configuration, dtype=self._dtype)
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 whole = nn.Parameter(torch.empty(parameter.shape, dtype=self._dtype, device=self.device))
                 setattr(module, name, whole)
-                birth.part(whole)
+                birth.keep_own(whole)
 
     @property
     def _masters(self) -> list[Tensor]:
-        """The fp32 master weights that this rank steps, in one or, in stage 3, some flat tensors for each group."""
+        """The fp32 master weights that this rank steps: one flat tensor for each group, or in stage 3 several."""
         zero = self._zero
         return zero.fp32_partitioned_groups_flat if self.sharding.stage == 3 else zero.single_partition_of_fp32_groups
 
-    def _laid_out(self) -> Iterator[list[tuple[nn.Parameter, Spread, int]]]:
-        """For each master: its parameters, how they are spread, and where in the master this rank's elements begin."""
+    def _laid_out(self) -> Iterator[list[tuple[nn.Parameter, Placement, int]]]:
+        """Yields the parameters of each master, each with its placement and the start of its elements in the master."""
         zero = self._zero
         if self.sharding.stage == 3:
             for group in zero.fp16_groups:
                 laid, position = [], 0
                 for parameter in group:
-                    laid.append((parameter, Spread(parameter.ds_numel, parameter.partition_numel()), position))
+                    laid.append((parameter, Placement(parameter.ds_numel, parameter.partition_numel()), position))
                     position += parameter.partition_numel()
                 yield laid
             return
@@ -149,29 +149,29 @@ class ZeroBackend(Backend):
             size = int(zero.partition_size[i])
             laid = []
             for parameter, offset in zip(group, zero.round_robin_bit16_offsets[i], strict=True):
-                spread = Spread(parameter.numel(), size, offset)
-                laid.append((parameter, spread, max(0, offset - self._rank * size)))
+                placement = Placement(parameter.numel(), size, offset)
+                laid.append((parameter, placement, max(0, offset - self._rank * size)))
             yield laid
 
-    def regrow(self, layer_map: LayerMap, *, inherit: bool, elastic: bool) -> None:
-        super().regrow(layer_map, inherit=inherit, elastic=elastic)
-        gc.collect()  # DeepSpeed's objects refer to each other in circles; training has switched collection off
+    def regrow(self, layer_map: LayerMap, *, inherit: bool, may_skip_layers: bool) -> None:
+        super().regrow(layer_map, inherit=inherit, may_skip_layers=may_skip_layers)
+        gc.collect()  # DeepSpeed's objects form reference cycles, and training has disabled garbage collection
 
     def release(self) -> None:
         self._engine.destroy()
         self._engine = self._zero = None
-        parameter_offload.FWD_MODULE_STACK.clear()  # DeepSpeed leaves the model there
+        parameter_offload.FWD_MODULE_STACK.clear()  # DeepSpeed would keep the model there
         _forget_releases()
 
     def forward(
         self, images: Tensor, active: Active | None = None, drop: Tensor | None = None, kept: Tensor | None = None
     ) -> Tensor:
         if self.sharding.stage == 3:
-            self._retrace((active or self.network.elastic.all_active(), torch.is_grad_enabled()))
+            self._retrace((active or self.network.model.all_active(), torch.is_grad_enabled()))
         return super().forward(images.to(self._dtype), active, drop, kept)
 
     def _retrace(self, pass_: tuple[Active, bool]) -> None:
-        """Has DeepSpeed forget the order of layers by which it prefetches, where another one is about to run."""
+        """Makes DeepSpeed forget its prefetch order if `pass_` differs from the last pass."""
         if pass_ != self._traced:
             coordinator = self._zero.parameter_offload.get_param_coordinator()
             if not coordinator.is_invalid_trace():
@@ -187,7 +187,7 @@ class ZeroBackend(Backend):
             group["lr"] = lr
         self._engine.step()
         norm = torch.as_tensor(self._engine.get_global_grad_norm())
-        # where gradients have a place of their own, those of a layer that the next step skips would count again
+        # these gradient buffers persist: if the next step skips a layer, the layer's old gradients would count again
         if self.sharding.stage == 3:
             self._zero.grad_partitions_flat_buffer.zero_()
         for master in self._masters if self.sharding.offload else ():
@@ -196,7 +196,7 @@ class ZeroBackend(Backend):
         return norm
 
     @torch.no_grad()
-    def settle(self, changed: bool = True) -> None:
+    def refresh_compute_weights(self, changed: bool = True) -> None:
         if self.sharding.stage == 3:
             self._zero.parameter_offload.partition_all_parameters()
         if changed and self.sharding.stage < 3:
@@ -207,24 +207,24 @@ class ZeroBackend(Backend):
 
 
 def _forget_releases() -> None:
-    """Clears a cache around a method, in which DeepSpeed keeps every model for good, and releases by old traces."""
+    """Clears the cache of a DeepSpeed method, which would keep every model and release parameters by old traces."""
     inspect.getclosurevars(_RELEASES).nonlocals["func"].cache_clear()
 
 
 _RELEASES = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
 
 
-def _elements(model: ElasticModel) -> tuple[int, int]:
-    """Elements of a model, and of its largest unit: a layer, or all that is in none."""
+def _numel_whole_and_largest(model: ElasticModel) -> tuple[int, int]:
+    """Elements of a model, and of its largest unit: a layer, or everything outside the layers."""
     layers = [sum(p.numel() for p in layer.parameters()) for group in model.groups() for layer in group]
     whole = sum(p.numel() for p in model.parameters())
     return whole, max(*layers, whole - sum(layers))
 
 
 class _Birth(deepspeed.zero.Init):
-    """zero.Init for parameters whose values come later: it would send rank 0's to all, though they mean nothing."""
+    """zero.Init for parameters that get values later: zero.Init itself would broadcast rank 0's undefined ones."""
 
-    def part(self, parameter: nn.Parameter) -> None:
-        """Keeps this rank's part of `parameter` and frees the whole."""
+    def keep_own(self, parameter: nn.Parameter) -> None:
+        """Keeps this rank's part of `parameter` and frees the rest."""
         self._convert_to_deepspeed_param(parameter)
         cast(Any, parameter).partition()

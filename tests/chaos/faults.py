@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import scaleprog.assess
-import scaleprog.checkpoint
-import scaleprog.preemption
-import scaleprog.storage
-import scaleprog.train
+import scaleprog.ranks.stop
+import scaleprog.rundir.checkpoint
+import scaleprog.rundir.storage
+import scaleprog.training.between_steps
+import scaleprog.training.loop
 from launchers.local import launch
 from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
 from scaleprog.recipe import Recipe
-from scaleprog.storage import committed
+from scaleprog.rundir.storage import committed
 
 MOMENTS = ("warm-up", "supernet", "search", "growth", "last stage")
 SIGNALS = {"TERM": signal.SIGTERM, "USR2": signal.SIGUSR2, "INT": signal.SIGINT}
@@ -90,7 +90,7 @@ def damage(fault: Fault, folder: Path) -> None:
 def train_rank(recipe: Recipe, folder: Path, fault: Fault) -> None:
     """A rank of the run, with the fault in its way until it has struck."""
     arm(fault, folder, int(os.environ["RANK"]))
-    scaleprog.train.train_rank(recipe, folder)
+    scaleprog.training.loop.train_rank(recipe, folder)
 
 
 def arm_task() -> None:
@@ -100,7 +100,7 @@ def arm_task() -> None:
 
 def arm(fault: Fault, folder: Path, rank: int) -> None:
     """Wraps what the moment is made of, if it is to strike this rank and has not yet."""
-    scaleprog.preemption.LOOK_SECONDS = 0.05  # the whole run takes few seconds
+    scaleprog.ranks.stop.LOOK_SECONDS = 0.05  # the whole run takes few seconds
     if rank == fault.rank and not (folder / STRUCK).exists():
         _wrap(fault, folder)
 
@@ -124,12 +124,12 @@ def _wrap(fault: Fault, folder: Path) -> None:
             fault.strike(folder, run.state.step)
 
     original_measure, original_enter, original_step = (
-        scaleprog.assess.measure, scaleprog.train.enter, scaleprog.train.train_step
+        scaleprog.training.between_steps.measure, scaleprog.training.loop.enter, scaleprog.training.loop.train_step
     )  # fmt: skip
 
     def disarm() -> None:
-        scaleprog.assess.measure, scaleprog.train.enter = original_measure, original_enter
-        scaleprog.train.train_step = slow_step
+        scaleprog.training.between_steps.measure, scaleprog.training.loop.enter = original_measure, original_enter
+        scaleprog.training.loop.train_step = slow_step
 
     def slow_step(*arguments: Any) -> None:
         original_step(*arguments)
@@ -156,12 +156,16 @@ def _wrap(fault: Fault, folder: Path) -> None:
         if here.get(fault.moment):
             reached(run)
 
-    scaleprog.assess.measure, scaleprog.train.enter, scaleprog.train.train_step = measure, enter, train_step
+    scaleprog.training.between_steps.measure, scaleprog.training.loop.enter, scaleprog.training.loop.train_step = (
+        measure,
+        enter,
+        train_step,
+    )
 
 
 def _in_the_next_save(fault: Fault, folder: Path, step: int) -> None:
     """Kills this rank at a point of the next save."""
-    storage, checkpoint = scaleprog.storage, scaleprog.checkpoint
+    storage, checkpoint = scaleprog.rundir.storage, scaleprog.rundir.checkpoint
 
     def killing(_: Any) -> Callable[..., Any]:
         return lambda *_, **__: fault.strike(folder, step)
@@ -175,7 +179,7 @@ def _in_the_next_save(fault: Fault, folder: Path, step: int) -> None:
 
 
 def _half_written(fault: Fault, folder: Path, step: int) -> Callable[..., Any]:
-    write = scaleprog.checkpoint.write_tensors
+    write = scaleprog.rundir.checkpoint.write_tensors
 
     def write_half(temporary: Path, *arguments: Any) -> None:
         for name, (size, _) in write(temporary, *arguments).items():
@@ -186,7 +190,7 @@ def _half_written(fault: Fault, folder: Path, step: int) -> Callable[..., Any]:
 
 
 def _rmtree_of_old(fault: Fault, folder: Path, step: int) -> Callable[..., None]:
-    remove = scaleprog.storage.shutil.rmtree
+    remove = scaleprog.rundir.storage.shutil.rmtree
 
     def rmtree(path: Path, *arguments: Any, **keywords: Any) -> None:
         if Path(path).name.endswith(".old") and Path(path).exists():

@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from scaleprog.errors import EXIT_CODE
-from scaleprog.files import write_whole
-from scaleprog.metrics import read_rows
+from scaleprog.files.atomic import write_whole
 from scaleprog.recipe import Recipe
-from scaleprog.sharding.settings import Engine
+from scaleprog.recipe.keys import Engine
+from scaleprog.rundir.recorder import read_rows
 from tests.chaos import on_slurm
 from tests.chaos.faults import KINDS, MOMENTS, SLURM_KINDS, STRUCK, Fault, damage
 from tests.compare import differences

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scaleprog.sharding.settings import Engine
+from scaleprog.recipe.keys import Engine
 from tests.chaos.faults import KINDS, MOMENTS, SLURM_KINDS, Fault
 from tests.chaos.harness import SAVE_STEPS, Chaos, draw, put_section
 

@@ -12,8 +12,8 @@ import torch
 from torch.distributed.distributed_c10d import _world
 
 from scaleprog.growth.operators import fresh, grow, keep
-from scaleprog.models.elastic import ModelSettings
-from scaleprog.sharding.coordinator import process_group
+from scaleprog.ranks.coordinator import process_group
+from scaleprog.recipe.keys import ModelSettings
 from tests.distributed.ranks import Collectives, Trainer, make
 
 WIDE = ModelSettings(name="vit_tiny_patch16_224", classes=10, channels=1, resolution=28, patch=4, width=192, depth=8,
@@ -29,13 +29,13 @@ def grow_often(shardings: list[dict[str, Any]], out: Path) -> None:
             backend = make(sharding, device, WIDE)
             gc.collect()
             gc.freeze()  # as in training
-            backend.regrow(fresh((4,)), inherit=False, elastic=False)
+            backend.regrow(fresh((4,)), inherit=False, may_skip_layers=False)
             trainer, held = Trainer(backend, coordinator), []
             for turn in range(GROWTHS // 2):
-                backend.regrow(grow("mogrow", (4,), (6,)), inherit=turn % 2 == 0, elastic=True)
+                backend.regrow(grow("mogrow", (4,), (6,)), inherit=turn % 2 == 0, may_skip_layers=True)
                 trainer.train(1, [((0, 1, 2, 3, 5),)], 16)
                 trainer.infer(((0, 1, 2, 3),), 16)
-                backend.regrow(keep(((0, 1, 2, 4),)), inherit=True, elastic=False)
+                backend.regrow(keep(((0, 1, 2, 4),)), inherit=True, may_skip_layers=False)
                 trainer.train(1, [None], 16)
                 held.append(holds())
             told.append(held)
@@ -76,7 +76,7 @@ def count_collectives(shardings: list[dict[str, Any]], out: Path) -> None:
         told = []
         for sharding in shardings:
             backend = make(sharding, device)
-            backend.regrow(fresh((6,)), inherit=False, elastic=True)
+            backend.regrow(fresh((6,)), inherit=False, may_skip_layers=True)
             trainer, counted = Trainer(backend, coordinator), {}
             for name, active in (("warm-up", None), ("all", None), ("three", ((0, 2, 5),)), ("all again", None)):
                 with Collectives() as collectives:

@@ -18,21 +18,19 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import scaleprog.checkpoint
-from scaleprog.checkpoint import Checkpoints
+import scaleprog.rundir.checkpoint
 from scaleprog.growth.operators import fresh, grow, keep
 from scaleprog.growth.supernet import active_layers
-from scaleprog.models import family
+from scaleprog.models import resolve_family
 from scaleprog.models.cost import units
-from scaleprog.models.elastic import ModelSettings, drop_scales
-from scaleprog.optim import OptimizerSettings
-from scaleprog.outlook import state_memory, traffic
+from scaleprog.models.elastic import drop_scales
+from scaleprog.planning.cost_model import state_memory, traffic
+from scaleprog.ranks.coordinator import Coordinator, process_group
+from scaleprog.recipe.keys import EmaSettings, ModelSettings, OptimizerSettings, ShardingSettings
+from scaleprog.rundir.checkpoint import Checkpoints
+from scaleprog.rundir.storage import load_tensors
 from scaleprog.sharding import Backend, engine
-from scaleprog.sharding.coordinator import Coordinator, process_group
-from scaleprog.sharding.ema import EmaSettings
-from scaleprog.sharding.settings import ShardingSettings
-from scaleprog.sharding.spread import Part
-from scaleprog.storage import load_tensors
+from scaleprog.sharding.placement import LocalSlice
 
 MODEL = ModelSettings(name="vit_tiny_patch16_224", classes=10, channels=1, resolution=28, patch=4, width=32, depth=8,
                       heads=2, drop_path=0.1)  # fmt: skip
@@ -42,7 +40,7 @@ BATCH = 8
 def make(sharding: dict[str, Any], device: torch.device, model: ModelSettings = MODEL) -> Backend:
     settings = ShardingSettings.model_validate(sharding)
     optimizer, ema = OptimizerSettings(clip=1.0), EmaSettings(momenta=(0.9, 0.5))
-    return engine(settings.engine)(family(model)[0], model, optimizer, ema, settings, device, seed=0)
+    return engine(settings.engine)(resolve_family(model)[0], model, optimizer, ema, settings, device, seed=0)
 
 
 class Trainer:
@@ -92,15 +90,15 @@ def nothing_pickled() -> Iterator[None]:
 def whole_lives(shardings: list[dict[str, Any]], out: Path) -> None:
     """A network's life under one engine after the other; what they recorded, in that order."""
     with nothing_pickled(), process_group() as (coordinator, device):
-        lives = [whole_life(make(sharding, device), coordinator) for sharding in shardings]
+        lives = [whole_timeline(make(sharding, device), coordinator) for sharding in shardings]
         if coordinator.rank == 0:
             out.write_text(json.dumps(lives))
 
 
-def whole_life(backend: Backend, coordinator: Coordinator) -> dict[str, Any]:
+def whole_timeline(backend: Backend, coordinator: Coordinator) -> dict[str, Any]:
     """Every operator in turn, supernets with skipped layers, inference on EMAs in between, recycling at the end."""
     trainer = Trainer(backend, coordinator)
-    backend.regrow(fresh((3,)), inherit=False, elastic=False)
+    backend.regrow(fresh((3,)), inherit=False, may_skip_layers=False)
     trainer.train(3, [None], 16)
     for operator, depth in (
         ("mogrow", 4),
@@ -110,12 +108,12 @@ def whole_life(backend: Backend, coordinator: Coordinator) -> dict[str, Any]:
         ("rand_init", 8),
     ):
         base = backend.structure.depths[0]
-        backend.regrow(grow(operator, (base,), (depth,)), inherit=operator != "stacking", elastic=True)
+        backend.regrow(grow(operator, (base,), (depth,)), inherit=operator != "stacking", may_skip_layers=True)
         actives = [(active_layers(operator, base, depth, d),) for d in range(base, depth + 1)]
         trainer.train(3, actives, 20)
         trainer.infer(actives[0], 24)
         trainer.train(2, actives, 20)
-    backend.regrow(keep(actives[0]), inherit=True, elastic=False)
+    backend.regrow(keep(actives[0]), inherit=True, may_skip_layers=False)
     trainer.train(2, [None], 28)
     sums = {name: float(w.double().abs().sum()) for name, w in backend.gather(1).items()}
     return {"record": trainer.record, "ema": sums}
@@ -125,7 +123,7 @@ def regrow_traffic(out: Path) -> None:
     """Collectives that a training step and a growth issue, counted where torch dispatches them."""
     with process_group() as (coordinator, device):
         backend = make({"engine": "fsdp"}, device)
-        backend.regrow(fresh((4,)), inherit=False, elastic=False)
+        backend.regrow(fresh((4,)), inherit=False, may_skip_layers=False)
         trainer = Trainer(backend, coordinator)
         with CommDebugMode() as step:
             trainer.train(1, [None], 28)
@@ -133,7 +131,7 @@ def regrow_traffic(out: Path) -> None:
         for operator, depth in (("mogrow", 5), ("identity", 6), ("stacking", 7), ("rand_init", 8)):
             old = backend.structure.depths
             with CommDebugMode() as growth:
-                backend.regrow(grow(operator, old, (depth,)), inherit=True, elastic=True)
+                backend.regrow(grow(operator, old, (depth,)), inherit=True, may_skip_layers=True)
             growths[operator] = growth.get_total_counts()
         if coordinator.rank == 0:
             out.write_text(json.dumps({"step": step.get_total_counts(), "growths": growths}))
@@ -196,17 +194,17 @@ def live_tensors() -> int:
 def count_step(sharding: dict[str, Any], model: ModelSettings, depth: int, device: torch.device) -> dict:
     """A step of two images: bytes of this rank's tensors by what they are, collectives as in `Collectives`."""
     backend = make(sharding, device, model)
-    backend.regrow(fresh((depth,)), inherit=False, elastic=False)
-    network, pixels = backend.network, family(model)[1].resolution
+    backend.regrow(fresh((depth,)), inherit=False, may_skip_layers=False)
+    network, pixels = backend.network, resolve_family(model)[1].resolution
     for counted in (False, False, True):  # DistributedDataParallel forms its buckets anew after the first step
         with Collectives() as collectives:
             logits = backend.forward(torch.randn(2, model.channels, pixels, pixels, device=device))
             backend.backward(F.cross_entropy(logits.float(), torch.zeros(2, dtype=torch.long, device=device)))
-            gradients = [p.grad for p in network.elastic.parameters() if p.grad is not None]
+            gradients = [p.grad for p in network.model.parameters() if p.grad is not None]
             held = {"gradients": sum((g.to_local() if isinstance(g, DTensor) else g).nbytes for g in gradients)}
             if counted:
                 backend.step(1e-3, step=0)
-        network.elastic.zero_grad()
+        network.model.zero_grad()
     names = {"online": "parameters", "exp_avg": "optimizer", "exp_avg_sq": "optimizer", "ema.0": "ema", "ema.1": "ema"}
     for name, part in backend.state().items():
         if (what := names.get(name.partition("/")[0])) is not None:
@@ -233,8 +231,8 @@ def count_pretended(sharding: dict[str, Any], model: ModelSettings, depth: int, 
 
 def predicted_step(sharding: dict[str, Any], model: ModelSettings, depth: int, world: int) -> dict:
     """What `count_step` should find."""
-    network, settings = units(family(model)[0], model, depth), ShardingSettings.model_validate(sharding)
-    memory, moved = state_memory(network, settings, 2, world), traffic(network, settings, world)
+    network, settings = units(resolve_family(model)[0], model, depth), ShardingSettings.model_validate(sharding)
+    memory, moved = state_memory(network, settings, 2, world, world), traffic(network, settings, world, world)
     collectives: dict[str, list[int]] = {}
     for c in moved.collectives:
         number, size = collectives.get(c.kind, (0, 0))
@@ -249,10 +247,10 @@ def save_and_fail_on_one(folder: Path) -> None:
     with process_group() as (coordinator, _):
         rank, world = coordinator.rank, coordinator.world
         checkpoints = Checkpoints(folder / "checkpoints", coordinator, keep=1)
-        everywhere = Part.whole(torch.full((3,), 7.0))
+        everywhere = LocalSlice.whole(torch.full((3,), 7.0))
 
         def save(step: int) -> list[str | None]:
-            stretch = Part(torch.arange(4.0) + 4 * rank + step, 4 * rank, 4 * world)
+            stretch = LocalSlice(torch.arange(4.0) + 4 * rank + step, 4 * rank, 4 * world)
             checkpoints.save(step, {}, {"stretch": stretch, "everywhere": everywhere})
             checkpoints.wait()
             return coordinator.gather([commit.error for commit in checkpoints.finished()])
@@ -261,13 +259,13 @@ def save_and_fail_on_one(folder: Path) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
         errors = save(1)
-        write, scaleprog.checkpoint.write_tensors = scaleprog.checkpoint.write_tensors, full
+        write, scaleprog.rundir.checkpoint.write_tensors = scaleprog.rundir.checkpoint.write_tensors, full
         if rank != world - 1:
-            scaleprog.checkpoint.write_tensors = write
+            scaleprog.rundir.checkpoint.write_tensors = write
         errors += save(2)
         newest = checkpoints.newest(print)
         assert newest is not None
-        whole = {"stretch": Part.whole(torch.zeros(4 * world)), "everywhere": Part.whole(torch.zeros(3))}
+        whole = {"stretch": LocalSlice.whole(torch.zeros(4 * world)), "everywhere": LocalSlice.whole(torch.zeros(3))}
         load_tensors(newest, whole)
         if rank == 0:
             found = {name: part.tensor.tolist() for name, part in whole.items()}

@@ -86,7 +86,7 @@ def test_ranks_that_disagree_end_the_run_with_both_values_named(tmp_path: Path) 
 
 def fail_on_rank_1(kind: str) -> None:
     from scaleprog.errors import DataError
-    from scaleprog.sharding.coordinator import process_group
+    from scaleprog.ranks.coordinator import process_group
 
     with process_group() as (coordinator, _):
         if coordinator.rank == 1:

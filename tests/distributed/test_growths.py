@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launchers.local import launch
-from scaleprog.models import family
+from scaleprog.models import resolve_family
 from scaleprog.models.cost import units
 from tests.conftest import SHARDINGS
 from tests.distributed import growths
@@ -81,7 +81,7 @@ def test_a_step_takes_the_collectives_of_theory_and_none_for_inactive_layers(
 
 
 def test_zero_3_carries_active_layers_only(counted: list[dict[str, dict[str, tuple[int, int]]]]) -> None:
-    root, layer, *_ = (4 * sum(map(math.prod, unit)) for unit in units(family(MODEL)[0], MODEL, 6))
+    root, layer, *_ = (4 * sum(map(math.prod, unit)) for unit in units(resolve_family(MODEL)[0], MODEL, 6))
     found = counted[-1]
     for name, layers in (("three", 3), ("all again", 6)):
         assert found[name]["all_gather"][1] == 2 * (root + layers * layer)

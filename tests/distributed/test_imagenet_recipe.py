@@ -11,9 +11,9 @@ from skimage import data as photographs
 from sklearn.datasets import load_sample_images
 
 from launchers.local import launch
-from scaleprog.metrics import read_rows
 from scaleprog.recipe import Recipe
-from scaleprog.train import train_rank
+from scaleprog.rundir.recorder import read_rows
+from scaleprog.training.loop import train_rank
 from shards import image_folder
 
 CLASSES = ("n01440764", "n02123045")

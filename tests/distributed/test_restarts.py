@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-import scaleprog.train
+import scaleprog.training.loop
 from launchers import status
 from launchers.local import RankFailed, launch
 from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
-from scaleprog.life import read_life
-from scaleprog.metrics import read_rows
 from scaleprog.recipe import Recipe
-from scaleprog.report import write_report
-from scaleprog.run import Run
-from scaleprog.train import train_rank
+from scaleprog.reporting.report import write_report
+from scaleprog.reporting.timeline import read_timeline
+from scaleprog.rundir.recorder import read_rows
+from scaleprog.training.loop import train_rank
+from scaleprog.training.process import Run
 from tests.compare import board, differences, rank_curves
 from tests.conftest import run as run_here
 from tests.conftest import step_rows
@@ -41,7 +41,7 @@ def reached(folder: Path, step: int, process: subprocess.Popen[bytes]) -> None:
 
 def train_signalled(recipe: Recipe, folder: Path, kind: str) -> None:
     """A rank of a run in which something happens to rank 1 after some steps."""
-    original = scaleprog.train.train_step
+    original = scaleprog.training.loop.train_step
 
     def train_step(run: Run, *arguments: Any) -> None:
         original(run, *arguments)
@@ -53,7 +53,7 @@ def train_signalled(recipe: Recipe, folder: Path, kind: str) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
 
-    scaleprog.train.train_step = train_step
+    scaleprog.training.loop.train_step = train_step
     train_rank(recipe, folder)
 
 
@@ -91,19 +91,19 @@ def test_a_run_that_was_stopped_and_killed_tells_its_life(make_recipe: Callable[
     assert [event["repeated_steps"] > 0 for event in starts] == [False, False, True]
     assert all(1 < event["startup_seconds"] < 120 for event in starts)
 
-    life = read_life(run, "run", read_rows(run / "metrics.jsonl"), events)
-    assert life is not None
-    told = [(mark.kind, mark.text) for mark in life.marks if mark.step is None]
+    timeline = read_timeline(run, "run", read_rows(run / "metrics.jsonl"), events)
+    assert timeline is not None
+    told = [(mark.kind, mark.text) for mark in timeline.marks if mark.step is None]
     assert told == [
         ("signal", "SIGTERM"), ("stop", ""), ("killed", "ended without notice"), ("finish", "finished")
     ]  # fmt: skip
-    assert life.lost == starts[2]["repeated_steps"] <= 2 * SAVE_STEPS
-    costs = {what: seconds for what, seconds in life.costs.items() if seconds is not None}
-    assert costs.keys() == life.costs.keys()
-    assert abs(sum(costs.values()) - life.wall) < 0.01 * life.wall
-    assert costs["rest"] < 0.5 * life.wall
+    assert timeline.lost == starts[2]["repeated_steps"] <= 2 * SAVE_STEPS
+    costs = {what: seconds for what, seconds in timeline.costs.items() if seconds is not None}
+    assert costs.keys() == timeline.costs.keys()
+    assert abs(sum(costs.values()) - timeline.wall) < 0.01 * timeline.wall
+    assert costs["rest"] < 0.5 * timeline.wall
     write_report([run], tmp_path / "report")
-    assert (tmp_path / "report" / "life.png").stat().st_size > 10_000
+    assert (tmp_path / "report" / "timeline.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from scaleprog.files import write_whole
+from scaleprog.files.atomic import write_whole
 from tests.fuzz.fixtures import Intact, make
 from tests.fuzz.judge import FAULTS, Tally, Verdict, run_case, shares
 from tests.fuzz.server import ForkServer, start_process

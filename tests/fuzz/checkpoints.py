@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scaleprog import storage
+from scaleprog.rundir import storage
 from tests.fuzz.files import KINDS, clear, damage, displace, replace
 from tests.fuzz.values import Change, mutate, paths
 

@@ -139,9 +139,9 @@ def started_at(pid: Any) -> str | None:
         return None
 
 
-def complete(run: Path, step: int, judged: list[list[int]]) -> None:
+def complete(run: Path, step: int, networks: list[list[int]]) -> None:
     """Puts in what only a Slurm job, or one that was stopped in a measurement, leaves: the one after `step`
-    of the networks `judged`, of which nothing is done yet."""
+    of the networks `networks`, of which nothing is done yet."""
     now = time.time()
     code = run / "code" / ("0" * 12) / "scaleprog"
     code.mkdir(parents=True)
@@ -170,5 +170,7 @@ def complete(run: Path, step: int, judged: list[list[int]]) -> None:
             json.dumps({"time": now, "rank": rank, "code": code_, "cause": "stopped by SIGUSR2", "reason": reason})
         )
     (run / "measuring.json").write_text(
-        json.dumps({"where": {"step": step, "judged": judged, "ranks": 1}, "done": 0, "totals": [[0.0] * len(judged)]})
+        json.dumps(
+            {"where": {"step": step, "networks": networks, "ranks": 1}, "done": 0, "losses": [[[] for _ in networks]]}
+        )
     )

@@ -199,15 +199,15 @@ def import_everything() -> None:
 
     torch.set_num_threads(1)
     import scaleprog.cli
-    import scaleprog.export
-    import scaleprog.plan
-    import scaleprog.report
+    import scaleprog.planning.plan
+    import scaleprog.reporting.report
     import scaleprog.sharding.replicated
-    import scaleprog.train
+    import scaleprog.training.export
+    import scaleprog.training.loop
     import shards.check  # noqa: F401
     from tests.fuzz.fixtures import recipe
 
-    scaleprog.plan.describe(recipe(Path("shards")))
+    scaleprog.planning.plan.describe(recipe(Path("shards")))
     figure = plt.figure()
     figure.text(0, 0, "a")
     figure.canvas.draw()

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from scaleprog.sharding.coordinator import Coordinator
+from scaleprog.ranks.coordinator import Coordinator
 from tests.distributed import ranks
 
 VARIANTS = 5  # with and without gradients, stochastic depth, gates; and a batch of another size is none
@@ -20,11 +20,11 @@ def test_a_life_takes_a_bounded_number_of_compilations(
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     device = torch.device("cpu")
-    plain = ranks.whole_life(ranks.make({"engine": engine}, device), Coordinator())
+    plain = ranks.whole_timeline(ranks.make({"engine": engine}, device), Coordinator())
     backend = ranks.make({"engine": engine, "compile": True}, device)
-    compiled = ranks.whole_life(backend, Coordinator())
+    compiled = ranks.whole_timeline(backend, Coordinator())
     assert compiled["record"] == pytest.approx(plain["record"], rel=1e-6)
     assert 1 <= backend.compilations <= VARIANTS
     before = backend.compilations
-    ranks.whole_life(ranks.make({"engine": engine, "compile": True}, device), Coordinator())
+    ranks.whole_timeline(ranks.make({"engine": engine, "compile": True}, device), Coordinator())
     assert backend.compilations == before

@@ -7,7 +7,7 @@ import pytest
 from scaleprog.errors import OverBudget
 from scaleprog.growth.space import Subnet
 from scaleprog.recipe import Recipe
-from scaleprog.storage import committed, step_of
+from scaleprog.rundir.storage import committed, step_of
 from tests.conftest import WITHIN_A_BUDGET, MakeRecipe, run, step_rows
 
 
@@ -23,7 +23,7 @@ def _nothing_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
     def times(measured: object, costs: dict[Subnet, float]) -> dict[Subnet, float]:
         return {subnet: 1.0 if subnet == max(costs) else 0.95 for subnet in costs}
 
-    monkeypatch.setattr("scaleprog.assess.candidate_times", times)
+    monkeypatch.setattr("scaleprog.training.between_steps.candidate_times", times)
 
 
 def test_a_promise_that_cannot_be_kept_waits_for_a_larger_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from scaleprog.errors import Diverged
-from scaleprog.metrics import read_rows
 from scaleprog.recipe import Recipe
+from scaleprog.rundir.recorder import read_rows
 from tests.compare import board, differences
 from tests.conftest import WITHIN_A_BUDGET, run, short_recipe, step_rows
 from tests.numerics.whole_runs import train_all
@@ -163,7 +163,7 @@ def assert_same_run(recipe: Recipe, run_folder: Path, reference: Path) -> None:
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(
     make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scaleprog.train.learning_rate", lambda *_: 1e30)
+    monkeypatch.setattr("scaleprog.training.loop.learning_rate", lambda *_: 1e30)
     recipe = make_recipe(growth={"schedule": "original"}, train={"epochs": 1, "log_every": 2})
     with pytest.raises(Diverged, match=r"step \d+: the loss is (nan|inf) at lr \d"):
         run(recipe, tmp_path)

@@ -7,10 +7,10 @@ import pytest
 
 from launchers.local import launch
 from scaleprog.growth.search import step_time
-from scaleprog.metrics import read_rows
-from scaleprog.state import RunState
-from scaleprog.storage import committed, read_state
-from scaleprog.train import TIMED_STEPS, train_rank
+from scaleprog.rundir.recorder import read_rows
+from scaleprog.rundir.state import RunState
+from scaleprog.rundir.storage import committed, read_state
+from scaleprog.training.loop import TIMED_STEPS, train_rank
 from tests.compare import samples
 from tests.conftest import MakeRecipe, run, step_rows
 
@@ -77,7 +77,9 @@ def test_a_search_weighs_the_last_steps_of_the_network_that_trained_before_it(
     recipe, folder = make_recipe(search={"times": "measured"}), tmp_path / "run"
     run(recipe, folder, max_steps=40)
     searched = [step for step, row in step_rows(folder).items() if row["stage"] == 2 and row["phase"] == "supernet"]
-    weighs(folder, range(searched[0] - TIMED_STEPS, searched[-1] + 1))
+    trained = [step for step, row in step_rows(folder).items() if row["stage"] == 1 and row["phase"] == "train"]
+    assert trained[-1] == searched[0] - 1
+    weighs(folder, range(trained[-TIMED_STEPS:][0], searched[-1] + 1))
 
 
 def weighs(folder: Path, steps: range) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-import scaleprog.train
-from scaleprog.assess import settle_due
+import scaleprog.training.loop
 from scaleprog.errors import Preempted
 from scaleprog.growth.schedule import Phase
-from scaleprog.preemption import Watch
+from scaleprog.ranks.stop import Watch
 from scaleprog.recipe import Recipe
-from scaleprog.run import Run
+from scaleprog.training.between_steps import run_pending
+from scaleprog.training.process import Run
 from tests.compare import differences
 from tests.conftest import run
 
@@ -25,15 +25,15 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], Asked]:
     def script(stop: int | None) -> Asked:
         asked: Asked = []
 
-        def settle(run: Run, phase: Phase) -> None:
+        def pending(run: Run, phase: Phase) -> None:
             def ask(_: Watch) -> str | None:
-                asked.append((run.state.due[0], run.state.step))
+                asked.append((run.state.pending[0], run.state.step))
                 return "SIGTERM" if len(asked) - 1 == stop else None
 
             monkeypatch.setattr(Watch, "asked", ask)
-            settle_due(run, phase)
+            run_pending(run, phase)
 
-        monkeypatch.setattr(scaleprog.train, "settle_due", settle)
+        monkeypatch.setattr(scaleprog.training.loop, "run_pending", pending)
         return asked
 
     return script
@@ -69,7 +69,7 @@ def test_what_is_left_is_done_later(
         if name == "evaluation":  # once it is done, the run crashes before it has saved that
             asked(None)
             with monkeypatch.context() as patch:
-                patch.setattr(scaleprog.train, "save", lambda *_, **__: 1 // 0)
+                patch.setattr(scaleprog.training.loop, "save", lambda *_, **__: 1 // 0)
                 with pytest.raises(ZeroDivisionError):
                     run(recipe, folder)
         after = asked(None)

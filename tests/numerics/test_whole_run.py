@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from scaleprog.growth.operators import Operator
 from scaleprog.recipe import Recipe
+from scaleprog.recipe.keys import Operator
 from tests.conftest import SHARDINGS, WITHIN_A_BUDGET, run, short_recipe, step_rows
 from tests.numerics.whole_runs import train_all
 

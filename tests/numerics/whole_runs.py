@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from launchers.local import launch
+from scaleprog.ranks.coordinator import process_group
 from scaleprog.recipe import Recipe
-from scaleprog.sharding.coordinator import process_group
-from scaleprog.train import train
+from scaleprog.training.loop import train
 
 
 def train_in_turn(runs: list[tuple[Recipe, Path]]) -> None:

@@ -78,11 +78,11 @@ def _read(path: Path) -> str | None:
 
 def install() -> None:
     """Lets the folder CONTROL hold this task; a hook, called before training starts."""
-    import scaleprog.checkpoint
-    import scaleprog.train
+    import scaleprog.rundir.checkpoint
+    import scaleprog.training.loop
 
     control = Control(Path(os.environ["CONTROL"]))
-    after_step, write_tensors = scaleprog.train.after_step, scaleprog.checkpoint.write_tensors
+    after_step, write_tensors = scaleprog.training.loop.after_step, scaleprog.rundir.checkpoint.write_tensors
 
     def held_step(run: Any, *arguments: Any) -> None:
         after_step(run, *arguments)
@@ -95,5 +95,5 @@ def install() -> None:
             control.reached("save", int(name[1]))
         return written
 
-    scaleprog.train.after_step = held_step
-    scaleprog.checkpoint.write_tensors = held_write
+    scaleprog.training.loop.after_step = held_step
+    scaleprog.rundir.checkpoint.write_tensors = held_write

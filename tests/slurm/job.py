@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from launchers.requeue import newest_step
-from scaleprog.queue import OVER
-from scaleprog.reading import read_rows
+from launchers.requeue import committed_step
 from scaleprog.recipe import Recipe
-from scaleprog.records import REQUEUES
+from scaleprog.rundir.reading import read_rows
+from scaleprog.rundir.records import REQUEUES
+from scaleprog.rundir.slurm_queue import OVER
 from tests.slurm.cluster import Cluster
 from tests.slurm.control import Control
 
@@ -166,7 +166,7 @@ class TrainingJob:
 
     def committed(self) -> int:
         """The step of the newest visible checkpoint."""
-        return newest_step(self.run)
+        return committed_step(self.run)
 
     def requeues(self) -> list[dict[str, Any]]:
         """What the batch script decided at the ends of the starts."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from scaleprog.metrics import read_rows
+from scaleprog.rundir.recorder import read_rows
 from tests.compare import samples
 from tests.conftest import run, short_recipe
 from tests.slurm.cluster import Cluster

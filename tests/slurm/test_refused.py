@@ -19,7 +19,7 @@ def recipe(patterns: Path) -> Recipe:
 @pytest.mark.parametrize(
     ("by", "message"),
     [
-        ("submit", "--partition hgih: there is none of this name; there are low, high"),
+        ("submit", "--partition hgih: no such partition; available: low, high"),
         ("sbatch", "invalid partition specified: hgih"),
     ],
 )

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from launchers.status import restarts
-from scaleprog.reading import read_rows
 from scaleprog.recipe import Recipe
+from scaleprog.rundir.reading import read_rows
 from tests.compare import differences
 from tests.conftest import run, short_recipe
 from tests.slurm.cluster import Cluster, Settings

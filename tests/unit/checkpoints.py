@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaleprog.checkpoint import Checkpoints, Commit
-from scaleprog.sharding.coordinator import Coordinator
-from scaleprog.sharding.spread import Part
-from scaleprog.storage import MANIFEST, _checksum
+from scaleprog.ranks.coordinator import Coordinator
+from scaleprog.rundir.checkpoint import Checkpoints, Commit
+from scaleprog.rundir.storage import MANIFEST, _checksum
+from scaleprog.sharding.placement import LocalSlice
 
 Save = Callable[..., Path]
 
@@ -34,9 +34,9 @@ def blank() -> dict[str, Tensor]:
     return {name: torch.full_like(tensor, 99) for name, tensor in tensors().items()}
 
 
-def parts(tensors: dict[str, Tensor]) -> dict[str, Part]:
+def parts(tensors: dict[str, Tensor]) -> dict[str, LocalSlice]:
     """Each tensor as one rank alone holds it."""
-    return {name: Part.whole(tensor) for name, tensor in tensors.items()}
+    return {name: LocalSlice.whole(tensor) for name, tensor in tensors.items()}
 
 
 def commit(

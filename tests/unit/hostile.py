@@ -42,7 +42,15 @@ RESULTS = {
 }  # fmt: skip
 JOB = {"job": "7", "name": "scaleprog-run", "code": "code/x", "log": "jobs/x.out"}
 OWNER = {"generation": 1, "nonce": "n", "job": "7", "restart": 0, "host": "elsewhere", "pid": 7, "started": "1"}
-MEASURING = {"where": {"step": 7, "judged": [[16, 2]], "ranks": 1}, "done": 3, "totals": [[1.0]]}
+PLAN = {
+    "schedule": {
+        "kind": "automatic", "ladder": [[16, 2], [24, 3], [32, 4]], "steps": 80, "search_steps": 10, "rule": "window",
+        "recycle": True, "adaptive_regularization": False, "budget": None, "promised": False, "complete_steps": 0,
+        "patch": None, "curriculum": False, "scoring": 1.0,
+    },
+    "gmacs": [[side, depth, 1e-6 * side**2 * depth] for side in (16, 24, 32) for depth in (2, 3, 4)],
+}  # fmt: skip
+MEASURING = {"where": {"step": 7, "networks": [[16, 2]], "ranks": 1}, "done": 3, "losses": [[[1.0, 1.0, 1.0]]]}
 
 ESCAPES = "\x1b]0;title\x07\x1b[2J\u202egnp\u200b<img src=x onerror=alert(1)>|`[a](javascript:b)$x_1$\ud800\x00\r\n"
 numbers = st.sampled_from(
@@ -95,7 +103,9 @@ def file_of(honest: list[dict[str, Any]], **common: st.SearchStrategy[Any]) -> s
     return st.tuples(rows, st.sampled_from([b"\n", b"", b'\n{"step": 9, "lo'])).map(b"".join)
 
 
-SMALL = {"results.json": RESULTS, "job.json": JOB, "owner.json": OWNER, "measuring.json": MEASURING}
+SMALL = {
+    "results.json": RESULTS, "job.json": JOB, "owner.json": OWNER, "measuring.json": MEASURING, "plan.json": PLAN,
+}  # fmt: skip
 FOLDERS = (
     "checkpoints/step-00000007", "checkpoints/step-x", f"checkpoints/step-{9**40}", f"checkpoints/{ESCAPES[:20]}",
     "tensorboard/rank_1", "tensorboard/rank_x", f"tensorboard/rank_{9**50}", "tensorboard/rank_",
@@ -128,6 +138,7 @@ def lay_down(run: Path, files: dict[str, bytes]) -> Path:
 def put_in_the_way(path: Path, kind: str) -> None:
     """Something that is no regular file of a sane size."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
     if kind == "fifo":
         os.mkfifo(path)
     elif kind == "directory":

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from scaleprog.growth.schedule import GrowthSettings, Phase, Schedule
+from scaleprog.growth.schedule import Phase, Schedule
 from scaleprog.growth.space import Choice, Subnet
+from scaleprog.recipe.keys import GrowthSettings
 
 OPERATORS = ("rand_init", "stacking", "interpolation", "identity", "mogrow")
 DEIT = Subnet(224, 12)
@@ -12,7 +13,7 @@ D1 = Subnet(224, 18)  # VOLO-D1's depth, 0.5 Omega: 9 12 15 18
 
 
 @dataclass(frozen=True)
-class Run:
+class Unrolled:
     """A schedule with all its phases, and the choices that they follow from."""
 
     schedule: Schedule

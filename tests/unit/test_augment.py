@@ -17,17 +17,9 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms import RandomResizedCrop
 
 from scaleprog.data import augment as augment_module
-from scaleprog.data.augment import (
-    Augmentation,
-    AugmentSettings,
-    Encoded,
-    Request,
-    central_box,
-    low_pass,
-    mix,
-    random_box,
-)
+from scaleprog.data.augment import Augmentation, BatchRequest, Encoded, central_box, low_pass, mix, random_box
 from scaleprog.errors import DataError
+from scaleprog.recipe.keys import AugmentSettings
 
 DEIT = AugmentSettings(randaugment="rand-m9-mstd0.5-inc1", erase=0.25, color_jitter=0.3, mixup=0.8, cutmix=1.0)
 
@@ -52,7 +44,7 @@ def process_state() -> tuple[object, ...]:
     "chosen", [DEIT, AugmentSettings(crop="padded", color_jitter=0.4), AugmentSettings(crop="none")]
 )
 def test_only_seed_epoch_step_and_lane_decide(chosen: AugmentSettings, channels: int) -> None:
-    images, request = encoded(24, channels), Request(epoch=3, step=5, resolution=24)
+    images, request = encoded(24, channels), BatchRequest(epoch=3, step=5, resolution=24)
     first = Augmentation(chosen, channels, seed=1).lane(images, request, 2)
     assert first.shape == (24, channels, 24, 24)
     assert first.dtype == torch.float32
@@ -66,8 +58,8 @@ def test_only_seed_epoch_step_and_lane_decide(chosen: AugmentSettings, channels:
     assert process_state() == before, "the training process's own draws are left alone"
     others = [
         Augmentation(chosen, channels, seed=2).lane(images, request, 2),
-        Augmentation(chosen, channels, seed=1).lane(images, Request(4, 5, 24), 2),
-        Augmentation(chosen, channels, seed=1).lane(images, Request(3, 6, 24), 2),
+        Augmentation(chosen, channels, seed=1).lane(images, BatchRequest(4, 5, 24), 2),
+        Augmentation(chosen, channels, seed=1).lane(images, BatchRequest(3, 6, 24), 2),
         Augmentation(chosen, channels, seed=1).lane(images, request, 3),
     ]
     assert not any(torch.equal(first, other) for other in others)
@@ -86,19 +78,19 @@ def test_nothing_on_is_decoding_and_normalising() -> None:
     image = encoded(1, 3, side=24)
     pixels = np.asarray(Image.open(io.BytesIO(image[0][0]))) / 255
     expected = ((pixels - IMAGENET_DEFAULT_MEAN) / IMAGENET_DEFAULT_STD).transpose(2, 0, 1)
-    got = Augmentation(plain, 3).lane(image, Request(0, 0, 24), 0)[0]
+    got = Augmentation(plain, 3).lane(image, BatchRequest(0, 0, 24), 0)[0]
     assert torch.allclose(got.double(), torch.from_numpy(expected), atol=1e-5)
-    grey = Augmentation(plain, 1).lane(encoded(1, 1, 24), Request(0, 0, 24), 0)
+    grey = Augmentation(plain, 1).lane(encoded(1, 1, 24), BatchRequest(0, 0, 24), 0)
     assert grey.min() >= -1
     assert grey.max() <= 1
     own = Augmentation(AugmentSettings(crop="none", flip=0, mean=(0.0,), std=(1.0,)), 1)
-    assert torch.allclose(own.lane(encoded(1, 1, 24), Request(0, 0, 24), 0) * 2 - 1, grey, atol=1e-6)
+    assert torch.allclose(own.lane(encoded(1, 1, 24), BatchRequest(0, 0, 24), 0) * 2 - 1, grey, atol=1e-6)
 
 
 def test_flip_is_as_often_as_asked() -> None:
     image = encoded(1, 1, 24) * 400
-    plain = Augmentation(AugmentSettings(crop="none", flip=0), 1).lane(image[:1], Request(0, 0, 24), 0)[0]
-    rows = Augmentation(AugmentSettings(crop="none", flip=0.25), 1).lane(image, Request(0, 0, 24), 0)
+    plain = Augmentation(AugmentSettings(crop="none", flip=0), 1).lane(image[:1], BatchRequest(0, 0, 24), 0)[0]
+    rows = Augmentation(AugmentSettings(crop="none", flip=0.25), 1).lane(image, BatchRequest(0, 0, 24), 0)
     flipped = sum(torch.equal(row, plain.flip(-1)) for row in rows)
     assert flipped + sum(torch.equal(row, plain) for row in rows) == 400
     assert 65 <= flipped <= 140
@@ -107,8 +99,8 @@ def test_flip_is_as_often_as_asked() -> None:
 def test_a_padded_crop_is_a_window_of_the_padded_image() -> None:
     image = encoded(1, 1, 12)
     chosen = AugmentSettings(crop="padded", padding=2, flip=0)
-    rows = Augmentation(chosen, 1).lane(image * 300, Request(0, 0, 12), 0)
-    whole = Augmentation(AugmentSettings(crop="none", flip=0), 1).lane(image, Request(0, 0, 12), 0)[0]
+    rows = Augmentation(chosen, 1).lane(image * 300, BatchRequest(0, 0, 12), 0)
+    whole = Augmentation(AugmentSettings(crop="none", flip=0), 1).lane(image, BatchRequest(0, 0, 12), 0)[0]
     padded = torch.nn.functional.pad(whole, (2, 2, 2, 2), value=-1.0)  # a pixel of 0 is -1 when normalised
     windows = {(y, x): padded[:, y : y + 12, x : x + 12] for y in range(5) for x in range(5)}
     found = [next(at for at, window in windows.items() if torch.equal(row, window)) for row in rows]
@@ -151,9 +143,9 @@ def test_adareg_scales_the_magnitude() -> None:
     assert {op.magnitude for op in half.ops} == {4.5}
     images = encoded(64, 3, 32)
     chosen = AugmentSettings(crop="none", flip=0, randaugment="rand-m9-n2-p1.0-inc1")
-    plain = Augmentation(AugmentSettings(crop="none", flip=0), 3).lane(images, Request(0, 0, 32), 0)
+    plain = Augmentation(AugmentSettings(crop="none", flip=0), 3).lane(images, BatchRequest(0, 0, 32), 0)
     changes = [
-        (Augmentation(chosen, 3).lane(images, Request(0, 0, 32, magnitude), 0) - plain).abs().mean()
+        (Augmentation(chosen, 3).lane(images, BatchRequest(0, 0, 32, magnitude), 0) - plain).abs().mean()
         for magnitude in (0.25, 1.0)
     ]
     assert changes[0] < changes[1]
@@ -163,16 +155,16 @@ def test_adareg_scales_the_magnitude() -> None:
 def test_randaugment_survives_both_ends_of_its_scale(config: str) -> None:
     """timm asks Pillow for a posterisation to 0 bits there, which Pillow 13 refuses."""
     chosen = AugmentSettings(crop="none", randaugment=config)
-    Augmentation(chosen, 1).lane(encoded(1, 1, 16) * 200, Request(0, 0, 16), 0)
+    Augmentation(chosen, 1).lane(encoded(1, 1, 16) * 200, BatchRequest(0, 0, 16), 0)
 
 
 def test_adareg_scales_how_often_is_erased() -> None:
     images = encoded(1, 1, 24) * 400
-    plain = Augmentation(AugmentSettings(crop="none", flip=0), 1).lane(images[:1], Request(0, 0, 24), 0)[0]
+    plain = Augmentation(AugmentSettings(crop="none", flip=0), 1).lane(images[:1], BatchRequest(0, 0, 24), 0)[0]
     augmentation = Augmentation(AugmentSettings(crop="none", flip=0, erase=0.5), 1)
     erased = {}
     for factor in (0.0, 0.5, 1.0):
-        rows = augmentation.lane(images, Request(0, 0, 24, erase=factor), 0)
+        rows = augmentation.lane(images, BatchRequest(0, 0, 24, erase=factor), 0)
         erased[factor] = sum(not torch.equal(row, plain) for row in rows)
     assert erased[0.0] == 0
     assert 65 <= erased[0.5] <= 140
@@ -296,13 +288,13 @@ def test_an_odd_number_per_lane_is_refused() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("band", "kept"), [(4, (0, 1)), (5, (0, 1, 2)), (16, range(8)), (3, (0, 1)), (2, (0,))])
-def test_waves_pass_that_the_band_can_hold(band: int, kept: Sequence[int], device: str) -> None:
+@pytest.mark.parametrize(("cutoff", "kept"), [(4, (0, 1)), (5, (0, 1, 2)), (16, range(8)), (3, (0, 1)), (2, (0,))])
+def test_waves_pass_that_the_band_can_hold(cutoff: int, kept: Sequence[int], device: str) -> None:
     place = torch.arange(16.0, device=device) * 2 * torch.pi / 16
     for frequency in range(8):
         wave = torch.cos(frequency * place).expand(2, 3, 12, 16).contiguous()
         for images in (wave, wave.transpose(-1, -2)):
-            passed = low_pass(images, band)
+            passed = low_pass(images, cutoff)
             assert passed.shape == images.shape
             assert torch.allclose(passed, images if frequency in kept else torch.zeros_like(images), atol=1e-5)
 

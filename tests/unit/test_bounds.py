@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from scaleprog import models
 from scaleprog.cli import rank_counts
 from scaleprog.errors import DataError, RecipeError, ScaleprogError
-from scaleprog.models import family
-from scaleprog.models.elastic import ModelSettings
-from scaleprog.plan import Plan, describe, plan_start
+from scaleprog.models import resolve_family
+from scaleprog.planning.plan import Plan, describe, plan_start
 from scaleprog.recipe import Recipe
+from scaleprog.recipe.keys import ModelSettings
 from tests.conftest import MakeRecipe
 from tests.unit.command import Command, WriteRecipe, is_mistake
 
@@ -138,7 +138,7 @@ def test_a_model_is_named_and_nothing_is_fetched(name: str, monkeypatch: pytest.
     create = models.timm.create_model
     monkeypatch.setattr(models.timm, "create_model", lambda **kinds: (built.append(kinds), create(**kinds))[1])
     with pytest.raises((RecipeError, ValueError)):
-        family(ModelSettings(name=name))
+        resolve_family(ModelSettings(name=name))
     assert all(kinds["model_name"] == "vit_tiny_patch16_224.no_such_tag" for kinds in built)
 
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from scaleprog.errors import OverBudget
 from scaleprog.growth.schedule import Phase
-from scaleprog.growth.search import CLOCKS, Funds, candidate_times, decide_within, step_time
+from scaleprog.growth.search import CLOCKS, BudgetState, Decision, candidate_times, decide_within, step_time
 from scaleprog.growth.space import Choice, Subnet
-from tests.unit.schedules import DEIT, Run, of, unroll
+from tests.unit.schedules import DEIT, Unrolled, of, one_group, unroll
 
 CORNERS = [Subnet(128, 6), Subnet(128, 12), Subnet(224, 6), DEIT]
 positive = st.floats(0.01, 100)
@@ -24,15 +24,15 @@ def price(subnet: Subnet) -> float:
     return subnet.resolution**2 * subnet.depth / (224**2 * 12)
 
 
-def decide(funds: Funds, losses: list[float], times: list[float]) -> Choice:
-    return decide_within(funds, 2, [dict(zip(CORNERS, losses))], dict(zip(CORNERS, times))).choice
+def decide(budget: BudgetState, losses: list[float], times: list[float]) -> Choice:
+    return decide_within(budget, 2, [dict(zip(CORNERS, losses))], dict(zip(CORNERS, times))).choice
 
 
 @st.composite
-def funds(draw: st.DrawFn) -> Funds:
+def budgets(draw: st.DrawFn) -> BudgetState:
     steps = draw(st.integers(10, 1000))
     latest = draw(st.integers(1, steps - 1))
-    return Funds(draw(st.integers(0, steps - 1)), steps, latest, draw(st.floats(-steps, 2 * steps)))
+    return BudgetState(draw(st.integers(0, steps - 1)), steps, latest, draw(st.floats(-steps, 2 * steps)))
 
 
 @st.composite
@@ -50,7 +50,7 @@ def times(draw: st.DrawFn) -> list[float]:
 
 def test_a_decision_by_hand() -> None:
     """100 of 400 steps are left to be saved: at prices of 0.2, 0.5 and 0.6 that takes 125, 200 and 250 steps."""
-    here = Funds(position=100, steps=400, latest=320, left=200)
+    here = BudgetState(position=100, steps=400, latest=320, left=200)
     assert here.saving == 100
     cheap, deep, wide = (1.0, 0.8, 0.6, 0.5), (0.6, 0.52, 0.9, 0.5), (1.0, 0.8, 0.52, 0.5)
     seconds = [2.0, 5.0, 6.0, 10.0]
@@ -58,7 +58,7 @@ def test_a_decision_by_hand() -> None:
     assert decide(here, list(cheap), seconds) == Choice(CORNERS[1], 300)  # 0.625 and 0.6; 250 steps would end at 350
     assert decide(here, list(deep), seconds) == Choice(CORNERS[1], 300)
     assert decide(here, list(wide), seconds) == Choice(CORNERS[1], 300)
-    later = Funds(position=100, steps=400, latest=360, left=200)
+    later = BudgetState(position=100, steps=400, latest=360, left=200)
     assert decide(later, list(wide), seconds) == Choice(CORNERS[2], 350)  # 0.625, 0.6 and 0.05
     decision = decide_within(here, 2, [dict(zip(CORNERS, cheap))], dict(zip(CORNERS, seconds)))
     assert decision.scores == (pytest.approx(0.625), pytest.approx(0.6), None, None)
@@ -66,17 +66,19 @@ def test_a_decision_by_hand() -> None:
 
 
 def test_networks_that_lose_nothing_tie_and_the_cheapest_wins() -> None:
-    assert decide(Funds(0, 400, 300, 200), [0.4, 0.3, 0.5, 0.5], [4.0, 2.0, 5.0, 10.0]).subnet == CORNERS[1]
+    assert decide(BudgetState(0, 400, 300, 200), [0.4, 0.3, 0.5, 0.5], [4.0, 2.0, 5.0, 10.0]).subnet == CORNERS[1]
 
 
 def test_the_complete_model_trains_where_it_can_be_paid_for() -> None:
     for left in (300, 301.5):
-        assert decide(Funds(100, 400, 300, left), [9, 9, 9, 0.1], [1, 2, 3, 4]) == Choice(DEIT, 100)
-    assert decide(Funds(100, 400, 300, 200), [1] * 4, [5, 6, 7, 4]) == Choice(DEIT, 100)  # nothing is cheaper
+        assert decide(BudgetState(100, 400, 300, left), [9, 9, 9, 0.1], [1, 2, 3, 4]) == Choice(DEIT, 100)
+    assert decide(BudgetState(100, 400, 300, 200), [1] * 4, [5, 6, 7, 4]) == Choice(DEIT, 100)  # nothing is cheaper
 
 
-@given(funds(), st.lists(positive, min_size=4, max_size=4), times())
-def test_every_decision_keeps_to_the_budget_if_any_can(here: Funds, losses: list[float], seconds: list[float]) -> None:
+@given(budgets(), st.lists(positive, min_size=4, max_size=4), times())
+def test_every_decision_keeps_to_the_budget_if_any_can(
+    here: BudgetState, losses: list[float], seconds: list[float]
+) -> None:
     choice = decide(here, losses, seconds)
     prices = dict(zip(CORNERS, (s / seconds[-1] for s in seconds)))
     assert choice.complete_from is not None
@@ -92,8 +94,10 @@ def test_every_decision_keeps_to_the_budget_if_any_can(here: Funds, losses: list
         assert choice == Choice(min(prices, key=prices.__getitem__), here.latest), "as cheap as can be"
 
 
-@given(funds(), st.lists(positive, min_size=4, max_size=4), times(), st.floats(0.01, 100), st.floats(-0.005, 10))
-def test_units_do_not_matter(here: Funds, losses: list[float], seconds: list[float], unit: float, more: float) -> None:
+@given(budgets(), st.lists(positive, min_size=4, max_size=4), times(), st.floats(0.01, 100), st.floats(-0.005, 10))
+def test_units_do_not_matter(
+    here: BudgetState, losses: list[float], seconds: list[float], unit: float, more: float
+) -> None:
     """Neither that of time, nor where losses count from."""
     one = decide_within(here, 2, [dict(zip(CORNERS, losses))], dict(zip(CORNERS, seconds)))
     scores = sorted(s for s in one.scores if s is not None)
@@ -106,7 +110,7 @@ def test_units_do_not_matter(here: Funds, losses: list[float], seconds: list[flo
 
 
 @st.composite
-def runs(draw: st.DrawFn, recycle: bool | None = None) -> Run:
+def runs(draw: st.DrawFn, recycle: bool | None = None) -> Unrolled:
     """A run with any budget that can be kept, and any losses."""
     stages = draw(st.integers(2, 6))
     steps = draw(st.integers(stages * 10, 1000))
@@ -119,16 +123,16 @@ def runs(draw: st.DrawFn, recycle: bool | None = None) -> Run:
 
     def choose(phases: list[Phase]) -> Choice:
         candidates = phases[-1].candidates
-        judged = {s: draw(st.floats(0.1, 3)) for s in schedule.scored(phases[-1])}
-        losses = {s: judged[schedule.judged(s)] for s in candidates}
+        found = {s: draw(st.floats(0.1, 3)) for s in schedule.scoring_targets(phases[-1])}
+        losses = {s: found[schedule.proxy(s)] for s in candidates}
         times = {s: price(s) for s in candidates}
-        return decide_within(schedule.funds(phases, price), phases[-1].stage, [losses], times).choice
+        return decide_within(schedule.budget_state(phases, price), phases[-1].stage, [losses], times).choice
 
-    return Run(schedule, *unroll(schedule, choose))
+    return Unrolled(schedule, *unroll(schedule, choose))
 
 
 @given(runs(recycle=True))
-def test_phases_tile_the_steps_and_grow_to_the_complete_model(run: Run) -> None:
+def test_phases_tile_the_steps_and_grow_to_the_complete_model(run: Unrolled) -> None:
     schedule = run.schedule
     assert run.phases[0].start == run.phases[0].position == 0
     assert run.phases[-1].stop == schedule.steps
@@ -146,7 +150,7 @@ def test_phases_tile_the_steps_and_grow_to_the_complete_model(run: Run) -> None:
 
 
 @given(runs())
-def test_the_first_stage_is_the_smallest_network_and_every_other_search_knows_its_corners(run: Run) -> None:
+def test_the_first_stage_is_the_smallest_network_and_every_other_search_knows_its_corners(run: Unrolled) -> None:
     first, *rest = run.phases
     assert (first.kind, first.candidates) == ("train", run.schedule.ladder[:1])
     for before, phase in pairwise(run.phases):
@@ -157,18 +161,24 @@ def test_the_first_stage_is_the_smallest_network_and_every_other_search_knows_it
 
 
 @given(runs(recycle=True))
-def test_stages_until_the_complete_model_are_about_an_equal_part_each(run: Run) -> None:
+def test_stages_until_the_complete_model_are_about_an_equal_part_each(run: Unrolled) -> None:
     part = run.schedule.steps / run.schedule.stages
     room = run.schedule.latest - run.schedule.search_steps  # a later takeover leaves none for another search
     stages: dict[int, int] = {}
     for phase in run.phases[:-1]:
         if not phase.searched:
             stages[phase.stage] = phase.stop - phase.start
-    assert stages.pop(1) == run.schedule.steps // run.schedule.stages
+    first = run.schedule.steps // run.schedule.stages
+    if probe := run.schedule.probe:
+        assert stages.pop(1) == probe
+        if len(run.choices) > 1:
+            assert stages.pop(2) == first - probe - run.schedule.search_steps
+    else:
+        assert stages.pop(1) == first
     for stage, length in stages.items():
         choice = run.choices[stage - 2]
         undecided = choice.complete_from is not None and choice.complete_from <= room
-        if undecided and run.schedule.judged(choice.subnet) != DEIT:
+        if undecided and run.schedule.proxy(choice.subnet) != DEIT:
             assert length <= 1.5 * part + 1
         else:
             assert run.phases[-2].stage == stage, "goes on until the complete model takes over"
@@ -177,7 +187,7 @@ def test_stages_until_the_complete_model_are_about_an_equal_part_each(run: Run) 
 
 
 @given(runs(recycle=True))
-def test_a_run_keeps_to_its_budget_if_its_smallest_network_can(run: Run) -> None:
+def test_a_run_keeps_to_its_budget_if_its_smallest_network_can(run: Unrolled) -> None:
     schedule, small = run.schedule, run.schedule.ladder[0]
     searching = sum(p.stop - p.start for p in run.phases if p.searched)
     least = price(small) * (schedule.latest - searching) + schedule.steps - schedule.latest + searching
@@ -186,13 +196,13 @@ def test_a_run_keeps_to_its_budget_if_its_smallest_network_can(run: Run) -> None
 
 
 def test_what_is_scored_is_paid_for_once() -> None:
-    """Of one depth all are judged by all patches: two networks, 3 steps each; by resolution four."""
+    """Of one depth all are scored by all patches: two networks, 3 steps each; by resolution four."""
     for patches, networks in (("subset", CORNERS[2:]), ("resolution", CORNERS)):
         free = of(rule="corners", budget=0.5, patches=patches)
         phases = free.phases([])
         paid = replace(free, scoring=3.0)
-        assert free.scored(phases[-1]) == networks
-        assert free.funds(phases, price).left - paid.funds(phases, price).left == pytest.approx(
+        assert free.scoring_targets(phases[-1]) == networks
+        assert free.budget_state(phases, price).left - paid.budget_state(phases, price).left == pytest.approx(
             3 * sum(map(price, networks))
         )
 
@@ -201,17 +211,17 @@ def test_a_budget_that_was_asked_for_is_never_exceeded() -> None:
     """300 of 400 steps are to be saved, but the cheapest candidate, at 0.4, saves 120 in the 200 that there are."""
     losses, times = [dict.fromkeys(CORNERS, 1.0)], dict(zip(CORNERS, (4, 6, 8, 10)))
     with pytest.raises(OverBudget, match=r"128 px, 6 layers costs 40% .* at least 180 complete steps, 0 are left"):
-        decide_within(Funds(100, 400, 300, 0, promised=True), 2, losses, times)
+        decide_within(BudgetState(100, 400, 300, 0, promised=True), 2, losses, times)
     with pytest.raises(OverBudget):
-        decide_within(Funds(350, 400, 300, 0, promised=True), 2, losses, times)
-    aimed_at = decide_within(Funds(100, 400, 300, 0), 2, losses, times)
+        decide_within(BudgetState(350, 400, 300, 0, promised=True), 2, losses, times)
+    aimed_at = decide_within(BudgetState(100, 400, 300, 0), 2, losses, times)
     assert aimed_at.choice == Choice(CORNERS[0], 300), "what nobody asked for is come as near to as can be"
-    kept = decide_within(Funds(100, 400, 300, 300, promised=True), 2, losses, times)
-    assert kept.because == "complete from schedule step 100: it can be paid for to the end"
+    kept = decide_within(BudgetState(100, 400, 300, 300, promised=True), 2, losses, times)
+    assert kept.because == "complete from schedule step 100: the budget pays for it to the end"
 
 
-@given(funds(), st.lists(positive, min_size=4, max_size=4), times())
-def test_a_promise_is_kept_or_refused(here: Funds, losses: list[float], seconds: list[float]) -> None:
+@given(budgets(), st.lists(positive, min_size=4, max_size=4), times())
+def test_a_promise_is_kept_or_refused(here: BudgetState, losses: list[float], seconds: list[float]) -> None:
     prices = dict(zip(CORNERS, (s / seconds[-1] for s in seconds)))
     try:
         choice = decide(replace(here, promised=True), losses, seconds)
@@ -227,7 +237,7 @@ def test_a_promise_is_kept_or_refused(here: Funds, losses: list[float], seconds:
 
 def test_where_nothing_can_be_saved_the_complete_model_trains() -> None:
     """A step on the smallest network takes 93 % of a complete one."""
-    here, times = Funds(100, 400, 300, 200), dict(zip(CORNERS, (9.3, 9.5, 9.6, 10)))
+    here, times = BudgetState(100, 400, 300, 200), dict(zip(CORNERS, (9.3, 9.5, 9.6, 10)))
     decision = decide_within(here, 2, [dict.fromkeys(CORNERS, 1.0)], times)
     assert decision.choice == Choice(DEIT, 100)
     assert decision.why == "nothing to save, a step on 128 px, 6 layers costs 93% of a complete one"
@@ -237,7 +247,7 @@ def test_where_nothing_can_be_saved_the_complete_model_trains() -> None:
 
 def test_nothing_is_saved_before_something_is_learned() -> None:
     """Of ten classes, whose guess costs 2.30; a promise has to be kept all the same."""
-    here, times = Funds(100, 400, 300, 200), dict(zip(CORNERS, (2, 5, 6, 10)))
+    here, times = BudgetState(100, 400, 300, 200), dict(zip(CORNERS, (2, 5, 6, 10)))
     for loss, early in ((2.4, True), (1.8, True), (1.7, False)):
         measured = [dict(zip(CORNERS, (2.2, loss, 2.2, loss)))]
         assert (decide_within(here, 2, measured, times, guessing=math.log(10)).chosen == DEIT) == early
@@ -245,12 +255,12 @@ def test_nothing_is_saved_before_something_is_learned() -> None:
         assert promised.chosen != DEIT
     measured = [dict.fromkeys(CORNERS, 2.07)]
     decision = decide_within(here, 2, measured, times, guessing=math.log(10))
-    assert decision.why == "too early to save, 10% of the loss of guessing is gone, 25% is needed"
+    assert decision.why == "too early to save: 10% of a uniform guess's loss is gone, 25% is needed"
 
 
 def test_a_difference_of_losses_within_its_noise_is_none() -> None:
     """Two depths that differ by 0.004: by a standard error of 0.003 the cheaper one is taken, by 0.001 it is not."""
-    here, seconds = Funds(100, 400, 320, 200), [2.0, 5.0, 6.0, 10.0]
+    here, seconds = BudgetState(100, 400, 320, 200), [2.0, 5.0, 6.0, 10.0]
     measured, times = [dict(zip(CORNERS, (0.504, 0.5, 0.504, 0.5)))], dict(zip(CORNERS, seconds))
     for error, chosen in ((0.003, CORNERS[0]), (0.001, CORNERS[1])):
         errors = dict(zip(CORNERS, (error, 0.0, error, 0.0)))
@@ -267,7 +277,9 @@ def test_what_nobody_asked_for_is_saved_as_far_as_steps_are_cheaper_here() -> No
     def left(at: float, **changes: Any) -> float:
         measured = {s: 1 - (1 - price(s)) * (1 - at) / (1 - price(small)) for s in phases[-1].candidates}
         changed = replace(schedule, **changes)
-        return changed.funds(phases, measured.__getitem__, price).left + changed.cost(phases, measured.__getitem__)
+        return changed.budget_state(phases, measured.__getitem__, price).left + changed.cost(
+            phases, measured.__getitem__
+        )
 
     assert left(price(small)) == pytest.approx(0.6 * 400)
     assert left(1.0) == pytest.approx(400)
@@ -283,7 +295,7 @@ def test_a_short_run_trains_the_complete_model_and_says_why() -> None:
     assert of(rule="corners", budget=1.0, steps=408, complete_steps=300).short, "no room for a search"
     longer = of(rule="corners", budget=0.6, steps=420, complete_steps=300)
     assert longer.short == ""
-    assert [p.network for p in longer.expected((), price) if p.kind == "train"] == [longer.ladder[0]] * 2 + [DEIT]
+    assert [p.network for p in longer.expected((), price) if p.kind == "train"] == [longer.ladder[0]] * 3 + [DEIT]
     assert longer.latest == 120
     assert of(rule="corners", budget=0.6, steps=4000, complete_steps=300).latest == 3000
 
@@ -299,7 +311,7 @@ def test_a_candidate_that_no_step_sampled_is_timed_by_its_share_of_the_work() ->
 def test_nothing_is_searched_that_cannot_be_told_apart() -> None:
     """All patches judge, and the depth is complete: what is left to grow has no loss of its own."""
     for patches, searches in (("subset", 1), ("resolution", 2)):
-        schedule = of(rule="corners", budget=0.5, search_steps=8, patches=patches)
+        schedule = replace(of(rule="corners", budget=0.5, search_steps=8, patches=patches), promised=True)
         choices = [Choice(Subnet(128, 12), 290)]
         phases = schedule.phases(choices)
         assert sum(p.searched for p in phases) == searches
@@ -310,13 +322,13 @@ def test_nothing_is_searched_that_cannot_be_told_apart() -> None:
 
 
 @given(runs(recycle=False))
-def test_without_recycling_positions_are_trained_once(run: Run) -> None:
+def test_without_recycling_positions_are_trained_once(run: Unrolled) -> None:
     trained = [p.position_of(step) for p in run.phases if p.kind == "train" for step in range(p.start, p.stop)]
     assert trained == list(range(run.schedule.steps))
 
 
 @given(runs())
-def test_what_is_known_never_changes(run: Run) -> None:
+def test_what_is_known_never_changes(run: Unrolled) -> None:
     for known in range(len(run.choices)):
         phases = run.schedule.phases(run.choices[:known])
         assert phases == run.phases[: len(phases)]
@@ -324,7 +336,7 @@ def test_what_is_known_never_changes(run: Run) -> None:
 
 
 @given(runs())
-def test_regularisation_rises_to_full_strength(run: Run) -> None:
+def test_regularisation_rises_to_full_strength(run: Unrolled) -> None:
     strengths = [p.regularization.erase for p in run.phases if p.kind == "train"]
     assert strengths == sorted(strengths)
     assert strengths[-1] == 1
@@ -335,8 +347,9 @@ def test_the_expected_run_stays_small_and_keeps_to_its_budget() -> None:
     schedule = of(rule="corners", budget=0.6, search_steps=8)
     phases = schedule.expected((), price)
     assert [(p.kind, p.network) for p in phases if not p.searched] == [
-        ("train", Subnet(128, 6)), ("train", Subnet(128, 6)), ("train", DEIT),
+        ("train", Subnet(128, 6)), ("train", Subnet(128, 6)), ("train", Subnet(128, 6)), ("train", DEIT),
     ]  # fmt: skip
+    assert [p.position for p in phases if p.searched] == [40, 100]
     assert 0.59 < schedule.cost(phases, price) / 400 <= 0.6
     assert [p.network for p in of().expected((), price) if p.kind == "train"] == list(of().ladder)
 
@@ -346,3 +359,38 @@ def test_the_time_of_a_step_is_the_lower_median_without_the_first() -> None:
     assert step_time([9.0, 2.0]) == 2.0
     assert step_time([9.0, 2.0, 3.0]) == 2.0
     assert step_time([9.0, 4.0, 2.0, 3.0]) == 3.0
+
+
+def test_a_probe_continues_with_the_smallest_network_or_gives_up() -> None:
+    """A tenth into the run; what the other candidates lose or cost does not matter to it."""
+    state = BudgetState(48, 400, 300, 200, probing=True)
+    times = dict(zip(CORNERS, (3.0, 1.0, 5.0, 10.0)))
+
+    def probe(loss: float, small: float = 3.0) -> Decision:
+        losses = dict(zip(CORNERS, (loss, loss / 2, loss / 3, loss / 4)))
+        return decide_within(state, 2, [losses], times | {CORNERS[0]: small}, guessing=2.3)
+
+    assert probe(2.3 * 4 * 0.89).choice == Choice(CORNERS[0], 48 + math.ceil(152 / 0.7))
+    hopeless = probe(2.3 * 4 * 0.91)
+    assert hopeless.choice == Choice(CORNERS[-1], 48)
+    assert "too early to save: 9% of a uniform guess's loss is gone, 10% is needed" in hopeless.because
+    dear = probe(2.0, small=9.5)
+    assert dear.choice == Choice(CORNERS[-1], 48)
+    assert "nothing to save, a step on 128 px, 6 layers costs 95%" in dear.because
+
+
+def test_only_a_budget_that_nobody_has_asked_for_is_probed() -> None:
+    free = of(rule="corners", budget=0.5, search_steps=8)
+    assert (free.probe, free.stages) == (40, 4)
+    assert replace(free, promised=True).probe == 0
+    assert replace(free, search_steps=31).probe == 0, "no room for two searches in the first stage"
+    assert replace(free, complete_steps=390).probe == 0, "too short to save"
+    assert of(rule="corners").probe == 0
+    (first, second) = (p for p in free.phases([Choice(CORNERS[0], 300)]) if p.searched)
+    assert (first.position, second.position) == (40, 100)
+    hopeless = free.phases([Choice(DEIT, 48)])
+    assert [(p.kind, p.start, p.stop, p.began) for p in hopeless[2:]] == [("train", 48, 400, 48)]
+    assert free.entry(hopeless, 2, "mogrow", one_group).rest == "fresh", "nothing is kept of what has not learned"
+    soon = free.phases([Choice(CORNERS[0], 70)])
+    assert [(p.network, p.start, p.stop, p.began) for p in soon[2:]] == [(CORNERS[0], 48, 70, 0), (DEIT, 70, 400, 0)]
+    assert free.entry(soon, 3, "mogrow", one_group).rest == "ema"

@@ -13,11 +13,11 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-import scaleprog.tensorfile
-from scaleprog.checkpoint import Checkpoints
+import scaleprog.rundir.tensorfile
 from scaleprog.errors import Superseded, Unavailable
-from scaleprog.sharding.coordinator import Coordinator
-from scaleprog.storage import MANIFEST, committed, load_tensors, read_state, step_of, tidy, verify, write_tensors
+from scaleprog.ranks.coordinator import Coordinator
+from scaleprog.rundir.checkpoint import Checkpoints
+from scaleprog.rundir.storage import MANIFEST, committed, load_tensors, read_state, step_of, tidy, verify, write_tensors
 from tests.unit.checkpoints import Save, blank, commit, data_file, flip, names, newest, parts, tensors
 
 # ---- writing and reading
@@ -67,7 +67,7 @@ def test_the_state_is_saved_as_it_was_then(
     one_rank: None, checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     going_on = threading.Event()
-    monkeypatch.setattr("scaleprog.checkpoint.write_tensors", lambda *a: going_on.wait(10) and write_tensors(*a))
+    monkeypatch.setattr("scaleprog.rundir.checkpoint.write_tensors", lambda *a: going_on.wait(10) and write_tensors(*a))
     checkpoints, live = Checkpoints(checkpoint_folder, Coordinator(), keep=1), {"times": [[16, 2, [1.0]]]}
     checkpoints.save(1, live, parts(tensors()))
     live["times"][0][2].append(2.0)
@@ -115,9 +115,9 @@ def test_a_file_system_that_does_not_answer_is_no_damage(
                 raise OSError(errno.EIO, "Input/output error")
             check(file, *expected)
 
-        monkeypatch.setattr("scaleprog.tensorfile.check", check_file)
+        monkeypatch.setattr("scaleprog.rundir.tensorfile.check", check_file)
 
-    check = scaleprog.tensorfile.check
+    check = scaleprog.rundir.tensorfile.check
     failing(2)
     found, told = newest(checkpoint_folder)
     assert found == "step-00000001"

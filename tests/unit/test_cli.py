@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scaleprog import cli
-from scaleprog.storage import committed
+from scaleprog.rundir.storage import committed
 from tests.unit.command import Command, WriteRecipe, is_mistake
 
 # ---- plan
@@ -102,7 +102,7 @@ def test_help_need_not_wait_for_torch() -> None:
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, write_recipe: WriteRecipe) -> None:
-    monkeypatch.setattr("scaleprog.plan.describe", lambda *_: 1 / 0)
+    monkeypatch.setattr("scaleprog.planning.plan.describe", lambda *_: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["scaleprog", "plan", str(write_recipe())])
     with pytest.raises(ZeroDivisionError):
         cli.main()
@@ -114,7 +114,7 @@ def test_an_interrupt_is_no_success(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("scaleprog.train.train_rank", interrupt)
+    monkeypatch.setattr("scaleprog.training.loop.train_rank", interrupt)
     told = command("train", write_recipe())
     assert told.code == 130
     assert "Traceback" not in told.err

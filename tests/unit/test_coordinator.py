@@ -1,6 +1,6 @@
 """What is said of ranks that disagree."""
 
-from scaleprog.sharding.coordinator import NAMED, _camps
+from scaleprog.ranks.coordinator import NAMED, _camps
 
 
 def test_two_ranks_are_named_with_their_values() -> None:

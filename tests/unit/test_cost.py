@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaleprog.growth.space import Subnet, View, ladder
-from scaleprog.models import family
+from scaleprog.models import resolve_family
 from scaleprog.models.cost import gmacs, parameters
-from scaleprog.models.elastic import ModelSettings
 from scaleprog.models.vit import ElasticViT
+from scaleprog.recipe.keys import ModelSettings
 
 DEIT_S = ModelSettings(name="deit_small_patch16_224")
 LADDER = ladder(Subnet(224, 12), 0.5, 4, 32)
@@ -90,7 +90,7 @@ def test_models_do_not_share_their_counts() -> None:
 
 
 def test_every_layer_and_pixel_costs() -> None:
-    elastic, full, stride = family(DEIT_S)
+    elastic, full, stride = resolve_family(DEIT_S)
     for depth in (6, 12):
         rising = [gmacs(elastic, DEIT_S, View(r), depth) for r in range(8 * stride, full.resolution + 1, 2 * stride)]
         assert all(a < b for a, b in pairwise(rising))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaleprog.display import as_label, as_markdown, as_text, first_line
+from scaleprog.files.display import as_label, as_markdown, as_text, first_line
 from tests.unit.hostile import ESCAPES
 
 

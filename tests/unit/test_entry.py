@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaleprog.growth.operators import LayerMap, grow
-from scaleprog.growth.schedule import SubnetSettings
 from scaleprog.growth.space import Choice, Subnet
+from scaleprog.recipe.keys import SubnetSettings
 from tests.unit.schedules import D1, DEIT, OPERATORS, of, one_group, published, two_groups, unroll
 
 Network = tuple[tuple[object, ...], ...]

@@ -11,12 +11,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError
-from scaleprog.export import evaluate_run, export_run
-from scaleprog.models import family
+from scaleprog.models import resolve_family
 from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.recipe import Recipe
-from scaleprog.state import RunState
-from scaleprog.storage import committed, read_state
+from scaleprog.rundir.state import RunState
+from scaleprog.rundir.storage import committed, read_state
+from scaleprog.training.export import evaluate_run, export_run
 from tests.compare import final_tensors
 from tests.conftest import MakeRecipe, run
 
@@ -35,7 +35,7 @@ def read_export(path: Path) -> tuple[nn.Module, dict[str, str]]:
 def trained(folder: Path, recipe: Recipe, weights: str) -> ElasticModel:
     """Our model with the online ("online") or momentum ("ema.0") weights of a run's newest checkpoint."""
     state = RunState.from_json(read_state(committed(folder / "checkpoints")[-1]))
-    model = family(recipe.model)[0](recipe.model, Structure(state.gated))
+    model = resolve_family(recipe.model)[0](recipe.model, Structure(state.gated))
     tensors = final_tensors(folder, recipe)
     model.load_state_dict({name: tensors[f"{weights}/{name}"].view_as(p) for name, p in model.named_parameters()})
     return model.eval()
@@ -119,7 +119,7 @@ def test_a_run_that_stands_in_its_first_search_can_be_evaluated_but_has_no_bette
 ) -> None:
     run(make_recipe(), tmp_path, max_steps=7)
     assert 0 <= evaluate_run(tmp_path, None, "ema")[0] <= 100
-    with pytest.raises(CheckpointError, match="step 7 has no evaluation yet; train on"):
+    with pytest.raises(CheckpointError, match="step 7 has no evaluation yet; continue the training first"):
         export_run(tmp_path, tmp_path / "model.safetensors")
     assert not (tmp_path / "model.safetensors").exists()
 

@@ -6,9 +6,10 @@ from pydantic import ValidationError
 
 from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet
-from scaleprog.models import family
-from scaleprog.models.elastic import ModelSettings, Structure
+from scaleprog.models import resolve_family
+from scaleprog.models.elastic import Structure
 from scaleprog.models.vit import ElasticViT
+from scaleprog.recipe.keys import ModelSettings
 
 
 @pytest.mark.parametrize(
@@ -26,12 +27,12 @@ from scaleprog.models.vit import ElasticViT
     ],
 )
 def test_families(name: str, full: tuple[int, int], stride: int) -> None:
-    assert family(ModelSettings(name=name)) == (ElasticViT, Subnet(*full), stride)
+    assert resolve_family(ModelSettings(name=name)) == (ElasticViT, Subnet(*full), stride)
 
 
 def test_settings_override_the_sizes() -> None:
     model = ModelSettings(name="deit_tiny_patch16_224", resolution=28, patch=4, width=48, depth=8, heads=3, channels=1)
-    assert family(model) == (ElasticViT, Subnet(28, 8), 4)
+    assert resolve_family(model) == (ElasticViT, Subnet(28, 8), 4)
     network = ElasticViT(model, Structure.plain((5,)))
     assert [len(group) for group in network.groups()] == [5], "the structure's depth goes before the settings'"
     assert network.net.embed_dim == 48
@@ -53,7 +54,7 @@ def test_settings_override_the_sizes() -> None:
 )
 def test_other_models_are_refused(name: str) -> None:
     with pytest.raises(RecipeError, match=f"model.name: {name} belongs to no elastic family"):
-        family(ModelSettings(name=name))
+        resolve_family(ModelSettings(name=name))
 
 
 @pytest.mark.parametrize(
@@ -66,12 +67,12 @@ def test_other_models_are_refused(name: str) -> None:
 )
 def test_a_misspelt_name_gets_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(RecipeError, match=f"model.name: timm knows no '{name}'; {nearest}"):
-        family(ModelSettings(name=name))
+        resolve_family(ModelSettings(name=name))
 
 
 def test_sizes_that_timm_refuses() -> None:
     with pytest.raises(RecipeError, match=r"cannot build deit_tiny_patch16_224 with these sizes: .*divisible"):
-        family(ModelSettings(name="deit_tiny_patch16_224", width=64, heads=5))
+        resolve_family(ModelSettings(name="deit_tiny_patch16_224", width=64, heads=5))
 
 
 @pytest.mark.parametrize("change", [{"depth": 0}, {"patch": 0}, {"drop_path": 1.0}, {"drop_path": -0.1}, {"dept": 3}])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scaleprog.files import read_text
+from scaleprog.files.atomic import read_text
 
 
 def test_text_is_read_as_it_is(tmp_path: Path) -> None:

@@ -17,22 +17,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from launchers import requeue, status
-from scaleprog import cli, history, report
-from scaleprog.assess import _half_measured
-from scaleprog.data.augment import Request
-from scaleprog.display import as_text
+from scaleprog import cli
+from scaleprog.data.augment import BatchRequest
 from scaleprog.errors import CheckpointError, ScaleprogError
-from scaleprog.figures import draw_accuracy, draw_cloud, draw_schedules, draw_searches
+from scaleprog.files.display import as_text
 from scaleprog.growth.space import Subnet, View
-from scaleprog.life import describe, read_life, table_row
-from scaleprog.reading import read_object, read_rows, to_line
-from scaleprog.records import Results
-from scaleprog.train import read_results
+from scaleprog.reporting import history, report
+from scaleprog.reporting.figures import draw_accuracy, draw_cloud, draw_schedules, draw_searches
+from scaleprog.reporting.timeline import describe, read_timeline, table_row
+from scaleprog.rundir.reading import read_object, read_rows, to_line
+from scaleprog.rundir.records import Results
+from scaleprog.training.between_steps import _half_measured
+from scaleprog.training.loop import read_results
 from tests.conftest import MakeRecipe, write_lines
 from tests.unit import hostile
 from tests.unit.command import Command
 from tests.unit.fake_slurm import FakeSlurm
-from tests.unit.test_metrics import recorder, train
+from tests.unit.test_recorder import recorder, train
 
 ROOT = Path(__file__).parents[2]
 again = settings(
@@ -53,6 +54,7 @@ def new_run(tmp_path_factory: pytest.TempPathFactory, recipe_text: str) -> Any:
     """Makes a run directory of a recipe that is in order."""
 
     def make(files: Files) -> Path:
+        files = {"plan.json": json.dumps(hostile.PLAN).encode(), **files}
         run = hostile.lay_down(tmp_path_factory.mktemp("run"), files)
         (run / "recipe.yaml").write_text(recipe_text)
         return run
@@ -87,7 +89,9 @@ def test_status_says_what_was_left_out(new_run: Any, command: Command, fake: Fak
 
 
 @pytest.mark.parametrize("kind", hostile.IN_THE_WAY)
-@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "requeues.jsonl", "job.json", "results.json"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "events.jsonl", "requeues.jsonl", "job.json", "results.json", "plan.json"]
+)
 def test_status_where_something_else_lies(kind: str, name: str, new_run: Any, fake: FakeSlurm) -> None:
     run, began = new_run({}), time.monotonic()
     hostile.put_in_the_way(run / name, kind)
@@ -127,7 +131,7 @@ def test_steps_that_took_no_time(seconds: float, new_run: Any) -> None:
 def test_report_of_any_run_directory(
     new_run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, first: Files, second: Files
 ) -> None:
-    monkeypatch.setattr(report, "_draw", lambda told, *_: [run.life for run in told if run.life])
+    monkeypatch.setattr(report, "_draw", lambda told, *_: [run.timeline for run in told if run.timeline])
     runs = [new_run(files) for files in (first, second)]
     with suppress(CheckpointError):
         told = report.write_report(runs, tmp_path / "out")
@@ -194,16 +198,16 @@ def test_a_clock_that_was_set_back_makes_nothing_negative(tmp_path: Path, times:
     ]
     rows = [hostile.STEP | {"step": 1 + i, "time": time} for i, time in enumerate(times)]
     write_lines(tmp_path / "requeues.jsonl", [hostile.LEFT | {"time": time} for time in times])
-    life = read_life(tmp_path, "run", rows, events)
-    assert life is not None
-    for before, start in zip([None, *life.starts], life.starts):
+    timeline = read_timeline(tmp_path, "run", rows, events)
+    assert timeline is not None
+    for before, start in zip([None, *timeline.starts], timeline.starts):
         assert (before.end if before else 0.0) <= start.began <= start.ready <= start.end
         assert all(seconds >= 0 for seconds, _ in start.points)
         assert all(0 <= stretch.begin <= stretch.end for stretch in start.stretches)
-    assert all(mark.seconds >= 0 for mark in life.marks)
-    assert all(cost is None or 0 <= cost < 1e11 for cost in life.costs.values())
-    table_row(life)
-    describe(life, events)
+    assert all(mark.seconds >= 0 for mark in timeline.marks)
+    assert all(cost is None or 0 <= cost < 1e11 for cost in timeline.costs.values())
+    table_row(timeline)
+    describe(timeline, events)
 
 
 # ---- requeue
@@ -216,8 +220,8 @@ def test_requeue_decides_whatever_lies_there(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(requeue, "PAUSES", ())
-    monkeypatch.setattr(requeue.queue, "find", lambda job: requeue.queue.Job(job, "n", "RUNNING"))
-    monkeypatch.setattr(requeue.queue, "requeue", lambda job: None)
+    monkeypatch.setattr(requeue.slurm_queue, "find", lambda job: requeue.slurm_queue.Job(job, "n", "RUNNING"))
+    monkeypatch.setattr(requeue.slurm_queue, "requeue", lambda job: None)
     monkeypatch.setattr(requeue, "_say", lambda text: said.append(text))
     said: list[str] = []
     run = new_run(files)
@@ -239,7 +243,7 @@ def test_requeue_where_something_else_lies(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     hostile.put_in_the_way(tmp_path / "run" / name, kind)
     began = time.monotonic()
-    requeue.report(tmp_path / "run", requeue.Start("7", 0), 0, 75, "stopped", "SIGTERM")
+    requeue.report(tmp_path / "run", requeue.Attempt("7", 0), 0, 75, "stopped", "SIGTERM")
     assert requeue._main(str(tmp_path / "run"), "75", "20") == 75
     assert "job 7 starts again" in capsys.readouterr().err
     assert fake.calls("scontrol")[-1] == "scontrol requeue 7"
@@ -293,26 +297,26 @@ def test_a_start_on_any_record(new_run: Any, files: Files, step: int, two: bool)
 )  # fmt: skip
 def test_half_a_measurement_is_taken_up_only_as_it_was_left(tmp_path: Path, done: Any, losses: Any, world: int) -> None:
     """Five batches of `world` images, one on each rank."""
-    judged, requests = [Subnet(16, 2)], [Request(0, i, 16) for i in range(5)]
+    targets, requests = [Subnet(16, 2)], [BatchRequest(0, i, 16) for i in range(5)]
     ranks = SimpleNamespace(world=world, rank=world - 1, decide=lambda _, what: what())
     run: Any = SimpleNamespace(
         folder=tmp_path, state=SimpleNamespace(step=7), coordinator=ranks,
         recipe=SimpleNamespace(train=SimpleNamespace(batch=world)),
         plan=SimpleNamespace(schedule=SimpleNamespace(view=lambda subnet: View(subnet.resolution))),
     )  # fmt: skip
-    where = {"step": 7, "judged": [[16, 2]], "ranks": world}
+    where = {"step": 7, "networks": [[16, 2]], "ranks": world}
     (tmp_path / "measuring.json").write_bytes(hostile.dumps({"where": where, "done": done, "losses": losses}))
-    begun, found = _half_measured(run, judged, requests)
+    begun, found = _half_measured(run, targets, requests)
     assert 0 <= begun < 5
-    assert list(found) == judged
-    assert len(found[judged[0]]) == begun
-    assert all(map(math.isfinite, found[judged[0]]))
+    assert list(found) == targets
+    assert len(found[targets[0]]) == begun
+    assert all(map(math.isfinite, found[targets[0]]))
     kept = {"where": where, "done": 3, "losses": [[[2.5, 1.0, 0.5]]] * world}
     (tmp_path / "measuring.json").write_bytes(hostile.dumps(kept))
-    assert _half_measured(run, judged, requests) == (3, {judged[0]: [2.5, 1.0, 0.5]})
-    assert _half_measured(run, judged, requests[:3]) == (0, {judged[0]: []})
+    assert _half_measured(run, targets, requests) == (3, {targets[0]: [2.5, 1.0, 0.5]})
+    assert _half_measured(run, targets, requests[:3]) == (0, {targets[0]: []})
     (tmp_path / "measuring.json").write_bytes(hostile.dumps(kept | {"done": 2}))
-    assert _half_measured(run, judged, requests) == (0, {judged[0]: []})
+    assert _half_measured(run, targets, requests) == (0, {targets[0]: []})
 
 
 def test_other_rows_stay_byte_for_byte(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from scaleprog.growth.operators import fresh, grow, keep
-from scaleprog.models.elastic import ModelSettings, Structure, draw_patches, drop_scales, residuals
+from scaleprog.models.elastic import Structure, draw_patches, drop_scales, residuals
 from scaleprog.models.vit import ElasticViT
+from scaleprog.recipe.keys import ModelSettings
 
 NAMES = (
     "deit_tiny_patch16_224",

@@ -1,12 +1,17 @@
 """Growth operators: every layer map for all 1 <= L <= N <= 24, against the paper's words."""
 
 from itertools import groupby
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaleprog.growth.operators import LayerMap, Origin, fresh, grow, interpolation, keep, stacking
+from scaleprog.growth import operators
+from scaleprog.growth.operators import RULES, LayerMap, Origin, fresh, grow, interpolation, keep, stacking
+from scaleprog.growth.supernet import active_layers
+from scaleprog.recipe.keys import Engine, Operator
+from scaleprog.sharding import ENGINES, engine
 
 SIZES = [(old, new) for new in range(1, 25) for old in range(1, new + 1)]
 OPERATORS = ("rand_init", "stacking", "interpolation", "identity", "mogrow")
@@ -113,10 +118,10 @@ def test_shrinking_and_growing_from_nothing_are_refused(operator: str, old: tupl
         grow(operator, old, new)
 
 
-@pytest.mark.parametrize("function", [interpolation, stacking])
-def test_sources_of_a_smaller_stack_are_refused(function: object) -> None:
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_sources_of_a_smaller_stack_are_refused(operator: str) -> None:
     with pytest.raises(ValueError, match="cannot grow 5 layers into 4"):
-        function(5, 4)
+        operators.sources(operator, 5, 4)
 
 
 def test_groups_must_agree_in_number() -> None:
@@ -136,3 +141,19 @@ def test_fresh_reads_nothing() -> None:
     assert layer_map.depths == (3, 2)
     assert {(o.source, o.weights, o.gate) for group in layer_map.groups for o in group} == {(None, "fresh", 1)}
     assert layer_map.rest == "fresh"
+
+
+def test_every_operator_has_a_rule_and_a_name_in_recipes() -> None:
+    assert tuple(RULES) == get_args(Operator)
+
+
+def test_unknown_operators_are_refused() -> None:
+    for ask in (lambda: grow("stackng", (2,), (4,)), lambda: active_layers("stackng", 2, 4, 3)):
+        with pytest.raises(ValueError, match="'stackng' is not a growth operator; choose from rand_init, stacking, "):
+            ask()
+
+
+def test_unknown_engines_are_refused() -> None:
+    assert set(ENGINES) == set(get_args(Engine))
+    with pytest.raises(ValueError, match="'fdsp' is not an engine; choose from fsdp, hsdp, zero, replicated"):
+        engine("fdsp")

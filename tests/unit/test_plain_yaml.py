@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError
-from scaleprog.plain_yaml import parse, read_run
+from scaleprog.files.plain_yaml import parse, read_run
 from scaleprog.recipe import Recipe
 
 LEAST = "model: {name: vit_tiny_patch16_224}\ndata: {path: shards}\ntrain: {epochs: 4, batch: 64}\n"

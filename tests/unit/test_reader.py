@@ -17,13 +17,13 @@ import webdataset
 from PIL import Image
 from pydantic import ValidationError
 
-from scaleprog.data.augment import AugmentSettings
 from scaleprog.data.manifest import Manifest, Shard
 from scaleprog.data.order import SEARCH_EPOCH, Order
-from scaleprog.data.reader import DataSettings, Request, TrainReader, evaluation_batches
+from scaleprog.data.reader import BatchRequest, TrainReader, evaluation_batches
 from scaleprog.data.shard import ShardReader
 from scaleprog.data.stream import Batch
 from scaleprog.errors import DataError, Unavailable
+from scaleprog.recipe.keys import AugmentSettings, DataSettings
 
 CLASSES = 10
 SIZES = (13, 20, 9, 17, 14)  # samples per shard: 73
@@ -92,14 +92,16 @@ def make_reader(
     return TrainReader(manifest, order, data, augment, 3, 11, rank, world)
 
 
-def read(reader: TrainReader, requests: Sequence[Request]) -> list[Batch]:
+def read(reader: TrainReader, requests: Sequence[BatchRequest]) -> list[Batch]:
     with reader.stream(requests, 16) as batches:
         return list(batches)
 
 
-def requests(start: int, stop: int) -> list[Request]:
+def requests(start: int, stop: int) -> list[BatchRequest]:
     """Steps of a run whose epochs have 9 steps, at changing resolutions and strengths."""
-    return [Request(t // 9, t % 9, (16, 12)[t % 2], magnitude=0.5 + t / 40, erase=t / 20) for t in range(start, stop)]
+    return [
+        BatchRequest(t // 9, t % 9, (16, 12)[t % 2], magnitude=0.5 + t / 40, erase=t / 20) for t in range(start, stop)
+    ]
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -140,7 +142,7 @@ def test_ids_labels_and_pixels_belong_together(manifest: Manifest) -> None:
     reader = make_reader(manifest, augment=EXACT)
     order = reader.order
     offsets = np.cumsum((0, *SIZES))
-    plan = [Request(2, step, 14) for step in range(order.steps_per_epoch)]
+    plan = [BatchRequest(2, step, 14) for step in range(order.steps_per_epoch)]
     seen = []
     for step, batch in enumerate(read(reader, plan)):
         assert batch.images.shape == (BATCH, 3, 14, 14)
@@ -161,18 +163,18 @@ def test_ids_labels_and_pixels_belong_together(manifest: Manifest) -> None:
 
 
 def test_repeated_augmentation_gives_the_same_sample_in_other_views(manifest: Manifest) -> None:
-    batch = read(make_reader(manifest, repeats=2), [Request(0, 0, 16)])[0]
+    batch = read(make_reader(manifest, repeats=2), [BatchRequest(0, 0, 16)])[0]
     ids, images = batch.ids.view(LANES, 2), batch.images.view(LANES, 2, 3, 16, 16)
     assert torch.equal(ids[:, 0], ids[:, 1])
     assert not any(torch.equal(first, second) for first, second in images)
 
 
 def test_more_lanes_than_shards_and_the_search_epoch(manifest: Manifest) -> None:
-    plan = [Request(SEARCH_EPOCH, step, 12) for step in (0, 3, 7)]
+    plan = [BatchRequest(SEARCH_EPOCH, step, 12) for step in (0, 3, 7)]
     whole = read(make_reader(manifest, lanes=8), plan)
     halves = [read(make_reader(manifest, lanes=8, rank=rank, world=2, workers=2), plan) for rank in range(2)]
     assert all(same(a, rows(parts)) for a, parts in zip(whole, zip(*halves)))
-    assert not torch.equal(whole[0].ids, read(make_reader(manifest, lanes=8), [Request(0, 0, 12)])[0].ids)
+    assert not torch.equal(whole[0].ids, read(make_reader(manifest, lanes=8), [BatchRequest(0, 0, 12)])[0].ids)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -192,7 +194,7 @@ def test_requests_must_be_re_iterable_and_exist(manifest: Manifest) -> None:
     with pytest.raises(TypeError, match="re-iterable"):
         make_reader(manifest).stream(iter(requests(0, 2)), 16)
     with pytest.raises(ValueError, match="step 9 of an epoch of 9"):
-        read(make_reader(manifest), [Request(0, 9, 12)])
+        read(make_reader(manifest), [BatchRequest(0, 9, 12)])
 
 
 def test_a_cached_split_is_read_once(manifest: Manifest, straight: list[Batch], tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 
 from scaleprog.errors import CheckpointError
-from scaleprog.reading import read, read_object, read_rows, to_line
-from scaleprog.records import EVENT, LEFT, METRIC, Baseline, Job, Report, Results
+from scaleprog.rundir.reading import read, read_object, read_rows, to_line
+from scaleprog.rundir.records import EVENT, LEFT, METRIC, Baseline, Job, Report, Results
 from tests.unit import hostile
 
 HONEST: dict[str, tuple[Any, list[dict[str, Any]]]] = {
@@ -94,8 +94,8 @@ def test_only_the_end_of_a_long_file_is_read(tmp_path: Path) -> None:
 
 
 def test_a_file_of_nothing_else_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scaleprog.reading.MOST_DAMAGED", 100)
-    monkeypatch.setattr("scaleprog.reading.MOST_ROWS", 200)
+    monkeypatch.setattr("scaleprog.rundir.reading.MOST_DAMAGED", 100)
+    monkeypatch.setattr("scaleprog.rundir.reading.MOST_ROWS", 200)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"{}\n" * 1000)
     assert "nothing after line 100 was read" in read(path, METRIC).trouble

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaleprog.errors import RecipeError
-from scaleprog.growth.schedule import SubnetSettings
-from scaleprog.recipe import FREE, Recipe
+from scaleprog.recipe import FREE, Recipe, reference
+from scaleprog.recipe.keys import SubnetSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LEAST = {"model": {"name": "vit_tiny_patch16_224"}, "data": {"path": "shards"}, "train": {"epochs": 4, "batch": 64}}
@@ -316,3 +316,47 @@ def test_a_dumped_recipe_is_the_recipe(
     again = Recipe.of(yaml.safe_load(recipe.dump()), "dumped")
     assert again == recipe
     assert recipe.differences(again) == []
+
+
+# the reference of all keys
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_reference_of_keys_is_the_one_in_the_docs() -> None:
+    text = (ROOT / "docs/recipe.md").read_text()
+    assert text == reference.markdown(), "run: scaleprog keys --markdown > docs/recipe.md"
+
+
+def test_every_key_is_explained() -> None:
+    keys = [key for _, rows in reference.groups().values() for key in rows]
+    assert {key.name.partition(".")[0] for key in keys} == set(Recipe.model_fields)
+    assert len(keys) == len({key.name for key in keys}) > 70
+    for key in keys:
+        assert key.takes, key
+        assert key.meaning.endswith((".", ").")), key
+
+
+def test_a_key_says_what_it_takes() -> None:
+    _, rows = reference.group("search")
+    by_name = {key.name: key for key in rows}
+    assert by_name["search.budget"].takes == "number > 0, <= 1"
+    assert by_name["search.budget"].default == "null"
+    assert by_name["search.method"].takes == "budget, published"
+    _, rows = reference.group("growth")
+    assert rows[0].takes == "original, linear, automatic, supernet; or [{resolution, depth}, ...]"
+    _, rows = reference.group("train")
+    assert rows[0] == reference.Key("train.epochs", "number > 0, <= 100000", None, "Length of the schedule.")
+
+
+def test_a_group_that_does_not_exist() -> None:
+    with pytest.raises(RecipeError, match=r"'serach' is no group of keys; did you mean search\?"):
+        reference.group("serach")
+    with pytest.raises(RecipeError, match="there are recipe, model, data, "):
+        reference.group("\x1b")
+
+
+def test_the_schema_accepts_the_recipes_that_are_here() -> None:
+    whole = reference.schema()
+    assert whole["additionalProperties"] is False
+    assert set(whole["required"]) == {"model", "data", "train"}

@@ -7,8 +7,8 @@ import pytest
 import torch.distributed as dist
 
 from scaleprog.errors import Unavailable
-from scaleprog.sharding.coordinator import process_group, ranks_per_node
-from scaleprog.sharding.rendezvous import STORE, Place
+from scaleprog.ranks.coordinator import process_group, ranks_per_node
+from scaleprog.ranks.rendezvous import STORE, Place
 
 STRANGERS = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "192.0.2.1",
              "MASTER_PORT": "1", "GLOO_SOCKET_IFNAME": "none0", "NCCL_SOCKET_IFNAME": "none0"}  # fmt: skip

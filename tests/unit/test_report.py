@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from scaleprog.errors import CheckpointError, ScaleprogError
-from scaleprog.report import write_report
+from scaleprog.reporting.report import write_report
 
 EPOCH = 10  # steps
 FULL = (28, 8)
@@ -30,7 +30,7 @@ def seconds_of(resolution: int, depth: int, full: float) -> float:
 
 
 class Writer:
-    """Writes a run directory phase by phase, in the formats of scaleprog.metrics and scaleprog.train."""
+    """Writes a run directory phase by phase, in the formats of the recorder and the training loop."""
 
     def __init__(self, folder: Path, schedule: Any, seed: int = 0, full: float = 1.0, **growth: Any) -> None:
         folder.mkdir(parents=True)
@@ -216,7 +216,7 @@ def test_what_the_searches_decided(markdown: str) -> None:
 
 
 def test_the_pictures_show_something(told: tuple[str, Path], markdown: str) -> None:
-    for name in ("accuracy_over_time.png", "schedule.png", "search.png", "life.png"):
+    for name in ("accuracy_over_time.png", "schedule.png", "search.png", "timeline.png"):
         assert f"]({name})" in markdown
         with Image.open(told[1] / name) as picture:
             assert picture.format == "PNG"

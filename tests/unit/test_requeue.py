@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from launchers import requeue
-from launchers.requeue import End, Start, decide, how_it_ended
-from scaleprog import preemption
-from scaleprog.queue import Job
-from scaleprog.reading import read_rows
+from launchers.requeue import Attempt, End, decide, how_it_ended
+from scaleprog.ranks.stop import SIGNALS
+from scaleprog.rundir.reading import read_rows
+from scaleprog.rundir.slurm_queue import Job
 from tests.conftest import write_lines
 from tests.unit.fake_slurm import FakeSlurm
 
@@ -29,7 +29,7 @@ MISTAKE = {"time": 4.0, "rank": 2, "code": 2, "cause": "a shard is damaged"}
 
 
 def test_codes_are_those_of_the_signals_that_the_core_hears() -> None:
-    assert {requeue.INTERRUPTED, requeue.USR2, requeue.TERM} == {128 + number for number in preemption.SIGNALS}
+    assert {requeue.INTERRUPTED, requeue.USR2, requeue.TERM} == {128 + number for number in SIGNALS}
 
 
 def test_the_batch_script_need_not_wait_for_torch() -> None:
@@ -78,7 +78,7 @@ def stop(measured: int = 0, preempted: bool = False) -> dict[str, Any]:
     [
         (End("finished", 0, ""), RUNNING, [], False, ""),
         (End("mistake", 2, ""), RUNNING, [], False, "another try would end the same"),
-        (End("interrupted", 75, ""), RUNNING, [], False, "somebody asked it to stop"),
+        (End("interrupted", 75, ""), RUNNING, [], False, "a user asked it to stop"),
         (STOP, RUNNING, [], True, ""),
         (STOP, RUNNING, [crash(9)] * 30, True, ""),  # being stopped is no fault
         (STOP, RUNNING, [stop()] * 2, True, ""),
@@ -103,7 +103,7 @@ def stop(measured: int = 0, preempted: bool = False) -> dict[str, Any]:
     ],
 )
 def test_decide(end: End, job: Job | None, earlier: list[dict[str, Any]], again: bool, why: str) -> None:
-    verdict = decide(end, Start("7", 4), job, earlier, progress=(9, 0), limit=5)
+    verdict = decide(end, Attempt("7", 4), job, earlier, progress=(9, 0), limit=5)
     assert verdict.requeue == again
     assert verdict.why.startswith(why)
     assert bool(verdict.why) == bool(why)
@@ -111,14 +111,14 @@ def test_decide(end: End, job: Job | None, earlier: list[dict[str, Any]], again:
 
 def test_after(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    start = Start.current()
+    start = Attempt.current()
     (tmp_path / "checkpoints" / "step-00000009").mkdir(parents=True)
     (tmp_path / "checkpoints" / ".step-00000012.1").mkdir()
     assert requeue.after(tmp_path, 0, limit=3) == 0
     assert not (tmp_path / "requeues.jsonl").exists()
 
     requeue.report(tmp_path, start, 0, 75, "stopped by SIGUSR2 after step 9 with a checkpoint", "SIGUSR2")
-    requeue.report(tmp_path, Start("7", 1), 1, 2, "a report of another start")
+    requeue.report(tmp_path, Attempt("7", 1), 1, 2, "a report of another start")
     (tmp_path / "measuring.json").write_text('{"where": {}, "done": 48}')
     assert requeue.after(tmp_path, 137, limit=3) == 75
     assert fake.calls("scontrol")[-1] == "scontrol requeue 7"

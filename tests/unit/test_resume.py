@@ -11,15 +11,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scaleprog.checkpoint import RUN_ID
 from scaleprog.errors import CheckpointError, OtherRun
-from scaleprog.export import evaluate_run, export_run
-from scaleprog.plan import Plan
+from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
-from scaleprog.resume import owner_of, state_of
-from scaleprog.state import RunState
-from scaleprog.storage import MANIFEST, committed, read_state, verify
-from scaleprog.tensorfile import Layout
+from scaleprog.rundir.checkpoint import RUN_ID
+from scaleprog.rundir.state import RunState
+from scaleprog.rundir.storage import MANIFEST, committed, read_state, verify
+from scaleprog.rundir.tensorfile import Layout
+from scaleprog.training.export import evaluate_run, export_run
+from scaleprog.training.resume import owner_of, state_of
 from tests.conftest import WITHIN_A_BUDGET, MakeRecipe, run, short_recipe, step_rows
 from tests.unit.checkpoints import reseal, seal
 
@@ -100,21 +100,25 @@ IMPOSSIBLE: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "a measurement of strangers": ("search", measured([16, 2, 1.0]), "such measurements in phase 2"),
     "a measurement too many": ("search", state(measured=[[]] * 9), "such measurements in phase 2"),
     "a measurement outside a search": ("end", measured([32, 4, 1.0]), "such measurements in phase 0"),
-    "step times of strangers": ("search", state(step_seconds=[[64, 9, [1.0]]]), "step times of such sub-networks"),
+    "step times of strangers": ("search", state(step_seconds=[[64, 9, [1.0]]]), "step times of unknown Subnets"),
     "step times of a network that does not train": (
         "end",
         state(step_seconds=[[16, 2, [1.0]]]),
-        "step times of such sub-networks",
+        "step times of unknown Subnets",
     ),
-    "unknown things due": ("search", state(due=["rm -rf \x1b"]), r"'rm -rf \\x1b' due in phase 2"),
-    "an evaluation due in a search": ("search", state(due=["evaluation"]), "'evaluation' due in phase 2"),
-    "a choice due elsewhere": ("search", state(due=["choice"]), "its search of stage 2 in such a state"),
-    "a choice due outside a search": ("end", state(due=["choice"]), "'choice' due in phase 0"),
-    "things due in another order": ("search", state(due=["choice", "measurement"]), "'choice, measurement' due"),
+    "unknown things pending": ("search", state(pending=["rm -rf \x1b"]), r"'rm -rf \\x1b' pending in phase 2"),
+    "an evaluation pending in a search": ("search", state(pending=["evaluation"]), "'evaluation' pending in phase 2"),
+    "a choice pending elsewhere": ("search", state(pending=["choice"]), "its search of stage 2 in such a state"),
+    "a choice pending outside a search": ("end", state(pending=["choice"]), "'choice' pending in phase 0"),
+    "things pending in another order": (
+        "search",
+        state(pending=["choice", "measurement"]),
+        "'choice, measurement' pending",
+    ),
     "a search left open": ("choice", lambda m: m["state"]["decisions"].pop(), "its search of stage 2 in such a state"),
     "accuracies of others": ("end", state(accuracies={"\x1b": 3.0}), r"accuracies named \['\\x1b'\]"),
     "only one accuracy": ("end", state(accuracies={"top1": 3.0}), "accuracies named"),
-    "an end without accuracies": ("end", state(accuracies={}), "come to its end without an evaluation"),
+    "an end without accuracies": ("end", state(accuracies={}), "reached its end without an evaluation"),
     "a best step to come": ("end", state(best_step=21), "its best step, 21, after step 20"),
     "no number": ("end", state(train_seconds="soon"), "state: 'train_seconds': Input should be a valid number"),
     "a key more": ("end", state(moment=1), "state: 'moment' is nothing that a state has"),

@@ -8,15 +8,16 @@ from hypothesis import strategies as st
 
 from scaleprog.growth.operators import interpolation
 from scaleprog.growth.regularization import Regularization
-from scaleprog.growth.schedule import GrowthSettings, Phase, Schedule, SubnetSettings
+from scaleprog.growth.schedule import Phase, Schedule
 from scaleprog.growth.space import Choice, Subnet, View, ladder
-from tests.unit.schedules import D1, DEIT, OPERATORS, Run, of, one_group, published, two_groups, unroll
+from scaleprog.recipe.keys import GrowthSettings, SubnetSettings
+from tests.unit.schedules import D1, DEIT, OPERATORS, Unrolled, of, one_group, published, two_groups, unroll
 
 FULL_STRENGTH = Regularization()
 
 
 @st.composite
-def runs(draw: st.DrawFn, recycle: bool | None = None, full: Subnet = DEIT) -> Run:
+def runs(draw: st.DrawFn, recycle: bool | None = None, full: Subnet = DEIT) -> Unrolled:
     """AutoProg with any number of stages, search length, rule and choices."""
     stages = draw(st.integers(1, 6))
     steps = draw(st.integers(stages * 3, 500))
@@ -30,7 +31,7 @@ def runs(draw: st.DrawFn, recycle: bool | None = None, full: Subnet = DEIT) -> R
         recycle=draw(st.booleans()) if recycle is None else recycle,
         adaptive_regularization=draw(st.booleans()),
     )
-    return Run(schedule, *unroll(schedule, lambda phases: Choice(draw(st.sampled_from(phases[-1].candidates)))))
+    return Unrolled(schedule, *unroll(schedule, lambda phases: Choice(draw(st.sampled_from(phases[-1].candidates)))))
 
 
 def bounds(schedule: Schedule, stage: int) -> tuple[int, int]:
@@ -126,7 +127,7 @@ def test_without_recycling_the_searched_epochs_are_repeated() -> None:
 
 
 @given(runs(recycle=True))
-def test_phases_tile_the_steps(run: Run) -> None:
+def test_phases_tile_the_steps(run: Unrolled) -> None:
     assert run.phases[0].start == 0
     assert run.phases[-1].stop == run.schedule.steps
     assert all(left.stop == right.start for left, right in pairwise(run.phases))
@@ -137,7 +138,7 @@ def test_phases_tile_the_steps(run: Run) -> None:
 
 
 @given(runs(recycle=False))
-def test_without_recycling_positions_are_trained_once_and_searched_on_top(run: Run) -> None:
+def test_without_recycling_positions_are_trained_once_and_searched_on_top(run: Unrolled) -> None:
     assert run.phases[0].start == 0
     assert all(left.stop == right.start for left, right in pairwise(run.phases))
     trained = [p.position_of(step) for p in run.phases if p.kind == "train" for step in range(p.start, p.stop)]
@@ -149,7 +150,7 @@ def test_without_recycling_positions_are_trained_once_and_searched_on_top(run: R
 
 
 @given(runs())
-def test_stages_are_equal_parts_and_the_last_is_full_and_unsearched(run: Run) -> None:
+def test_stages_are_equal_parts_and_the_last_is_full_and_unsearched(run: Unrolled) -> None:
     schedule = run.schedule
     assert [p.stage for p in run.phases] == sorted(p.stage for p in run.phases)
     for stage in range(1, schedule.stages + 1):
@@ -163,7 +164,7 @@ def test_stages_are_equal_parts_and_the_last_is_full_and_unsearched(run: Run) ->
 
 
 @given(runs())
-def test_searches_take_their_time_and_their_choice_is_trained(run: Run) -> None:
+def test_searches_take_their_time_and_their_choice_is_trained(run: Unrolled) -> None:
     searches = [i for i, p in enumerate(run.phases) if p.searched]
     assert len(searches) == len(run.choices)
     for i, choice in zip(searches, run.choices):
@@ -177,7 +178,7 @@ def test_searches_take_their_time_and_their_choice_is_trained(run: Run) -> None:
 
 
 @given(runs())
-def test_candidates_follow_the_rule_from_the_network_before(run: Run) -> None:
+def test_candidates_follow_the_rule_from_the_network_before(run: Unrolled) -> None:
     before = None
     for stage in range(1, run.schedule.stages):
         first, *_, last = [p for p in run.phases if p.stage == stage] * 2
@@ -187,7 +188,7 @@ def test_candidates_follow_the_rule_from_the_network_before(run: Run) -> None:
 
 
 @given(runs())
-def test_an_open_search_ends_the_list(run: Run) -> None:
+def test_an_open_search_ends_the_list(run: Unrolled) -> None:
     """What is known grows phase by phase and never changes."""
     for known in range(len(run.choices)):
         phases = run.schedule.phases(run.choices[:known])
@@ -197,7 +198,7 @@ def test_an_open_search_ends_the_list(run: Run) -> None:
 
 
 @given(runs())
-def test_searches_are_regularised_in_full_and_stages_by_their_place(run: Run) -> None:
+def test_searches_are_regularised_in_full_and_stages_by_their_place(run: Unrolled) -> None:
     for phase in run.phases:
         ramp = (phase.stage - 1) / max(1, run.schedule.stages - 1)
         if phase.kind == "supernet" or not run.schedule.adaptive_regularization or run.schedule.stages == 1:
@@ -218,7 +219,7 @@ def test_one_candidate_needs_no_search() -> None:
 
 
 @given(runs(), st.integers(0, 2**40), st.integers(0, 10**6))
-def test_a_step_trains_a_candidate(run: Run, seed: int, step: int) -> None:
+def test_a_step_trains_a_candidate(run: Unrolled, seed: int, step: int) -> None:
     for phase in run.phases:
         assert phase.subnet(seed, step) in phase.candidates
         assert phase.network.resolution == max(s.resolution for s in phase.candidates)
@@ -227,7 +228,7 @@ def test_a_step_trains_a_candidate(run: Run, seed: int, step: int) -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @given(run=runs(full=D1))
-def test_active_layers_of_every_phase(operator: str, run: Run) -> None:
+def test_active_layers_of_every_phase(operator: str, run: Unrolled) -> None:
     for phase in run.phases:
         for subnet in phase.candidates:
             (active,) = phase.active(subnet, operator, one_group)
@@ -258,12 +259,12 @@ def test_what_sub_networks_are_shown(kind: str) -> None:
     assert stride_32 == [View(224, 16), View(224, 36), View(224)]
     easy = of(schedule=kind, patches="subset", curriculum=True)
     assert [easy.view(s) for s in (Subnet(128, 6), DEIT)] == [View(224, 16, 128), View(224)]
-    assert easy.judged(Subnet(128, 6)) == Subnet(128, 6), "as published: by what it trains on"
+    assert easy.proxy(Subnet(128, 6)) == Subnet(128, 6), "as published: by what it trains on"
 
 
-def test_within_a_budget_all_are_judged_by_all_patches() -> None:
+def test_within_a_budget_all_are_scored_by_all_patches() -> None:
     within = [of(budget=0.6, patches=patches) for patches in ("resolution", "subset")]
-    assert [schedule.judged(Subnet(128, 6)) for schedule in within] == [Subnet(128, 6), Subnet(224, 6)]
+    assert [schedule.proxy(Subnet(128, 6)) for schedule in within] == [Subnet(128, 6), Subnet(224, 6)]
 
 
 def test_the_ladder_of_a_schedule_is_that_of_the_space() -> None:

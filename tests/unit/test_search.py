@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaleprog.growth.search import Decision, SearchSettings, balancing_exponent, decide, measurement_steps
+from scaleprog.growth.search import Decision, balancing_exponent, decide, measurement_steps
 from scaleprog.growth.space import Subnet
+from scaleprog.recipe.keys import SearchSettings
 
 CANDIDATES = [Subnet(r, d) for r in (128, 192, 224) for d in (6, 10, 12)]
 positive = st.floats(0.01, 100)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.search_lab import Case, Grid, Record, Records, Run, by_hand, table
+from benchmarks.search_lab import Case, Grid, Record, Records, Trial, by_hand, table
 
 GRIDS = sorted(Path("benchmarks/grids").glob("*.yaml"))
 ORIGINAL = Case("Original", "", "configs/fashion_mnist/base.yaml", ("growth.schedule=original",), curve=False)
@@ -15,11 +15,11 @@ PROG = Case("Prog", "", "configs/fashion_mnist/base.yaml", ("growth.schedule=lin
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_every_case_of_a_grid_is_a_recipe_of_its_own(path: Path) -> None:
     grid = Grid.load(path)
-    digests = [Run(case, seed, Path("runs")).digest for case in grid.cases for seed in grid.seeds]
+    digests = [Trial(case, seed, Path("runs")).digest for case in grid.cases for seed in grid.seeds]
     assert len(set(digests)) == len(digests) == len(grid.cases) * len(grid.seeds)
     other = Grid.load(path, "configs/fashion_mnist/small_data.yaml")
     assert other.name == f"{path.stem}_small_data"
-    assert {Run(case, 0, Path("runs")).digest for case in other.cases}.isdisjoint(digests)
+    assert {Trial(case, 0, Path("runs")).digest for case in other.cases}.isdisjoint(digests)
 
 
 def test_a_schedule_by_hand() -> None:
@@ -29,11 +29,11 @@ def test_a_schedule_by_hand() -> None:
 
 def test_what_a_schedule_by_hand_would_have_searched_does_not_matter() -> None:
     searching = Case("", "", PROG.recipe, (*PROG.settings, "search.times=modelled"), curve=False)
-    assert Run(PROG, 0, Path("a")).digest == Run(searching, 0, Path("b")).digest
-    assert Run(PROG, 0, Path("a")).digest != Run(PROG, 1, Path("a")).digest
+    assert Trial(PROG, 0, Path("a")).digest == Trial(searching, 0, Path("b")).digest
+    assert Trial(PROG, 0, Path("a")).digest != Trial(PROG, 1, Path("a")).digest
 
 
-def recorded(run: Run, folder: Path, step_seconds: tuple[float, float], top1: float) -> Record:
+def recorded(run: Trial, folder: Path, step_seconds: tuple[float, float], top1: float) -> Record:
     """The record of a run of two small and two complete steps, whose search ended after the second."""
     sizes = [("train", 16, 3, step_seconds[0])] * 2 + [("train", 28, 6, step_seconds[1])] * 2
     rows = [
@@ -58,8 +58,8 @@ def recorded(run: Run, folder: Path, step_seconds: tuple[float, float], top1: fl
 
 
 def test_costs_are_in_complete_steps_whatever_the_machine(tmp_path: Path) -> None:
-    one = recorded(Run(PROG, 0, tmp_path), tmp_path / "one", (0.1, 0.4), 80.0)
-    slow = recorded(Run(PROG, 0, tmp_path), tmp_path / "slow", (0.25, 1.0), 80.0)
+    one = recorded(Trial(PROG, 0, tmp_path), tmp_path / "one", (0.1, 0.4), 80.0)
+    slow = recorded(Trial(PROG, 0, tmp_path), tmp_path / "slow", (0.25, 1.0), 80.0)
     assert (one.cost, one.scoring, one.steps, one.best) == (
         3.0,
         0.5,
@@ -76,7 +76,7 @@ def test_the_table_compares_the_same_seeds(tmp_path: Path) -> None:
     records, runs = Records(tmp_path / "records.jsonl"), []
     for seed, (original, prog) in enumerate(((80.0, 79.0), (82.0, 80.0))):
         for case, seconds, top1 in ((ORIGINAL, (0.4, 0.4), original), (PROG, (0.1, 0.4), prog)):
-            run = Run(case, seed, tmp_path)
+            run = Trial(case, seed, tmp_path)
             records.add(recorded(run, tmp_path / f"{case.name}{seed}", seconds, top1))
             runs.append(run)
     again = Records(tmp_path / "records.jsonl")

@@ -7,8 +7,8 @@ import pytest
 
 from scaleprog.cli import main
 from scaleprog.errors import RecipeError
-from scaleprog.plan import plan_start
-from scaleprog.sharding.settings import ShardingSettings
+from scaleprog.planning.plan import plan_start
+from scaleprog.recipe.keys import ShardingSettings
 from tests.conftest import MakeRecipe
 
 
@@ -41,7 +41,7 @@ def test_groups_that_do_not_divide_the_ranks(make_recipe: MakeRecipe) -> None:
     by_node = ShardingSettings(engine="hsdp")
     assert by_node.shard_ranks(8, per_node=4) == 4
     with pytest.raises(RecipeError, match="groups of 3 ranks"):
-        by_node.check_world(8, per_node=3)
+        by_node.check_engine(8, per_node=3)
 
 
 def test_zero_without_deepspeed(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_zero_without_deepspeed(make_recipe: MakeRecipe, monkeypatch: pytest.Mon
 def test_offload_to_a_host_that_is_too_small(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make_recipe(sharding={"engine": "fsdp", "offload": "all"})
     plan_start(recipe, world=2, per_node=2)
-    monkeypatch.setattr("scaleprog.outlook.host_memory_available", lambda: 1000)
+    monkeypatch.setattr("scaleprog.planning.cost_model.host_memory_available", lambda: 1000)
     with pytest.raises(RecipeError, match=r"offload: all puts .* of 2 ranks into this machine's memory, 0\.0 GiB"):
         plan_start(recipe, world=2, per_node=2)
 

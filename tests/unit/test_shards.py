@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from scaleprog.data.manifest import NAME, Manifest
 from scaleprog.errors import DataError
-from shards import image_folder
+from shards import image_files, image_folder
 from shards.build import STAGING, shard_files
 from shards.check import check, write_manifest
 from shards.cli import app
@@ -120,7 +120,7 @@ def test_workers_do_not_change_the_shards(tmp_path: Path, tree: Path):
 @given(st.integers(1, 200), st.integers(1, 50))
 def test_cut_is_even_and_whole(count: int, samples_per_shard: int):
     images = [image_folder.Image(Path(str(place)), 0) for place in range(count)]
-    parts = image_folder._cut(images, samples_per_shard)
+    parts = image_files.cut(images, samples_per_shard)
     assert list(chain(*(part.images for part in parts))) == images
     assert all(part.images[0] == images[part.first] for part in parts)
     sizes = [len(part.images) for part in parts]

@@ -14,11 +14,11 @@ import pytest
 
 from launchers import integrity, slurm, snapshot
 from launchers.requeue import STOPPED
-from launchers.slurm import Request
+from launchers.slurm import JobRequest
 from launchers.snapshot import JobFile
 from scaleprog.errors import CheckpointError, ScaleprogError
-from scaleprog.reading import read_rows
 from scaleprog.recipe import Recipe
+from scaleprog.rundir.reading import read_rows
 from tests.conftest import MakeRecipe
 from tests.unit.fake_slurm import FakeSlurm
 
@@ -42,7 +42,7 @@ def test_a_batch_script_requeues_from_its_snapshot(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "a b'$(touch ruined);"
-    file = slurm.submit(make_recipe(), run, Request())
+    file = slurm.submit(make_recipe(), run, JobRequest())
     (script,) = run.glob("jobs/*/7_submission.sh")
     fake.command("srun", 'echo "$PYTHONPATH" > python-path; exit 137')
     done = run_batch([script], tmp_path)
@@ -132,7 +132,7 @@ def test_code_that_is_not_what_was_submitted_never_runs(
 ) -> None:
     """Neither when it lay there before the job was submitted, nor when it was changed later."""
     run = tmp_path / "run"
-    file = slurm.submit(make_recipe(), run, Request())
+    file = slurm.submit(make_recipe(), run, JobRequest())
     (script,) = run.glob("jobs/*/7_submission.sh")
     ruin = f"open({str(tmp_path / 'ruined')!r}, 'w')\n"
     DOORS[door](run / file.code, ruin)
@@ -144,7 +144,7 @@ def test_code_that_is_not_what_was_submitted_never_runs(
     assert fake.calls("srun") == []
     fake.show(state="FAILED")
     with pytest.raises(CheckpointError, match="not the code that it is named after"):
-        slurm.submit(make_recipe(), run, Request())
+        slurm.submit(make_recipe(), run, JobRequest())
     batch, recipe = ROOT / "slurm" / "train.sbatch", run / "recipe.yaml"
     for restart in (0, 1) if door == "a changed file" else (1,):
         JobFile("7", "scaleprog", file.code).write(run)
@@ -194,7 +194,7 @@ def test_no_name_of_a_run_directory_reaches_a_shell(
     monkeypatch.chdir(tmp_path)
     run = tmp_path / name
     options = ("comment=$(touch ruined)", "wckey=`touch ruined`'\"")
-    file = slurm.submit(make_recipe(), run, Request(account="$(touch ruined)", qos="a'b", options=options))
+    file = slurm.submit(make_recipe(), run, JobRequest(account="$(touch ruined)", qos="a'b", options=options))
     (script,) = run.glob("jobs/*/7_submission.sh")
     fake.command("srun", 'echo "$PYTHONPATH" > python-path; exit 137')
     assert run_batch([script], tmp_path).returncode == 137
@@ -220,7 +220,7 @@ def test_names_that_a_batch_script_cannot_say_are_refused(
     recipe.write_text(make_recipe().dump())
     for refused in (slurm.submit, slurm.script):
         with pytest.raises(ScaleprogError, match="--run-dir"):
-            refused(make_recipe(), tmp_path / name, Request())
+            refused(make_recipe(), tmp_path / name, JobRequest())
     if name == "a\n#SBATCH --uid=0":
         done = run_batch([ROOT / "slurm" / "train.sbatch", recipe, name], tmp_path)
         assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr

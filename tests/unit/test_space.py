@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from scaleprog.growth.space import GrowthSpace, Subnet, ladder
 from scaleprog.models.cost import parameters
-from scaleprog.models.elastic import ModelSettings
 from scaleprog.models.vit import ElasticViT
+from scaleprog.recipe.keys import ModelSettings
 
 DEIT = GrowthSpace((128, 160, 192, 224), (6, 8, 10, 12))
 

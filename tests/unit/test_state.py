@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scaleprog.errors import CheckpointError
 from scaleprog.growth.search import Decision, decide
 from scaleprog.growth.space import Choice, Subnet
-from scaleprog.state import RunState, decision_from_json, decision_to_json
+from scaleprog.rundir.state import RunState, decision_from_json, decision_to_json
 
 numbers = st.floats(0, 1e12)
 positive = st.floats(0, exclude_min=True, allow_infinity=False)
@@ -58,7 +58,7 @@ FIELDS = {
     "wall_seconds": numbers,
     "images": counts,
     "accuracies": st.dictionaries(st.text(max_size=8), percents, max_size=4),
-    "due": st.lists(st.text(max_size=8), max_size=3),
+    "pending": st.lists(st.text(max_size=8), max_size=3),
     "best_step": counts,
     "best_top1": percents,
 }
@@ -109,7 +109,7 @@ NOTHING: dict[str, list[Any]] = {  # by key, values that it cannot have
     "images": [-1, 1.0, 2**61],
     "accuracies": [[], None, 3, {"top1": -1}, {"top1": 101}, {"top1": math.nan}, {"top1": "9"},
                    {str(i): 1.0 for i in range(1001)}],
-    "due": ["choice", [None], [1], {}, ["choice"] * 20_000],
+    "pending": ["choice", [None], [1], {}, ["choice"] * 20_000],
     "best_step": [-1, None, 0.5],
     "best_top1": [-1, 100.5, math.nan, "100"],
 }  # fmt: skip
@@ -176,3 +176,11 @@ def test_a_new_run_stands_before_its_first_phase() -> None:
     assert (state.step, state.phase, state.growths, state.choices) == (0, -1, 0, [])
     state.decisions.append("mine")
     assert RunState().decisions == []
+
+
+def test_a_state_of_earlier_names_is_read() -> None:
+    values = RunState(step=3, pending=["evaluation"]).to_json()
+    old = {"due" if key == "pending" else key: value for key, value in values.items()}
+    assert RunState.from_json(old) == RunState(step=3, pending=["evaluation"])
+    with pytest.raises(CheckpointError, match="'due' is nothing that a state has"):
+        RunState.from_json(values | {"due": []})

@@ -16,12 +16,13 @@ import pytest
 
 from launchers import snapshot, status
 from launchers.snapshot import JobFile
-from scaleprog import queue
-from scaleprog.claim import read_owner
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.growth.space import Subnet
-from scaleprog.plan import Plan
+from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
+from scaleprog.rundir import slurm_queue
+from scaleprog.rundir.lease import read_owner
+from scaleprog.rundir.planned import write_plan
 from tests.conftest import MakeRecipe, write_lines
 from tests.unit.fake_slurm import FakeSlurm
 
@@ -55,6 +56,7 @@ def made_up(make_recipe: MakeRecipe, tmp_path: Path) -> Path:
     cost = plan.gmacs(small)
     (run / "checkpoints" / "step-00000020").mkdir(parents=True)
     (run / "recipe.yaml").write_text(recipe.dump())
+    write_plan(run, plan.schedule, plan.gmacs)
     rows: list[dict[str, Any]] = [step_row(step, small, seconds=0.5 * cost) for step in range(1, 31)]
     write_lines(run / "metrics.jsonl", [*rows[:20], {"step": 20, "top1": 40.0, "top1_ema": 41.5}, *rows[20:]])
     write_lines(
@@ -272,8 +274,8 @@ def test_a_process_of_another_user_is_left_alone(made_up: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("job", ["-1", "--help", "7 8", "$(touch x)", "", "7\n8", 7, None, [7]])
 def test_slurm_is_asked_about_numbers_of_jobs_only(job: Any, fake: FakeSlurm) -> None:
-    for ask in (queue.find, queue.cancel, queue.requeue):
-        with pytest.raises(queue.NoAnswer, match="is not the number of a Slurm job"):
+    for ask in (slurm_queue.find, slurm_queue.cancel, slurm_queue.requeue):
+        with pytest.raises(slurm_queue.NoAnswer, match="is not the number of a Slurm job"):
             ask(job)
     assert fake.calls("scontrol") == fake.calls("scancel") == []
 

@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scaleprog.errors import CheckpointError, OtherFormat, OtherRun, ScaleprogError
-from scaleprog.sharding.coordinator import process_group
-from scaleprog.sharding.spread import Part, Spread, share_out
-from scaleprog.storage import (
+from scaleprog.ranks.coordinator import process_group
+from scaleprog.rundir.storage import (
     MANIFEST,
     MANIFEST_BYTES,
     Manifest,
@@ -31,7 +30,8 @@ from scaleprog.storage import (
     verify,
     write_tensors,
 )
-from scaleprog.tensorfile import DTYPES, NAMES
+from scaleprog.rundir.tensorfile import DTYPES, NAMES
+from scaleprog.sharding.placement import LocalSlice, Placement, share_out
 from tests.unit.checkpoints import Save, blank, commit, data_file, flip, newest, parts, reseal, seal, tensors
 
 FILE = "rank-00000.safetensors"
@@ -78,7 +78,7 @@ def test_each_type_of_tensor_comes_back(one_rank: None, tmp_path: Path) -> None:
 
 
 @st.composite
-def saved_and_wanted(draw: st.DrawFn) -> tuple[dict[str, Tensor], dict[str, Spread], int, dict[str, Spread], int]:
+def saved_and_wanted(draw: st.DrawFn) -> tuple[dict[str, Tensor], dict[str, Placement], int, dict[str, Placement], int]:
     """Tensors, how they are spread over how many ranks when saved, and when loaded."""
     names = draw(st.lists(st.sampled_from(["online/a", "ema.0/b.c", "step/d", "exp_avg/e"]), min_size=1, unique=True))
     ranks, again = draw(st.integers(1, 5)), draw(st.integers(1, 5))
@@ -87,26 +87,26 @@ def saved_and_wanted(draw: st.DrawFn) -> tuple[dict[str, Tensor], dict[str, Spre
         numel, dtype = draw(st.integers(0, 40)), draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64]))
         generator = torch.Generator().manual_seed(seed)
         whole[name] = torch.randint(-99, 99, (numel,), generator=generator).to(dtype)
-        for spread, count in ((before, ranks), (after, again)):
+        for placed, count in ((before, ranks), (after, again)):
             offset = draw(st.integers(0, 12))
             size = draw(st.integers(max(1, -(-(numel + offset) // count)), numel + offset + 3))
-            spread[name] = Spread(numel, size, offset)
+            placed[name] = Placement(numel, size, offset)
     return whole, before, ranks, after, again
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=saved_and_wanted(), copies=st.integers(1, 3))
 def test_any_ranks_read_what_any_ranks_wrote(
-    case: tuple[dict[str, Tensor], dict[str, Spread], int, dict[str, Spread], int], copies: int, tmp_path: Path
+    case: tuple[dict[str, Tensor], dict[str, Placement], int, dict[str, Placement], int], copies: int, tmp_path: Path
 ) -> None:
     whole, before, ranks, after, again = case
     final = tmp_path / "step-00000007"
     for leftover in (final, tmp_path / "writing"):
         shutil.rmtree(leftover, ignore_errors=True)
 
-    def part(spread: Spread, tensor: Tensor, rank: int) -> Part:
-        held = spread.part(rank)
-        return Part(tensor[held.start : held.stop].clone(), held.start, spread.numel)
+    def part(placement: Placement, tensor: Tensor, rank: int) -> LocalSlice:
+        held = placement.local(rank)
+        return LocalSlice(tensor[held.start : held.stop].clone(), held.start, placement.numel)
 
     world = [{n: part(before[n], whole[n], rank) for n in whole} for rank in [*range(ranks)] * copies]
     held = [{n: [p.numel, p.start, p.tensor.numel()] for n, p in of_rank.items()} for of_rank in world]
@@ -377,11 +377,11 @@ def test_a_checkpoint_that_is_a_link_is_refused(copied: Path, tmp_path: Path) ->
 
 
 def test_files_larger_than_any_checkpoint_of_the_run_are_not_even_read(copied: Path) -> None:
-    claim = set_tensor(ONE, ["F32", 2**40, [[0, 2**40]]])
+    lease = set_tensor(ONE, ["F32", 2**40, [[0, 2**40]]])
     with pytest.raises(CheckpointError, match="its tensors make") as told:
-        verify(reseal(copied, claim))
+        verify(reseal(copied, lease))
     size = int(str(told.value).rpartition(" ")[2])
-    reseal(copied, lambda manifest: (claim(manifest), with_files([size, "0" * 64])(manifest)))
+    reseal(copied, lambda manifest: (lease(manifest), with_files([size, "0" * 64])(manifest)))
     os.truncate(copied / FILE, size)  # as many as it says, though next to none of them are on the disk
     with pytest.raises(CheckpointError, match=rf"{size} bytes, but the complete model of this run has no more than 99"):
         verify(copied, most=99)

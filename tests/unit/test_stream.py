@@ -23,15 +23,15 @@ def produce(part: int, parts: int) -> Iterator[Batch]:
 @pytest.fixture
 def forks(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """How often a worker was forked; the first hangs."""
-    settle, forks = scaleprog.data.stream._settle, scaleprog.data.stream._shared((1,), torch.int64)
+    reset, forks = scaleprog.data.stream._reset_signals, scaleprog.data.stream._shared((1,), torch.int64)
 
     def hang_at_first(rank_process: int) -> None:
         forks[0] += 1
         while forks[0] == 1:
             time.sleep(0.1)
-        settle(rank_process)
+        reset(rank_process)
 
-    monkeypatch.setattr("scaleprog.data.stream._settle", hang_at_first)
+    monkeypatch.setattr("scaleprog.data.stream._reset_signals", hang_at_first)
     monkeypatch.setattr("scaleprog.data.stream.START_SECONDS", 2.0)
     return forks
 

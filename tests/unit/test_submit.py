@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launchers import slurm
-from launchers.slurm import Request
+from launchers.slurm import JobRequest
 from launchers.snapshot import JobFile
 from launchers.world import Count
 from scaleprog.errors import CheckpointError, DataError, ScaleprogError
@@ -30,22 +30,22 @@ def test_time_limits(limit: str, expected: int) -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (Request(time="soon"), "--time soon: not a time"),
-        (Request(time="3"), "--time 3 leaves nothing for training.* ask for 4 min or more"),
-        (Request(time="5", signal_before=300), "--time 5 leaves nothing for training"),
-        (Request(gpus_per_node=2, tasks_per_node=4), "--tasks-per-node 4: there is one task per GPU"),
-        (Request(options=("nodes=3",)), "--sbatch nodes=3: say it by --nodes"),
-        (Request(options=("cpus_per_task=3",)), "--sbatch cpus_per_task=3: say it by --cpus-per-task"),
-        (Request(options=("array=1-3",)), "--sbatch array=1-3: scaleprog sets array itself"),
-        (Request(options=("-N3",)), "--sbatch -N3: not of the form KEY=VALUE"),
-        (Request(options=("comment=a\n#SBATCH --uid=0",)), "not of the form KEY=VALUE"),
-        (Request(qos="a\nb"), "--qos: more than one line"),
-        (Request(nodes=Count(3, 3)), "4 lanes cannot be spread evenly over 3 ranks"),
-        (Request(nodes=Count(2, 2), gpus_per_node=4), "4 lanes cannot be spread evenly over 8 ranks"),
+        (JobRequest(time="soon"), "--time soon: not a time"),
+        (JobRequest(time="3"), "--time 3 leaves nothing for training.* ask for 4 min or more"),
+        (JobRequest(time="5", signal_before=300), "--time 5 leaves nothing for training"),
+        (JobRequest(gpus_per_node=2, tasks_per_node=4), "--tasks-per-node 4: there is one task per GPU"),
+        (JobRequest(options=("nodes=3",)), "--sbatch nodes=3: say it by --nodes"),
+        (JobRequest(options=("cpus_per_task=3",)), "--sbatch cpus_per_task=3: say it by --cpus-per-task"),
+        (JobRequest(options=("array=1-3",)), "--sbatch array=1-3: scaleprog sets array itself"),
+        (JobRequest(options=("-N3",)), "--sbatch -N3: not of the form KEY=VALUE"),
+        (JobRequest(options=("comment=a\n#SBATCH --uid=0",)), "not of the form KEY=VALUE"),
+        (JobRequest(qos="a\nb"), "--qos: more than one line"),
+        (JobRequest(nodes=Count(3, 3)), "4 lanes cannot be spread evenly over 3 ranks"),
+        (JobRequest(nodes=Count(2, 2), gpus_per_node=4), "4 lanes cannot be spread evenly over 8 ranks"),
     ],
 )
 def test_what_cannot_work_is_refused(
-    request_: Request, message: str, fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path
+    request_: JobRequest, message: str, fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     with pytest.raises(ScaleprogError, match=message):
         slurm.submit(make_recipe(), tmp_path / "run", request_)
@@ -55,32 +55,32 @@ def test_what_cannot_work_is_refused(
 
 def test_the_cluster_is_asked(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe, run = make_recipe(), tmp_path / "run"
-    with pytest.raises(ScaleprogError, match="--partition hgih: there is none of this name; there are low, high"):
-        slurm.submit(recipe, run, Request(partition="low,hgih"))
+    with pytest.raises(ScaleprogError, match="--partition hgih: no such partition; available: low, high"):
+        slurm.submit(recipe, run, JobRequest(partition="low,hgih"))
     with pytest.raises(DataError):
-        slurm.submit(make_recipe(data={"path": str(tmp_path / "gone")}), run, Request())
+        slurm.submit(make_recipe(data={"path": str(tmp_path / "gone")}), run, JobRequest())
     with pytest.raises(ScaleprogError, match="Slurm would replace the %"):
-        slurm.submit(recipe, tmp_path / "50%", Request())
+        slurm.submit(recipe, tmp_path / "50%", JobRequest())
     fake.command("sbatch", "echo 'sbatch: error: invalid account or qos' >&2; exit 1")
     with pytest.raises(ScaleprogError, match="Slurm refuses the job: sbatch: error: invalid account or qos"):
-        slurm.submit(recipe, run, Request(qos="mine"))
+        slurm.submit(recipe, run, JobRequest(qos="mine"))
     assert not run.exists()
 
 
 def test_no_slurm(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ScaleprogError, match="no Slurm on this machine: sbatch is not there"):
-        slurm.submit(make_recipe(), tmp_path / "run", Request())
-    assert "#SBATCH --nodes=2\n" in slurm.script(make_recipe(), tmp_path / "run", Request(nodes=Count(2, 2)))
+        slurm.submit(make_recipe(), tmp_path / "run", JobRequest())
+    assert "#SBATCH --nodes=2\n" in slurm.script(make_recipe(), tmp_path / "run", JobRequest(nodes=Count(2, 2)))
     assert not (tmp_path / "run").exists()
     monkeypatch.setitem(sys.modules, "submitit.slurm.slurm", None)
     with pytest.raises(ScaleprogError, match=r"submitit is not installed: pip install 'scaleprog\[slurm\]'"):
-        slurm.script(make_recipe(), tmp_path / "run", Request())
+        slurm.script(make_recipe(), tmp_path / "run", JobRequest())
 
 
 def test_submit(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe, run = make_recipe(), tmp_path / "run"
-    file = slurm.submit(recipe, run, Request(nodes=Count(2, 2), time="10", partition="high"))
+    file = slurm.submit(recipe, run, JobRequest(nodes=Count(2, 2), time="10", partition="high"))
     assert (file.job, file.name) == ("7", "scaleprog-run")
     assert JobFile.read(run) == file
     assert Recipe.load(run / "recipe.yaml") == recipe
@@ -91,16 +91,16 @@ def test_submit(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> Non
     fake.show(state="PENDING")
     fake.command("scontrol", f"sed s/scaleprog-a.b/scaleprog-run/ {fake.folder}/shown")
     with pytest.raises(CheckpointError, match="belongs to job 7, which is PENDING; `scaleprog cancel"):
-        slurm.submit(recipe, run, Request())
+        slurm.submit(recipe, run, JobRequest())
     fake.show(state="FAILED")
     with pytest.raises(CheckpointError, match=r"run directory of another recipe:\n  seed: 1 here, 0 there"):
-        slurm.submit(make_recipe(seed=1), run, Request())
+        slurm.submit(make_recipe(seed=1), run, JobRequest())
     assert Recipe.load(run / "recipe.yaml") == recipe
-    assert slurm.submit(recipe, run, Request()).job == "7"
+    assert slurm.submit(recipe, run, JobRequest()).job == "7"
 
 
 def test_script(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    request = Request(
+    request = JobRequest(
         nodes=Count(2, 2), gpus_per_node=2, cpus_per_task=3, time="2:00:00", account="me", qos="long", signal_before=90,
         options=("mem=4G", "exclusive", "constraint=a&b"), max_restarts=5,
     )  # fmt: skip
@@ -114,7 +114,7 @@ def test_script(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     }  # fmt: skip
     (srun,) = (shlex.split(line) for line in text.splitlines() if line.startswith("srun"))
     assert {"--kill-on-bad-exit=1", "--wait=60", "--cpus-per-task=3"} <= set(srun)
-    assert "time=" not in slurm.script(make_recipe(), tmp_path / "run", Request())  # the partition's own
+    assert "time=" not in slurm.script(make_recipe(), tmp_path / "run", JobRequest())  # the partition's own
     (threads,) = (line for line in text.splitlines() if "OMP_NUM_THREADS" in line)
     assert threads in (ROOT / "slurm" / "train.sbatch").read_text().splitlines()
     for given, expected in (({}, "1"), ({"SLURM_CPUS_PER_TASK": "3"}, "3"), ({"OMP_NUM_THREADS": "2"}, "2")):

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from launchers import task
-from launchers.requeue import Start
-from scaleprog import preemption
+from launchers.requeue import Attempt
 from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable
-from scaleprog.reading import read_rows
+from scaleprog.ranks.stop import deadline
+from scaleprog.rundir.reading import read_rows
 from tests.unit.fake_slurm import FakeSlurm
 
 
@@ -23,16 +23,16 @@ def test_rank_variables() -> None:
         "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "2,3", "SLURM_PROCID": "4", "SLURM_NTASKS": "5",
         "SLURM_LOCALID": "2",
     }  # fmt: skip
-    ranks = task.rank_variables(variables, Start("12", 0))
+    ranks = task.rank_variables(variables, Attempt("12", 0))
     port = ranks.pop("MASTER_PORT")
     assert ranks == {"RANK": "4", "WORLD_SIZE": "5", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3"}
     assert int(port) in range(15_000, 30_000)
     for gpus, local in (("0,1,2", "2"), ("2", "0")):  # all GPUs of the node are visible, or only the task's own
-        assert task.rank_variables(variables | {"CUDA_VISIBLE_DEVICES": gpus}, Start("12", 0))["LOCAL_RANK"] == local
+        assert task.rank_variables(variables | {"CUDA_VISIBLE_DEVICES": gpus}, Attempt("12", 0))["LOCAL_RANK"] == local
 
 
 def test_ports_differ_between_starts() -> None:
-    starts = [Start(str(job), restart) for job in (1, 2, 3, 10**8) for restart in range(6)]
+    starts = [Attempt(str(job), restart) for job in (1, 2, 3, 10**8) for restart in range(6)]
     ports = {task.port(start) for start in starts}
     assert len(ports) == len(starts)
     assert min(ports) >= 15_000
@@ -77,15 +77,15 @@ def test_interface() -> None:
 def test_time_limit_is_asked_for_where_slurm_does_not_set_it(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.show(end="1795468837")
     monkeypatch.setenv("SLURM_JOB_END_TIME", "5")
-    task.tell_time_limit(Start("7", 0))
-    assert preemption.deadline() == 5
+    task.tell_time_limit(Attempt("7", 0))
+    assert deadline() == 5
     monkeypatch.setenv("SLURM_JOB_END_TIME", "")
-    task.tell_time_limit(Start("7", 0))
-    assert preemption.deadline() == 1795468837
+    task.tell_time_limit(Attempt("7", 0))
+    assert deadline() == 1795468837
     fake.show(end="Unknown")
     monkeypatch.setenv("SLURM_JOB_END_TIME", "")
-    task.tell_time_limit(Start("7", 0))
-    assert preemption.deadline() is None
+    task.tell_time_limit(Attempt("7", 0))
+    assert deadline() is None
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_task_that_leaves_says_why(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(task, "_exit", sys.exit)
     with pytest.raises(SystemExit) as left:
-        task.leave(tmp_path, Start("7", 2), rank, error)
+        task.leave(tmp_path, Attempt("7", 2), rank, error)
     assert left.value.code == code
     (row,) = read_rows(tmp_path / "jobs" / "reports" / f"7-2-{rank}.json")
     assert (row["code"], row["cause"], row["reason"]) == (code, cause, reason)

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launchers import slurm
-from launchers.slurm import Request
+from launchers.slurm import JobRequest
 from launchers.world import Count, Demand, largest, usable
 from scaleprog.data.order import Order
-from scaleprog.display import as_text
 from scaleprog.errors import DataError, RecipeError, ScaleprogError
-from scaleprog.sharding.settings import ShardingSettings
+from scaleprog.files.display import as_text
+from scaleprog.recipe.keys import ShardingSettings
 from tests.conftest import MakeRecipe
 from tests.unit.fake_slurm import FakeSlurm
 
@@ -27,7 +27,7 @@ def can_train(ranks: int, lanes: int, sharding: ShardingSettings) -> bool:
     """What a rank says of its world when it starts."""
     try:
         Order((2 * lanes,), 0, lanes, lanes).lanes_of(0, ranks)
-        sharding.check_world(ranks, ranks)
+        sharding.check_engine(ranks, ranks)
     except (DataError, RecipeError):
         return False
     return True
@@ -127,7 +127,7 @@ def test_a_start_need_not_wait_for_torch() -> None:
 
 
 def test_slurm_is_asked_for_a_range(make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    request = Request(nodes=Count(1, 4), tasks_per_node=2, cpus_per_task=3)
+    request = JobRequest(nodes=Count(1, 4), tasks_per_node=2, cpus_per_task=3)
     text = slurm.script(make_recipe(data={"lanes": 8}), tmp_path / "run", request)
     lines = text.splitlines()
     assert {"#SBATCH --nodes=1-4", "#SBATCH --mincpus=6", "#SBATCH --cpus-per-task=3"} <= set(lines)
@@ -135,7 +135,7 @@ def test_slurm_is_asked_for_a_range(make_recipe: MakeRecipe, tmp_path: Path, cap
     assert capsys.readouterr().err == ""
     shared = {line.strip() for line in (ROOT / "slurm" / "train.sbatch").read_text().splitlines()}
     assert set(slurm.STEP) <= shared & set(lines)
-    plain = slurm.script(make_recipe(data={"lanes": 8}), tmp_path / "run", Request(nodes=Count(4, 4)))
+    plain = slurm.script(make_recipe(data={"lanes": 8}), tmp_path / "run", JobRequest(nodes=Count(4, 4)))
     assert "launchers.world" not in plain
     assert not {*slurm.STEP} & {*plain.splitlines()}
 
@@ -148,17 +148,17 @@ def test_a_range_is_narrowed_to_what_can_train(
         (Count(2, 999), "2-4", "999 ranks do not divide data.lanes, 4"),
         (Count(3, 4), "4", "3 ranks do not divide data.lanes, 4"),
     ):
-        text = slurm.script(make_recipe(), tmp_path / "run", Request(nodes=asked))
+        text = slurm.script(make_recipe(), tmp_path / "run", JobRequest(nodes=asked))
         assert f"#SBATCH --nodes={given_}\n" in text
         told = capsys.readouterr().err
         assert told.startswith(f"scaleprog: --nodes {asked}: Slurm is asked for {given_.replace('-', ':')}; {why}; ")
     with pytest.raises(ScaleprogError, match=r"^--nodes 5:9: no such number of ranks can train; .* 4 \(1, 2, 4\)$"):
-        slurm.script(make_recipe(), tmp_path / "run", Request(nodes=Count(5, 9)))
+        slurm.script(make_recipe(), tmp_path / "run", JobRequest(nodes=Count(5, 9)))
 
 
 def test_the_step_gets_the_nodes_that_train(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    slurm.submit(make_recipe(), run, Request(nodes=Count(1, 4)))
+    slurm.submit(make_recipe(), run, JobRequest(nodes=Count(1, 4)))
     (script,) = run.glob("jobs/*/7_submission.sh")
     fake.command("srun", SHOW)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "3", "SLURM_NNODES": "3", "SLURM_JOB_NODELIST": "node[0-2]"}

@@ -1,0 +1,43 @@
+"""scaleprog from Python, see docs/python.md. `from scaleprog import ...` gives what is here."""
+
+from pathlib import Path
+from typing import Any
+
+from scaleprog.models.bare import grow_model
+from scaleprog.planning.plan import Plan, describe
+from scaleprog.recipe import Recipe
+from scaleprog.reporting.history import RunRecord, read_run
+from scaleprog.training.export import Weights, evaluate_run, export_run
+from scaleprog.training.loop import train_rank
+
+__all__ = ["Plan", "Recipe", "RunRecord", "describe", "evaluate", "export", "grow_model", "load_run", "train"]
+
+
+def train(recipe: Recipe, run: Path | str) -> dict[str, Any]:
+    """Trains a recipe in this process, on one rank; resumes a run directory that exists.
+
+    Returns:
+        What results.json holds: accuracies in percent, times in seconds, and what every stage trained.
+
+    Raises:
+        ScaleprogError: of a kind that says what the user can put right.
+    """
+    return train_rank(recipe, Path(run))
+
+
+def evaluate(run: Path | str, resolution: int | None = None, weights: Weights = "best") -> tuple[float, str]:
+    """Top-1 in percent of a run's newest checkpoint on the validation split, and whose weights they are.
+
+    `resolution` is in pixels; default: the model's full size.
+    """
+    return evaluate_run(Path(run), resolution, weights)
+
+
+def export(run: Path | str, out: Path | str) -> str:
+    """Writes the better of a run's online and EMA weights as safetensors for plain timm; says how to load them."""
+    return export_run(Path(run), Path(out))
+
+
+def load_run(run: Path | str) -> RunRecord:
+    """What a run directory tells: recipe, results, accuracies, phases, searches, events. Raises CheckpointError."""
+    return read_run(Path(run), Path(run).name)

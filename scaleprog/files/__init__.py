@@ -1,0 +1,1 @@
+"""Reads, writes and shows untrusted files: whole, within bounds, as plain text. Imports no torch."""

@@ -1,0 +1,56 @@
+"""Shows untrusted text as plain text, no matter what it contains. Applied wherever text is printed or written."""
+
+import re
+import unicodedata
+
+MOST = 20_000  # characters; nobody reads more, and a file may hold millions
+NAME = 60  # characters of a name in a picture
+LINE = 300  # characters of a message's first line
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+"""Unicode categories of characters that move the cursor, change the direction of writing, or are invisible."""
+_MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;"} | {letter: f"\\{letter}" for letter in "\\`*[]|$~"})
+
+
+def as_text(text: object, lines: bool = False, most: int = MOST) -> str:
+    """Text for a terminal. Control characters and invisible characters are escaped, as in `\\x1b`.
+
+    `lines` keeps line breaks instead of escaping them. Text of more than `most` characters is cut.
+    """
+    whole = str(text)
+    shown = "".join(
+        letter if letter.isprintable() or (lines and letter == "\n") else _escaped(letter) for letter in whole[:most]
+    )
+    return f"{shown} ... ({len(whole) - most} more letters)" if len(whole) > most else shown
+
+
+def as_markdown(text: object) -> str:
+    """Text for one line of a Markdown file; HTML, links, tables and formulas appear literally."""
+    escaped = as_text(text).translate(_MARKDOWN)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", escaped)
+
+
+def as_label(text: object) -> str:
+    """A name for a picture, cut to the available room."""
+    label = as_text(text, lines=True)
+    label = "\n".join(line if len(line) <= NAME else f"{line[: NAME - 3]}..." for line in label.splitlines())
+    return f" {label}" if label.startswith("_") else label  # matplotlib keeps such names out of its legends
+
+
+def first_line(message: str) -> str:
+    """The first line of a message, which may be empty."""
+    line = next(iter(message[: 2 * LINE].strip().splitlines()), "")
+    return line if len(line) <= LINE else f"{line[: LINE - 3]}..."
+
+
+def counted(number: int, what: str) -> str:
+    """A number with its noun, as in "1 line" or "3 lines"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _escaped(letter: str) -> str:
+    if unicodedata.category(letter) not in _HIDDEN:
+        return letter  # for example, a space of another width
+    code = ord(letter)
+    if code in (9, 10, 13):
+        return {9: "\\t", 10: "\\n", 13: "\\r"}[code]
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -1,0 +1,1 @@
+"""What a recipe would train and what that would cost, before training starts."""

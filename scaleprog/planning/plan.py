@@ -1,0 +1,333 @@
+"""Turns a recipe, its model, and its shards into a plan, and refuses recipes that cannot be run."""
+
+import math
+import os
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from scaleprog.data.augment import normalization
+from scaleprog.data.manifest import NAME as MANIFEST
+from scaleprog.data.manifest import Manifest
+from scaleprog.data.order import Order
+from scaleprog.data.reader import decoded_bytes
+from scaleprog.errors import RecipeError
+from scaleprog.growth.schedule import Phase, Schedule
+from scaleprog.growth.space import Subnet
+from scaleprog.models import resolve_family
+from scaleprog.models.cost import gmacs, parameters, units
+from scaleprog.models.elastic import ElasticModel
+from scaleprog.planning.cost_model import Prediction, check_offload, check_world, engines, predict, state_memory
+from scaleprog.planning.devices import Device
+from scaleprog.recipe import Recipe
+from scaleprog.recipe.numbers import MOST_PIXELS
+
+SCALE = 1000
+"""Positions per epoch when there are no shards to count."""
+FORWARDS_PER_STEP = 3
+"""The cost of a training step in forward passes: a backward counts as two, the optimizer as none."""
+MOST_PARAMETERS, MOST_TOKENS, MOST_STEPS = 10**11, 2**16, 10**9
+"""Limits of the complete model, an image, and a run: a recipe beyond them is a mistake, and too large to train."""
+MOST_DECODED = 64 * 2**30
+"""Most bytes of decoded images that one rank may hold in its host's memory."""
+SEARCH_PARTS, SCORING_PARTS = 80, 25
+"""Unless the recipe says otherwise, a search takes 1/80 of the run's epochs, and scores on 1/25 of the images."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe with its numbers filled in. A step is an optimizer step on one global batch."""
+
+    recipe: Recipe
+    family: type[ElasticModel]
+    manifest: Manifest
+    order: Order
+    schedule: Schedule
+    warmup_steps: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, world: int) -> "Plan":
+        """Checks a recipe against its model, its shards, and the number of ranks. Raises RecipeError or DataError."""
+        manifest = Manifest.load(recipe.data.path).first("train", recipe.data.shards)
+        for split in ("train", "val"):
+            manifest.verify_sizes(split)
+            manifest.verify_counts(split)
+        if len(manifest.classes) != recipe.model.classes:
+            raise RecipeError(
+                f"model.classes: {recipe.model.classes}, but {manifest.root} has {len(manifest.classes)} classes"
+            )
+        order = _order(recipe, manifest)
+        order.lanes_of(0, world)
+        if (recipe.augment.mixup or recipe.augment.cutmix) and order.per_lane % 2:
+            raise RecipeError(
+                f"augment: Mixup and CutMix pair the samples of a lane, so train.batch / data.lanes must be even; "
+                f"{recipe.train.batch} / {recipe.data.lanes} is {order.per_lane}"
+            )
+        family, schedule = outline(recipe, order.steps_per_epoch)
+        return cls(recipe, family, manifest, order, schedule, _steps(recipe.optimizer.warmup_epochs, order))
+
+    @property
+    def search_batches(self) -> int:
+        """Global batches in the search subset."""
+        return _search_batches(self.recipe, self.order.steps_per_epoch)
+
+    def gmacs(self, subnet: Subnet) -> float:
+        """Billions of multiply-accumulates in one image's forward pass through `subnet`."""
+        return _gmacs(self.recipe, self.family, self.schedule, subnet)
+
+    def active(self, phase: Phase, subnet: Subnet) -> tuple[tuple[int, ...], ...]:
+        """For each layer group of the network of `phase`, the positions of the layers that `subnet` runs, ascending."""
+        return phase.active(subnet, self.recipe.growth.operator, self.family.split)
+
+
+def plan_start(recipe: Recipe, world: int, per_node: int) -> Plan:
+    """Like `Plan.of`, but also checks the engine, the offload, and the size of the decoded images.
+
+    `per_node`: how many of the `world` ranks are on each node. Raises RecipeError or DataError.
+    """
+    plan = Plan.of(recipe, world)
+    recipe.sharding.check_engine(world, per_node)
+    check_offload(recipe, world, per_node)
+    check_decoded(recipe, plan.schedule.full.resolution, world)
+    return plan
+
+
+def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticModel], Schedule]:
+    """The model family and the schedule of a recipe, whose shards need not exist. Raises RecipeError.
+
+    `steps_per_epoch`: as the shards have it; None: SCALE positions stand for the steps of an epoch.
+    """
+    family, full, stride = resolve_family(recipe.model)
+    _check_model(recipe, family, full, stride)
+    epoch = SCALE if steps_per_epoch is None else steps_per_epoch
+    growth = recipe.growth
+    if recipe.search.budget is not None:
+        asked = f"search.budget: {recipe.search.budget}"
+        if recipe.search.method != "budget":
+            raise RecipeError(f"{asked}, but search.method: {recipe.search.method} has none")
+        if growth.schedule != "automatic":
+            raise RecipeError(f"{asked}, but only growth.schedule: automatic has one")
+    for key, multiple in (
+        ("growth.resolution_multiple", growth.resolution_multiple),
+        ("model.resolution", full.resolution),
+    ):
+        if multiple is not None and multiple % stride:
+            raise RecipeError(f"{key}: {multiple} is not a multiple of the model's stride, {stride} pixels")
+    if (growth.resolution_multiple or 0) > full.resolution:
+        raise RecipeError(f"growth.resolution_multiple: {growth.resolution_multiple} is more than model.resolution, "
+                          f"{full.resolution}, so nothing could grow")  # fmt: skip
+    if isinstance(growth.schedule, tuple):
+        _check_by_hand(recipe, full, stride)
+    if growth.curriculum and growth.patches != "subset":
+        raise RecipeError("growth.curriculum: an image of low resolution holds no high frequencies; it goes with "
+                          "growth.patches: subset")  # fmt: skip
+    steps = round(recipe.train.epochs * epoch)
+    if steps > MOST_STEPS:
+        raise RecipeError(
+            f"train.epochs: {recipe.train.epochs:g} epochs are {steps} steps; at most {MOST_STEPS} are run"
+        )
+    searched = recipe.search.epochs or recipe.train.epochs / SEARCH_PARTS
+    search_steps = max(1, round(searched * epoch))
+    schedule = Schedule.of(growth, full, stride, steps, search_steps, recipe.search.candidates)
+    if steps < schedule.stages:
+        raise RecipeError(f"train.epochs: {steps} steps cannot be cut into {schedule.stages} stages")
+    if schedule.kind == "automatic" and schedule.stages > 1 and search_steps >= steps // schedule.stages:
+        raise RecipeError(
+            f"search.epochs: {searched:g} epochs of search do not fit into a stage of "
+            f"{recipe.train.epochs / schedule.stages:g}"
+        )
+    forwards = recipe.search.measurements * _search_batches(recipe, epoch)
+    schedule = replace(schedule, scoring=forwards / FORWARDS_PER_STEP)
+    if schedule.kind == "automatic" and recipe.search.method == "budget":
+        # a setting in steps means nothing if SCALE positions stand for the steps
+        complete_steps = recipe.search.complete_steps if steps_per_epoch is not None else 0
+        promised = (recipe.search.budget or 1) < 1  # with a budget of all of Original's cost, searches may exceed it
+        schedule = replace(schedule, complete_steps=complete_steps, promised=promised)
+        schedule = replace(schedule, budget=_budget(recipe, family, schedule))
+    return family, schedule
+
+
+def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
+    """The phases of a recipe with parameters, GMACs, memory per rank, and epochs, and the speedup that they predict.
+
+    `Schedule.expected` stands in for what searches will choose. The shards need not exist; if they do, the recipe must
+    fit them.
+
+    Args:
+        recipe: what would be trained.
+        world: how many ranks would train it, all on one machine.
+
+    Returns:
+        `stages` (one row for each phase), `speedup` (Original's cost / the run's cost - 1, by GMACs), `kind` (of the
+        schedule), `budget` (of its searches, or None), and `short` (see `Schedule.short`).
+
+    Raises:
+        RecipeError: the recipe cannot be run.
+        DataError: its shards are damaged.
+    """
+    known = steps_per_epoch(recipe)
+    if known is not None:
+        Plan.of(recipe, 1)
+    family, schedule = outline(recipe, known)
+    epoch = known or SCALE
+    model, cost_of = recipe.model, partial(_gmacs, recipe, family, schedule)
+    rows, phases = [], schedule.expected((), cost_of)
+    for phase in phases:
+        epochs = (phase.stop - phase.start) / epoch
+        mean = sum(map(cost_of, phase.candidates)) / len(phase.candidates)
+        rows.append(
+            {
+                "stage": phase.stage,
+                "phase": phase.kind,
+                "candidates": [str(s) for s in phase.candidates],
+                "resolution": phase.network.resolution,
+                "depth": phase.network.depth,
+                "parameters": parameters(family, model, phase.network.depth),
+                "gmacs": mean,
+                "epochs": epochs,
+                "bytes_per_rank": state_memory(
+                    units(family, model, phase.network.depth), recipe.sharding, len(recipe.ema.momenta), world, world
+                ).state,
+            }
+        )
+    speedup = cost_of(schedule.full) * schedule.steps / schedule.cost(phases, cost_of) - 1
+    return {"stages": rows, "speedup": speedup, "kind": schedule.kind, "budget": schedule.budget,
+            "short": schedule.short}  # fmt: skip
+
+
+def forecast(recipe: Recipe, world: int, device: Device) -> dict[str, tuple[Prediction, int]]:
+    """Predicts a step and the peak memory of a recipe under every engine.
+
+    Returns:
+        For each engine (the recipe's own has a star), a step on the complete model, and the peak of the run in bytes
+        on the device of the fullest rank. Memory peaks in a step on the complete model, or in a growth, when a rank
+        holds the old and the new network.
+
+    Raises:
+        RecipeError: `world` ranks cannot run the recipe.
+    """
+    check_world(recipe, world)
+    family, schedule = outline(recipe, steps_per_epoch(recipe))
+    phases = schedule.expected((), partial(_gmacs, recipe, family, schedule))
+    found, per_node = {}, math.gcd(world, device.ranks_per_node)
+    for name, variant in engines(recipe, world, device).items():
+        held = []
+        for phase in phases:
+            network = units(family, recipe.model, phase.network.depth)
+            memory = state_memory(network, variant.sharding, len(recipe.ema.momenta), world, per_node)
+            held.append(memory.parameters + memory.optimizer + memory.ema)
+        growths = [
+            held[i - 1] + held[i]
+            for i in range(1, len(phases))
+            if schedule.entry(phases, i, recipe.growth.operator, family.split) is not None
+        ]
+        prediction = predict(variant, family, schedule.full, world, device)
+        found[name] = prediction, max(prediction.memory.device, *growths, 0)
+    return found
+
+
+def check_size(recipe: Recipe, resolution: int, stride: int) -> None:
+    """Raises RecipeError if images of `resolution` pixels a side are too large to train or evaluate."""
+    tokens = (resolution // stride) ** 2
+    if tokens > MOST_TOKENS or resolution > MOST_PIXELS:
+        raise RecipeError(
+            f"model: {resolution} pixels a side in patches of {stride} are {tokens} tokens an image; at most "
+            f"{MOST_PIXELS} pixels and {MOST_TOKENS} tokens can be"
+        )
+    check_decoded(recipe, resolution, recipe.data.lanes)
+
+
+def check_decoded(recipe: Recipe, resolution: int, world: int) -> None:
+    """Raises RecipeError if one of `world` ranks would hold more decoded images than `MOST_DECODED` allows."""
+    batch = recipe.evaluate.batch
+    for key, rows in (("train.batch", -(-recipe.train.batch // world)), ("evaluate.batch", batch)):
+        size = decoded_bytes(rows, recipe.model.channels, resolution, recipe.data)
+        if size > MOST_DECODED:
+            raise RecipeError(
+                f"{key}: {rows} images of {resolution} x {resolution} pixels on a rank, with data.prefetch "
+                f"{recipe.data.prefetch}, are {size / 2**30:.0f} GiB of decoded images, and at most "
+                f"{MOST_DECODED / 2**30:.0f} may be held; lower {key} or data.prefetch"
+            )
+
+
+def _check_model(recipe: Recipe, family: type[ElasticModel], full: Subnet, stride: int) -> None:
+    """Raises RecipeError for a model that cannot be trained, even if each of its sizes is usual on its own."""
+    if recipe.model.channels not in (1, 3):
+        raise RecipeError(f"model.channels: {recipe.model.channels}; images are read with 1 (grey) or 3 (colour)")
+    normalization(recipe.augment, recipe.model.channels)
+    check_size(recipe, full.resolution, stride)
+    count = parameters(family, recipe.model, full.depth)
+    if count > MOST_PARAMETERS:
+        raise RecipeError(
+            f"model: {recipe.model.name} with these sizes has {count:.3g} parameters, with AdamW's moments "
+            f"{12 * count / 2**30:.3g} GiB; at most {MOST_PARAMETERS:.3g} parameters are trained"
+        )
+
+
+def _gmacs(recipe: Recipe, family: type[ElasticModel], schedule: Schedule, subnet: Subnet) -> float:
+    """Billions of multiply-accumulates in one image's forward pass through `subnet`."""
+    return gmacs(family, recipe.model, schedule.view(subnet), subnet.depth)
+
+
+def steps_per_epoch(recipe: Recipe) -> int | None:
+    """Steps in an epoch of the recipe's shards; None if there are no shards yet. Raises DataError."""
+    if not os.path.lexists(Path(recipe.data.path, MANIFEST)):
+        return None
+    return _order(recipe, Manifest.load(recipe.data.path).first("train", recipe.data.shards)).steps_per_epoch
+
+
+def _order(recipe: Recipe, manifest: Manifest) -> Order:
+    counts = tuple(shard.samples for shard in manifest.split("train"))
+    return Order(counts, recipe.seed, recipe.data.lanes, recipe.train.batch, recipe.augment.repeats)
+
+
+def _search_batches(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Global batches in the search subset."""
+    subset = recipe.search.subset
+    wanted = steps_per_epoch // SCORING_PARTS if subset is None else subset // recipe.train.batch
+    return max(1, min(wanted, steps_per_epoch))
+
+
+def _budget(recipe: Recipe, family: type[ElasticModel], schedule: Schedule) -> float:
+    """The most that a run may cost, as a fraction of Original's cost. Raises RecipeError if no run can keep to it."""
+    if recipe.search.candidates == "window":
+        raise RecipeError("search.candidates: window leaves the present network out, and a budget may want to keep it; "
+                          "use corners or all, or search.method: published")  # fmt: skip
+    price = partial(_gmacs, recipe, family, schedule)
+    whole = price(schedule.full) * schedule.steps
+    saving = replace(schedule, budget=sys.float_info.min)
+    least = saving.cost(saving.expected((), price), price) / whole
+    if recipe.search.budget is None:
+        prog = sum(map(price, schedule.ladder)) / price(schedule.full) / len(schedule.ladder)
+        return max(prog, least)
+    if recipe.search.budget < least:
+        if schedule.short:
+            raise RecipeError(f"search.budget: {recipe.search.budget} of Original's cost, but {schedule.short}; "
+                              "lower that, or train longer")  # fmt: skip
+        raise RecipeError(
+            f"search.budget: {recipe.search.budget} of Original's cost; {schedule.ladder[0]} until the last of "
+            f"{schedule.stages} stages, which trains the complete model, costs {least:.3f} with its searches; raise "
+            "it, or lower growth.smallest or search.complete_steps, or raise growth.stages"
+        )
+    return recipe.search.budget
+
+
+def _check_by_hand(recipe: Recipe, full: Subnet, stride: int) -> None:
+    stages = recipe.growth.schedule
+    assert isinstance(stages, tuple)
+    for i, stage in enumerate(stages):
+        if stage.resolution % stride or stage.resolution > full.resolution or stage.depth > full.depth:
+            raise RecipeError(
+                f"growth.schedule.{i}: {stage.resolution} px, {stage.depth} layers; needed are multiples of "
+                f"{stride} px up to {full.resolution} and up to {full.depth} layers"
+            )
+        if i and stage.depth < stages[i - 1].depth:
+            raise RecipeError(f"growth.schedule.{i}: depth {stage.depth} after {stages[i - 1].depth}; it never shrinks")
+    if not stages or (stages[-1].resolution, stages[-1].depth) != (full.resolution, full.depth):
+        raise RecipeError(f"growth.schedule: the last stage must be the complete model, {full}")
+
+
+def _steps(epochs: float, order: Order) -> int:
+    return round(epochs * order.steps_per_epoch)

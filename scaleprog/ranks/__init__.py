@@ -1,0 +1,1 @@
+"""The ranks of a run: where they meet, how they agree, and when they stop."""

@@ -1,0 +1,164 @@
+"""Rank 0 decides and all ranks agree: broadcasts of rank 0's values, which all ranks verify, and small reductions."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from scaleprog import errors
+from scaleprog.errors import Disagreement, ScaleprogError
+from scaleprog.ranks.rendezvous import Place
+
+NAMED = 8  # most different values that an error names
+
+
+@contextmanager
+def process_group() -> Iterator[tuple["Coordinator", torch.device]]:
+    """Joins the ranks of this process's launcher, or runs as the only rank; yields the ranks and this rank's device.
+
+    Raises Unavailable.
+    """
+    place = Place.current()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", place.local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world))
+    with place.joined(backend):
+        try:
+            yield Coordinator(), device
+        except BaseException:
+            if dist.get_world_size() == 1:  # with more ranks, the others would fail too and hide the first cause
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
+
+
+def ranks_per_node() -> int:
+    """How many ranks the launcher has started on this node; 1 without a launcher."""
+    return Place.current().local_world
+
+
+class Coordinator:
+    """Exchanges small values between the ranks of a run: decisions, counts, losses.
+
+    A decision takes three collectives on any number of ranks: two broadcasts along a tree, and a reduction to verify
+    the result.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        """`group`: a process group of all ranks that can carry CPU tensors (None: the default group)."""
+        self.group = group
+        self.rank = dist.get_rank()
+        self.world = dist.get_world_size()
+
+    def decide(self, what: str, value: Callable[[], Any]) -> Any:
+        """Evaluates `value` on rank 0 only, and returns the result on every rank, verified.
+
+        Args:
+            what: names the value in an error.
+            value: its result must survive JSON.
+
+        Raises:
+            Disagreement: the ranks did not receive the same result.
+        """
+        text = json.dumps(value()).encode() if self.rank == 0 else b""
+        length = torch.tensor([len(text)])
+        dist.broadcast(length, 0, group=self.group)
+        payload = torch.frombuffer(bytearray(text), dtype=torch.uint8) if self.rank == 0 else None
+        payload = payload if payload is not None else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(payload, 0, group=self.group)
+        decided = json.loads(bytes(payload.tolist()))
+        self.verify(what, decided)
+        return decided
+
+    def on_rank_0(self, what: str, action: Callable[[], Any]) -> Any:
+        """Runs `action` on rank 0 only; returns its value, or raises its ScaleprogError, on every rank."""
+
+        def attempt() -> list[Any]:
+            try:
+                return [action(), None, ""]
+            except ScaleprogError as error:
+                return [None, type(error).__name__, str(error)]
+
+        value, kind, text = self.decide(what, attempt)
+        if kind is not None:
+            raise getattr(errors, kind, ScaleprogError)(text)
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """Returns the values of all ranks, in order, on every rank. A value must survive JSON: nothing is unpickled."""
+        text = json.dumps(value).encode()
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(lengths, torch.tensor([len(text)]), group=self.group)
+        widest = max(int(length) for length in lengths)
+        texts = [torch.empty(widest, dtype=torch.uint8) for _ in range(self.world)]
+        padded = torch.frombuffer(bytearray(text.ljust(widest)), dtype=torch.uint8)
+        dist.all_gather(texts, padded, group=self.group)
+        return [json.loads(text.numpy().tobytes()) for text in texts]  # JSON ignores the padding, which is blanks
+
+    def verify(self, what: str, value: Any) -> None:
+        """Raises Disagreement on every rank, with the different values, unless all ranks hold the same `value`."""
+        text = json.dumps(value, sort_keys=True)
+        digest = _digest(text)
+        bounds = torch.tensor([digest, -digest])
+        dist.all_reduce(bounds, dist.ReduceOp.MAX, group=self.group)
+        if int(bounds[0]) == -int(bounds[1]):
+            return
+        raise Disagreement(f"{what}: {_camps(self.gather(text))}")
+
+    def mean(self, values: list[float]) -> list[float]:
+        """Element-wise mean over ranks."""
+        return [v / self.world for v in self.total(values)]
+
+    def total(self, values: list[float]) -> list[float]:
+        """Element-wise sum over ranks."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def maximum(self, values: list[float]) -> list[float]:
+        """Element-wise maximum over ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def maximum_later(self, values: list[float]) -> Callable[[], list[float]]:
+        """Starts `maximum`, and returns a function that waits for its result."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group, async_op=True)
+
+        def result() -> list[float]:
+            work.wait()
+            return tensor.tolist()
+
+        return result
+
+    def barrier(self) -> None:
+        """Returns once every rank has called it."""
+        dist.barrier(group=self.group)
+
+    def _reduce(self, values: list[float], op: dist.ReduceOp.RedOpType) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op, group=self.group)
+        return tensor.tolist()
+
+
+def _camps(values: list[str]) -> str:
+    """Which ranks hold which value, in one line that stays short on many ranks."""
+    camps: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        camps.setdefault(value, []).append(rank)
+    return "; ".join(
+        f"rank {ranks[0]} has {value}" + (f", and {len(ranks) - 1} more ranks" if ranks[1:] else "")
+        for value, ranks in list(camps.items())[:NAMED]
+    ) + (f"; {len(camps) - NAMED} more values" if len(camps) > NAMED else "")
+
+
+def _digest(text: str) -> int:
+    """62 bits of a cryptographic hash, so that it and its negative fit an int64."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 2

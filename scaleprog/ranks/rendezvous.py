@@ -1,0 +1,103 @@
+"""Where the ranks of a run meet: an unnamed file on one machine, or a port at rank 0's address on several machines.
+
+Only scaleprog's launchers name this place. A process that they did not start runs alone, even if its shell still
+holds variables of another job (MASTER_ADDR, RANK, and the like).
+"""
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from scaleprog.errors import Unavailable
+
+STORE = "SCALEPROG_STORE"
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+JOIN_LIMIT = timedelta(minutes=30)
+BACKLOG = 4096  # ranks that may connect at the same time
+LOOPBACK = "lo"
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""The variables that tell gloo and NCCL which network interface to use."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank's place among all ranks.
+
+    `store` is `file:PATH` (only this machine's ranks can open that file), `tcp:ADDRESS:PORT` (rank 0 listens there),
+    or empty for a process that runs alone.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    store: str = ""
+
+    @classmethod
+    def current(cls, variables: Mapping[str, str] = os.environ) -> "Place":
+        """The place that the launcher has put into this process's environment; without a launcher, a place alone."""
+        if not variables.get(STORE):
+            return cls()
+        rank, world, local_rank, local_world = (int(variables[name]) for name in NUMBERS)
+        return cls(rank, world, local_rank, local_world, variables[STORE])
+
+    def variables(self) -> dict[str, str]:
+        """This place as environment variables, by the names that torch.distributed and DeepSpeed read."""
+        numbers = (self.rank, self.world, self.local_rank, self.local_world)
+        return {**{name: str(number) for name, number in zip(NUMBERS, numbers, strict=True)}, STORE: self.store}
+
+    @property
+    def on_one_machine(self) -> bool:
+        """Whether all ranks run on this machine, so that no other machine needs to reach them."""
+        kind, _, where = self.store.partition(":")
+        return kind != "tcp" or where.startswith("127.")
+
+    @contextmanager
+    def joined(self, backend: str) -> Iterator[None]:
+        """Waits for all ranks; inside the block, they are torch's default process group. Raises Unavailable.
+
+        Inside the block, the environment holds this place. Afterwards it is restored, so that later child processes
+        do not join the group.
+        """
+        changed = self.variables() | (dict.fromkeys(INTERFACES, LOOPBACK) if self.on_one_machine else {})
+        before = {name: os.environ.get(name) for name in changed}
+        os.environ |= changed
+        try:
+            dist.init_process_group(
+                backend, store=self._open(), rank=self.rank, world_size=self.world, timeout=JOIN_LIMIT
+            )
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
+    def _open(self) -> dist.Store:
+        kind, _, where = self.store.partition(":")
+        if not kind:
+            return dist.HashStore()
+        if kind == "file":
+            return dist.FileStore(where, self.world)
+        address, _, port = where.rpartition(":")
+        # torch's own socket would listen on every interface
+        listener = _listen(address, int(port)) if self.rank == 0 else None
+        return dist.TCPStore(
+            address, int(port), self.world, listener is not None, JOIN_LIMIT, master_listen_fd=listener
+        )
+
+
+def _listen(address: str, port: int) -> int:
+    """The file descriptor of a socket that listens at this address only. Raises Unavailable."""
+    try:
+        return socket.create_server((address, port), backlog=BACKLOG).detach()
+    except OSError as error:
+        raise Unavailable(
+            f"rank 0 on {socket.gethostname()} cannot listen at {address}:{port}, where the others look for it: "
+            f"{error.strerror}; the address is what its node's name stands for on the others"
+        ) from error

@@ -1,0 +1,388 @@
+"""Every key of a recipe, group by group: its type, range, default and meaning.
+
+This room imports no torch, so whatever only reads a recipe starts fast. `numbers.py` holds the ranges.
+"""
+
+import importlib.util
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from scaleprog.errors import RecipeError
+from scaleprog.recipe.numbers import (
+    Aspect,
+    Channels,
+    Classes,
+    Deviation,
+    Epochs,
+    Few,
+    Folder,
+    Images,
+    Index,
+    Layers,
+    Margin,
+    Mebibytes,
+    Minutes,
+    Momentum,
+    NoOrMore,
+    NoOrMoreEpochs,
+    NoOrMoreSteps,
+    Norm,
+    Number,
+    Part,
+    Pixels,
+    Ranks,
+    Rate,
+    Settings,
+    Share,
+    Stages,
+    Steps,
+    Strength,
+    Subset,
+    Text,
+    WholeEpochs,
+    Width,
+    Workers,
+)
+
+Operator = Literal["rand_init", "stacking", "interpolation", "identity", "mogrow"]
+CandidateRule = Literal["corners", "all", "window"]
+Engine = Literal["fsdp", "hsdp", "zero", "replicated"]
+
+PUBLISHED_SEARCH = {"epochs": 2, "subset": 50_000, "candidates": "window", "measurements": 5, "weights": "ema"}
+"""What `search.method: published` sets where the recipe does not."""
+_RANDAUGMENT = (  # timm ignores a section that it does not know, and runs as many operations as n says
+    r"m([0-9]|[12][0-9]|30)|mmax([1-9]|[12][0-9]|30)|mstd[0-9]{1,4}(\.[0-9]{1,6})?|n([1-9]|1[0-6])|"
+    r"p(0(\.[0-9]{1,6})?|1(\.0{1,6})?)|inc[01]|t(weights|3a|3aw)"
+)
+
+
+class ModelSettings(Settings):
+    """A timm model by name, and overrides of its sizes."""
+
+    name: Text
+    """The name under which timm creates the model."""
+    classes: Classes = 1000
+    """Of the head, and of the labels."""
+    channels: Channels = 3
+    """Color channels of an image: 3, or 1 for gray."""
+    resolution: Pixels | None = None
+    """Side of the images that the complete model sees, in pixels; default: timm's."""
+    patch: Pixels | None = None
+    """Side of a patch, in pixels; default: timm's."""
+    width: Width | None = None
+    """Embedding dimension; default: timm's."""
+    depth: Layers | None = None
+    """Layers of the complete model; default: timm's."""
+    heads: Width | None = None
+    """Attention heads; default: timm's."""
+    drop_path: Momentum = 0.0
+    """Stochastic-depth rate of the last layer; it rises linearly from 0 at the first."""
+    init: Literal["jax", "jax_nlhb", "moco"] | None = None
+    """timm's scheme of initialization; default: the model's own."""
+
+
+class DataSettings(Settings):
+    """Where the samples come from, and how they are read."""
+
+    path: Folder
+    """Folder of the shards and their manifest."""
+    lanes: Ranks = 64
+    """V, into how many lanes an epoch is cut: a divisor of the batch, and a multiple of every world size to be used."""
+    workers: Workers = 4
+    """Decoding processes per rank; 0 decodes in the training process."""
+    prefetch: Few = 2
+    """Steps that each worker decodes ahead."""
+    cache: Mebibytes = 256
+    """MiB: a split no larger than this is read once and kept in memory."""
+    shards: Subset | None = None
+    """Train on the first so many shards only: a fixed random part of the images, which were shuffled when stored."""
+    trace: bool = False
+    """Write the ids of the samples of every step into `samples-RANK.jsonl`."""
+
+
+class AugmentSettings(Settings):
+    """Augmentation of the training images, and the crop of the evaluation images; the defaults are DeiT's cropping and
+    nothing else."""
+
+    crop: Literal["resized", "padded", "none"] = "resized"
+    """resized: RandomResizedCrop; padded: zeros around a small image, then a random window of its size; none: all."""
+    scale: tuple[Number, Number] = (0.08, 1.0)
+    """Area of a resized crop, as a part of the image's."""
+    ratio: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
+    """Aspect ratio of a resized crop."""
+    padding: Margin = 2
+    """Zeros on every side of a padded crop, in pixels of the stored image."""
+    flip: Share = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: Strength = 0.0
+    """Brightness, contrast and saturation, unless RandAugment is on, which replaces it as in timm."""
+    randaugment: Text | None = None
+    """timm's configuration string, e.g. rand-m9-mstd0.5-inc1."""
+    erase: Share = 0.0
+    """Probability of random erasing, with noise per pixel."""
+    mixup: NoOrMore = 0.0
+    """Parameter of Mixup's beta distribution; 0 is off."""
+    cutmix: NoOrMore = 0.0
+    """Parameter of CutMix's beta distribution; 0 is off."""
+    mix_probability: Share = 1.0
+    """Probability that a batch is mixed at all."""
+    mix_switch: Share = 0.5
+    """Probability of CutMix where both are on."""
+    smoothing: Momentum = 0.1
+    """Label smoothing."""
+    repeats: Few = 1
+    """Repeated augmentation: how often a sample comes in an epoch that uses 1 / repeats of the samples."""
+    eval_crop: Part = 0.875
+    """Side of the central square that evaluation sees, as a part of the image's shorter side."""
+    mean: Annotated[tuple[Share, ...], Field(max_length=16)] | None = None
+    """Per channel; default: ImageNet's for color and 0.5 for gray."""
+    std: Annotated[tuple[Deviation, ...], Field(max_length=16)] | None = None
+    """Per channel; default: ImageNet's for color and 0.5 for gray."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "AugmentSettings":
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be two positive numbers, the lower first, not {(low, high)}")
+        if self.scale[1] > 1:
+            raise ValueError(f"scale is a part of the image's area: at most 1, not {self.scale[1]}")
+        if self.randaugment is not None:
+            if not re.fullmatch(r"rand(-((m|mmax|mstd|n|p|inc)[0-9.]+|t(weights|3a|3aw)))*", self.randaugment):
+                raise ValueError(
+                    f"randaugment: {self.randaugment!r} is not understood by timm, e.g. rand-m9-mstd0.5-inc1"
+                )
+            if not re.fullmatch(rf"rand(-({_RANDAUGMENT}))*", self.randaugment):
+                raise ValueError(
+                    f"randaugment: {self.randaugment!r}: needed are m and mmax up to 30, n from 1 to 16, p up to 1, "
+                    "mstd up to 9999 and inc0 or inc1"
+                )
+        return self
+
+
+class TrainSettings(Settings):
+    """How long, and with what batch."""
+
+    epochs: Epochs
+    """Length of the schedule."""
+    batch: Images
+    """Images of one optimizer step, over all ranks."""
+    micro_batch: Images | None = None
+    """Most images of a rank in one forward and backward; of a larger part of the batch, gradients are accumulated."""
+    max_steps: Steps | None = None
+    """Stop after so many steps, with a checkpoint; the schedule remains that of `epochs`."""
+    log_every: Steps = 20
+    """Steps between two points in TensorBoard and two reductions of the losses."""
+
+
+class OptimizerSettings(Settings):
+    """AdamW with a linear warm-up, then a cosine."""
+
+    name: Text = "adamw"
+    """Only adamw."""
+    lr: Rate = 1e-3
+    """Learning rate at the end of the warm-up."""
+    weight_decay: NoOrMore = 0.05
+    """Of all parameters but vectors (biases, norms, gates) and those that timm exempts."""
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
+    warmup_epochs: NoOrMoreEpochs = 5
+    """Length of the linear warm-up."""
+    warmup_lr: NoOrMore = 1e-6
+    """Learning rate of the first step."""
+    min_lr: NoOrMore = 1e-5
+    """Learning rate at the end of the cosine."""
+    clip: Norm | None = None
+    """Largest global norm of the gradients; default: no clipping."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if name != "adamw":
+            raise ValueError(
+                f"{name!r} cannot be sharded: engines cut tensors anywhere, so a step must go element by element, as "
+                "that of adamw does; lamb, lars and muon need whole tensors"
+            )
+        return name
+
+
+class SubnetSettings(Settings):
+    """One stage of a schedule given by hand."""
+
+    resolution: Pixels
+    """In pixels."""
+    depth: Layers
+    """In layers."""
+
+
+ByHand = Annotated[tuple[SubnetSettings, ...], Field(max_length=100)]
+
+
+class GrowthSettings(Settings):
+    """How the network grows."""
+
+    schedule: Literal["original", "linear", "automatic", "supernet"] | ByHand = "automatic"
+    """original: full size throughout; linear: "Prog", equispaced stages; automatic: "AutoProg", a search decides;
+    supernet: the baseline of the paper's Table 8; or a list of stages by hand."""
+    operator: Operator = "mogrow"
+    """Where the layers of the larger network come from (paper 3.3)."""
+    stages: Stages = 4
+    """Stages of the schedule."""
+    smallest: Part = 0.5
+    """s1, the smallest network as a part of the complete one, in resolution and in depth ("0.5 Omega")."""
+    recycle: bool = True
+    """Whether a stage inherits the weights of its search."""
+    optimizer: Literal["reset", "inherit"] = "reset"
+    """Whether AdamW's moments are reset at growth or follow their layers."""
+    resolution_multiple: Pixels | None = None
+    """Resolutions are rounded to a multiple of this; default: the model's stride; published: 32 for DeiT/16."""
+    adaptive_regularization: bool = False
+    """AdaReg: augmentation and stochastic depth grow with the network."""
+    patches: Literal["resolution", "subset"] = "resolution"
+    """How a small network sees few patches. resolution: of a small image, as published; subset: a random subset of
+    the patches at full resolution, drawn for every image and step (PatchDropout, arXiv 2208.07220), so that growth
+    changes no scale."""
+    curriculum: bool = False
+    """With `patches: subset`: the subset holds only the frequencies that the network's `resolution` could show
+    (EfficientTrain++, arXiv 2405.08768)."""
+
+
+class SearchSettings(Settings):
+    """How `growth.schedule: automatic` searches; docs/search.md explains."""
+
+    method: Literal["budget", "published"] = "budget"
+    """budget: saves within a budget where that costs least accuracy; published: the paper's search, whose other
+    settings default to the paper's."""
+    budget: Part | None = None
+    """The most that the run may cost, searches included, as a part of Original's cost; default: about what the
+    equispaced ladder ("Prog") costs."""
+    complete_steps: NoOrMoreSteps = 300
+    """Steps that a budget leaves the complete model at the end, at least; a run too short for that trains it from the
+    first step."""
+    epochs: Epochs | None = None
+    """Epochs of supernet training per search; default: an 80th of the run's."""
+    subset: Subset | None = None
+    """Training images that score a candidate, rounded down to whole batches, at least one; default: a 25th of all."""
+    candidates: CandidateRule = "corners"
+    """corners: either dimension as it is or complete; window: as the authors' code; all: the paper's eq. 8."""
+    measurements: Few = 1
+    """How often losses are measured, equispaced from the start to the end of the last search epoch."""
+    weights: Literal["ema", "online"] = "online"
+    """Weights that are scored."""
+    times: Literal["measured", "modelled"] = "measured"
+    """Step times as measured, or in proportion to GMACs, for runs that must make the same choice twice."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, values: Any) -> Any:
+        published = isinstance(values, dict) and values.get("method") == "published"
+        return PUBLISHED_SEARCH | values if published else values
+
+
+class EmaSettings(Settings):
+    """Momentum networks: exponential moving averages of the weights."""
+
+    momenta: tuple[Number, ...] = Field(default=(0.998,), min_length=1, max_length=16)
+    """One momentum network each."""
+    grow_from: Index = -1
+    """Index of the one that MoGrow and the search read."""
+    warmup: bool = True
+    """Whether the averages follow more closely in the first steps: a momentum of at most (1 + step) / (10 + step)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EmaSettings":
+        if not all(0 <= m < 1 for m in self.momenta):
+            raise ValueError(f"momenta must lie in [0, 1), got {list(self.momenta)}")
+        if not -len(self.momenta) <= self.grow_from < len(self.momenta):
+            raise ValueError(f"grow_from must name one of the {len(self.momenta)} momenta, got {self.grow_from}")
+        return self
+
+
+class ShardingSettings(Settings):
+    """What spreads the model over the ranks; master weights, moments and EMA are fp32 in every engine."""
+
+    engine: Engine = "fsdp"
+    """fsdp: FSDP2, parameters, gradients, moments and EMA sharded over all ranks; hsdp: sharded over groups of `shard`
+    ranks, replicated across them; zero: DeepSpeed, of the given `stage`; replicated: one process, or DDP."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of forward and backward."""
+    stage: Literal[1, 2, 3] = 3
+    """zero: optimizer and EMA sharded (1), gradients too (2), parameters too (3)."""
+    shard: Ranks | None = None
+    """hsdp: ranks that one copy of the model is spread over; default: those of a node."""
+    offload: Literal["optimizer", "all"] | None = None
+    """What lives in the host's memory: zero's optimizer state, or with it (stage 3) and under fsdp and hsdp the
+    parameters, too."""
+    reshard_after_forward: bool = True
+    """Whether a layer's sharded parameters are gathered again for backward, which saves memory for bandwidth."""
+    recompute: bool = False
+    """Whether a layer's activations are computed again in backward (activation checkpointing) instead of kept."""
+    compile: bool = False
+    """Whether torch.compile makes one kernel sequence of each layer, for all resolutions and depths."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ShardingSettings":
+        if self.shard is not None and self.engine != "hsdp":
+            raise ValueError(f"shard is of engine hsdp, got engine {self.engine}")
+        if self.engine != "zero" and "stage" in self.model_fields_set and self.stage != 3:
+            raise ValueError(f"stage is of engine zero, got engine {self.engine}")
+        if self.offload is None:
+            return self
+        if self.engine == "replicated":
+            raise ValueError("offload needs an engine that shards: fsdp, hsdp or zero")
+        if self.engine == "zero" and self.offload == "all" and self.stage != 3:
+            raise ValueError(
+                f"offload: all needs stage 3, which shards the parameters; stage {self.stage} can: optimizer"
+            )
+        if self.engine != "zero" and self.offload == "optimizer":
+            raise ValueError(f"engine {self.engine} offloads all or nothing, got offload: optimizer")
+        return self
+
+    def check_engine(self, world: int, per_node: int) -> None:
+        """Raises RecipeError for what cannot run here on `world` ranks, `per_node` of them on each node."""
+        if self.engine == "zero" and importlib.util.find_spec("deepspeed") is None:
+            raise RecipeError("sharding.engine: zero needs DeepSpeed: pip install 'scaleprog[deepspeed]'")
+        if self.engine == "hsdp":
+            self.shard_ranks(world, per_node)
+
+    def shard_ranks(self, world: int, per_node: int) -> int:
+        """Of `world` ranks, `per_node` of them on each node: how many hold one copy of the model together.
+
+        Raises RecipeError if hsdp's groups do not divide `world`.
+        """
+        if self.engine != "hsdp":
+            return 1 if self.engine == "replicated" else world
+        ranks = self.shard or per_node
+        if world % ranks:
+            raise RecipeError(
+                f"sharding.shard: groups of {ranks} ranks do not divide a world of {world}; "
+                f"use one of {', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}"
+            )
+        return ranks
+
+
+class EvaluateSettings(Settings):
+    """Accuracy on the validation split, during training and at the end."""
+
+    every: Epochs = 1
+    """Epochs between two evaluations."""
+    batch: Images = 256
+    """Images of a rank at a time."""
+
+
+class CheckpointSettings(Settings):
+    """When a checkpoint is taken, beside the ends of phases and of the run and when the run is asked to stop, and which
+    ones stay."""
+
+    every_steps: Steps | None = None
+    """Steps between two checkpoints; default: none by steps."""
+    every_minutes: Minutes | None = 10.0
+    """By rank 0's clock; a crash loses the steps since the last one."""
+    keep: Few = 2
+    """The newest so many stay."""
+    keep_best: bool = False
+    """One is taken at each evaluation with a new best top-1, and that one stays."""
+    keep_every_epochs: WholeEpochs | None = None
+    """One is taken at the end of every so many epochs of the schedule, and they all stay."""

@@ -1,0 +1,193 @@
+"""One YAML file -> one validated, immutable Recipe. Unknown keys and bad values are errors that say what is valid."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from scaleprog.errors import RecipeError
+from scaleprog.files.plain_yaml import RECIPE, parse, read_mapping, read_run
+from scaleprog.recipe.keys import (
+    AugmentSettings,
+    CheckpointSettings,
+    DataSettings,
+    EmaSettings,
+    EvaluateSettings,
+    GrowthSettings,
+    ModelSettings,
+    OptimizerSettings,
+    SearchSettings,
+    ShardingSettings,
+    TrainSettings,
+)
+from scaleprog.recipe.numbers import Settings
+
+# Keys that may change between two starts of one run: they alter speed or bookkeeping, never the weights; but
+# search.budget, which is what the searches still to come may spend.
+FREE = ("train.max_steps", "train.log_every", "train.micro_batch", "data.path", "data.workers", "data.prefetch",
+        "data.cache", "data.trace", "sharding.engine", "sharding.stage", "sharding.shard", "sharding.offload",
+        "sharding.reshard_after_forward", "sharding.recompute", "sharding.compile", "checkpoint",
+        "evaluate.batch", "search.budget")  # fmt: skip
+MOST_BASES = 10
+MOST_PROBLEMS, LONGEST_SHOWN = 50, 200
+"""In one message."""
+
+
+class Recipe(Settings):
+    """Everything that determines a run."""
+
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """What initialization, the order of samples and augmentation are drawn from."""
+    model: ModelSettings
+    data: DataSettings
+    augment: AugmentSettings = AugmentSettings()
+    train: TrainSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    growth: GrowthSettings = GrowthSettings()
+    search: SearchSettings = SearchSettings()
+    ema: EmaSettings = EmaSettings()
+    sharding: ShardingSettings = ShardingSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Recipe":
+        """Reads a recipe, the bases it names, and `key=value` overrides such as `growth.stages=3`."""
+        values = _read(Path(path), ())
+        for override in overrides:
+            values = _merge(values, _override(override))
+        return cls.of(values, str(path))
+
+    @classmethod
+    def of_run(cls, run: Path) -> "Recipe":
+        """The recipe of a run directory. Raises RecipeError, CheckpointError or Unavailable, see `read_run`."""
+        return cls.of(read_run(run), str(run / RECIPE))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str) -> "Recipe":
+        """Validates plain values; `where` is named in errors."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError(f"{where}:\n" + "\n".join(f"  {line}" for line in _explain(error))) from None
+
+    def dump(self) -> str:
+        """The resolved recipe as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """Keys (with both values) in which two recipes differ so that a run cannot go on from one to the other."""
+        mine, theirs = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+        return [
+            f"{key}: {mine.get(key)} here, {theirs.get(key)} there"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE)
+        ]
+
+
+def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
+    """A recipe file merged over its `base` (a path relative to it)."""
+    of = f", the base of {parents[-1]}" if parents else ""
+    try:
+        values = read_mapping(path)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise RecipeError(f"{path}: no such recipe{of}{hint}") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: not readable as YAML: {error}{of}") from error
+    resolved = path.resolve()
+    if resolved in parents or len(parents) == MOST_BASES:
+        what = "cannot be its own base" if resolved in parents else f"has more than {MOST_BASES} bases in a row"
+        raise RecipeError(f"{path}: a recipe {what} ({' -> '.join(map(str, parents))})")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: base: the path of a recipe is needed, got {_shown(base)}")
+    return _merge(_read(path.parent / base, (*parents, resolved)), values)
+
+
+def _override(text: str) -> dict[str, Any]:
+    """What `key=value` asks for, as a recipe that says nothing else."""
+    key, equals, written = text.partition("=")
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key) or len(key) > LONGEST_SHOWN:
+        raise RecipeError(f"override {_shown(text)} is not of the form key=value")
+    try:
+        value = parse(written)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {_shown(text)}: the value is not YAML: {error}") from error
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, mapping by mapping; anything else replaces what it covers."""
+    merged = dict(below)
+    for key, value in above.items():
+        covered = merged.get(key)
+        merged[key] = _merge(covered, value) if isinstance(covered, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    problems = [(_location(problem["loc"]), problem) for problem in error.errors()[:MOST_PROBLEMS]]
+    for location, problem in problems:
+        key = ".".join(location)
+        if any(len(other) > len(location) and other[: len(location)] == location for other, _ in problems):
+            continue  # of a value that may have several forms, the deeper problem is the one to mend
+        if problem["type"] == "extra_forbidden":
+            valid = _keys_at(location[:-1])
+            near = difflib.get_close_matches(location[-1], valid, 1, cutoff=0.5)
+            yield f"{key}: unknown key; " + (
+                f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"valid here: {', '.join(valid)}"
+            )
+        elif problem["type"] == "missing":
+            yield f"{key}: missing"
+        elif problem["type"] == "value_error":  # our own checks across a group name keys and values themselves
+            yield f"{key}: {problem['msg'].removeprefix('Value error, ')}"
+        else:
+            yield f"{key}: {problem['msg']}, got {_shown(problem['input'])}"
+    if error.error_count() > MOST_PROBLEMS:
+        yield f"... and {error.error_count() - MOST_PROBLEMS} more"
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no whole number of thousands of digits
+        return "a number of very many digits"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def _location(parts: Sequence[str | int]) -> list[str]:
+    """Keys and list indices; pydantic also names the alternative of a union that it tried, as in `tuple[...]`."""
+    return [str(part) for part in parts if not re.match(r"(literal|tuple)\[.*\]$", str(part))]
+
+
+def _keys_at(location: Sequence[str]) -> list[str]:
+    group: type[BaseModel] = Recipe
+    for part in location:
+        if not part.isdigit():  # an index: the groups of a list are alike
+            group = _group_in(group.model_fields[part].annotation) or group
+    return list(group.model_fields)
+
+
+def _group_in(annotation: Any) -> type[BaseModel] | None:
+    """The settings group that a field holds, alone or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_group_in, get_args(annotation))), None)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,430 @@
+"""The pictures of a report, drawn without a display: accuracy over time, growth schedules, searches, timelines."""
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, TypeVar
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from scaleprog.files.display import as_label
+from scaleprog.growth.search import Decision
+from scaleprog.growth.space import Subnet
+from scaleprog.reporting.timeline import Mark, Timeline, queued_from, span, when
+
+T = TypeVar("T")
+# Okabe and Ito's colors: people with any common kind of color blindness can tell them apart
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X")
+BLUE, VERMILION, GREEN, ORANGE, BLACK = (COLOURS[i] for i in (0, 1, 2, 4, 6))
+MARKS = {  # kind of mark in a timeline -> marker, color, text for the legend
+    "checkpoint": ("|", BLUE, "checkpoint"), "checkpoint_failed": ("X", ORANGE, "checkpoint failed"),
+    "growth": ("^", GREEN, "growth"), "choice": ("D", BLACK, "choice of the search"), "signal": ("v", ORANGE, "signal"),
+    "stop": ("s", BLUE, "left in order"), "killed": ("X", VERMILION, "ended otherwise"),
+    "requeue": (">", BLACK, "requeued"), "finish": ("*", GREEN, "finished"),
+}  # fmt: skip
+STARTING, DOWN, QUEUE = "#cfe0ee", "#ececec", "#dadada"
+COST = "cost (steps of the complete model)"
+LONG = 20  # characters; a longer name makes a legend use fewer columns
+WIDTH, DPI = 8.4, 160  # inches; readable at the 800 to 1000 pixels of a README
+MOST_PIXELS = 2**15  # of a picture's height; matplotlib cannot draw more than twice as many
+POINTS, BARS, STARTS, COLUMNS, SHADES = 2000, 500, 250, 8, 12
+"""How many things of a kind a picture shows; more of them would be unreadable and slow to draw."""
+STYLE: dict[Any, Any] = {
+    "font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": "#e4e4e4", "legend.frameon": False, "hatch.linewidth": 0.7,
+    "hatch.color": "white", "lines.solid_capstyle": "round", "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.08,
+    "text.parse_math": False,  # a name with dollar signs is not a formula
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run's top-1 (percent) against training time (seconds). `begins`: when each stage after the first begins."""
+
+    recipe: str
+    seconds: tuple[float, ...]
+    top1: tuple[float, ...]
+    begins: tuple[float, ...]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The trained part of a phase: optimizer steps `start` to `stop`, its largest network, and `seconds`, the training
+    time before it."""
+
+    stage: int
+    phase: str
+    start: int
+    stop: int
+    network: Subnet
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """One stage's search: every candidate's loss after each of `steps`, and the decision (None: not decided yet)."""
+
+    stage: int
+    steps: tuple[int, ...]
+    losses: Mapping[Subnet, tuple[float, ...]]
+    decision: Decision | None
+
+
+@matplotlib.rc_context(STYLE)
+def draw_accuracy(path: Path, curves: Sequence[Curve], spent: str = "training time (s)") -> None:
+    """Draws the paper's Fig. 4: one line per run, one color per recipe. A second panel magnifies the ends of the lines.
+
+    `spent` labels the axis; needed if the curves' `seconds` hold another quantity.
+    """
+    ends = any(curve.finished and curve.top1 for curve in curves)
+    figure = Figure(figsize=(WIDTH, 4.4))
+    axes = figure.subplots(1, 2 if ends else 1, squeeze=False, width_ratios=(2, 1) if ends else (1,))[0]
+    recipes = list(dict.fromkeys(curve.recipe for curve in curves))
+    for i, recipe in enumerate(recipes):
+        members = [curve for curve in curves if curve.recipe == recipe]
+        colour, marker, line = COLOURS[i % 7], MARKERS[i % 7], LINES[i // 7 % len(LINES)]
+        for curve in members:
+            seen = _some(list(zip(curve.seconds, curve.top1)))
+            axes[0].plot(*np.reshape(seen, (-1, 2)).T, line, color=colour, linewidth=1.2 if len(members) > 1 else 1.8)
+            if curve.top1:
+                begins = _some(curve.begins)
+                heights = np.interp(begins, curve.seconds, curve.top1)
+                axes[0].plot(begins, heights, "|", color=colour, markersize=11, markeredgewidth=1.6)
+                if not curve.finished:
+                    axes[0].plot(
+                        curve.seconds[-1], curve.top1[-1], marker, color=colour, markerfacecolor="white", zorder=4
+                    )
+        _ends(axes, [(c.seconds[-1], c.top1[-1]) for c in members if c.finished and c.top1], colour, marker)
+        unfinished = sum(not curve.finished for curve in members)
+        notes = [f"{len(members)} seeds"] * (len(members) > 1) + [
+            f"{unfinished} unfinished" if len(members) > 1 else "unfinished"
+        ] * (unfinished > 0)
+        label = f"{as_label(recipe)} ({', '.join(notes)})" if notes else as_label(recipe)
+        axes[0].plot([], [], line + marker, color=colour, markeredgecolor="white", markersize=8, label=label)
+    if any(curve.begins for curve in curves):
+        axes[0].plot([], [], "|", color="#555555", markersize=11, markeredgewidth=1.6, label="a stage begins")
+    axes[0].set(xlabel=spent, ylabel="top-1 (%), better of online and EMA", xlim=(0, None))
+    if ends:
+        axes[1].set(title="the ends, magnified", xlabel=spent)
+        axes[1].margins(0.18)
+        axes[1].xaxis.set_major_locator(MaxNLocator(4))
+    columns = 3 if max(map(len, recipes), default=0) > LONG else 4
+    figure.legend(loc="outside lower center", ncols=min(len(recipes) + 1, columns))
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Writes a picture, at a lower resolution if it would be too tall to draw."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # glyphs that the font lacks, labels that leave no room
+        figure.savefig(path, dpi=min(DPI, MOST_PIXELS / figure.get_figheight()))
+
+
+def _some(points: Sequence[T]) -> Sequence[T]:
+    """As many of the points as a picture can show, always including the last one."""
+    step = -(-len(points) // POINTS)
+    return points if step < 2 else [*points[:-1:step], points[-1]]
+
+
+def _ends(axes: Sequence[Axes], ends: Sequence[tuple[float, float]], colour: str, marker: str) -> None:
+    """Marks the mean of a recipe's ends in all axes. The magnified panel also shows each end and the deviations."""
+    if not ends:
+        return
+    seconds, top1 = zip(*ends)
+    for axis in axes:
+        axis.plot(mean(seconds), mean(top1), marker, color=colour, markersize=8, markeredgecolor="white", zorder=4)
+    if len(ends) > 1:
+        axes[1].plot(seconds, top1, ".", color=colour, markersize=5, alpha=0.6)
+        axes[1].errorbar(
+            mean(seconds), mean(top1), xerr=stdev(seconds), yerr=stdev(top1), color=colour, linewidth=1.1, capsize=2
+        )
+
+
+@matplotlib.rc_context(STYLE)
+def draw_schedules(path: Path, timelines: Sequence[tuple[str, Sequence[Segment]]]) -> None:
+    """Draws which network trained when. A taller bar is a deeper network, a darker one has larger images; supernets are
+    hatched."""
+    timelines = [(as_label(label), segments[-BARS:]) for label, segments in timelines]
+    every = [segment for _, segments in timelines for segment in segments]
+    deepest = max((s.network.depth for s in every), default=1)
+    resolutions = sorted({s.network.resolution for s in every})
+    last = max((s.stop for s in every), default=1) or 1
+    shades = _shades(resolutions)
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.72 * len(timelines)))
+    axes = figure.subplots()
+    for row, (_, segments) in enumerate(timelines):
+        for segment in segments:
+            size, height = segment.stop - segment.start, 0.86 * segment.network.depth / deepest
+            shade = shades[segment.network.resolution]
+            axes.bar(
+                segment.start, height, size, bottom=-row, align="edge", color=shade, edgecolor="white", linewidth=0.8,
+                hatch="////" if segment.phase == "supernet" else None,
+            )  # fmt: skip
+            axes.text(
+                segment.start + size / 2, height / 2 - row, _segment_text(segment, size / last), color=_ink(shade),
+                ha="center", va="center", fontsize=8, linespacing=0.95,
+                bbox={"facecolor": shade, "edgecolor": "none", "pad": 1.5},
+            )  # fmt: skip
+    axes.set(xlabel="optimizer steps", xlim=(0, last), ylim=(0.05 - len(timelines) + 0.9, 1))
+    axes.set_title("height: depth in layers; colour: resolution", loc="left", fontsize=9, color="#555555")
+    axes.set_yticks([0.4 - row for row in range(len(timelines))], [label for label, _ in timelines])
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="y", visible=False)
+    legend = [Patch(color=shade, label=f"{resolution} px") for resolution, shade in _some_shades(shades)]
+    legend.append(Patch(facecolor="#999999", hatch="////", label="supernet"))
+    figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 7), handlelength=1.4)
+    _save(figure, path)
+
+
+def _shades(resolutions: Sequence[int]) -> dict[int, Any]:
+    """A color for each resolution; a larger one is darker."""
+    return dict(zip(resolutions, matplotlib.colormaps["cividis_r"](np.linspace(0.1, 0.9, len(resolutions)))))
+
+
+def _some_shades(shades: Mapping[int, Any]) -> list[tuple[int, Any]]:
+    """As many of the shades as fit into a legend."""
+    step = -(-len(shades) // SHADES) or 1
+    return list(shades.items())[::step]
+
+
+def _ink(shade: Any) -> str:
+    """The text color that is readable on a shade."""
+    return "white" if np.dot(shade[:3], (0.3, 0.59, 0.11)) < 0.52 else "black"
+
+
+def _segment_text(segment: Segment, share: float) -> str:
+    """The label that fits into a bar of this share of the axis; empty if the bar is too narrow."""
+    size = f"{segment.network.resolution} px x {segment.network.depth}"
+    if segment.phase == "supernet":
+        return f"up to {size}" if share > 0.25 else ""
+    return size if share > 0.11 else size.replace(" x", "\nx") if share > 0.055 else ""
+
+
+@matplotlib.rc_context(STYLE)
+def draw_searches(path: Path, searches: Mapping[str, Sequence[Search]]) -> None:
+    """Draws one column for each searched stage of each run: the candidates' losses above, their scores below. A ring
+    marks the chosen candidate."""
+    columns = min(COLUMNS, max(len(stages) for stages in searches.values()))
+    figure = Figure(figsize=(WIDTH, 4.9 * len(searches)))
+    blocks = figure.subfigures(len(searches), 1, squeeze=False)[:, 0]
+    for (run, stages), block in zip(searches.items(), blocks, strict=True):
+        block.suptitle(as_label(run), fontweight="bold", fontsize=11)
+        _draw_run(block, stages[-columns:], max(columns, 2))
+    _save(figure, path)
+
+
+def _draw_run(block: SubFigure, stages: Sequence[Search], columns: int) -> None:
+    grid = block.subplots(2, columns, squeeze=False, height_ratios=(1, 1.15))
+    candidates = {subnet for search in stages for subnet in search.losses}
+    colours = dict(zip(sorted({s.resolution for s in candidates}), cycle(COLOURS)))
+    markers = dict(zip(sorted({s.depth for s in candidates}), cycle(MARKERS)))
+    for search, (above, below) in zip(stages, grid.T):
+        decision = search.decision
+        outcome = decision.because if decision else "not decided yet"
+        above.set_title(f"stage {search.stage}: {outcome}")
+        for subnet, losses in search.losses.items():
+            chosen = decision is not None and subnet == decision.chosen
+            above.plot(
+                _some(search.steps), _some(losses), color=colours[subnet.resolution], marker=markers[subnet.depth],
+                markersize=5, linewidth=2.6 if chosen else 1.0, zorder=3 if chosen else 2, markeredgecolor="white",
+            )  # fmt: skip
+        above.set_xlabel("step")
+        above.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        if decision is None:
+            below.set_axis_off()
+            continue
+        for row, (subnet, score) in enumerate(zip(decision.candidates, decision.scores)):
+            if score is None:
+                continue
+            colour, marker = colours.get(subnet.resolution, "black"), markers.get(subnet.depth, "o")
+            if subnet == decision.chosen:
+                below.plot(score, row, "o", markersize=15, markerfacecolor="none", color="black", markeredgewidth=1.4)
+            below.plot(score, row, marker, color=colour, markersize=7)
+        labels = [f"{s.resolution} px x {s.depth}" for s in decision.candidates]
+        below.set_yticks(range(len(labels)), labels, fontsize=8)
+        below.get_yticklabels()[decision.candidates.index(decision.chosen)].set_fontweight("bold")
+        below.set_ylim(len(labels) - 0.4, -0.6)
+        below.margins(x=0.15)
+        below.xaxis.set_major_locator(MaxNLocator(3))
+        below.ticklabel_format(axis="x", useOffset=False)
+        below.set_xlabel("score (lowest is chosen)")
+    for empty in grid[:, len(stages) :].flat:
+        empty.set_axis_off()
+    grid[0, 0].set_ylabel("loss of the candidates")
+
+
+@matplotlib.rc_context(STYLE)
+def draw_timelines(path: Path, timelines: Sequence[Timeline]) -> None:
+    """Draws the finished steps and the marks of each run over time; below them, the networks that were trained."""
+    resolutions = sorted(
+        {s.network.resolution for timeline in timelines for start in timeline.starts for s in start.stretches}
+    )
+    shades = _shades(resolutions)
+    figure = Figure(figsize=(WIDTH, 1.0 + 3.5 * len(timelines)))
+    blocks = figure.subfigures(len(timelines), 1, squeeze=False)[:, 0]
+    for timeline, block in zip(timelines, blocks, strict=True):
+        block.suptitle(as_label(timeline.name), fontweight="bold", fontsize=11)
+        above, below = block.subplots(2, 1, sharex=True, height_ratios=(5, 1))
+        _draw_timeline(above, below, timeline, shades)
+    used = {mark.kind for timeline in timelines for mark in timeline.marks}
+    legend: list[Any] = [
+        Line2D([], [], linestyle="", marker=marker, color=colour, markersize=8, label=words)
+        for kind, (marker, colour, words) in MARKS.items() if kind in used
+    ]  # fmt: skip
+    if any(timeline.lost for timeline in timelines):
+        legend.append(Line2D([], [], linestyle=":", color=VERMILION, linewidth=2, label="lost, trained again"))
+    legend += [Patch(color=shade, label=f"{resolution} px") for resolution, shade in _some_shades(shades)]
+    legend.append(Patch(facecolor="#999999", hatch="////", label="supernet"))
+    legend.append(Patch(color=STARTING, label="start-up"))
+    figure.legend(handles=legend, loc="outside lower center", ncols=5, handlelength=1.4)
+    _save(figure, path)
+
+
+def _draw_timeline(above: Axes, below: Axes, timeline: Timeline, shades: Mapping[int, Any]) -> None:
+    size, unit = next(
+        (s, u) for s, u in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s")) if timeline.wall >= 2 * s or s == 1
+    )
+    wall = max(timeline.wall, 1e-9) / size
+    shown = timeline.starts[-STARTS:]
+    for start in shown:
+        points = [(seconds / size, step) for seconds, step in start.points]
+        parting = min(start.kept, points[-1][1])
+        at = when(points, parting)
+        kept = [point for point in points if point[1] <= parting]
+        lost = [(at, parting), *(point for point in points if point[1] > parting)]
+        above.plot(*np.reshape(_some(kept), (-1, 2)).T, color=BLUE, linewidth=1.8)
+        below.barh(0, (start.ready - start.began) / size, left=start.began / size, height=1, color=STARTING)
+        for stretch in start.stretches[-(BARS // len(shown)) :]:
+            left, width, shade = (
+                stretch.begin / size,
+                (stretch.end - stretch.begin) / size,
+                shades[stretch.network.resolution],
+            )
+            below.barh(0, width, left=left, height=1, color=shade, edgecolor="white", linewidth=0.5,
+                       hatch="////" if stretch.phase == "supernet" else None)  # fmt: skip
+            text = f"{stretch.network.resolution}x{stretch.network.depth}"
+            if width / wall > 0.012 * len(text):
+                below.text(left + width / 2, 0, text, color=_ink(shade), ha="center", va="center", fontsize=8,
+                           bbox={"facecolor": shade, "edgecolor": "none", "pad": 1})  # fmt: skip
+        if len(lost) > 1:
+            above.plot(*np.reshape(_some(lost), (-1, 2)).T, ":", color=VERMILION, linewidth=2)
+            below.barh(0, lost[-1][0] - at, left=at, height=1, color=VERMILION, linewidth=0, hatch="xxxx")
+            room = lost[-1][0] > 0.15 * wall
+            above.annotate(
+                f"{lost[-1][1] - parting} steps lost", lost[-1], (-4 if room else 4, 2), textcoords="offset points",
+                ha="right" if room else "left", fontsize=8, color=VERMILION,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+            )  # fmt: skip
+    for before, after in pairwise(shown):
+        requeued = queued_from(before, after) or after.began
+        parts = [(before.end, requeued, "down", DOWN), (requeued, after.began, "in the queue", QUEUE)]
+        for begin, end, what, colour in parts:
+            for axes in (above, below):
+                axes.axvspan(begin / size, end / size, color=colour, linewidth=0, zorder=0)
+            if (end - begin) / size / wall > 0.02:
+                above.text((begin + end) / 2 / size, 0.03, f"{what} {span(end - begin)}", fontsize=8, color="#666666",
+                           rotation=90, ha="center", va="bottom", transform=above.get_xaxis_transform())  # fmt: skip
+    levels = _draw_marks(above, timeline.marks, size, wall)
+    starts = f"{len(timeline.starts)} starts" if len(timeline.starts) > 1 else "one start"
+    starts += f" (drawn: the last {STARTS})" if len(timeline.starts) > STARTS else ""
+    again = [f"{timeline.lost} steps trained again"] if timeline.lost else []
+    begun = time.strftime("began %d %b %Y %H:%M:%S", time.localtime(timeline.epoch))
+    shares = {
+        what: (timeline.costs[what] or 0.0) / max(timeline.wall, 1e-9)
+        for what in ("training", "start-up", "queue", "down")
+    }
+    told = ", ".join(f"{share:.0%} {what}" for what, share in shares.items() if share >= 0.005)
+    summary = f"{' · '.join([begun, span(timeline.wall), starts, *again])}\n{told}"
+    above.set_title(summary, loc="left", fontsize=9, color="#555555", pad=16 + 12 * levels)
+    above.set(ylabel="optimizer steps", xlim=(0, wall), ylim=(0, None))
+    above.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    below.set(xlabel=f"since the first start ({unit})", ylim=(-0.5, 0.5), yticks=[])
+    below.spines["left"].set_visible(False)
+    below.grid(visible=False)
+
+
+def _draw_marks(axes: Axes, marks: Sequence[Mark], size: float, wall: float) -> int:
+    """Draws marks that have a step on the curve, and the others in a row above it, with as much of their text as three
+    lines can hold. Returns the number of lines used."""
+    transform, ends = axes.get_xaxis_transform(), [-1.0] * 3
+    for mark in _some(marks):
+        marker, colour, _ = MARKS[mark.kind]
+        x = mark.seconds / size
+        if mark.step is not None:
+            look = {"markersize": 11, "markeredgewidth": 1.4} if mark.kind == "checkpoint" else {"markersize": 6}
+            axes.plot(x, mark.step, marker, color=colour, zorder=4, **look)
+        elif mark.kind == "requeue":  # coincides with the end of a start, so it gets another row
+            axes.plot(x, 0.95, marker, color=colour, markersize=5, transform=transform, zorder=5)
+        else:
+            top = mark.kind == "signal"  # on top: the end often follows within the width of a mark
+            axes.axvline(x, color=colour, linewidth=0.8, alpha=0.6, zorder=1)
+            axes.plot(x, 1.05, marker, color=colour, markersize=5 if top else 7.5, markeredgewidth=0,
+                      transform=transform, clip_on=False, zorder=6 if top else 5)  # fmt: skip
+        width = 0.0105 * len(mark.text)
+        left = min(max(x / wall - width / 2, 0.0), 1 - width)
+        level = next((level for level, end in enumerate(ends) if end < left), None)
+        if mark.text and level is not None:
+            ends[level] = left + width + 0.01
+            words = as_label(mark.text)
+            axes.text(left * wall, 1.1 + 0.083 * level, words, color=colour, fontsize=8, transform=transform)
+    return sum(end >= 0 for end in ends)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_cloud(path: Path, points: Sequence[tuple[str, float, float]]) -> None:
+    """Draws top-1 (percent) against cost of many runs, each (group, cost, top-1). A line joins the runs that no other
+    run beats."""
+    figure = Figure(figsize=(WIDTH, 4.6))
+    axes = figure.subplots()
+    for i, group in enumerate(dict.fromkeys(group for group, _, _ in points)):
+        mine = [(cost, top1) for name, cost, top1 in points if name == group]
+        axes.plot(*zip(*mine), MARKERS[i // 7 % len(MARKERS)], color=COLOURS[i % 7], alpha=0.75, markersize=6,
+                  markeredgecolor="white", label=f"{as_label(group)} ({len(mine)})")  # fmt: skip
+    best = [p[1:] for p in points if not any(o[1] <= p[1] and o[2] >= p[2] and o[1:] != p[1:] for o in points)]
+    axes.plot(*zip(*sorted(best)), color="#999999", linewidth=1, zorder=1)
+    axes.set(xlabel=COST, ylabel="top-1 (%), better of online and EMA")
+    figure.legend(loc="outside lower center", ncols=4)
+    _save(figure, path)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_frontier(path: Path, points: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Draws top-1 (percent) against cost on a logarithmic axis. `points`: method -> (cost, top-1) of each run."""
+    figure = Figure(figsize=(WIDTH, 4.2))
+    axes = figure.subplots()
+    for colour, marker, (name, runs) in zip(COLOURS, MARKERS, points.items()):
+        costs, accuracies = zip(*sorted(runs))
+        axes.plot(costs, accuracies, marker, color=colour, alpha=0.6, markersize=5, markeredgecolor="white",
+                  label=as_label(name))  # fmt: skip
+    axes.set(xscale="log", xlabel=COST, ylabel="top-1 (%), better of online and EMA")
+    axes.legend(loc="lower right")
+    _save(figure, path)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_verdict(path: Path, ends: Sequence[tuple[str, float, float]]) -> None:
+    """Draws a bar per recipe, each (name, training seconds, top-1 in percent): its length is the time."""
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.62 * len(ends[:BARS])))
+    axes = figure.subplots()
+    names, seconds, top1 = zip(*ends[:BARS])
+    bars = axes.barh([as_label(name) for name in names], seconds, color=[COLOURS[i % 7] for i in range(len(names))])
+    axes.bar_label(bars, [f"{a:.1f} % top-1 in {s:.0f} s" for s, a in zip(seconds, top1)], padding=6, fontsize=12)
+    axes.invert_yaxis()
+    axes.tick_params("y", labelsize=12, length=0)
+    axes.set(xlabel="training time (s)", xlim=(0, 1.45 * max(seconds)))
+    axes.grid(axis="y", visible=False)
+    _save(figure, path)

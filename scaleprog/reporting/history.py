@@ -1,0 +1,170 @@
+"""Reads a run directory for reports: recipe, results, phases, searches, events and timeline."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field, with_config
+from typing_extensions import TypedDict
+
+from scaleprog.errors import CheckpointError
+from scaleprog.files import plain_yaml
+from scaleprog.growth.space import Subnet
+from scaleprog.reporting.figures import Search, Segment
+from scaleprog.reporting.timeline import Timeline, read_timeline, still_told
+from scaleprog.rundir.accuracies import Accuracies
+from scaleprog.rundir.reading import checked, read, read_object
+from scaleprog.rundir.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, STRICT, Results
+from scaleprog.rundir.state import decision_from_json, unpaired
+
+Row = dict[str, Any]
+MOST_STAGES = 32  # at most this many are shown
+NAMES = {"original": "Original", "linear": "Prog", "automatic": "AutoProg", "supernet": "Supernet"}  # the paper's
+
+
+@with_config(STRICT)
+class _Train(TypedDict):
+    epochs: Annotated[float, Field(gt=0, le=1e9)]
+
+
+@with_config(STRICT)
+class _Growth(TypedDict):
+    schedule: Literal["original", "linear", "automatic", "supernet"] | list[Any]
+    smallest: Annotated[float, Field(gt=0, le=1)]
+
+
+@with_config(STRICT)
+class _Search(TypedDict):
+    times: NotRequired[Literal["measured", "modelled"]]
+
+
+@with_config(STRICT)
+class _Recipe(TypedDict):
+    """The keys of a recipe that the tables show."""
+
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)]
+    train: _Train
+    growth: _Growth
+    search: _Search
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What one run directory records; times in seconds, accuracies in percent.
+
+    `results` holds the keys of results.json that the tables show; for an unfinished run, their values so far.
+    `troubles`: a sentence on each file that could not be read completely.
+    """
+
+    name: str
+    recipe: Mapping[str, Any]
+    finished: bool
+    results: Mapping[str, Any]
+    evaluations: Sequence[Row]
+    segments: Sequence[Segment]
+    searches: Sequence[Search]
+    events: Sequence[Row]
+    timeline: Timeline | None
+    epoch: float
+    troubles: Sequence[str] = ()
+
+    @property
+    def twins(self) -> str:
+        """A text that is equal for runs whose recipes differ only in the seed."""
+        return json.dumps({**self.recipe, "seed": None}, sort_keys=True)
+
+    @property
+    def schedule(self) -> str:
+        """The growth schedule, by the paper's name for it."""
+        growth = self.recipe["growth"]
+        if not isinstance(growth["schedule"], str):
+            return "by hand"
+        ratio = "" if growth["schedule"] == "original" else f" {growth['smallest']:g}Ω"
+        return NAMES[growth["schedule"]] + ratio
+
+    @property
+    def stages(self) -> str:
+        """The trained networks, as in "16x4 -> 28x8"; dots stand for those left out or still to come."""
+        if self.finished:
+            return " -> ".join(f"{s['resolution']}x{s['depth']}" for s in self.results["stages"][-MOST_STAGES:])
+        sizes = [size_of(s.network) for s in self.segments if s.phase == "train"]
+        return " -> ".join([*(["..."] if len(sizes) > MOST_STAGES else []), *sizes[-MOST_STAGES:], "..."])
+
+
+def read_run(folder: Path, name: str) -> RunRecord:
+    """Reads a run directory. Raises CheckpointError if there is none, or if nothing has been recorded in it yet."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such run directory")
+    recipe = plain_yaml.read_run(folder)
+    checked(folder / plain_yaml.RECIPE, recipe, _Recipe)
+    files = (METRICS, METRIC), (EVENTS, EVENT), (REQUEUES, LEFT)
+    records = [read(folder / file, kind) for file, kind in files]
+    troubles = [told.trouble for told in records if told.trouble]
+    rows, events = records[0].rows, records[1].rows
+    if not rows and not events:
+        why = ": ".join(["the run has not recorded anything yet", *troubles[:1]])
+        raise CheckpointError(f"{folder}: metrics.jsonl is missing or empty; {why}")
+    results = read_object(folder / "results.json", Results)
+    steps = _last_told(row for row in rows if "loss" in row)
+    evaluations = _last_told(row for row in rows if "top1" in row)
+    return RunRecord(
+        name, recipe, results is not None, _so_far(steps, evaluations) if results is None else results, evaluations,
+        _segments(steps), _read_searches(events, steps), events, read_timeline(folder, name, rows, events),
+        steps[-1].get("epoch", 0.0) if steps else 0.0, troubles,
+    )  # fmt: skip
+
+
+def _last_told(rows: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """The row that was written last for each step, in the order of the steps."""
+    return sorted({row["step"]: row for row in rows}.values(), key=lambda row: row["step"])
+
+
+def _so_far(steps: Sequence[Row], evaluations: Sequence[Row]) -> Row:
+    last = evaluations[-1] if evaluations else {"top1": None, "top1_ema": None}
+    return {
+        "top1": last["top1"], "top1_ema": last["top1_ema"], "top1_best": Accuracies(last).best if evaluations else None,
+        "train_seconds": sum(row["step_seconds"] for row in steps),
+        "train_cpu_seconds": sum(row.get("cpu_seconds", 0.0) for row in steps), "search_seconds": None,
+        "wall_seconds": None,
+    }  # fmt: skip
+
+
+def _segments(steps: Sequence[Row]) -> list[Segment]:
+    """The phases of the recorded steps."""
+    before = list(accumulate((row["step_seconds"] for row in steps), initial=0.0))
+    segments = []
+    for (stage, phase), group in groupby(enumerate(steps), lambda item: (item[1]["stage"], item[1]["phase"])):
+        indices, rows = zip(*group)
+        largest = Subnet(max(row["resolution"] for row in rows), max(row["depth"] for row in rows))
+        segments.append(Segment(stage, phase, rows[0]["step"] - 1, rows[-1]["step"], largest, before[indices[0]]))
+    return segments
+
+
+def _read_searches(events: Sequence[Row], steps: Sequence[Row]) -> list[Search]:
+    """The searches in order, each with the measurements since the previous one; the last may be undecided."""
+    measured = _last_told(event for event in still_told(events) if event["event"] == "measurement")
+    choices = {event["stage"]: event for event in still_told(events) if event["event"] == "choice"}
+    searches, since = [], -1
+    for stage, choice in sorted(choices.items())[-MOST_STAGES:]:
+        own = [row for row in measured if since < row["step"] <= choice["step"]]
+        searches.append(Search(stage, *_losses(own), decision_from_json(choice)))
+        since = choice["step"]
+    undecided = [row for row in measured if row["step"] > since]
+    if undecided and steps:
+        searches.append(Search(steps[-1]["stage"], *_losses(undecided), None))
+    return searches
+
+
+def _losses(measured: Sequence[Row]) -> tuple[tuple[int, ...], dict[Subnet, tuple[float, ...]]]:
+    """The steps of measurements, and the losses by candidate; only of those with the last measurement's candidates."""
+    all_told = [(event["step"], unpaired(event["losses"])) for event in measured]
+    told = [(step, losses) for step, losses in all_told if losses.keys() == all_told[-1][1].keys()]
+    losses = {subnet: tuple(each[subnet] for _, each in told) for subnet in (told[-1][1] if told else ())}
+    return tuple(step for step, _ in told), losses
+
+
+def size_of(subnet: Subnet) -> str:
+    return f"{subnet.resolution}x{subnet.depth}"

@@ -1,0 +1,343 @@
+"""Compares runs: report.md with the paper's Table 2, what the searches decided, the runs' timelines, and pictures."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from scaleprog.errors import CheckpointError, ScaleprogError
+from scaleprog.files.atomic import write_whole
+from scaleprog.files.display import as_markdown, as_text
+from scaleprog.reporting.figures import (
+    Curve,
+    Segment,
+    draw_accuracy,
+    draw_schedules,
+    draw_searches,
+    draw_timelines,
+    draw_verdict,
+)
+from scaleprog.reporting.history import RunRecord, read_run, size_of
+from scaleprog.reporting.timeline import Timeline, describe, table_row
+from scaleprog.rundir.accuracies import Accuracies
+from scaleprog.rundir.reading import reason
+
+TEXT = ("run", "recipe", "schedule", "stages", "candidate")  # left-aligned columns
+RESULTS = {  # column -> key in results.json, format
+    "top-1": ("top1", ".2f"), "top-1 EMA": ("top1_ema", ".2f"), "top-1 best": ("top1_best", ".2f"),
+    "train s": ("train_seconds", ".1f"), "CPU s": ("train_cpu_seconds", ".1f"), "scoring s": ("search_seconds", ".1f"),
+    "wall s": ("wall_seconds", ".1f"),
+}  # fmt: skip
+TIMELINES = (
+    "![Steps over the time of day, with what happened](timeline.png)\n\nShares of the time from the first start to the "
+    "last sign of life. Steps and seconds lost count as far as they had been written down, every `train.log_every` "
+    "steps; start-up: from the beginning of the process; down: from the last sign of life to the next beginning; rest: "
+    "what nothing here measures, such as the way out."
+)
+SCORES = (
+    "Chosen is the lowest score: loss x time^alpha or, within a budget, what is lost to the complete model's loss per "
+    "step of it that is saved (–: a network that cannot save enough). Where nothing is to be saved any more, the "
+    "complete model is chosen, which has no score."
+)
+SHORT = ("run", "schedule", "stages", "top-1 best", "train s", "speedup", "wall s", "by the wall")  # on a terminal
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ only in their seeds."""
+
+    name: str
+    runs: Sequence[RunRecord]
+
+    def values(self, key: str) -> list[float]:
+        """The values of one result in all finished runs."""
+        return [run.results[key] for run in self.runs if run.finished]
+
+    def mean(self, key: str) -> float:
+        """The mean of `values`."""
+        return mean(self.values(key))
+
+    @property
+    def timed(self) -> bool:
+        """Whether any run has finished, and all times are positive, so that they can be compared."""
+        return all(values and min(values) > 0 for values in map(self.values, ("train_seconds", "wall_seconds")))
+
+
+def write_report(runs: Sequence[Path], out: Path) -> str:
+    """Writes report.md and its pictures into `out`, comparing finished and unfinished runs.
+
+    The baseline of the speedups is the recipe of the first finished run with the schedule `original`.
+
+    Args:
+        runs: run directories.
+        out: folder of the report, created if missing.
+
+    Returns:
+        The main table as plain text, a sentence per comparison, the troubles, and the path of the report.
+
+    Raises:
+        CheckpointError: `runs` is empty, or a directory holds no run.
+        ScaleprogError: the report cannot be written.
+    """
+    folders = list(dict.fromkeys(Path(run).resolve() for run in runs))
+    if not folders:
+        raise CheckpointError("no run directory given; name at least one")
+    told = [read_run(folder, name) for folder, name in zip(folders, _names(folders))]
+    groups = _groups(told)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ScaleprogError(f"{out}: no folder for a report can be made there: {error.strerror}") from error
+    baseline = next((g for g in groups if g.runs[0].schedule == "Original" and g.values("train_seconds")), None)
+    rivals = [group for group in groups if group is not baseline and group.timed]
+    compared = [baseline, *rivals] if baseline is not None and baseline.timed and rivals else []
+    verdicts = [_verdict(compared[0], rival) for rival in compared[1:]]
+    try:
+        timelines = _draw(told, groups, out)
+        if compared:
+            draw_verdict(
+                out / "verdict.png", [(g.name, g.mean("train_seconds"), g.mean("top1_best")) for g in compared]
+            )
+    except OSError as error:
+        raise ScaleprogError(f"{error.filename or out}: the report cannot be written: {reason(error)}") from error
+    speedup, by_wall = (_speedup(baseline, key) for key in ("train_seconds", "wall_seconds"))
+    metrics = _further_metrics(told)
+    rows = [_row(run, metrics, speedup, by_wall) for run in told]
+    parts = [
+        "# Comparison of runs",
+        *map(as_markdown, verdicts),
+        *(["![Seconds of training, and the accuracy at their end](verdict.png)"] if verdicts else []),
+        _about_baseline(baseline, told),
+        _markdown(rows),
+        "train s: forward, backward and optimizer of all training steps, supernets included; CPU s: CPU time of rank 0 "
+        "during these; scoring s: measuring the candidates of the searches; wall s: everything.",
+        *_means(groups, speedup),
+        "## Accuracy over training time\n\n![Top-1 against training seconds](accuracy_over_time.png)",
+        "## Growth schedules\n\n![Resolution and depth over the steps](schedule.png)",
+        *_searches([run for run in told if run.searches]),
+        "## Timelines",
+        *([TIMELINES, _markdown([table_row(timeline) for timeline in timelines])] if timelines else []),
+        *(_what_happened(run) for run in told),
+    ]
+    report = out / "report.md"
+    try:
+        write_whole(report, "\n\n".join(parts) + "\n")
+    except OSError as error:
+        raise ScaleprogError(f"{report}: the report cannot be written: {reason(error)}") from error
+    left_out = [f"{run.name}: {trouble}" for run in told for trouble in run.troubles]
+    return "\n".join([_plain(rows, SHORT), "", *map(as_text, [*verdicts, *left_out, report])])
+
+
+def _draw(told: Sequence[RunRecord], groups: Sequence[Group], out: Path) -> list[Timeline]:
+    """Draws the pictures. Returns the timelines that it drew. Raises OSError."""
+    draw_accuracy(out / "accuracy_over_time.png", [_curve(group, run) for group in groups for run in group.runs])
+    draw_schedules(out / "schedule.png", _schedules(groups))
+    searches = {run.name: run.searches for run in told if run.searches}
+    if searches:
+        draw_searches(out / "search.png", searches)
+    timelines = [run.timeline for run in told if run.timeline is not None]
+    if timelines:
+        draw_timelines(out / "timeline.png", timelines)
+    return timelines
+
+
+# ---- naming and grouping
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that are all different."""
+    parts = 1
+    while len({folder.parts[-parts:] for folder in folders}) < len(folders):
+        parts += 1
+    return ["/".join(folder.parts[-parts:]) for folder in folders]
+
+
+def _groups(runs: Sequence[RunRecord]) -> list[Group]:
+    """Groups runs by recipe. A group's name is its first run's, without the seed unless another group has that name."""
+    twins: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        twins.setdefault(run.twins, []).append(run)
+    groups: dict[str, Group] = {}
+    for members in twins.values():
+        short = re.sub(r"[-_/]seed\d+$", "", members[0].name)
+        name = short if short not in groups else members[0].name
+        groups[name] = Group(name, members)
+    return list(groups.values())
+
+
+# ---- tables
+
+
+def _speedup(baseline: Group | None, key: str) -> Callable[[float], float | None]:
+    """The paper's speedup as a function of a run's seconds, of the kind `key`; it gives None without a baseline."""
+    seconds = mean(baseline.values(key)) if baseline else None
+    return lambda own: seconds / own - 1 if seconds and own else None
+
+
+def _verdict(baseline: Group, rival: Group) -> str:
+    """A sentence that compares two recipes."""
+    (theirs, mine), (training, own), (wall, own_wall) = (
+        [group.mean(key) for group in (baseline, rival)] for key in ("top1_best", "train_seconds", "wall_seconds")
+    )
+    return (
+        f"{rival.name} ({rival.runs[0].schedule}) reaches {mine:.2f} % where {baseline.name} reaches {theirs:.2f} %, "
+        f"in {own:.0f} s of training instead of {training:.0f} s ({training / own - 1:+.0%} speedup), "
+        f"and in {own_wall:.0f} s instead of {wall:.0f} s by the wall ({wall / own_wall - 1:+.0%})."
+    )
+
+
+def _further_metrics(runs: Sequence[RunRecord]) -> list[str]:
+    """The metrics besides top-1 that every run has."""
+    named = [
+        {key for key in run.results if re.fullmatch("[a-z0-9_]{1,20}", key) and f"{key}_ema" in run.results} - {"top1"}
+        for run in runs
+    ]
+    return sorted(set.intersection(*named)) if named else []
+
+
+def _percent(results: Mapping[str, Any], metric: str) -> float | None:
+    """The accuracy (percent) of the better weights; None if the values are not percentages."""
+    found = [results[metric], results[f"{metric}_ema"]]
+    return max(found) if all(type(each) in (int, float) and 0 <= each <= 100 for each in found) else None
+
+
+def _row(
+    run: RunRecord,
+    metrics: Sequence[str],
+    speedup: Callable[[float], float | None],
+    by_wall: Callable[[float], float | None],
+) -> dict[str, str]:
+    """One row of Table 2, with a column for each of `metrics`."""
+    results, epochs = run.results, run.recipe["train"]["epochs"]
+    return {
+        "run": run.name if run.finished else f"{run.name} (unfinished)",
+        "schedule": run.schedule,
+        "seed": str(run.recipe["seed"]),
+        "stages": run.stages,
+        "epochs": f"{epochs:g}" if run.finished else f"{run.epoch:.1f} of {epochs:g}",
+        **{column: _cell(results[key], spec) for column, (key, spec) in RESULTS.items()},
+        **{metric: _cell(_percent(results, metric), ".2f") for metric in metrics},
+        "speedup": _cell(speedup(results["train_seconds"]) if run.finished else None, "+.1%"),
+        "by the wall": _cell(by_wall(results["wall_seconds"]) if run.finished else None, "+.1%"),
+    }
+
+
+def _about_baseline(baseline: Group | None, runs: Sequence[RunRecord]) -> str:
+    if baseline is None:
+        there = any(run.schedule == "Original" for run in runs)
+        reason = "the `original` run has not finished" if there else "no run has the schedule `original`"
+        return f"Speedups are left out: {reason}, so there is no baseline."
+    seconds = baseline.values("train_seconds")
+    several = f", the mean of {len(seconds)} runs" if len(seconds) > 1 else ""
+    return (
+        f"The baseline is **{as_markdown(baseline.name)}** with {mean(seconds):.1f} s of training steps{several}. "
+        "Speedup is the baseline's training seconds / the run's - 1; by the wall, of everything."
+    )
+
+
+def _means(groups: Sequence[Group], speedup: Callable[[float], float | None]) -> list[str]:
+    """Mean and deviation of each recipe that finished with several seeds."""
+    rows = []
+    for group in groups:
+        seconds = group.values("train_seconds")
+        if len(seconds) < 2:
+            continue
+        row = {"recipe": group.name, "schedule": group.runs[0].schedule, "runs": str(len(seconds))}
+        for column, (key, spec) in RESULTS.items():
+            values = group.values(key)
+            row[column] = f"{mean(values):{spec}} ± {stdev(values):{spec}}"
+        own = [ratio for s in seconds if (ratio := speedup(s)) is not None]
+        row["speedup"] = f"{_cell(speedup(mean(seconds)), '+.1%')} ± {stdev(own):.1%}" if own else "–"
+        rows.append(row)
+    if not rows:
+        return []
+    note = "Mean ± sample standard deviation over the seeds; the speedup is that of the mean training seconds."
+    return ["## Over the seeds", _markdown(rows), note]
+
+
+def _searches(runs: Sequence[RunRecord]) -> list[str]:
+    """What the searches found and chose."""
+    if not runs:
+        return []
+    parts = [f"## Searches\n\n{SCORES}\n\n![Losses and scores](search.png)"]
+    for run in runs:
+        modelled = run.recipe["search"].get("times") == "modelled"
+        unit, scale = ("GMACs", 1.0) if modelled else ("step ms", 1e3)
+        rows, summary = [], []
+        for search in run.searches:
+            decision = search.decision
+            if decision is None:
+                summary.append(f"stage {search.stage} is not decided yet")
+                continue
+            summary.append(f"stage {search.stage} chose {size_of(decision.chosen)}, {decision.because}")
+            for subnet, loss, time, score in zip(
+                decision.candidates, decision.losses, decision.times, decision.scores, strict=True
+            ):
+                rows.append({
+                    "stage": str(search.stage), "candidate": size_of(subnet), "loss": f"{loss:.4f}",
+                    unit: f"{time * scale:.4g}", "score": _cell(score, ".4f"),
+                    "chosen": "chosen" if subnet == decision.chosen else "",
+                })  # fmt: skip
+        parts += [f"### {as_markdown(run.name)}", f"{as_markdown('; '.join(summary))}."]
+        parts += [_markdown(rows)] if rows else []
+    return parts
+
+
+def _what_happened(run: RunRecord) -> str:
+    """Starts, growths, checkpoints, interruptions and errors of one run, and where its time went."""
+    lines = [f"- {as_markdown(line)}" for line in (*run.troubles, *describe(run.timeline, run.events))]
+    return "\n".join([f"### {as_markdown(run.name)}{'' if run.finished else ' (unfinished)'}", "", *lines])
+
+
+def _cell(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)
+
+
+def _padded(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> list[list[str]]:
+    """Header and rows with cells of equal width."""
+    widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
+    header = {column: column for column in columns}
+    return [[r[c].ljust(widths[c]) if c in TEXT else r[c].rjust(widths[c]) for c in columns] for r in (header, *rows)]
+
+
+def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows with the same keys as a Markdown table."""
+    escaped = [{key: as_markdown(cell) for key, cell in row.items()} for row in rows]
+    header, *lines = _padded(escaped, list(rows[0]))
+    rule = ["-" * len(cell) if c in TEXT else "-" * (len(cell) - 1) + ":" for c, cell in zip(rows[0], header)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
+
+
+def _plain(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> str:
+    """Some columns of the rows for a terminal."""
+    shown = [{column: as_text(row[column]) for column in columns} for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in _padded(shown, columns))
+
+
+# ---- for the pictures
+
+
+def _curve(group: Group, run: RunRecord) -> Curve:
+    begins = tuple(after.seconds for before, after in pairwise(run.segments) if after.stage != before.stage)
+    timed = [row for row in run.evaluations if "train_seconds" in row]
+    seconds = tuple(row["train_seconds"] for row in timed)
+    top1 = tuple(Accuracies(row).best for row in timed)
+    return Curve(group.name, seconds, top1, begins, run.finished)
+
+
+def _schedules(groups: Sequence[Group]) -> list[tuple[str, Sequence[Segment]]]:
+    """One schedule per run; runs of a group that trained the same networks at the same steps share one."""
+    rows = []
+    for group in groups:
+        shared: dict[Any, list[RunRecord]] = {}
+        for run in group.runs:
+            trained = tuple((s.stage, s.phase, s.start, s.stop, s.network) for s in run.segments)
+            shared.setdefault((trained, run.finished), []).append(run)
+        for members in shared.values():
+            seeds = ", ".join(str(run.recipe["seed"]) for run in members)
+            label = f"{group.name}\nseeds {seeds}" if len(members) > 1 else members[0].name
+            rows.append((label + "\n(unfinished)" * (not members[0].finished), members[0].segments))
+    return rows

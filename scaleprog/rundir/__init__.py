@@ -1,0 +1,1 @@
+"""A run directory: its records, its lease, its checkpoints."""

@@ -1,0 +1,33 @@
+"""The accuracies that an evaluation measured, and which weights are better."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Weights = Literal["online", "ema"]
+
+
+@dataclass(frozen=True)
+class Accuracies:
+    """Accuracies in percent, by the names that an evaluation uses.
+
+    `top1` belongs to the online weights and `top1_ema` to the best momentum network. With several momentum networks,
+    `top1_ema_0`, `top1_ema_1`, ... belong to each of them. Other metrics follow the same pattern. Top-1 decides which
+    weights are better.
+    """
+
+    by_name: Mapping[str, Any]
+
+    @property
+    def best(self) -> float:
+        """Top-1 of the better weights."""
+        return max(self.by_name["top1"], self.by_name["top1_ema"])
+
+    @property
+    def weights(self) -> Weights:
+        """The better weights; on a tie, those of the momentum network."""
+        return "online" if self.by_name["top1"] > self.by_name["top1_ema"] else "ema"
+
+    def best_ema(self, count: int) -> int:
+        """The index of the best of `count` momentum networks."""
+        return 0 if count == 1 else max(range(count), key=lambda i: self.by_name[f"top1_ema_{i}"])

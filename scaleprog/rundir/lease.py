@@ -1,0 +1,293 @@
+"""Who may write into a run directory: only the latest start.
+
+After a network failure, Slurm may restart a job while its old processes keep running for minutes. So each start takes
+the directory over with a generation, a number higher than the last one. An older start that wants to commit or delete
+a checkpoint finds the higher number and must exit. Two jobs on one directory are a mistake, and the second one fails.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scaleprog.errors import CheckpointError, ScaleprogError, Superseded, Unavailable
+from scaleprog.files.atomic import lock, open_regular, read_text, unlock, write_whole
+from scaleprog.recipe import Recipe
+from scaleprog.rundir import slurm_queue
+from scaleprog.rundir.records import JOB_ID
+
+if TYPE_CHECKING:  # a caller that only asks who owns a run should not wait for torch
+    from scaleprog.ranks.coordinator import Coordinator
+
+OWNER = "owner.json"
+SILENT_SECONDS = 120.0  # without a heartbeat for this long, an unreachable owner on another host counts as gone
+LOCK_SECONDS = 90.0  # longer than the holder of the lock waits for Slurm
+SHARED_SECONDS = 60.0  # a network file system may take this long to show a new file on other nodes
+OWNER_BYTES = 2**16
+LARGEST_PID = 2**22
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The latest start in a run directory, according to `owner.json`, which is untrusted."""
+
+    generation: int
+    nonce: str
+    job: str | None
+    restart: int
+    host: str
+    pid: int
+    started: str | None
+    """When the process started, in kernel clock ticks."""
+
+    @classmethod
+    def of(cls, values: Any) -> "Owner":
+        """Builds an Owner from parsed JSON. Raises ValueError with the name of the bad field."""
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        values = {"nonce": "", "started": None, **values}  # no decision depends on their absence
+        for name, fits in FITS.items():
+            if name not in values or not fits(values[name]):
+                raise ValueError(f"{name} is {json.dumps(values.get(name))[:80]}")
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+    def __str__(self) -> str:
+        job = "" if self.job is None else f"job {self.job} restart {self.restart}, "
+        return f"{job}process {self.pid} on {self.host}"
+
+
+def _whole(least: int, most: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def _text(pattern: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+FITS: dict[str, Callable[[Any], bool]] = {
+    "generation": _whole(1, 2**53),
+    "nonce": _text(r"[0-9A-Za-z]{0,64}"),
+    "job": lambda value: value is None or _text(JOB_ID)(value),
+    "restart": _whole(0, 2**31),
+    "host": lambda value: isinstance(value, str) and value.isprintable() and 1 <= len(value) <= 255,
+    "pid": _whole(1, LARGEST_PID),
+    "started": lambda value: value is None or _text(r"[0-9]{1,20}")(value),
+}
+"""Checks for the value of each field of an Owner."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A start's right to write into a run directory."""
+
+    folder: Path
+    generation: int
+    nonce: str
+
+    @contextmanager
+    def fence(self) -> Iterator[None]:
+        """Inside, no other start can take the directory over. Raises Superseded if one already has."""
+        with _lock(self.folder):
+            self._check()
+            yield
+
+    def beat(self) -> None:
+        """Sends a heartbeat. Raises Superseded if another start has taken over."""
+        with suppress(CheckpointError, OSError):  # the file system does not respond now; commits check again
+            self._check()
+            os.utime(self.folder / OWNER)
+
+    def _check(self) -> None:
+        owner = read_owner(self.folder)
+        if owner is None or owner.generation != self.generation:
+            by = "nobody" if owner is None else f"generation {owner.generation} ({owner})"
+            raise Superseded(f"{self.folder}: generation {self.generation} was superseded by {by}; nothing was written")
+
+
+def take_lease(folder: Path, recipe: Recipe, coordinator: "Coordinator") -> Lease:
+    """Makes `folder` the run directory of `recipe`, or takes over the one that it already is. Every rank calls this.
+
+    Raises:
+        CheckpointError: on every rank: it belongs to another recipe, another start is alive in it, or some ranks
+            cannot see what rank 0 writes there.
+        Superseded: a later restart of the same job has taken it over.
+        Unavailable: it cannot be written, or another process holds its lock for too long.
+    """
+    generation, nonce = coordinator.on_rank_0("run directory", lambda: _take_over(folder, recipe))
+    give_up = time.monotonic() + SHARED_SECONDS
+    while not (seen := _sees(folder, nonce)) and time.monotonic() < give_up:
+        time.sleep(0.1)
+    ranks = list(enumerate(coordinator.gather([seen, socket.gethostname()])))
+    blind = [f"rank {rank} on {host}" for rank, (saw, host) in ranks if not saw]
+    if blind:
+        raise CheckpointError(
+            f"{folder}: {', '.join(blind)} cannot see what rank 0 on {ranks[0][1][1]} wrote there; "
+            "use a --run-dir on a file system that all nodes share"
+        )
+    return Lease(folder, generation, nonce)
+
+
+def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
+    """Writes the next generation and the recipe into `folder`. Returns generation and nonce."""
+    with _lock(folder):
+        other = read_owner(folder)
+        me = _this_process(1 if other is None else other.generation + 1)
+        if other is not None and me.job is not None and other.job == me.job:
+            if other.restart > me.restart:
+                raise Superseded(f"{folder}: restart {me.restart} of this job comes after {other}")
+        elif other is not None and is_alive(other, folder):
+            raise CheckpointError(f"{folder} is in use by {other}; wait for it, cancel it, or use another --run-dir")
+        if not FITS["generation"](me.generation):
+            raise CheckpointError(f"{folder / OWNER}: no generation comes after the last; delete it")
+        check_recipe(folder, recipe)
+        check_folders(folder)
+        try:
+            if not (folder / "recipe.yaml").exists():
+                write_whole(folder / "recipe.yaml", recipe.dump())
+            write_whole(folder / OWNER, json.dumps(asdict(me)))
+            os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # never closed: `ask_to_stop` looks for it
+        except OSError as error:
+            raise Unavailable(f"{folder}: cannot be written to: {error}") from error
+    return me.generation, me.nonce
+
+
+def _this_process(generation: int) -> Owner:
+    job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "")
+    return Owner(
+        generation,
+        nonce=uuid.uuid4().hex,
+        job=job if FITS["job"](job) else None,
+        restart=int(restart) if re.fullmatch("[0-9]{1,9}", restart) else 0,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        started=_started(os.getpid()),
+    )
+
+
+def check_recipe(folder: Path, recipe: Recipe) -> None:
+    """Raises CheckpointError if `folder` is the run directory of another recipe."""
+    path = folder / "recipe.yaml"
+    if path.exists() and (differences := recipe.differences(Recipe.of_run(folder))):
+        listing = "\n".join(f"  {line}" for line in differences)
+        raise CheckpointError(
+            f"{folder} is the run directory of another recipe:\n{listing}\nuse another --run-dir, or this recipe"
+        )
+
+
+def check_folders(folder: Path) -> None:
+    """Raises CheckpointError if a folder in a run directory is a symlink, because its files would lie elsewhere."""
+    for path in (folder / "checkpoints", folder / "tensorboard", *folder.glob("tensorboard/*")):
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path}: a link; a run directory holds folders of its own. Where there is more room, link the whole "
+                "run directory, or use another --run-dir"
+            )
+
+
+def read_owner(folder: Path) -> Owner | None:
+    """The latest start in a run directory; None if there was none. Raises CheckpointError."""
+    try:
+        return Owner.of(json.loads(read_text(folder / OWNER, OWNER_BYTES)))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / OWNER}: not readable ({error}); delete it if nothing trains there") from error
+
+
+def is_alive(owner: Owner, folder: Path) -> bool:
+    """Whether that start still runs, according to Slurm, else to its process, else to its heartbeat."""
+    if owner.job is not None:
+        with suppress(slurm_queue.NoAnswer):
+            job = slurm_queue.find(owner.job)
+            return job is not None and not job.over
+    if owner.host == socket.gethostname():
+        return owner.pid != os.getpid() and owner.started is not None and _started(owner.pid) == owner.started
+    try:
+        silent = time.time() - (folder / OWNER).stat().st_mtime
+    except OSError:
+        return False
+    return abs(silent) < SILENT_SECONDS  # a heartbeat in the future comes from a wrong clock or is forged
+
+
+def ask_to_stop(owner: Owner, folder: Path) -> None:
+    """Sends SIGTERM to the process on this host that trains in `folder`.
+
+    Raises ScaleprogError and signals nothing unless the process that `owner` names is provably the right one: it
+    started when `owner` says, belongs to this user, has scaleprog's command line, and has this folder open.
+    """
+    named = f"{folder / OWNER} names process {owner.pid}"
+    try:
+        handle = os.pidfd_open(owner.pid)  # unlike its number, the handle cannot come to mean another process
+    except OSError as error:
+        raise ScaleprogError(f"{named}, which cannot be signaled: {error.strerror}") from error
+    try:
+        if doubt := _doubt(owner, folder):
+            raise ScaleprogError(f"{named}, {doubt}; nothing was signaled")
+        signal.pidfd_send_signal(handle, signal.SIGTERM)
+    except OSError as error:
+        raise ScaleprogError(f"{named}, which cannot be signaled: {error.strerror}") from error
+    finally:
+        os.close(handle)
+
+
+def _doubt(owner: Owner, folder: Path) -> str:
+    """Why the process that `owner` names is not the one that trains in `folder`; empty if it is. May raise OSError."""
+    process = Path(f"/proc/{owner.pid}")
+    if owner.started is None or _started(owner.pid) != owner.started:
+        return "which was started at another time"
+    if os.geteuid() not in (0, process.stat().st_uid):
+        return "which belongs to another user"
+    words = (process / "cmdline").read_bytes().split(b"\0")
+    if b"--multiprocessing-fork" not in words and b"scaleprog" not in [os.path.basename(word) for word in words]:
+        return "whose command line is not scaleprog's"
+    here = folder.stat()
+    for link in (process / "fd").iterdir():
+        with suppress(OSError):  # closed in the meantime
+            if os.path.samestat(link.stat(), here):
+                return ""
+    return "which does not have this run directory open"
+
+
+def _started(pid: int) -> str | None:
+    """When a process on this host started, in kernel clock ticks; None if it does not exist or is a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
+def _sees(folder: Path, nonce: str) -> bool:
+    try:
+        owner = read_owner(folder)
+    except CheckpointError:
+        return False
+    return owner is not None and owner.nonce == nonce
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keeps other processes out, if the file system supports locks. Raises CheckpointError or Unavailable."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # whatever lies there must not be followed, block this process or be truncated
+        file = open_regular(folder / ".lock", "r+b", os.O_CREAT | os.O_NOFOLLOW, buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be a run directory: {error}") from error
+    with file:
+        try:
+            lock(file, LOCK_SECONDS, pause=0.05)  # on a file system without locks the generation number alone decides
+        except TimeoutError as error:
+            raise Unavailable(f"{folder}: another process holds its lock") from error
+        try:
+            yield
+        finally:
+            unlock(file)

@@ -1,0 +1,12 @@
+"""Names that earlier versions wrote into checkpoints, and their current names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+OLD_STATE = {"due": "pending"}
+"""Keys of a checkpoint's state: old name -> current name."""
+
+
+def renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """`values` under the current names. An old name beside its current name stays, so that the reader refuses it."""
+    return {names[key] if key in names and names[key] not in values else key: value for key, value in values.items()}

@@ -1,0 +1,395 @@
+"""The records of a run: metrics.jsonl and TensorBoard (each step once, despite restarts), events.jsonl, progress."""
+
+import errno
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch import Tensor
+
+from scaleprog.errors import CheckpointError, Unavailable
+from scaleprog.files.atomic import lock, unlock, write_parts
+from scaleprog.files.display import as_text, counted
+from scaleprog.ranks.coordinator import Coordinator
+from scaleprog.rundir.reading import IN_THE_WAY, is_torn, lines, open_to_append, read, read_rows, reason, to_line
+from scaleprog.rundir.records import EVENTS, METRIC, METRICS, NUMBERED
+
+__all__ = ["ProgressLine", "Recorder", "StepTimer", "read_rows"]
+
+PLAIN_EVERY = 15.0  # seconds between two progress lines if the output is not a terminal
+LOCK_SECONDS = 2.0  # if another process holds the lock for this long, a line is written without it
+LAST_ROW_BYTES = 2**16  # larger than the last row of metrics.jsonl
+PER_RANK = ("step_seconds", "data_wait_seconds")  # curves that every rank draws for itself
+
+
+class StepTimer:
+    """Seconds and CPU seconds of one training step. On CUDA it uses events, so that nothing waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._events[0].record()
+        self._began, self._cpu_began = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        """Ends the measurement; call it once, when the step has been issued."""
+        self.cpu_seconds = time.process_time() - self._cpu_began
+        self._elapsed = time.perf_counter() - self._began
+        if self._cuda:
+            self._events[1].record()
+
+    def seconds(self) -> float:
+        """The step's duration in seconds; waits for the device if it has not finished."""
+        if not self._cuda:
+            return self._elapsed
+        self._events[1].synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1000
+
+
+class Recorder:
+    """Writes the records of a run. Rank 0 writes what all ranks share; every rank writes its own events and curves.
+
+    Steps stay buffered on the device until `flush` reduces all of them at once.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        coordinator: Coordinator,
+        generation: int,
+        step: int,
+        log_every: int,
+        redo_evaluation: bool = False,
+    ) -> None:
+        """Opens the records, and drops what an earlier start wrote about steps after `step`.
+
+        Args:
+            run: the run directory.
+            coordinator: the ranks that write.
+            generation: number of this start; its events and samples carry it.
+            step: optimizer steps finished.
+            log_every: steps between two points of a curve.
+            redo_evaluation: whether to drop the accuracies after `step`, too, because they will be measured again.
+
+        Raises:
+            CheckpointError: something other than a regular file is in the place of a record.
+            Unavailable: a file cannot be written now.
+        """
+        self.coordinator, self.log_every = coordinator, log_every
+        self._pending: list[tuple[dict[str, Any], Tensor, Tensor, StepTimer]] = []
+        self._generation, self._main = generation, coordinator.rank == 0
+        self._samples: _Lines | None = None
+        self._samples_path = run / f"samples-{coordinator.rank}.jsonl"
+        with _to_be_recorded(run):
+            self._open(run, step, redo_evaluation)
+
+    def _open(self, run: Path, step: int, redo_evaluation: bool) -> None:
+        self._events = _Lines(run / EVENTS)
+        board, world = run / "tensorboard", self.coordinator.world
+        self._own_board = _Board(board / f"rank_{self.coordinator.rank}", step) if world > 1 else None
+        if not self._main:
+            return
+        self.lost = _truncate(run / METRICS, step, redo_evaluation)
+        self._metrics = _Lines(run / METRICS)
+        self._board = _Board(board, step - 1 if redo_evaluation else step)
+        if redo_evaluation:
+            for row in read(run / METRICS, METRIC, last=LAST_ROW_BYTES).rows[-1:]:
+                self._draw_step(row)
+        for folder in board.glob("rank_*"):  # of ranks that only an earlier start had
+            number = re.fullmatch("rank_([0-9]{1,9})", folder.name)
+            if number and folder.is_dir() and (world == 1 or int(number[1]) >= world):
+                _Board(folder, step).close()
+
+    def step(self, row: dict[str, Any], loss: Tensor, grad_norm: Tensor, timer: StepTimer) -> None:
+        """Buffers one finished step. `loss` is this rank's mean; `row` holds everything known on the host."""
+        row["time"] = time.time()
+        self._pending.append((row, loss.detach(), grad_norm.detach(), timer))
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Resolves the buffered steps on all ranks and writes them. Returns their rows, with mean losses."""
+        if not self._pending:
+            return []
+        rows, losses, norms, timers = zip(*self._pending)
+        self._pending = []
+        means = self.coordinator.mean(torch.stack(losses).double().tolist())
+        written = []
+        for row, loss, norm, timer in zip(rows, means, torch.stack(norms).tolist(), timers):
+            seconds = timer.seconds()
+            row |= {"loss": loss, "grad_norm": norm, "step_seconds": seconds}
+            row["images_per_second"] = row["images"] / (seconds + row["data_wait_seconds"])
+            row["cpu_seconds"] = timer.cpu_seconds
+            written.append(row)
+        if self._main:
+            self._metrics.write(*written)
+        for row in written:
+            self._draw_step(row)
+            if self._own_board is not None and row["step"] % self.log_every == 0:
+                self._own_board.draw("rank", row["step"], {key: row[key] for key in PER_RANK})
+        return written
+
+    def evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the accuracies (percent) after `step` steps as a separate row."""
+        if self._main:
+            self._metrics.write({"step": step, **values})
+            self.curve(step, "evaluation", values)
+
+    def curve(self, step: int, tag: str, values: Mapping[str, float]) -> None:
+        """Draws one point of each value in TensorBoard."""
+        if self._main:
+            self._board.draw(tag, step, values)
+
+    def samples(self, step: int, ids: list[int]) -> None:
+        """Writes the IDs of the samples of a step into this rank's own file. Raises CheckpointError or Unavailable."""
+        if self._samples is None:
+            with _to_be_recorded(self._samples_path):
+                self._samples = _Lines(self._samples_path)
+        self._samples.write({"step": step, "generation": self._generation, "ids": ids})
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Writes one event for all ranks; may be called from any thread."""
+        if self._main:
+            self._write_event(kind, fields)
+
+    def own_event(self, kind: str, **fields: Any) -> None:
+        """Writes one event of this rank; may be called from any thread."""
+        self._write_event(kind, {"rank": self.coordinator.rank, **fields})
+
+    def sync(self) -> None:
+        """Makes metrics and curves durable, because a checkpoint of this step must not be ahead of them."""
+        if self._main:
+            self._metrics.sync()
+            self._board.sync()
+        if self._own_board is not None:
+            self._own_board.sync()
+
+    def close(self) -> None:
+        """Writes what a full disk has refused so far, or prints that it is lost. Never raises."""
+        if self._own_board is not None:
+            self._own_board.close()
+        if self._main:
+            self._board.close()
+            self._metrics.close()
+        if self._samples is not None:
+            self._samples.close()
+        self._events.close()
+
+    def _draw_step(self, row: Mapping[str, Any]) -> None:
+        if row["step"] % self.log_every == 0:
+            self.curve(row["step"], "train", {k: v for k, v in row.items() if k not in ("phase", "images", "time")})
+
+    def _write_event(self, kind: str, fields: Mapping[str, Any]) -> None:
+        self._events.write({"time": time.time(), "event": kind, "generation": self._generation, **fields})
+
+
+class ProgressLine:
+    """Progress on rank 0: a live line if the output is a terminal, else a plain line every few seconds."""
+
+    def __init__(self, total: int, step: int, enabled: bool) -> None:
+        console = Console(file=sys.stderr)
+        self._live = Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=console,
+        )  # fmt: skip
+        self._enabled, self._terminal = enabled, console.is_terminal
+        self._task = self._live.add_task("starting", total=total, completed=step)
+        self._total, self._told = total, 0.0
+        if enabled and self._terminal:
+            self._live.start()
+
+    def update(self, row: Mapping[str, Any], total: int) -> None:
+        """Shows one resolved step. `total`, the steps of the run, may change from call to call."""
+        text = (
+            f"stage {row['stage']} {row['phase']} {row['resolution']} px x {row['depth']} "
+            f"loss {row['loss']:.3f} {row['images_per_second']:.0f} img/s"
+        )
+        if self._enabled and self._terminal:
+            self._live.update(self._task, completed=row["step"], total=total, description=text)
+        elif self._enabled and time.monotonic() - self._told > PLAIN_EVERY:
+            self._told = time.monotonic()
+            self.say(f"step {row['step']}/{total} {text}")
+
+    def say(self, text: str) -> None:
+        """Prints a separate line on rank 0; does nothing if the disk of the log is full."""
+        if self._enabled:
+            with suppress(OSError):
+                told = as_text(text, lines=True)
+                self._live.console.print(told, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Ends the live line."""
+        if self._enabled and self._terminal:
+            self._live.stop()
+
+
+class _Appended:
+    """A file to append: each write succeeds whole or not at all. The next write retries what a full disk refused."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = open_to_append(path)
+        self._refused = b""
+
+    def write(self, data: bytes = b"", mend: bytes = b"") -> None:
+        """Appends `mend`, then what was refused so far, then `data`."""
+        data = self._refused + data
+        try:
+            size = os.fstat(self.file.fileno()).st_size
+            if self.file.write(mend + data) < len(mend + data):
+                self.file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._refused = b""
+        except OSError as error:
+            if not self._refused:
+                self._tell(f"{error}; kept for later")
+            self._refused = data
+
+    def sync(self) -> None:
+        with suppress(OSError):
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        if self._refused:
+            self._tell(f"the last {len(self._refused)} bytes ARE LOST, the disk did not take them")
+        try:
+            self.file.close()
+        except OSError as error:  # a network file system may report a failed write only now
+            self._tell(str(error))
+
+    def _tell(self, text: str) -> None:
+        with suppress(OSError):  # the log may be on the same full disk
+            print(f"{self.file.name}: {text}", file=sys.stderr, flush=True)
+
+
+class _Lines:
+    """A .jsonl file to which several processes append objects."""
+
+    def __init__(self, path: Path) -> None:
+        self._appended = _Appended(path)
+        self._lock = threading.Lock()
+
+    def write(self, *rows: Mapping[str, Any]) -> None:
+        file = self._appended.file
+        with self._lock, _locked(file):
+            self._appended.write(b"".join(map(to_line, rows)), mend=b"\n" if is_torn(file) else b"")
+
+    def sync(self) -> None:
+        self.write()
+        self._appended.sync()
+
+    def close(self) -> None:
+        self.write()
+        self._appended.close()
+
+
+class _Board:
+    """Curves in a TensorBoard event file.
+
+    TensorBoard's own SummaryWriter cannot handle a full disk: the error in its thread reaches the training loop, and
+    the file ends in half a record, which hides everything that is written later.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Continues the curves in a folder. TensorBoard drops the points beyond `step` that earlier starts drew."""
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files in the order of their names
+        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._appended = _Appended(folder / name)
+        self._records = RecordWriter(self._appended)
+        self._add(file_version="brain.Event:2")
+        self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def draw(self, tag: str, step: int, values: Mapping[str, Any]) -> None:
+        """Draws one point of each value."""
+        points = [
+            Summary.Value(tag=f"{tag}/{key}", simple_value=value) for key, value in values.items() if key != "step"
+        ]
+        self._add(step=step, summary=Summary(value=points))
+
+    def sync(self) -> None:
+        self._appended.write()
+        self._appended.sync()
+
+    def close(self) -> None:
+        self._appended.write()
+        self._appended.close()
+
+    def _add(self, **event: Any) -> None:
+        self._records.write(Event(wall_time=time.time(), **event).SerializeToString())
+
+
+@contextmanager
+def _locked(file: IO[bytes]) -> Iterator[None]:
+    """Keeps other processes from writing: on NFS, two hosts that append at the same time overwrite each other."""
+    with suppress(TimeoutError):  # the holder hangs: better to risk the overlap than to lose the line
+        lock(file, LOCK_SECONDS, pause=0.002)
+    try:
+        yield
+    finally:
+        unlock(file)
+
+
+@contextmanager
+def _to_be_recorded(path: Path) -> Iterator[None]:
+    """Turns OSError into CheckpointError if something other than a regular file is in the place of a record, else into
+    Unavailable."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{error.filename or path}: nothing can be recorded there: {reason(error)}"
+        if error.errno in IN_THE_WAY:
+            raise CheckpointError(f"{what}; move it away and start again") from error
+        raise Unavailable(f"{what}; put that right and start again") from error
+
+
+def _truncate(path: Path, step: int, redo_evaluation: bool) -> dict[str, Any]:
+    """Drops rows after `step`, so that each step appears in the file once, no matter how often it was trained.
+
+    With `redo_evaluation`, also drops the accuracies after that step. Drops lines that are not rows, and prints how
+    many. Keeps all other rows unchanged.
+
+    Returns:
+        The fields of a start event about the lost steps: how many, how long they took, when they were trained.
+
+    Raises:
+        OSError: the file cannot be read or written.
+    """
+    lost: list[Mapping[str, Any]] = []
+    damaged = 0
+
+    def kept() -> Iterator[bytes]:
+        nonlocal damaged
+        for line in lines(path):
+            try:
+                row = NUMBERED.validate_json(line)
+            except ValidationError:
+                damaged += line.endswith(b"\n") and not line.isspace()
+                continue
+            if row["step"] < step or (row["step"] == step and ("loss" in row or not redo_evaluation)):
+                yield line if line.endswith(b"\n") else line + b"\n"
+            elif row["step"] > step and "loss" in row:
+                lost.append(row)
+
+    if path.is_symlink() or path.exists():
+        write_parts(path, kept())
+    if damaged:
+        print(f"{as_text(path)}: {counted(damaged, 'line')} that told of no step dropped", file=sys.stderr, flush=True)
+    told: dict[str, Any] = {"repeated_steps": len(lost)}
+    if lost and all(row.keys() >= {"time", "step_seconds", "data_wait_seconds"} for row in lost):  # not in early rows
+        seconds = [row["step_seconds"] + row["data_wait_seconds"] for row in lost]
+        told |= {"repeated_seconds": sum(seconds), "repeated_since": lost[0]["time"] - seconds[0],
+                 "repeated_until": lost[-1]["time"]}  # fmt: skip
+    return told

@@ -1,0 +1,71 @@
+"""AdamW, its parameter groups, and the learning-rate schedule."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scaleprog.recipe.keys import OptimizerSettings
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def learning_rate(settings: OptimizerSettings, position: int, steps: int, warmup_steps: int, began: int = 0) -> float:
+    """The learning rate at 0 <= `position` < `steps`: linear warmup, then cosine. A growth does not restart it.
+
+    `began`: position at which the weights were initialized; a network that starts late warms up to the cosine.
+    """
+    lr = settings.lr
+    if position >= warmup_steps:
+        progress = (position - warmup_steps) / max(1, steps - warmup_steps)
+        lr = settings.min_lr + (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    if position - began < warmup_steps:
+        return settings.warmup_lr + (lr - settings.warmup_lr) * (position - began) / warmup_steps
+    return lr
+
+
+@dataclass(frozen=True)
+class Group:
+    """Names of parameters that AdamW treats alike; `steps`: the AdamW steps behind their moments."""
+
+    names: tuple[str, ...]
+    weight_decay: float
+    steps: float
+
+
+def alike(
+    shapes: Mapping[str, torch.Size], undecayed: set[str], settings: OptimizerSettings, steps: Mapping[str, float]
+) -> list[Group]:
+    """The AdamW groups of a network. Vectors (biases, norms, gates) and `undecayed` parameters get no weight decay.
+
+    `steps`: by parameter, the AdamW steps behind its moments; 0 for parameters without an entry.
+    """
+    groups: dict[tuple[bool, float], list[str]] = {}
+    for name, shape in shapes.items():
+        vector = len(shape) <= 1 or name in undecayed
+        groups.setdefault((vector, steps.get(name, 0.0)), []).append(name)
+    return [
+        Group(tuple(names), 0.0 if vector else settings.weight_decay, taken)
+        for (vector, taken), names in sorted(groups.items())
+    ]
+
+
+def adamw(groups: Sequence[Group], parameters: Mapping[str, Tensor], settings: OptimizerSettings) -> torch.optim.AdamW:
+    """A new AdamW with these groups of `parameters`, which are given by name."""
+    return torch.optim.AdamW(
+        [{"params": [parameters[name] for name in g.names], "weight_decay": g.weight_decay} for g in groups],
+        lr=settings.lr, betas=settings.betas, fused=True,
+    )  # fmt: skip
+
+
+def moments(like: Tensor, steps: float) -> dict[str, Tensor]:
+    """AdamW's state of a new parameter, as the first step would create it, so that a state always has the same form.
+
+    `steps`: the AdamW steps behind the moments.
+    """
+    return {
+        "step": torch.tensor(steps, dtype=torch.float32, device=like.device),
+        **{moment: torch.zeros_like(like, requires_grad=False) for moment in MOMENTS},
+    }

@@ -1,0 +1,1 @@
+"""Training: the loop, the work between its steps, and its results."""

@@ -1,0 +1,231 @@
+"""How a run judges its networks between steps: the losses of a search, its choice, and the accuracies.
+
+Each of these tasks may take minutes, so it ends early when the run is asked to stop, and is then pending at the next
+start.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+
+from scaleprog.data.augment import BatchRequest, low_pass
+from scaleprog.data.order import SEARCH_EPOCH
+from scaleprog.errors import ScaleprogError
+from scaleprog.files.atomic import write_whole
+from scaleprog.growth.schedule import Phase
+from scaleprog.growth.search import Decision, candidate_times, decide, decide_within, measurement_steps, step_time
+from scaleprog.growth.space import Subnet
+from scaleprog.ranks.stop import AskedToStop
+from scaleprog.rundir.accuracies import Accuracies
+from scaleprog.rundir.reading import read_object
+from scaleprog.rundir.recorder import StepTimer
+from scaleprog.rundir.records import HalfMeasured
+from scaleprog.rundir.state import decision_from_json, decision_to_json, pairs
+from scaleprog.training.evaluate import evaluate
+from scaleprog.training.process import Run, patches_seen
+
+HALF_MEASURED = "measuring.json"
+
+
+def run_pending(run: Run, phase: Phase) -> None:
+    """Does the tasks that are pending after the current step, which belongs to `phase`.
+
+    Raises:
+        AskedToStop: the ranks have agreed to stop; the unfinished task and all later ones stay pending.
+        OverBudget: no choice keeps to a budget that was promised; the choice stays pending.
+    """
+    tasks = {"measurement": measure, "choice": choose, "evaluation": evaluate_now}
+    while run.state.pending:
+        tasks[run.state.pending[0]](run, phase)
+        run.state.pending.pop(0)
+
+
+# ---- search
+
+
+def measuring_steps(run: Run, phase: Phase) -> tuple[int, ...]:
+    """The steps after which a run measures the candidates of a phase; empty unless the phase is searched."""
+    if not phase.searched:
+        return ()
+    search = run.recipe.search
+    epoch = min(run.plan.order.steps_per_epoch, phase.stop - phase.start)
+    return measurement_steps(phase.start, phase.stop, epoch, search.measurements)
+
+
+def measure(run: Run, phase: Phase) -> None:
+    """Measures the loss of every candidate on the search subset, with fixed augmentation, and adds it to the state.
+
+    Raises:
+        AskedToStop: the ranks have agreed to stop; the next start resumes after the batches measured so far.
+    """
+    state, timer, stop = run.state, StepTimer(run.backend.device), None
+    schedule = run.plan.schedule
+    targets = schedule.scoring_targets(phase)
+    sizes = sorted({schedule.view(s).pixels for s in targets})
+    requests = [BatchRequest(SEARCH_EPOCH, i, r, erase=0.0) for r in sizes for i in range(run.plan.search_batches)]
+    done, found = _half_measured(run, targets, requests)
+    grow_from = range(len(run.recipe.ema.momenta))[run.recipe.ema.grow_from]
+    weights = grow_from if run.recipe.search.weights == "ema" else None
+    with run.reader.stream(requests[done:], sizes[-1]) as batches, run.backend.weights(weights):
+        for request, batch in zip(requests[done:], batches, strict=True):
+            images, labels = batch.images.to(run.backend.device), batch.labels.to(run.backend.device)
+            for subnet in targets:
+                view = schedule.view(subnet)
+                if view.pixels != request.resolution:
+                    continue
+                kept = patches_seen(run, view, SEARCH_EPOCH, request.step)
+                shown = images if view.cutoff is None else low_pass(images, view.cutoff)
+                logits = run.backend.forward(shown, run.plan.active(phase, subnet), kept=kept)
+                found[subnet] += F.cross_entropy(logits.float(), labels, reduction="none").tolist()
+            done += 1
+            if done < len(requests) and (stop := run.watch.asked()):
+                break
+    timer.stop()
+    state.search_seconds += timer.seconds()
+    state.train_seconds += timer.seconds()  # the paper's time includes the scoring
+    state.train_cpu_seconds += timer.cpu_seconds
+    if stop:
+        _keep_half(run, done, found)
+        raise AskedToStop(stop)
+    means, errors = _means_and_errors(run, found)
+    losses = {subnet: means[schedule.proxy(subnet)] for subnet in phase.candidates}
+    state.measured.append(losses)
+    state.errors = {subnet: errors[schedule.proxy(subnet)] for subnet in phase.candidates}
+    run.recorder.event(
+        "measurement", step=state.step, seconds=timer.seconds(), losses=pairs(losses), errors=pairs(state.errors)
+    )
+    # a measurement before a phase's first step belongs to that step: the checkpoint of the step before lacks it
+    at = state.step + (state.step == phase.start)
+    run.recorder.curve(at, "search", {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()})
+
+
+def _means_and_errors(
+    run: Run, found: Mapping[Subnet, Sequence[float]]
+) -> tuple[dict[Subnet, float], dict[Subnet, float]]:
+    """The mean losses over all ranks, and the standard errors of their differences from the largest Subnet's loss.
+
+    `found`: the losses of this rank's images, in the same order for every Subnet.
+    """
+    losses = {subnet: np.asarray(values) for subnet, values in found.items()}
+    largest = losses[max(losses)]
+    sums = [(values.sum(), (values - largest).sum(), ((values - largest) ** 2).sum()) for values in losses.values()]
+    totals = iter(run.coordinator.total([float(value) for each in sums for value in each]))
+    images = len(largest) * run.coordinator.world
+    means, errors = {}, {}
+    for subnet in losses:
+        total, difference, squares = (next(totals) / images for _ in range(3))
+        means[subnet] = total
+        errors[subnet] = math.sqrt(max(0.0, squares - difference**2) / images)
+    return means, errors
+
+
+def _half_measured(
+    run: Run, targets: Sequence[Subnet], requests: Sequence[BatchRequest]
+) -> tuple[int, dict[Subnet, list[float]]]:
+    """The progress of the current measurement when the run stopped: the batches done, and their losses on this rank.
+
+    A separate file holds both. A checkpoint cannot: a search starts from one that is older than the search's network.
+    """
+
+    world, rows = run.coordinator.world, run.recipe.train.batch // run.coordinator.world
+    where, pixels = _where(run, targets), [run.plan.schedule.view(subnet).pixels for subnet in targets]
+
+    def read() -> tuple[int, list[list[list[float]]]]:
+        with suppress(ScaleprogError):  # then the measurement starts from scratch
+            kept = read_object(run.folder / HALF_MEASURED, HalfMeasured)
+            if kept is not None and kept["where"] == where and kept["done"] < len(requests):
+                shown = [request.resolution for request in requests[: kept["done"]]]
+                held = [rows * shown.count(side) for side in pixels]  # losses that each network must have by now
+                if [[len(losses) for losses in rank] for rank in kept["losses"]] == [held] * world:
+                    return kept["done"], kept["losses"]
+        return 0, [[[] for _ in targets] for _ in range(world)]
+
+    done, losses = run.coordinator.decide("measurement so far", read)
+    return done, dict(zip(targets, losses[run.coordinator.rank]))
+
+
+def _keep_half(run: Run, done: int, found: Mapping[Subnet, Sequence[float]]) -> None:
+    everyones = run.coordinator.gather(list(found.values()))
+    if run.coordinator.rank == 0:
+        with suppress(OSError):  # then the measurement starts from scratch
+            kept = {"where": _where(run, list(found)), "done": done, "losses": everyones}
+            write_whole(run.folder / HALF_MEASURED, json.dumps(kept))
+
+
+def _where(run: Run, targets: Sequence[Subnet]) -> dict[str, Any]:
+    """What tells one measurement from another: its step, its networks, and the number of ranks."""
+    subnets = [[s.resolution, s.depth] for s in targets]
+    return {"step": run.state.step, "networks": subnets, "ranks": run.coordinator.world}
+
+
+def choose(run: Run, phase: Phase) -> None:
+    """Ends a search: rank 0 decides, by the slowest rank's step times, and all ranks verify the decision.
+
+    Raises:
+        OverBudget: no choice keeps to a budget that was promised.
+    """
+    state = run.state
+    local = [step_time(state.step_seconds[s]) if s in state.step_seconds else 0.0 for s in phase.candidates]
+    measured = dict(zip(phase.candidates, run.coordinator.maximum(local)))
+    costs = {subnet: run.plan.gmacs(subnet) for subnet in phase.candidates}
+    times = costs if run.recipe.search.times == "modelled" else candidate_times(measured, costs)
+    what = f"choice of stage {phase.stage}"
+    decision = decision_from_json(run.coordinator.on_rank_0(what, lambda: decision_to_json(_decide(run, phase, times))))
+    state.decisions.append(decision)
+    run.recorder.event("choice", step=state.step, **decision_to_json(decision))
+    run.recorder.curve(
+        state.step, "choice",
+        {name: value for name in ("alpha", "complete_from") if (value := getattr(decision, name)) is not None}
+        | {"resolution": decision.chosen.resolution, "depth": decision.chosen.depth}
+        | {f"score_{s.tag}": score for s, score in zip(decision.candidates, decision.scores) if score is not None}
+        | {f"time_{s.tag}": seconds for s, seconds in zip(decision.candidates, decision.times)},
+    )  # fmt: skip
+    run.progress.say(f"stage {phase.stage} chose {decision.chosen}, {decision.because}")
+
+
+def _decide(run: Run, phase: Phase, times: dict[Subnet, float]) -> Decision:
+    state, schedule = run.state, run.plan.schedule
+    if schedule.budget is None:
+        return decide(phase.stage, state.measured, times)
+    prices: dict[Subnet, float] = {}  # relative to the complete model's: the machines may change during a run
+    for subnets, seconds in (*((d.candidates, d.times) for d in state.decisions), (times.keys(), times.values())):
+        complete = dict(zip(subnets, seconds))[schedule.full]
+        prices |= {subnet: each / complete for subnet, each in zip(subnets, seconds)}
+    budget = schedule.budget_state(schedule.phases(state.choices), prices.__getitem__, run.plan.gmacs)
+    guessing = math.log(run.recipe.model.classes)
+    return decide_within(budget, phase.stage, state.measured, times, state.errors, guessing)
+
+
+# ---- accuracy
+
+
+def evaluate_now(run: Run, phase: Phase) -> None:
+    """Measures the accuracies of a phase's network, and records whether this is the best evaluation so far.
+
+    Raises:
+        AskedToStop: the ranks have agreed to stop; the evaluation stays pending.
+    """
+    state, recipe, network, began = run.state, run.recipe, phase.candidates[-1], time.perf_counter()
+
+    def between() -> None:
+        if reason := run.watch.asked():
+            raise AskedToStop(reason)
+
+    state.accuracies = evaluate(
+        run.backend, run.coordinator, run.plan.manifest, recipe.data, recipe.augment, recipe.evaluate,
+        run.plan.schedule.view(network).pixels, run.plan.active(phase, network), between=between,
+    )  # fmt: skip
+    run.recorder.evaluation(state.step, state.accuracies | {"train_seconds": state.train_seconds})
+    run.recorder.event("evaluation", step=state.step, seconds=time.perf_counter() - began, **state.accuracies)
+    run.progress.say(
+        f"step {state.step}: top-1 {state.accuracies['top1']:.2f} %, EMA {state.accuracies['top1_ema']:.2f} %"
+    )
+    best = Accuracies(state.accuracies).best
+    if best > state.best_top1:
+        state.best_step, state.best_top1 = state.step, best

@@ -1,0 +1,64 @@
+"""Accuracy on the validation split: every image counts once, on any number of ranks."""
+
+from collections.abc import Callable
+from itertools import product
+
+from scaleprog.data.manifest import Manifest
+from scaleprog.data.reader import evaluation_batches
+from scaleprog.models.elastic import Active
+from scaleprog.ranks.coordinator import Coordinator
+from scaleprog.recipe.keys import AugmentSettings, DataSettings, EvaluateSettings
+from scaleprog.sharding.backend import Backend
+from scaleprog.training.metrics import METRICS
+
+
+def evaluate(
+    backend: Backend,
+    coordinator: Coordinator,
+    manifest: Manifest,
+    data: DataSettings,
+    augment: AugmentSettings,
+    settings: EvaluateSettings,
+    resolution: int,
+    active: Active | None = None,
+    split: str = "val",
+    between: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Measures the accuracies of the online weights and of every EMA on one split.
+
+    Args:
+        resolution: pixels a side.
+        active: the layers that run (None: all).
+        between: called between two batches; it may raise to end the evaluation.
+
+    Returns:
+        Percent of the images that each metric counts as right, by the names that `Accuracies` describes.
+
+    Raises:
+        DataError: a shard or sample is missing, damaged, or does not fit the recipe.
+    """
+    networks: list[int | None] = [None, *range(len(backend.network.emas))]
+    right, seen = dict.fromkeys(product(METRICS, networks), 0.0), 0
+    batches = evaluation_batches(
+        manifest, split, data, augment, backend.model.channels, resolution, settings.batch,
+        coordinator.rank, coordinator.world,
+    )  # fmt: skip
+    for number, batch in enumerate(batches):
+        if number:
+            between()
+        images, labels = batch.images.to(backend.device), batch.labels.to(backend.device)
+        seen += int((labels >= 0).sum())
+        for ema in networks:
+            with backend.weights(ema):
+                logits = backend.forward(images, active)
+            for name, metric in METRICS.items():
+                right[name, ema] += float(metric(logits, labels).sum())
+    *counts, total = coordinator.total([*right.values(), seen])
+    percent = {key: 100 * count / total for key, count in zip(right, counts)}
+    result: dict[str, float] = {}
+    for name in METRICS:
+        emas = [percent[name, ema] for ema in networks[1:]]
+        result |= {name: percent[name, None], f"{name}_ema": max(emas)}
+        if len(emas) > 1:
+            result |= {f"{name}_ema_{i}": found for i, found in enumerate(emas)}
+    return result

@@ -1,0 +1,420 @@
+"""One whole run, from top to bottom: world, data, model, resume, loop, and results."""
+
+import gc
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from functools import partial
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scaleprog.data.augment import BatchRequest, low_pass, mix
+from scaleprog.data.reader import TrainReader
+from scaleprog.data.stream import Batch
+from scaleprog.errors import Diverged, OverBudget, Preempted, ScaleprogError, Unavailable
+from scaleprog.files.atomic import write_whole
+from scaleprog.growth.schedule import Phase
+from scaleprog.growth.space import Subnet
+from scaleprog.models.elastic import Active, drop_scales
+from scaleprog.planning.plan import plan_start
+from scaleprog.ranks.coordinator import Coordinator, process_group, ranks_per_node
+from scaleprog.ranks.stop import Agreement, AskedToStop, Watch, deadline
+from scaleprog.recipe import Recipe
+from scaleprog.rundir.checkpoint import Checkpoints
+from scaleprog.rundir.lease import take_lease
+from scaleprog.rundir.planned import write_plan
+from scaleprog.rundir.reading import read_object
+from scaleprog.rundir.recorder import ProgressLine, Recorder, StepTimer
+from scaleprog.rundir.records import Results
+from scaleprog.rundir.state import summary
+from scaleprog.sharding.optimizer import learning_rate
+from scaleprog.training.between_steps import measuring_steps, run_pending
+from scaleprog.training.process import (
+    Run,
+    collect_commits,
+    leave,
+    leave_at_once,
+    load_network,
+    make_backend,
+    name_of,
+    patches_seen,
+    process_seconds,
+    restore,
+    save,
+    tell_signal,
+)
+from scaleprog.training.resume import owner_of, state_of
+
+RESULTS = "results.json"
+COLLECT_EVERY = 500  # steps between two garbage collections, the same steps on all ranks
+TIMED_STEPS = 64  # a search also uses the times of at most this many steps before it
+
+
+def train_rank(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Joins the ranks of a run and trains with them, whichever launcher started this process; see `train`."""
+    with process_group() as (coordinator, device):
+        return train(recipe, folder, coordinator, device)
+
+
+def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.device) -> dict[str, Any]:
+    """Trains `recipe` in the run directory `folder`, from its newest checkpoint on; every rank calls this.
+
+    Returns:
+        The contents of `results.json`; empty if `train.max_steps` ended the run before its last step.
+
+    Raises:
+        RecipeError: the recipe cannot be run.
+        OverBudget: no choice of a search keeps to the budget, at the measured step times.
+        DataError: the shards are missing, damaged, or do not fit the recipe.
+        CheckpointError: the newest checkpoint belongs to another run or version, or a run cannot have written it.
+        Disagreement: ranks would act on different values.
+        Diverged: a loss is not finite.
+        Preempted: the run was asked to stop.
+        Superseded: a later start has taken over the run directory.
+        Unavailable: something failed that may work at the next start, such as a full disk.
+    """
+    # ---- data
+    plan = plan_start(recipe, coordinator.world, ranks_per_node())
+    rank, world = coordinator.rank, coordinator.world
+    coordinator.verify("recipe", recipe.dump())
+    coordinator.verify("shards", [[s.name, s.sha256] for s in plan.manifest.split("train")])
+    reader = TrainReader(
+        plan.manifest, plan.order, recipe.data, recipe.augment, recipe.model.channels, recipe.seed, rank, world
+    )
+    lease = take_lease(folder, recipe, coordinator)
+
+    # ---- model
+    backend = make_backend(recipe.sharding.engine, recipe, plan.family, device)
+    gc.collect()
+    gc.freeze()  # modules and the like stay for good: later collections need not look at them
+
+    # ---- resume
+    progress = ProgressLine(plan.schedule.steps, 0, rank == 0)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", coordinator, recipe.checkpoint.keep, lease.fence, lease.generation, owner_of(recipe)
+    )
+    if rank == 0:
+        with lease.fence():
+            checkpoints.tidy()
+    state = restore(plan, checkpoints, backend, progress)
+    timed_on = f"{world} x {name_of(device)}, {recipe.sharding}, micro_batch={recipe.train.micro_batch}"
+    if state.timed_on != timed_on:  # times of different machines must not be mixed
+        state.step_seconds, state.timed_on = {}, timed_on
+    finished = state.step == plan.schedule.phases(state.choices)[-1].stop
+    if finished and (results := coordinator.on_rank_0("results", lambda: read_results(folder))) is not None:
+        progress.say(f"{folder} is finished: {state.step} steps")
+        return results
+    with lease.fence() if rank == 0 else nullcontext():  # a start superseded by now must not truncate the records
+        if rank == 0:
+            with suppress(OSError):  # only `status` reads it
+                write_plan(folder, plan.schedule, plan.gmacs)
+        recorder = Recorder(
+            folder, coordinator, lease.generation, state.step, recipe.train.log_every, bool(state.pending)
+        )
+    watch = Watch(coordinator, partial(tell_signal, recorder, checkpoints, state), partial(leave_at_once, recorder),
+                  recipe.checkpoint.every_minutes, deadline())  # fmt: skip
+    run = Run(folder, recipe, plan, coordinator, lease, backend, reader, checkpoints, watch, recorder, progress, state)
+    hosts = [host for host, _ in groupby(coordinator.gather(os.uname().nodename))]
+    if rank == 0:
+        recorder.event(
+            "start", step=state.step, world=world, engine=recipe.sharding.engine, device=str(device), hosts=hosts,
+            job=os.environ.get("SLURM_JOB_ID"), startup_seconds=process_seconds(), **recorder.lost,
+            reader_bytes=reader.memory(plan.schedule.full.resolution),
+        )  # fmt: skip
+
+    if plan.schedule.short:
+        progress.say(plan.schedule.short)
+
+    # ---- loop
+    gc.disable()
+    began = time.perf_counter() - state.wall_seconds
+    try:
+        with watch:
+            try:
+                train_phases(run, began)
+                wait_for_checkpoint(run)
+            except AskedToStop as asked:
+                leave(run, asked.reason)
+            except OverBudget:
+                wait_for_checkpoint(run)
+                raise
+        state.wall_seconds = time.perf_counter() - began
+        if current_phase(run) is None:
+            return finish(run)
+        recorder.event("stopped_early", step=state.step)
+        return {}
+    except Preempted:
+        raise
+    except Exception as error:
+        recorder.own_event("error", step=state.step, message=f"{type(error).__name__}: {error}")
+        if world == 1:
+            with suppress(Exception):
+                checkpoints.wait()  # with more ranks it could hang: the others may be gone
+        raise
+    finally:
+        gc.unfreeze()
+        gc.enable()
+        progress.close()
+        recorder.close()
+
+
+def train_phases(run: Run, began: float) -> None:
+    """Trains every step of every phase, from the current step on. Raises AskedToStop or OverBudget.
+
+    `began`: the reading of `time.perf_counter` at which the run's `wall_seconds` were 0.
+    """
+    state, plan = run.state, run.plan
+    if state.pending:
+        phase = plan.schedule.phases(state.choices)[state.phase]
+        run_pending(run, phase)
+        save(run, phase, permanent=False)
+    while (index := current_phase(run)) is not None and not stopped_early(run):
+        phases = plan.schedule.phases(state.choices)
+        if state.phase != index:
+            enter(run, phases, index)
+        phase = phases[index]
+        actives = {s: plan.active(phase, s) for s in phase.candidates}
+        with run.reader.stream(PhaseRequests(run, phase), plan.schedule.view(phase.network).pixels) as batches:
+            while state.step < phase.stop and not stopped_early(run):
+                waited = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - waited
+                subnet = phase.subnet(run.recipe.seed, state.step)
+                train_step(run, phase, subnet, actives[subnet], batch, waited)
+                state.wall_seconds = time.perf_counter() - began
+                after_step(run, phase, run.watch.agree())
+
+
+def wait_for_checkpoint(run: Run) -> None:
+    """Returns when the last checkpoint is visible. Raises Unavailable if it could not be written."""
+    last = collect_commits(run, wait=True)
+    if last is not None and last.error:
+        raise Unavailable(f"{last.error}; free some space and start again: the run resumes from its newest checkpoint")
+
+
+def current_phase(run: Run) -> int | None:
+    """The index of the next step's phase; None once the last phase is done."""
+    phases = run.plan.schedule.phases(run.state.choices)
+    return next((i for i, phase in enumerate(phases) if run.state.step < phase.stop), None)
+
+
+def stopped_early(run: Run) -> bool:
+    """Whether the run has reached `train.max_steps`."""
+    return run.recipe.train.max_steps is not None and run.state.step >= run.recipe.train.max_steps
+
+
+# ---- growth
+
+
+def enter(run: Run, phases: list[Phase], index: int) -> None:
+    """Grows the network into that of phase `index`, and takes the measurement due before its first step, if any.
+
+    Raises AskedToStop.
+    """
+    state, backend, schedule = run.state, run.backend, run.plan.schedule
+    phase, growth = phases[index], run.recipe.growth
+    layer_map = schedule.entry(phases, index, growth.operator, run.plan.family.split)
+    if layer_map is not None:
+        began = time.perf_counter()
+        if index > 1 and phases[index - 1].searched and not schedule.recycle:
+            before = run.checkpoints.at(phases[index - 1].start)
+            load_network(before, state_of(before, run.plan), backend, may_skip_layers=False)
+            backend.growths = state.growths
+        backend.regrow(layer_map, inherit=growth.optimizer == "inherit", may_skip_layers=phase.kind == "supernet")
+        sources = [[o.source for o in group] for group in layer_map.groups]
+        run.recorder.event(
+            "growth", step=state.step, stage=phase.stage, phase=phase.kind, resolution=phase.network.resolution,
+            depth=phase.network.depth, sources=sources, weights=layer_map.rest, seconds=time.perf_counter() - began,
+        )  # fmt: skip
+        run.progress.say(f"stage {phase.stage} {phase.kind}: {', '.join(map(str, phase.candidates))}")
+    state.phase, state.growths, state.gated = index, backend.growths, backend.structure.gated
+    state.measured, state.errors = [], {}
+    timed = phase.candidates if phase.searched else ()  # the previous network may be one: keep its times
+    state.step_seconds = {subnet: times for subnet, times in state.step_seconds.items() if subnet in timed}
+    if phase.start in measuring_steps(run, phase):
+        state.pending = ["measurement"]
+        run_pending(run, phase)
+
+
+# ---- one step
+
+
+class PhaseRequests:
+    """The batch requests of a phase, from the current step on; every worker iterates over them from the start."""
+
+    def __init__(self, run: Run, phase: Phase) -> None:
+        self._phase, self._first, self._seed = phase, run.state.step, run.recipe.seed
+        self._schedule, self._epoch = run.plan.schedule, run.plan.order.steps_per_epoch
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        strength = self._phase.regularization
+        for step in range(self._first, self._phase.stop):
+            epoch, within = divmod(self._phase.position_of(step), self._epoch)
+            pixels = self._schedule.view(self._phase.subnet(self._seed, step)).pixels
+            yield BatchRequest(epoch, within, pixels, strength.magnitude, strength.erase)
+
+
+def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Batch, waited: float) -> None:
+    """Trains one step (forward, backward, AdamW, EMAs) on this rank's part of a global batch, and records it.
+
+    `active`: the layers of `subnet`; `waited`: seconds that the step waited for `batch`.
+    """
+    recipe, plan, backend, step = run.recipe, run.plan, run.backend, run.state.step
+    position = phase.position_of(step)
+    lr = learning_rate(recipe.optimizer, position, plan.schedule.steps, plan.warmup_steps, phase.began)
+    drop = drop_rows(run, phase, len(batch.labels))
+    view = plan.schedule.view(subnet)
+    kept = patches_seen(run, view, *divmod(position, plan.order.steps_per_epoch))
+    images = batch.images.to(backend.device, non_blocking=True)
+    labels = batch.labels.to(backend.device, non_blocking=True)
+
+    timer = StepTimer(backend.device)
+    images, targets = mix(
+        images, labels, lanes=len(run.reader.lanes), seed=recipe.seed, step=step,
+        classes=recipe.model.classes, settings=recipe.augment,
+    )  # fmt: skip
+    if view.cutoff is not None:
+        images = low_pass(images, view.cutoff)
+    loss = torch.zeros((), device=backend.device)
+    for rows in micro_batches(len(images), recipe.train.micro_batch):
+        logits = backend.forward(
+            images[rows], active, None if drop is None else drop[:, :, rows], None if kept is None else kept[rows]
+        )
+        part = F.cross_entropy(logits.float(), targets[rows]) * (len(logits) / len(images))
+        backend.backward(part)
+        loss += part.detach()
+    grad_norm = backend.step(lr, step)
+    timer.stop()
+
+    row = {
+        "step": step + 1, "epoch": position / plan.order.steps_per_epoch, "stage": phase.stage, "phase": phase.kind,
+        "resolution": subnet.resolution, "depth": subnet.depth, "lr": lr, "data_wait_seconds": waited,
+        "images": recipe.train.batch,
+    }  # fmt: skip
+    if recipe.data.trace:
+        trace(run, batch)
+    run.recorder.step(row, loss, grad_norm, timer)
+    run.state.step += 1
+    run.state.images += recipe.train.batch
+
+
+def micro_batches(rows: int, most: int | None) -> list[slice]:
+    """Cuts a rank's rows of a batch into the fewest slices of at most `most` rows (None: one), of nearly equal size."""
+    count = -(-rows // (most or rows))
+    bounds = [rows * i // count for i in range(count + 1)]
+    return [slice(*bound) for bound in pairwise(bounds)]
+
+
+def drop_rows(run: Run, phase: Phase, rows: int) -> Tensor | None:
+    """This rank's part (layers, 2, rows) of the step's stochastic-depth scales; None if no layer is ever dropped."""
+    rate = run.recipe.model.drop_path * phase.regularization.drop_path
+    scales = drop_scales(rate, phase.network.depth, run.recipe.train.batch, run.recipe.seed, run.state.step)
+    if scales is None:
+        return None
+    first = run.coordinator.rank * rows
+    return scales[:, :, first : first + rows].to(run.backend.device, non_blocking=True)
+
+
+def trace(run: Run, batch: Batch) -> None:
+    """Records which samples this rank has trained on in the current step."""
+    run.recorder.samples(run.state.step + 1, batch.ids.tolist())
+
+
+def after_step(run: Run, phase: Phase, agreement: Agreement) -> None:
+    """Does everything that follows a step; a checkpoint of this step holds the results of all of it.
+
+    Raises:
+        AskedToStop: the ranks have agreed to stop. A checkpoint of this step has been started, and slow tasks are left
+            pending, because the grace time is short.
+        OverBudget: no choice keeps to a budget that was promised. A checkpoint of this step has been started.
+    """
+    state, recipe, order = run.state, run.recipe, run.plan.order
+    epoch_steps = max(1, round(recipe.evaluate.every * order.steps_per_epoch))
+    last = state.step == run.plan.schedule.phases(state.choices)[-1].stop and not phase.searched
+    measuring = state.step in measuring_steps(run, phase)
+    choosing = phase.searched and state.step == phase.stop
+    evaluating = not phase.searched and (last or phase.position_of(state.step) % epoch_steps == 0)
+    settings = recipe.checkpoint
+    permanent = settings.keep_every_epochs is not None and not phase.searched and (
+        phase.position_of(state.step) % (settings.keep_every_epochs * order.steps_per_epoch) == 0
+    )  # fmt: skip
+    saving = permanent or agreement.save or agreement.stop is not None or state.step == phase.stop or stopped_early(run)
+    saving |= settings.every_steps is not None and state.step % settings.every_steps == 0
+    if state.step % COLLECT_EVERY == 0:
+        gc.collect()
+    if state.step % recipe.train.log_every == 0 or measuring or evaluating or saving:
+        flush_metrics(run)
+    state.pending = ["measurement"] * measuring + ["choice"] * choosing + ["evaluation"] * evaluating
+    ended: AskedToStop | OverBudget | None = AskedToStop(agreement.stop) if agreement.stop else None
+    if ended is None:
+        try:
+            run_pending(run, phase)
+        except (AskedToStop, OverBudget) as meanwhile:
+            ended = meanwhile
+    saving |= ended is not None or (settings.keep_best and evaluating and state.best_step == state.step)
+    if saving:
+        save(run, phase, permanent)
+    if ended is not None:
+        raise ended
+
+
+def flush_metrics(run: Run) -> None:
+    """Resolves the recorded steps and adds their times to the state. Raises Diverged if a loss is not finite."""
+    state = run.state
+    collect_commits(run)
+    if run.backend.compilations > run.compilations:
+        run.compilations = run.backend.compilations
+        run.recorder.event("compiled", step=state.step, graphs=run.compilations)
+    if run.coordinator.rank == 0:
+        run.lease.beat()
+    for row in run.recorder.flush():
+        if not math.isfinite(row["loss"]):
+            raise Diverged(
+                f"step {row['step']}: the loss is {row['loss']} at lr {row['lr']:.3g}; lower optimizer.lr, set "
+                "optimizer.clip or warm up longer; the last checkpoint is from before this step"
+            )
+        state.train_seconds += row["step_seconds"]
+        state.train_cpu_seconds += row["cpu_seconds"]
+        if run.plan.schedule.kind == "automatic":
+            times = state.step_seconds.setdefault(Subnet(row["resolution"], row["depth"]), [])
+            times.append(row["step_seconds"])
+            if row["phase"] == "train":
+                del times[:-TIMED_STEPS]
+        run.progress.update(row, max(run.plan.schedule.steps, run.plan.schedule.phases(state.choices)[-1].stop))
+
+
+# ---- results
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """Has rank 0 write the run's results, and returns them. Raises Unavailable if they cannot be written."""
+    results = {
+        "schedule": run.recipe.model_dump(mode="json")["growth"]["schedule"],
+        **summary(run.state, run.plan.schedule, run.plan.order.steps_per_epoch),
+    }
+
+    def write() -> None:
+        try:
+            write_whole(run.folder / RESULTS, json.dumps(results, indent=1))
+        except OSError as error:
+            raise Unavailable(f"{run.folder / RESULTS}: {error}; start again, only this is left to be done") from error
+
+    run.coordinator.on_rank_0("results", write)
+    run.recorder.event("finish", step=run.state.step, top1_best=results["top1_best"])
+    return results
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """The results of a finished run; None if they are missing or damaged."""
+    with suppress(ScaleprogError):
+        results = read_object(folder / RESULTS, Results)
+        return None if results is None else dict(results)
+    return None

@@ -1,0 +1,190 @@
+"""One process of a run: what it works with, how it saves and resumes, and how it reacts to signals."""
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scaleprog.data.reader import TrainReader
+from scaleprog.errors import EXIT_CODE, CheckpointError, Preempted
+from scaleprog.growth.schedule import Phase
+from scaleprog.growth.space import View
+from scaleprog.models.elastic import ElasticModel, Structure, draw_patches
+from scaleprog.planning.plan import Plan
+from scaleprog.ranks.coordinator import Coordinator
+from scaleprog.ranks.stop import Watch
+from scaleprog.recipe import Recipe
+from scaleprog.recipe.keys import Engine
+from scaleprog.rundir.checkpoint import Checkpoints, Commit
+from scaleprog.rundir.lease import Lease
+from scaleprog.rundir.recorder import ProgressLine, Recorder
+from scaleprog.rundir.state import RunState
+from scaleprog.rundir.storage import load_tensors
+from scaleprog.sharding import Backend, engine
+from scaleprog.sharding.placement import LocalSlice
+from scaleprog.training.resume import state_of
+
+
+@dataclass
+class Run:
+    """What one process of a run works with."""
+
+    folder: Path
+    recipe: Recipe
+    plan: Plan
+    coordinator: Coordinator
+    lease: Lease
+    backend: Backend
+    reader: TrainReader
+    checkpoints: Checkpoints
+    watch: Watch
+    recorder: Recorder
+    progress: ProgressLine
+    state: RunState
+    compilations: int = 0  # as last recorded
+
+
+def patches_seen(run: Run, view: View, epoch: int, step: int) -> Tensor | None:
+    """Which patches of this rank's images the network sees: (images, patches) indices, ascending; None: all patches.
+
+    `step` counts from the start of `epoch`.
+    """
+    side = run.plan.schedule.patch
+    if view.patches is None or side is None:
+        return None
+    total, order = (view.pixels // side) ** 2, run.plan.order
+    kept = draw_patches(view.patches, total, run.reader.lanes, order.per_lane, run.recipe.seed, epoch, step)
+    return kept.to(run.backend.device, non_blocking=True)
+
+
+# ---- resume
+
+
+def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: ProgressLine) -> RunState:
+    """Loads the newest checkpoint that verifies into `backend` and returns its state; without one, a new state.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another run or version, or no run of `plan` can have written it.
+        Unavailable: none of the checkpoints can be read now.
+    """
+    newest = checkpoints.newest(progress.say)
+    if newest is None:
+        return RunState()
+    state = state_of(newest, plan)
+    phase = plan.schedule.phases(state.choices)[state.phase]
+    load_network(newest, state, backend, may_skip_layers=phase.kind == "supernet")
+    progress.say(f"resuming {newest}")
+    return state
+
+
+def make_backend(name: Engine, recipe: Recipe, family: type[ElasticModel], device: torch.device) -> Backend:
+    """A backend of the engine `name` for a recipe's model, without a network yet."""
+    return engine(name)(family, recipe.model, recipe.optimizer, recipe.ema, recipe.sharding, device, recipe.seed)
+
+
+def load_network(checkpoint: Path, state: RunState, backend: Backend, may_skip_layers: bool) -> None:
+    """Rebuilds a checkpoint's network in `backend`, with its AdamW moments and EMAs.
+
+    `may_skip_layers`: whether training steps may skip layers. Raises CheckpointError.
+    """
+
+    def load(parts: Mapping[str, LocalSlice], subset: bool = False) -> None:
+        load_tensors(checkpoint, parts, subset)
+        for name, part in parts.items() if subset else ():  # an engine may group parameters by these step counts
+            count = float(part.tensor)
+            if not (0 <= count <= state.step and count.is_integer()):
+                raise CheckpointError(f"{checkpoint}: {name} is {count}, which is no number of steps so far")
+
+    backend.growths = state.growths
+    backend.restore(Structure(state.gated), may_skip_layers, load)
+
+
+# ---- checkpoints
+
+
+def save(run: Run, phase: Phase, permanent: bool) -> None:
+    """Starts a checkpoint of the current step, which belongs to `phase`; a `permanent` one is never deleted."""
+    run.recorder.sync()
+    # without recycling, the training phase starts from the weights before its search
+    protect = {phase.start} if phase.searched and not run.plan.schedule.recycle else set()
+    protect |= {run.state.best_step} if run.recipe.checkpoint.keep_best else set()
+    run.checkpoints.save(run.state.step, run.state.to_json(), run.backend.state(), protect, permanent)
+    run.watch.saved()
+
+
+def collect_commits(run: Run, wait: bool = False) -> Commit | None:
+    """Reports how checkpoints have ended since the last call, and returns the last of them, if any.
+
+    `wait`: also waits for the checkpoint that is being written. Raises Superseded.
+    """
+    if wait:
+        run.checkpoints.wait()
+    commit = None
+    for commit in run.checkpoints.finished():
+        if commit.error is None:
+            run.watch.saved(commit.seconds)
+            run.recorder.event(
+                "checkpoint", step=commit.step, seconds=commit.seconds, stall=commit.stall, bytes=commit.bytes
+            )
+        else:
+            run.recorder.event("checkpoint_failed", step=commit.step, message=commit.error, stall=commit.stall)
+            run.progress.say(
+                f"NO CHECKPOINT of step {commit.step}, training continues; older ones are kept: {commit.error}"
+            )
+    return commit
+
+
+def leave(run: Run, reason: str) -> None:
+    """Ends a run that was asked to stop, once its checkpoint is visible. Raises Preempted."""
+    collect_commits(run, wait=True)
+    step, kept = run.state.step, run.checkpoints.newest_step
+    run.recorder.event("preempted", step=step, reason=reason)
+    stopped = f"stopped by {reason} after step {step}"
+    if kept < step:
+        lost = f"the {step - kept} steps since step {kept} are lost"
+        raise Preempted(f"{stopped} WITHOUT a checkpoint of it; {lost}", reason)
+    raise Preempted(f"{stopped} {'with a checkpoint' if step else 'before there was anything to save'}", reason)
+
+
+# ---- signals
+
+
+def tell_signal(recorder: Recorder, checkpoints: Checkpoints, state: RunState, name: str) -> None:
+    """Reports at once that a signal came, and what is lost if no time is left for a checkpoint; runs in a thread."""
+    rank = checkpoints.coordinator.rank
+    steps = state.step - checkpoints.newest_step
+    seconds = steps * state.wall_seconds / max(1, state.step)
+    recorder.own_event("signal", signal=name, unsaved_steps=steps, unsaved_seconds=seconds)
+    print(f"rank {rank}: {name}, stopping after a step that all ranks agree on", file=sys.stderr, flush=True)
+    if rank == 0:
+        loss = f"{steps} steps since the last checkpoint, about {seconds:.1f} s of training"
+        print(f"rank 0: lost if there is no time for another: {loss}", file=sys.stderr, flush=True)
+
+
+def leave_at_once(recorder: Recorder) -> None:
+    """Ends the process at a second signal, without another checkpoint; runs in a thread."""
+    try:
+        recorder.own_event("hurried")
+        print("a second signal: leaving without a checkpoint of this step", file=sys.stderr, flush=True)
+    finally:
+        os._exit(EXIT_CODE)
+
+
+# ---- clocks
+
+
+def name_of(device: torch.device) -> str:
+    """The name of the GPU or of the CPU architecture: step times of different ones must not be mixed."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
+def process_seconds() -> float:
+    """Seconds since this process started; when training begins, the time that imports and the rendezvous took."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))

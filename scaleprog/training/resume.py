@@ -1,0 +1,132 @@
+"""Checks that a checkpoint belongs to a run, and that a run of the recipe can reach the checkpoint's state.
+
+Anyone may have written the checkpoint, so these checks trust only the recipe and what follows from it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from scaleprog.errors import CheckpointError, RecipeError
+from scaleprog.growth.space import Choice
+from scaleprog.models import resolve_family
+from scaleprog.models.cost import parameters
+from scaleprog.models.elastic import ElasticModel
+from scaleprog.planning.plan import Plan
+from scaleprog.recipe import Recipe
+from scaleprog.rundir.checkpoint import Owner
+from scaleprog.rundir.state import RunState
+from scaleprog.rundir.storage import read_manifest
+from scaleprog.training.metrics import names
+
+HEADERS = 2**26  # most bytes of a checkpoint beyond its tensors
+LONGEST_RECIPE = 2**20
+
+
+def owner_of(recipe: Recipe) -> Owner:
+    """The owner of the checkpoints of a run of `recipe`."""
+    family, full, _ = resolve_family(recipe.model)
+    tensors = 3 + len(recipe.ema.momenta)  # the weights, two moments, and the EMAs
+    largest = 4 * tensors * parameters(family, recipe.model, full.depth)
+    return Owner(recipe.model_dump(mode="json"), partial(_differences, recipe), 2 * largest + HEADERS)
+
+
+def _differences(recipe: Recipe, kept: Mapping[str, Any]) -> list[str]:
+    """Why `recipe` cannot resume a run of the recipe `kept` in a checkpoint, in a few short lines; empty if it can."""
+    if len(json.dumps(kept)) > LONGEST_RECIPE:
+        return ["it is larger than any"]
+    try:
+        lines = recipe.differences(Recipe.of(kept, "its recipe"))
+    except RecipeError as error:
+        lines = str(error).splitlines()
+    return ["".join(c if c.isprintable() else "?" for c in line[:200]) for line in lines[:8]]
+
+
+# ---- does a state belong to a plan?
+
+
+def state_of(checkpoint: Path, plan: Plan) -> RunState:
+    """The state that a checkpoint holds. Raises CheckpointError if no run of `plan` can reach it."""
+    state = read_run_state(checkpoint, plan.recipe, plan.family, plan.schedule.full.depth)
+    if why := next(_misplaced(state, plan), None):
+        raise CheckpointError(f"{checkpoint}: state: it does not fit this recipe: {why}")
+    return state
+
+
+def read_run_state(checkpoint: Path, recipe: Recipe, family: type[ElasticModel], depth: int) -> RunState:
+    """The state that a checkpoint holds, checked as far as possible without a schedule. Raises CheckpointError.
+
+    `depth`: layers of the complete model.
+    """
+    manifest = read_manifest(checkpoint)
+    try:
+        state = RunState.from_json(manifest.state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from None
+    if why := next(_impossible(state, manifest.step, recipe, family, depth), None):
+        raise CheckpointError(f"{checkpoint}: state: it does not fit this recipe: {why}")
+    return state
+
+
+def _impossible(state: RunState, step: int, recipe: Recipe, family: type[ElasticModel], depth: int) -> Iterator[str]:
+    """Yields what no run of the recipe can have in its state, whatever the schedule."""
+    if state.step != step:
+        yield f"step {state.step} in its checkpoint of step {step}"
+    if state.phase < 0:
+        yield f"phase {state.phase} in a checkpoint"
+    if not 1 <= state.growths <= state.phase + 1:
+        yield f"built {state.growths} networks by phase {state.phase}"
+    layers = tuple(map(len, state.gated))
+    if not (1 <= sum(layers) <= depth and layers == tuple(family.split(sum(layers)))):
+        yield f"groups of {layers} layers"
+    known = names(len(recipe.ema.momenta))
+    needed = {name for name in known if name.startswith("top1")}  # earlier versions had no other metric
+    if state.accuracies and not needed <= state.accuracies.keys() <= known:
+        yield f"accuracies named {sorted(state.accuracies)}"
+    if state.best_step > state.step:
+        yield f"its best step, {state.best_step}, after step {state.step}"
+
+
+def _misplaced(state: RunState, plan: Plan) -> Iterator[str]:
+    """Yields what no run of `plan` can have in its state.
+
+    Later checks rely on earlier ones, so only the first item counts.
+    """
+    schedule, choices = plan.schedule, list[Choice]()
+    for number, decision in enumerate(state.decisions):
+        search, until = schedule.phases(choices)[-1], decision.complete_from
+        position = search.position + (search.stop - search.start if schedule.recycle else 0)
+        if not search.searched or state.step < search.stop:
+            yield f"made {number + 1} choices by step {state.step}"
+        if (decision.stage, set(decision.candidates)) != (search.stage, set(search.candidates)):
+            yield f"searched {', '.join(map(str, decision.candidates))} for stage {decision.stage}"
+        if decision.chosen not in decision.candidates:
+            yield f"chosen {decision.chosen} without having searched it"
+        if (until is None) != (schedule.budget is None) or not (until is None or position <= until <= schedule.steps):
+            yield f"a choice after which the complete model trains from step {until} on"
+        choices.append(decision.choice)
+    phases = schedule.phases(choices)
+    if state.phase >= len(phases):
+        yield f"phase {state.phase}, but {len(phases)}"
+    phase, measured = phases[state.phase], state.measured
+    if not phase.start <= state.step <= phase.stop:
+        yield f"step {state.step} in phase {state.phase}"
+    if sum(map(len, state.gated)) != phase.network.depth:
+        yield f"{sum(map(len, state.gated))} layers in phase {state.phase}, but {phase.network.depth}"
+    times = plan.recipe.search.measurements if phase.searched else 0
+    if len(measured) > times or any(losses.keys() != set(phase.candidates) for losses in measured):
+        yield f"such measurements in phase {state.phase}"
+    if state.errors.keys() != (set(phase.candidates) if measured else set()):
+        yield f"such errors of measurements in phase {state.phase}"
+    if not state.step_seconds.keys() <= set(phase.candidates):
+        yield f"step times of unknown Subnets in phase {state.phase}"
+    undecided = phases[-1].searched and phases[-1].stop <= state.step
+    possible = ["measurement", "choice"] if phase.searched else ["evaluation"]
+    if state.pending != [task for task in possible if task in state.pending]:
+        yield f"{', '.join(state.pending)[:100]!r} pending in phase {state.phase}"
+    if undecided != ("choice" in state.pending) or (undecided and not measured and "measurement" not in state.pending):
+        yield f"its search of stage {phases[-1].stage} in such a state"
+    if state.step == phases[-1].stop and not undecided and not state.pending and not state.accuracies:
+        yield "reached its end without an evaluation"

@@ -1,0 +1,103 @@
+"""Builds shards from a CSV file of image paths and labels. The images' bytes stay unchanged.
+
+path,label,split             a header, and a row for each image; paths are relative to the CSV file's folder
+photos/1.jpg,cat,train       labels are names of classes; classes are numbered in sorted order
+photos/2.jpg,dog,val         without the column `split`, a part drawn by seed becomes the validation split
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from scaleprog.data.manifest import Manifest
+from scaleprog.errors import DataError
+from scaleprog.files.atomic import read_text
+from shards.build import SPLITS, finished
+from shards.build import build as build_shards
+from shards.image_files import Image, cut, fingerprint, shuffled, split_off
+from shards.pool import listed
+
+MOST_BYTES = 2**30
+"""The largest CSV file that is read, in bytes."""
+
+
+def build(
+    src: Path,
+    out: Path,
+    *,
+    samples_per_shard: int = 1000,
+    seed: int = 0,
+    val_fraction: float = 0.1,
+    workers: int | None = None,
+) -> Manifest:
+    """Builds the shards in `out` from the images named in the rows of `src`. Shuffles each split once.
+
+    Args:
+        src: the CSV file.
+        out: the folder of the shards.
+        samples_per_shard: the most samples in one shard.
+        seed: seed of the order of the samples.
+        val_fraction: fraction of the images to split off for validation (at least one) if there is no column `split`.
+        workers: number of processes; default: one per CPU.
+
+    Raises:
+        DataError: `src` is not such a file, or names a file that is not an image; `out` holds something else or cannot
+            be written.
+    """
+    if samples_per_shard < 1:
+        raise DataError(f"needed: samples per shard >= 1; got {samples_per_shard}")
+    classes, images = _images_by_split(src, seed, val_fraction)
+    description = {
+        "builder": "csv",
+        "files": fingerprint(src.parent, images),
+        "samples_per_shard": samples_per_shard,
+        "seed": seed,
+        "val_fraction": val_fraction,
+    }
+    if manifest := finished(out, description):
+        return manifest
+    splits = {split: cut(images[split], samples_per_shard) for split in SPLITS}
+    return build_shards(out, classes=classes, splits=splits, source=description, workers=workers)
+
+
+def _images_by_split(src: Path, seed: int, val_fraction: float) -> tuple[list[str], dict[str, list[Image]]]:
+    """The class names, and the images of each split in the order of the shards."""
+    rows = _rows(src)
+    classes = sorted({row["label"] for row in rows})
+    labels = {name: label for label, name in enumerate(classes)}
+    if "split" not in rows[0]:
+        images = [Image(src.parent / row["path"], labels[row["label"]]) for row in rows]
+        return classes, split_off(shuffled(images, [seed, 0]), val_fraction, src)
+    images_of = {
+        split: [Image(src.parent / row["path"], labels[row["label"]]) for row in rows if row["split"] == split]
+        for split in SPLITS
+    }
+    if empty := [split for split in SPLITS if not images_of[split]]:
+        raise DataError(f"{src}: no rows of the split {empty[0]}; add some, or leave the column `split` out")
+    return classes, {split: shuffled(images_of[split], [seed, i]) for i, split in enumerate(SPLITS)}
+
+
+def _rows(src: Path) -> Sequence[dict[str, str]]:
+    """The rows of the file, at least one. Raises DataError with a list of the first invalid rows."""
+    try:
+        lines = read_text(src, MOST_BYTES).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{src}: cannot be read: {error}") from error
+    reader = csv.DictReader(lines, strict=True)
+    try:
+        header, rows = reader.fieldnames or [], list(reader)
+    except csv.Error as error:
+        raise DataError(f"{src}: line {reader.line_num}: {error}") from error
+    if set(header) not in ({"path", "label"}, {"path", "label", "split"}) or len(header) != len(set(header)):
+        raise DataError(
+            f"{src}: the first line must be path,label or path,label,split; it is {','.join(header)[:100]!r}"
+        )
+    problems = []
+    for line, row in enumerate(rows, start=2):
+        if None in row or not all(row.values()):
+            problems.append(f"{src}: row {line} does not have {len(header)} values that are not empty")
+        elif row.get("split", "train") not in SPLITS:
+            problems.append(f"{src}: row {line}: split is {row['split'][:20]!r}, not {' or '.join(SPLITS)}")
+    if problems or not rows:
+        raise DataError(listed(problems) if problems else f"{src}: no rows after the header")
+    return rows

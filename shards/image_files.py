@@ -1,0 +1,122 @@
+"""Image files as samples of shards: shuffled once, cut into shards, and read when the shards are written."""
+
+import hashlib
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from scaleprog.errors import DataError
+from scaleprog.files.atomic import open_regular
+from shards.pool import MAX_LISTED, listed
+from shards.samples import SourceSample, sniff
+
+MOST_BYTES = 2**28
+"""The largest image file that is read, in bytes."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image file and its class index."""
+
+    path: Path
+    label: int
+
+
+@dataclass(frozen=True)
+class Files:
+    """The samples of one shard. Iterating reads each image file as its sample is written."""
+
+    first: int
+    """Place of the first image in the split."""
+    images: Sequence[Image]
+
+    def __iter__(self) -> Iterator[SourceSample]:
+        """Raises DataError at the end if any files are not images, so that the error lists them all."""
+        problems = []
+        for place, image in enumerate(self.images, start=self.first):
+            try:
+                with open_regular(image.path) as file:
+                    content = file.read(MOST_BYTES + 1)
+            except OSError as error:
+                problems.append(f"{image.path}: cannot be read: {error.strerror}")
+                continue
+            if len(content) > MOST_BYTES:
+                problems.append(f"{image.path}: more than {MOST_BYTES} bytes; remove or replace it")
+                continue
+            kind = sniff(content)
+            if kind is None:
+                problems.append(
+                    f"{image.path}: no JPEG, PNG or WebP image ({len(content)} bytes); remove or replace it"
+                )
+                continue
+            stem = re.sub(r"[^A-Za-z0-9_-]", "_", image.path.stem)[:80]
+            yield SourceSample(f"{place:08d}-{stem}", _content_extension(image.path, kind), content, image.label)
+        if problems:
+            raise DataError(listed(problems))
+
+
+def shuffled(images: Sequence[Image], seed: Sequence[int]) -> list[Image]:
+    """The images in the order that `seed` draws."""
+    order = np.random.default_rng(seed).permutation(len(images))
+    return [images[index] for index in order]
+
+
+def split_off(images: Sequence[Image], fraction: float, where: Path) -> dict[str, list[Image]]:
+    """Splits off the first `fraction` of the images, at least one, for validation.
+
+    `where` names the source of the images in error messages.
+
+    Raises:
+        DataError: `fraction` is out of range, or no images are left for training.
+    """
+    if not 0 < fraction < 1:
+        raise DataError(f"needed: 0 < val fraction < 1; got {fraction}")
+    count = max(1, round(fraction * len(images)))
+    if count >= len(images):
+        raise DataError(f"{where}: {len(images)} images are too few to split off {count} for validation; add images")
+    return {"train": list(images[count:]), "val": list(images[:count])}
+
+
+def cut(images: Sequence[Image], samples_per_shard: int) -> list[Files]:
+    """The shards of one split: as few as `samples_per_shard` allows, of sizes as even as possible."""
+    shards = math.ceil(len(images) / samples_per_shard)
+    edges = [len(images) * index // shards for index in range(shards + 1)]
+    return [Files(begin, images[begin:end]) for begin, end in pairwise(edges)]
+
+
+def fingerprint(src: Path, images: dict[str, list[Image]]) -> str:
+    """A SHA-256 digest of the files' paths relative to `src`, their sizes, and their splits, in hexadecimal.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for split, content in images.items():
+        for image in content:
+            try:
+                size = image.path.stat().st_size
+            except OSError as error:
+                raise DataError(f"{image.path}: cannot be read: {error.strerror}; remove or replace it") from error
+            digest.update(os.fsencode(f"{split}\0{os.path.relpath(image.path, src)}\0{size}\0"))
+    return digest.hexdigest()
+
+
+def extension_of(path: Path) -> str:
+    return path.suffix.lower().lstrip(".")
+
+
+def _content_extension(path: Path, kind: str) -> str:
+    """The extension of the file, or `kind` if the content is of another format: ImageNet has a PNG named .JPEG."""
+    named = extension_of(path)
+    return named if named.replace("jpeg", "jpg") == kind else kind
+
+
+def some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more

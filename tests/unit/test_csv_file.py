@@ -1,0 +1,83 @@
+"""Shards of the images that a CSV file names."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from scaleprog.errors import DataError
+from shards.csv_file import build
+from shards.samples import read_label, read_members
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twelve images of different brightness, and no CSV file yet."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(12):
+        cv2.imwrite(str(folder / f"{i}.png"), np.full((4, 4), 20 * i, np.uint8))
+    return tmp_path
+
+
+def write(folder: Path, *rows: str) -> Path:
+    path = folder / "list.csv"
+    path.write_text("".join(f"{row}\n" for row in rows))
+    return path
+
+
+def labels(out: Path, split: str) -> dict[str, int]:
+    """The label of each image by the number in its file's name."""
+    members = (pair for path in sorted(out.glob(f"{split}-*.tar")) for pair in read_members(path))
+    return {key.rpartition("-")[2]: read_label(files) for key, files in members}
+
+
+def test_rows_become_samples_of_their_split(photos: Path) -> None:
+    rows = [f"photos/{i}.png,{'dog' if i % 2 else 'cat'},{'val' if i > 8 else 'train'}" for i in range(12)]
+    manifest = build(write(photos, "path,label,split", *rows), photos / "out", samples_per_shard=5)
+    assert manifest.classes == ("cat", "dog")
+    assert [len(manifest.splits[split]) for split in ("train", "val")] == [2, 1]
+    assert labels(photos / "out", "train") == {str(i): i % 2 for i in range(9)}
+    assert labels(photos / "out", "val") == {str(i): i % 2 for i in range(9, 12)}
+
+
+def test_a_part_is_split_off_by_seed_and_built_once(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(photos, "label,path", *(f'"a, {i % 3}",{photos}/photos/{i}.png' for i in range(12)))
+    first = build(source, photos / "out", val_fraction=0.25, seed=3)
+    assert first.classes == ("a, 0", "a, 1", "a, 2")
+    assert len(labels(photos / "out", "val")) == 3
+    assert len(labels(photos / "out", "train")) == 9
+    assert build(source, photos / "out", val_fraction=0.25, seed=3) == first
+    assert "already built" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"holds shards of another build .*seed 3 there, 4 asked for"):
+        build(source, photos / "out", val_fraction=0.25, seed=4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "the first line must be path,label or path,label,split; it is ''"),
+        (["file,class", "a,b"], "the first line must be .* it is 'file,class'"),
+        (["path,label"], "no rows after the header"),
+        (["path,label", "photos/1.png"], "row 2 does not have 2 values"),
+        (["path,label", "photos/1.png,"], "row 2 does not have 2 values"),
+        (["path,label", "photos/1.png,a,b"], "row 2 does not have 2 values"),
+        (["path,label,split", "photos/1.png,a,test"], "row 2: split is 'test', not train or val"),
+        (["path,label,split", "photos/1.png,a,train"], "no rows of the split val"),
+        (["path,label", "photos/1.png,a"], "1 images are too few to split off 1"),
+        (["path,label", "photos/1.png,a", "photos/99.png,b"], "photos/99.png: cannot be read"),
+        (["path,label", "photos/1.png,a", '"photos/2.png,b'], "line"),
+        (["path,label", "photos/1.png,a", "list.csv,b"], "list.csv: no JPEG, PNG or WebP image"),
+    ],
+)
+def test_what_cannot_be_is_named(rows: list[str], message: str, photos: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        build(write(photos, *rows), photos / "out", workers=1)
+    assert not list(photos.glob("out/*.tar"))
+
+
+def test_a_file_that_is_no_text(photos: Path) -> None:
+    (photos / "list.csv").write_bytes(b"path,label\n\xff\xfe,a\n")
+    with pytest.raises(DataError, match=r"list\.csv: cannot be read"):
+        build(photos / "list.csv", photos / "out")

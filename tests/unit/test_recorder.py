@@ -1,0 +1,214 @@
+"""The record of a run: events of all ranks in one file, steps once each, curves of every rank."""
+
+import json
+import multiprocessing
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from scaleprog.ranks.coordinator import Coordinator
+from scaleprog.rundir.recorder import ProgressLine, Recorder, StepTimer, read_rows
+from tests.compare import curves, samples
+
+
+class Rank:
+    """A coordinator whose other ranks agree with whatever this one says."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+
+    def mean(self, values: list[float]) -> list[float]:
+        return values
+
+
+def recorder(run: Path, rank: int = 0, world: int = 1, generation: int = 1, step: int = 0) -> Recorder:
+    return Recorder(run, cast(Coordinator, Rank(rank, world)), generation, step, log_every=2)
+
+
+def train(record: Recorder, *numbers: int) -> None:
+    for step in numbers:
+        timer = StepTimer(torch.device("cpu"))
+        timer.stop()
+        row: dict[str, Any] = {"step": step, "phase": "train", "images": 8, "data_wait_seconds": 0.25, "lr": 0.1}
+        record.step(row, torch.tensor(float(step)), torch.tensor(1.0), timer)
+    record.flush()
+
+
+def steps(folder: Path) -> dict[str, list[int]]:
+    """The steps of every curve as TensorBoard shows them."""
+    return {tag: [step for step, _ in points] for tag, points in curves(folder).items()}
+
+
+def test_what_happens_to_one_rank_is_told_by_that_rank_and_the_rest_once(tmp_path: Path) -> None:
+    for rank in range(3):
+        record = recorder(tmp_path, rank, world=3, generation=7)
+        record.event("growth", step=4)
+        record.own_event("signal", signal="SIGTERM")
+        record.close()
+    rows = read_rows(tmp_path / "events.jsonl")
+    assert [(row["event"], row.get("rank")) for row in rows] == [
+        ("growth", None), ("signal", 0), ("signal", 1), ("signal", 2)
+    ]  # fmt: skip
+    assert {row["generation"] for row in rows} == {7}
+
+
+def shout(run: Path, rank: int) -> None:
+    record = recorder(run, rank, world=4)
+    for number in range(200):
+        record.own_event("signal", number=number, padding="x" * (number % 50) * rank)
+
+
+def test_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
+    processes = [multiprocessing.get_context("fork").Process(target=shout, args=(tmp_path, rank)) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    told = sorted((row["rank"], row["number"]) for row in map(json.loads, lines))
+    assert told == [(rank, number) for rank in range(4) for number in range(200)]
+
+
+def test_a_line_that_was_cut_off_costs_only_itself(tmp_path: Path) -> None:
+    whole = '{"time": 1.0, "event": "start", "step": 0}\n'
+    (tmp_path / "events.jsonl").write_text(whole + '{"time": 2.0, "eve')
+    record = recorder(tmp_path)
+    record.event("checkpoint", step=3)
+    record.close()
+    assert [row["event"] for row in read_rows(tmp_path / "events.jsonl")] == ["start", "checkpoint"]
+
+
+def test_what_a_restart_has_lost(tmp_path: Path) -> None:
+    record = recorder(tmp_path)
+    assert record.lost == {"repeated_steps": 0}
+    train(record, *range(1, 8))
+    record.evaluation(6, {"top1": 50.0})
+    record.close()
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    lost = [row for row in rows if row["step"] > 4 and "loss" in row]
+    again = recorder(tmp_path, step=4, generation=2)
+    assert again.lost == {
+        "repeated_steps": 3,
+        "repeated_seconds": pytest.approx(sum(row["step_seconds"] + 0.25 for row in lost)),
+        "repeated_since": pytest.approx(lost[0]["time"] - lost[0]["step_seconds"] - 0.25),
+        "repeated_until": lost[-1]["time"],
+    }
+    again.close()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_curves_of_every_rank_go_on_without_doubled_points(tmp_path: Path) -> None:
+    board = tmp_path / "tensorboard"
+    first = [recorder(tmp_path, rank, world=2) for rank in range(2)]
+    for record in first:
+        train(record, *range(1, 9))
+        record.sync()  # and never closed: it was killed
+    assert steps(board / "rank_1") == {"rank/step_seconds": [2, 4, 6, 8], "rank/data_wait_seconds": [2, 4, 6, 8]}
+    for rank in range(2):
+        record = recorder(tmp_path, rank, world=2, generation=2, step=5)
+        train(record, *range(6, 11))
+        record.close()
+    for rank in range(2):
+        points = steps(board / f"rank_{rank}")
+        assert points == {"rank/step_seconds": [2, 4, 6, 8, 10], "rank/data_wait_seconds": [2, 4, 6, 8, 10]}
+    assert steps(board)["train/loss"] == [2, 4, 6, 8, 10]
+    assert not {"train/time", "train/images", "train/phase", "train/step"} & steps(board).keys()
+    alone = recorder(tmp_path, generation=3, step=7)  # the second rank is gone
+    alone.close()
+    for folder in (board, board / "rank_0", board / "rank_1"):
+        assert {tuple(points) for points in steps(folder).values()} == {(2, 4, 6)}
+
+
+def test_the_samples_of_a_step_trained_again_on_fewer_ranks_count_once(tmp_path: Path) -> None:
+    starts = [(2, range(1, 6)), (1, range(4, 8)), (3, range(6, 8))]  # ranks, steps; a crash ends all but the last
+    for generation, (world, trained) in enumerate(starts, start=1):
+        for rank in range(world):
+            record = recorder(tmp_path, rank, world, generation, trained[0] - 1)
+            for step in trained:
+                record.samples(step, [100 * generation + 10 * step + rank])
+            record.close()
+    assert samples(tmp_path) == {
+        1: [110, 111], 2: [120, 121], 3: [130, 131], 4: [240], 5: [250], 6: [360, 361, 362], 7: [370, 371, 372]
+    }  # fmt: skip
+
+
+@contextmanager
+def full_beyond(size: int) -> Iterator[None]:
+    """Inside, no file can grow beyond `size` bytes: the kernel takes what fits and refuses the rest."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def board_size(folder: Path) -> int:
+    return max(file.stat().st_size for file in folder.glob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("half_a_record", [0, 30])
+def test_a_full_disk_stops_no_step_and_costs_no_point(
+    half_a_record: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    board = tmp_path / "tensorboard"
+    record = recorder(tmp_path, world=2)
+    train(record, *range(1, 5))
+    record.sync()
+    with full_beyond(min(map(board_size, (board, board / "rank_0"))) + half_a_record):
+        for step in range(5, 9):
+            train(record, step)
+            record.samples(step, list(range(100)))
+            record.event("checkpoint_failed", step=step)
+            record.sync()
+        record.curve(8, "search", {"loss_r32_l4": 1.5})
+        record.evaluation(8, {"top1": 50.0})
+        record.sync()
+        assert set(steps(board)["train/loss"]) == {2, 4}, "it is full"
+    told = capsys.readouterr().err
+    assert told.count("events.out.tfevents") == 2, "each board says so, once"
+    assert "kept for later" in told
+    train(record, 9, 10)
+    record.close()
+    assert steps(board)["train/loss"] == [2, 4, 6, 8, 10]
+    assert steps(board)["search/loss_r32_l4"] == steps(board)["evaluation/top1"] == [8]
+    assert steps(board / "rank_0")["rank/step_seconds"] == [2, 4, 6, 8, 10]
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
+    assert [row["step"] for row in read_rows(tmp_path / "samples-0.jsonl")] == [5, 6, 7, 8]
+    assert [row["step"] for row in read_rows(tmp_path / "events.jsonl")] == [5, 6, 7, 8]
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_refused_to_the_end_is_lost_aloud_and_drawn_by_the_next_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = recorder(tmp_path)
+    train(record, *range(1, 5))
+    with full_beyond(board_size(tmp_path / "tensorboard") + 30):
+        train(record, *range(5, 9))
+        record.close()
+    assert "ARE LOST" in capsys.readouterr().err
+    again = recorder(tmp_path, step=4, generation=2)
+    train(again, *range(5, 9))
+    again.close()
+    assert steps(tmp_path / "tensorboard")["train/loss"] == [2, 4, 6, 8]
+
+
+def test_a_log_on_a_full_disk_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = open("/dev/full", "w")  # noqa: SIM115  # closing it would raise, too
+    monkeypatch.setattr(sys, "stderr", log)
+    ProgressLine(total=8, step=0, enabled=True).say("NO CHECKPOINT of step 4")
+    record = recorder(tmp_path)
+    train(record, *range(1, 5))
+    with full_beyond(board_size(tmp_path / "tensorboard")):
+        train(record, *range(5, 9))
+    record.close()
+    with pytest.raises(OSError, match="No space left"):
+        log.close()

@@ -1,0 +1,138 @@
+"""What Slurm says about a job."""
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scaleprog.errors import ScaleprogError
+from scaleprog.ranks.stop import deadline
+from scaleprog.rundir import slurm_queue
+from scaleprog.rundir.slurm_queue import Job
+from tests.unit.fake_slurm import FakeSlurm
+
+
+def test_a_job_as_scontrol_shows_it(fake: FakeSlurm) -> None:
+    assert slurm_queue.find("7") == Job("7", "scaleprog-a b", "RUNNING", nodes="node[0-1]")
+    fake.show(state="SIGNALING", restarts=2, preempt="1795468837", end="1795468900")
+    job = slurm_queue.find("7")
+    assert job is not None
+    assert (job.state, job.restarts, job.preempted, job.end, job.over) == ("RUNNING", 2, True, 1795468900.0, False)
+    for code, known in (("2:0", 2), ("0:9", 137)):
+        fake.show(state="FAILED", code=code)
+        job = slurm_queue.find("7")
+        assert job is not None
+        assert (job.over, job.exit_code) == (True, known)
+
+
+def test_a_job_that_slurm_has_forgotten(fake: FakeSlurm) -> None:
+    fake.command("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    fake.command("sacct", "echo 'scaleprog-a b|CANCELLED by 0|0:15|node0'")
+    assert slurm_queue.find("7") == Job("7", "scaleprog-a b", "CANCELLED", nodes="node0", exit_code=143)
+    fake.command("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    assert slurm_queue.find("7") is None
+
+
+def test_no_answer(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.command("scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(slurm_queue.NoAnswer, match="Unable to contact slurm controller"):
+        slurm_queue.find("7")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(slurm_queue.NoAnswer, match="scontrol is not there"):
+        slurm_queue.find("7")
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "names"),
+    [
+        ("node0", ["node0"]),
+        ("node[0-1]", ["node0", "node1"]),
+        ("gpu[08-10,12],login", ["gpu08", "gpu09", "gpu10", "gpu12", "login"]),
+        ("a-b[1-2]-c,x.y", ["a-b1-c", "a-b2-c", "x.y"]),
+        ("r[1-2]n[3-4]", ["r1n3", "r1n4", "r2n3", "r2n4"]),
+    ],
+)
+def test_hosts(nodelist: str, names: list[str]) -> None:
+    assert slurm_queue.hosts(nodelist) == names
+
+
+GARBLED = {
+    "not UTF-8": r"printf '\377\376\033[2J\n'", "nothing": "true", "an empty line": "echo",
+    "cut off": "printf 'JobId=7 JobState=RUN'", "no state": "echo 'JobId=7 JobName=x UserId=y'",
+    "another state": "echo 'JobId=7 JobState=running;rm'", "endless": r"yes JobId=7 | tr -d '\n'",
+    "no number of restarts": "echo 'JobId=7 JobState=RUNNING Restarts=many'", "both endless": "yes & yes >&2",
+    "silence": "sleep 1000", "silence of another": "sleep 1000 & disown; exit 1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", GARBLED.values(), ids=GARBLED)
+def test_answers_that_are_none(answer: str, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm_queue, "ANSWER_SECONDS", 1.0)
+    for command in ("scontrol", "sacct", "scancel"):
+        fake.command(command, answer)
+    began = time.monotonic()
+    with pytest.raises(slurm_queue.NoAnswer) as told:
+        slurm_queue.find("7")
+    assert str(told.value).isprintable()
+    fake.command("scontrol", "echo 'Invalid job id specified' >&2; exit 1")
+    assert slurm_queue.find("7") is None
+    assert time.monotonic() - began < 10
+
+
+def test_a_command_that_leaves_something_behind_is_heard(fake: FakeSlurm) -> None:
+    fake.command("scontrol", f"cat {fake.folder}/shown; sleep 9 & disown")
+    began = time.monotonic()
+    job = slurm_queue.find("7")
+    assert job is not None
+    assert job.state == "RUNNING"
+    assert time.monotonic() - began < 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "known"),
+    [
+        ({"end": "9" * 400}, {"end": None}), ({"end": "-5"}, {"end": None}), ({"end": "²"}, {"end": None}),
+        ({"code": "x:y"}, {"exit_code": 0}), ({"code": "9" * 5000}, {"exit_code": 0}), ({"code": ""}, {"exit_code": 0}),
+        ({"preempt": "soon"}, {"preempted": False}), ({"reason": "\x1b[2J"}, {"state": "RUNNING"}),
+    ],
+)  # fmt: skip
+def test_values_that_are_none(fields: dict[str, str], known: dict[str, object], fake: FakeSlurm) -> None:
+    fake.show(**fields)
+    job = slurm_queue.find("7")
+    assert known.items() <= vars(job).items()
+
+
+@pytest.mark.parametrize("job", ["--all", "-u root", "7;id", "", "7 8", "9" * 40, "７", "7\n"])
+def test_nothing_but_an_id_reaches_slurm(job: str, fake: FakeSlurm) -> None:
+    for ask in (slurm_queue.find, slurm_queue.cancel, slurm_queue.requeue):
+        with pytest.raises(slurm_queue.NoAnswer, match="is not the number of a Slurm job"):
+            ask(job)
+    assert [fake.calls(name) for name in ("scontrol", "scancel", "sacct")] == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    "nodelist",
+    ["", "n[0-99999999999]", "n[1-9]" * 40, "n[a-b]", "n[", "n[]", "n[1--2]", "n[9-1]", "[" * 10_000, "n[1-2" * 5000,
+     f"n[{'0' * 5000}-1]", "n[²-3]"],
+)  # fmt: skip
+def test_lists_that_are_none(nodelist: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ScaleprogError, match="is no list of nodes"):
+        slurm_queue.hosts(nodelist)
+    assert time.monotonic() - began < 5
+
+
+@given(st.text(max_size=30) | st.text(st.sampled_from("n[]-,0123456789"), max_size=20))
+def test_any_list_is_one_or_said_to_be_none(nodelist: str) -> None:
+    try:
+        names = slurm_queue.hosts(nodelist)
+    except ScaleprogError as error:
+        assert "is no list of nodes" in str(error)  # noqa: PT017
+    else:
+        assert 1 <= len(names) <= slurm_queue.MOST_HOSTS
+
+
+@pytest.mark.parametrize("end", ["²", "9" * 400, "-1", "nan", "", "soon"])
+def test_a_time_limit_that_is_none(end: str) -> None:
+    assert deadline({"SLURM_JOB_END_TIME": end}) is None
