@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from benchmarks.figures import draw_frontier
 from benchmarks.search_lab import Case, Record, Records, Trial, attempt
 from scaleprog.planning.plan import steps_per_epoch
 from scaleprog.recipe import Recipe
-from scaleprog.reporting.figures import draw_frontier
 
 ORIGINAL, SAME_COST = "Original", "Original at the same cost"
 SAMPLES, INTERVAL = 10_000, (5, 95)

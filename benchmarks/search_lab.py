@@ -38,9 +38,10 @@ from typing import Any
 
 import yaml
 
+from benchmarks.figures import draw_cloud
 from scaleprog.errors import ScaleprogError
 from scaleprog.recipe import Recipe
-from scaleprog.reporting.figures import COST, Curve, draw_accuracy, draw_cloud, draw_schedules, draw_searches
+from scaleprog.reporting.figures import COST, Curve, draw_accuracy, draw_schedules, draw_searches
 from scaleprog.reporting.report import RunRecord as Told
 from scaleprog.reporting.report import read_run
 from scaleprog.reporting.timeline import still_told

@@ -11,7 +11,7 @@ from scaleprog.ranks.coordinator import process_group
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.recorder import read_rows
 from scaleprog.rundir.state import RunState
-from scaleprog.rundir.storage import committed, read_state
+from scaleprog.rundir.storage import committed, read_manifest
 from scaleprog.training.process import load_network, make_backend
 
 CLOCK = (  # differ by nature
@@ -42,7 +42,7 @@ def differences(recipe: Recipe, folder: Path, reference: Path) -> list[str]:
 def final_tensors(folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
     """Every tensor of a run's newest checkpoint, whole: weights, EMAs, moments."""
     newest = committed(folder / "checkpoints")[-1]
-    state = RunState.from_json(read_state(newest))
+    state = RunState.from_json(read_manifest(newest).state)
     with process_group() as (_, device):
         backend = make_backend("replicated", recipe, resolve_family(recipe.model)[0], device)
         load_network(newest, state, backend, may_skip_layers=False)
@@ -51,7 +51,7 @@ def final_tensors(folder: Path, recipe: Recipe) -> dict[str, torch.Tensor]:
 
 def final_state(folder: Path) -> dict[str, Any]:
     """The state of a run's newest checkpoint, without what differs by nature."""
-    state = read_state(committed(folder / "checkpoints")[-1])
+    state = read_manifest(committed(folder / "checkpoints")[-1]).state
     return {key: value for key, value in state.items() if not key.endswith("seconds")}
 
 

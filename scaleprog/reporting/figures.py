@@ -24,9 +24,9 @@ from scaleprog.reporting.timeline import Mark, Timeline, queued_from, span, when
 
 T = TypeVar("T")
 # Okabe and Ito's colors: people with any common kind of color blindness can tell them apart
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X")
-BLUE, VERMILION, GREEN, ORANGE, BLACK = (COLOURS[i] for i in (0, 1, 2, 4, 6))
+BLUE, VERMILION, GREEN, ORANGE, BLACK = (COLORS[i] for i in (0, 1, 2, 4, 6))
 MARKS = {  # kind of mark in a timeline -> marker, color, text for the legend
     "checkpoint": ("|", BLUE, "checkpoint"), "checkpoint_failed": ("X", ORANGE, "checkpoint failed"),
     "growth": ("^", GREEN, "growth"), "choice": ("D", BLACK, "choice of the search"), "signal": ("v", ORANGE, "signal"),
@@ -95,25 +95,25 @@ def draw_accuracy(path: Path, curves: Sequence[Curve], spent: str = "training ti
     recipes = list(dict.fromkeys(curve.recipe for curve in curves))
     for i, recipe in enumerate(recipes):
         members = [curve for curve in curves if curve.recipe == recipe]
-        colour, marker, line = COLOURS[i % 7], MARKERS[i % 7], LINES[i // 7 % len(LINES)]
+        color, marker, line = COLORS[i % 7], MARKERS[i % 7], LINES[i // 7 % len(LINES)]
         for curve in members:
             seen = _some(list(zip(curve.seconds, curve.top1)))
-            axes[0].plot(*np.reshape(seen, (-1, 2)).T, line, color=colour, linewidth=1.2 if len(members) > 1 else 1.8)
+            axes[0].plot(*np.reshape(seen, (-1, 2)).T, line, color=color, linewidth=1.2 if len(members) > 1 else 1.8)
             if curve.top1:
                 begins = _some(curve.begins)
                 heights = np.interp(begins, curve.seconds, curve.top1)
-                axes[0].plot(begins, heights, "|", color=colour, markersize=11, markeredgewidth=1.6)
+                axes[0].plot(begins, heights, "|", color=color, markersize=11, markeredgewidth=1.6)
                 if not curve.finished:
                     axes[0].plot(
-                        curve.seconds[-1], curve.top1[-1], marker, color=colour, markerfacecolor="white", zorder=4
+                        curve.seconds[-1], curve.top1[-1], marker, color=color, markerfacecolor="white", zorder=4
                     )
-        _ends(axes, [(c.seconds[-1], c.top1[-1]) for c in members if c.finished and c.top1], colour, marker)
+        _ends(axes, [(c.seconds[-1], c.top1[-1]) for c in members if c.finished and c.top1], color, marker)
         unfinished = sum(not curve.finished for curve in members)
         notes = [f"{len(members)} seeds"] * (len(members) > 1) + [
             f"{unfinished} unfinished" if len(members) > 1 else "unfinished"
         ] * (unfinished > 0)
         label = f"{as_label(recipe)} ({', '.join(notes)})" if notes else as_label(recipe)
-        axes[0].plot([], [], line + marker, color=colour, markeredgecolor="white", markersize=8, label=label)
+        axes[0].plot([], [], line + marker, color=color, markeredgecolor="white", markersize=8, label=label)
     if any(curve.begins for curve in curves):
         axes[0].plot([], [], "|", color="#555555", markersize=11, markeredgewidth=1.6, label="a stage begins")
     axes[0].set(xlabel=spent, ylabel="top-1 (%), better of online and EMA", xlim=(0, None))
@@ -123,10 +123,10 @@ def draw_accuracy(path: Path, curves: Sequence[Curve], spent: str = "training ti
         axes[1].xaxis.set_major_locator(MaxNLocator(4))
     columns = 3 if max(map(len, recipes), default=0) > LONG else 4
     figure.legend(loc="outside lower center", ncols=min(len(recipes) + 1, columns))
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Writes a picture, at a lower resolution if it would be too tall to draw."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # glyphs that the font lacks, labels that leave no room
@@ -139,17 +139,17 @@ def _some(points: Sequence[T]) -> Sequence[T]:
     return points if step < 2 else [*points[:-1:step], points[-1]]
 
 
-def _ends(axes: Sequence[Axes], ends: Sequence[tuple[float, float]], colour: str, marker: str) -> None:
+def _ends(axes: Sequence[Axes], ends: Sequence[tuple[float, float]], color: str, marker: str) -> None:
     """Marks the mean of a recipe's ends in all axes. The magnified panel also shows each end and the deviations."""
     if not ends:
         return
     seconds, top1 = zip(*ends)
     for axis in axes:
-        axis.plot(mean(seconds), mean(top1), marker, color=colour, markersize=8, markeredgecolor="white", zorder=4)
+        axis.plot(mean(seconds), mean(top1), marker, color=color, markersize=8, markeredgecolor="white", zorder=4)
     if len(ends) > 1:
-        axes[1].plot(seconds, top1, ".", color=colour, markersize=5, alpha=0.6)
+        axes[1].plot(seconds, top1, ".", color=color, markersize=5, alpha=0.6)
         axes[1].errorbar(
-            mean(seconds), mean(top1), xerr=stdev(seconds), yerr=stdev(top1), color=colour, linewidth=1.1, capsize=2
+            mean(seconds), mean(top1), xerr=stdev(seconds), yerr=stdev(top1), color=color, linewidth=1.1, capsize=2
         )
 
 
@@ -179,7 +179,7 @@ def draw_schedules(path: Path, timelines: Sequence[tuple[str, Sequence[Segment]]
                 bbox={"facecolor": shade, "edgecolor": "none", "pad": 1.5},
             )  # fmt: skip
     axes.set(xlabel="optimizer steps", xlim=(0, last), ylim=(0.05 - len(timelines) + 0.9, 1))
-    axes.set_title("height: depth in layers; colour: resolution", loc="left", fontsize=9, color="#555555")
+    axes.set_title("height: depth in layers; color: resolution", loc="left", fontsize=9, color="#555555")
     axes.set_yticks([0.4 - row for row in range(len(timelines))], [label for label, _ in timelines])
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -187,7 +187,7 @@ def draw_schedules(path: Path, timelines: Sequence[tuple[str, Sequence[Segment]]
     legend = [Patch(color=shade, label=f"{resolution} px") for resolution, shade in _some_shades(shades)]
     legend.append(Patch(facecolor="#999999", hatch="////", label="supernet"))
     figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 7), handlelength=1.4)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _shades(resolutions: Sequence[int]) -> dict[int, Any]:
@@ -224,13 +224,13 @@ def draw_searches(path: Path, searches: Mapping[str, Sequence[Search]]) -> None:
     for (run, stages), block in zip(searches.items(), blocks, strict=True):
         block.suptitle(as_label(run), fontweight="bold", fontsize=11)
         _draw_run(block, stages[-columns:], max(columns, 2))
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_run(block: SubFigure, stages: Sequence[Search], columns: int) -> None:
     grid = block.subplots(2, columns, squeeze=False, height_ratios=(1, 1.15))
     candidates = {subnet for search in stages for subnet in search.losses}
-    colours = dict(zip(sorted({s.resolution for s in candidates}), cycle(COLOURS)))
+    colors = dict(zip(sorted({s.resolution for s in candidates}), cycle(COLORS)))
     markers = dict(zip(sorted({s.depth for s in candidates}), cycle(MARKERS)))
     for search, (above, below) in zip(stages, grid.T):
         decision = search.decision
@@ -239,7 +239,7 @@ def _draw_run(block: SubFigure, stages: Sequence[Search], columns: int) -> None:
         for subnet, losses in search.losses.items():
             chosen = decision is not None and subnet == decision.chosen
             above.plot(
-                _some(search.steps), _some(losses), color=colours[subnet.resolution], marker=markers[subnet.depth],
+                _some(search.steps), _some(losses), color=colors[subnet.resolution], marker=markers[subnet.depth],
                 markersize=5, linewidth=2.6 if chosen else 1.0, zorder=3 if chosen else 2, markeredgecolor="white",
             )  # fmt: skip
         above.set_xlabel("step")
@@ -250,10 +250,10 @@ def _draw_run(block: SubFigure, stages: Sequence[Search], columns: int) -> None:
         for row, (subnet, score) in enumerate(zip(decision.candidates, decision.scores)):
             if score is None:
                 continue
-            colour, marker = colours.get(subnet.resolution, "black"), markers.get(subnet.depth, "o")
+            color, marker = colors.get(subnet.resolution, "black"), markers.get(subnet.depth, "o")
             if subnet == decision.chosen:
                 below.plot(score, row, "o", markersize=15, markerfacecolor="none", color="black", markeredgewidth=1.4)
-            below.plot(score, row, marker, color=colour, markersize=7)
+            below.plot(score, row, marker, color=color, markersize=7)
         labels = [f"{s.resolution} px x {s.depth}" for s in decision.candidates]
         below.set_yticks(range(len(labels)), labels, fontsize=8)
         below.get_yticklabels()[decision.candidates.index(decision.chosen)].set_fontweight("bold")
@@ -282,8 +282,8 @@ def draw_timelines(path: Path, timelines: Sequence[Timeline]) -> None:
         _draw_timeline(above, below, timeline, shades)
     used = {mark.kind for timeline in timelines for mark in timeline.marks}
     legend: list[Any] = [
-        Line2D([], [], linestyle="", marker=marker, color=colour, markersize=8, label=words)
-        for kind, (marker, colour, words) in MARKS.items() if kind in used
+        Line2D([], [], linestyle="", marker=marker, color=color, markersize=8, label=words)
+        for kind, (marker, color, words) in MARKS.items() if kind in used
     ]  # fmt: skip
     if any(timeline.lost for timeline in timelines):
         legend.append(Line2D([], [], linestyle=":", color=VERMILION, linewidth=2, label="lost, trained again"))
@@ -291,7 +291,7 @@ def draw_timelines(path: Path, timelines: Sequence[Timeline]) -> None:
     legend.append(Patch(facecolor="#999999", hatch="////", label="supernet"))
     legend.append(Patch(color=STARTING, label="start-up"))
     figure.legend(handles=legend, loc="outside lower center", ncols=5, handlelength=1.4)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_timeline(above: Axes, below: Axes, timeline: Timeline, shades: Mapping[int, Any]) -> None:
@@ -332,9 +332,9 @@ def _draw_timeline(above: Axes, below: Axes, timeline: Timeline, shades: Mapping
     for before, after in pairwise(shown):
         requeued = queued_from(before, after) or after.began
         parts = [(before.end, requeued, "down", DOWN), (requeued, after.began, "in the queue", QUEUE)]
-        for begin, end, what, colour in parts:
+        for begin, end, what, color in parts:
             for axes in (above, below):
-                axes.axvspan(begin / size, end / size, color=colour, linewidth=0, zorder=0)
+                axes.axvspan(begin / size, end / size, color=color, linewidth=0, zorder=0)
             if (end - begin) / size / wall > 0.02:
                 above.text((begin + end) / 2 / size, 0.03, f"{what} {span(end - begin)}", fontsize=8, color="#666666",
                            rotation=90, ha="center", va="bottom", transform=above.get_xaxis_transform())  # fmt: skip
@@ -362,17 +362,17 @@ def _draw_marks(axes: Axes, marks: Sequence[Mark], size: float, wall: float) -> 
     lines can hold. Returns the number of lines used."""
     transform, ends = axes.get_xaxis_transform(), [-1.0] * 3
     for mark in _some(marks):
-        marker, colour, _ = MARKS[mark.kind]
+        marker, color, _ = MARKS[mark.kind]
         x = mark.seconds / size
         if mark.step is not None:
             look = {"markersize": 11, "markeredgewidth": 1.4} if mark.kind == "checkpoint" else {"markersize": 6}
-            axes.plot(x, mark.step, marker, color=colour, zorder=4, **look)
+            axes.plot(x, mark.step, marker, color=color, zorder=4, **look)
         elif mark.kind == "requeue":  # coincides with the end of a start, so it gets another row
-            axes.plot(x, 0.95, marker, color=colour, markersize=5, transform=transform, zorder=5)
+            axes.plot(x, 0.95, marker, color=color, markersize=5, transform=transform, zorder=5)
         else:
             top = mark.kind == "signal"  # on top: the end often follows within the width of a mark
-            axes.axvline(x, color=colour, linewidth=0.8, alpha=0.6, zorder=1)
-            axes.plot(x, 1.05, marker, color=colour, markersize=5 if top else 7.5, markeredgewidth=0,
+            axes.axvline(x, color=color, linewidth=0.8, alpha=0.6, zorder=1)
+            axes.plot(x, 1.05, marker, color=color, markersize=5 if top else 7.5, markeredgewidth=0,
                       transform=transform, clip_on=False, zorder=6 if top else 5)  # fmt: skip
         width = 0.0105 * len(mark.text)
         left = min(max(x / wall - width / 2, 0.0), 1 - width)
@@ -380,39 +380,8 @@ def _draw_marks(axes: Axes, marks: Sequence[Mark], size: float, wall: float) -> 
         if mark.text and level is not None:
             ends[level] = left + width + 0.01
             words = as_label(mark.text)
-            axes.text(left * wall, 1.1 + 0.083 * level, words, color=colour, fontsize=8, transform=transform)
+            axes.text(left * wall, 1.1 + 0.083 * level, words, color=color, fontsize=8, transform=transform)
     return sum(end >= 0 for end in ends)
-
-
-@matplotlib.rc_context(STYLE)
-def draw_cloud(path: Path, points: Sequence[tuple[str, float, float]]) -> None:
-    """Draws top-1 (percent) against cost of many runs, each (group, cost, top-1). A line joins the runs that no other
-    run beats."""
-    figure = Figure(figsize=(WIDTH, 4.6))
-    axes = figure.subplots()
-    for i, group in enumerate(dict.fromkeys(group for group, _, _ in points)):
-        mine = [(cost, top1) for name, cost, top1 in points if name == group]
-        axes.plot(*zip(*mine), MARKERS[i // 7 % len(MARKERS)], color=COLOURS[i % 7], alpha=0.75, markersize=6,
-                  markeredgecolor="white", label=f"{as_label(group)} ({len(mine)})")  # fmt: skip
-    best = [p[1:] for p in points if not any(o[1] <= p[1] and o[2] >= p[2] and o[1:] != p[1:] for o in points)]
-    axes.plot(*zip(*sorted(best)), color="#999999", linewidth=1, zorder=1)
-    axes.set(xlabel=COST, ylabel="top-1 (%), better of online and EMA")
-    figure.legend(loc="outside lower center", ncols=4)
-    _save(figure, path)
-
-
-@matplotlib.rc_context(STYLE)
-def draw_frontier(path: Path, points: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Draws top-1 (percent) against cost on a logarithmic axis. `points`: method -> (cost, top-1) of each run."""
-    figure = Figure(figsize=(WIDTH, 4.2))
-    axes = figure.subplots()
-    for colour, marker, (name, runs) in zip(COLOURS, MARKERS, points.items()):
-        costs, accuracies = zip(*sorted(runs))
-        axes.plot(costs, accuracies, marker, color=colour, alpha=0.6, markersize=5, markeredgecolor="white",
-                  label=as_label(name))  # fmt: skip
-    axes.set(xscale="log", xlabel=COST, ylabel="top-1 (%), better of online and EMA")
-    axes.legend(loc="lower right")
-    _save(figure, path)
 
 
 @matplotlib.rc_context(STYLE)
@@ -421,10 +390,10 @@ def draw_verdict(path: Path, ends: Sequence[tuple[str, float, float]]) -> None:
     figure = Figure(figsize=(WIDTH, 0.9 + 0.62 * len(ends[:BARS])))
     axes = figure.subplots()
     names, seconds, top1 = zip(*ends[:BARS])
-    bars = axes.barh([as_label(name) for name in names], seconds, color=[COLOURS[i % 7] for i in range(len(names))])
+    bars = axes.barh([as_label(name) for name in names], seconds, color=[COLORS[i % 7] for i in range(len(names))])
     axes.bar_label(bars, [f"{a:.1f} % top-1 in {s:.0f} s" for s, a in zip(seconds, top1)], padding=6, fontsize=12)
     axes.invert_yaxis()
     axes.tick_params("y", labelsize=12, length=0)
     axes.set(xlabel="training time (s)", xlim=(0, 1.45 * max(seconds)))
     axes.grid(axis="y", visible=False)
-    _save(figure, path)
+    save(figure, path)

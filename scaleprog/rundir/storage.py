@@ -22,12 +22,12 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-import scaleprog
 from scaleprog.errors import CheckpointError, OtherFormat, OtherRun, Unavailable
 from scaleprog.files.atomic import IN_THE_WAY, open_regular, sync_folder
 from scaleprog.rundir import tensorfile
 from scaleprog.rundir.tensorfile import DTYPES, NAMES, Layout
 from scaleprog.sharding.placement import LocalSlice
+from scaleprog.version import VERSION
 
 MANIFEST = "manifest.json"
 KIND, FORMAT = "scaleprog-checkpoint", 5
@@ -104,11 +104,6 @@ def opened(path: Path) -> Iterator[BufferedReader]:
         raise Unavailable(f"{path}: {error}") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-
-
-def read_state(path: Path) -> Mapping[str, Any]:
-    """The `state` that `Checkpoints.save` stored. Raises CheckpointError or Unavailable."""
-    return read_manifest(path).state
 
 
 def load_tensors(path: Path, parts: Mapping[str, LocalSlice], subset: bool = False) -> None:
@@ -290,7 +285,7 @@ def publish(temporary: Path, final: Path, manifest: Manifest) -> int:
     values = {
         "kind": KIND,
         "format": FORMAT,
-        "versions": {"scaleprog": scaleprog.__version__, "torch": torch.__version__},
+        "versions": {"scaleprog": VERSION, "torch": torch.__version__},
         "run": manifest.run,
         "step": manifest.step,
         "permanent": manifest.permanent or (final.exists() and _permanent(final)),

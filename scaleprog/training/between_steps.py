@@ -4,11 +4,13 @@ Each of these tasks may take minutes, so it ends early when the run is asked to 
 start.
 """
 
+import gc
 import json
 import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,21 +18,119 @@ import torch.nn.functional as F
 
 from scaleprog.data.augment import BatchRequest, low_pass
 from scaleprog.data.order import SEARCH_EPOCH
-from scaleprog.errors import ScaleprogError
+from scaleprog.errors import Diverged, OverBudget, ScaleprogError
 from scaleprog.files.atomic import write_whole
 from scaleprog.growth.schedule import Phase
 from scaleprog.growth.search import Decision, candidate_times, decide, decide_within, measurement_steps, step_time
 from scaleprog.growth.space import Subnet
-from scaleprog.ranks.stop import AskedToStop
+from scaleprog.ranks.stop import Agreement, AskedToStop
 from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.reading import read_object
 from scaleprog.rundir.recorder import StepTimer
 from scaleprog.rundir.records import HalfMeasured
 from scaleprog.rundir.state import decision_from_json, decision_to_json, pairs
 from scaleprog.training.evaluate import evaluate
-from scaleprog.training.process import Run, patches_seen
+from scaleprog.training.process import Run, collect_commits, patches_seen, save, stopped_early
 
 HALF_MEASURED = "measuring.json"
+COLLECT_EVERY = 500  # steps between two garbage collections, the same steps on all ranks
+TIMED_STEPS = 64  # a search also uses the times of at most this many steps before it
+
+
+@dataclass(frozen=True)
+class Following:
+    """What follows a step.
+
+    Args:
+        pending: what has to be done, in this order: a measurement, a choice, an evaluation.
+        permanent: whether the step's checkpoint is kept for good.
+        saving: whether the step gets a checkpoint, whatever comes of `pending`.
+        resolving: whether the losses that are buffered on the device are resolved.
+    """
+
+    pending: tuple[str, ...]
+    permanent: bool
+    saving: bool
+    resolving: bool
+
+
+def what_follows(run: Run, phase: Phase, agreement: Agreement) -> Following:
+    """What follows the present step, by arithmetic and by what the ranks have agreed on."""
+    step, recipe, epoch = run.state.step, run.recipe, run.plan.order.steps_per_epoch
+    settings, searched = recipe.checkpoint, phase.searched
+    ended = step == phase.stop
+    last = step == run.plan.schedule.phases(run.state.choices)[-1].stop
+
+    def every(epochs: float | None) -> bool:
+        return epochs is not None and phase.position_of(step) % max(1, round(epochs * epoch)) == 0
+
+    wanted = {
+        "measurement": step in measuring_steps(run, phase),
+        "choice": searched and ended,
+        "evaluation": not searched and (last or every(recipe.evaluate.every)),
+    }
+    permanent = not searched and every(settings.keep_every_epochs)
+    by_steps = settings.every_steps is not None and step % settings.every_steps == 0
+    saving = permanent or by_steps or ended or stopped_early(run) or agreement.save or agreement.stop is not None
+    judged = wanted["measurement"] or wanted["evaluation"]
+    return Following(
+        pending=tuple(name for name, is_wanted in wanted.items() if is_wanted),
+        permanent=permanent,
+        saving=saving,
+        resolving=judged or saving or step % recipe.train.log_every == 0,
+    )
+
+
+def after_step(run: Run, phase: Phase, agreement: Agreement) -> None:
+    """Does everything that follows a step; a checkpoint of this step holds the results of all of it.
+
+    Raises:
+        AskedToStop: the ranks have agreed to stop. A checkpoint of this step has been started, and slow tasks are left
+            pending, because the grace time is short.
+        OverBudget: no choice keeps to a budget that was promised. A checkpoint of this step has been started.
+    """
+    state, follows = run.state, what_follows(run, phase, agreement)
+    if state.step % COLLECT_EVERY == 0:
+        gc.collect()
+    if follows.resolving:
+        flush_metrics(run)
+    state.pending = list(follows.pending)
+    ended: AskedToStop | OverBudget | None = AskedToStop(agreement.stop) if agreement.stop else None
+    if ended is None:
+        try:
+            run_pending(run, phase)
+        except (AskedToStop, OverBudget) as meanwhile:
+            ended = meanwhile
+    is_best = "evaluation" in follows.pending and state.best_step == state.step
+    if follows.saving or ended is not None or (run.recipe.checkpoint.keep_best and is_best):
+        save(run, phase, follows.permanent)
+    if ended is not None:
+        raise ended
+
+
+def flush_metrics(run: Run) -> None:
+    """Resolves the recorded steps and adds their times to the state. Raises Diverged if a loss is not finite."""
+    state = run.state
+    collect_commits(run)
+    if run.backend.compilations > run.compilations:
+        run.compilations = run.backend.compilations
+        run.recorder.event("compiled", step=state.step, graphs=run.compilations)
+    if run.coordinator.rank == 0:
+        run.lease.beat()
+    for row in run.recorder.flush():
+        if not math.isfinite(row["loss"]):
+            raise Diverged(
+                f"step {row['step']}: the loss is {row['loss']} at lr {row['lr']:.3g}; lower optimizer.lr, set "
+                "optimizer.clip or warm up longer; the last checkpoint is from before this step"
+            )
+        state.train_seconds += row["step_seconds"]
+        state.train_cpu_seconds += row["cpu_seconds"]
+        if run.plan.schedule.kind == "automatic":
+            times = state.step_seconds.setdefault(Subnet(row["resolution"], row["depth"]), [])
+            times.append(row["step_seconds"])
+            if row["phase"] == "train":
+                del times[:-TIMED_STEPS]
+        run.progress.update(row, max(run.plan.schedule.steps, run.plan.schedule.phases(state.choices)[-1].stop))
 
 
 def run_pending(run: Run, phase: Phase) -> None:

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -19,14 +18,14 @@ from torch import Tensor
 from scaleprog.data.augment import BatchRequest, low_pass, mix
 from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
-from scaleprog.errors import Diverged, OverBudget, Preempted, ScaleprogError, Unavailable
+from scaleprog.errors import OverBudget, Preempted, ScaleprogError, Unavailable
 from scaleprog.files.atomic import write_whole
 from scaleprog.growth.schedule import Phase
 from scaleprog.growth.space import Subnet
 from scaleprog.models.elastic import Active, drop_scales
 from scaleprog.planning.plan import plan_start
 from scaleprog.ranks.coordinator import Coordinator, process_group, ranks_per_node
-from scaleprog.ranks.stop import Agreement, AskedToStop, Watch, deadline
+from scaleprog.ranks.stop import AskedToStop, Watch, deadline
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.checkpoint import Checkpoints
 from scaleprog.rundir.lease import take_lease
@@ -36,7 +35,7 @@ from scaleprog.rundir.recorder import ProgressLine, Recorder, StepTimer
 from scaleprog.rundir.records import Results
 from scaleprog.rundir.state import summary
 from scaleprog.sharding.optimizer import learning_rate
-from scaleprog.training.between_steps import measuring_steps, run_pending
+from scaleprog.training.between_steps import after_step, measuring_steps, run_pending
 from scaleprog.training.process import (
     Run,
     collect_commits,
@@ -49,13 +48,12 @@ from scaleprog.training.process import (
     process_seconds,
     restore,
     save,
+    stopped_early,
     tell_signal,
 )
 from scaleprog.training.resume import owner_of, state_of
 
 RESULTS = "results.json"
-COLLECT_EVERY = 500  # steps between two garbage collections, the same steps on all ranks
-TIMED_STEPS = 64  # a search also uses the times of at most this many steps before it
 
 
 def train_rank(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -206,11 +204,6 @@ def current_phase(run: Run) -> int | None:
     return next((i for i, phase in enumerate(phases) if run.state.step < phase.stop), None)
 
 
-def stopped_early(run: Run) -> bool:
-    """Whether the run has reached `train.max_steps`."""
-    return run.recipe.train.max_steps is not None and run.state.step >= run.recipe.train.max_steps
-
-
 # ---- growth
 
 
@@ -326,69 +319,6 @@ def drop_rows(run: Run, phase: Phase, rows: int) -> Tensor | None:
 def trace(run: Run, batch: Batch) -> None:
     """Records which samples this rank has trained on in the current step."""
     run.recorder.samples(run.state.step + 1, batch.ids.tolist())
-
-
-def after_step(run: Run, phase: Phase, agreement: Agreement) -> None:
-    """Does everything that follows a step; a checkpoint of this step holds the results of all of it.
-
-    Raises:
-        AskedToStop: the ranks have agreed to stop. A checkpoint of this step has been started, and slow tasks are left
-            pending, because the grace time is short.
-        OverBudget: no choice keeps to a budget that was promised. A checkpoint of this step has been started.
-    """
-    state, recipe, order = run.state, run.recipe, run.plan.order
-    epoch_steps = max(1, round(recipe.evaluate.every * order.steps_per_epoch))
-    last = state.step == run.plan.schedule.phases(state.choices)[-1].stop and not phase.searched
-    measuring = state.step in measuring_steps(run, phase)
-    choosing = phase.searched and state.step == phase.stop
-    evaluating = not phase.searched and (last or phase.position_of(state.step) % epoch_steps == 0)
-    settings = recipe.checkpoint
-    permanent = settings.keep_every_epochs is not None and not phase.searched and (
-        phase.position_of(state.step) % (settings.keep_every_epochs * order.steps_per_epoch) == 0
-    )  # fmt: skip
-    saving = permanent or agreement.save or agreement.stop is not None or state.step == phase.stop or stopped_early(run)
-    saving |= settings.every_steps is not None and state.step % settings.every_steps == 0
-    if state.step % COLLECT_EVERY == 0:
-        gc.collect()
-    if state.step % recipe.train.log_every == 0 or measuring or evaluating or saving:
-        flush_metrics(run)
-    state.pending = ["measurement"] * measuring + ["choice"] * choosing + ["evaluation"] * evaluating
-    ended: AskedToStop | OverBudget | None = AskedToStop(agreement.stop) if agreement.stop else None
-    if ended is None:
-        try:
-            run_pending(run, phase)
-        except (AskedToStop, OverBudget) as meanwhile:
-            ended = meanwhile
-    saving |= ended is not None or (settings.keep_best and evaluating and state.best_step == state.step)
-    if saving:
-        save(run, phase, permanent)
-    if ended is not None:
-        raise ended
-
-
-def flush_metrics(run: Run) -> None:
-    """Resolves the recorded steps and adds their times to the state. Raises Diverged if a loss is not finite."""
-    state = run.state
-    collect_commits(run)
-    if run.backend.compilations > run.compilations:
-        run.compilations = run.backend.compilations
-        run.recorder.event("compiled", step=state.step, graphs=run.compilations)
-    if run.coordinator.rank == 0:
-        run.lease.beat()
-    for row in run.recorder.flush():
-        if not math.isfinite(row["loss"]):
-            raise Diverged(
-                f"step {row['step']}: the loss is {row['loss']} at lr {row['lr']:.3g}; lower optimizer.lr, set "
-                "optimizer.clip or warm up longer; the last checkpoint is from before this step"
-            )
-        state.train_seconds += row["step_seconds"]
-        state.train_cpu_seconds += row["cpu_seconds"]
-        if run.plan.schedule.kind == "automatic":
-            times = state.step_seconds.setdefault(Subnet(row["resolution"], row["depth"]), [])
-            times.append(row["step_seconds"])
-            if row["phase"] == "train":
-                del times[:-TIMED_STEPS]
-        run.progress.update(row, max(run.plan.schedule.steps, run.plan.schedule.phases(state.choices)[-1].stop))
 
 
 # ---- results

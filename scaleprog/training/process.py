@@ -188,3 +188,8 @@ def process_seconds() -> float:
     """Seconds since this process started; when training begins, the time that imports and the rendezvous took."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+
+
+def stopped_early(run: Run) -> bool:
+    """Whether the run has reached `train.max_steps`."""
+    return run.recipe.train.max_steps is not None and run.state.step >= run.recipe.train.max_steps

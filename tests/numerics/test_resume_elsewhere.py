@@ -9,8 +9,9 @@ from launchers.local import launch
 from scaleprog.growth.search import step_time
 from scaleprog.rundir.recorder import read_rows
 from scaleprog.rundir.state import RunState
-from scaleprog.rundir.storage import committed, read_state
-from scaleprog.training.loop import TIMED_STEPS, train_rank
+from scaleprog.rundir.storage import committed, read_manifest
+from scaleprog.training.between_steps import TIMED_STEPS
+from scaleprog.training.loop import train_rank
 from tests.compare import samples
 from tests.conftest import MakeRecipe, run, step_rows
 
@@ -55,7 +56,7 @@ def test_engines_and_worlds_in_turn_train_what_one_process_trains(make_recipe: M
 
 def timed(folder: Path) -> int:
     """How many step times the newest checkpoint keeps for the present search."""
-    state = RunState.from_json(read_state(committed(folder / "checkpoints")[-1]))
+    state = RunState.from_json(read_manifest(committed(folder / "checkpoints")[-1]).state)
     return sum(map(len, state.step_seconds.values()))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import scaleprog.training.between_steps
 import scaleprog.training.loop
 from scaleprog.errors import Preempted
 from scaleprog.growth.schedule import Phase
@@ -33,7 +34,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], Asked]:
             monkeypatch.setattr(Watch, "asked", ask)
             run_pending(run, phase)
 
-        monkeypatch.setattr(scaleprog.training.loop, "run_pending", pending)
+        for module in (scaleprog.training.between_steps, scaleprog.training.loop):
+            monkeypatch.setattr(module, "run_pending", pending)
         return asked
 
     return script

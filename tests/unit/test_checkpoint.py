@@ -17,7 +17,16 @@ import scaleprog.rundir.tensorfile
 from scaleprog.errors import Superseded, Unavailable
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.rundir.checkpoint import Checkpoints
-from scaleprog.rundir.storage import MANIFEST, committed, load_tensors, read_state, step_of, tidy, verify, write_tensors
+from scaleprog.rundir.storage import (
+    MANIFEST,
+    committed,
+    load_tensors,
+    read_manifest,
+    step_of,
+    tidy,
+    verify,
+    write_tensors,
+)
 from tests.unit.checkpoints import Save, blank, commit, data_file, flip, names, newest, parts, tensors
 
 # ---- writing and reading
@@ -29,7 +38,7 @@ def test_what_was_saved_is_loaded_bit_for_bit(save_checkpoint: Save, checkpoint_
     load_tensors(path, parts(loaded))
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(40).items())
     assert {name: t.dtype for name, t in loaded.items()} == {name: t.dtype for name, t in tensors().items()}
-    assert read_state(path) == {"step": 40}
+    assert read_manifest(path).state == {"step": 40}
     verify(path)
 
 
@@ -38,14 +47,14 @@ def test_a_commit_tells_what_it_wrote(one_rank: None, checkpoint_folder: Path) -
     assert (ended.path, ended.step, ended.error) == (checkpoint_folder / "step-00000003", 3, None)
     assert ended.bytes == sum(p.stat().st_size for p in ended.path.iterdir() if p.name != MANIFEST)
     assert ended.seconds > 0
-    assert read_state(ended.path) == {"x": [1.5, None]}
+    assert read_manifest(ended.path).state == {"x": [1.5, None]}
 
 
 def test_a_step_that_is_saved_again_replaces_the_checkpoint(one_rank: None, checkpoint_folder: Path) -> None:
     path = commit(checkpoint_folder, 5, {"try": 1}, tensors(1), permanent=True).path
     commit(checkpoint_folder, 5, {"try": 2}, tensors(2))
     assert names(checkpoint_folder) == ["step-00000005"]
-    assert read_state(path) == {"try": 2}
+    assert read_manifest(path).state == {"try": 2}
     verify(path)
     for step in (6, 7):
         commit(checkpoint_folder, step, {}, tensors(), keep=1)
@@ -73,7 +82,7 @@ def test_the_state_is_saved_as_it_was_then(
     live["times"][0][2].append(2.0)
     going_on.set()
     checkpoints.wait()
-    assert read_state(checkpoint_folder / "step-00000001") == {"times": [[16, 2, [1.0]]]}
+    assert read_manifest(checkpoint_folder / "step-00000001").state == {"times": [[16, 2, [1.0]]]}
 
 
 def test_what_is_saved_is_what_the_tensors_were_then(one_rank: None, checkpoint_folder: Path) -> None:

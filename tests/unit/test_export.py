@@ -15,7 +15,7 @@ from scaleprog.models import resolve_family
 from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.state import RunState
-from scaleprog.rundir.storage import committed, read_state
+from scaleprog.rundir.storage import committed, read_manifest
 from scaleprog.training.export import evaluate_run, export_run
 from tests.compare import final_tensors
 from tests.conftest import MakeRecipe, run
@@ -34,7 +34,7 @@ def read_export(path: Path) -> tuple[nn.Module, dict[str, str]]:
 
 def trained(folder: Path, recipe: Recipe, weights: str) -> ElasticModel:
     """Our model with the online ("online") or momentum ("ema.0") weights of a run's newest checkpoint."""
-    state = RunState.from_json(read_state(committed(folder / "checkpoints")[-1]))
+    state = RunState.from_json(read_manifest(committed(folder / "checkpoints")[-1]).state)
     model = resolve_family(recipe.model)[0](recipe.model, Structure(state.gated))
     tensors = final_tensors(folder, recipe)
     model.load_state_dict({name: tensors[f"{weights}/{name}"].view_as(p) for name, p in model.named_parameters()})

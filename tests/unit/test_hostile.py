@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.figures import draw_cloud
 from launchers import requeue, status
 from scaleprog import cli
 from scaleprog.data.augment import BatchRequest
@@ -23,7 +24,7 @@ from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files.display import as_text
 from scaleprog.growth.space import Subnet, View
 from scaleprog.reporting import history, report
-from scaleprog.reporting.figures import draw_accuracy, draw_cloud, draw_schedules, draw_searches
+from scaleprog.reporting.figures import draw_accuracy, draw_schedules, draw_searches
 from scaleprog.reporting.timeline import describe, read_timeline, table_row
 from scaleprog.rundir.reading import read_object, read_rows, to_line
 from scaleprog.rundir.records import Results

@@ -16,7 +16,7 @@ from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.checkpoint import RUN_ID
 from scaleprog.rundir.state import RunState
-from scaleprog.rundir.storage import MANIFEST, committed, read_state, verify
+from scaleprog.rundir.storage import MANIFEST, committed, read_manifest, verify
 from scaleprog.rundir.tensorfile import Layout
 from scaleprog.training.export import evaluate_run, export_run
 from scaleprog.training.resume import owner_of, state_of
@@ -295,4 +295,4 @@ def test_keys_that_do_not_change_the_weights_may_differ(copy: Callable[[str], tu
     recipe, newest = copy("search")
     changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": 1})})
     run(changed, newest.parent.parent, max_steps=31, log_every=7)
-    assert RunState.from_json(read_state(committed(newest.parent)[-1])).step == 31
+    assert RunState.from_json(read_manifest(committed(newest.parent)[-1]).state).step == 31

@@ -26,7 +26,7 @@ from scaleprog.rundir.storage import (
     Stored,
     load_tensors,
     publish,
-    read_state,
+    read_manifest,
     verify,
     write_tensors,
 )
@@ -200,7 +200,7 @@ def test_no_flipped_bit_of_a_manifest_goes_unnoticed(at: int, bit: int, saved: P
     flip(path, at % len(manifest), bit)
     if not same_values(path.read_bytes(), manifest):  # else it hit blank space
         with pytest.raises(CheckpointError, match=r"manifest\.json: "):
-            read_state(tmp_path)
+            read_manifest(tmp_path)
 
 
 def same_values(mine: bytes, theirs: bytes) -> bool:
@@ -218,7 +218,7 @@ def test_a_checkpoint_of_another_format_is_refused_rather_than_skipped(
     path = save_checkpoint(40)
     (path / MANIFEST).write_text("{}")
     seal(path, {"kind": "scaleprog-checkpoint", "format": version, "versions": {"scaleprog": "9.1.0"}, "files": {}})
-    for reading in (lambda: newest(checkpoint_folder), lambda: read_state(path), lambda: verify(path)):
+    for reading in (lambda: newest(checkpoint_folder), lambda: read_manifest(path).state, lambda: verify(path)):
         with pytest.raises(OtherFormat, match=rf"format {version}, this version of scaleprog reads 5; .* 9\.1\.0$"):
             reading()
 
@@ -434,7 +434,7 @@ def test_two_checkpoints_in_each_others_places_are_refused(save_checkpoint: Save
     first.rename(checkpoint_folder / "between")
     second.rename(first)
     (checkpoint_folder / "between").rename(second)
-    for reading in (lambda: newest(checkpoint_folder), lambda: verify(second), lambda: read_state(second)):
+    for reading in (lambda: newest(checkpoint_folder), lambda: verify(second), lambda: read_manifest(second).state):
         with pytest.raises(OtherRun, match=r"step-00000040: holds step 20, so it was renamed .* must be step-00000020"):
             reading()
 

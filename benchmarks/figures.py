@@ -1,0 +1,41 @@
+"""Pictures of many runs: clouds and frontiers of accuracy over cost."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from scaleprog.files.display import as_label
+from scaleprog.reporting.figures import COLORS, COST, MARKERS, STYLE, WIDTH, save
+
+
+@matplotlib.rc_context(STYLE)
+def draw_cloud(path: Path, points: Sequence[tuple[str, float, float]]) -> None:
+    """Draws top-1 (percent) against cost of many runs, each (group, cost, top-1). A line joins the runs that no other
+    run beats."""
+    figure = Figure(figsize=(WIDTH, 4.6))
+    axes = figure.subplots()
+    for i, group in enumerate(dict.fromkeys(group for group, _, _ in points)):
+        mine = [(cost, top1) for name, cost, top1 in points if name == group]
+        axes.plot(*zip(*mine), MARKERS[i // 7 % len(MARKERS)], color=COLORS[i % 7], alpha=0.75, markersize=6,
+                  markeredgecolor="white", label=f"{as_label(group)} ({len(mine)})")  # fmt: skip
+    best = [p[1:] for p in points if not any(o[1] <= p[1] and o[2] >= p[2] and o[1:] != p[1:] for o in points)]
+    axes.plot(*zip(*sorted(best)), color="#999999", linewidth=1, zorder=1)
+    axes.set(xlabel=COST, ylabel="top-1 (%), better of online and EMA")
+    figure.legend(loc="outside lower center", ncols=4)
+    save(figure, path)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_frontier(path: Path, points: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Draws top-1 (percent) against cost on a logarithmic axis. `points`: method -> (cost, top-1) of each run."""
+    figure = Figure(figsize=(WIDTH, 4.2))
+    axes = figure.subplots()
+    for color, marker, (name, runs) in zip(COLORS, MARKERS, points.items()):
+        costs, accuracies = zip(*sorted(runs))
+        axes.plot(costs, accuracies, marker, color=color, alpha=0.6, markersize=5, markeredgecolor="white",
+                  label=as_label(name))  # fmt: skip
+    axes.set(xscale="log", xlabel=COST, ylabel="top-1 (%), better of online and EMA")
+    axes.legend(loc="lower right")
+    save(figure, path)
