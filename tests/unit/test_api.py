@@ -14,6 +14,8 @@ from scaleprog.errors import RecipeError
 from scaleprog.models.bare import grow_model
 from shards.digits import build
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 
 

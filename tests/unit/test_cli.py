@@ -12,6 +12,8 @@ from scaleprog import cli
 from scaleprog.rundir.storage import committed
 from tests.unit.command import Command, WriteRecipe, is_mistake
 
+pytestmark = pytest.mark.process
+
 # ---- plan
 
 

@@ -16,6 +16,8 @@ from scaleprog.data.manifest import Manifest, Shard
 from scaleprog.data.order import Order
 from tests.unit.command import Command, WriteRecipe, is_mistake
 
+pytestmark = pytest.mark.process
+
 
 def test_missing_shards(command: Command, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe()

@@ -10,6 +10,8 @@ from scaleprog.errors import DataError
 from shards.csv_file import build
 from shards.samples import read_label, read_members
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:

@@ -20,6 +20,8 @@ from scaleprog.training.export import evaluate_run, export_run
 from tests.compare import final_tensors
 from tests.conftest import MakeRecipe, run
 
+pytestmark = pytest.mark.process
+
 GROWN = {"schedule": "linear", "stages": 2, "operator": "identity"}  # 16 px, 2 layers -> 32 px, 4 layers, two gated
 
 

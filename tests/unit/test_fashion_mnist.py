@@ -20,6 +20,8 @@ from scaleprog.errors import DataError
 from shards import fashion_mnist
 from shards.samples import read_label, read_members
 
+pytestmark = pytest.mark.process
+
 needs_fashion_mnist = pytest.mark.skipif(
     not fashion_mnist.DEBIAN_FOLDER.is_dir(), reason="needs the Debian package dataset-fashion-mnist"
 )

@@ -36,6 +36,8 @@ from tests.unit.command import Command
 from tests.unit.fake_slurm import FakeSlurm
 from tests.unit.test_recorder import recorder, train
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 again = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None, max_examples=50

@@ -18,6 +18,8 @@ from scaleprog.recipe import Recipe
 from scaleprog.rundir.lease import OWNER, Lease, read_owner, take_lease
 from tests.unit.fake_slurm import FakeSlurm
 
+pytestmark = pytest.mark.process
+
 Take = Callable[..., Lease]
 
 

@@ -17,6 +17,8 @@ from launchers.local import RankFailed, launch, ranks_to_start
 from launchers.world import Count, Demand
 from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable
 
+pytestmark = pytest.mark.process
+
 
 def begin(folder: Path, kind: str = "") -> None:
     """What the ranks do: one file for each that comes so far."""

@@ -25,6 +25,8 @@ from scaleprog.data.stream import Batch
 from scaleprog.errors import DataError, Unavailable
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
 
+pytestmark = pytest.mark.process
+
 CLASSES = 10
 SIZES = (13, 20, 9, 17, 14)  # samples per shard: 73
 EVERYTHING = AugmentSettings(randaugment="rand-m9-mstd0.5-inc1", erase=0.5)

@@ -20,6 +20,8 @@ from scaleprog.rundir.slurm_queue import Job
 from tests.conftest import write_lines
 from tests.unit.fake_slurm import FakeSlurm
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 STOPPED = {"time": 2.0, "rank": 0, "code": 75, "cause": "stopped after step 9", "reason": "SIGTERM"}
 INTERRUPTED = STOPPED | {"reason": "SIGINT"}

@@ -23,6 +23,8 @@ from scaleprog.training.resume import owner_of, state_of
 from tests.conftest import WITHIN_A_BUDGET, MakeRecipe, run, short_recipe, step_rows
 from tests.unit.checkpoints import reseal, seal
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def trained(patterns: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Recipe, Path]]:

@@ -26,6 +26,8 @@ from shards.check import check, write_manifest
 from shards.cli import app
 from shards.samples import read_label, read_members
 
+pytestmark = pytest.mark.process
+
 
 def encoded(pixels: np.ndarray, kind: str) -> bytes:
     buffer = io.BytesIO()

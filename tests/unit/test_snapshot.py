@@ -22,6 +22,8 @@ from scaleprog.rundir.reading import read_rows
 from tests.conftest import MakeRecipe
 from tests.unit.fake_slurm import FakeSlurm
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 
 

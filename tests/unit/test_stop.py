@@ -15,6 +15,8 @@ from scaleprog.errors import Preempted
 from scaleprog.ranks.coordinator import Coordinator, process_group
 from scaleprog.ranks.stop import Agreement, Watch, deadline
 
+pytestmark = pytest.mark.process
+
 
 class Ears:
     """What a Watch said."""

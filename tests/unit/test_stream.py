@@ -11,6 +11,8 @@ import torch
 import scaleprog.data.stream
 from scaleprog.data.stream import Batch, Stream
 
+pytestmark = pytest.mark.process
+
 SHAPE = (2, 1, 4, 4)
 
 

@@ -16,6 +16,8 @@ from scaleprog.recipe import Recipe
 from tests.conftest import MakeRecipe
 from tests.unit.fake_slurm import FakeSlurm
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from scaleprog.reporting.figures import COLOURS, draw_timelines
+from scaleprog.reporting.figures import COLORS, draw_timelines
 from scaleprog.reporting.timeline import Timeline, describe, read_timeline, span, still_told, table_row
 
 STEP = 0.5  # seconds, and half of that again to wait for data
@@ -196,7 +196,7 @@ def colours(path: Path) -> dict[tuple[int, ...], int]:
 
 
 def test_the_picture_shows_what_was_lost_and_how_long_it_was_down(told: Told, tmp_path: Path) -> None:
-    vermilion, down = tuple(bytes.fromhex(COLOURS[1][1:])), (0xEC, 0xEC, 0xEC)
+    vermilion, down = tuple(bytes.fromhex(COLORS[1][1:])), (0xEC, 0xEC, 0xEC)
     told.start().train(20, size=(16, 4)).checkpoint()
     draw_timelines(tmp_path / "quiet.png", [told.timeline()])
     told.train(20, stage=2, phase="supernet", size=(28, 6)).after(30).start(20).train(4, stage=2, size=(28, 6))
