@@ -7,6 +7,7 @@ import reprlib
 import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
@@ -202,10 +203,16 @@ class _Stored(Settings):
 
     @field_validator("splits")
     @classmethod
-    def _distinct_shards(cls, splits: dict[str, tuple[Shard, ...]]) -> dict[str, tuple[Shard, ...]]:
+    def _shards_in_order(cls, splits: dict[str, tuple[Shard, ...]]) -> dict[str, tuple[Shard, ...]]:
         names = [shard.name for shards in splits.values() for shard in shards]
         if len(set(names)) < len(names):
             raise ValueError("a shard is listed twice")
+        for split, shards in splits.items():
+            for before, shard in pairwise(shards):  # the order of the shards is that of the samples
+                if shard.name < before.name:
+                    raise ValueError(f"split {split!r} lists {shard.name} after {before.name}")
+            if foreign := next((shard.name for shard in shards if not shard.name.startswith(f"{split}-")), None):
+                raise ValueError(f"split {split!r} lists {foreign}, whose name does not begin with {split}-")
         return splits
 
 

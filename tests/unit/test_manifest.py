@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,12 @@ shards = st.builds(
     bytes=st.integers(0, 10**15),
     sha256=st.text("0123456789abcdef", min_size=64, max_size=64),
 )
-splits = st.lists(shards, unique_by=lambda shard: shard.name).flatmap(
-    lambda found: st.integers(0, len(found)).map(lambda cut: {"train": tuple(found[:cut]), "val": tuple(found[cut:])})
+in_order = st.lists(shards, unique_by=lambda shard: shard.name).map(lambda found: sorted(found, key=lambda s: s.name))
+splits = st.fixed_dictionaries(
+    {
+        name: in_order.map(lambda found, name=name: tuple(replace(s, name=f"{name}-{s.name}") for s in found))
+        for name in ("train", "val")
+    }
 )
 names = st.lists(st.text(st.characters(codec="utf-8")), unique=True).map(tuple)
 
@@ -131,3 +136,14 @@ def test_verify_sizes(tmp_path: Path):
     first.write_bytes(b"x" * 5)
     with pytest.raises(DataError, match=r"train-000001\.tar: .*No such file"):
         manifest.verify_sizes("train")
+
+
+def test_shards_out_of_order_and_of_another_split_are_refused(tmp_path: Path) -> None:
+    """Their order is that of the samples: a run that resumed on another would repeat some and skip others."""
+    first, second = (replace(SHARD, name=f"train-00000{i}.tar") for i in range(2))
+    Manifest(str(tmp_path), ("a",), {"train": (second, first)}, {}).save()
+    with pytest.raises(DataError, match=r"split 'train' lists train-000000\.tar after train-000001\.tar"):
+        Manifest.load(tmp_path)
+    Manifest(str(tmp_path), ("a",), {"train": (first,), "val": (second,)}, {}).save()
+    with pytest.raises(DataError, match=r"split 'val' lists train-000001\.tar, whose name does not begin with val-"):
+        Manifest.load(tmp_path)

@@ -139,7 +139,7 @@ def damaged(patterns: Path, folder: Path, change: Callable[[dict[str, Any]], obj
         (lambda m: m.update(version=2), "format version 2, this scaleprog reads version 1"),
         (lambda m: m["splits"]["train"][2].update(bytes=7), r"train-000002\.tar: not the indexed file"),
         (lambda m: m["splits"]["val"][1].update(bytes=10**9), r"val-000001\.tar: truncated"),
-        (lambda m: m["splits"]["val"][0].update(name="val-9.tar"), r"val-9\.tar: .* lists this shard, but No such"),
+        (lambda m: m["splits"]["val"][0].update(name="val-0.tar"), r"val-0\.tar: .* lists this shard, but No such"),
     ],
 )
 def test_shards_that_do_not_fit_are_refused(
