@@ -3,9 +3,9 @@
 import traceback
 from dataclasses import dataclass
 
-from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError, Unavailable
+from scaleprog.errors import EXIT_CODE, MISTAKE_CODE, Preempted, ScaleprogError, Unavailable
 
-FINISHED, CRASHED, MISTAKE, STOPPED = 0, 1, 2, EXIT_CODE
+FINISHED, CRASHED, MISTAKE, STOPPED = 0, 1, MISTAKE_CODE, EXIT_CODE
 """Exit codes of a rank. Only the user can fix a mistake: another try would end the same way."""
 ECHO_SECONDS = 3.0  # a failed collective almost always echoes another rank's error; that rank must report first
 

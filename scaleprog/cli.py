@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
+from scaleprog.errors import EXIT_CODE, INTERRUPTED_CODE, MISTAKE_CODE, Preempted, ScaleprogError
 from scaleprog.files.atomic import write_whole
 from scaleprog.files.display import as_text
 from scaleprog.recipe.numbers import MOST_RANKS
@@ -363,9 +363,9 @@ def main() -> None:
         sys.exit(EXIT_CODE)
     except ScaleprogError as error:
         _say(str(error))
-        sys.exit(2)
+        sys.exit(MISTAKE_CODE)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED_CODE)
 
 
 def _say(message: str) -> None:

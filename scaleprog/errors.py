@@ -2,6 +2,10 @@
 
 EXIT_CODE = 75
 """Exit code of a process that was asked to stop and left a checkpoint; BSD's EX_TEMPFAIL, "try again"."""
+MISTAKE_CODE = 2
+"""Exit code of a process that failed by what only the user can fix."""
+INTERRUPTED_CODE = 130
+"""Exit code of a process that was interrupted at the keyboard: 128 and the number of SIGINT."""
 
 
 class ScaleprogError(Exception):
@@ -58,3 +62,18 @@ class Preempted(ScaleprogError):
         """`reason`: the name of a signal, or "time limit"; None if unknown."""
         super().__init__(message)
         self.reason = reason
+
+
+def to_plain(error: ScaleprogError) -> dict[str, str | None]:
+    """An error as values that survive JSON, so that it can be raised on another rank."""
+    reason = error.reason if isinstance(error, Preempted) else None
+    return {"kind": type(error).__name__, "message": str(error), "reason": reason}
+
+
+def of_plain(values: dict[str, str | None]) -> ScaleprogError:
+    """The inverse of `to_plain`. An error whose class is not in this file becomes a plain ScaleprogError."""
+    kind, message = globals().get(values["kind"] or ""), values["message"] or ""
+    if kind is Preempted:
+        return Preempted(message, values["reason"])
+    known = isinstance(kind, type) and issubclass(kind, ScaleprogError)
+    return kind(message) if known else ScaleprogError(message)

@@ -85,13 +85,13 @@ class Coordinator:
 
         def attempt() -> list[Any]:
             try:
-                return [action(), None, ""]
+                return [action(), None]
             except ScaleprogError as error:
-                return [None, type(error).__name__, str(error)]
+                return [None, errors.to_plain(error)]
 
-        value, kind, text = self.decide(what, attempt)
-        if kind is not None:
-            raise getattr(errors, kind, ScaleprogError)(text)
+        value, failure = self.decide(what, attempt)
+        if failure is not None:
+            raise errors.of_plain(failure)
         return value
 
     def gather(self, value: Any) -> list[Any]:
