@@ -28,9 +28,9 @@ demo: install
 	@echo "picture: $(DEMO)/report/verdict.png; curves: $(VENV)/bin/tensorboard --logdir $(DEMO)"
 	@echo "next, with images of yours: $(SCALEPROG) shards image-folder FOLDER data/mine"
 
-# Two files at a time: those on Slurm mostly wait.
+# Three files at a time: those on Slurm mostly wait.
 test: install $(FASHION)
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # What the tests of Fashion-MNIST's builder read: its Debian package, where root and apt are there.
 $(FASHION):
