@@ -75,5 +75,6 @@ def of_plain(values: dict[str, str | None]) -> ScaleprogError:
     kind, message = globals().get(values["kind"] or ""), values["message"] or ""
     if kind is Preempted:
         return Preempted(message, values["reason"])
-    known = isinstance(kind, type) and issubclass(kind, ScaleprogError)
-    return kind(message) if known else ScaleprogError(message)
+    if isinstance(kind, type) and issubclass(kind, ScaleprogError):
+        return kind(message)
+    return ScaleprogError(message)

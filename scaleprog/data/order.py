@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scaleprog.errors import DataError
+from scaleprog.recipe.numbers import ceil_div
 
 SEARCH_EPOCH = 2**31 - 1
 """Reserved epoch whose order defines the search subset; training epochs stay below it."""
@@ -101,7 +102,7 @@ class Order:
         length = self.steps_per_epoch * self.per_lane
         repeats = 1 if epoch == SEARCH_EPOCH else self.repeats
         start = lane * (self.samples // self.lanes)
-        stop = start + -(-length // repeats)
+        stop = start + ceil_div(length, repeats)
         shards = _permutation(len(self.counts), self.seed, _SHARDS, epoch)
         ends = np.cumsum(np.asarray(self.counts, dtype=np.int64)[shards])
         first, last = np.searchsorted(ends, (start, stop - 1), side="right")

@@ -17,6 +17,7 @@ from scaleprog.data.shard import Cursor, ShardReader, StoredSample
 from scaleprog.data.stream import Batch, Stream
 from scaleprog.errors import DataError
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
+from scaleprog.recipe.numbers import ceil_div
 
 TRAIN = "train"
 PADDING_LABEL = -1
@@ -79,7 +80,7 @@ class TrainReader:
         if isinstance(requests, Iterator):
             raise TypeError("requests are iterated by every worker: pass a list or another re-iterable value")
         self._shards.preload()
-        rows = -(-len(self.lanes) // max(self.workers, 1)) * self.order.per_lane
+        rows = ceil_div(len(self.lanes), max(self.workers, 1)) * self.order.per_lane
         largest = (rows, self._augmentation.channels, resolution, resolution)
         return Stream(partial(self._produce, requests), self.workers, self.data.prefetch, largest)
 
@@ -163,9 +164,9 @@ def evaluation_batches(
     shards = ShardReader(manifest, split)
     augmentation = Augmentation(augment, channels)
     total = manifest.samples(split)
-    share = -(-total // world)
+    share = ceil_div(total, world)
     start, stop = rank * share, min((rank + 1) * share, total)
-    batches = -(-share // batch_local)
+    batches = ceil_div(share, batch_local)
 
     def produce(part: int, parts: int) -> Iterator[Batch]:
         above = batch_local * part // parts  # rows of a batch that earlier parts fill
@@ -182,5 +183,5 @@ def evaluation_batches(
             yield Batch(images, labels, torch.tensor([sample.id for sample in samples] + padding))
 
     workers = min(data.workers, batch_local)
-    rows = -(-batch_local // max(workers, 1))
+    rows = ceil_div(batch_local, max(workers, 1))
     return Stream(produce, workers, data.prefetch, (rows, channels, resolution, resolution))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from scaleprog.recipe.numbers import MOST_CLASSES
+from scaleprog.recipe.numbers import MOST_CLASSES, ceil_div
 
 BLOCK = 512
 LONGEST_HEADER, LONGEST_NAME = 64 * 2**10, 4096
@@ -85,7 +85,7 @@ def _members(file: BinaryIO, size: int) -> Iterator[Member]:
             break
         kind = header[156:157]
         length = _number(pax[b"size"] if b"size" in pax else header[124:136], 10 if b"size" in pax else 8)
-        start, at = at + BLOCK, at + BLOCK + -(-length // BLOCK) * BLOCK
+        start, at = at + BLOCK, at + BLOCK + ceil_div(length, BLOCK) * BLOCK
         if start + length > size:
             raise ValueError(f"a file of {length} bytes at byte {start} of {size}, truncated or damaged")
         if kind in (b"x", b"g", b"L"):

@@ -12,6 +12,7 @@ from scaleprog.growth.regularization import Regularization, regularization
 from scaleprog.growth.search import BudgetState
 from scaleprog.growth.space import Choice, GrowthSpace, Subnet, View, ladder
 from scaleprog.recipe.keys import CandidateRule, GrowthSettings, Operator
+from scaleprog.recipe.numbers import ceil_div
 
 PROBED_PARTS = 10  # the smallest network trains this part of a run before it is probed
 Price = Callable[[Subnet], float]  # the cost of a step on a Subnet, in any unit
@@ -335,7 +336,7 @@ class Schedule:
         if self.proxy(choice.subnet) == self.full or later > self.latest:
             return choice.complete_from  # another search could not tell the two apart, or would come too late
         before = choice.complete_from - position
-        return position + -(-before // max(1, round(before * self.stages / self.steps)))
+        return position + ceil_div(before, max(1, round(before * self.stages / self.steps)))
 
     def _regularization(self, stage: int, position: int, subnet: Subnet) -> Regularization:
         """The strengths of regularization in a stage that begins to train `subnet` at `position`."""

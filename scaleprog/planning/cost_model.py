@@ -17,6 +17,7 @@ from scaleprog.models.elastic import ElasticModel
 from scaleprog.planning.devices import Collective, Device, Kind
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.keys import ShardingSettings
+from scaleprog.recipe.numbers import ceil_div
 
 FP32, BF16 = 4, 2
 DDP_BUCKETS = 2**20, 25 * 2**20
@@ -121,7 +122,7 @@ def state_memory(network: Sequence[Unit], sharding: ShardingSettings, emas: int,
         buckets = lasting_buffers(network, sharding, world)
         memory = Memory(FP32 * whole, FP32 * whole, 2 * FP32 * whole, FP32 * emas * whole, buckets)
     elif sharding.engine == "zero":
-        own = sum(_zero_shard(unit, ranks) for unit in network) if sharding.stage == 3 else -(-whole // ranks)
+        own = sum(_zero_shard(unit, ranks) for unit in network) if sharding.stage == 3 else ceil_div(whole, ranks)
         memory = Memory(
             parameters=compute * (own if sharding.stage == 3 else whole),
             gradients=FP32 * own + (compute * whole if sharding.stage == 1 else 0),
@@ -155,11 +156,11 @@ def _numel(unit: Unit) -> int:
 
 def _fsdp_shard(unit: Unit, ranks: int) -> int:
     """Elements on rank 0: FSDP2 cuts the first dimension of each parameter into equal parts, rounded up."""
-    return sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for shape in unit)
+    return sum(ceil_div(shape[0], ranks) * math.prod(shape[1:]) for shape in unit)
 
 
 def _zero_shard(unit: Unit, ranks: int) -> int:
-    return sum(-(-math.prod(shape) // ranks) for shape in unit)
+    return sum(ceil_div(math.prod(shape), ranks) for shape in unit)
 
 
 def _padded(unit: Unit, sharding: ShardingSettings, ranks: int) -> int:
@@ -237,7 +238,7 @@ def predict(recipe: Recipe, family: type[ElasticModel], subnet: Subnet, world: i
     sharding, model, emas = recipe.sharding, recipe.model, len(recipe.ema.momenta)
     images = recipe.train.batch // world
     micro = min(recipe.train.micro_batch or images, images)
-    passes = -(-images // micro)
+    passes = ceil_div(images, micro)
     network = units(family, model, subnet.depth)
     per_node = math.gcd(world, device.ranks_per_node)
     memory = state_memory(network, sharding, emas, world, per_node)
@@ -297,7 +298,7 @@ def check_world(recipe: Recipe, world: int) -> None:
     pairs = 2 if recipe.augment.mixup or recipe.augment.cutmix else 1
     if lanes % world == 0 and batch % (lanes * pairs) == 0:
         return
-    fitting = -(-batch // (world * pairs)) * world * pairs
+    fitting = ceil_div(batch, world * pairs) * world * pairs
     change = f"data.lanes={world}" + (f" train.batch={fitting}, which changes the training" * (fitting != batch))
     raise RecipeError(f"batch {batch} in {lanes} lanes cannot be divided among {world} ranks; this works: {change}")
 

@@ -22,7 +22,7 @@ from scaleprog.models.elastic import ElasticModel
 from scaleprog.planning.cost_model import Prediction, check_offload, check_world, engines, predict, state_memory
 from scaleprog.planning.devices import Device
 from scaleprog.recipe import Recipe
-from scaleprog.recipe.numbers import MOST_PIXELS
+from scaleprog.recipe.numbers import MOST_PIXELS, ceil_div
 
 SCALE = 1000
 """Positions per epoch when there are no shards to count."""
@@ -242,7 +242,7 @@ def check_size(recipe: Recipe, resolution: int, stride: int) -> None:
 def check_decoded(recipe: Recipe, resolution: int, world: int) -> None:
     """Raises RecipeError if one of `world` ranks would hold more decoded images than `MOST_DECODED` allows."""
     batch = recipe.evaluate.batch
-    for key, rows in (("train.batch", -(-recipe.train.batch // world)), ("evaluate.batch", batch)):
+    for key, rows in (("train.batch", ceil_div(recipe.train.batch, world)), ("evaluate.batch", batch)):
         size = decoded_bytes(rows, recipe.model.channels, resolution, recipe.data)
         if size > MOST_DECODED:
             raise RecipeError(

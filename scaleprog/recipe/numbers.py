@@ -91,3 +91,8 @@ Part = Annotated[float, Field(gt=0, le=1), _Number]
 Strength = Annotated[float, Field(ge=0, le=10), _Number]
 Deviation = Annotated[float, Field(ge=1e-3, le=10**3), _Number]
 Aspect = Annotated[float, Field(gt=0, le=100), _Number]
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up; exact for numbers of any size."""
+    return -(-a // b)

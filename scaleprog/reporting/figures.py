@@ -1,5 +1,6 @@
 """The pictures of a report, drawn without a display: accuracy over time, growth schedules, searches, timelines."""
 
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -135,7 +136,7 @@ def save(figure: Figure, path: Path) -> None:
 
 def _some(points: Sequence[T]) -> Sequence[T]:
     """As many of the points as a picture can show, always including the last one."""
-    step = -(-len(points) // POINTS)
+    step = math.ceil(len(points) / POINTS)
     return points if step < 2 else [*points[:-1:step], points[-1]]
 
 
@@ -197,7 +198,7 @@ def _shades(resolutions: Sequence[int]) -> dict[int, Any]:
 
 def _some_shades(shades: Mapping[int, Any]) -> list[tuple[int, Any]]:
     """As many of the shades as fit into a legend."""
-    step = -(-len(shades) // SHADES) or 1
+    step = math.ceil(len(shades) / SHADES) or 1
     return list(shades.items())[::step]
 
 

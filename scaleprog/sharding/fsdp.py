@@ -13,6 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from scaleprog.models.elastic import Active, ElasticModel
 from scaleprog.ranks.coordinator import ranks_per_node
+from scaleprog.recipe.numbers import ceil_div
 from scaleprog.sharding.native import NativeBackend
 from scaleprog.sharding.placement import Placement
 
@@ -52,7 +53,7 @@ class FsdpBackend(NativeBackend):
         return model
 
     def placement(self, parameter: nn.Parameter) -> Placement:
-        rows = -(-parameter.shape[0] // dist.get_world_size(self.group))
+        rows = ceil_div(parameter.shape[0], dist.get_world_size(self.group))
         return Placement(parameter.numel(), max(1, rows * (parameter.numel() // parameter.shape[0])))
 
     def forward(

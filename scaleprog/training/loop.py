@@ -27,6 +27,7 @@ from scaleprog.planning.plan import plan_start
 from scaleprog.ranks.coordinator import Coordinator, process_group, ranks_per_node
 from scaleprog.ranks.stop import AskedToStop, Watch, deadline
 from scaleprog.recipe import Recipe
+from scaleprog.recipe.numbers import ceil_div
 from scaleprog.rundir.checkpoint import Checkpoints
 from scaleprog.rundir.lease import take_lease
 from scaleprog.rundir.planned import write_plan
@@ -301,7 +302,7 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
 
 def micro_batches(rows: int, most: int | None) -> list[slice]:
     """Cuts a rank's rows of a batch into the fewest slices of at most `most` rows (None: one), of nearly equal size."""
-    count = -(-rows // (most or rows))
+    count = ceil_div(rows, most or rows)
     bounds = [rows * i // count for i in range(count + 1)]
     return [slice(*bound) for bound in pairwise(bounds)]
 
