@@ -104,7 +104,11 @@ def ranks_to_start(count: Count, demand: Demand) -> int:
     wanted = min(count.most, room)
     option = "--nproc" if wanted == count.most else f"--nproc {count}, {of} here: {room}; with"
     taken = largest(option, Count(count.least, wanted), demand)
-    why = [f"{of} here: {room}"] * (wanted < count.most) + [demand.obstacle(wanted)] * (taken < wanted)
+    why = []
+    if wanted < count.most:
+        why.append(f"{of} here: {room}")
+    if taken < wanted:
+        why.append(demand.obstacle(wanted))
     if why:
         print(f"scaleprog: {taken} of at most {count.most} ranks; {'; '.join(why)}", file=sys.stderr, flush=True)
     return taken

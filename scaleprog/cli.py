@@ -307,8 +307,9 @@ def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", con
             memory, traffic = prediction.memory, prediction.traffic
             held = [memory.parameters, memory.gradients, memory.optimizer, memory.ema, memory.activations,
                     memory.buffers, *[memory.host] * hosts]  # fmt: skip
+            mark = "!" if peak > device.memory else ""
             table.add_row(
-                name, *(f"{size / 2**20:.1f}" for size in held), f"{peak / 2**20:.0f}" + "!" * (peak > device.memory),
+                name, *(f"{size / 2**20:.1f}" for size in held), f"{peak / 2**20:.0f}{mark}",
                 str(traffic.count()), f"{traffic.sent() / 2**20:.1f}", f"{traffic.between_nodes(device) / 2**20:.1f}",
                 f"{1000 * prediction.step:.2f}", f"{prediction.efficiency:.0%}",
             )  # fmt: skip

@@ -26,7 +26,8 @@ PADDING_LABEL = -1
 
 def decoded_bytes(rows: int, channels: int, resolution: int, data: DataSettings) -> int:
     """Bytes on the host for batches of `rows` images: the batches decoded ahead, and two copies of the current one."""
-    return rows * channels * resolution**2 * torch.float32.itemsize * (data.prefetch * bool(data.workers) + 2)
+    ahead = data.prefetch if data.workers else 0
+    return rows * channels * resolution**2 * torch.float32.itemsize * (ahead + 2)
 
 
 class TrainReader:

@@ -20,7 +20,7 @@ from scaleprog.recipe.keys import ShardingSettings
 from scaleprog.recipe.numbers import ceil_div
 
 FP32, BF16 = 4, 2
-DDP_BUCKETS = 2**20, 25 * 2**20
+FIRST_DDP_BUCKET, DDP_BUCKET = 2**20, 25 * 2**20
 """Bytes at which DistributedDataParallel closes its first bucket of gradients, and any later one (torch's defaults)."""
 
 
@@ -220,7 +220,7 @@ def _buckets(network: Sequence[Unit]) -> list[int]:
     closed, size = list[int](), 0
     for shape in reversed([shape for unit in network for shape in unit]):
         size += FP32 * math.prod(shape)
-        if size >= DDP_BUCKETS[bool(closed)]:
+        if size >= (DDP_BUCKET if closed else FIRST_DDP_BUCKET):
             closed.append(size)
             size = 0
     return [*closed, size] if size else closed
@@ -299,7 +299,9 @@ def check_world(recipe: Recipe, world: int) -> None:
     if lanes % world == 0 and batch % (lanes * pairs) == 0:
         return
     fitting = ceil_div(batch, world * pairs) * world * pairs
-    change = f"data.lanes={world}" + (f" train.batch={fitting}, which changes the training" * (fitting != batch))
+    change = f"data.lanes={world}"
+    if fitting != batch:
+        change += f" train.batch={fitting}, which changes the training"
     raise RecipeError(f"batch {batch} in {lanes} lanes cannot be divided among {world} ranks; this works: {change}")
 
 

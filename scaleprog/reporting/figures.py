@@ -110,10 +110,12 @@ def draw_accuracy(path: Path, curves: Sequence[Curve], spent: str = "training ti
                     )
         _ends(axes, [(c.seconds[-1], c.top1[-1]) for c in members if c.finished and c.top1], color, marker)
         unfinished = sum(not curve.finished for curve in members)
-        notes = [f"{len(members)} seeds"] * (len(members) > 1) + [
-            f"{unfinished} unfinished" if len(members) > 1 else "unfinished"
-        ] * (unfinished > 0)
-        label = f"{as_label(recipe)} ({', '.join(notes)})" if notes else as_label(recipe)
+        seeds = f"{len(members)} seeds" if len(members) > 1 else ""
+        missing = ""
+        if unfinished:
+            missing = f"{unfinished} unfinished" if seeds else "unfinished"
+        notes = ", ".join(filter(None, [seeds, missing]))
+        label = f"{as_label(recipe)} ({notes})" if notes else as_label(recipe)
         axes[0].plot([], [], line + marker, color=color, markeredgecolor="white", markersize=8, label=label)
     if any(curve.begins for curve in curves):
         axes[0].plot([], [], "|", color="#555555", markersize=11, markeredgewidth=1.6, label="a stage begins")

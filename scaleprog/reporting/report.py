@@ -339,5 +339,6 @@ def _schedules(groups: Sequence[Group]) -> list[tuple[str, Sequence[Segment]]]:
         for members in shared.values():
             seeds = ", ".join(str(run.recipe["seed"]) for run in members)
             label = f"{group.name}\nseeds {seeds}" if len(members) > 1 else members[0].name
-            rows.append((label + "\n(unfinished)" * (not members[0].finished), members[0].segments))
+            label += "" if members[0].finished else "\n(unfinished)"
+            rows.append((label, members[0].segments))
     return rows

@@ -170,8 +170,8 @@ def measure(run: Run, phase: Phase) -> None:
     sizes = sorted({schedule.view(s).pixels for s in targets})
     requests = [BatchRequest(SEARCH_EPOCH, i, r, erase=0.0) for r in sizes for i in range(run.plan.search_batches)]
     done, found = _half_measured(run, targets, requests)
-    grow_from = range(len(run.recipe.ema.momenta))[run.recipe.ema.grow_from]
-    weights = grow_from if run.recipe.search.weights == "ema" else None
+    ema = run.recipe.ema
+    weights = ema.grow_from % len(ema.momenta) if run.recipe.search.weights == "ema" else None
     with run.reader.stream(requests[done:], sizes[-1]) as batches, run.backend.weights(weights):
         for request, batch in zip(requests[done:], batches, strict=True):
             images, labels = batch.images.to(run.backend.device), batch.labels.to(run.backend.device)
