@@ -282,10 +282,10 @@ class SearchSettings(Settings):
 
 
 class EmaSettings(Settings):
-    """Momentum networks: exponential moving averages of the weights."""
+    """EMAs, exponential moving averages of the weights: the paper's momentum networks."""
 
     momenta: tuple[Number, ...] = Field(default=(0.998,), min_length=1, max_length=16)
-    """One momentum network each."""
+    """One EMA each."""
     grow_from: Index = -1
     """Index of the one that MoGrow and the search read."""
     warmup: bool = True

@@ -11,7 +11,7 @@ Weights = Literal["online", "ema"]
 class Accuracies:
     """Accuracies in percent, by the names that an evaluation uses.
 
-    `top1` belongs to the online weights and `top1_ema` to the best momentum network. With several momentum networks,
+    `top1` belongs to the online weights and `top1_ema` to the best EMA. With several EMAs,
     `top1_ema_0`, `top1_ema_1`, ... belong to each of them. Other metrics follow the same pattern. Top-1 decides which
     weights are better.
     """
@@ -25,9 +25,9 @@ class Accuracies:
 
     @property
     def weights(self) -> Weights:
-        """The better weights; on a tie, those of the momentum network."""
+        """The better weights; on a tie, those of the EMA."""
         return "online" if self.by_name["top1"] > self.by_name["top1_ema"] else "ema"
 
     def best_ema(self, count: int) -> int:
-        """The index of the best of `count` momentum networks."""
+        """The index of the best of `count` EMAs."""
         return 0 if count == 1 else max(range(count), key=lambda i: self.by_name[f"top1_ema_{i}"])

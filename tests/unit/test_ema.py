@@ -1,4 +1,4 @@
-"""The momentum network's average: how far back it reaches, and what it is after many steps."""
+"""The EMA: how far back it reaches, and what it is after many steps."""
 
 import pytest
 import torch
