@@ -6,6 +6,8 @@ photos/2.jpg,dog,val         without the column `split`, a part drawn by seed be
 """
 
 import csv
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,9 +49,11 @@ def build(
     if samples_per_shard < 1:
         raise DataError(f"needed: samples per shard >= 1; got {samples_per_shard}")
     classes, images = _images_by_split(src, seed, val_fraction)
+    labels = {split: [image.label for image in images[split]] for split in SPLITS}
     description = {
         "builder": "csv",
         "files": fingerprint(src.parent, images),
+        "labels": hashlib.sha256(json.dumps([classes, labels]).encode()).hexdigest(),
         "samples_per_shard": samples_per_shard,
         "seed": seed,
         "val_fraction": val_fraction,

@@ -93,6 +93,8 @@ def cut(images: Sequence[Image], samples_per_shard: int) -> list[Files]:
 def fingerprint(src: Path, images: dict[str, list[Image]]) -> str:
     """A SHA-256 digest of the files' paths relative to `src`, their sizes, and their splits, in hexadecimal.
 
+    Labels are not in it: a builder whose labels do not follow from the paths adds them to what it describes.
+
     Raises:
         DataError: a file cannot be read.
     """

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from scaleprog.growth.operators import RULES
 from scaleprog.growth.schedule import Phase, Schedule
 from scaleprog.growth.space import Choice, Subnet
 from scaleprog.recipe.keys import GrowthSettings
 
-OPERATORS = ("rand_init", "stacking", "interpolation", "identity", "mogrow")
+OPERATORS = tuple(RULES)
 DEIT = Subnet(224, 12)
 D1 = Subnet(224, 18)  # VOLO-D1's depth, 0.5 Omega: 9 12 15 18
 

@@ -56,6 +56,15 @@ def test_a_part_is_split_off_by_seed_and_built_once(photos: Path, capsys: pytest
         build(source, photos / "out", val_fraction=0.25, seed=4)
 
 
+def test_other_labels_are_another_build(photos: Path) -> None:
+    rows = [f"photos/{i}.png" for i in range(12)]
+    build(write(photos, "path,label", *(f"{row},{i % 2}" for i, row in enumerate(rows))), photos / "out")
+    for others in ([1 - i % 2 for i in range(12)], [i % 2 + 1 for i in range(12)]):
+        source = write(photos, "path,label", *(f"{row},{label}" for row, label in zip(rows, others)))
+        with pytest.raises(DataError, match=r"holds shards of another build .*labels"):
+            build(source, photos / "out")
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

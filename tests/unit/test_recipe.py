@@ -1,7 +1,7 @@
 """Recipes: files over bases under overrides become one checked value, and every mistake is named with what is valid."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from scaleprog.errors import RecipeError
 from scaleprog.recipe import FREE, Recipe, reference
-from scaleprog.recipe.keys import SubnetSettings
+from scaleprog.recipe.keys import Operator, SubnetSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LEAST = {"model": {"name": "vit_tiny_patch16_224"}, "data": {"path": "shards"}, "train": {"epochs": 4, "batch": 64}}
+
+NAMES = [repr(name) for name in get_args(Operator)]
 
 
 def write(folder: Path, name: str, values: Any) -> Path:
@@ -219,8 +221,8 @@ def test_one_stray_letter_in_any_key_is_told_with_the_right_key(key: str, at: in
         ("growth.smallest=1.5", "growth.smallest: Input should be less than or equal to 1, got 1.5"),
         ("growth.recycle=maybe", "growth.recycle: Input should be a valid boolean, unable to interpret input, "
          "got 'maybe'"),
-        ("growth.operator=copy", "growth.operator: Input should be 'rand_init', 'stacking', 'interpolation', "
-         "'identity' or 'mogrow', got 'copy'"),
+        ("growth.operator=copy", f"growth.operator: Input should be {', '.join(NAMES[:-1])} or {NAMES[-1]}, "
+         "got 'copy'"),
         ("growth.schedule=[{resolution: 112}]", "growth.schedule.0.depth: missing"),
         ("growth.schedule=[{resolution: 0, depth: 2}]",
          "growth.schedule.0.resolution: Input should be greater than or equal to 1, got 0"),

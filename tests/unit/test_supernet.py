@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaleprog.growth.operators import grow, interpolation, stacking
+from scaleprog.growth.operators import RULES, grow, interpolation, stacking
 from scaleprog.growth.space import Subnet
 from scaleprog.growth.supernet import active_layers, sample
 
-OPERATORS = ("rand_init", "stacking", "interpolation", "identity", "mogrow")
+OPERATORS = tuple(RULES)
 SIZES = [(base, full) for full in range(1, 25) for base in range(1, full + 1)]
 CANDIDATES = tuple(Subnet(r, d) for r in (128, 192, 224) for d in (6, 10, 12))
 
