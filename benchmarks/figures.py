@@ -37,5 +37,6 @@ def draw_frontier(path: Path, points: Mapping[str, Sequence[tuple[float, float]]
         axes.plot(costs, accuracies, marker, color=color, alpha=0.6, markersize=5, markeredgecolor="white",
                   label=as_label(name))  # fmt: skip
     axes.set(xscale="log", xlabel=COST, ylabel="top-1 (%), better of online and EMA")
+    axes.xaxis.set_major_formatter("{x:,.0f}")  # not as a power of ten, which would need parsed math
     axes.legend(loc="lower right")
     save(figure, path)
