@@ -14,9 +14,8 @@ from pathlib import Path
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import read_text
-from shards.build import SPLITS, finished
-from shards.build import build as build_shards
-from shards.image_files import Image, cut, fingerprint, shuffled, split_off
+from shards.build import SPLITS
+from shards.image_files import Image, build_shards, fingerprint, shuffled, split_off
 from shards.pool import listed
 
 MOST_BYTES = 2**30
@@ -50,18 +49,16 @@ def build(
         raise DataError(f"needed: samples per shard >= 1; got {samples_per_shard}")
     classes, images = _images_by_split(src, seed, val_fraction)
     labels = {split: [image.label for image in images[split]] for split in SPLITS}
-    description = {
+    source = {
         "builder": "csv",
         "files": fingerprint(src.parent, images),
         "labels": hashlib.sha256(json.dumps([classes, labels]).encode()).hexdigest(),
-        "samples_per_shard": samples_per_shard,
         "seed": seed,
         "val_fraction": val_fraction,
     }
-    if manifest := finished(out, description):
-        return manifest
-    splits = {split: cut(images[split], samples_per_shard) for split in SPLITS}
-    return build_shards(out, classes=classes, splits=splits, source=description, workers=workers)
+    return build_shards(
+        out, images, classes=classes, source=source, samples_per_shard=samples_per_shard, workers=workers
+    )
 
 
 def _images_by_split(src: Path, seed: int, val_fraction: float) -> tuple[list[str], dict[str, list[Image]]]:

@@ -4,15 +4,18 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import open_regular
+from shards.build import SPLITS, build, finished
 from shards.pool import MAX_LISTED, listed
 from shards.samples import SourceSample, sniff
 
@@ -59,6 +62,27 @@ class Files:
             yield SourceSample(f"{place:08d}-{stem}", _content_extension(image.path, kind), content, image.label)
         if problems:
             raise DataError(listed(problems))
+
+
+def build_shards(
+    out: Path,
+    images: Mapping[str, Sequence[Image]],
+    *,
+    classes: Sequence[str],
+    source: Mapping[str, Any],
+    samples_per_shard: int,
+    workers: int | None,
+) -> Manifest:
+    """Builds the shards in `out`, unless the same build is already there.
+
+    `images` are those of each split, in the order of the shards; `source` describes what they are built from and every
+    other option that changes them.
+    """
+    description = {**source, "samples_per_shard": samples_per_shard}
+    if manifest := finished(out, description):
+        return manifest
+    splits = {split: cut(images[split], samples_per_shard) for split in SPLITS}
+    return build(out, classes=classes, splits=splits, source=description, workers=workers)
 
 
 def shuffled(images: Sequence[Image], seed: Sequence[int]) -> list[Image]:

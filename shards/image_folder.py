@@ -11,9 +11,7 @@ from pathlib import Path
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
 from scaleprog.files.display import as_text
-from shards.build import SPLITS, finished
-from shards.build import build as build_shards
-from shards.image_files import Image, cut, extension_of, fingerprint, shuffled, some, split_off
+from shards.image_files import Image, build_shards, extension_of, fingerprint, shuffled, some, split_off
 from shards.samples import IMAGE_EXTENSIONS
 
 
@@ -49,17 +47,15 @@ def build(
     if out.resolve().is_relative_to(src.resolve()):
         raise DataError(f"{out}: lies inside {src} and would be taken for a class folder; choose a folder outside it")
     classes, images = _images_by_split(src, seed, val_fraction)
-    description = {
+    source = {
         "builder": "image-folder",
         "files": fingerprint(src, images),
-        "samples_per_shard": samples_per_shard,
         "seed": seed,
         "val_fraction": val_fraction,
     }
-    if manifest := finished(out, description):
-        return manifest
-    splits = {split: cut(images[split], samples_per_shard) for split in SPLITS}
-    return build_shards(out, classes=classes, splits=splits, source=description, workers=workers)
+    return build_shards(
+        out, images, classes=classes, source=source, samples_per_shard=samples_per_shard, workers=workers
+    )
 
 
 def _images_by_split(src: Path, seed: int, val_fraction: float) -> tuple[list[str], dict[str, list[Image]]]:

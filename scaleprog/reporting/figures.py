@@ -111,10 +111,8 @@ def draw_accuracy(path: Path, curves: Sequence[Curve], spent: str = "training ti
         _ends(axes, [(c.seconds[-1], c.top1[-1]) for c in members if c.finished and c.top1], color, marker)
         unfinished = sum(not curve.finished for curve in members)
         seeds = f"{len(members)} seeds" if len(members) > 1 else ""
-        missing = ""
-        if unfinished:
-            missing = f"{unfinished} unfinished" if seeds else "unfinished"
-        notes = ", ".join(filter(None, [seeds, missing]))
+        which = f"{unfinished} unfinished" if seeds else "unfinished"
+        notes = ", ".join(filter(None, [seeds, which if unfinished else ""]))
         label = f"{as_label(recipe)} ({notes})" if notes else as_label(recipe)
         axes[0].plot([], [], line + marker, color=color, markeredgecolor="white", markersize=8, label=label)
     if any(curve.begins for curve in curves):
