@@ -25,11 +25,12 @@ from typing import Any
 import torch
 
 from launchers.exits import MISTAKE, STOPPED, exit_by
-from launchers.world import Count, Demand, largest
+from launchers.world import Count, largest
 from scaleprog.errors import Preempted, ScaleprogError
 from scaleprog.files.display import as_text
 from scaleprog.ranks.rendezvous import Place
 from scaleprog.ranks.stop import SIGNALS
+from scaleprog.recipe.worlds import Worlds
 
 GRACE_SECONDS = 30.0  # after a failure: time between TERM and KILL for the other ranks
 PR_SET_PDEATHSIG = 1
@@ -88,7 +89,7 @@ def launch(
                 print(f"scaleprog: {told}\nscaleprog: starting again, {left} more tries", file=sys.stderr, flush=True)
 
 
-def ranks_to_start(count: Count, demand: Demand) -> int:
+def ranks_to_start(count: Count, worlds: Worlds) -> int:
     """The largest number of ranks in a range that fits on this machine and can train.
 
     If that is less than `count.most`, prints the reason.
@@ -103,12 +104,12 @@ def ranks_to_start(count: Count, demand: Demand) -> int:
         )
     wanted = min(count.most, room)
     option = "--nproc" if wanted == count.most else f"--nproc {count}, {of} here: {room}; with"
-    taken = largest(option, Count(count.least, wanted), demand)
+    taken = largest(option, Count(count.least, wanted), worlds)
     why = []
     if wanted < count.most:
         why.append(f"{of} here: {room}")
     if taken < wanted:
-        why.append(demand.obstacle(wanted))
+        why.append(worlds.obstacle(wanted))
     if why:
         print(f"scaleprog: {taken} of at most {count.most} ranks; {'; '.join(why)}", file=sys.stderr, flush=True)
     return taken

@@ -12,9 +12,10 @@ from typing import Any
 
 from launchers import integrity
 from launchers.snapshot import JobFile, check_free, check_name, code_folder, take
-from launchers.world import Count, Demand, largest, usable
+from launchers.world import Count, largest, usable
 from scaleprog.errors import ScaleprogError
 from scaleprog.recipe import Recipe
+from scaleprog.recipe.worlds import Worlds
 from scaleprog.rundir import slurm_queue
 
 CHECKPOINT_SECONDS = 60  # least time between the end of a job's startup and the signal that stops the job
@@ -168,12 +169,12 @@ def narrow(recipe: Recipe, request: JobRequest) -> JobRequest:
     """
     if request.nodes.fixed:
         return request
-    demand = Demand.of(recipe)
-    most = largest("--nodes", request.nodes, demand, request.tasks)
-    nodes = Count(usable(request.nodes, demand, request.tasks)[0], most)
+    worlds = Worlds.of(recipe)
+    most = largest("--nodes", request.nodes, worlds, request.tasks)
+    nodes = Count(usable(request.nodes, worlds, request.tasks)[0], most)
     if nodes != request.nodes:
         end = request.nodes.most if most < request.nodes.most else request.nodes.least
-        why = demand.obstacle(end * request.tasks)
+        why = worlds.obstacle(end * request.tasks, request.tasks)
         print(f"scaleprog: --nodes {request.nodes}: Slurm is asked for {nodes}; {why}", file=sys.stderr)
     return replace(request, nodes=nodes)
 

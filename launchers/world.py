@@ -9,18 +9,14 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launchers.exits import exit_by
-from scaleprog.data.order import divisors
 from scaleprog.errors import CheckpointError, ScaleprogError, Unavailable
 from scaleprog.files.display import as_text
 from scaleprog.files.plain_yaml import RECIPE, read_run
 from scaleprog.recipe.numbers import MOST_RANKS
+from scaleprog.recipe.worlds import Worlds
 from scaleprog.rundir.slurm_queue import hosts
-
-if TYPE_CHECKING:
-    from scaleprog.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -52,75 +48,53 @@ class Count:
         return self.least == self.most
 
 
-@dataclass(frozen=True)
-class Demand:
-    """What a recipe requires of the number of ranks: it must divide `lanes` and be a multiple of `shard` (of hsdp)."""
+def worlds_of(run: Path) -> Worlds:
+    """The worlds that can train the recipe in a run directory.
 
-    lanes: int
-    shard: int = 1
-
-    @classmethod
-    def of(cls, recipe: "Recipe") -> "Demand":
-        """The demand of a recipe."""
-        return cls(recipe.data.lanes, recipe.sharding.shard or 1)
-
-    @classmethod
-    def read(cls, run: Path) -> "Demand":
-        """The demand of the recipe in a run directory.
-
-        Raises:
-            Unavailable: the recipe is not (yet) there.
-            CheckpointError: the recipe is damaged.
-        """
-        if not (run / RECIPE).exists():
-            raise Unavailable(f"{run / RECIPE}: not readable: not there, or not yet on this node")
-        values = read_run(run)
-        try:
-            demand = cls(values["data"]["lanes"], values["sharding"]["shard"] or 1)
-        except (LookupError, TypeError) as error:
-            raise CheckpointError(f"{run / RECIPE}: damaged, {error!r}; submit the run again") from error
-        for number in (demand.lanes, demand.shard):
-            if type(number) is not int or not 1 <= number <= MOST_RANKS:
-                raise CheckpointError(f"{run / RECIPE}: damaged, {number!r} lanes or ranks; submit the run again")
-        return demand
-
-    def obstacle(self, ranks: int) -> str:
-        """Why this number of ranks cannot train, and how to set up a run so that it can; empty if it can train."""
-        if self.lanes % ranks:
-            return (
-                f"{ranks} ranks do not divide data.lanes, {self.lanes}; "
-                f"a new run with data.lanes a multiple of {ranks} can use them"
-            )
-        if ranks % self.shard:
-            return f"{ranks} ranks are no multiple of sharding.shard, {self.shard}"
-        return ""
+    Raises:
+        Unavailable: the recipe is not (yet) there.
+        CheckpointError: the recipe is damaged.
+    """
+    if not (run / RECIPE).exists():
+        raise Unavailable(f"{run / RECIPE}: not readable: not there, or not yet on this node")
+    values = read_run(run)
+    try:
+        sharding, lanes, batch = values["sharding"], values["data"]["lanes"], values["train"]["batch"]
+        shard = sharding["shard"] if sharding["engine"] == "hsdp" else 1
+    except (LookupError, TypeError) as error:
+        raise CheckpointError(f"{run / RECIPE}: damaged, {error!r}; submit the run again") from error
+    for number in (lanes, batch, 1 if shard is None else shard):
+        if type(number) is not int or not 1 <= number <= MOST_RANKS:
+            raise CheckpointError(f"{run / RECIPE}: damaged, {number!r} lanes, images or ranks; submit the run again")
+    return Worlds(lanes, batch, shard=shard)
 
 
-def usable(count: Count, demand: Demand, each: int = 1) -> list[int]:
+def usable(count: Count, worlds: Worlds, each: int = 1) -> list[int]:
     """The numbers in the range `count` that can train, ascending; `count` counts nodes with `each` ranks."""
     # more ranks than lanes can never train, and the range may end at any number
-    most = min(count.most, demand.lanes // each)
-    return [number for number in range(count.least, most + 1) if not demand.obstacle(number * each)]
+    most = min(count.most, worlds.lanes // each)
+    return [number for number in range(count.least, most + 1) if not worlds.obstacle(number * each, each)]
 
 
-def largest(option: str, count: Count, demand: Demand, each: int = 1) -> int:
+def largest(option: str, count: Count, worlds: Worlds, each: int = 1) -> int:
     """The largest number in a range that can train.
 
     Args:
         option: the name of the range in error messages.
         count: the range.
-        demand: what the recipe requires.
+        worlds: the numbers of ranks that can train.
         each: ranks per unit of `count`: 1 if it counts ranks, the ranks per node if it counts nodes.
 
     Raises:
         ScaleprogError: no number in the range can train.
     """
-    if not (numbers := usable(count, demand, each)):
+    if not (numbers := usable(count, worlds, each)):
+        divisors = ", ".join(str(number) for number in range(1, worlds.lanes + 1) if worlds.lanes % number == 0)
         nodes = f" x {each} ranks" if each > 1 else ""
-        multiple = "" if demand.shard == 1 else f", and be a multiple of sharding.shard, {demand.shard}"
+        multiple = f", and be a multiple of sharding.shard, {worlds.shard}" if (worlds.shard or 1) > 1 else ""
         raise ScaleprogError(
             f"{option} {count}{nodes}: no such number of ranks can train; it must divide "
-            f"data.lanes, {demand.lanes} ({divisors(demand.lanes)}){multiple}"
+            f"data.lanes, {worlds.lanes} ({divisors}){multiple}"
         )
     return numbers[-1]
 
@@ -142,14 +116,12 @@ def nodes_to_use(run: Path, least: int, each: int) -> int:
     there = int(nodes)
     if there < least:
         raise ScaleprogError(f"the job has {there} nodes, fewer than MIN_NODES, {least}: ask Slurm for as many")
-    demand = Demand.read(run)
-    used = largest("nodes", Count(least, there), demand, each)
+    worlds = worlds_of(run)
+    used = largest("nodes", Count(least, there), worlds, each)
     if used < there:
         idle = as_text(", ".join(hosts(os.environ.get("SLURM_JOB_NODELIST", ""))[used:]))
-        print(
-            f"scaleprog: {used} of {there} nodes train, idle: {idle}; {demand.obstacle(there * each)}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        why = worlds.obstacle(there * each, each)
+        print(f"scaleprog: {used} of {there} nodes train, idle: {idle}; {why}", file=sys.stderr, flush=True)
     return used
 
 

@@ -126,9 +126,10 @@ def train(
     On TERM, INT or USR2 it writes a checkpoint and exits with code 75; the same command resumes from there.
     """
     from launchers.local import launch, ranks_to_start
-    from launchers.world import Count, Demand
+    from launchers.world import Count
     from scaleprog.planning.plan import plan_start
     from scaleprog.recipe import Recipe
+    from scaleprog.recipe.worlds import Worlds
     from scaleprog.rundir.storage import committed
     from scaleprog.training.loop import train_rank
 
@@ -144,7 +145,7 @@ def train(
     if ranks.most == 1 and restarts == 0:
         train_rank(loaded, folder)
     else:
-        number = ranks.most if ranks.fixed else partial(ranks_to_start, ranks, Demand.of(loaded))
+        number = ranks.most if ranks.fixed else partial(ranks_to_start, ranks, Worlds.of(loaded))
         launch(
             number, train_rank, loaded, folder,
             restarts=restarts, progress=lambda: committed(folder / "checkpoints")[-1:],

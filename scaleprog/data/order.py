@@ -43,7 +43,8 @@ class Order:
             repeats.
 
     Raises:
-        DataError: V, B or R is less than 1, V does not divide B, or the split holds less than one batch.
+        ValueError: V, B or R is less than 1, or V does not divide B.
+        DataError: the split holds less than one batch.
     """
 
     counts: tuple[int, ...]
@@ -54,14 +55,9 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.lanes < 1 or self.repeats < 1 or self.batch < 1:
-            raise DataError(
-                f"lanes ({self.lanes}), batch ({self.batch}) and repeats ({self.repeats}) must each be at least 1"
-            )
+            raise ValueError(f"{self.lanes} lanes, a batch of {self.batch}, {self.repeats} repeats")
         if self.batch % self.lanes:
-            raise DataError(
-                f"a global batch of {self.batch} cannot be taken evenly from {self.lanes} lanes: set data.lanes to a "
-                f"divisor of the batch, e.g. {divisors(self.batch)}"
-            )
+            raise ValueError(f"a batch of {self.batch} from {self.lanes} lanes")
         if self.steps_per_epoch < 1:
             raise DataError(
                 f"{self.samples} samples in {self.lanes} lanes do not fill one global batch of {self.batch}: "
@@ -115,23 +111,8 @@ class Order:
         return np.repeat(np.concatenate(rows), repeats, axis=0)[:length]
 
     def lanes_of(self, rank: int, world: int) -> range:
-        """The contiguous lanes that a rank owns.
-
-        Raises:
-            DataError: the world size does not divide the number of lanes.
-            ValueError: there is no such rank.
-        """
-        if self.lanes % world:
-            raise DataError(
-                f"{self.lanes} lanes cannot be spread evenly over {world} ranks: use a world size that divides "
-                f"data.lanes ({divisors(self.lanes)}), or set data.lanes to a multiple of {world}"
-            )
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} of {world}")
+        """The contiguous lanes that a rank owns. Raises ValueError if the lanes cannot be shared by such ranks."""
+        if self.lanes % world or not 0 <= rank < world:
+            raise ValueError(f"{self.lanes} lanes for rank {rank} of {world}")
         owned = self.lanes // world
         return range(rank * owned, (rank + 1) * owned)
-
-
-def divisors(number: int) -> str:
-    """The divisors of a number, ascending, as text for a message."""
-    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)

@@ -18,6 +18,7 @@ from scaleprog.planning.devices import Collective, Device, Kind
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.keys import ShardingSettings
 from scaleprog.recipe.numbers import ceil_div
+from scaleprog.recipe.worlds import Worlds
 
 FP32, BF16 = 4, 2
 FIRST_DDP_BUCKET, DDP_BUCKET = 2**20, 25 * 2**20
@@ -234,7 +235,7 @@ def predict(recipe: Recipe, family: type[ElasticModel], subnet: Subnet, world: i
 
     Raises RecipeError if `world` ranks cannot run the recipe.
     """
-    check_world(recipe, world)
+    Worlds.of(recipe).check(world, math.gcd(world, device.ranks_per_node))
     sharding, model, emas = recipe.sharding, recipe.model, len(recipe.ema.momenta)
     images = recipe.train.batch // world
     micro = min(recipe.train.micro_batch or images, images)
@@ -264,15 +265,10 @@ def engines(recipe: Recipe, world: int, device: Device) -> dict[str, Recipe]:
     """The recipe under every engine, by the engine's name. Its own engine gets a star; the others do not offload.
 
     hsdp shards inside a node of `device`, unless the recipe has a `sharding.shard` that divides `world`.
-
-    Raises:
-        RecipeError: the recipe's own engine is hsdp, and its groups do not divide `world`.
     """
     own = recipe.sharding
     shared = {key: getattr(own, key) for key in ("precision", "reshard_after_forward", "recompute", "compile")}
     node = math.gcd(world, device.ranks_per_node)
-    if own.engine == "hsdp":
-        own.shard_ranks(world, node)
     group = own.shard if own.shard and world % own.shard == 0 else node
     choices: dict[str, dict[str, str | int]] = {
         "replicated": {"engine": "replicated"},
@@ -290,19 +286,6 @@ def engines(recipe: Recipe, world: int, device: Device) -> dict[str, Recipe]:
 
 
 # ---- what cannot run
-
-
-def check_world(recipe: Recipe, world: int) -> None:
-    """Raises RecipeError, with settings that would work, if `world` ranks cannot share the recipe's lanes and batch."""
-    lanes, batch = recipe.data.lanes, recipe.train.batch
-    pairs = 2 if recipe.augment.mixup or recipe.augment.cutmix else 1
-    if lanes % world == 0 and batch % (lanes * pairs) == 0:
-        return
-    fitting = ceil_div(batch, world * pairs) * world * pairs
-    change = f"data.lanes={world}"
-    if fitting != batch:
-        change += f" train.batch={fitting}, which changes the training"
-    raise RecipeError(f"batch {batch} in {lanes} lanes cannot be divided among {world} ranks; this works: {change}")
 
 
 def host_memory_available(meminfo: Path = Path("/proc/meminfo")) -> int:

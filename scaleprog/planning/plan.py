@@ -1,5 +1,6 @@
 """Turns a recipe, its model, and its shards into a plan, and refuses recipes that cannot be run."""
 
+import importlib.util
 import math
 import os
 import sys
@@ -19,10 +20,11 @@ from scaleprog.growth.space import Subnet
 from scaleprog.models import resolve_family
 from scaleprog.models.cost import gmacs, parameters, units
 from scaleprog.models.elastic import ElasticModel
-from scaleprog.planning.cost_model import Prediction, check_offload, check_world, engines, predict, state_memory
+from scaleprog.planning.cost_model import Prediction, check_offload, engines, predict, state_memory
 from scaleprog.planning.devices import Device
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.numbers import MOST_PIXELS, ceil_div
+from scaleprog.recipe.worlds import Worlds
 
 SCALE = 1000
 """Positions per epoch when there are no shards to count."""
@@ -48,8 +50,8 @@ class Plan:
     warmup_steps: int
 
     @classmethod
-    def of(cls, recipe: Recipe, world: int) -> "Plan":
-        """Checks a recipe against its model, its shards, and the number of ranks. Raises RecipeError or DataError."""
+    def of(cls, recipe: Recipe) -> "Plan":
+        """Checks a recipe against its model and its shards. Raises RecipeError or DataError."""
         manifest = Manifest.load(recipe.data.path).first("train", recipe.data.shards)
         for split in ("train", "val"):
             manifest.verify_sizes(split)
@@ -59,12 +61,6 @@ class Plan:
                 f"model.classes: {recipe.model.classes}, but {manifest.root} has {len(manifest.classes)} classes"
             )
         order = _order(recipe, manifest)
-        order.lanes_of(0, world)
-        if (recipe.augment.mixup or recipe.augment.cutmix) and order.per_lane % 2:
-            raise RecipeError(
-                f"augment: Mixup and CutMix pair the samples of a lane, so train.batch / data.lanes must be even; "
-                f"{recipe.train.batch} / {recipe.data.lanes} is {order.per_lane}"
-            )
         family, schedule = outline(recipe, order.steps_per_epoch)
         return cls(recipe, family, manifest, order, schedule, _steps(recipe.optimizer.warmup_epochs, order))
 
@@ -83,12 +79,14 @@ class Plan:
 
 
 def plan_start(recipe: Recipe, world: int, per_node: int) -> Plan:
-    """Like `Plan.of`, but also checks the engine, the offload, and the size of the decoded images.
+    """Like `Plan.of`, but also checks the number of ranks, the engine, the offload, and the size of the decoded images.
 
     `per_node`: how many of the `world` ranks are on each node. Raises RecipeError or DataError.
     """
-    plan = Plan.of(recipe, world)
-    recipe.sharding.check_engine(world, per_node)
+    Worlds.of(recipe).check(world, per_node)
+    plan = Plan.of(recipe)
+    if recipe.sharding.engine == "zero" and importlib.util.find_spec("deepspeed") is None:
+        raise RecipeError("sharding.engine: zero needs DeepSpeed: pip install 'scaleprog[deepspeed]'")
     check_offload(recipe, world, per_node)
     check_decoded(recipe, plan.schedule.full.resolution, world)
     return plan
@@ -99,6 +97,7 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
 
     `steps_per_epoch`: as the shards have it; None: SCALE positions stand for the steps of an epoch.
     """
+    Worlds.of(recipe).check_lanes()
     family, full, stride = resolve_family(recipe.model)
     _check_model(recipe, family, full, stride)
     epoch = SCALE if steps_per_epoch is None else steps_per_epoch
@@ -169,7 +168,7 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     """
     known = steps_per_epoch(recipe)
     if known is not None:
-        Plan.of(recipe, 1)
+        Plan.of(recipe)
     family, schedule = outline(recipe, known)
     epoch = known or SCALE
     model, cost_of = recipe.model, partial(_gmacs, recipe, family, schedule)
@@ -208,7 +207,7 @@ def forecast(recipe: Recipe, world: int, device: Device) -> dict[str, tuple[Pred
     Raises:
         RecipeError: `world` ranks cannot run the recipe.
     """
-    check_world(recipe, world)
+    Worlds.of(recipe).check(world, math.gcd(world, device.ranks_per_node))
     family, schedule = outline(recipe, steps_per_epoch(recipe))
     phases = schedule.expected((), partial(_gmacs, recipe, family, schedule))
     found, per_node = {}, math.gcd(world, device.ranks_per_node)
@@ -279,6 +278,7 @@ def steps_per_epoch(recipe: Recipe) -> int | None:
 
 
 def _order(recipe: Recipe, manifest: Manifest) -> Order:
+    Worlds.of(recipe).check_lanes()
     counts = tuple(shard.samples for shard in manifest.split("train"))
     return Order(counts, recipe.seed, recipe.data.lanes, recipe.train.batch, recipe.augment.repeats)
 

@@ -3,13 +3,11 @@
 This room imports no torch, so whatever only reads a recipe starts fast. `numbers.py` holds the ranges.
 """
 
-import importlib.util
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from scaleprog.errors import RecipeError
 from scaleprog.recipe.numbers import (
     Aspect,
     Channels,
@@ -340,27 +338,11 @@ class ShardingSettings(Settings):
             raise ValueError(f"engine {self.engine} offloads all or nothing, got offload: optimizer")
         return self
 
-    def check_engine(self, world: int, per_node: int) -> None:
-        """Raises RecipeError for what cannot run here on `world` ranks, `per_node` of them on each node."""
-        if self.engine == "zero" and importlib.util.find_spec("deepspeed") is None:
-            raise RecipeError("sharding.engine: zero needs DeepSpeed: pip install 'scaleprog[deepspeed]'")
-        if self.engine == "hsdp":
-            self.shard_ranks(world, per_node)
-
     def shard_ranks(self, world: int, per_node: int) -> int:
-        """Of `world` ranks, `per_node` of them on each node: how many hold one copy of the model together.
-
-        Raises RecipeError if hsdp's groups do not divide `world`.
-        """
+        """Of `world` ranks, `per_node` of them on each node: how many hold one copy of the model together."""
         if self.engine != "hsdp":
             return 1 if self.engine == "replicated" else world
-        ranks = self.shard or per_node
-        if world % ranks:
-            raise RecipeError(
-                f"sharding.shard: groups of {ranks} ranks do not divide a world of {world}; "
-                f"use one of {', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}"
-            )
-        return ranks
+        return self.shard or per_node
 
 
 class EvaluateSettings(Settings):

@@ -13,17 +13,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(settings: OptimizerSettings, position: int, steps: int, warmup_steps: int, began: int = 0) -> float:
-    """The learning rate at 0 <= `position` < `steps`: linear warmup, then cosine. A growth does not restart it.
+    """The learning rate at `began` <= `position` < `steps`: linear warmup, then cosine. A growth does not restart it.
 
-    `began`: position at which the weights were initialized; a network that starts late warms up to the cosine.
+    `began`: position at which the weights were initialized. If that is not 0, the rest of the run is a run of its own.
     """
-    lr = settings.lr
-    if position >= warmup_steps:
-        progress = (position - warmup_steps) / max(1, steps - warmup_steps)
-        lr = settings.min_lr + (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-    if position - began < warmup_steps:
-        return settings.warmup_lr + (lr - settings.warmup_lr) * (position - began) / warmup_steps
-    return lr
+    position, steps = position - began, steps - began
+    if position < warmup_steps:
+        return settings.warmup_lr + (settings.lr - settings.warmup_lr) * position / warmup_steps
+    progress = (position - warmup_steps) / max(1, steps - warmup_steps)
+    return settings.min_lr + (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @dataclass(frozen=True)

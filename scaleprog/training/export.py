@@ -43,7 +43,7 @@ def evaluate_run(run: Path, resolution: int | None, weights: Weights) -> tuple[f
     """
     recipe = Recipe.of_run(run)
     with process_group() as (coordinator, device):
-        plan = Plan.of(recipe, 1)
+        plan = Plan.of(recipe)
         backend, _ = _restored(run, recipe, coordinator, device, plan)
         size = plan.schedule.full.resolution if resolution is None else resolution
         found = evaluate(

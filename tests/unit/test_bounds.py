@@ -175,7 +175,7 @@ def test_shards_that_cannot_be_are_refused_by_plan(
     told = command(command_name, recipe, *([] if command_name == "plan" else ["--run-dir", tmp_path / "run"]))
     assert is_mistake(told, str(folder))
     with pytest.raises(DataError, match=message):
-        Plan.of(Recipe.load(recipe), 1)
+        Plan.of(Recipe.load(recipe))
     assert not (tmp_path / "run").exists()
 
 

@@ -14,8 +14,9 @@ import pytest
 from launchers import local
 from launchers.exits import CRASHED, MISTAKE, STOPPED, Exit, exit_by
 from launchers.local import RankFailed, launch, ranks_to_start
-from launchers.world import Count, Demand
+from launchers.world import Count
 from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable
+from scaleprog.recipe.worlds import Worlds
 
 pytestmark = pytest.mark.process
 
@@ -92,7 +93,7 @@ def test_a_start_takes_what_the_machine_has_and_can_train(
     asked: Count, room: int, taken: int, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("launchers.local.room_here", lambda: (room, "GPUs"))
-    assert ranks_to_start(asked, Demand(4)) == taken
+    assert ranks_to_start(asked, Worlds(4, 4)) == taken
     told = capsys.readouterr().err
     assert told.startswith(f"scaleprog: {why}") if why else told == ""
     assert told.count("\n") == bool(why)
@@ -102,12 +103,12 @@ def test_a_range_that_the_machine_has_no_room_for(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 5, 7})
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(ScaleprogError, match="--nproc 4:8: CPU cores here: 3; --nproc N"):
-        ranks_to_start(Count(4, 8), Demand(8))
+        ranks_to_start(Count(4, 8), Worlds(8, 8))
     with pytest.raises(
         ScaleprogError,
         match=r"^--nproc 3:8, CPU cores here: 3; with 3: no such number of ranks can train; .* 8 \(1, 2, 4, 8\)$",
     ):
-        ranks_to_start(Count(3, 8), Demand(8))
+        ranks_to_start(Count(3, 8), Worlds(8, 8))
 
 
 def test_ranks_that_stop_by_themselves_say_why(tmp_path: Path) -> None:

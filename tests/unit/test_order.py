@@ -119,21 +119,23 @@ def test_a_lane_permutes_only_the_shards_it_touches(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("counts", "lanes", "batch", "repeats", "message"),
+    ("counts", "lanes", "batch", "repeats", "error"),
     [
-        ((100,), 8, 12, 1, "12 cannot be taken evenly from 8 lanes.*1, 2, 3, 4, 6, 12"),
-        ((3, 4), 2, 8, 1, "7 samples in 2 lanes do not fill one global batch of 8"),
-        ((100,), 0, 8, 1, "at least 1"),
-        ((100,), 8, 0, 1, "at least 1"),
-        ((100,), 8, 8, 0, "at least 1"),
+        ((100,), 8, 12, 1, ValueError),
+        ((3, 4), 2, 8, 1, DataError),
+        ((100,), 0, 8, 1, ValueError),
+        ((100,), 8, 0, 1, ValueError),
+        ((100,), 8, 8, 0, ValueError),
     ],
 )
-def test_what_cannot_be_is_refused(counts: tuple[int, ...], lanes: int, batch: int, repeats: int, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+def test_what_cannot_be_is_refused(
+    counts: tuple[int, ...], lanes: int, batch: int, repeats: int, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=f"batch of {batch}"):
         Order(counts, 0, lanes, batch, repeats)
 
 
-def test_a_world_that_does_not_divide_the_lanes_is_refused_with_those_that_do() -> None:
-    with pytest.raises(DataError, match=r"64 lanes.*3 ranks.*1, 2, 4, 8, 16, 32, 64"):
+def test_a_rank_owns_an_equal_share_of_the_lanes() -> None:
+    with pytest.raises(ValueError, match="64 lanes for rank 0 of 3"):
         Order((1000,), 0, 64, 64).lanes_of(0, 3)
     assert list(Order((1000,), 0, 64, 64).lanes_of(3, 16)) == [12, 13, 14, 15]

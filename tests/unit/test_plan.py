@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from scaleprog.errors import DataError, RecipeError
 from scaleprog.growth.space import Choice, Subnet
-from scaleprog.planning.plan import Plan, describe, outline
+from scaleprog.planning.plan import Plan, describe, outline, plan_start
 from scaleprog.recipe import Recipe
 from tests.conftest import MakeRecipe
 
@@ -42,7 +42,7 @@ def deit_small_gmacs(resolution: int, depth: int) -> float:
 
 
 def test_a_plan_counts_steps_batches_and_layers(make_recipe: MakeRecipe, patterns: Path) -> None:
-    plan = Plan.of(make_recipe(), world=2)
+    plan = Plan.of(make_recipe())
     assert (plan.order.samples, plan.order.steps_per_epoch, plan.order.per_lane) == (160, 20, 2)
     assert (plan.schedule.steps, plan.schedule.search_steps, plan.warmup_steps) == (80, 10, 10)
     assert plan.schedule.ladder == (Subnet(16, 2), Subnet(24, 3), Subnet(32, 4))
@@ -55,11 +55,11 @@ def test_a_plan_counts_steps_batches_and_layers(make_recipe: MakeRecipe, pattern
 
 @pytest.mark.parametrize(("subset", "batches"), [(1, 1), (7, 1), (8, 1), (17, 2), (159, 19), (10**9, 20)])
 def test_the_search_subset_is_whole_batches_of_an_epoch(subset: int, batches: int, make_recipe: MakeRecipe) -> None:
-    assert Plan.of(make_recipe(search={"subset": subset}), world=1).search_batches == batches
+    assert Plan.of(make_recipe(search={"subset": subset})).search_batches == batches
 
 
 def test_a_search_is_a_part_of_the_run_where_the_recipe_does_not_say(make_recipe: MakeRecipe) -> None:
-    plan = Plan.of(make_recipe(search={"subset": None, "epochs": None}, train={"epochs": 40, "batch": 4}), world=1)
+    plan = Plan.of(make_recipe(search={"subset": None, "epochs": None}, train={"epochs": 40, "batch": 4}))
     assert (plan.order.steps_per_epoch, plan.schedule.search_steps, plan.search_batches) == (40, 20, 1)
     assert outline(deit("autoprog"), 1000)[1].search_steps == 1250
 
@@ -83,31 +83,31 @@ def test_the_schedule_covers_all_steps_whatever_their_number(steps_per_epoch: in
 
 def test_a_batch_that_the_lanes_do_not_divide_is_refused_with_lanes_that_do(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(train={"batch": 6}, data={"lanes": 4})
-    with pytest.raises(DataError, match=r"batch of 6 .* 4 lanes: set data\.lanes to a divisor .* 1, 2, 3, 6$"):
-        Plan.of(recipe, world=1)
+    with pytest.raises(RecipeError, match=r"6 images in 4 lanes are not a whole number .*: data\.lanes=3$"):
+        Plan.of(recipe)
     for lanes in (1, 2, 3, 6):
-        Plan.of(make_recipe(train={"batch": 6}, data={"lanes": lanes}), world=1)
+        Plan.of(make_recipe(train={"batch": 6}, data={"lanes": lanes}))
 
 
-def test_lanes_that_the_world_does_not_divide_are_refused_with_worlds_that_do(make_recipe: MakeRecipe) -> None:
-    with pytest.raises(DataError, match=r"4 lanes .* 3 ranks: .*divides data\.lanes \(1, 2, 4\), or .* multiple of 3"):
-        Plan.of(make_recipe(), world=3)
+def test_lanes_that_the_world_does_not_divide_are_refused_with_a_run_that_could(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(RecipeError, match=r"^3 ranks do not divide data\.lanes, 4; a new run with data\.lanes=3 train"):
+        plan_start(make_recipe(), 3, 3)
     for world in (1, 2, 4):
-        Plan.of(make_recipe(), world)
+        plan_start(make_recipe(), world, world)
 
 
 @pytest.mark.parametrize("mix", ["mixup", "cutmix"])
 def test_mixing_needs_pairs_in_every_lane(mix: str, make_recipe: MakeRecipe) -> None:
     odd = {"train": {"batch": 12}, "data": {"lanes": 4}}
-    with pytest.raises(RecipeError, match=r"train\.batch / data\.lanes must be even; 12 / 4 is 3"):
-        Plan.of(make_recipe(augment={mix: 0.8}, **odd), world=1)
-    Plan.of(make_recipe(**odd), world=1)
-    Plan.of(make_recipe(augment={mix: 0.8}), world=1)
+    with pytest.raises(RecipeError, match=r"12 images in 4 lanes are not an even number, .*: data\.lanes=3$"):
+        Plan.of(make_recipe(augment={mix: 0.8}, **odd))
+    Plan.of(make_recipe(**odd))
+    Plan.of(make_recipe(augment={mix: 0.8}))
 
 
 def test_a_batch_larger_than_the_data_is_refused(make_recipe: MakeRecipe) -> None:
     with pytest.raises(DataError, match="160 samples in 4 lanes do not fill one global batch of 164"):
-        Plan.of(make_recipe(train={"batch": 164}), world=1)
+        Plan.of(make_recipe(train={"batch": 164}))
 
 
 # ---- refused: shards
@@ -115,9 +115,9 @@ def test_a_batch_larger_than_the_data_is_refused(make_recipe: MakeRecipe) -> Non
 
 def test_missing_shards_are_refused_with_the_way_to_build_them(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such folder of shards\. Build it with `scaleprog shards image-folder SRC"):
-        Plan.of(make_recipe(data={"path": str(tmp_path / "nowhere")}), world=1)
+        Plan.of(make_recipe(data={"path": str(tmp_path / "nowhere")}))
     with pytest.raises(DataError, match=r"has no manifest\.json\. .* `scaleprog shards check .* --write-manifest`"):
-        Plan.of(make_recipe(data={"path": str(tmp_path)}), world=1)
+        Plan.of(make_recipe(data={"path": str(tmp_path)}))
 
 
 def damaged(patterns: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> str:
@@ -147,7 +147,7 @@ def test_shards_that_do_not_fit_are_refused(
 ) -> None:
     path = damaged(patterns, tmp_path / "shards", change)
     with pytest.raises((DataError, RecipeError), match=message) as caught:
-        Plan.of(make_recipe(data={"path": path}), world=1)
+        Plan.of(make_recipe(data={"path": path}))
     assert "lanes do not fill" in message or path in str(caught.value)
 
 

@@ -133,7 +133,7 @@ def test_a_state_that_no_run_of_the_recipe_leaves_is_refused_at_a_start(
 ) -> None:
     name, change, message = IMPOSSIBLE[fault]
     recipe, newest = copy(name)
-    state_of(newest, Plan.of(recipe, 1))
+    state_of(newest, Plan.of(recipe))
     reseal(newest, change)
     with pytest.raises(CheckpointError, match=rf"{newest}: .*{message}"):
         run(recipe, newest.parent.parent)
@@ -144,7 +144,7 @@ def test_a_state_that_no_run_of_the_recipe_leaves_is_refused_at_a_start(
 def test_every_state_that_runs_leave_is_one(trained: dict[str, tuple[Recipe, Path]]) -> None:
     for recipe, folder in trained.values():
         for path in committed(folder / "checkpoints"):
-            assert verify(path, owner_of(recipe).most).step == state_of(path, Plan.of(recipe, 1)).step
+            assert verify(path, owner_of(recipe).most).step == state_of(path, Plan.of(recipe)).step
 
 
 def test_an_export_needs_no_shards_and_refuses_what_cannot_be(
@@ -174,7 +174,7 @@ anything = st.recursive(
 
 @pytest.fixture(scope="module")
 def plans(trained: dict[str, tuple[Recipe, Path]]) -> dict[str, Plan]:
-    return {name: Plan.of(recipe, 1) for name, (recipe, _) in trained.items()}
+    return {name: Plan.of(recipe) for name, (recipe, _) in trained.items()}
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])

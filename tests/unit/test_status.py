@@ -51,7 +51,7 @@ def step_row(step: int, subnet: Subnet, seconds: float) -> dict[str, Any]:
 def made_up(make_recipe: MakeRecipe, tmp_path: Path) -> Path:
     """A run directory that Prog has left after 30 of 80 steps, with a restart at step 20."""
     recipe, run = make_recipe(growth={"schedule": "linear", "stages": 2}), tmp_path / "run"
-    plan = Plan.of(recipe, 1)
+    plan = Plan.of(recipe)
     small = plan.schedule.phases(())[0].network
     cost = plan.gmacs(small)
     (run / "checkpoints" / "step-00000020").mkdir(parents=True)
@@ -80,7 +80,7 @@ def test_status_of_a_run_directory(made_up: Path) -> None:
     assert (found.step, found.steps, found.stage, found.phase, found.network) == (30, 80, 1, "train", "16 px, 2 layers")
     assert (found.loss, found.top1, found.top1_step) == (pytest.approx(2.2), 41.5, 20)
     assert (found.commit_step, found.commit_age) == (20, pytest.approx(0, abs=60))
-    plan = Plan.of(Recipe.load(made_up / "recipe.yaml"), 1)
+    plan = Plan.of(Recipe.load(made_up / "recipe.yaml"))
     small, large = (plan.gmacs(p.network) for p in plan.schedule.phases(()))
     assert found.seconds_left == pytest.approx(0.5 * (10 * small + 40 * large))  # a later step takes longer
     assert found.images_per_second == pytest.approx(8 / (0.5 * small))

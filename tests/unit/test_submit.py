@@ -42,8 +42,8 @@ def test_time_limits(limit: str, expected: int) -> None:
         (JobRequest(options=("-N3",)), "--sbatch -N3: not of the form KEY=VALUE"),
         (JobRequest(options=("comment=a\n#SBATCH --uid=0",)), "not of the form KEY=VALUE"),
         (JobRequest(qos="a\nb"), "--qos: more than one line"),
-        (JobRequest(nodes=Count(3, 3)), "4 lanes cannot be spread evenly over 3 ranks"),
-        (JobRequest(nodes=Count(2, 2), gpus_per_node=4), "4 lanes cannot be spread evenly over 8 ranks"),
+        (JobRequest(nodes=Count(3, 3)), "3 ranks do not divide data.lanes, 4"),
+        (JobRequest(nodes=Count(2, 2), gpus_per_node=4), "8 ranks do not divide data.lanes, 4"),
     ],
 )
 def test_what_cannot_work_is_refused(

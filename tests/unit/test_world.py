@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,10 @@ from hypothesis import strategies as st
 
 from launchers import slurm
 from launchers.slurm import JobRequest
-from launchers.world import Count, Demand, largest, usable
-from scaleprog.data.order import Order
-from scaleprog.errors import DataError, RecipeError, ScaleprogError
+from launchers.world import Count, largest, usable
+from scaleprog.errors import RecipeError, ScaleprogError
 from scaleprog.files.display import as_text
-from scaleprog.recipe.keys import ShardingSettings
+from scaleprog.recipe.worlds import Worlds
 from tests.conftest import MakeRecipe
 from tests.unit.fake_slurm import FakeSlurm
 
@@ -23,44 +23,66 @@ ROOT = Path(__file__).parents[2]
 SHOW = "env | grep -E '^SLURM_(NTASKS|NNODES|JOB_NUM_NODES|NTASKS_PER_NODE|NPROCS)=' | sort > srun-reads; exit 0"
 
 
-def can_train(ranks: int, lanes: int, sharding: ShardingSettings) -> bool:
-    """What a rank says of its world when it starts."""
-    try:
-        Order((2 * lanes,), 0, lanes, lanes).lanes_of(0, ranks)
-        sharding.check_engine(ranks, ranks)
-    except (DataError, RecipeError):
-        return False
-    return True
+worlds = st.builds(
+    lambda lanes, unit, paired, shard: Worlds(lanes, lanes * unit * (2 if paired else 1), paired, shard),
+    st.integers(1, 96), st.integers(1, 8), st.booleans(), st.none() | st.integers(1, 8),
+)  # fmt: skip
 
 
-@given(
-    least=st.integers(1, 12),
-    further=st.integers(0, 40),
-    each=st.integers(1, 8),
-    lanes=st.integers(1, 96),
-    shard=st.none() | st.integers(1, 8),
-)
+@given(least=st.integers(1, 12), further=st.integers(0, 40), each=st.integers(1, 8), worlds=worlds)
 def test_the_largest_number_that_no_rank_would_refuse_is_taken(
-    least: int, further: int, each: int, lanes: int, shard: int | None
+    least: int, further: int, each: int, worlds: Worlds
 ) -> None:
-    sharding = ShardingSettings(engine="hsdp" if shard else "fsdp", shard=shard)
-    count, demand = Count(least, least + further), Demand(lanes, shard or 1)
-    known = [n for n in range(least, least + further + 1) if can_train(n * each, lanes, sharding)]
-    assert usable(count, demand, each) == known
+    count = Count(least, least + further)
+    known = [
+        n
+        for n in range(least, least + further + 1)
+        if worlds.lanes % (n * each) == 0 and n * each % (worlds.shard or each) == 0
+    ]
+    assert usable(count, worlds, each) == known
     if known:
-        assert largest("--nodes", count, demand, each) == known[-1]
+        assert largest("--nodes", count, worlds, each) == known[-1]
     else:
         with pytest.raises(ScaleprogError, match=f"^--nodes {count}.* no such number of ranks can train"):
-            largest("--nodes", count, demand, each)
+            largest("--nodes", count, worlds, each)
+
+
+@given(worlds=worlds, world=st.integers(1, 200))
+def test_the_settings_that_a_refusal_names_work(worlds: Worlds, world: int) -> None:
+    worlds = replace(worlds, shard=1)
+    if not (obstacle := worlds.obstacle(world)):
+        assert worlds.lanes % world == 0
+        return
+    named = dict(word.rstrip(",").split("=") for word in obstacle.split() if "=" in word)
+    changed = replace(worlds, lanes=int(named["data.lanes"]), batch=int(named.get("train.batch", worlds.batch)))
+    changed.check(world)
+    assert changed.batch >= worlds.batch
+    assert ("which changes the training" in obstacle) == (changed.batch != worlds.batch)
+
+
+def test_lanes_that_cannot_hold_a_batch() -> None:
+    with pytest.raises(RecipeError, match=r"^data\.lanes: 1000 images in 64 lanes are not a whole number .*lanes=50$"):
+        Worlds(64, 1000).check(1)
+    with pytest.raises(RecipeError, match=r"not an even number, which Mixup .*data\.lanes=2$"):
+        Worlds(4, 4, paired=True).check_lanes()
+    Worlds(4, 4).check_lanes()
+
+
+def test_hsdp_shares_a_model_within_a_node_unless_told_otherwise() -> None:
+    assert Worlds(64, 64, shard=None).obstacle(8, 4) == ""
+    assert Worlds(64, 64, shard=None).obstacle(8) == ""
+    message = "sharding.shard: 8 ranks are not a multiple of 3, the ranks that hold one copy"
+    assert Worlds(64, 64, shard=None).obstacle(8, 3) == message
+    assert Worlds(64, 64, shard=3).obstacle(8, 4) == message
 
 
 def test_a_range_may_end_anywhere() -> None:
-    assert largest("--nodes", Count(1, 10**12), Demand(64), each=8) == 8
+    assert largest("--nodes", Count(1, 10**12), Worlds(64, 64), each=8) == 8
 
 
 def test_what_is_said_where_no_number_can_train() -> None:
     with pytest.raises(ScaleprogError) as caught:
-        largest("--nodes", Count(4, 5), Demand(12, 4), each=2)
+        largest("--nodes", Count(4, 5), Worlds(12, 12, shard=4), each=2)
     assert str(caught.value) == (
         "--nodes 4:5 x 2 ranks: no such number of ranks can train; it must divide data.lanes, 12 (1, 2, 3, 4, 6, 12), "
         "and be a multiple of sharding.shard, 4"
@@ -100,7 +122,7 @@ def test_a_job_says_which_nodes_stay_idle(make_recipe: MakeRecipe, tmp_path: Pat
     assert (told.stdout, told.returncode) == ("2\n", 0)
     assert told.stderr == (
         "scaleprog: 2 of 3 nodes train, idle: gpu11; 3 ranks do not divide data.lanes, 4; "
-        "a new run with data.lanes a multiple of 3 can use them\n"
+        "a new run with data.lanes=3 train.batch=9, which changes the training, can use them\n"
     )
     for least, tasks, code, message in (
         ("3", 1, 2, "nodes 3: no such number of ranks can train; it must divide data.lanes, 4 (1, 2, 4), and be"),

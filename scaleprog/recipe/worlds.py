@@ -1,0 +1,73 @@
+"""Which numbers of ranks can train a recipe. No torch: a Slurm job's batch script waits for the answer."""
+
+from dataclasses import dataclass
+
+from scaleprog.errors import RecipeError
+from scaleprog.recipe.numbers import ceil_div
+from scaleprog.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Worlds:
+    """The numbers of ranks that can train a recipe: all that divide its lanes and are a multiple of its groups.
+
+    Args:
+        lanes: data.lanes; each rank owns equally many.
+        batch: train.batch, images of a global batch; every lane holds equally many.
+        paired: whether Mixup or CutMix pair the images of a lane.
+        shard: ranks that hold one copy of the model under hsdp (None: the ranks of a node); 1 for other engines.
+    """
+
+    lanes: int
+    batch: int
+    paired: bool = False
+    shard: int | None = 1
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "Worlds":
+        """The numbers of ranks that can train `recipe`."""
+        sharding, augment = recipe.sharding, recipe.augment
+        shard = sharding.shard if sharding.engine == "hsdp" else 1
+        return cls(recipe.data.lanes, recipe.train.batch, bool(augment.mixup or augment.cutmix), shard)
+
+    def obstacle(self, world: int, per_node: int | None = None) -> str:
+        """Why `world` ranks cannot train, and what can be changed; empty if they can.
+
+        `per_node`: how many of them are on each node (None: all).
+        """
+        if self.lanes % world:
+            return (
+                f"{world} ranks do not divide data.lanes, {self.lanes}; a new run with {self._change(world)} can use "
+                "them"
+            )
+        if world % (shard := self.shard or per_node or world):
+            return f"sharding.shard: {world} ranks are not a multiple of {shard}, the ranks that hold one copy"
+        return ""
+
+    def check_lanes(self) -> None:
+        """Raises RecipeError if the lanes cannot hold equally many images of a batch, or not as many as they must."""
+        if not self._fills(self.lanes, self.batch):
+            kind = "an even number, which Mixup and CutMix need" if self.paired else "a whole number"
+            raise RecipeError(
+                f"data.lanes: {self.batch} images in {self.lanes} lanes are not {kind} in each; this works: "
+                f"{self._change(1)}"
+            )
+
+    def check(self, world: int, per_node: int | None = None) -> None:
+        """Raises RecipeError if `world` ranks cannot train."""
+        self.check_lanes()
+        if obstacle := self.obstacle(world, per_node):
+            raise RecipeError(obstacle)
+
+    def _fills(self, lanes: int, batch: int) -> bool:
+        """Whether `batch` images can be taken from `lanes` lanes."""
+        return batch % (lanes * (2 if self.paired else 1)) == 0
+
+    def _change(self, world: int) -> str:
+        """Settings with which `world` ranks can train: the most lanes for the batch or, if none, a larger batch."""
+        unit = world * (2 if self.paired else 1)
+        batch = ceil_div(self.batch, unit) * unit
+        lanes = max(n for n in range(world, min(self.lanes, batch) + world, world) if self._fills(n, batch))
+        if batch == self.batch:
+            return f"data.lanes={lanes}"
+        return f"data.lanes={lanes} train.batch={batch}, which changes the training,"
