@@ -268,11 +268,10 @@ def possible(schedule: Schedule, choices: Sequence[Choice]) -> list[Choice]:
         search = schedule.phases(made)[-1]
         if not search.searched or choice.subnet not in search.candidates:
             break
-        position = search.position + (search.stop - search.start if schedule.recycle else 0)
-        takeover = choice.complete_from
-        if (takeover is None) != (schedule.budget is None):
+        position, budget, takeover = schedule.position_after(search), schedule.budget, choice.complete_from
+        if (takeover is None) != (budget is None):
             break
-        if takeover is not None and not position <= takeover <= max(position, schedule.latest):
+        if takeover is not None and budget is not None and not position <= takeover <= max(position, budget.latest):
             break
         made.append(choice)
     return made

@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import os
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,8 @@ from scaleprog.data.manifest import Manifest
 from scaleprog.data.order import Order
 from scaleprog.data.reader import decoded_bytes
 from scaleprog.errors import RecipeError
-from scaleprog.growth.schedule import Phase, Schedule
+from scaleprog.growth.policy import Budget, EqualStages, Price
+from scaleprog.growth.schedule import Schedule, ScheduleKind, rungs
 from scaleprog.growth.space import Subnet
 from scaleprog.models import resolve_family
 from scaleprog.models.cost import gmacs, parameters, units
@@ -73,10 +73,6 @@ class Plan:
         """Billions of multiply-accumulates in one image's forward pass through `subnet`."""
         return _gmacs(self.recipe, self.family, self.schedule, subnet)
 
-    def active(self, phase: Phase, subnet: Subnet) -> tuple[tuple[int, ...], ...]:
-        """For each layer group of the network of `phase`, the positions of the layers that `subnet` runs, ascending."""
-        return phase.active(subnet, self.recipe.growth.operator, self.family.split)
-
 
 def plan_start(recipe: Recipe, world: int, per_node: int) -> Plan:
     """Like `Plan.of`, but also checks the number of ranks, the engine, the offload, and the size of the decoded images.
@@ -100,52 +96,35 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
     Worlds.of(recipe).check_lanes()
     family, full, stride = resolve_family(recipe.model)
     _check_model(recipe, family, full, stride)
+    _check_growth(recipe, full, stride)
     epoch = SCALE if steps_per_epoch is None else steps_per_epoch
-    growth = recipe.growth
-    if recipe.search.budget is not None:
-        asked = f"search.budget: {recipe.search.budget}"
-        if recipe.search.method != "budget":
-            raise RecipeError(f"{asked}, but search.method: {recipe.search.method} has none")
-        if growth.schedule != "automatic":
-            raise RecipeError(f"{asked}, but only growth.schedule: automatic has one")
-    for key, multiple in (
-        ("growth.resolution_multiple", growth.resolution_multiple),
-        ("model.resolution", full.resolution),
-    ):
-        if multiple is not None and multiple % stride:
-            raise RecipeError(f"{key}: {multiple} is not a multiple of the model's stride, {stride} pixels")
-    if (growth.resolution_multiple or 0) > full.resolution:
-        raise RecipeError(f"growth.resolution_multiple: {growth.resolution_multiple} is more than model.resolution, "
-                          f"{full.resolution}, so nothing could grow")  # fmt: skip
-    if isinstance(growth.schedule, tuple):
-        _check_by_hand(recipe, full, stride)
-    if growth.curriculum and growth.patches != "subset":
-        raise RecipeError("growth.curriculum: an image of low resolution holds no high frequencies; it goes with "
-                          "growth.patches: subset")  # fmt: skip
-    steps = round(recipe.train.epochs * epoch)
-    if steps > MOST_STEPS:
+    growth, search = recipe.growth, recipe.search
+    kind, ladder = rungs(growth, full, stride)
+    steps, search_steps = _lengths(recipe, kind, 1 if kind == "supernet" else len(ladder), epoch)
+    scoring = search.measurements * _search_batches(recipe, epoch) / FORWARDS_PER_STEP
+    patch = stride if growth.patches == "subset" else None
+    make = partial(
+        Schedule, kind, ladder, steps, search_steps, scoring, recycle=growth.recycle, operator=growth.operator,
+        adaptive_regularization=growth.adaptive_regularization, patch=patch, curriculum=growth.curriculum,
+        split=family.split,
+    )  # fmt: skip
+    if kind != "automatic" or search.method != "budget":
+        return family, make(policy=EqualStages(ladder, steps, search.candidates if kind == "automatic" else None))
+    if search.candidates == "window":
         raise RecipeError(
-            f"train.epochs: {recipe.train.epochs:g} epochs are {steps} steps; at most {MOST_STEPS} are run"
+            "search.candidates: window leaves the present network out, and a budget may want to keep it; use corners "
+            "or all, or search.method: published"
         )
-    searched = recipe.search.epochs or recipe.train.epochs / SEARCH_PARTS
-    search_steps = max(1, round(searched * epoch))
-    schedule = Schedule.of(growth, full, stride, steps, search_steps, recipe.search.candidates)
-    if steps < schedule.stages:
-        raise RecipeError(f"train.epochs: {steps} steps cannot be cut into {schedule.stages} stages")
-    if schedule.kind == "automatic" and schedule.stages > 1 and search_steps >= steps // schedule.stages:
-        raise RecipeError(
-            f"search.epochs: {searched:g} epochs of search do not fit into a stage of "
-            f"{recipe.train.epochs / schedule.stages:g}"
-        )
-    forwards = recipe.search.measurements * _search_batches(recipe, epoch)
-    schedule = replace(schedule, scoring=forwards / FORWARDS_PER_STEP)
-    if schedule.kind == "automatic" and recipe.search.method == "budget":
+    frugal = Budget(
+        ladder, steps, search.candidates, search_steps, scoring, limit=0.0, subset=patch is not None,
+        # with a budget of all of Original's cost, searches may exceed it
+        promised=search.budget is not None and search.budget < 1,
         # a setting in steps means nothing if SCALE positions stand for the steps
-        complete_steps = recipe.search.complete_steps if steps_per_epoch is not None else 0
-        promised = (recipe.search.budget or 1) < 1  # with a budget of all of Original's cost, searches may exceed it
-        schedule = replace(schedule, complete_steps=complete_steps, promised=promised)
-        schedule = replace(schedule, budget=_budget(recipe, family, schedule))
-    return family, schedule
+        complete_steps=search.complete_steps if steps_per_epoch is not None else 0,
+    )  # fmt: skip
+    least = make(policy=frugal)
+    limit = _limit(recipe, least, partial(_gmacs, recipe, family, least))
+    return family, make(policy=replace(frugal, limit=limit))
 
 
 def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
@@ -160,7 +139,7 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
 
     Returns:
         `stages` (one row for each phase), `speedup` (Original's cost / the run's cost - 1, by GMACs), `kind` (of the
-        schedule), `budget` (of its searches, or None), and `short` (see `Schedule.short`).
+        schedule), `budget` (of its searches, or None), and `short` (see `Budget.short`).
 
     Raises:
         RecipeError: the recipe cannot be run.
@@ -191,9 +170,14 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
                 ).state,
             }
         )
-    speedup = cost_of(schedule.full) * schedule.steps / schedule.cost(phases, cost_of) - 1
-    return {"stages": rows, "speedup": speedup, "kind": schedule.kind, "budget": schedule.budget,
-            "short": schedule.short}  # fmt: skip
+    budget = schedule.budget
+    return {
+        "stages": rows,
+        "speedup": cost_of(schedule.full) * schedule.steps / schedule.cost(phases, cost_of) - 1,
+        "kind": schedule.kind,
+        "budget": budget.limit if budget else None,
+        "short": budget.short if budget else "",
+    }
 
 
 def forecast(recipe: Recipe, world: int, device: Device) -> dict[str, tuple[Prediction, int]]:
@@ -217,11 +201,7 @@ def forecast(recipe: Recipe, world: int, device: Device) -> dict[str, tuple[Pred
             network = units(family, recipe.model, phase.network.depth)
             memory = state_memory(network, variant.sharding, len(recipe.ema.momenta), world, per_node)
             held.append(memory.parameters + memory.optimizer + memory.ema)
-        growths = [
-            held[i - 1] + held[i]
-            for i in range(1, len(phases))
-            if schedule.entry(phases, i, recipe.growth.operator, family.split) is not None
-        ]
+        growths = [held[i - 1] + held[i] for i in range(1, len(phases)) if schedule.entry(phases, i) is not None]
         prediction = predict(variant, family, schedule.full, world, device)
         found[name] = prediction, max(prediction.memory.device, *growths, 0)
     return found
@@ -290,28 +270,75 @@ def _search_batches(recipe: Recipe, steps_per_epoch: int) -> int:
     return max(1, min(wanted, steps_per_epoch))
 
 
-def _budget(recipe: Recipe, family: type[ElasticModel], schedule: Schedule) -> float:
-    """The most that a run may cost, as a fraction of Original's cost. Raises RecipeError if no run can keep to it."""
-    if recipe.search.candidates == "window":
-        raise RecipeError("search.candidates: window leaves the present network out, and a budget may want to keep it; "
-                          "use corners or all, or search.method: published")  # fmt: skip
-    price = partial(_gmacs, recipe, family, schedule)
-    whole = price(schedule.full) * schedule.steps
-    saving = replace(schedule, budget=sys.float_info.min)
-    least = saving.cost(saving.expected((), price), price) / whole
-    if recipe.search.budget is None:
-        prog = sum(map(price, schedule.ladder)) / price(schedule.full) / len(schedule.ladder)
-        return max(prog, least)
-    if recipe.search.budget < least:
-        if schedule.short:
-            raise RecipeError(f"search.budget: {recipe.search.budget} of Original's cost, but {schedule.short}; "
-                              "lower that, or train longer")  # fmt: skip
+def _lengths(recipe: Recipe, kind: ScheduleKind, stages: int, epoch: int) -> tuple[int, int]:
+    """The steps of a run, and those of a search in it. Raises RecipeError if they do not fit."""
+    steps = round(recipe.train.epochs * epoch)
+    if steps > MOST_STEPS:
         raise RecipeError(
-            f"search.budget: {recipe.search.budget} of Original's cost; {schedule.ladder[0]} until the last of "
-            f"{schedule.stages} stages, which trains the complete model, costs {least:.3f} with its searches; raise "
-            "it, or lower growth.smallest or search.complete_steps, or raise growth.stages"
+            f"train.epochs: {recipe.train.epochs:g} epochs are {steps} steps; at most {MOST_STEPS} are run"
         )
-    return recipe.search.budget
+    searched = recipe.search.epochs or recipe.train.epochs / SEARCH_PARTS
+    search_steps = max(1, round(searched * epoch))
+    if steps < stages:
+        raise RecipeError(f"train.epochs: {steps} steps cannot be cut into {stages} stages")
+    if kind == "automatic" and stages > 1 and search_steps >= steps // stages:
+        raise RecipeError(
+            f"search.epochs: {searched:g} epochs of search do not fit into a stage of {recipe.train.epochs / stages:g}"
+        )
+    return steps, search_steps
+
+
+def _limit(recipe: Recipe, frugal: Schedule, price: Price) -> float:
+    """The most that a run may cost, as a fraction of Original's cost. Raises RecipeError if no run can keep to it.
+
+    `frugal`: the run's schedule if it saves as much as it can.
+    """
+    assert frugal.budget is not None
+    asked, stages, smallest = recipe.search.budget, len(frugal.ladder), frugal.ladder[0]
+    least = frugal.cost(frugal.expected((), price), price) / (price(frugal.full) * frugal.steps)
+    if asked is None:
+        prog = sum(map(price, frugal.ladder)) / price(frugal.full) / stages
+        return max(prog, least)
+    if asked >= least:
+        return asked
+    if frugal.budget.short:
+        raise RecipeError(
+            f"search.budget: {asked} of Original's cost, but {frugal.budget.short}; lower that, or train longer"
+        )
+    raise RecipeError(
+        f"search.budget: {asked} of Original's cost; {smallest} until the last of {stages} stages, which trains the "
+        f"complete model, costs {least:.3f} with its searches; raise it, or lower growth.smallest or "
+        "search.complete_steps, or raise growth.stages"
+    )
+
+
+def _check_growth(recipe: Recipe, full: Subnet, stride: int) -> None:
+    """Raises RecipeError for growth settings that do not fit the model or each other."""
+    growth = recipe.growth
+    if recipe.search.budget is not None:
+        asked = f"search.budget: {recipe.search.budget}"
+        if recipe.search.method != "budget":
+            raise RecipeError(f"{asked}, but search.method: {recipe.search.method} has none")
+        if growth.schedule != "automatic":
+            raise RecipeError(f"{asked}, but only growth.schedule: automatic has one")
+    for key, multiple in (
+        ("growth.resolution_multiple", growth.resolution_multiple),
+        ("model.resolution", full.resolution),
+    ):
+        if multiple is not None and multiple % stride:
+            raise RecipeError(f"{key}: {multiple} is not a multiple of the model's stride, {stride} pixels")
+    if (growth.resolution_multiple or 0) > full.resolution:
+        raise RecipeError(
+            f"growth.resolution_multiple: {growth.resolution_multiple} is more than model.resolution, "
+            f"{full.resolution}, so nothing could grow"
+        )
+    if isinstance(growth.schedule, tuple):
+        _check_by_hand(recipe, full, stride)
+    if growth.curriculum and growth.patches != "subset":
+        raise RecipeError(
+            "growth.curriculum: an image of low resolution holds no high frequencies; it goes with growth.patches: "
+            "subset"
+        )
 
 
 def _check_by_hand(recipe: Recipe, full: Subnet, stride: int) -> None:

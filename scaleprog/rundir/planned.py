@@ -2,18 +2,19 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from scaleprog.files.atomic import write_whole
+from scaleprog.growth.policy import Budget, EqualStages, Policy
 from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.space import Subnet
 from scaleprog.rundir.reading import read_object
-from scaleprog.rundir.records import PlanFile
+from scaleprog.rundir.records import PlanFile, PlannedSchedule
 
 PLAN = "plan.json"
+SCHEDULE = ("kind", "steps", "search_steps", "scoring", "recycle", "adaptive_regularization", "patch", "curriculum")
+"""The fields of a Schedule that the file holds under their own names."""
 
 
 def write_plan(run: Path, schedule: Schedule, gmacs: Callable[[Subnet], float]) -> None:
@@ -21,17 +22,34 @@ def write_plan(run: Path, schedule: Schedule, gmacs: Callable[[Subnet], float]) 
     networks = set(schedule.ladder)
     if schedule.kind != "fixed":
         networks |= {Subnet(*size) for size in product(schedule.space.resolutions, schedule.space.depths)}
+    budget = schedule.budget
+    fields: PlannedSchedule = {
+        **{name: getattr(schedule, name) for name in SCHEDULE},  # type: ignore[typeddict-item]
+        "ladder": [(subnet.resolution, subnet.depth) for subnet in schedule.ladder],
+        "rule": schedule.policy.rule,
+        "budget": budget.limit if budget else None,
+        "promised": budget is not None and budget.promised,
+        "complete_steps": budget.complete_steps if budget else 0,
+    }
     costs = [[subnet.resolution, subnet.depth, gmacs(subnet)] for subnet in sorted(networks)]
-    ladder = [[subnet.resolution, subnet.depth] for subnet in schedule.ladder]
-    write_whole(run / PLAN, json.dumps({"schedule": asdict(schedule) | {"ladder": ladder}, "gmacs": costs}))
+    write_whole(run / PLAN, json.dumps({"schedule": fields, "gmacs": costs}))
 
 
 def read_plan(run: Path) -> tuple[Schedule, dict[Subnet, float]] | None:
-    """The schedule and GMACs that `write_plan` wrote; None without a file. Raises CheckpointError or Unavailable."""
+    """The schedule and GMACs that `write_plan` wrote; None without a file. Raises CheckpointError or Unavailable.
+
+    The schedule tells steps and costs; how a network grows is not in the file.
+    """
     values = read_object(run / PLAN, PlanFile)
     if values is None:
         return None
-    fields: dict[str, Any] = {**values["schedule"]}
-    fields["ladder"] = tuple(Subnet(*size) for size in fields["ladder"])
-    schedule = Schedule(**fields)
+    fields = values["schedule"]
+    ladder, limit, rule = tuple(Subnet(*size) for size in fields["ladder"]), fields["budget"], fields["rule"]
+    policy: Policy = EqualStages(ladder, fields["steps"], rule if fields["kind"] == "automatic" else None)
+    if limit is not None and rule is not None:
+        policy = Budget(
+            ladder, fields["steps"], rule, fields["search_steps"], fields["scoring"], limit, fields["promised"],
+            fields["complete_steps"], subset=fields["patch"] is not None,
+        )  # fmt: skip
+    schedule = Schedule(ladder=ladder, policy=policy, **{name: fields[name] for name in SCHEDULE})  # type: ignore[literal-required]
     return schedule, {Subnet(resolution, depth): cost for resolution, depth, cost in values["gmacs"]}

@@ -319,13 +319,13 @@ class Measured(TypedDict):
 
 @with_config(STRICT)
 class PlannedSchedule(TypedDict):
-    """The fields of a `growth.schedule.Schedule`."""
+    """The fields of a `growth.schedule.Schedule` and of its policy."""
 
     kind: Literal["fixed", "automatic", "supernet"]
     ladder: Annotated[list[Pair], Field(min_length=1, max_length=100)]
     steps: Annotated[int, Field(ge=1, le=10**9)]
     search_steps: Annotated[int, Field(ge=1, le=10**9)]
-    rule: CandidateRule
+    rule: CandidateRule | None
     recycle: bool
     adaptive_regularization: bool
     budget: Annotated[float, Field(gt=0, le=1)] | None

@@ -8,7 +8,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from scaleprog.errors import CheckpointError
-from scaleprog.growth.schedule import Phase, Schedule
+from scaleprog.growth.phase import Phase
+from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.search import Decision
 from scaleprog.growth.space import Choice, Subnet
 from scaleprog.rundir.accuracies import Accuracies

@@ -20,7 +20,7 @@ from scaleprog.data.augment import BatchRequest, low_pass
 from scaleprog.data.order import SEARCH_EPOCH
 from scaleprog.errors import Diverged, OverBudget, ScaleprogError
 from scaleprog.files.atomic import write_whole
-from scaleprog.growth.schedule import Phase
+from scaleprog.growth.phase import Phase
 from scaleprog.growth.search import Decision, candidate_times, decide, decide_within, measurement_steps, step_time
 from scaleprog.growth.space import Subnet
 from scaleprog.ranks.stop import Agreement, AskedToStop
@@ -181,7 +181,7 @@ def measure(run: Run, phase: Phase) -> None:
                     continue
                 kept = patches_seen(run, view, SEARCH_EPOCH, request.step)
                 shown = images if view.cutoff is None else low_pass(images, view.cutoff)
-                logits = run.backend.forward(shown, run.plan.active(phase, subnet), kept=kept)
+                logits = run.backend.forward(shown, schedule.active(phase, subnet), kept=kept)
                 found[subnet] += F.cross_entropy(logits.float(), labels, reduction="none").tolist()
             done += 1
             if done < len(requests) and (stop := run.watch.asked()):
@@ -194,9 +194,9 @@ def measure(run: Run, phase: Phase) -> None:
         _keep_half(run, done, found)
         raise AskedToStop(stop)
     means, errors = _means_and_errors(run, found)
-    losses = {subnet: means[schedule.proxy(subnet)] for subnet in phase.candidates}
+    losses = {subnet: means[schedule.policy.proxy(subnet)] for subnet in phase.candidates}
     state.measured.append(losses)
-    state.errors = {subnet: errors[schedule.proxy(subnet)] for subnet in phase.candidates}
+    state.errors = {subnet: errors[schedule.policy.proxy(subnet)] for subnet in phase.candidates}
     run.recorder.event(
         "measurement", step=state.step, seconds=timer.seconds(), losses=pairs(losses), errors=pairs(state.errors)
     )
@@ -319,7 +319,7 @@ def evaluate_now(run: Run, phase: Phase) -> None:
 
     state.accuracies = evaluate(
         run.backend, run.coordinator, run.plan.manifest, recipe.data, recipe.augment, recipe.evaluate,
-        run.plan.schedule.view(network).pixels, run.plan.active(phase, network), between=between,
+        run.plan.schedule.view(network).pixels, run.plan.schedule.active(phase, network), between=between,
     )  # fmt: skip
     run.recorder.evaluation(state.step, state.accuracies | {"train_seconds": state.train_seconds})
     run.recorder.event("evaluation", step=state.step, seconds=time.perf_counter() - began, **state.accuracies)

@@ -20,7 +20,7 @@ from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
 from scaleprog.errors import OverBudget, Preempted, ScaleprogError, Unavailable
 from scaleprog.files.atomic import write_whole
-from scaleprog.growth.schedule import Phase
+from scaleprog.growth.phase import Phase
 from scaleprog.growth.space import Subnet
 from scaleprog.models.elastic import Active, drop_scales
 from scaleprog.planning.plan import plan_start
@@ -129,8 +129,8 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
             reader_bytes=reader.memory(plan.schedule.full.resolution),
         )  # fmt: skip
 
-    if plan.schedule.short:
-        progress.say(plan.schedule.short)
+    if plan.schedule.budget and plan.schedule.budget.short:
+        progress.say(plan.schedule.budget.short)
 
     # ---- loop
     gc.disable()
@@ -180,7 +180,7 @@ def train_phases(run: Run, began: float) -> None:
         if state.phase != index:
             enter(run, phases, index)
         phase = phases[index]
-        actives = {s: plan.active(phase, s) for s in phase.candidates}
+        actives = {s: plan.schedule.active(phase, s) for s in phase.candidates}
         with run.reader.stream(PhaseRequests(run, phase), plan.schedule.view(phase.network).pixels) as batches:
             while state.step < phase.stop and not stopped_early(run):
                 waited = time.perf_counter()
@@ -215,11 +215,10 @@ def enter(run: Run, phases: list[Phase], index: int) -> None:
     """
     state, backend, schedule = run.state, run.backend, run.plan.schedule
     phase, growth = phases[index], run.recipe.growth
-    layer_map = schedule.entry(phases, index, growth.operator, run.plan.family.split)
-    if layer_map is not None:
-        began = time.perf_counter()
-        if index > 1 and phases[index - 1].searched and not schedule.recycle:
-            before = run.checkpoints.at(phases[index - 1].start)
+    if (entry := schedule.entry(phases, index)) is not None:
+        layer_map, began = entry.layer_map, time.perf_counter()
+        if entry.rewind_to is not None:
+            before = run.checkpoints.at(entry.rewind_to)
             load_network(before, state_of(before, run.plan), backend, may_skip_layers=False)
             backend.growths = state.growths
         backend.regrow(layer_map, inherit=growth.optimizer == "inherit", may_skip_layers=phase.kind == "supernet")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scaleprog.data.reader import TrainReader
 from scaleprog.errors import EXIT_CODE, CheckpointError, Preempted
-from scaleprog.growth.schedule import Phase
+from scaleprog.growth.phase import Phase
 from scaleprog.growth.space import View
 from scaleprog.models.elastic import ElasticModel, Structure, draw_patches
 from scaleprog.planning.plan import Plan

@@ -97,7 +97,7 @@ def _misplaced(state: RunState, plan: Plan) -> Iterator[str]:
     schedule, choices = plan.schedule, list[Choice]()
     for number, decision in enumerate(state.decisions):
         search, until = schedule.phases(choices)[-1], decision.complete_from
-        position = search.position + (search.stop - search.start if schedule.recycle else 0)
+        position = schedule.position_after(search)
         if not search.searched or state.step < search.stop:
             yield f"made {number + 1} choices by step {state.step}"
         if (decision.stage, set(decision.candidates)) != (search.stage, set(search.candidates)):

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import scaleprog.rundir.checkpoint
 from scaleprog.growth.operators import fresh, grow, keep
-from scaleprog.growth.supernet import active_layers
+from scaleprog.growth.phase import active_layers
 from scaleprog.models import resolve_family
 from scaleprog.models.cost import units
 from scaleprog.models.elastic import drop_scales

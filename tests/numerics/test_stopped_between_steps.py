@@ -8,7 +8,7 @@ import pytest
 import scaleprog.training.between_steps
 import scaleprog.training.loop
 from scaleprog.errors import Preempted
-from scaleprog.growth.schedule import Phase
+from scaleprog.growth.phase import Phase
 from scaleprog.ranks.stop import Watch
 from scaleprog.recipe import Recipe
 from scaleprog.training.between_steps import run_pending

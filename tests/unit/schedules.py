@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from scaleprog.growth.operators import RULES
-from scaleprog.growth.schedule import Phase, Schedule
+from scaleprog.growth.phase import Phase, Split, undivided
+from scaleprog.growth.policy import Budget, EqualStages
+from scaleprog.growth.schedule import Schedule, rungs
 from scaleprog.growth.space import Choice, Subnet
 from scaleprog.recipe.keys import GrowthSettings
 
@@ -22,10 +24,6 @@ class Unrolled:
     choices: list[Choice]
 
 
-def one_group(depth: int) -> tuple[int, ...]:
-    return (depth,)
-
-
 def two_groups(depth: int) -> tuple[int, ...]:
     """9 -> 2 + 7, 12 -> 2 + 10, 15 -> 2 + 13, 18 -> 4 + 14: as VOLO shares its layers out, roughly."""
     first = max(2, depth // 4 // 2 * 2)
@@ -34,10 +32,27 @@ def two_groups(depth: int) -> tuple[int, ...]:
 
 def of(
     full: Subnet = DEIT, steps: int = 400, search_steps: int = 8, rule: str = "window", budget: float | None = None,
-    complete_steps: int = 0, **growth: object,
+    complete_steps: int = 0, promised: bool = False, scoring: float = 0.0, operator: str = "mogrow",
+    split: Split = undivided, **growth: object,
 ) -> Schedule:  # fmt: skip
-    schedule = Schedule.of(GrowthSettings(**growth), full, 32, steps, search_steps, rule)
-    return replace(schedule, budget=budget, complete_steps=complete_steps)
+    """A schedule with the growth settings `growth`; automatic ones keep to `budget`, if there is one."""
+    settings = GrowthSettings(**growth)
+    kind, ladder = rungs(settings, full, 32)
+    patch = 32 if settings.patches == "subset" else None
+    policy = EqualStages(ladder, steps, rule if kind == "automatic" else None)
+    if budget is not None:
+        policy = Budget(
+            ladder, steps, rule, search_steps, scoring, budget, promised, complete_steps, subset=patch is not None
+        )
+    return Schedule(
+        kind, ladder, steps, search_steps, scoring, policy, settings.recycle, settings.adaptive_regularization, patch,
+        settings.curriculum, operator, split,
+    )  # fmt: skip
+
+
+def budgeted(schedule: Schedule, **changes: object) -> Schedule:
+    """A schedule whose budget is changed."""
+    return replace(schedule, policy=replace(schedule.policy, **changes))
 
 
 def unroll(schedule: Schedule, choose: Callable[[list[Phase]], Choice]) -> tuple[list[Phase], list[Choice]]:

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaleprog.errors import OverBudget
-from scaleprog.growth.schedule import Phase
+from scaleprog.growth.phase import Phase
 from scaleprog.growth.search import CLOCKS, BudgetState, Decision, candidate_times, decide_within, step_time
 from scaleprog.growth.space import Choice, Subnet
-from tests.unit.schedules import DEIT, Unrolled, of, one_group, unroll
+from tests.unit.schedules import DEIT, Unrolled, budgeted, of, unroll
 
 CORNERS = [Subnet(128, 6), Subnet(128, 12), Subnet(224, 6), DEIT]
 positive = st.floats(0.01, 100)
@@ -124,7 +124,7 @@ def runs(draw: st.DrawFn, recycle: bool | None = None) -> Unrolled:
     def choose(phases: list[Phase]) -> Choice:
         candidates = phases[-1].candidates
         found = {s: draw(st.floats(0.1, 3)) for s in schedule.scoring_targets(phases[-1])}
-        losses = {s: found[schedule.proxy(s)] for s in candidates}
+        losses = {s: found[schedule.policy.proxy(s)] for s in candidates}
         times = {s: price(s) for s in candidates}
         return decide_within(schedule.budget_state(phases, price), phases[-1].stage, [losses], times).choice
 
@@ -144,7 +144,9 @@ def test_phases_tile_the_steps_and_grow_to_the_complete_model(run: Unrolled) -> 
         assert left.stop == right.start
     trained = [p.network for p in run.phases if p.kind == "train"]
     for small, large in pairwise(trained):
-        assert small.resolution <= large.resolution or run.schedule.rule == "all", "eq. 8 looks at parameters only"
+        assert small.resolution <= large.resolution or run.schedule.policy.rule == "all", (
+            "eq. 8 looks at parameters only"
+        )
         assert small.depth <= large.depth
     assert trained.count(DEIT) == 1, "what is complete trains in one stretch, without another search"
 
@@ -155,7 +157,7 @@ def test_the_first_stage_is_the_smallest_network_and_every_other_search_knows_it
     assert (first.kind, first.candidates) == ("train", run.schedule.ladder[:1])
     for before, phase in pairwise(run.phases):
         if phase.searched:
-            assert phase.candidates == run.schedule.space.candidates(before.network, run.schedule.rule)
+            assert phase.candidates == run.schedule.space.candidates(before.network, run.schedule.policy.rule)
             assert {before.network, DEIT} <= set(phase.candidates)
     assert sum(p.searched for p in rest) == len(run.choices)
 
@@ -163,13 +165,13 @@ def test_the_first_stage_is_the_smallest_network_and_every_other_search_knows_it
 @given(runs(recycle=True))
 def test_stages_until_the_complete_model_are_about_an_equal_part_each(run: Unrolled) -> None:
     part = run.schedule.steps / run.schedule.stages
-    room = run.schedule.latest - run.schedule.search_steps  # a later takeover leaves none for another search
+    room = run.schedule.budget.latest - run.schedule.search_steps  # a later takeover leaves none for another search
     stages: dict[int, int] = {}
     for phase in run.phases[:-1]:
         if not phase.searched:
             stages[phase.stage] = phase.stop - phase.start
     first = run.schedule.steps // run.schedule.stages
-    if probe := run.schedule.probe:
+    if probe := run.schedule.budget.probe:
         assert stages.pop(1) == probe
         if len(run.choices) > 1:
             assert stages.pop(2) == first - probe - run.schedule.search_steps
@@ -178,7 +180,7 @@ def test_stages_until_the_complete_model_are_about_an_equal_part_each(run: Unrol
     for stage, length in stages.items():
         choice = run.choices[stage - 2]
         undecided = choice.complete_from is not None and choice.complete_from <= room
-        if undecided and run.schedule.proxy(choice.subnet) != DEIT:
+        if undecided and run.schedule.policy.proxy(choice.subnet) != DEIT:
             assert length <= 1.5 * part + 1
         else:
             assert run.phases[-2].stage == stage, "goes on until the complete model takes over"
@@ -190,9 +192,9 @@ def test_stages_until_the_complete_model_are_about_an_equal_part_each(run: Unrol
 def test_a_run_keeps_to_its_budget_if_its_smallest_network_can(run: Unrolled) -> None:
     schedule, small = run.schedule, run.schedule.ladder[0]
     searching = sum(p.stop - p.start for p in run.phases if p.searched)
-    least = price(small) * (schedule.latest - searching) + schedule.steps - schedule.latest + searching
-    if least <= schedule.budget * schedule.steps:
-        assert schedule.cost(run.phases, price) <= schedule.budget * schedule.steps + 1
+    latest, limit = schedule.budget.latest, schedule.budget.limit * schedule.steps
+    if price(small) * (latest - searching) + schedule.steps - latest + searching <= limit:
+        assert schedule.cost(run.phases, price) <= limit + 1
 
 
 def test_what_is_scored_is_paid_for_once() -> None:
@@ -200,7 +202,7 @@ def test_what_is_scored_is_paid_for_once() -> None:
     for patches, networks in (("subset", CORNERS[2:]), ("resolution", CORNERS)):
         free = of(rule="corners", budget=0.5, patches=patches)
         phases = free.phases([])
-        paid = replace(free, scoring=3.0)
+        paid = of(rule="corners", budget=0.5, patches=patches, scoring=3.0)
         assert free.scoring_targets(phases[-1]) == networks
         assert free.budget_state(phases, price).left - paid.budget_state(phases, price).left == pytest.approx(
             3 * sum(map(price, networks))
@@ -276,7 +278,7 @@ def test_what_nobody_asked_for_is_saved_as_far_as_steps_are_cheaper_here() -> No
 
     def left(at: float, **changes: Any) -> float:
         measured = {s: 1 - (1 - price(s)) * (1 - at) / (1 - price(small)) for s in phases[-1].candidates}
-        changed = replace(schedule, **changes)
+        changed = budgeted(schedule, **changes)
         return changed.budget_state(phases, measured.__getitem__, price).left + changed.cost(
             phases, measured.__getitem__
         )
@@ -291,13 +293,13 @@ def test_what_nobody_asked_for_is_saved_as_far_as_steps_are_cheaper_here() -> No
 def test_a_short_run_trains_the_complete_model_and_says_why() -> None:
     short = of(rule="corners", budget=1.0, steps=390, complete_steps=300)
     assert [(p.network, p.start, p.stop) for p in short.phases([])] == [(DEIT, 0, 390)]
-    assert "a run of 390 steps is too short to save any" in short.short
-    assert of(rule="corners", budget=1.0, steps=408, complete_steps=300).short, "no room for a search"
+    assert "a run of 390 steps is too short to save any" in short.budget.short
+    assert of(rule="corners", budget=1.0, steps=408, complete_steps=300).budget.short, "no room for a search"
     longer = of(rule="corners", budget=0.6, steps=420, complete_steps=300)
-    assert longer.short == ""
+    assert longer.budget.short == ""
     assert [p.network for p in longer.expected((), price) if p.kind == "train"] == [longer.ladder[0]] * 3 + [DEIT]
-    assert longer.latest == 120
-    assert of(rule="corners", budget=0.6, steps=4000, complete_steps=300).latest == 3000
+    assert longer.budget.latest == 120
+    assert of(rule="corners", budget=0.6, steps=4000, complete_steps=300).budget.latest == 3000
 
 
 def test_a_candidate_that_no_step_sampled_is_timed_by_its_share_of_the_work() -> None:
@@ -311,7 +313,7 @@ def test_a_candidate_that_no_step_sampled_is_timed_by_its_share_of_the_work() ->
 def test_nothing_is_searched_that_cannot_be_told_apart() -> None:
     """All patches judge, and the depth is complete: what is left to grow has no loss of its own."""
     for patches, searches in (("subset", 1), ("resolution", 2)):
-        schedule = replace(of(rule="corners", budget=0.5, search_steps=8, patches=patches), promised=True)
+        schedule = of(rule="corners", budget=0.5, search_steps=8, patches=patches, promised=True)
         choices = [Choice(Subnet(128, 12), 290)]
         phases = schedule.phases(choices)
         assert sum(p.searched for p in phases) == searches
@@ -381,16 +383,15 @@ def test_a_probe_continues_with_the_smallest_network_or_gives_up() -> None:
 
 def test_only_a_budget_that_nobody_has_asked_for_is_probed() -> None:
     free = of(rule="corners", budget=0.5, search_steps=8)
-    assert (free.probe, free.stages) == (40, 4)
-    assert replace(free, promised=True).probe == 0
-    assert replace(free, search_steps=31).probe == 0, "no room for two searches in the first stage"
-    assert replace(free, complete_steps=390).probe == 0, "too short to save"
-    assert of(rule="corners").probe == 0
+    assert (free.budget.probe, free.stages) == (40, 4)
+    assert budgeted(free, promised=True).budget.probe == 0
+    assert budgeted(free, search_steps=31).budget.probe == 0, "no room for two searches in the first stage"
+    assert budgeted(free, complete_steps=390).budget.probe == 0, "too short to save"
     (first, second) = (p for p in free.phases([Choice(CORNERS[0], 300)]) if p.searched)
     assert (first.position, second.position) == (40, 100)
     hopeless = free.phases([Choice(DEIT, 48)])
     assert [(p.kind, p.start, p.stop, p.began) for p in hopeless[2:]] == [("train", 48, 400, 48)]
-    assert free.entry(hopeless, 2, "mogrow", one_group).rest == "fresh", "nothing is kept of what has not learned"
+    assert free.entry(hopeless, 2).layer_map.rest == "fresh", "nothing is kept of what has not learned"
     soon = free.phases([Choice(CORNERS[0], 70)])
     assert [(p.network, p.start, p.stop, p.began) for p in soon[2:]] == [(CORNERS[0], 48, 70, 0), (DEIT, 70, 400, 0)]
-    assert free.entry(soon, 3, "mogrow", one_group).rest == "ema"
+    assert free.entry(soon, 3).layer_map.rest == "ema"

@@ -1,15 +1,17 @@
 """Layer maps by which the phases of a run are entered, executed on labels instead of weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scaleprog.growth.operators import LayerMap, grow
+from scaleprog.growth.phase import Phase, undivided
+from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.space import Choice, Subnet
 from scaleprog.recipe.keys import SubnetSettings
-from tests.unit.schedules import D1, DEIT, OPERATORS, of, one_group, published, two_groups, unroll
+from tests.unit.schedules import D1, DEIT, OPERATORS, of, published, two_groups, unroll
 
 Network = tuple[tuple[object, ...], ...]
 
@@ -38,19 +40,25 @@ def expected_growth(operator: str, network: Network, depths: tuple[int, ...], fr
     return tuple(grown)
 
 
-@pytest.mark.parametrize("split", [one_group, two_groups])
+def map_of(schedule: Schedule, phases: Sequence[Phase], index: int) -> LayerMap | None:
+    """The layer map of a phase's entry; None if the network stays."""
+    entry = schedule.entry(phases, index)
+    return None if entry is None else entry.layer_map
+
+
+@pytest.mark.parametrize("split", [undivided, two_groups])
 @pytest.mark.parametrize("operator", OPERATORS)
 @given(data=st.data())
 def test_a_recycled_run_grows_as_if_it_had_grown_straight_into_each_choice(
     operator: str, split: Callable[[int], tuple[int, ...]], data: st.DataObject
 ) -> None:
     """The supernet only ever adds what the operator would have added: its way in and out is the operator's growth."""
-    schedule = of(D1, rule=data.draw(st.sampled_from(("all", "window"))))
+    schedule = of(D1, rule=data.draw(st.sampled_from(("all", "window"))), operator=operator, split=split)
     phases, _ = unroll(schedule, lambda phases: Choice(data.draw(st.sampled_from(phases[-1].candidates))))
     network: Network | None = None
     trained: Network | None = None  # after the last train phase
     for i, phase in enumerate(phases):
-        layer_map = schedule.entry(phases, i, operator, split)
+        layer_map = map_of(schedule, phases, i)
         if layer_map is None:
             assert phase.candidates == phases[i - 1].candidates
         else:
@@ -69,17 +77,18 @@ def test_a_recycled_run_grows_as_if_it_had_grown_straight_into_each_choice(
         trained = network = tuple(tuple((phase.stage, label) for label in group) for group in network)
 
 
-@pytest.mark.parametrize("split", [one_group, two_groups])
+@pytest.mark.parametrize("split", [undivided, two_groups])
 @pytest.mark.parametrize("operator", OPERATORS)
 @given(data=st.data())
 def test_without_recycling_a_stage_grows_the_network_from_before_its_search(
     operator: str, split: Callable[[int], tuple[int, ...]], data: st.DataObject
 ) -> None:
-    schedule = of(D1, rule=data.draw(st.sampled_from(("all", "window"))), recycle=False)
+    rule = data.draw(st.sampled_from(("all", "window")))
+    schedule = of(D1, rule=rule, operator=operator, split=split, recycle=False)
     phases, _ = unroll(schedule, lambda phases: Choice(data.draw(st.sampled_from(phases[-1].candidates))))
     trained: Network | None = None
     for i, phase in enumerate(phases):
-        layer_map = schedule.entry(phases, i, operator, split)
+        layer_map = map_of(schedule, phases, i)
         depths = split(phase.network.depth)
         if i == 0 or (i == 1 and phases[0].searched):
             assert layer_map.rest == "fresh"
@@ -99,43 +108,43 @@ def test_without_recycling_a_stage_grows_the_network_from_before_its_search(
 
 def test_a_search_that_chooses_the_network_it_started_from_still_leaves_the_supernet() -> None:
     """Without recycling: 128 px, 6 layers again, after a search whose network has 12 layers."""
-    schedule = of(rule="all", recycle=False)
+    schedule = of(rule="all", recycle=False, operator="interpolation")
     again = Subnet(128, 6)
     phases = schedule.phases([Choice(again)] * 2)
     assert phases[2].network == DEIT
     assert phases[3].candidates == phases[1].candidates == (again,)
-    layer_map = schedule.entry(phases, 3, "interpolation", one_group)
-    assert layer_map is not None, "None would train on in the supernet"
-    assert [o.source for o in layer_map.groups[0]] == list(range(6))
+    entry = schedule.entry(phases, 3)
+    assert entry is not None, "None would train on in the supernet"
+    assert [o.source for o in entry.layer_map.groups[0]] == list(range(6))
+    assert entry.rewind_to == phases[2].start, "the network from before the search grows"
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_entry_of_a_linear_run(operator: str) -> None:
-    schedule = of(schedule="linear")
+    schedule = of(schedule="linear", operator=operator)
     phases = schedule.phases([])
-    first = schedule.entry(phases, 0, operator, one_group)
+    first = map_of(schedule, phases, 0)
     assert first.depths == (6,)
     assert first.rest == "fresh"
     for i, (old, new) in enumerate(((6, 8), (8, 10), (10, 12)), 1):
-        assert schedule.entry(phases, i, operator, one_group) == grow(operator, (old,), (new,))
+        assert map_of(schedule, phases, i) == grow(operator, (old,), (new,))
 
 
 def test_entry_is_none_where_the_network_stays() -> None:
     sizes = ((128, 6), (128, 6), (160, 6), (224, 12))
     schedule = of(schedule=tuple(SubnetSettings(resolution=r, depth=d) for r, d in sizes))
-    entries = [schedule.entry(schedule.phases([]), i, "mogrow", one_group) for i in range(4)]
+    entries = [map_of(schedule, schedule.phases([]), i) for i in range(4)]
     assert [entry is None for entry in entries] == [False, True, False, False]
     assert entries[2] == grow("mogrow", (6,), (6,)), "a growth in resolution alone reads the EMA too"
     automatic = of()
     phases = automatic.phases([Choice(DEIT)])  # the first search chose the full network
-    assert automatic.entry(phases, 1, "mogrow", one_group).depths == (12,), "the search's network is left once"
-    assert [automatic.entry(phases, i, "mogrow", one_group) for i in (2, 3, 4)] == [None] * 3
+    assert map_of(automatic, phases, 1).depths == (12,), "the search's network is left once"
+    assert [automatic.entry(phases, i) for i in (2, 3, 4)] == [None] * 3
 
 
 def test_identity_opens_no_gate_on_the_way_out_of_a_supernet() -> None:
-    schedule = of()
+    schedule = of(operator="identity")
     phases = schedule.phases(published((128, 6), (160, 8)))
-    into = schedule.entry(phases, 2, "identity", one_group)
-    out = schedule.entry(phases, 3, "identity", one_group)
+    into, out = map_of(schedule, phases, 2), map_of(schedule, phases, 3)
     assert [o.gate for o in into.groups[0]] == [1, 0] * 6
     assert [o.source for o in out.groups[0]] == [0, 2, 4, 6, 8, 9, 10, 11]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from scaleprog.growth import operators
 from scaleprog.growth.operators import RULES, LayerMap, Origin, fresh, grow, interpolation, keep, stacking
-from scaleprog.growth.supernet import active_layers
+from scaleprog.growth.phase import active_layers
 from scaleprog.recipe.keys import Engine, Operator
 from scaleprog.sharding import ENGINES, engine
 

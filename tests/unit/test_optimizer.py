@@ -11,13 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.optim import param_groups_weight_decay
 
-from scaleprog.growth.schedule import Schedule
-from scaleprog.growth.space import Subnet
 from scaleprog.models.elastic import Structure
 from scaleprog.models.vit import ElasticViT
-from scaleprog.recipe.keys import GrowthSettings, ModelSettings, OptimizerSettings
+from scaleprog.recipe.keys import ModelSettings, OptimizerSettings
 from scaleprog.sharding.optimizer import adamw, alike, learning_rate, moments
-from tests.unit.schedules import published
+from tests.unit.schedules import of, published
 
 TINY = {"width": 16, "heads": 2, "depth": 2, "resolution": 32, "classes": 5}
 
@@ -84,8 +82,7 @@ def test_ends_and_seam(drawn: tuple) -> None:
 def test_growth_does_not_restart_it(recycle: bool) -> None:
     """AutoProg trains with the rates of a run of the full network, whether or not it repeats its searches."""
     settings, warmup = OptimizerSettings(), 20
-    growth = GrowthSettings(recycle=recycle)
-    schedule = Schedule.of(growth, Subnet(224, 12), 32, 400, 8, "window")
+    schedule = of(recycle=recycle)
     phases = schedule.phases(published((128, 6), (160, 10), (192, 12)))
     assert len(phases) == 7
     trained = [

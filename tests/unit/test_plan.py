@@ -49,8 +49,8 @@ def test_a_plan_counts_steps_batches_and_layers(make_recipe: MakeRecipe, pattern
     assert plan.search_batches == 2
     assert plan.manifest.root == str(patterns)
     supernet, trained = plan.schedule.phases([Choice(Subnet(16, 2))])[:2]
-    assert plan.active(trained, Subnet(16, 2)) == ((0, 1),)
-    assert [len(*plan.active(supernet, Subnet(32, depth))) for depth in (2, 3, 4)] == [2, 3, 4]
+    assert plan.schedule.active(trained, Subnet(16, 2)) == ((0, 1),)
+    assert [len(*plan.schedule.active(supernet, Subnet(32, depth))) for depth in (2, 3, 4)] == [2, 3, 4]
 
 
 @pytest.mark.parametrize(("subset", "batches"), [(1, 1), (7, 1), (8, 1), (17, 2), (159, 19), (10**9, 20)])
@@ -208,8 +208,8 @@ def test_a_search_must_leave_something_of_its_stage() -> None:
 def test_the_budget_is_what_prog_costs_unless_the_recipe_says() -> None:
     prog = describe(deit("prog"))["speedup"]
     _, schedule = outline(deit("autoprog", "growth.patches=resolution"), 1000)
-    assert schedule.budget == pytest.approx(1 / (1 + prog), rel=1e-9)
-    assert outline(deit("autoprog", "search.budget=0.7"), 1000)[1].budget == 0.7
+    assert schedule.budget.limit == pytest.approx(1 / (1 + prog), rel=1e-9)
+    assert outline(deit("autoprog", "search.budget=0.7"), 1000)[1].budget.limit == 0.7
     assert outline(deit("autoprog", "search.method=published", "search.candidates=window"), 1000)[1].budget is None
     assert outline(deit("prog"), 1000)[1].budget is None
     coarse = describe(deit("autoprog", "growth.patches=resolution", "growth.resolution_multiple=64", "growth.stages=3",

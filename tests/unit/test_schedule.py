@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaleprog.growth.operators import interpolation
-from scaleprog.growth.regularization import Regularization
-from scaleprog.growth.schedule import Phase, Schedule
+from scaleprog.growth.phase import Phase, Regularization, undivided
+from scaleprog.growth.schedule import Schedule, rungs
 from scaleprog.growth.space import Choice, Subnet, View, ladder
 from scaleprog.recipe.keys import GrowthSettings, SubnetSettings
-from tests.unit.schedules import D1, DEIT, OPERATORS, Unrolled, of, one_group, published, two_groups, unroll
+from tests.unit.schedules import D1, DEIT, OPERATORS, Unrolled, of, published, two_groups, unroll
 
 FULL_STRENGTH = Regularization()
 
@@ -62,8 +62,7 @@ def test_resolutions_follow_the_multiple_of_the_recipe_or_else_the_stride() -> N
     settings = GrowthSettings(schedule="linear")
     own = GrowthSettings(schedule="linear", resolution_multiple=32)
     for growth, resolutions in ((settings, [112, 144, 192, 224]), (own, [128, 160, 192, 224])):
-        schedule = Schedule.of(growth, DEIT, 16, 400, 8, "window")
-        assert [p.network.resolution for p in schedule.phases([])] == resolutions
+        assert [subnet.resolution for subnet in rungs(growth, DEIT, 16)[1]] == resolutions
 
 
 def test_a_schedule_by_hand_is_followed() -> None:
@@ -87,7 +86,7 @@ def test_the_supernet_baseline_is_one_phase_without_a_choice() -> None:
     assert phase == Phase(1, "supernet", 0, 400, 0, every, 6, False, FULL_STRENGTH)
     assert phase.network == schedule.full == DEIT
     assert {phase.subnet(0, step) for step in range(400)} == set(every)
-    assert schedule.entry([phase], 0, "mogrow", one_group).rest == "fresh"
+    assert schedule.entry([phase], 0).layer_map.rest == "fresh"
 
 
 def test_the_published_automatic_run() -> None:
@@ -182,7 +181,7 @@ def test_candidates_follow_the_rule_from_the_network_before(run: Unrolled) -> No
     before = None
     for stage in range(1, run.schedule.stages):
         first, *_, last = [p for p in run.phases if p.stage == stage] * 2
-        assert first.candidates == run.schedule.space.candidates(before, run.schedule.rule)
+        assert first.candidates == run.schedule.space.candidates(before, run.schedule.policy.rule)
         assert first.base == (before or min(first.candidates, key=lambda s: s.depth)).depth or not first.searched
         before = last.network
 
@@ -231,7 +230,7 @@ def test_a_step_trains_a_candidate(run: Unrolled, seed: int, step: int) -> None:
 def test_active_layers_of_every_phase(operator: str, run: Unrolled) -> None:
     for phase in run.phases:
         for subnet in phase.candidates:
-            (active,) = phase.active(subnet, operator, one_group)
+            (active,) = phase.active(subnet, operator, undivided)
             assert len(active) == subnet.depth
             if phase.kind == "train" or operator in ("rand_init", "stacking"):
                 assert active == tuple(range(subnet.depth))
@@ -259,12 +258,12 @@ def test_what_sub_networks_are_shown(kind: str) -> None:
     assert stride_32 == [View(224, 16), View(224, 36), View(224)]
     easy = of(schedule=kind, patches="subset", curriculum=True)
     assert [easy.view(s) for s in (Subnet(128, 6), DEIT)] == [View(224, 16, 128), View(224)]
-    assert easy.proxy(Subnet(128, 6)) == Subnet(128, 6), "as published: by what it trains on"
+    assert easy.policy.proxy(Subnet(128, 6)) == Subnet(128, 6), "as published: by what it trains on"
 
 
 def test_within_a_budget_all_are_scored_by_all_patches() -> None:
     within = [of(budget=0.6, patches=patches) for patches in ("resolution", "subset")]
-    assert [schedule.proxy(Subnet(128, 6)) for schedule in within] == [Subnet(128, 6), Subnet(224, 6)]
+    assert [schedule.policy.proxy(Subnet(128, 6)) for schedule in within] == [Subnet(128, 6), Subnet(224, 6)]
 
 
 def test_the_ladder_of_a_schedule_is_that_of_the_space() -> None:

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaleprog.growth.operators import RULES, grow, interpolation, stacking
+from scaleprog.growth.phase import active_layers, sample
 from scaleprog.growth.space import Subnet
-from scaleprog.growth.supernet import active_layers, sample
 
 OPERATORS = tuple(RULES)
 SIZES = [(base, full) for full in range(1, 25) for base in range(1, full + 1)]

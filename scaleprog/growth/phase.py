@@ -1,0 +1,112 @@
+"""A phase: a stretch of steps that trains one network. A supernet (paper 4.3) trains several Subnets in turn.
+
+Adaptive regularization, AdaReg (paper 5.3), gives each phase its strengths of augmentation and stochastic depth.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from scaleprog.growth.operators import sources
+from scaleprog.growth.space import Subnet
+from scaleprog.recipe.keys import Operator
+
+Split = Callable[[int], tuple[int, ...]]
+"""Divides a depth among a model family's layer groups."""
+
+
+def undivided(depth: int) -> tuple[int, ...]:
+    """The `Split` of a model with one layer group."""
+    return (depth,)
+
+
+@dataclass(frozen=True)
+class Regularization:
+    """Factors on the recipe's RandAugment magnitude, random-erase probability and stochastic-depth rate, 0 to 1."""
+
+    magnitude: float = 1.0
+    erase: float = 1.0
+    drop_path: float = 1.0
+
+    @classmethod
+    def at(cls, ramp: float) -> "Regularization":
+        """Strengths at the growth progress `ramp`, from 0 (growth begins) to 1 (complete model). All increase linearly
+        to 1: the magnitude from 0.5, the others from 0."""
+        return cls(magnitude=0.5 + 0.5 * ramp, erase=ramp, drop_path=ramp)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of steps that trains one network: a supernet (with several candidates) or a chosen Subnet.
+
+    Args:
+        stage: number of the stage, from 1.
+        kind: whether the phase trains a supernet, or a Subnet.
+        start, stop: optimizer steps finished when the phase begins and ends.
+        position: position of `start` in the data order and in the learning-rate schedule. It equals `start`, unless
+            `growth.recycle: false` went back to repeat the epochs of a search.
+        candidates: the Subnets to train.
+        base: depth of the network from which a supernet grows.
+        searched: whether the phase is a search.
+        regularization: strengths in this phase.
+        began: position at which its weights were initialized: not 0 after a probe found that nothing was learned.
+    """
+
+    stage: int
+    kind: Literal["supernet", "train"]
+    start: int
+    stop: int
+    position: int
+    candidates: tuple[Subnet, ...]
+    base: int
+    searched: bool = False
+    regularization: Regularization = Regularization()
+    began: int = 0
+
+    @property
+    def network(self) -> Subnet:
+        """The network that holds all candidates."""
+        return Subnet(max(s.resolution for s in self.candidates), max(s.depth for s in self.candidates))
+
+    def subnet(self, seed: int, step: int) -> Subnet:
+        """The Subnet that step `step` trains."""
+        return self.candidates[0] if self.kind == "train" else sample(self.candidates, seed, step)
+
+    def active(self, subnet: Subnet, operator: Operator, split: Split) -> tuple[tuple[int, ...], ...]:
+        """Positions of the layers that `subnet` runs in each group of this phase's network."""
+        if self.kind == "train":
+            return tuple(tuple(range(depth)) for depth in split(subnet.depth))
+        sizes = zip(split(self.base), split(self.network.depth), split(subnet.depth), strict=True)
+        return tuple(active_layers(operator, *size) for size in sizes)
+
+    def position_of(self, step: int) -> int:
+        """The position of step `step` in the data order and the learning-rate schedule."""
+        return self.position + step - self.start
+
+
+# ---- supernet
+
+
+def active_layers(operator: Operator, base: int, full: int, depth: int) -> tuple[int, ...]:
+    """Ascending positions of the `depth` layers that a Subnet activates in a group grown from `base` to `full` layers.
+
+    They match the layers that the operator would build at that depth: they have the same sources in the same order, and
+    each is as early as possible. So Subnets are nested.
+
+    Raises:
+        ValueError: there is no Subnet of that depth, or no such operator.
+    """
+    if not base <= depth <= full:
+        raise ValueError(f"a supernet of {base} to {full} layers has no sub-network of {depth}")
+    built, position, active = sources(operator, base, full), 0, list[int]()
+    for source in sources(operator, base, depth):
+        position = built.index(source, position)
+        active.append(position)
+        position += 1
+    return tuple(active)
+
+
+def sample(candidates: Sequence[Subnet], seed: int, step: int) -> Subnet:
+    """The Subnet that step `step` trains: drawn uniformly from the candidates, the same on every rank."""
+    return candidates[random.Random(f"supernet {seed} {step}").randrange(len(candidates))]

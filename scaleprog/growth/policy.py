@@ -1,0 +1,201 @@
+"""The two policies of a schedule: what each stage may train, and when it ends. The schedule itself only tiles.
+
+`EqualStages` is the paper's: K stages of equal length. `Budget` trains the smallest network until a search's choice
+hands over to the complete model, as early as the budget allows.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from scaleprog.growth.phase import Phase
+from scaleprog.growth.search import BudgetState
+from scaleprog.growth.space import Choice, GrowthSpace, Subnet
+from scaleprog.recipe.keys import CandidateRule
+from scaleprog.recipe.numbers import ceil_div
+
+PROBED_PARTS = 10
+"""The smallest network trains this part of a run before it is probed."""
+
+Price = Callable[[Subnet], float]
+"""The cost of a step on a Subnet, in any unit."""
+
+
+@dataclass(frozen=True)
+class EqualStages:
+    """K stages of equal length (paper 3.1, 4.1). Each trains its Subnet on the ladder or, with a rule, a search's.
+
+    Args:
+        ladder: the Subnet of every stage that is not searched; the last one is the complete model.
+        steps: schedule positions of the run.
+        rule: which Subnets are the candidates of a search (None: no stage is searched).
+    """
+
+    ladder: tuple[Subnet, ...]
+    steps: int
+    rule: CandidateRule | None = None
+
+    def candidates(self, stage: int, position: int, before: Choice | None) -> tuple[Subnet, ...]:
+        """The Subnets that the stage beginning at `position` may train; `before`: the choice of the stage before."""
+        if self.rule is None or stage == len(self.ladder):
+            return (self.ladder[stage - 1],)
+        return GrowthSpace.of(self.ladder).candidates(before.subnet if before else None, self.rule)
+
+    def end(self, stage: int, position: int, choice: Choice) -> int:
+        """The position at which a stage ends, if its choice begins to train at `position`."""
+        return stage * self.steps // len(self.ladder)
+
+    def ramp(self, stage: int, position: int, subnet: Subnet) -> float:
+        """The growth progress, 0 to 1, of a stage that begins to train `subnet` at `position`."""
+        return (stage - 1) / (len(self.ladder) - 1) if len(self.ladder) > 1 else 1.0
+
+    def expected(self, search: Phase, position: int, spent: float, price: Price) -> Choice:
+        """The choice of a future search, in the absence of anything better: the ladder's."""
+        return Choice(self.ladder[search.stage - 1])
+
+    def fails(self, search: Phase, choice: Choice) -> bool:
+        """Whether `choice` means that the network before `search` has learned nothing; the next one starts afresh."""
+        return False
+
+    def proxy(self, subnet: Subnet) -> Subnet:
+        """The Subnet whose loss a search uses to score `subnet`: itself."""
+        return subnet
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that a run may cost, and how it spends that.
+
+    The first stage trains the smallest network, a search's choice sets the takeover, and the stages before the takeover
+    are about equally long.
+
+    Args:
+        ladder: the first is the smallest network, the last the complete model; the others span the growth space.
+        steps: schedule positions of the run.
+        rule: which Subnets are the candidates of a search.
+        search_steps: optimizer steps of a search.
+        scoring: cost of measuring one network's loss in a search, in training steps of that network.
+        limit: most that the run may cost, as a part of Original's cost.
+        promised: whether the recipe asks for this limit, and for less than Original's cost.
+        complete_steps: fewest steps that the complete model trains.
+        subset: whether Subnets see some of the patches of an image, not smaller images.
+    """
+
+    ladder: tuple[Subnet, ...]
+    steps: int
+    rule: CandidateRule
+    search_steps: int
+    scoring: float
+    limit: float
+    promised: bool = False
+    complete_steps: int = 0
+    subset: bool = False
+
+    @property
+    def latest(self) -> int:
+        """The last position at which the complete model may take over.
+
+        From there on, the complete model gets at least the last of the equal parts and `complete_steps` steps. 0 if
+        that leaves no room for a first search: the complete model then trains throughout.
+        """
+        stages = len(self.ladder)
+        by_parts, by_steps = (stages - 1) * self.steps // stages, self.steps - self.complete_steps
+        if by_steps >= by_parts:
+            return by_parts
+        return by_steps if by_steps >= self.steps // stages + self.search_steps else 0
+
+    @property
+    def probe(self) -> int:
+        """The position of a first search that only asks whether the smallest network learns at all; 0: there is none.
+
+        A promised budget has to be saved in any case, so it is not probed.
+        """
+        if self.promised or self.latest == 0:
+            return 0
+        position = self.steps // PROBED_PARTS
+        return position if position + 2 * self.search_steps <= self.steps // len(self.ladder) else 0
+
+    @property
+    def short(self) -> str:
+        """Why the complete model trains from the start, as text; empty if the run can save steps."""
+        if len(self.ladder) == 1 or self.latest > 0:
+            return ""
+        return (
+            f"a run of {self.steps} steps is too short to save any: the complete model trains all of them, as it needs "
+            f"{self.complete_steps} after it has grown (search.complete_steps)"
+        )
+
+    def state(
+        self, search: Phase, position: int, spent: float, price: Price, planned: Price | None = None
+    ) -> BudgetState:
+        """The state of the budget at `search`, whose choice trains from `position` on.
+
+        If the budget is not promised, it was planned with the prices `planned`. At the prices `price`, measured here,
+        its saving shrinks by the same factor as the saving of a step on the cheapest candidate.
+
+        Args:
+            search: the search.
+            position: the schedule position after it.
+            spent: cost of everything so far, in steps of the complete model.
+            price: the price of a step.
+            planned: the same, as it was when the budget was planned (None: `price`).
+        """
+        limit, complete = self.limit, self.ladder[-1]
+        if planned is not None and not self.promised:
+            small = min(search.candidates, key=planned)
+            here, there = (1 - of(small) / of(complete) for of in (price, planned))
+            limit = 1 - (1 - limit) * here / there
+        left = limit * self.steps - spent
+        return BudgetState(position, self.steps, self.latest, left, self.promised, self._probes(search))
+
+    def candidates(self, stage: int, position: int, before: Choice | None) -> tuple[Subnet, ...]:
+        """As `EqualStages.candidates`."""
+        if position >= self.latest or (
+            before and before.complete_from is not None and position >= before.complete_from
+        ):
+            return self.ladder[-1:]
+        return self.ladder[:1] if before is None else GrowthSpace.of(self.ladder).candidates(before.subnet, self.rule)
+
+    def end(self, stage: int, position: int, choice: Choice) -> int:
+        """As `EqualStages.end`."""
+        part = self.steps // len(self.ladder)
+        if choice.subnet == self.ladder[-1]:
+            return self.steps
+        if self.probe and position < part:
+            return self.probe if stage == 1 else min(part, choice.complete_from or self.steps)
+        if choice.complete_from is None:
+            return part
+        # another search, which scores at most three networks, would delay the takeover by its cost
+        later = choice.complete_from + self.search_steps + math.ceil(3 * self.scoring)
+        if self.proxy(choice.subnet) == self.ladder[-1] or later > self.latest:
+            return choice.complete_from  # another search could not tell the two apart, or would come too late
+        before = choice.complete_from - position
+        return position + ceil_div(before, max(1, round(before * len(self.ladder) / self.steps)))
+
+    def ramp(self, stage: int, position: int, subnet: Subnet) -> float:
+        """As `EqualStages.ramp`."""
+        return 1.0 if subnet == self.ladder[-1] else position / self.latest
+
+    def expected(self, search: Phase, position: int, spent: float, price: Price) -> Choice:
+        """The choice of a future search, in the absence of anything better: the cheapest candidate."""
+        small, complete = min(search.candidates, key=price), self.ladder[-1]
+        return self.state(search, position, spent, price).choice(small, price(small) / price(complete), complete)
+
+    def fails(self, search: Phase, choice: Choice) -> bool:
+        """As `EqualStages.fails`."""
+        return self._probes(search) and choice.subnet == self.ladder[-1]
+
+    def proxy(self, subnet: Subnet) -> Subnet:
+        """The Subnet whose loss a search uses to score `subnet`: if that sees only some patches, the one of its depth
+        that sees all of them.
+
+        A subset shows less of an image, but that does not mean that training on it teaches less. So the cheapest of
+        several networks of one depth wins, and the loss decides only about depth.
+        """
+        return Subnet(self.ladder[-1].resolution, subnet.depth) if self.subset else subnet
+
+    def _probes(self, search: Phase) -> bool:
+        return 0 < search.position == self.probe
+
+
+Policy = EqualStages | Budget
