@@ -59,7 +59,7 @@ def main() -> None:
 def in_memory(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
     plan = Plan.of(recipe)
     size = plan.schedule.full.resolution
-    batches = list(evaluation_batches(plan.manifest, "val", recipe.data, recipe.augment, 1, size, 500, 0, 1))
+    batches = list(evaluation_batches(plan.data, "val", size, 500, 0, 1))
     return torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches])
 
 

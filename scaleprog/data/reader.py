@@ -5,6 +5,7 @@ parts. `order.py` and `augment.py` determine the content of a batch, no matter w
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -30,15 +31,29 @@ def decoded_bytes(rows: int, channels: int, resolution: int, data: DataSettings)
     return rows * channels * resolution**2 * torch.float32.itemsize * (ahead + 2)
 
 
+@dataclass(frozen=True)
+class DataSet:
+    """Shards, and how a recipe reads their images.
+
+    Args:
+        manifest: lists the shards.
+        settings: workers, prefetch and cache.
+        augment: the recipe's augmentation settings.
+        channels: 1 or 3.
+    """
+
+    manifest: Manifest
+    settings: DataSettings
+    augment: AugmentSettings
+    channels: int
+
+
 class TrainReader:
     """Streams the training batches of one rank.
 
     Args:
-        manifest: the data set; its split "train" is read.
+        data: the data set; its split "train" is read.
         order: order of the samples, made from this split's counts.
-        data: workers, prefetch and cache.
-        augment: the recipe's augmentation settings.
-        channels: 1 or 3.
         seed: of the augmentation.
         rank, world: this process's rank, and the number of ranks that share each batch.
 
@@ -46,25 +61,15 @@ class TrainReader:
         DataError: the order was made from other shards, or the world size does not divide the lanes.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        order: Order,
-        data: DataSettings,
-        augment: AugmentSettings,
-        channels: int,
-        seed: int,
-        rank: int,
-        world: int,
-    ) -> None:
+    def __init__(self, data: DataSet, order: Order, seed: int, rank: int, world: int) -> None:
         self.order = order
-        self.data = data
+        self.data = data.settings
         self.lanes = order.lanes_of(rank, world)
-        self.workers = min(data.workers, len(self.lanes))
-        self._augmentation = Augmentation(augment, channels, seed)
-        self._shards = ShardReader(manifest, TRAIN, cache=data.cache * 2**20)
+        self.workers = min(self.data.workers, len(self.lanes))
+        self._augmentation = Augmentation(data.augment, data.channels, seed)
+        self._shards = ShardReader(data.manifest, TRAIN, cache=self.data.cache * 2**20)
         if order.counts != tuple(shard.samples for shard in self._shards.shards):
-            raise DataError(f"{manifest.root}: the shards of {TRAIN!r} are not those that the order was made from")
+            raise DataError(f"{data.manifest.root}: the shards of {TRAIN!r} are not those that the order was made from")
 
     def stream(self, requests: Iterable[BatchRequest], resolution: int) -> Stream:
         """Streams the requested batches, decoded ahead. Close the stream, or leave its `with`, to stop the workers.
@@ -133,28 +138,15 @@ class _Lane:
         return [self._cursor.sample(shard, index) for shard, index in rows]
 
 
-def evaluation_batches(
-    manifest: Manifest,
-    split: str,
-    data: DataSettings,
-    augment: AugmentSettings,
-    channels: int,
-    resolution: int,
-    batch_local: int,
-    rank: int,
-    world: int,
-) -> Stream:
+def evaluation_batches(data: DataSet, split: str, resolution: int, batch_local: int, rank: int, world: int) -> Stream:
     """One rank's batches of a split: all ranks together get every sample exactly once, and equally many batches each.
 
     Rows of zeros with label and ID -1 pad the batches; mask them. Ranks and workers read contiguous parts of the split.
     The order of the rows depends on the number of ranks and workers; the set of IDs over all ranks does not.
 
     Args:
-        manifest: the data set.
+        data: the data set.
         split: name of the split.
-        data: workers and prefetch.
-        augment: the recipe's augmentation settings.
-        channels: 1 or 3.
         resolution: pixels per side.
         batch_local: rows of every batch.
         rank, world: this process's rank, and the number of ranks that share the split.
@@ -162,9 +154,9 @@ def evaluation_batches(
     Raises:
         DataError: while iterating: a shard or sample is missing, damaged or does not fit.
     """
-    shards = ShardReader(manifest, split)
-    augmentation = Augmentation(augment, channels)
-    total = manifest.samples(split)
+    shards = ShardReader(data.manifest, split)
+    augmentation = Augmentation(data.augment, data.channels)
+    total = data.manifest.samples(split)
     share = ceil_div(total, world)
     start, stop = rank * share, min((rank + 1) * share, total)
     batches = ceil_div(share, batch_local)
@@ -177,12 +169,12 @@ def evaluation_batches(
             first = start + above * batches + rows * batch
             samples = [cursor.at(position) for position in range(first, min(first + rows, stop))]
             padding = [PADDING_LABEL] * (rows - len(samples))
-            images = torch.zeros(rows, channels, resolution, resolution)
+            images = torch.zeros(rows, data.channels, resolution, resolution)
             if samples:
                 images[: len(samples)] = augmentation.evaluation([sample.image for sample in samples], resolution)
             labels = torch.tensor([sample.label for sample in samples] + padding)
             yield Batch(images, labels, torch.tensor([sample.id for sample in samples] + padding))
 
-    workers = min(data.workers, batch_local)
+    workers = min(data.settings.workers, batch_local)
     rows = ceil_div(batch_local, max(workers, 1))
-    return Stream(produce, workers, data.prefetch, (rows, channels, resolution, resolution))
+    return Stream(produce, workers, data.settings.prefetch, (rows, data.channels, resolution, resolution))

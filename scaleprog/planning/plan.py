@@ -12,7 +12,7 @@ from scaleprog.data.augment import normalization
 from scaleprog.data.manifest import NAME as MANIFEST
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.order import Order
-from scaleprog.data.reader import decoded_bytes
+from scaleprog.data.reader import DataSet, decoded_bytes
 from scaleprog.errors import RecipeError
 from scaleprog.growth.policy import Budget, EqualStages, Price
 from scaleprog.growth.schedule import Schedule, ScheduleKind, rungs
@@ -63,6 +63,11 @@ class Plan:
         order = _order(recipe, manifest)
         family, schedule = outline(recipe, order.steps_per_epoch)
         return cls(recipe, family, manifest, order, schedule, _steps(recipe.optimizer.warmup_epochs, order))
+
+    @property
+    def data(self) -> DataSet:
+        """The data set, as the recipe reads it."""
+        return DataSet(self.manifest, self.recipe.data, self.recipe.augment, self.recipe.model.channels)
 
     @property
     def search_batches(self) -> int:

@@ -311,15 +311,16 @@ def evaluate_now(run: Run, phase: Phase) -> None:
     Raises:
         AskedToStop: the ranks have agreed to stop; the evaluation stays pending.
     """
-    state, recipe, network, began = run.state, run.recipe, phase.candidates[-1], time.perf_counter()
+    state, recipe, schedule, network = run.state, run.recipe, run.plan.schedule, phase.candidates[-1]
+    began = time.perf_counter()
 
     def between() -> None:
         if reason := run.watch.asked():
             raise AskedToStop(reason)
 
     state.accuracies = evaluate(
-        run.backend, run.coordinator, run.plan.manifest, recipe.data, recipe.augment, recipe.evaluate,
-        run.plan.schedule.view(network).pixels, run.plan.schedule.active(phase, network), between=between,
+        run.backend, run.coordinator, run.plan.data, recipe.evaluate.batch, schedule.view(network).pixels,
+        schedule.active(phase, network), between,
     )  # fmt: skip
     run.recorder.evaluation(state.step, state.accuracies | {"train_seconds": state.train_seconds})
     run.recorder.event("evaluation", step=state.step, seconds=time.perf_counter() - began, **state.accuracies)

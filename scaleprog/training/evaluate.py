@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from itertools import product
 
-from scaleprog.data.manifest import Manifest
-from scaleprog.data.reader import evaluation_batches
+from scaleprog.data.reader import DataSet, evaluation_batches
 from scaleprog.models.elastic import Active
 from scaleprog.ranks.coordinator import Coordinator
-from scaleprog.recipe.keys import AugmentSettings, DataSettings, EvaluateSettings
 from scaleprog.sharding.backend import Backend
 from scaleprog.training.metrics import METRICS
 
@@ -15,18 +13,19 @@ from scaleprog.training.metrics import METRICS
 def evaluate(
     backend: Backend,
     coordinator: Coordinator,
-    manifest: Manifest,
-    data: DataSettings,
-    augment: AugmentSettings,
-    settings: EvaluateSettings,
+    data: DataSet,
+    batch_local: int,
     resolution: int,
     active: Active | None = None,
-    split: str = "val",
     between: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Measures the accuracies of the online weights and of every EMA on one split.
+    """Measures the accuracies of the online weights and of every EMA on the validation split.
 
     Args:
+        backend: holds the network.
+        coordinator: the ranks that share the work.
+        data: the data set.
+        batch_local: images of a rank in one forward pass.
         resolution: pixels a side.
         active: the layers that run (None: all).
         between: called between two batches; it may raise to end the evaluation.
@@ -39,10 +38,7 @@ def evaluate(
     """
     networks: list[int | None] = [None, *range(len(backend.network.emas))]
     right, seen = dict.fromkeys(product(METRICS, networks), 0.0), 0
-    batches = evaluation_batches(
-        manifest, split, data, augment, backend.model.channels, resolution, settings.batch,
-        coordinator.rank, coordinator.world,
-    )  # fmt: skip
+    batches = evaluation_batches(data, "val", resolution, batch_local, coordinator.rank, coordinator.world)
     for number, batch in enumerate(batches):
         if number:
             between()

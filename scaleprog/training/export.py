@@ -46,9 +46,7 @@ def evaluate_run(run: Path, resolution: int | None, weights: Weights) -> tuple[f
         plan = Plan.of(recipe)
         backend, _ = _restored(run, recipe, coordinator, device, plan)
         size = plan.schedule.full.resolution if resolution is None else resolution
-        found = evaluate(
-            backend, coordinator, plan.manifest, recipe.data, recipe.augment, recipe.evaluate, _fitting(recipe, size)
-        )
+        found = evaluate(backend, coordinator, plan.data, recipe.evaluate.batch, _fitting(recipe, size))
     chosen = Accuracies(found).weights if weights == "best" else weights
     return found["top1" if chosen == "online" else "top1_ema"], chosen
 

@@ -85,9 +85,7 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
     rank, world = coordinator.rank, coordinator.world
     coordinator.verify("recipe", recipe.dump())
     coordinator.verify("shards", [[s.name, s.sha256] for s in plan.manifest.split("train")])
-    reader = TrainReader(
-        plan.manifest, plan.order, recipe.data, recipe.augment, recipe.model.channels, recipe.seed, rank, world
-    )
+    reader = TrainReader(plan.data, plan.order, recipe.seed, rank, world)
     lease = take_lease(folder, recipe, coordinator)
 
     # ---- model

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from scaleprog.data.manifest import Manifest, Shard
 from scaleprog.data.order import SEARCH_EPOCH, Order
-from scaleprog.data.reader import BatchRequest, TrainReader, evaluation_batches
+from scaleprog.data.reader import BatchRequest, DataSet, TrainReader, evaluation_batches
 from scaleprog.data.shard import ShardReader
 from scaleprog.data.stream import Batch
 from scaleprog.errors import DataError, Unavailable
@@ -91,7 +91,7 @@ def make_reader(
 ) -> TrainReader:
     order = Order(tuple(shard.samples for shard in manifest.split("train")), 5, lanes, BATCH, repeats)
     data = DataSettings(path=manifest.root, lanes=lanes, workers=workers, cache=cache)
-    return TrainReader(manifest, order, data, augment, 3, 11, rank, world)
+    return TrainReader(DataSet(manifest, data, augment, 3), order, 11, rank, world)
 
 
 def read(reader: TrainReader, requests: Sequence[BatchRequest]) -> list[Batch]:
@@ -156,7 +156,7 @@ def test_ids_labels_and_pixels_belong_together(manifest: Manifest) -> None:
         seen += batch.ids.tolist()
     assert len(seen) == len(set(seen)) == 72
     by_id = read(reader, plan[:1])[0]
-    again = next(b for b in evaluation_batches(manifest, "train", reader.data, EXACT, 3, 14, 100, 0, 1))
+    again = next(b for b in evaluation_batches(DataSet(manifest, reader.data, EXACT, 3), "train", 14, 100, 0, 1))
     table = dict(zip(again.ids.tolist(), again.images))
     for position, pixels in zip(by_id.ids.tolist(), by_id.images):
         # evaluation cuts the central square, training here squeezes the whole: the same sample, not another one
@@ -188,7 +188,8 @@ def test_the_process_random_numbers_are_left_alone(manifest: Manifest, workers: 
     with make_reader(manifest, workers=workers).stream(requests(0, 5), 16) as batches:
         for _ in batches:
             assert states() == before
-    list(evaluation_batches(manifest, "val", DataSettings(path="", workers=workers), EVERYTHING, 3, 12, 16, 0, 1))
+    data = DataSet(manifest, DataSettings(path="", workers=workers), EVERYTHING, 3)
+    list(evaluation_batches(data, "val", 12, 16, 0, 1))
     assert states() == before
 
 
@@ -264,7 +265,7 @@ def test_a_shard_may_be_a_link_to_a_file(manifest: Manifest, tmp_path: Path) -> 
 
 def test_an_order_of_other_shards_is_refused(manifest: Manifest) -> None:
     with pytest.raises(DataError, match="not those that the order was made from"):
-        TrainReader(manifest, Order((99,), 0, 1, 1), DataSettings(path=""), EXACT, 3, 0, 0, 1)
+        TrainReader(DataSet(manifest, DataSettings(path=""), EXACT, 3), Order((99,), 0, 1, 1), 0, 0, 1)
 
 
 def test_memory_is_stated(manifest: Manifest) -> None:
@@ -337,8 +338,9 @@ def test_damage_is_named(manifest: Manifest, tmp_path: Path, kind: str, workers:
     with pytest.raises(DataError, match=DAMAGE[kind]) as caught:
         read(make_reader(wrong, workers=workers), requests(0, 9))
     assert "Traceback" not in str(caught.value)
+    data = DataSet(wrong, DataSettings(path="", workers=workers), EXACT, 3)
     with pytest.raises(DataError, match=DAMAGE[kind]):
-        list(evaluation_batches(wrong, "val", DataSettings(path="", workers=workers), EXACT, 3, 12, 16, 0, 1))
+        list(evaluation_batches(data, "val", 12, 16, 0, 1))
 
 
 def test_batches_before_the_damage_still_come(manifest: Manifest, straight: list[Batch], tmp_path: Path) -> None:
@@ -415,10 +417,8 @@ def test_a_killed_worker_is_reported(manifest: Manifest) -> None:
 def test_evaluation_sees_every_sample_once_and_ranks_stay_in_step(
     manifest: Manifest, world: int, workers: int, batch_local: int
 ) -> None:
-    data = DataSettings(path="", workers=workers)
-    ranks = [
-        list(evaluation_batches(manifest, "val", data, EXACT, 3, 14, batch_local, rank, world)) for rank in range(world)
-    ]
+    data = DataSet(manifest, DataSettings(path="", workers=workers), EXACT, 3)
+    ranks = [list(evaluation_batches(data, "val", 14, batch_local, rank, world)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1, "else a collective hangs"
     share = -(-sum(SIZES) // world)
     assert len(ranks[0]) == -(-share // batch_local)
@@ -434,10 +434,8 @@ def test_evaluation_sees_every_sample_once_and_ranks_stay_in_step(
 
 def test_evaluation_does_not_depend_on_who_reads(manifest: Manifest) -> None:
     def by_id(world: int, workers: int) -> dict[int, torch.Tensor]:
-        data = DataSettings(path="", workers=workers)
-        batches = [
-            b for r in range(world) for b in evaluation_batches(manifest, "val", data, EXACT, 3, 12, 8, r, world)
-        ]
+        data = DataSet(manifest, DataSettings(path="", workers=workers), EXACT, 3)
+        batches = [b for r in range(world) for b in evaluation_batches(data, "val", 12, 8, r, world)]
         every = rows(batches)
         return {position: pixels for position, pixels in zip(every.ids.tolist(), every.images) if position >= 0}
 
