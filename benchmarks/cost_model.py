@@ -37,13 +37,15 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     lines = [
-        "Written by `python -m benchmarks.cost_model`.", "",
+        "Written by `python -m benchmarks.cost_model`.",
+        "",
         "DeiT-S at full size, two EMAs, rank 0: bytes counted / bytes predicted of what it holds (weights, gradients, "
-        "AdamW's moments, EMA) and of the tensors that a step's collectives carry, padding included.", "",
+        "AdamW's moments, EMA) and of the tensors that a step's collectives carry, padding included.",
+        "",
         "| engine | ranks | held, MiB | counted / predicted | collectives | predicted | carried, MiB "
         "| counted / predicted |",
         "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     lines += [row(*case) for case in COUNTED]
     for arguments in PRINTED:
         lines += ["", f"`scaleprog plan {' '.join(arguments)}`", "", "```text", printed(arguments), "```"]

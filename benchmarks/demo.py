@@ -79,8 +79,18 @@ def train(recipe: str, seed: int, runs: Path) -> dict[str, float]:
     done = folder / "demo.json"
     if not done.exists():
         began = time.perf_counter()
-        command = [sys.executable, "-m", "scaleprog", "train", f"configs/digits/{recipe}.yaml", f"seed={seed}",
-                   "--nproc", "2", "--run-dir", str(folder)]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "scaleprog",
+            "train",
+            f"configs/digits/{recipe}.yaml",
+            f"seed={seed}",
+            "--nproc",
+            "2",
+            "--run-dir",
+            str(folder),
+        ]
         subprocess.run(command, check=True)
         finish(folder, time.perf_counter() - began)
     return json.loads(done.read_text())

@@ -67,9 +67,16 @@ def bare_loop(recipe: Recipe, images: torch.Tensor, labels: torch.Tensor) -> Ite
     """The loop that one would write by hand, a step each time it is asked."""
     m = recipe.model
     model = timm.create_model(
-        m.name, img_size=m.resolution, patch_size=m.patch, in_chans=m.channels, num_classes=m.classes,
-        embed_dim=m.width, depth=m.depth, num_heads=m.heads, dynamic_img_size=True,
-    )  # fmt: skip
+        m.name,
+        img_size=m.resolution,
+        patch_size=m.patch,
+        in_chans=m.channels,
+        num_classes=m.classes,
+        embed_dim=m.width,
+        depth=m.depth,
+        num_heads=m.heads,
+        dynamic_img_size=True,
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optimizer.lr, fused=True)
     batch = recipe.train.batch
     first = 0

@@ -18,8 +18,15 @@ def draw_cloud(path: Path, points: Sequence[tuple[str, float, float]]) -> None:
     axes = figure.subplots()
     for i, group in enumerate(dict.fromkeys(group for group, _, _ in points)):
         mine = [(cost, top1) for name, cost, top1 in points if name == group]
-        axes.plot(*zip(*mine), MARKERS[i // 7 % len(MARKERS)], color=COLORS[i % 7], alpha=0.75, markersize=6,
-                  markeredgecolor="white", label=f"{as_label(group)} ({len(mine)})")  # fmt: skip
+        axes.plot(
+            *zip(*mine),
+            MARKERS[i // 7 % len(MARKERS)],
+            color=COLORS[i % 7],
+            alpha=0.75,
+            markersize=6,
+            markeredgecolor="white",
+            label=f"{as_label(group)} ({len(mine)})",
+        )
     best = [p[1:] for p in points if not any(o[1] <= p[1] and o[2] >= p[2] and o[1:] != p[1:] for o in points)]
     axes.plot(*zip(*sorted(best)), color="#999999", linewidth=1, zorder=1)
     axes.set(xlabel=COST, ylabel="top-1 (%), better of online and EMA")
@@ -34,8 +41,16 @@ def draw_frontier(path: Path, points: Mapping[str, Sequence[tuple[float, float]]
     axes = figure.subplots()
     for color, marker, (name, runs) in zip(COLORS, MARKERS, points.items()):
         costs, accuracies = zip(*sorted(runs))
-        axes.plot(costs, accuracies, marker, color=color, alpha=0.6, markersize=5, markeredgecolor="white",
-                  label=as_label(name))  # fmt: skip
+        axes.plot(
+            costs,
+            accuracies,
+            marker,
+            color=color,
+            alpha=0.6,
+            markersize=5,
+            markeredgecolor="white",
+            label=as_label(name),
+        )
     axes.set(xscale="log", xlabel=COST, ylabel="top-1 (%), better of online and EMA")
     axes.xaxis.set_major_formatter("{x:,.0f}")  # not as a power of ten, which would need parsed math
     axes.legend(loc="lower right")

@@ -122,8 +122,16 @@ def points(data: str, grid: Grid, found: Found) -> dict[str, list[tuple[float, f
 
 def tables(grid: Grid, found: Found) -> str:
     """Markdown: by length, and by accuracy."""
-    columns = ("steps", "seeds", ORIGINAL, grid.name, "cost", "Δ at the same cost", "Δ to Original of that length",
-               "doubling Original gains")  # fmt: skip
+    columns = (
+        "steps",
+        "seeds",
+        ORIGINAL,
+        grid.name,
+        "cost",
+        "Δ at the same cost",
+        "Δ to Original of that length",
+        "doubling Original gains",
+    )
     parts = []
     for data in grid.data:
         lines = [f"## {data}\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -136,9 +144,16 @@ def tables(grid: Grid, found: Found) -> str:
                 for name in (ORIGINAL, grid.name, SAME_COST)
             )
             cost = np.mean([found[data, length, seed, grid.name].cost for seed in seeds])
-            cells = (f"{length}", f"{len(seeds)}", f"{np.mean(theirs):.2f}", f"{np.mean(mine):.2f}", f"{cost:.0f}",
-                     distance(mine, same_cost), distance(mine, theirs),
-                     doubling(data, length, grid, found))  # fmt: skip
+            cells = (
+                f"{length}",
+                f"{len(seeds)}",
+                f"{np.mean(theirs):.2f}",
+                f"{np.mean(mine):.2f}",
+                f"{cost:.0f}",
+                distance(mine, same_cost),
+                distance(mine, theirs),
+                doubling(data, length, grid, found),
+            )
             lines.append(f"| {' | '.join(cells)} |")
         parts += ["\n".join(lines), by_accuracy(data, grid, found)]
     return "\n\n".join(parts) + "\n"

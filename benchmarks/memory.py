@@ -184,10 +184,11 @@ def given_out() -> int:
 def tables(rows: list[dict[str, Any]]) -> list[str]:
     """The lines of the two tables."""
     lines = [
-        f"A step of {AFTER} layers, rank 0, MiB. Theory: `scaleprog plan --world`'s arithmetic (`cost_model.py`).", "",
+        f"A step of {AFTER} layers, rank 0, MiB. Theory: `scaleprog plan --world`'s arithmetic (`cost_model.py`).",
+        "",
         "| engine | ranks | theory: state | its lasting buffers | held | held / theory | live tensors |",
         "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for row in rows:
         theory = row["theory"] + row["buffers"]
         lines.append(
@@ -196,11 +197,13 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
         )
     lines += ["", *(f"- {name}: {text}." for name, text in THEORY.items())]
     lines += [
-        "", f"A growth from {BEFORE} to {AFTER} layers, rank 0, MiB. Peak: what was held before, and the most that was "
-        "allocated on top at any moment of it.", "",
+        "",
+        f"A growth from {BEFORE} to {AFTER} layers, rank 0, MiB. Peak: what was held before, and the most that was "
+        "allocated on top at any moment of it.",
+        "",
         "| engine | ranks | held before | held after | peak | peak / (before + after) | above, in layers |",
         "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for row in rows:
         both, peak = row["old"] + row["new"], row["old"] + row["growth"]
         lines.append(

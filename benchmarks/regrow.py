@@ -67,11 +67,15 @@ def main() -> None:
             rows += json.loads((Path(folder) / "rows.json").read_text())
     method = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip()
     lines = [
-        f"Written by `python -m benchmarks.regrow --ranks {options.ranks} --repeats {options.repeats}`.", "", method,
-        "", f"{options.ranks} ranks, {os.cpu_count()} CPU cores.", "",
+        f"Written by `python -m benchmarks.regrow --ranks {options.ranks} --repeats {options.repeats}`.",
+        "",
+        method,
+        "",
+        f"{options.ranks} ranks, {os.cpu_count()} CPU cores.",
+        "",
         "| engine | layers | bytes moved, MiB | in place, s | by checkpoint, s | of it saving | times slower |",
         "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     lines += map(line, rows)
     text = "\n".join(lines) + "\n"
     options.out.write_text(text)

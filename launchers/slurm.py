@@ -25,10 +25,17 @@ STEP = (  # srun reads these variables, and starts that many tasks on that many 
     "export SLURM_NTASKS=$((NODES * TASKS)) SLURM_NPROCS=$((NODES * TASKS))",
 )
 OWN_OPTIONS = {
-    "nodes": "--nodes", "ntasks-per-node": "--tasks-per-node", "gpus-per-node": "--gpus-per-node", "time": "--time",
-    "cpus-per-task": "--cpus-per-task", "partition": "--partition", "account": "--account", "qos": "--qos",
-    "signal": "--signal-before", "job-name": "--run-dir",
-}  # fmt: skip
+    "nodes": "--nodes",
+    "ntasks-per-node": "--tasks-per-node",
+    "gpus-per-node": "--gpus-per-node",
+    "time": "--time",
+    "cpus-per-task": "--cpus-per-task",
+    "partition": "--partition",
+    "account": "--account",
+    "qos": "--qos",
+    "signal": "--signal-before",
+    "job-name": "--run-dir",
+}
 ONE = Count(1, 1)
 RESERVED = ("ntasks", "array", "requeue", "no-requeue", "open-mode", "output", "error", "chdir")
 

@@ -62,10 +62,15 @@ def plan(
     table = Table("stage", "phase", "px", "layers", "parameters", "GMACs", "memory/rank", "epochs")
     for row in prediction["stages"]:
         table.add_row(
-            str(row["stage"]), row["phase"], str(row["resolution"]), str(row["depth"]),
-            f"{row['parameters'] / 1e6:.2f} M", f"{row['gmacs']:.3g}", f"{row['bytes_per_rank'] / 2**20:.0f} MiB",
+            str(row["stage"]),
+            row["phase"],
+            str(row["resolution"]),
+            str(row["depth"]),
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['gmacs']:.3g}",
+            f"{row['bytes_per_rank'] / 2**20:.0f} MiB",
             f"{row['epochs']:g}",
-        )  # fmt: skip
+        )
     console = Console()
     console.print(table)
     console.print(f"predicted speedup by GMACs: {prediction['speedup']:+.1%}; memory: weights, gradients, AdamW, EMA")
@@ -147,9 +152,13 @@ def train(
     else:
         number = ranks.most if ranks.fixed else partial(ranks_to_start, ranks, Worlds.of(loaded))
         launch(
-            number, train_rank, loaded, folder,
-            restarts=restarts, progress=lambda: committed(folder / "checkpoints")[-1:],
-        )  # fmt: skip
+            number,
+            train_rank,
+            loaded,
+            folder,
+            restarts=restarts,
+            progress=lambda: committed(folder / "checkpoints")[-1:],
+        )
     results = read_object(folder / "results.json", Results)
     if results is not None:
         if baseline_seconds is not None:
@@ -195,9 +204,18 @@ def submit(
     loaded = Recipe.load(recipe, overrides or ())
     folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
     request = slurm.JobRequest(
-        count, gpus_per_node, tasks_per_node, cpus_per_task, time, partition, account, qos, signal_before,
-        max_restarts, tuple(sbatch or ()),
-    )  # fmt: skip
+        count,
+        gpus_per_node,
+        tasks_per_node,
+        cpus_per_task,
+        time,
+        partition,
+        account,
+        qos,
+        signal_before,
+        max_restarts,
+        tuple(sbatch or ()),
+    )
     if dry_run:
         print(slurm.script(loaded, folder, request), end="")
         return
@@ -299,21 +317,26 @@ def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", con
             continue
         console.print(f"\n{world} ranks, {next(iter(found.values()))[0].images} images each", highlight=False)
         hosts = any(prediction.memory.host for prediction, _ in found.values())
-        titles = ["engine", "weights", "grads", "AdamW", "EMA", "activ.", "buffers", *["host"] * hosts, "peak",
-                  "coll.", "sent", "outside", "step ms", "effic."]  # fmt: skip
+        titles = ["engine", "weights", "grads", "AdamW", "EMA", "activ.", "buffers", *(["host"] if hosts else [])]
+        titles += ["peak", "coll.", "sent", "outside", "step ms", "effic."]
         table = Table(*titles, padding=(0, 0, 0, 1))
         for column in table.columns[1:]:
             column.justify = "right"
         for name, (prediction, peak) in found.items():
             memory, traffic = prediction.memory, prediction.traffic
-            held = [memory.parameters, memory.gradients, memory.optimizer, memory.ema, memory.activations,
-                    memory.buffers, *[memory.host] * hosts]  # fmt: skip
+            held = [memory.parameters, memory.gradients, memory.optimizer, memory.ema, memory.activations]
+            held += [memory.buffers, memory.host] if hosts else [memory.buffers]
             mark = "!" if peak > device.memory else ""
             table.add_row(
-                name, *(f"{size / 2**20:.1f}" for size in held), f"{peak / 2**20:.0f}{mark}",
-                str(traffic.count()), f"{traffic.sent() / 2**20:.1f}", f"{traffic.between_nodes(device) / 2**20:.1f}",
-                f"{1000 * prediction.step:.2f}", f"{prediction.efficiency:.0%}",
-            )  # fmt: skip
+                name,
+                *(f"{size / 2**20:.1f}" for size in held),
+                f"{peak / 2**20:.0f}{mark}",
+                str(traffic.count()),
+                f"{traffic.sent() / 2**20:.1f}",
+                f"{traffic.between_nodes(device) / 2**20:.1f}",
+                f"{1000 * prediction.step:.2f}",
+                f"{prediction.efficiency:.0%}",
+            )
         console.print(table)
     console.print("\n* the recipe's engine; ! more than the device has. What this rests on:")
     for line in assumptions(recipe, device):

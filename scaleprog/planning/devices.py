@@ -60,23 +60,47 @@ DEVICES = {
             "h100",
             "NVIDIA H100 SXM data sheet (989 TFLOP/s bf16, 67 fp32, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways); "
             "DGX H100: 8 GPUs, one 400 Gb/s adapter each",
-            989e12, 67e12, 80e9, 3.35e12, 450e9, 50e9, **NCCL_HOP, ranks_per_node=8, achieved=0.4,
+            989e12,
+            67e12,
+            80e9,
+            3.35e12,
+            450e9,
+            50e9,
+            **NCCL_HOP,
+            ranks_per_node=8,
+            achieved=0.4,
         ),
         Device(
             "a100",
             "NVIDIA A100 80GB SXM data sheet (312 TFLOP/s bf16, 19.5 fp32, 80 GB at 2.04 TB/s, NVLink 600 GB/s both "
             "ways); DGX A100: 8 GPUs, one 200 Gb/s adapter each",
-            312e12, 19.5e12, 80e9, 2.04e12, 300e9, 25e9, **NCCL_HOP, ranks_per_node=8, achieved=0.4,
+            312e12,
+            19.5e12,
+            80e9,
+            2.04e12,
+            300e9,
+            25e9,
+            **NCCL_HOP,
+            ranks_per_node=8,
+            achieved=0.4,
         ),
         Device(
             "cpu",
             "one socket of two, Intel Xeon Platinum 8480+ (56 cores at 2.0 GHz, 64 fp32 FLOP a cycle by AVX-512, 1024 "
             "bf16 by AMX, 8 channels of DDR5-4800, 4 UPI links of 16 GT/s); 256 GB and 100 Gb/s a node are assumed",
-            56 * 2.0e9 * 1024, 56 * 2.0e9 * 64, 256e9, 8 * 38.4e9, 4 * 32e9, 12.5e9 / 2,
-            intra_latency=5e-6, inter_latency=3e-5, ranks_per_node=2, achieved=0.4,
+            56 * 2.0e9 * 1024,
+            56 * 2.0e9 * 64,
+            256e9,
+            8 * 38.4e9,
+            4 * 32e9,
+            12.5e9 / 2,
+            intra_latency=5e-6,
+            inter_latency=3e-5,
+            ranks_per_node=2,
+            achieved=0.4,
         ),
     )
-}  # fmt: skip
+}
 """Devices by name. Assumed are `achieved` and, for `cpu`, the latencies, the size of the memory, and the network."""
 
 

@@ -109,10 +109,19 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
     scoring = search.measurements * _search_batches(recipe, epoch) / FORWARDS_PER_STEP
     patch = stride if growth.patches == "subset" else None
     make = partial(
-        Schedule, kind, ladder, steps, search_steps, scoring, recycle=growth.recycle, operator=growth.operator,
-        adaptive_regularization=growth.adaptive_regularization, patch=patch, curriculum=growth.curriculum,
+        Schedule,
+        kind,
+        ladder,
+        steps,
+        search_steps,
+        scoring,
+        recycle=growth.recycle,
+        operator=growth.operator,
+        adaptive_regularization=growth.adaptive_regularization,
+        patch=patch,
+        curriculum=growth.curriculum,
         split=family.split,
-    )  # fmt: skip
+    )
     if kind != "automatic" or search.method != "budget":
         return family, make(policy=EqualStages(ladder, steps, search.candidates if kind == "automatic" else None))
     if search.candidates == "window":
@@ -121,12 +130,18 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
             "or all, or search.method: published"
         )
     frugal = Budget(
-        ladder, steps, search.candidates, search_steps, scoring, limit=0.0, subset=patch is not None,
+        ladder,
+        steps,
+        search.candidates,
+        search_steps,
+        scoring,
+        limit=0.0,
+        subset=patch is not None,
         # with a budget of all of Original's cost, searches may exceed it
         promised=search.budget is not None and search.budget < 1,
         # a setting in steps means nothing if SCALE positions stand for the steps
         complete_steps=search.complete_steps if steps_per_epoch is not None else 0,
-    )  # fmt: skip
+    )
     least = make(policy=frugal)
     limit = _limit(recipe, least, partial(_gmacs, recipe, family, least))
     return family, make(policy=replace(frugal, limit=limit))

@@ -19,8 +19,9 @@ MOST_PIXELS = 4096
 class Settings(BaseModel):
     """Base of every settings group: unknown keys are errors, values are checked, nothing changes afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False,
-                              use_attribute_docstrings=True)  # fmt: skip
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 def _number(value: Any) -> Any:

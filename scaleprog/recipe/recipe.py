@@ -28,10 +28,26 @@ from scaleprog.recipe.numbers import Settings
 
 # Keys that may change between two starts of one run: they alter speed or bookkeeping, never the weights; but
 # search.budget, which is what the searches still to come may spend.
-FREE = ("train.max_steps", "train.log_every", "train.micro_batch", "data.path", "data.workers", "data.prefetch",
-        "data.cache", "data.trace", "sharding.engine", "sharding.stage", "sharding.shard", "sharding.offload",
-        "sharding.reshard_after_forward", "sharding.recompute", "sharding.compile", "checkpoint",
-        "evaluate.batch", "search.budget")  # fmt: skip
+FREE = (
+    "train.max_steps",
+    "train.log_every",
+    "train.micro_batch",
+    "data.path",
+    "data.workers",
+    "data.prefetch",
+    "data.cache",
+    "data.trace",
+    "sharding.engine",
+    "sharding.stage",
+    "sharding.shard",
+    "sharding.offload",
+    "sharding.reshard_after_forward",
+    "sharding.recompute",
+    "sharding.compile",
+    "checkpoint",
+    "evaluate.batch",
+    "search.budget",
+)
 MOST_BASES = 10
 MOST_PROBLEMS, LONGEST_SHOWN = 50, 200
 """In one message."""

@@ -1,11 +1,10 @@
-"""The pictures of a report, drawn without a display: accuracy over time, growth schedules, searches, timelines."""
+"""The pictures of a report, drawn without a display: accuracy over time, growth schedules, searches."""
 
 import math
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, pairwise
+from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, TypeVar
@@ -14,32 +13,23 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from scaleprog.files.display import as_label
 from scaleprog.growth.search import Decision
 from scaleprog.growth.space import Subnet
-from scaleprog.reporting.timeline import Mark, Timeline, queued_from, span, when
 
 T = TypeVar("T")
 # Okabe and Ito's colors: people with any common kind of color blindness can tell them apart
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P", "X")
 BLUE, VERMILION, GREEN, ORANGE, BLACK = (COLORS[i] for i in (0, 1, 2, 4, 6))
-MARKS = {  # kind of mark in a timeline -> marker, color, text for the legend
-    "checkpoint": ("|", BLUE, "checkpoint"), "checkpoint_failed": ("X", ORANGE, "checkpoint failed"),
-    "growth": ("^", GREEN, "growth"), "choice": ("D", BLACK, "choice of the search"), "signal": ("v", ORANGE, "signal"),
-    "stop": ("s", BLUE, "left in order"), "killed": ("X", VERMILION, "ended otherwise"),
-    "requeue": (">", BLACK, "requeued"), "finish": ("*", GREEN, "finished"),
-}  # fmt: skip
-STARTING, DOWN, QUEUE = "#cfe0ee", "#ececec", "#dadada"
 COST = "cost (steps of the complete model)"
 LONG = 20  # characters; a longer name makes a legend use fewer columns
 WIDTH, DPI = 8.4, 160  # inches; readable at the 800 to 1000 pixels of a README
 MOST_PIXELS = 2**15  # of a picture's height; matplotlib cannot draw more than twice as many
-POINTS, BARS, STARTS, COLUMNS, SHADES = 2000, 500, 250, 8, 12
+POINTS, BARS, COLUMNS, SHADES = 2000, 500, 8, 12
 """How many things of a kind a picture shows; more of them would be unreadable and slow to draw."""
 STYLE: dict[Any, Any] = {
     "font.size": 10, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -98,10 +88,10 @@ def draw_accuracy(path: Path, curves: Sequence[Curve], spent: str = "training ti
         members = [curve for curve in curves if curve.recipe == recipe]
         color, marker, line = COLORS[i % 7], MARKERS[i % 7], LINES[i // 7 % len(LINES)]
         for curve in members:
-            seen = _some(list(zip(curve.seconds, curve.top1)))
+            seen = some(list(zip(curve.seconds, curve.top1)))
             axes[0].plot(*np.reshape(seen, (-1, 2)).T, line, color=color, linewidth=1.2 if len(members) > 1 else 1.8)
             if curve.top1:
-                begins = _some(curve.begins)
+                begins = some(curve.begins)
                 heights = np.interp(begins, curve.seconds, curve.top1)
                 axes[0].plot(begins, heights, "|", color=color, markersize=11, markeredgewidth=1.6)
                 if not curve.finished:
@@ -134,7 +124,7 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path, dpi=min(DPI, MOST_PIXELS / figure.get_figheight()))
 
 
-def _some(points: Sequence[T]) -> Sequence[T]:
+def some(points: Sequence[T]) -> Sequence[T]:
     """As many of the points as a picture can show, always including the last one."""
     step = math.ceil(len(points) / POINTS)
     return points if step < 2 else [*points[:-1:step], points[-1]]
@@ -163,7 +153,7 @@ def draw_schedules(path: Path, timelines: Sequence[tuple[str, Sequence[Segment]]
     deepest = max((s.network.depth for s in every), default=1)
     resolutions = sorted({s.network.resolution for s in every})
     last = max((s.stop for s in every), default=1) or 1
-    shades = _shades(resolutions)
+    shades = shades_of(resolutions)
     figure = Figure(figsize=(WIDTH, 1.2 + 0.72 * len(timelines)))
     axes = figure.subplots()
     for row, (_, segments) in enumerate(timelines):
@@ -171,38 +161,51 @@ def draw_schedules(path: Path, timelines: Sequence[tuple[str, Sequence[Segment]]
             size, height = segment.stop - segment.start, 0.86 * segment.network.depth / deepest
             shade = shades[segment.network.resolution]
             axes.bar(
-                segment.start, height, size, bottom=-row, align="edge", color=shade, edgecolor="white", linewidth=0.8,
+                segment.start,
+                height,
+                size,
+                bottom=-row,
+                align="edge",
+                color=shade,
+                edgecolor="white",
+                linewidth=0.8,
                 hatch="////" if segment.phase == "supernet" else None,
-            )  # fmt: skip
+            )
             axes.text(
-                segment.start + size / 2, height / 2 - row, _segment_text(segment, size / last), color=_ink(shade),
-                ha="center", va="center", fontsize=8, linespacing=0.95,
+                segment.start + size / 2,
+                height / 2 - row,
+                _segment_text(segment, size / last),
+                color=ink(shade),
+                ha="center",
+                va="center",
+                fontsize=8,
+                linespacing=0.95,
                 bbox={"facecolor": shade, "edgecolor": "none", "pad": 1.5},
-            )  # fmt: skip
+            )
     axes.set(xlabel="optimizer steps", xlim=(0, last), ylim=(0.05 - len(timelines) + 0.9, 1))
     axes.set_title("height: depth in layers; color: resolution", loc="left", fontsize=9, color="#555555")
     axes.set_yticks([0.4 - row for row in range(len(timelines))], [label for label, _ in timelines])
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
-    legend = [Patch(color=shade, label=f"{resolution} px") for resolution, shade in _some_shades(shades)]
+    legend = [Patch(color=shade, label=f"{resolution} px") for resolution, shade in legend_shades(shades)]
     legend.append(Patch(facecolor="#999999", hatch="////", label="supernet"))
     figure.legend(handles=legend, loc="outside lower center", ncols=min(len(legend), 7), handlelength=1.4)
     save(figure, path)
 
 
-def _shades(resolutions: Sequence[int]) -> dict[int, Any]:
+def shades_of(resolutions: Sequence[int]) -> dict[int, Any]:
     """A color for each resolution; a larger one is darker."""
     return dict(zip(resolutions, matplotlib.colormaps["cividis_r"](np.linspace(0.1, 0.9, len(resolutions)))))
 
 
-def _some_shades(shades: Mapping[int, Any]) -> list[tuple[int, Any]]:
+def legend_shades(shades: Mapping[int, Any]) -> list[tuple[int, Any]]:
     """As many of the shades as fit into a legend."""
     step = math.ceil(len(shades) / SHADES) or 1
     return list(shades.items())[::step]
 
 
-def _ink(shade: Any) -> str:
+def ink(shade: Any) -> str:
     """The text color that is readable on a shade."""
     return "white" if np.dot(shade[:3], (0.3, 0.59, 0.11)) < 0.52 else "black"
 
@@ -240,9 +243,15 @@ def _draw_run(block: SubFigure, stages: Sequence[Search], columns: int) -> None:
         for subnet, losses in search.losses.items():
             chosen = decision is not None and subnet == decision.chosen
             above.plot(
-                _some(search.steps), _some(losses), color=colors[subnet.resolution], marker=markers[subnet.depth],
-                markersize=5, linewidth=2.6 if chosen else 1.0, zorder=3 if chosen else 2, markeredgecolor="white",
-            )  # fmt: skip
+                some(search.steps),
+                some(losses),
+                color=colors[subnet.resolution],
+                marker=markers[subnet.depth],
+                markersize=5,
+                linewidth=2.6 if chosen else 1.0,
+                zorder=3 if chosen else 2,
+                markeredgecolor="white",
+            )
         above.set_xlabel("step")
         above.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         if decision is None:
@@ -266,123 +275,6 @@ def _draw_run(block: SubFigure, stages: Sequence[Search], columns: int) -> None:
     for empty in grid[:, len(stages) :].flat:
         empty.set_axis_off()
     grid[0, 0].set_ylabel("loss of the candidates")
-
-
-@matplotlib.rc_context(STYLE)
-def draw_timelines(path: Path, timelines: Sequence[Timeline]) -> None:
-    """Draws the finished steps and the marks of each run over time; below them, the networks that were trained."""
-    resolutions = sorted(
-        {s.network.resolution for timeline in timelines for start in timeline.starts for s in start.stretches}
-    )
-    shades = _shades(resolutions)
-    figure = Figure(figsize=(WIDTH, 1.0 + 3.5 * len(timelines)))
-    blocks = figure.subfigures(len(timelines), 1, squeeze=False)[:, 0]
-    for timeline, block in zip(timelines, blocks, strict=True):
-        block.suptitle(as_label(timeline.name), fontweight="bold", fontsize=11)
-        above, below = block.subplots(2, 1, sharex=True, height_ratios=(5, 1))
-        _draw_timeline(above, below, timeline, shades)
-    used = {mark.kind for timeline in timelines for mark in timeline.marks}
-    legend: list[Any] = [
-        Line2D([], [], linestyle="", marker=marker, color=color, markersize=8, label=words)
-        for kind, (marker, color, words) in MARKS.items() if kind in used
-    ]  # fmt: skip
-    if any(timeline.lost for timeline in timelines):
-        legend.append(Line2D([], [], linestyle=":", color=VERMILION, linewidth=2, label="lost, trained again"))
-    legend += [Patch(color=shade, label=f"{resolution} px") for resolution, shade in _some_shades(shades)]
-    legend.append(Patch(facecolor="#999999", hatch="////", label="supernet"))
-    legend.append(Patch(color=STARTING, label="start-up"))
-    figure.legend(handles=legend, loc="outside lower center", ncols=5, handlelength=1.4)
-    save(figure, path)
-
-
-def _draw_timeline(above: Axes, below: Axes, timeline: Timeline, shades: Mapping[int, Any]) -> None:
-    size, unit = next(
-        (s, u) for s, u in ((86400, "days"), (3600, "h"), (60, "min"), (1, "s")) if timeline.wall >= 2 * s or s == 1
-    )
-    wall = max(timeline.wall, 1e-9) / size
-    shown = timeline.starts[-STARTS:]
-    for start in shown:
-        points = [(seconds / size, step) for seconds, step in start.points]
-        parting = min(start.kept, points[-1][1])
-        at = when(points, parting)
-        kept = [point for point in points if point[1] <= parting]
-        lost = [(at, parting), *(point for point in points if point[1] > parting)]
-        above.plot(*np.reshape(_some(kept), (-1, 2)).T, color=BLUE, linewidth=1.8)
-        below.barh(0, (start.ready - start.began) / size, left=start.began / size, height=1, color=STARTING)
-        for stretch in start.stretches[-(BARS // len(shown)) :]:
-            left, width, shade = (
-                stretch.begin / size,
-                (stretch.end - stretch.begin) / size,
-                shades[stretch.network.resolution],
-            )
-            below.barh(0, width, left=left, height=1, color=shade, edgecolor="white", linewidth=0.5,
-                       hatch="////" if stretch.phase == "supernet" else None)  # fmt: skip
-            text = f"{stretch.network.resolution}x{stretch.network.depth}"
-            if width / wall > 0.012 * len(text):
-                below.text(left + width / 2, 0, text, color=_ink(shade), ha="center", va="center", fontsize=8,
-                           bbox={"facecolor": shade, "edgecolor": "none", "pad": 1})  # fmt: skip
-        if len(lost) > 1:
-            above.plot(*np.reshape(_some(lost), (-1, 2)).T, ":", color=VERMILION, linewidth=2)
-            below.barh(0, lost[-1][0] - at, left=at, height=1, color=VERMILION, linewidth=0, hatch="xxxx")
-            room = lost[-1][0] > 0.15 * wall
-            above.annotate(
-                f"{lost[-1][1] - parting} steps lost", lost[-1], (-4 if room else 4, 2), textcoords="offset points",
-                ha="right" if room else "left", fontsize=8, color=VERMILION,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
-            )  # fmt: skip
-    for before, after in pairwise(shown):
-        requeued = queued_from(before, after) or after.began
-        parts = [(before.end, requeued, "down", DOWN), (requeued, after.began, "in the queue", QUEUE)]
-        for begin, end, what, color in parts:
-            for axes in (above, below):
-                axes.axvspan(begin / size, end / size, color=color, linewidth=0, zorder=0)
-            if (end - begin) / size / wall > 0.02:
-                above.text((begin + end) / 2 / size, 0.03, f"{what} {span(end - begin)}", fontsize=8, color="#666666",
-                           rotation=90, ha="center", va="bottom", transform=above.get_xaxis_transform())  # fmt: skip
-    levels = _draw_marks(above, timeline.marks, size, wall)
-    starts = f"{len(timeline.starts)} starts" if len(timeline.starts) > 1 else "one start"
-    starts += f" (drawn: the last {STARTS})" if len(timeline.starts) > STARTS else ""
-    again = [f"{timeline.lost} steps trained again"] if timeline.lost else []
-    begun = time.strftime("began %d %b %Y %H:%M:%S", time.localtime(timeline.epoch))
-    shares = {
-        what: (timeline.costs[what] or 0.0) / max(timeline.wall, 1e-9)
-        for what in ("training", "start-up", "queue", "down")
-    }
-    told = ", ".join(f"{share:.0%} {what}" for what, share in shares.items() if share >= 0.005)
-    summary = f"{' · '.join([begun, span(timeline.wall), starts, *again])}\n{told}"
-    above.set_title(summary, loc="left", fontsize=9, color="#555555", pad=16 + 12 * levels)
-    above.set(ylabel="optimizer steps", xlim=(0, wall), ylim=(0, None))
-    above.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    below.set(xlabel=f"since the first start ({unit})", ylim=(-0.5, 0.5), yticks=[])
-    below.spines["left"].set_visible(False)
-    below.grid(visible=False)
-
-
-def _draw_marks(axes: Axes, marks: Sequence[Mark], size: float, wall: float) -> int:
-    """Draws marks that have a step on the curve, and the others in a row above it, with as much of their text as three
-    lines can hold. Returns the number of lines used."""
-    transform, ends = axes.get_xaxis_transform(), [-1.0] * 3
-    for mark in _some(marks):
-        marker, color, _ = MARKS[mark.kind]
-        x = mark.seconds / size
-        if mark.step is not None:
-            look = {"markersize": 11, "markeredgewidth": 1.4} if mark.kind == "checkpoint" else {"markersize": 6}
-            axes.plot(x, mark.step, marker, color=color, zorder=4, **look)
-        elif mark.kind == "requeue":  # coincides with the end of a start, so it gets another row
-            axes.plot(x, 0.95, marker, color=color, markersize=5, transform=transform, zorder=5)
-        else:
-            top = mark.kind == "signal"  # on top: the end often follows within the width of a mark
-            axes.axvline(x, color=color, linewidth=0.8, alpha=0.6, zorder=1)
-            axes.plot(x, 1.05, marker, color=color, markersize=5 if top else 7.5, markeredgewidth=0,
-                      transform=transform, clip_on=False, zorder=6 if top else 5)  # fmt: skip
-        width = 0.0105 * len(mark.text)
-        left = min(max(x / wall - width / 2, 0.0), 1 - width)
-        level = next((level for level, end in enumerate(ends) if end < left), None)
-        if mark.text and level is not None:
-            ends[level] = left + width + 0.01
-            words = as_label(mark.text)
-            axes.text(left * wall, 1.1 + 0.083 * level, words, color=color, fontsize=8, transform=transform)
-    return sum(end >= 0 for end in ends)
 
 
 @matplotlib.rc_context(STYLE)

@@ -111,10 +111,18 @@ def read_run(folder: Path, name: str) -> RunRecord:
     steps = _last_told(row for row in rows if "loss" in row)
     evaluations = _last_told(row for row in rows if "top1" in row)
     return RunRecord(
-        name, recipe, results is not None, _so_far(steps, evaluations) if results is None else results, evaluations,
-        _segments(steps), _read_searches(events, steps), events, read_timeline(folder, name, rows, events),
-        steps[-1].get("epoch", 0.0) if steps else 0.0, troubles,
-    )  # fmt: skip
+        name,
+        recipe,
+        results is not None,
+        _so_far(steps, evaluations) if results is None else results,
+        evaluations,
+        _segments(steps),
+        _read_searches(events, steps),
+        events,
+        read_timeline(folder, name, rows, events),
+        steps[-1].get("epoch", 0.0) if steps else 0.0,
+        troubles,
+    )
 
 
 def _last_told(rows: Iterable[Mapping[str, Any]]) -> list[Any]:
@@ -125,11 +133,14 @@ def _last_told(rows: Iterable[Mapping[str, Any]]) -> list[Any]:
 def _so_far(steps: Sequence[Row], evaluations: Sequence[Row]) -> Row:
     last = evaluations[-1] if evaluations else {"top1": None, "top1_ema": None}
     return {
-        "top1": last["top1"], "top1_ema": last["top1_ema"], "top1_best": Accuracies(last).best if evaluations else None,
+        "top1": last["top1"],
+        "top1_ema": last["top1_ema"],
+        "top1_best": Accuracies(last).best if evaluations else None,
         "train_seconds": sum(row["step_seconds"] for row in steps),
-        "train_cpu_seconds": sum(row.get("cpu_seconds", 0.0) for row in steps), "search_seconds": None,
+        "train_cpu_seconds": sum(row.get("cpu_seconds", 0.0) for row in steps),
+        "search_seconds": None,
         "wall_seconds": None,
-    }  # fmt: skip
+    }
 
 
 def _segments(steps: Sequence[Row]) -> list[Segment]:

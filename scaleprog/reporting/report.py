@@ -17,20 +17,24 @@ from scaleprog.reporting.figures import (
     draw_accuracy,
     draw_schedules,
     draw_searches,
-    draw_timelines,
     draw_verdict,
 )
 from scaleprog.reporting.history import RunRecord, read_run, size_of
 from scaleprog.reporting.timeline import Timeline, describe, table_row
+from scaleprog.reporting.timeline_figure import draw_timelines
 from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.reading import reason
 
 TEXT = ("run", "recipe", "schedule", "stages", "candidate")  # left-aligned columns
 RESULTS = {  # column -> key in results.json, format
-    "top-1": ("top1", ".2f"), "top-1 EMA": ("top1_ema", ".2f"), "top-1 best": ("top1_best", ".2f"),
-    "train s": ("train_seconds", ".1f"), "CPU s": ("train_cpu_seconds", ".1f"), "scoring s": ("search_seconds", ".1f"),
+    "top-1": ("top1", ".2f"),
+    "top-1 EMA": ("top1_ema", ".2f"),
+    "top-1 best": ("top1_best", ".2f"),
+    "train s": ("train_seconds", ".1f"),
+    "CPU s": ("train_cpu_seconds", ".1f"),
+    "scoring s": ("search_seconds", ".1f"),
     "wall s": ("wall_seconds", ".1f"),
-}  # fmt: skip
+}
 TIMELINES = (
     "![Steps over the time of day, with what happened](timeline.png)\n\nShares of the time from the first start to the "
     "last sign of life. Steps and seconds lost count as far as they had been written down, every `train.log_every` "
@@ -276,11 +280,16 @@ def _searches(runs: Sequence[RunRecord]) -> list[str]:
             for subnet, loss, time, score in zip(
                 decision.candidates, decision.losses, decision.times, decision.scores, strict=True
             ):
-                rows.append({
-                    "stage": str(search.stage), "candidate": size_of(subnet), "loss": f"{loss:.4f}",
-                    unit: f"{time * scale:.4g}", "score": _cell(score, ".4f"),
-                    "chosen": "chosen" if subnet == decision.chosen else "",
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "stage": str(search.stage),
+                        "candidate": size_of(subnet),
+                        "loss": f"{loss:.4f}",
+                        unit: f"{time * scale:.4g}",
+                        "score": _cell(score, ".4f"),
+                        "chosen": "chosen" if subnet == decision.chosen else "",
+                    }
+                )
         parts += [f"### {as_markdown(run.name)}", f"{as_markdown('; '.join(summary))}."]
         parts += [_markdown(rows)] if rows else []
     return parts

@@ -22,7 +22,7 @@ ENDS = ("finish", "hurried", "preempted", "stopped_early", "error")  # events th
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that happened. `kind` is a key of `figures.MARKS`; a mark with a `step` lies on the curve of steps."""
+    """Something that happened. `kind` is a key of `timeline_figure.MARKS`; a mark with a `step` lies on the curve."""
 
     seconds: float
     kind: str
@@ -106,10 +106,7 @@ def read_timeline(folder: Path, name: str, rows: Sequence[Row], events: Sequence
         last = i + 1 == len(begun)
         before = starts[-1].end if starts else 0.0
         clock = _Clock(zero - max(0.0, before - (event["time"] - zero)))
-        own = [
-            e for e in events[begins[i] : None if last else begins[i + 1]]
-            if e["generation"] == event["generation"]
-        ]  # fmt: skip
+        own = [e for e in events[begins[i] : None if last else begins[i + 1]] if e["generation"] == event["generation"]]
         mine = steps[slice(*(bisect_right(steps, at, key=lambda row: row["step"]) for at in (event["step"], kept[i])))]
         points = _points(own, mine, beyond.get(i, ()), clock)
         left = _between(ends, event["time"], np.inf if last else begun[i + 1]["time"])
@@ -166,16 +163,20 @@ def describe(timeline: Timeline | None, events: Sequence[Row]) -> list[str]:
     )
     lines = [
         _listing("starts", [f"at step {e['step']}, world size {e.get('world', 1)}{_again(e)}" for e in starts]),
-        _listing(f"growths in {sum(e['seconds'] for e in growths):.2f} s", [
-            f"stage {e['stage']} {'supernet up to ' * (e['phase'] == 'supernet')}{e['resolution']}x{e['depth']} "
-            f"at step {e['step']} ({e['seconds']:.2f} s)" for e in growths
-        ]),
+        _listing(
+            f"growths in {sum(e['seconds'] for e in growths):.2f} s",
+            [
+                f"stage {e['stage']} {'supernet up to ' * (e['phase'] == 'supernet')}{e['resolution']}x{e['depth']} "
+                f"at step {e['step']} ({e['seconds']:.2f} s)"
+                for e in growths
+            ],
+        ),
         f"checkpoints: {len(checkpoints)} in {sum(e['seconds'] for e in checkpoints):.2f} s, "
         f"{sum(e['bytes'] for e in checkpoints) / 2**20:.1f} MiB in all",
         *_some([f"no checkpoint of step {e['step']}: {first_line(e['message'])}" for e in failed]),
         *([_listing("interruptions", [f"{m.text} after {span(m.seconds)}" for m in stops])] if stops else []),
         *_some([f"error{_at(e)} on rank {e.get('rank', 0)}: {first_line(e['message'])}" for e in errors]),
-    ]  # fmt: skip
+    ]
     if timeline is not None and timeline.wall:
         costs = "; ".join(f"{what} {seconds:.1f} s" for what, seconds in timeline.costs.items() if seconds)
         lines.append(f"{timeline.wall:.1f} s from the first start to the end: {costs}")
@@ -188,8 +189,13 @@ def table_row(timeline: Timeline) -> dict[str, str]:
         what: "–" if seconds is None else f"{seconds / timeline.wall:.1%}" if timeline.wall else "–"
         for what, seconds in timeline.costs.items()
     }
-    return {"run": timeline.name, "starts": str(len(timeline.starts)), "steps again": str(timeline.lost),
-            "in all": span(timeline.wall), **shares}  # fmt: skip
+    return {
+        "run": timeline.name,
+        "starts": str(len(timeline.starts)),
+        "steps again": str(timeline.lost),
+        "in all": span(timeline.wall),
+        **shares,
+    }
 
 
 def span(seconds: float) -> str:

@@ -48,8 +48,15 @@ def read_plan(run: Path) -> tuple[Schedule, dict[Subnet, float]] | None:
     policy: Policy = EqualStages(ladder, fields["steps"], rule if fields["kind"] == "automatic" else None)
     if limit is not None and rule is not None:
         policy = Budget(
-            ladder, fields["steps"], rule, fields["search_steps"], fields["scoring"], limit, fields["promised"],
-            fields["complete_steps"], subset=fields["patch"] is not None,
-        )  # fmt: skip
+            ladder,
+            fields["steps"],
+            rule,
+            fields["search_steps"],
+            fields["scoring"],
+            limit,
+            fields["promised"],
+            fields["complete_steps"],
+            subset=fields["patch"] is not None,
+        )
     schedule = Schedule(ladder=ladder, policy=policy, **{name: fields[name] for name in SCHEDULE})  # type: ignore[literal-required]
     return schedule, {Subnet(resolution, depth): cost for resolution, depth, cost in values["gmacs"]}

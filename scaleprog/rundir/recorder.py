@@ -202,9 +202,12 @@ class ProgressLine:
     def __init__(self, total: int, step: int, enabled: bool) -> None:
         console = Console(file=sys.stderr)
         self._live = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
             console=console,
-        )  # fmt: skip
+        )
         self._enabled, self._terminal = enabled, console.is_terminal
         self._task = self._live.add_task("starting", total=total, completed=step)
         self._total, self._told = total, 0.0
@@ -390,6 +393,9 @@ def _truncate(path: Path, step: int, redo_evaluation: bool) -> dict[str, Any]:
     told: dict[str, Any] = {"repeated_steps": len(lost)}
     if lost and all(row.keys() >= {"time", "step_seconds", "data_wait_seconds"} for row in lost):  # not in early rows
         seconds = [row["step_seconds"] + row["data_wait_seconds"] for row in lost]
-        told |= {"repeated_seconds": sum(seconds), "repeated_since": lost[0]["time"] - seconds[0],
-                 "repeated_until": lost[-1]["time"]}  # fmt: skip
+        told |= {
+            "repeated_seconds": sum(seconds),
+            "repeated_since": lost[0]["time"] - seconds[0],
+            "repeated_until": lost[-1]["time"],
+        }
     return told

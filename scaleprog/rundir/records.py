@@ -221,9 +221,18 @@ class Happened(_Event):
 
 
 Event = (
-    Began | Growth | Measurement | Annotated[_Choice, AfterValidator(_whole)] | Evaluated | Checkpoint | NoCheckpoint
-    | Signal | Preempted | Failed | Happened
-)  # fmt: skip
+    Began
+    | Growth
+    | Measurement
+    | Annotated[_Choice, AfterValidator(_whole)]
+    | Evaluated
+    | Checkpoint
+    | NoCheckpoint
+    | Signal
+    | Preempted
+    | Failed
+    | Happened
+)
 
 
 # ---- Slurm jobs

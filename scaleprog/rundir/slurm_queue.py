@@ -16,8 +16,18 @@ from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text, first_line
 from scaleprog.rundir.records import JOB_ID
 
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL",
-        "PREEMPTED", "REVOKED")  # fmt: skip
+OVER = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "DEADLINE",
+    "BOOT_FAIL",
+    "PREEMPTED",
+    "REVOKED",
+)
 ALSO_RUNNING = ("SIGNALING", "CONFIGURING", "STAGE_OUT")  # what scontrol sometimes reports for a running job
 ANSWER_SECONDS = 60.0
 ANSWER_BYTES = 2**20  # more than Slurm prints about any job
@@ -138,9 +148,13 @@ def _ask(*command: str) -> _Answer:
     environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
     try:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
             start_new_session=True,
-        )  # fmt: skip
+        )
     except FileNotFoundError:
         raise NoAnswer(f"no Slurm on {os.uname().nodename}: {command[0]} is not there") from None
     except (OSError, ValueError) as error:

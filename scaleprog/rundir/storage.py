@@ -127,8 +127,11 @@ def load_tensors(path: Path, parts: Mapping[str, LocalSlice], subset: bool = Fal
     for name, part in parts.items():
         stored, target = manifest.tensors[name], part.tensor.detach().view(-1)
         if (stored.numel, stored.dtype) != (part.numel, NAMES[target.dtype]):
-            raise _misfit(path, f"size and type of {_shown(name)} are {stored.numel} {stored.dtype} "
-                                f"instead of {part.numel} {NAMES[target.dtype]}")  # fmt: skip
+            raise _misfit(
+                path,
+                f"size and type of {_shown(name)} are {stored.numel} {stored.dtype} "
+                f"instead of {part.numel} {NAMES[target.dtype]}",
+            )
         start, stop = part.start, part.start + target.numel()
         at = 0
         for rank, length in stored.chunks:
@@ -233,8 +236,14 @@ def _mapping(values: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _stored(name: str, value: Any) -> Stored:
     if not re.fullmatch(r"[\w./-]{1,200}", name, re.ASCII):
         raise ValueError(f"`tensors`: {_shown(name)} is no name of a tensor")
-    if not (isinstance(value, list) and len(value) == 3 and isinstance(value[0], str) and value[0] in DTYPES
-            and _is_count(value[1]) and isinstance(value[2], list)):  # fmt: skip
+    if not (
+        isinstance(value, list)
+        and len(value) == 3
+        and isinstance(value[0], str)
+        and value[0] in DTYPES
+        and _is_count(value[1])
+        and isinstance(value[2], list)
+    ):
         raise ValueError(f"`tensors`: {name} has no type, size and chunks")
     dtype, numel, chunks = value
     for chunk in chunks:

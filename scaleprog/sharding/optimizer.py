@@ -54,8 +54,10 @@ def adamw(groups: Sequence[Group], parameters: Mapping[str, Tensor], settings: O
     """A new AdamW with these groups of `parameters`, which are given by name."""
     return torch.optim.AdamW(
         [{"params": [parameters[name] for name in g.names], "weight_decay": g.weight_decay} for g in groups],
-        lr=settings.lr, betas=settings.betas, fused=True,
-    )  # fmt: skip
+        lr=settings.lr,
+        betas=settings.betas,
+        fused=True,
+    )
 
 
 def moments(like: Tensor, steps: float) -> dict[str, Tensor]:

@@ -280,12 +280,13 @@ def choose(run: Run, phase: Phase) -> None:
     state.decisions.append(decision)
     run.recorder.event("choice", step=state.step, **decision_to_json(decision))
     run.recorder.curve(
-        state.step, "choice",
+        state.step,
+        "choice",
         {name: value for name in ("alpha", "complete_from") if (value := getattr(decision, name)) is not None}
         | {"resolution": decision.chosen.resolution, "depth": decision.chosen.depth}
         | {f"score_{s.tag}": score for s, score in zip(decision.candidates, decision.scores) if score is not None}
         | {f"time_{s.tag}": seconds for s, seconds in zip(decision.candidates, decision.times)},
-    )  # fmt: skip
+    )
     run.progress.say(f"stage {phase.stage} chose {decision.chosen}, {decision.because}")
 
 
@@ -319,9 +320,14 @@ def evaluate_now(run: Run, phase: Phase) -> None:
             raise AskedToStop(reason)
 
     state.accuracies = evaluate(
-        run.backend, run.coordinator, run.plan.data, recipe.evaluate.batch, schedule.view(network).pixels,
-        schedule.active(phase, network), between,
-    )  # fmt: skip
+        run.backend,
+        run.coordinator,
+        run.plan.data,
+        recipe.evaluate.batch,
+        schedule.view(network).pixels,
+        schedule.active(phase, network),
+        between,
+    )
     run.recorder.evaluation(state.step, state.accuracies | {"train_seconds": state.train_seconds})
     run.recorder.event("evaluation", step=state.step, seconds=time.perf_counter() - began, **state.accuracies)
     run.progress.say(

@@ -116,16 +116,28 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
         recorder = Recorder(
             folder, coordinator, lease.generation, state.step, recipe.train.log_every, bool(state.pending)
         )
-    watch = Watch(coordinator, partial(tell_signal, recorder, checkpoints, state), partial(leave_at_once, recorder),
-                  recipe.checkpoint.every_minutes, deadline())  # fmt: skip
+    watch = Watch(
+        coordinator,
+        partial(tell_signal, recorder, checkpoints, state),
+        partial(leave_at_once, recorder),
+        recipe.checkpoint.every_minutes,
+        deadline(),
+    )
     run = Run(folder, recipe, plan, coordinator, lease, backend, reader, checkpoints, watch, recorder, progress, state)
     hosts = [host for host, _ in groupby(coordinator.gather(os.uname().nodename))]
     if rank == 0:
         recorder.event(
-            "start", step=state.step, world=world, engine=recipe.sharding.engine, device=str(device), hosts=hosts,
-            job=os.environ.get("SLURM_JOB_ID"), startup_seconds=process_seconds(), **recorder.lost,
+            "start",
+            step=state.step,
+            world=world,
+            engine=recipe.sharding.engine,
+            device=str(device),
+            hosts=hosts,
+            job=os.environ.get("SLURM_JOB_ID"),
+            startup_seconds=process_seconds(),
+            **recorder.lost,
             reader_bytes=reader.memory(plan.schedule.full.resolution),
-        )  # fmt: skip
+        )
 
     if plan.schedule.budget and plan.schedule.budget.short:
         progress.say(plan.schedule.budget.short)
@@ -222,9 +234,16 @@ def enter(run: Run, phases: list[Phase], index: int) -> None:
         backend.regrow(layer_map, inherit=growth.optimizer == "inherit", may_skip_layers=phase.kind == "supernet")
         sources = [[o.source for o in group] for group in layer_map.groups]
         run.recorder.event(
-            "growth", step=state.step, stage=phase.stage, phase=phase.kind, resolution=phase.network.resolution,
-            depth=phase.network.depth, sources=sources, weights=layer_map.rest, seconds=time.perf_counter() - began,
-        )  # fmt: skip
+            "growth",
+            step=state.step,
+            stage=phase.stage,
+            phase=phase.kind,
+            resolution=phase.network.resolution,
+            depth=phase.network.depth,
+            sources=sources,
+            weights=layer_map.rest,
+            seconds=time.perf_counter() - began,
+        )
         run.progress.say(f"stage {phase.stage} {phase.kind}: {', '.join(map(str, phase.candidates))}")
     state.phase, state.growths, state.gated = index, backend.growths, backend.structure.gated
     state.measured, state.errors = [], {}
@@ -269,9 +288,14 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
 
     timer = StepTimer(backend.device)
     images, targets = mix(
-        images, labels, lanes=len(run.reader.lanes), seed=recipe.seed, step=step,
-        classes=recipe.model.classes, settings=recipe.augment,
-    )  # fmt: skip
+        images,
+        labels,
+        lanes=len(run.reader.lanes),
+        seed=recipe.seed,
+        step=step,
+        classes=recipe.model.classes,
+        settings=recipe.augment,
+    )
     if view.cutoff is not None:
         images = low_pass(images, view.cutoff)
     loss = torch.zeros((), device=backend.device)
@@ -286,10 +310,16 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
     timer.stop()
 
     row = {
-        "step": step + 1, "epoch": position / plan.order.steps_per_epoch, "stage": phase.stage, "phase": phase.kind,
-        "resolution": subnet.resolution, "depth": subnet.depth, "lr": lr, "data_wait_seconds": waited,
+        "step": step + 1,
+        "epoch": position / plan.order.steps_per_epoch,
+        "stage": phase.stage,
+        "phase": phase.kind,
+        "resolution": subnet.resolution,
+        "depth": subnet.depth,
+        "lr": lr,
+        "data_wait_seconds": waited,
         "images": recipe.train.batch,
-    }  # fmt: skip
+    }
     if recipe.data.trace:
         trace(run, batch)
     run.recorder.step(row, loss, grad_norm, timer)
