@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -180,41 +181,44 @@ def central_box(height: int, width: int, part: float) -> Box:
 
 
 def mix(
-    images: Tensor, labels: Tensor, *, lanes: int, seed: int, step: int, classes: int, settings: AugmentSettings
+    images: Tensor,
+    labels: Tensor,
+    *,
+    lanes: range,
+    of: int,
+    seed: int,
+    step: int,
+    classes: int,
+    settings: AugmentSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Applies Mixup or CutMix, one draw per step, with both partners from one lane, so that the result does not depend
-    on the world size.
+    """Applies Mixup or CutMix. The result depends neither on the number of ranks nor on who owns which lane.
 
-    timm's Mixup pairs row i with row B - 1 - i. So this function reorders the rows such that each pair is sample j and
-    sample n - 1 - j of one lane, and restores their order after mixing. It does not modify `images`; without Mixup and
-    CutMix it returns the same tensor.
+    The lanes are cut into `mix_groups` contiguous groups. Each group draws once per step whether to mix, how, and how
+    much, as each rank of DeiT does. The partners are samples j and j + n/2 of one lane with n samples. So, with R
+    repeats of an image next to each other, no image is mixed with itself if n/2 >= R.
+
+    Does not modify `images`; without Mixup and CutMix it returns the same tensor.
 
     Args:
         images: (B_local, C, r, r), lane-major.
         labels: (B_local,) int64.
-        lanes: lanes in the batch; each must contribute an even number of samples.
-        seed, step: seed the draw; `step` counts over the whole run.
+        lanes: this rank's lanes, of which each contributes an even number of samples.
+        of: V, the number of lanes over all ranks.
+        seed, step: seed the draws; `step` counts over the whole run.
         classes: number of classes, the width of the targets.
-        settings: mixup, cutmix, mix_probability, mix_switch and smoothing.
+        settings: mixup, cutmix, mix_groups, mix_probability, mix_switch and smoothing.
 
     Returns:
         images (B_local, C, r, r), and smoothed and mixed one-hot targets (B_local, classes) float32.
 
     Raises:
-        DataError: a lane contributes an odd number of samples.
+        ValueError: a lane contributes an odd number of samples.
     """
     if not settings.mixup and not settings.cutmix:
         return images, mixup_target(labels, classes, smoothing=settings.smoothing)
-    per_lane, rest = divmod(len(images), lanes)
+    per_lane, rest = divmod(len(images), len(lanes))
     if rest or per_lane % 2:
-        raise DataError(
-            f"Mixup and CutMix pair the samples of a lane: {len(images)} samples in {lanes} lanes are not an even "
-            "number each; set data.lanes so that batch / lanes is even"
-        )
-    rows = torch.arange(len(images), device=images.device).view(lanes, per_lane)
-    firsts = rows[:, : per_lane // 2].reshape(-1)
-    partners = rows.flip(1)[:, : per_lane // 2].reshape(-1)
-    paired = torch.cat((firsts, partners.flip(0)))
+        raise ValueError(f"{len(images)} samples in {len(lanes)} lanes are not an even number each")
     mixup = Mixup(
         mixup_alpha=settings.mixup,
         cutmix_alpha=settings.cutmix,
@@ -223,10 +227,16 @@ def mix(
         label_smoothing=settings.smoothing,
         num_classes=classes,
     )
-    with _seeded(seed, _MIX, step):
-        mixed, targets = mixup(images[paired], labels[paired])
-    back = torch.argsort(paired)
-    return mixed[back], targets[back]
+    groups, mixed, first = settings.groups(of), [], 0
+    for group, members in groupby(lanes, key=lambda lane: lane * groups // of):
+        rows = torch.arange(first, first := first + per_lane * len(list(members)), device=images.device)
+        halves = rows.view(-1, 2, per_lane // 2)
+        paired = torch.cat((halves[:, 0].flatten(), halves[:, 1].flatten().flip(0)))  # timm mixes row i with B - 1 - i
+        with _seeded(seed, _MIX, step, group):
+            pixels, targets = mixup(images[paired], labels[paired])
+        back = torch.argsort(paired)
+        mixed.append((pixels[back], targets[back]))
+    return torch.cat([pixels for pixels, _ in mixed]), torch.cat([targets for _, targets in mixed])
 
 
 def low_pass(images: Tensor, cutoff: int) -> Tensor:

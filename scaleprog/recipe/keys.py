@@ -128,6 +128,9 @@ class AugmentSettings(Settings):
     """Probability that a batch is mixed at all."""
     mix_switch: Share = 0.5
     """Probability of CutMix where both are on."""
+    mix_groups: Ranks | None = None
+    """Groups of lanes, each of which draws its own Mixup or CutMix, as each rank of DeiT does; a divisor of data.lanes.
+    Default: the largest one up to 4."""
     smoothing: Momentum = 0.1
     """Label smoothing."""
     repeats: Few = 1
@@ -138,6 +141,15 @@ class AugmentSettings(Settings):
     """Per channel; default: ImageNet's for color and 0.5 for gray."""
     std: Annotated[tuple[Deviation, ...], Field(max_length=16)] | None = None
     """Per channel; default: ImageNet's for color and 0.5 for gray."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed."""
+        return bool(self.mixup or self.cutmix)
+
+    def groups(self, lanes: int) -> int:
+        """The number of groups that `lanes` lanes form for mixing."""
+        return self.mix_groups or max(groups for groups in range(1, 5) if lanes % groups == 0)
 
     @model_validator(mode="after")
     def _check(self) -> "AugmentSettings":

@@ -14,21 +14,25 @@ class Worlds:
     Args:
         lanes: data.lanes; each rank owns equally many.
         batch: train.batch, images of a global batch; every lane holds equally many.
-        paired: whether Mixup or CutMix pair the images of a lane.
+        pairs: pairs that each lane must hold, as Mixup and CutMix pair the images of a lane and an image with `repeats`
+            views may not meet itself; 0 if images are not mixed.
         shard: ranks that hold one copy of the model under hsdp (None: the ranks of a node); 1 for other engines.
+        groups: groups of lanes that are mixed separately (None: any number).
     """
 
     lanes: int
     batch: int
-    paired: bool = False
+    pairs: int = 0
     shard: int | None = 1
+    groups: int | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Worlds":
         """The numbers of ranks that can train `recipe`."""
         sharding, augment = recipe.sharding, recipe.augment
         shard = sharding.shard if sharding.engine == "hsdp" else 1
-        return cls(recipe.data.lanes, recipe.train.batch, bool(augment.mixup or augment.cutmix), shard)
+        pairs = augment.repeats if augment.mixes else 0
+        return cls(recipe.data.lanes, recipe.train.batch, pairs, shard, augment.mix_groups)
 
     def obstacle(self, world: int, per_node: int | None = None) -> str:
         """Why `world` ranks cannot train, and what can be changed; empty if they can.
@@ -46,12 +50,20 @@ class Worlds:
 
     def check_lanes(self) -> None:
         """Raises RecipeError if the lanes cannot hold equally many images of a batch, or not as many as they must."""
-        if not self._fills(self.lanes, self.batch):
-            kind = "an even number, which Mixup and CutMix need" if self.paired else "a whole number"
+        if self.groups is not None and self.lanes % self.groups:
             raise RecipeError(
-                f"data.lanes: {self.batch} images in {self.lanes} lanes are not {kind} in each; this works: "
-                f"{self._change(1)}"
+                f"augment.mix_groups: {self.groups} does not divide data.lanes, {self.lanes}; use a divisor of it"
             )
+        if self._fills(self.lanes, self.batch):
+            return
+        kind = "a whole number"
+        if self.pairs:
+            kind = "an even number" if self.pairs == 1 else f"an even number from {2 * self.pairs} on"
+            kind += ", which Mixup and CutMix need" + (f" with augment.repeats={self.pairs}" if self.pairs > 1 else "")
+        raise RecipeError(
+            f"data.lanes: {self.batch} images in {self.lanes} lanes are not {kind} in each; this works: "
+            f"{self._change(1)}"
+        )
 
     def check(self, world: int, per_node: int | None = None) -> None:
         """Raises RecipeError if `world` ranks cannot train."""
@@ -59,14 +71,18 @@ class Worlds:
         if obstacle := self.obstacle(world, per_node):
             raise RecipeError(obstacle)
 
+    @property
+    def _unit(self) -> int:
+        return 2 if self.pairs else 1
+
     def _fills(self, lanes: int, batch: int) -> bool:
         """Whether `batch` images can be taken from `lanes` lanes."""
-        return batch % (lanes * (2 if self.paired else 1)) == 0
+        return batch % (lanes * self._unit) == 0 and batch >= lanes * 2 * self.pairs
 
     def _change(self, world: int) -> str:
         """Settings with which `world` ranks can train: the most lanes for the batch or, if none, a larger batch."""
-        unit = world * (2 if self.paired else 1)
-        batch = ceil_div(self.batch, unit) * unit
+        unit = world * self._unit
+        batch = max(ceil_div(self.batch, unit) * unit, world * 2 * self.pairs)
         lanes = max(n for n in range(world, min(self.lanes, batch) + world, world) if self._fills(n, batch))
         if batch == self.batch:
             return f"data.lanes={lanes}"

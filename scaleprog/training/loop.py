@@ -290,7 +290,8 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
     images, targets = mix(
         images,
         labels,
-        lanes=len(run.reader.lanes),
+        lanes=run.reader.lanes,
+        of=recipe.data.lanes,
         seed=recipe.seed,
         step=step,
         classes=recipe.model.classes,

@@ -18,6 +18,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from scaleprog.data import augment as augment_module
 from scaleprog.data.augment import Augmentation, BatchRequest, Encoded, central_box, low_pass, mix, random_box
+from scaleprog.data.order import Order
 from scaleprog.errors import DataError
 from scaleprog.recipe.keys import AugmentSettings
 
@@ -207,31 +208,41 @@ def batch(lanes: int, per_lane: int, seed: int = 0) -> tuple[torch.Tensor, torch
     return torch.randn(size, 1, 8, 8, generator=generator), torch.randint(0, 10, (size,), generator=generator)
 
 
+def mix_all(
+    images: torch.Tensor, labels: torch.Tensor, lanes: int, step: int, classes: int, chosen: AugmentSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixes a whole batch, as the only rank."""
+    return mix(images, labels, lanes=range(lanes), of=lanes, seed=0, step=step, classes=classes, settings=chosen)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @given(st.sampled_from((1, 2, 4)), st.sampled_from((2, 4, 6)), st.integers(0, 10_000))
 @settings(max_examples=30, deadline=None)
 def test_mixing_does_not_depend_on_the_world_size(device: str, lanes: int, per_lane: int, step: int) -> None:
     images, labels = (tensor.to(device) for tensor in batch(2 * lanes, per_lane, step))
-    arguments = {"seed": 3, "step": step, "classes": 10, "settings": DEIT}
-    whole = mix(images, labels, lanes=2 * lanes, **arguments)
+    arguments = {"of": 2 * lanes, "seed": 3, "step": step, "classes": 10, "settings": DEIT}
+    whole = mix(images, labels, lanes=range(2 * lanes), **arguments)
     half = len(images) // 2
-    parts = [mix(images[rows], labels[rows], lanes=lanes, **arguments) for rows in (slice(half), slice(half, None))]
+    parts = [
+        mix(images[rows], labels[rows], lanes=owned, **arguments)
+        for rows, owned in ((slice(half), range(lanes)), (slice(half, None), range(lanes, 2 * lanes)))
+    ]
     for index in range(2):
         assert torch.equal(whole[index], torch.cat([part[index] for part in parts]))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_mixup_pairs_the_samples_of_a_lane(device: str) -> None:
-    """Row (lane, j) is lambda of itself and 1 - lambda of (lane, n - 1 - j), in pixels and in labels alike."""
+    """Row (lane, j) is lambda of itself and 1 - lambda of (lane, j + n/2), in pixels and in labels alike."""
     lanes, per_lane = 3, 4
     labels = torch.arange(12, device=device)
     images = torch.eye(12, device=device).view(12, 12, 1, 1)
     kept = images.clone()
-    chosen = AugmentSettings(mixup=0.8, smoothing=0)
-    mixed, targets = mix(images, labels, lanes=lanes, seed=0, step=1, classes=12, settings=chosen)
+    chosen = AugmentSettings(mixup=0.8, mix_groups=1, smoothing=0)
+    mixed, targets = mix_all(images, labels, lanes, 1, 12, chosen)
     assert torch.equal(images, kept), "the caller's images are left as they were"
     assert torch.allclose(mixed.flatten(1), targets)
-    partner = torch.arange(12).view(lanes, per_lane).flip(1).flatten().to(device)
+    partner = torch.arange(12).view(lanes, per_lane).roll(per_lane // 2, 1).flatten().to(device)
     factors = targets[labels, labels]
     assert torch.unique(factors).numel() == 1
     assert 0 < factors[0] < 1
@@ -242,7 +253,7 @@ def test_cutmix_weighs_labels_by_area() -> None:
     images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 16, 16)
     chosen = AugmentSettings(cutmix=1.0, smoothing=0)
     for step in range(5):
-        mixed, targets = mix(images, torch.arange(4), lanes=1, seed=0, step=step, classes=4, settings=chosen)
+        mixed, targets = mix_all(images, torch.arange(4), 1, step, 4, chosen)
         own = (mixed == images).float().mean(dim=(1, 2, 3))
         assert torch.allclose(own, targets.diagonal())
         assert torch.unique(own).numel() == 1
@@ -251,10 +262,53 @@ def test_cutmix_weighs_labels_by_area() -> None:
 def test_one_draw_per_step() -> None:
     images, labels = batch(2, 4)
     states = process_state()
-    draws = [mix(images, labels, lanes=2, seed=0, step=step, classes=10, settings=DEIT)[1] for step in (0, 1, 0)]
+    draws = [mix_all(images, labels, 2, step, 10, DEIT)[1] for step in (0, 1, 0)]
     assert torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], draws[1])
     assert process_state() == states
+
+
+@given(
+    repeats=st.integers(1, 9), more=st.integers(0, 6), step=st.integers(0, 40), epoch=st.integers(0, 3)
+)  # fmt: skip
+def test_no_image_is_mixed_with_itself(repeats: int, more: int, step: int, epoch: int) -> None:
+    """At any step of any lane, at every number of repeats whose pairs a lane can hold."""
+    per_lane = 2 * (repeats + more)
+    order = Order((per_lane * (step + 1) * 2,), 5, 2, 2 * per_lane, repeats)
+    shown = torch.from_numpy(order.lane(epoch, 1)[step * per_lane : (step + 1) * per_lane, 1].copy())
+    chosen = AugmentSettings(mixup=1.0, smoothing=0, repeats=repeats)
+    pixels = torch.arange(per_lane, dtype=torch.float32).view(-1, 1, 1, 1)
+    _, targets = mix(pixels, torch.arange(per_lane), lanes=range(1, 2), of=2, seed=epoch, step=step, classes=per_lane,
+                     settings=chosen)  # fmt: skip
+    for row, weights in enumerate(targets):
+        (partner,) = set(weights.nonzero().flatten().tolist()) - {row} or {row}
+        assert partner == row or shown[partner] != shown[row]
+
+
+def test_each_group_of_lanes_has_its_own_draw() -> None:
+    """6 lanes in 3 groups: one factor in each, and another one in each; without a number, the most up to 4 that fit."""
+    images, labels = torch.rand(24, 1, 8, 8), torch.arange(24)
+    for asked, groups in ((3, 3), (None, 3), (1, 1), (6, 6)):
+        chosen = AugmentSettings(mixup=0.8, mix_groups=asked, smoothing=0)
+        _, targets = mix_all(images, labels, 6, 1, 24, chosen)
+        factors = targets.diagonal().view(groups, -1)
+        assert torch.equal(factors.amin(1), factors.amax(1))
+        assert len(factors[:, 0].unique()) == groups
+    assert [AugmentSettings().groups(lanes) for lanes in (1, 2, 5, 6, 64)] == [1, 2, 1, 3, 4]
+
+
+def test_the_mixed_mass_varies_from_step_to_step_as_with_deit() -> None:
+    """The mean share of the lesser partner in a global batch, over 2,000 steps: a draw for each of four groups, as for
+    each of DeiT's ranks, halves its spread."""
+    images, labels = torch.zeros(64, 1, 8, 8), torch.arange(64)
+
+    def spread(groups: int) -> float:
+        chosen = AugmentSettings(mixup=0.8, cutmix=1.0, mix_groups=groups, smoothing=0)
+        own = [mix_all(images, labels, 4, step, 64, chosen)[1].diagonal() for step in range(2000)]
+        return float(np.std([torch.minimum(shares, 1 - shares).mean().item() for shares in own]))
+
+    assert spread(1) == pytest.approx(0.155, abs=0.01)
+    assert spread(4) == pytest.approx(0.078, abs=0.01)
 
 
 def test_both_kinds_are_used_as_often_as_asked() -> None:
@@ -262,7 +316,7 @@ def test_both_kinds_are_used_as_often_as_asked() -> None:
     chosen = AugmentSettings(mixup=0.8, cutmix=1.0, mix_probability=0.8, mix_switch=0.5)
     kinds = {"none": 0, "mixup": 0, "cutmix": 0}
     for step in range(300):
-        values = mix(images, torch.arange(2), lanes=1, seed=0, step=step, classes=2, settings=chosen)[0][1].unique()
+        values = mix_all(images, torch.arange(2), 1, step, 2, chosen)[0][1].unique()
         kinds["none" if values.tolist() == [1.0] else "mixup" if len(values) == 1 else "cutmix"] += 1
     assert 40 <= kinds["none"] <= 90, "a fifth, and the boxes that happen to be empty"
     assert 90 <= kinds["mixup"] <= 150
@@ -271,7 +325,7 @@ def test_both_kinds_are_used_as_often_as_asked() -> None:
 
 def test_without_mixing_targets_are_smoothed_one_hot() -> None:
     images, labels = batch(1, 3)
-    same, targets = mix(images, labels, lanes=1, seed=0, step=0, classes=10, settings=AugmentSettings(smoothing=0.1))
+    same, targets = mix_all(images, labels, 1, 0, 10, AugmentSettings(smoothing=0.1))
     assert same is images
     expected = torch.full((3, 10), 0.01)
     expected[torch.arange(3), labels] = 0.91
@@ -280,8 +334,8 @@ def test_without_mixing_targets_are_smoothed_one_hot() -> None:
 
 def test_an_odd_number_per_lane_is_refused() -> None:
     images, labels = batch(2, 3)
-    with pytest.raises(DataError, match="6 samples in 2 lanes"):
-        mix(images, labels, lanes=2, seed=0, step=0, classes=10, settings=DEIT)
+    with pytest.raises(ValueError, match="6 samples in 2 lanes"):
+        mix_all(images, labels, 2, 0, 10, DEIT)
 
 
 # ---- low frequencies

@@ -286,9 +286,10 @@ def test_every_engine_keeps_what_the_recipe_says_and_its_own_stays_as_it_is() ->
 @pytest.mark.parametrize(
     ("overrides", "world", "change"),
     [
-        ([], 512, r"data\.lanes=512 can"),
+        (["augment.repeats=1"], 512, r"data\.lanes=512 can"),
+        ([], 512, r"data\.lanes=512 train\.batch=3072, which"),
         ([], 3, r"data\.lanes=57 train\.batch=1026, which changes the training, can"),
-        ([], 4096, r"data\.lanes=4096 train\.batch=8192, which"),
+        ([], 4096, r"data\.lanes=4096 train\.batch=24576, which"),
         (["augment.mixup=0", "augment.cutmix=0"], 1024, r"data\.lanes=1024 can"),
     ],
 )

@@ -24,8 +24,8 @@ SHOW = "env | grep -E '^SLURM_(NTASKS|NNODES|JOB_NUM_NODES|NTASKS_PER_NODE|NPROC
 
 
 worlds = st.builds(
-    lambda lanes, unit, paired, shard: Worlds(lanes, lanes * unit * (2 if paired else 1), paired, shard),
-    st.integers(1, 96), st.integers(1, 8), st.booleans(), st.none() | st.integers(1, 8),
+    lambda lanes, more, pairs, shard: Worlds(lanes, lanes * (2 * pairs + more * (2 if pairs else 1)), pairs, shard),
+    st.integers(1, 96), st.integers(1, 8), st.integers(0, 4), st.none() | st.integers(1, 8),
 )  # fmt: skip
 
 
@@ -64,8 +64,22 @@ def test_lanes_that_cannot_hold_a_batch() -> None:
     with pytest.raises(RecipeError, match=r"^data\.lanes: 1000 images in 64 lanes are not a whole number .*lanes=50$"):
         Worlds(64, 1000).check(1)
     with pytest.raises(RecipeError, match=r"not an even number, which Mixup .*data\.lanes=2$"):
-        Worlds(4, 4, paired=True).check_lanes()
+        Worlds(4, 4, pairs=1).check_lanes()
     Worlds(4, 4).check_lanes()
+
+
+def test_repeats_bound_the_lanes_of_a_batch_that_is_mixed() -> None:
+    """1,024 images, each shown 3 times: a lane needs 3 pairs, so at most 170 lanes, and 128 divide the batch."""
+    most = Worlds(128, 1024, pairs=3)
+    most.check(128)
+    with pytest.raises(
+        RecipeError, match=r"1024 images in 256 lanes .* from 6 on, which Mixup .*repeats=3.*lanes=128$"
+    ):
+        Worlds(256, 1024, pairs=3).check_lanes()
+    assert "data.lanes=512 train.batch=3072, which changes the training, can use them" in most.obstacle(512)
+    assert "data.lanes=128 can use them" in Worlds(64, 1024, pairs=3).obstacle(128)
+    with pytest.raises(RecipeError, match=r"^augment\.mix_groups: 3 does not divide data\.lanes, 64"):
+        Worlds(64, 1024, pairs=3, groups=3).check_lanes()
 
 
 def test_hsdp_shares_a_model_within_a_node_unless_told_otherwise() -> None:
