@@ -29,11 +29,13 @@ class EqualStages:
         ladder: the Subnet of every stage that is not searched; the last one is the complete model.
         steps: schedule positions of the run.
         rule: which Subnets are the candidates of a search (None: no stage is searched).
+        cooldown: positions at the end that only the last stage trains, besides its equal part.
     """
 
     ladder: tuple[Subnet, ...]
     steps: int
     rule: CandidateRule | None = None
+    cooldown: int = 0
 
     def candidates(self, stage: int, position: int, before: Choice | None) -> tuple[Subnet, ...]:
         """The Subnets that the stage beginning at `position` may train; `before`: the choice of the stage before."""
@@ -43,7 +45,8 @@ class EqualStages:
 
     def end(self, stage: int, position: int, choice: Choice) -> int:
         """The position at which a stage ends, if its choice begins to train at `position`."""
-        return stage * self.steps // len(self.ladder)
+        stages = len(self.ladder)
+        return self.steps if stage == stages else stage * (self.steps - self.cooldown) // stages
 
     def ramp(self, stage: int, position: int, subnet: Subnet) -> float:
         """The growth progress, 0 to 1, of a stage that begins to train `subnet` at `position`."""
@@ -79,6 +82,7 @@ class Budget:
         promised: whether the recipe asks for this limit, and for less than Original's cost.
         complete_steps: fewest steps that the complete model trains.
         subset: whether Subnets see some of the patches of an image, not smaller images.
+        cooldown: positions at the end that only the complete model trains, besides the last of the equal parts.
     """
 
     ladder: tuple[Subnet, ...]
@@ -90,6 +94,12 @@ class Budget:
     promised: bool = False
     complete_steps: int = 0
     subset: bool = False
+    cooldown: int = 0
+
+    @property
+    def part(self) -> int:
+        """The length of an equal part."""
+        return (self.steps - self.cooldown) // len(self.ladder)
 
     @property
     def latest(self) -> int:
@@ -99,10 +109,11 @@ class Budget:
         that leaves no room for a first search: the complete model then trains throughout.
         """
         stages = len(self.ladder)
-        by_parts, by_steps = (stages - 1) * self.steps // stages, self.steps - self.complete_steps
+        by_parts = (stages - 1) * (self.steps - self.cooldown) // stages
+        by_steps = self.steps - self.complete_steps
         if by_steps >= by_parts:
             return by_parts
-        return by_steps if by_steps >= self.steps // stages + self.search_steps else 0
+        return by_steps if by_steps >= self.part + self.search_steps else 0
 
     @property
     def probe(self) -> int:
@@ -113,7 +124,7 @@ class Budget:
         if self.promised or self.latest == 0:
             return 0
         position = self.steps // PROBED_PARTS
-        return position if position + 2 * self.search_steps <= self.steps // len(self.ladder) else 0
+        return position if position + 2 * self.search_steps <= self.part else 0
 
     @property
     def short(self) -> str:
@@ -158,19 +169,18 @@ class Budget:
 
     def end(self, stage: int, position: int, choice: Choice) -> int:
         """As `EqualStages.end`."""
-        part = self.steps // len(self.ladder)
         if choice.subnet == self.ladder[-1]:
             return self.steps
-        if self.probe and position < part:
-            return self.probe if stage == 1 else min(part, choice.complete_from or self.steps)
+        if self.probe and position < self.part:
+            return self.probe if stage == 1 else min(self.part, choice.complete_from or self.steps)
         if choice.complete_from is None:
-            return part
+            return self.part
         # another search, which scores at most three networks, would delay the takeover by its cost
         later = choice.complete_from + self.search_steps + math.ceil(3 * self.scoring)
         if self.proxy(choice.subnet) == self.ladder[-1] or later > self.latest:
             return choice.complete_from  # another search could not tell the two apart, or would come too late
         before = choice.complete_from - position
-        return position + ceil_div(before, max(1, round(before * len(self.ladder) / self.steps)))
+        return position + ceil_div(before, max(1, round(before * len(self.ladder) / (self.steps - self.cooldown))))
 
     def ramp(self, stage: int, position: int, subnet: Subnet) -> float:
         """As `EqualStages.ramp`."""

@@ -47,7 +47,6 @@ class Plan:
     manifest: Manifest
     order: Order
     schedule: Schedule
-    warmup_steps: int
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Plan":
@@ -62,7 +61,7 @@ class Plan:
             )
         order = _order(recipe, manifest)
         family, schedule = outline(recipe, order.steps_per_epoch)
-        return cls(recipe, family, manifest, order, schedule, _steps(recipe.optimizer.warmup_epochs, order))
+        return cls(recipe, family, manifest, order, schedule)
 
     @property
     def data(self) -> DataSet:
@@ -105,6 +104,7 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
     epoch = SCALE if steps_per_epoch is None else steps_per_epoch
     growth, search = recipe.growth, recipe.search
     kind, ladder = rungs(growth, full, stride)
+    cooldown = recipe.optimizer.cooldown_steps(epoch)
     steps, search_steps = _lengths(recipe, kind, 1 if kind == "supernet" else len(ladder), epoch)
     scoring = search.measurements * _search_batches(recipe, epoch) / FORWARDS_PER_STEP
     patch = stride if growth.patches == "subset" else None
@@ -123,7 +123,8 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
         split=family.split,
     )
     if kind != "automatic" or search.method != "budget":
-        return family, make(policy=EqualStages(ladder, steps, search.candidates if kind == "automatic" else None))
+        rule = search.candidates if kind == "automatic" else None
+        return family, make(policy=EqualStages(ladder, steps, rule, cooldown))
     if search.candidates == "window":
         raise RecipeError(
             "search.candidates: window leaves the present network out, and a budget may want to keep it; use corners "
@@ -137,6 +138,7 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
         scoring,
         limit=0.0,
         subset=patch is not None,
+        cooldown=cooldown,
         # with a budget of all of Original's cost, searches may exceed it
         promised=search.budget is not None and search.budget < 1,
         # a setting in steps means nothing if SCALE positions stand for the steps
@@ -292,16 +294,26 @@ def _search_batches(recipe: Recipe, steps_per_epoch: int) -> int:
 
 def _lengths(recipe: Recipe, kind: ScheduleKind, stages: int, epoch: int) -> tuple[int, int]:
     """The steps of a run, and those of a search in it. Raises RecipeError if they do not fit."""
-    steps = round(recipe.train.epochs * epoch)
+    steps = round(recipe.train.epochs * epoch) + recipe.optimizer.cooldown_steps(epoch)
     if steps > MOST_STEPS:
         raise RecipeError(
             f"train.epochs: {recipe.train.epochs:g} epochs are {steps} steps; at most {MOST_STEPS} are run"
         )
     searched = recipe.search.epochs or recipe.train.epochs / SEARCH_PARTS
     search_steps = max(1, round(searched * epoch))
-    if steps < stages:
+    if recipe.optimizer.schedule == "timm" and recipe.train.epochs < 1:
+        raise RecipeError(
+            f"optimizer.schedule: timm changes the learning rate once an epoch, and train.epochs is "
+            f"{recipe.train.epochs:g}; use smooth"
+        )
+    before_cooldown = steps - recipe.optimizer.cooldown_steps(epoch)
+    if before_cooldown < stages:
         raise RecipeError(f"train.epochs: {steps} steps cannot be cut into {stages} stages")
-    if kind == "automatic" and stages > 1 and search_steps >= steps // stages:
+    if (
+        kind == "automatic"
+        and stages > 1
+        and search_steps >= (steps - recipe.optimizer.cooldown_steps(epoch)) // stages
+    ):
         raise RecipeError(
             f"search.epochs: {searched:g} epochs of search do not fit into a stage of {recipe.train.epochs / stages:g}"
         )
@@ -374,7 +386,3 @@ def _check_by_hand(recipe: Recipe, full: Subnet, stride: int) -> None:
             raise RecipeError(f"growth.schedule.{i}: depth {stage.depth} after {stages[i - 1].depth}; it never shrinks")
     if not stages or (stages[-1].resolution, stages[-1].depth) != (full.resolution, full.depth):
         raise RecipeError(f"growth.schedule: the last stage must be the complete model, {full}")
-
-
-def _steps(epochs: float, order: Order) -> int:
-    return round(epochs * order.steps_per_epoch)

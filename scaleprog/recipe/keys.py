@@ -188,7 +188,7 @@ class TrainSettings(Settings):
 
 
 class OptimizerSettings(Settings):
-    """AdamW with a linear warm-up, then a cosine."""
+    """AdamW, and its learning rate."""
 
     name: Text = "adamw"
     """Only adamw."""
@@ -203,9 +203,20 @@ class OptimizerSettings(Settings):
     warmup_lr: NoOrMore = 1e-6
     """Learning rate of the first step."""
     min_lr: NoOrMore = 1e-5
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the schedule, and in the cool-down."""
+    schedule: Literal["smooth", "timm", "wsd"] = "smooth"
+    """smooth: a cosine from the end of the warm-up, by the step; timm: timm's cosine, from the first epoch, by the
+    epoch; wsd: constant, then linear to min_lr."""
+    decay: Part = 0.2
+    """wsd: the last part of the steps, over which the rate falls."""
+    cooldown_epochs: NoOrMoreEpochs = 0
+    """Epochs at min_lr that follow the epochs of `train.epochs`; the last stage trains them."""
     clip: Norm | None = None
     """Largest global norm of the gradients; default: no clipping."""
+
+    def cooldown_steps(self, epoch: int) -> int:
+        """The steps of the cool-down; `epoch`: steps per epoch."""
+        return round(self.cooldown_epochs * epoch)
 
     @field_validator("name")
     @classmethod

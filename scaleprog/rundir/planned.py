@@ -30,6 +30,7 @@ def write_plan(run: Path, schedule: Schedule, gmacs: Callable[[Subnet], float]) 
         "budget": budget.limit if budget else None,
         "promised": budget is not None and budget.promised,
         "complete_steps": budget.complete_steps if budget else 0,
+        "cooldown": schedule.policy.cooldown,
     }
     costs = [[subnet.resolution, subnet.depth, gmacs(subnet)] for subnet in sorted(networks)]
     write_whole(run / PLAN, json.dumps({"schedule": fields, "gmacs": costs}))
@@ -45,7 +46,8 @@ def read_plan(run: Path) -> tuple[Schedule, dict[Subnet, float]] | None:
         return None
     fields = values["schedule"]
     ladder, limit, rule = tuple(Subnet(*size) for size in fields["ladder"]), fields["budget"], fields["rule"]
-    policy: Policy = EqualStages(ladder, fields["steps"], rule if fields["kind"] == "automatic" else None)
+    cooldown = fields.get("cooldown", 0)  # earlier versions had none
+    policy: Policy = EqualStages(ladder, fields["steps"], rule if fields["kind"] == "automatic" else None, cooldown)
     if limit is not None and rule is not None:
         policy = Budget(
             ladder,
@@ -57,6 +59,7 @@ def read_plan(run: Path) -> tuple[Schedule, dict[Subnet, float]] | None:
             fields["promised"],
             fields["complete_steps"],
             subset=fields["patch"] is not None,
+            cooldown=cooldown,
         )
     schedule = Schedule(ladder=ladder, policy=policy, **{name: fields[name] for name in SCHEDULE})  # type: ignore[literal-required]
     return schedule, {Subnet(resolution, depth): cost for resolution, depth, cost in values["gmacs"]}

@@ -343,6 +343,7 @@ class PlannedSchedule(TypedDict):
     patch: Size | None
     curriculum: bool
     scoring: Annotated[float, Field(ge=0, le=1e12)]
+    cooldown: NotRequired[Annotated[int, Field(ge=0, le=10**9)]]
 
 
 @with_config(STRICT)

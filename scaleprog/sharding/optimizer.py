@@ -12,15 +12,42 @@ from scaleprog.recipe.keys import OptimizerSettings
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def learning_rate(settings: OptimizerSettings, position: int, steps: int, warmup_steps: int, began: int = 0) -> float:
-    """The learning rate at `began` <= `position` < `steps`: linear warmup, then cosine. A growth does not restart it.
+def learning_rate(settings: OptimizerSettings, position: int, steps: int, epoch: int, began: int = 0) -> float:
+    """The learning rate at `began` <= `position` < `steps`. A growth does not restart it.
 
-    `began`: position at which the weights were initialized. If that is not 0, the rest of the run is a run of its own.
+    The warm-up rises linearly from `warmup_lr` to `lr`, and the cool-down stays at `min_lr`. Between them:
+
+    - smooth: a cosine that begins where the warm-up ends, and changes at every step.
+    - timm: the cosine of timm's CosineLRScheduler, by which DeiT, VOLO and AutoProg are trained. It counts from the
+      first epoch, warm-up included, and changes once an epoch; so does the warm-up.
+    - wsd: constant, then linear to `min_lr` over the last part `decay` of the steps before the cool-down.
+
+    Args:
+        settings: the recipe's optimizer settings.
+        position: of the schedule.
+        steps: positions of the schedule.
+        epoch: steps per epoch.
+        began: position at which the weights were initialized. If that is not 0, the rest of the run is a run of its
+            own.
     """
-    position, steps = position - began, steps - began
-    if position < warmup_steps:
-        return settings.warmup_lr + (settings.lr - settings.warmup_lr) * position / warmup_steps
-    progress = (position - warmup_steps) / max(1, steps - warmup_steps)
+    position, steps = position - began, steps - began - settings.cooldown_steps(epoch)
+    warmup = round(settings.warmup_epochs * epoch)
+    if position >= steps:
+        return settings.min_lr
+    if settings.schedule == "timm":  # as if each epoch were one step
+        position -= position % epoch
+        if position < settings.warmup_epochs * epoch:
+            return settings.warmup_lr + (settings.lr - settings.warmup_lr) * position / (settings.warmup_epochs * epoch)
+        return _cosine(settings, position / steps)
+    if position < warmup:
+        return settings.warmup_lr + (settings.lr - settings.warmup_lr) * position / warmup
+    if settings.schedule == "smooth":
+        return _cosine(settings, (position - warmup) / max(1, steps - warmup))
+    decay = max(1, min(round(settings.decay * steps), steps - warmup))
+    return settings.min_lr + (settings.lr - settings.min_lr) * min(1.0, (steps - position) / decay)
+
+
+def _cosine(settings: OptimizerSettings, progress: float) -> float:
     return settings.min_lr + (settings.lr - settings.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 

@@ -279,7 +279,7 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
     """
     recipe, plan, backend, step = run.recipe, run.plan, run.backend, run.state.step
     position = phase.position_of(step)
-    lr = learning_rate(recipe.optimizer, position, plan.schedule.steps, plan.warmup_steps, phase.began)
+    lr = learning_rate(recipe.optimizer, position, plan.schedule.steps, plan.order.steps_per_epoch, phase.began)
     drop = drop_rows(run, phase, len(batch.labels))
     view = plan.schedule.view(subnet)
     kept = patches_seen(run, view, *divmod(position, plan.order.steps_per_epoch))
