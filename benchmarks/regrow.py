@@ -73,7 +73,7 @@ def main() -> None:
         "",
         f"{options.ranks} ranks, {os.cpu_count()} CPU cores.",
         "",
-        "| engine | layers | bytes moved, MiB | in place, s | by checkpoint, s | of it saving | times slower |",
+        "| engine | layers | bytes moved, MiB | in place, s | by checkpoint, s | of which saving, s | times slower |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += map(line, rows)

@@ -48,7 +48,7 @@ def _enlarged() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError(f"the digits come with scikit-learn: pip install scikit-learn ({error})") from error
+        raise DataError(f"the digits come with scikit-learn; run pip install scikit-learn ({error})") from error
     data = load_digits()
     bright = data.images.astype(np.float32) * (255 / SHADES)
     grown = [cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC) for image in bright]

@@ -38,7 +38,9 @@ def normalization(settings: AugmentSettings, channels: int) -> tuple[tuple[float
     mean = settings.mean or (IMAGENET_DEFAULT_MEAN if imagenet else (0.5,) * channels)
     std = settings.std or (IMAGENET_DEFAULT_STD if imagenet else (0.5,) * channels)
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
-        raise DataError(f"augment.mean {mean} and augment.std {std} must be {channels} numbers each, std above 0")
+        raise DataError(
+            f"augment.mean {mean} and augment.std {std} must have {channels} numbers each, every std above 0"
+        )
     return mean, std
 
 
@@ -208,7 +210,7 @@ def mix(
     per_lane, rest = divmod(len(images), lanes)
     if rest or per_lane % 2:
         raise DataError(
-            f"Mixup and CutMix pair the samples of a lane: {len(images)} samples in {lanes} lanes are not an even "
+            f"Mixup and CutMix pair the samples of a lane, but {len(images)} samples in {lanes} lanes are not an even "
             "number each; set data.lanes so that batch / lanes is even"
         )
     rows = torch.arange(len(images), device=images.device).view(lanes, per_lane)

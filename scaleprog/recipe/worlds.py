@@ -37,20 +37,20 @@ class Worlds:
         """
         if self.lanes % world:
             return (
-                f"{world} ranks do not divide data.lanes, {self.lanes}; a new run with {self._change(world)} can use "
-                "them"
+                f"{world} ranks do not divide data.lanes, {self.lanes}; to use them, start a new run with "
+                f"{self._change(world)}"
             )
         if world % (shard := self.shard or per_node or world):
-            return f"sharding.shard: {world} ranks are not a multiple of {shard}, the ranks that hold one copy"
+            return f"sharding.shard: {world} ranks are not a multiple of {shard}, the ranks that share one copy"
         return ""
 
     def check_lanes(self) -> None:
         """Raises RecipeError if the lanes cannot hold equally many images of a batch, or not as many as they must."""
         if not self._fills(self.lanes, self.batch):
-            kind = "an even number, which Mixup and CutMix need" if self.paired else "a whole number"
+            kind = "an even number, as Mixup and CutMix need" if self.paired else "a whole number"
             raise RecipeError(
-                f"data.lanes: {self.batch} images in {self.lanes} lanes are not {kind} in each; this works: "
-                f"{self._change(1)}"
+                f"data.lanes: {self.batch} images in {self.lanes} lanes do not give each lane {kind}; "
+                f"use {self._change(1)}"
             )
 
     def check(self, world: int, per_node: int | None = None) -> None:
@@ -70,4 +70,4 @@ class Worlds:
         lanes = max(n for n in range(world, min(self.lanes, batch) + world, world) if self._fills(n, batch))
         if batch == self.batch:
             return f"data.lanes={lanes}"
-        return f"data.lanes={lanes} train.batch={batch}, which changes the training,"
+        return f"data.lanes={lanes} train.batch={batch} (which changes the training)"

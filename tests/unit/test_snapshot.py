@@ -66,7 +66,7 @@ def test_train_sbatch(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) 
     fake.command("srun", "exit 1")
     done = run_batch([script, recipe, "a run", "seed=3"], tmp_path)
     assert done.returncode == 2
-    assert f"scaleprog: {run}: not there on every node" in done.stderr
+    assert f"scaleprog: {run}: missing on a node" in done.stderr
     assert "requeue" not in " ".join(fake.calls("scontrol"))
     seen = 'case $* in *bash*) exec "${@:3}" ;; esac'  # what is to be asked on every node, asked here
     fake.command("srun", f'{seen}; printf "%s\\n" "$PYTHONPATH" "$@" > "{tmp_path}/srun-arguments"; exit 1')
@@ -141,18 +141,18 @@ def test_code_that_is_not_what_was_submitted_never_runs(
     fake.command("srun", "exit 1")
     done = run_batch([script], tmp_path)
     assert done.returncode == 2
-    assert "scaleprog: the job's code is not what was submitted" in done.stderr
+    assert "scaleprog: the job's code is not the submitted code" in done.stderr
     assert "Traceback" not in done.stderr
     assert fake.calls("srun") == []
     fake.show(state="FAILED")
-    with pytest.raises(CheckpointError, match="not the code that it is named after"):
+    with pytest.raises(CheckpointError, match="does not match the digest in its name"):
         slurm.submit(make_recipe(), run, JobRequest())
     batch, recipe = ROOT / "slurm" / "train.sbatch", run / "recipe.yaml"
     for restart in (0, 1) if door == "a changed file" else (1,):
         JobFile("7", "scaleprog", file.code).write(run)
         done = run_batch([batch, recipe, run], tmp_path, restart)
         assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
-        assert "not the code that it is named after" in done.stderr
+        assert "does not match the digest in its name" in done.stderr
     assert fake.calls("srun") == []
     assert not (tmp_path / "ruined").exists()
 
