@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from launchers.local import launch
 from scaleprog.errors import EXIT_CODE
 from scaleprog.growth.operators import fresh
+from scaleprog.launchers.local import launch
 from scaleprog.models import resolve_family
 from scaleprog.ranks.coordinator import process_group
 from scaleprog.ranks.stop import Watch

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from launchers.local import launch
 from scaleprog.growth.operators import LayerMap, fresh, grow
+from scaleprog.launchers.local import launch
 from scaleprog.models import resolve_family
 from scaleprog.planning.plan import outline
 from scaleprog.ranks.coordinator import Coordinator, process_group

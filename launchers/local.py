@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from launchers.exits import MISTAKE, STOPPED, exit_by
-from launchers.world import Count, largest
 from scaleprog.errors import Preempted, ScaleprogError
 from scaleprog.files.display import as_text
+from scaleprog.launchers.exits import MISTAKE, STOPPED, exit_by
+from scaleprog.launchers.world import Count, largest
 from scaleprog.ranks.rendezvous import Place
 from scaleprog.ranks.stop import SIGNALS
 from scaleprog.recipe.worlds import Worlds

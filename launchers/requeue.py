@@ -1,8 +1,8 @@
 """Decides whether a Slurm job starts again. The batch script runs this after the tasks have ended for any reason.
 
-`python -m launchers.requeue RUN CODE MAX_RESTARTS`, where CODE is srun's exit code. That code is not enough: if srun
-kills the other tasks, its exit code shows their signal and hides how the first task failed. So each task that exits for
-a known reason writes a report (`report`).
+`python -m scaleprog.launchers.requeue RUN CODE MAX_RESTARTS`, where CODE is srun's exit code. That code is not enough:
+if srun kills the other tasks, its exit code shows their signal and hides how the first task failed. So each task that
+exits for a known reason writes a report (`report`).
 """
 
 import os
@@ -18,10 +18,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from launchers.exits import FINISHED, MISTAKE, STOPPED
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.atomic import write_whole
 from scaleprog.files.display import as_text
+from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.reading import is_torn, open_to_append, read, read_object, to_line
 from scaleprog.rundir.records import EVENT, EVENTS, JOB_ID, LEFT, REQUEUES, Job, Measured, Owner, Report

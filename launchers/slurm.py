@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launchers import integrity
-from launchers.snapshot import JobFile, check_free, check_name, code_folder, take
-from launchers.world import Count, largest, usable
 from scaleprog.errors import ScaleprogError
+from scaleprog.launchers import integrity
+from scaleprog.launchers.snapshot import JobFile, check_free, check_name, code_folder, take
+from scaleprog.launchers.world import Count, largest, usable
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.worlds import Worlds
 from scaleprog.rundir import slurm_queue
@@ -141,7 +141,7 @@ def submit(recipe: Recipe, run: Path, request: JobRequest) -> JobFile:
     request = narrow(recipe, request)
     check_cluster(request)
     check(recipe, run, request)
-    from launchers.task import task
+    from scaleprog.launchers.task import task
 
     new = not run.exists()
     take(recipe, run)
@@ -262,7 +262,7 @@ def setup(run: Path, code: Path, request: JobRequest) -> list[str]:
         code: the folder of the job's code, named by its digest.
         request: the job's request.
     """
-    requeue = shlex.join([sys.executable, "-m", "launchers.requeue", str(run)])
+    requeue = shlex.join([sys.executable, "-m", "scaleprog.launchers.requeue", str(run)])
     text = Path(integrity.__file__).read_text(encoding="utf-8")
     lines = [
         # before any code in the run directory runs, and before the trap that would requeue the job
@@ -277,7 +277,7 @@ def setup(run: Path, code: Path, request: JobRequest) -> list[str]:
     ]
     if request.nodes.fixed:
         return lines
-    world = shlex.join([sys.executable, "-m", "launchers.world", str(run), str(request.nodes.least)])
+    world = shlex.join([sys.executable, "-m", "scaleprog.launchers.world", str(run), str(request.nodes.least)])
     return [*lines, f"TASKS={request.tasks}", f'NODES=$({world} "$TASKS") || exit', *STEP]
 
 

@@ -1,7 +1,7 @@
 """Copies a job's code and recipe into its run directory, so that later edits to the working tree do not change the job.
 
-`python -m launchers.snapshot RECIPE RUN [key=value]...` does this for slurm/train.sbatch at the job's first start, and
-prints the folder of the code.
+`python -m scaleprog.launchers.snapshot RECIPE RUN [key=value]...` does this for slurm/train.sbatch at the job's first
+start, and prints the folder of the code.
 """
 
 import json
@@ -15,18 +15,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import launchers
-from launchers import integrity
+import scaleprog
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files.atomic import read_text, write_whole
 from scaleprog.files.display import as_text
+from scaleprog.launchers import integrity
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.records import JOB_ID
 
 if TYPE_CHECKING:  # a job that starts again does not need this import
     from scaleprog.recipe import Recipe
 
-PACKAGES = ("scaleprog", "launchers", "shards")
+PACKAGES = ("scaleprog", "scaleprog/launchers", "scaleprog/shards")  # the last two may be links
 JOB = "job.json"
 
 
@@ -195,7 +195,7 @@ def prepare(recipe: Path, run: Path, overrides: Sequence[str]) -> Path:
 
 def _sources() -> dict[str, bytes]:
     """Every module of the checkout, as {path below the checkout: content}."""
-    root = Path(launchers.__file__).parents[1]
+    root = Path(scaleprog.__file__).parents[1]
     return {
         str(path.relative_to(root)): path.read_bytes()
         for package in PACKAGES

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launchers.requeue import committed_step
-from launchers.snapshot import JOB, JobFile
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text, first_line
 from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.space import Choice, Subnet
+from scaleprog.launchers.requeue import committed_step
+from scaleprog.launchers.snapshot import JOB, JobFile
 from scaleprog.recipe import Recipe
 from scaleprog.reporting.timeline import still_told
 from scaleprog.rundir import slurm_queue

@@ -1,4 +1,7 @@
-"""One task of a Slurm job, which is one rank. submitit or slurm/train.sbatch starts `python -m launchers.task RUN`."""
+"""One task of a Slurm job, which is one rank.
+
+submitit or slurm/train.sbatch starts `python -m scaleprog.launchers.task RUN`.
+"""
 
 import atexit
 import fcntl
@@ -13,10 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launchers.exits import FINISHED, STOPPED, exit_by
-from launchers.requeue import Attempt, has_reported, report
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text
+from scaleprog.launchers.exits import FINISHED, STOPPED, exit_by
+from scaleprog.launchers.requeue import Attempt, has_reported, report
 from scaleprog.ranks.rendezvous import INTERFACES, LOOPBACK, STORE
 from scaleprog.ranks.stop import SIGNALS
 from scaleprog.recipe import Recipe

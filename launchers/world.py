@@ -1,7 +1,7 @@
 """Chooses how many ranks a start gets if the user gave a range: as many as fit and the recipe can use.
 
-`python -m launchers.world RUN MIN_NODES TASKS` prints the number of nodes on which the batch script should start TASKS
-ranks each. This module does not import torch, because every start would have to wait for it.
+`python -m scaleprog.launchers.world RUN MIN_NODES TASKS` prints the number of nodes on which the batch script should
+start TASKS ranks each. This module does not import torch, because every start would have to wait for it.
 """
 
 import os
@@ -10,10 +10,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.exits import exit_by
 from scaleprog.errors import CheckpointError, ScaleprogError, Unavailable
 from scaleprog.files.display import as_text
 from scaleprog.files.plain_yaml import RECIPE, read_run
+from scaleprog.launchers.exits import exit_by
 from scaleprog.recipe.numbers import MOST_RANKS
 from scaleprog.recipe.worlds import Worlds
 from scaleprog.rundir.slurm_queue import hosts

@@ -23,7 +23,7 @@ from scaleprog.files.display import as_text
 from scaleprog.recipe.numbers import MOST_RANKS
 from scaleprog.rundir.reading import read_object
 from scaleprog.rundir.records import Baseline, Results
-from shards.cli import app as shards_app
+from scaleprog.shards.cli import app as shards_app
 
 if TYPE_CHECKING:
     from scaleprog.planning.devices import Device
@@ -134,8 +134,8 @@ def train(
 
     On TERM, INT or USR2 it writes a checkpoint and exits with code 75; the same command resumes from it.
     """
-    from launchers.local import launch, ranks_to_start
-    from launchers.world import Count
+    from scaleprog.launchers.local import launch, ranks_to_start
+    from scaleprog.launchers.world import Count
     from scaleprog.planning.plan import plan_start
     from scaleprog.recipe import Recipe
     from scaleprog.recipe.worlds import Worlds
@@ -200,8 +200,8 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script without submitting it.")] = False,
 ) -> None:
     """Trains a recipe as a Slurm job that restarts by itself until the run is finished."""
-    from launchers import slurm, status
-    from launchers.world import Count
+    from scaleprog.launchers import slurm, status
+    from scaleprog.launchers.world import Count
     from scaleprog.recipe import Recipe
 
     count = Count.parse(nodes, "--nodes")
@@ -240,7 +240,7 @@ def show_status(
     run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with times in seconds.")] = False
 ) -> None:
     """Shows whether a run is queued, running or ended, its step, restarts, last checkpoint and time left."""
-    from launchers import status
+    from scaleprog.launchers import status
 
     found = status.status(run)
     print(json.dumps(asdict(found), indent=1, allow_nan=False) if as_json else found.text())
@@ -249,7 +249,7 @@ def show_status(
 @app.command()
 def cancel(run: RunPath) -> None:
     """Stops a queued or running run, under Slurm or on this machine, and reports what remains."""
-    from launchers import status
+    from scaleprog.launchers import status
 
     print(as_text(status.cancel(run)))
 

@@ -15,8 +15,8 @@ from typing import Any
 from scaleprog.data.manifest import NAME, Manifest, Shard
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import sync_folder
-from shards.pool import run_all
-from shards.samples import SourceSample, write_shard
+from scaleprog.shards.pool import run_all
+from scaleprog.shards.samples import SourceSample, write_shard
 
 STAGING = ".building"
 SPLITS = ("train", "val")

@@ -9,9 +9,9 @@ from pathlib import Path
 from scaleprog.data.manifest import NAME, SHARD_NAME, Manifest, Shard
 from scaleprog.errors import DataError
 from scaleprog.recipe.numbers import MOST_CLASSES
-from shards.build import SPLITS, shard_files
-from shards.pool import listed, run_all
-from shards.samples import image_extension, read_label, read_members
+from scaleprog.shards.build import SPLITS, shard_files
+from scaleprog.shards.pool import listed, run_all
+from scaleprog.shards.samples import image_extension, read_label, read_members
 
 
 @dataclass(frozen=True)

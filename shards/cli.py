@@ -27,7 +27,7 @@ def fashion_mnist(
     seed: Seed = 0,
 ) -> None:
     """Build shards of Fashion-MNIST (60,000 + 10,000 images of 28 x 28, 10 classes)."""
-    from shards.fashion_mnist import build
+    from scaleprog.shards.fashion_mnist import build
 
     build(out, source, limit=limit, seed=seed)
 
@@ -35,7 +35,7 @@ def fashion_mnist(
 @app.command("digits")
 def digits(out: Out, seed: Seed = 0) -> None:
     """Build shards of scikit-learn's handwritten digits (897 + 900 images of 32 x 32, 10 classes)."""
-    from shards.digits import build
+    from scaleprog.shards.digits import build
 
     build(out, seed=seed)
 
@@ -50,7 +50,7 @@ def image_folder(
     workers: Workers = None,
 ) -> None:
     """Build shards from a tree of class folders, such as an extracted ImageNet; image files are stored as they are."""
-    from shards.image_folder import build
+    from scaleprog.shards.image_folder import build
 
     build(src, out, samples_per_shard=samples_per_shard, val_fraction=val_fraction, seed=seed, workers=workers)
 
@@ -65,7 +65,7 @@ def csv(
     workers: Workers = None,
 ) -> None:
     """Build shards from the images that a CSV file names; image files are stored as they are."""
-    from shards.csv_file import build
+    from scaleprog.shards.csv_file import build
 
     build(src, out, samples_per_shard=samples_per_shard, val_fraction=val_fraction, seed=seed, workers=workers)
 
@@ -80,7 +80,7 @@ def check(
     workers: Workers = None,
 ) -> None:
     """Read every shard and check its size, checksum, number of samples, and labels; list the problems."""
-    from shards import check as shards_check
+    from scaleprog.shards import check as shards_check
 
     if classes is not None and not write_manifest:
         raise DataError("--classes works only with --write-manifest; add it, or leave --classes out")

@@ -14,9 +14,9 @@ from pathlib import Path
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import read_text
-from shards.build import SPLITS
-from shards.image_files import Image, build_shards, fingerprint, shuffled, split_off
-from shards.pool import listed
+from scaleprog.shards.build import SPLITS
+from scaleprog.shards.image_files import Image, build_shards, fingerprint, shuffled, split_off
+from scaleprog.shards.pool import listed
 
 MOST_BYTES = 2**30
 """The largest CSV file that is read, in bytes."""

@@ -15,9 +15,9 @@ import numpy as np
 
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
-from shards.build import build as build_shards
-from shards.build import finished
-from shards.samples import Pixels
+from scaleprog.shards.build import build as build_shards
+from scaleprog.shards.build import finished
+from scaleprog.shards.samples import Pixels
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")

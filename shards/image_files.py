@@ -15,9 +15,9 @@ import numpy as np
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import open_regular
-from shards.build import SPLITS, build, finished
-from shards.pool import MAX_LISTED, listed
-from shards.samples import SourceSample, sniff
+from scaleprog.shards.build import SPLITS, build, finished
+from scaleprog.shards.pool import MAX_LISTED, listed
+from scaleprog.shards.samples import SourceSample, sniff
 
 MOST_BYTES = 2**28
 """The largest image file that is read, in bytes."""

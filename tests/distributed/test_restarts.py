@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import scaleprog.training.loop
-from launchers import status
-from launchers.local import RankFailed, launch
 from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
+from scaleprog.launchers import status
+from scaleprog.launchers.local import RankFailed, launch
 from scaleprog.recipe import Recipe
 from scaleprog.reporting.report import write_report
 from scaleprog.reporting.timeline import read_timeline

@@ -301,7 +301,7 @@ def requeue_records(work: Work, rng: random.Random) -> Case:
     how, path = records.change(work.run, rng)
     code = rng.choice((75, 75, 75, 1, 2, 137, 143, 0))
     environment = {**work.slurm(), "SLURM_JOB_ID": records.JOB, "SLURM_RESTART_COUNT": str(records.RESTART)}
-    start = work.start("launchers.requeue", RUN, code, 20, environment=environment)
+    start = work.start("scaleprog.launchers.requeue", RUN, code, 20, environment=environment)
     asked = path.name == "requeues.jsonl" or path.parent.name == "reports"
 
     def as_before(told: Told) -> bool:

@@ -12,7 +12,7 @@ import torch
 import scaleprog
 from scaleprog.errors import RecipeError
 from scaleprog.models.bare import grow_model
-from shards.digits import build
+from scaleprog.shards.digits import build
 
 pytestmark = pytest.mark.process
 

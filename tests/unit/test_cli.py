@@ -204,7 +204,7 @@ def test_a_range_of_ranks(
 ) -> None:
     for nproc in ("0", "4:1"):
         assert is_mistake(command("train", write_recipe(), "--nproc", nproc), f"--nproc {nproc}: must be a number")
-    monkeypatch.setattr("launchers.local.room_here", lambda: (3, "CPU cores"))
+    monkeypatch.setattr("scaleprog.launchers.local.room_here", lambda: (3, "CPU cores"))
     recipe = write_recipe(train={"max_steps": 2})
     told = command("train", recipe, "--nproc", "1:4", "--run-dir", tmp_path / "run")
     assert "starting 2 of at most 4 ranks; CPU cores available: 3; 3 ranks do not divide data.lanes, 4; " in told.err

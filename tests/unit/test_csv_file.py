@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from scaleprog.errors import DataError
-from shards.csv_file import build
-from shards.samples import read_label, read_members
+from scaleprog.shards.csv_file import build
+from scaleprog.shards.samples import read_label, read_members
 
 pytestmark = pytest.mark.process
 

@@ -17,8 +17,8 @@ from torchvision.datasets import FashionMNIST
 
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
-from shards import fashion_mnist
-from shards.samples import read_label, read_members
+from scaleprog.shards import fashion_mnist
+from scaleprog.shards.samples import read_label, read_members
 
 pytestmark = pytest.mark.process
 

@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.figures import draw_cloud
-from launchers import requeue, status
 from scaleprog import cli
 from scaleprog.data.augment import BatchRequest
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files.display import as_text
 from scaleprog.growth.space import Subnet, View
+from scaleprog.launchers import requeue, status
 from scaleprog.reporting import history, report
 from scaleprog.reporting.figures import draw_accuracy, draw_schedules, draw_searches
 from scaleprog.reporting.timeline import describe, read_timeline, table_row
@@ -265,7 +265,7 @@ def test_requeue_where_something_else_lies(
 )
 def test_requeue_by_any_variables(variables: dict[str, str], limit: str, code: int, told: str, fake: FakeSlurm,
                                   tmp_path: Path) -> None:  # fmt: skip
-    command = [sys.executable, "-m", "launchers.requeue", str(tmp_path), "137", limit]
+    command = [sys.executable, "-m", "scaleprog.launchers.requeue", str(tmp_path), "137", limit]
     ended = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False)
     assert ended.returncode == code
     assert told in ended.stderr

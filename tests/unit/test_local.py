@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from launchers import local
-from launchers.exits import CRASHED, MISTAKE, STOPPED, Exit, exit_by
-from launchers.local import RankFailed, launch, ranks_to_start
-from launchers.world import Count
 from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable
+from scaleprog.launchers import local
+from scaleprog.launchers.exits import CRASHED, MISTAKE, STOPPED, Exit, exit_by
+from scaleprog.launchers.local import RankFailed, launch, ranks_to_start
+from scaleprog.launchers.world import Count
 from scaleprog.recipe.worlds import Worlds
 
 pytestmark = pytest.mark.process
@@ -92,7 +92,7 @@ def test_each_start_asks_for_the_number_of_ranks(tmp_path: Path) -> None:
 def test_a_start_takes_what_the_machine_has_and_can_train(
     asked: Count, room: int, taken: int, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("launchers.local.room_here", lambda: (room, "GPUs"))
+    monkeypatch.setattr("scaleprog.launchers.local.room_here", lambda: (room, "GPUs"))
     assert ranks_to_start(asked, Worlds(4, 4)) == taken
     told = capsys.readouterr().err
     assert told.startswith(f"scaleprog: {why}") if why else told == ""

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from launchers import requeue
-from launchers.requeue import Attempt, End, decide, how_it_ended
+from scaleprog.launchers import requeue
+from scaleprog.launchers.requeue import Attempt, End, decide, how_it_ended
 from scaleprog.ranks.stop import SIGNALS
 from scaleprog.rundir.reading import read_rows
 from scaleprog.rundir.slurm_queue import Job
@@ -35,7 +35,7 @@ def test_codes_are_those_of_the_signals_that_the_core_hears() -> None:
 
 
 def test_the_batch_script_need_not_wait_for_torch() -> None:
-    check = "import launchers.requeue, launchers.snapshot, sys; sys.exit('torch' in sys.modules)"
+    check = "import scaleprog.launchers.requeue, scaleprog.launchers.snapshot, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
 
 
@@ -207,7 +207,7 @@ def test_without_scontrol_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch,
 def test_slurms_signals_to_a_job_that_it_requeues_do_not_end_the_decision(fake: FakeSlurm, tmp_path: Path) -> None:
     shown = fake.folder / "shown"
     fake.command("scontrol", f'[ "$1" = requeue ] && kill -TERM $PPID && sleep 0.2 || cat {shown}')
-    command = [sys.executable, "-m", "launchers.requeue", str(tmp_path), "75", "3"]
+    command = [sys.executable, "-m", "scaleprog.launchers.requeue", str(tmp_path), "75", "3"]
     ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"SLURM_JOB_ID": "7"}, check=False)
     assert ended.returncode == 75
     assert read_rows(tmp_path / "requeues.jsonl")[0]["requeue"]

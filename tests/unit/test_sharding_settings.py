@@ -71,7 +71,7 @@ def test_nothing_is_started_for_what_cannot_run(
 ) -> None:  # fmt: skip
     path, folder = tmp_path / "recipe.yaml", tmp_path / "run"
     path.write_text(make_recipe().dump())
-    monkeypatch.setattr("launchers.local.launch", lambda *_, **__: pytest.fail("ranks were started"))
+    monkeypatch.setattr("scaleprog.launchers.local.launch", lambda *_, **__: pytest.fail("ranks were started"))
     arguments = ["train", str(path), *overrides, "--nproc", ranks, "--run-dir", str(folder)]
     monkeypatch.setattr("sys.argv", ["scaleprog", *arguments])
     with pytest.raises(SystemExit) as ended:

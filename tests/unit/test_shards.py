@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 
 from scaleprog.data.manifest import NAME, Manifest
 from scaleprog.errors import DataError
-from shards import image_files, image_folder
-from shards.build import STAGING, shard_files
-from shards.check import check, write_manifest
-from shards.cli import app
-from shards.samples import read_label, read_members
+from scaleprog.shards import image_files, image_folder
+from scaleprog.shards.build import STAGING, shard_files
+from scaleprog.shards.check import check, write_manifest
+from scaleprog.shards.cli import app
+from scaleprog.shards.samples import read_label, read_members
 
 pytestmark = pytest.mark.process
 

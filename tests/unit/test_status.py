@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from launchers import snapshot, status
-from launchers.snapshot import JobFile
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.growth.space import Subnet
+from scaleprog.launchers import snapshot, status
+from scaleprog.launchers.snapshot import JobFile
 from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
 from scaleprog.rundir import slurm_queue

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from launchers import slurm
-from launchers.slurm import JobRequest
-from launchers.snapshot import JobFile
-from launchers.world import Count
 from scaleprog.errors import CheckpointError, DataError, ScaleprogError
+from scaleprog.launchers import slurm
+from scaleprog.launchers.slurm import JobRequest
+from scaleprog.launchers.snapshot import JobFile
+from scaleprog.launchers.world import Count
 from scaleprog.recipe import Recipe
 from tests.conftest import MakeRecipe
 from tests.unit.fake_slurm import FakeSlurm
@@ -86,7 +86,8 @@ def test_submit(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> Non
     assert (file.job, file.name) == ("7", "scaleprog-run")
     assert JobFile.read(run) == file
     assert Recipe.load(run / "recipe.yaml") == recipe
-    assert (run / file.code / "launchers" / "task.py").read_text() == (ROOT / "launchers" / "task.py").read_text()
+    copied = run / file.code / "scaleprog" / "launchers" / "task.py"
+    assert copied.read_text() == (ROOT / "launchers" / "task.py").read_text()
     assert list(run.glob("jobs/*/7_submitted.pkl"))
     assert not list(run.glob("jobs/*/*result*"))
 

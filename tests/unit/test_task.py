@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from launchers import task
-from launchers.requeue import Attempt
 from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable
+from scaleprog.launchers import task
+from scaleprog.launchers.requeue import Attempt
 from scaleprog.ranks.stop import deadline
 from scaleprog.rundir.reading import read_rows
 from tests.unit.fake_slurm import FakeSlurm

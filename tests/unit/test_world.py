@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launchers import slurm
-from launchers.slurm import JobRequest
-from launchers.world import Count, largest, usable
 from scaleprog.errors import RecipeError, ScaleprogError
 from scaleprog.files.display import as_text
+from scaleprog.launchers import slurm
+from scaleprog.launchers.slurm import JobRequest
+from scaleprog.launchers.world import Count, largest, usable
 from scaleprog.recipe.worlds import Worlds
 from tests.conftest import MakeRecipe
 from tests.unit.fake_slurm import FakeSlurm
@@ -105,10 +105,10 @@ def test_a_range_that_is_none(text: str) -> None:
 
 
 def ask(run: Path, least: str, tasks: int, nodelist: str, nodes: int) -> subprocess.CompletedProcess[str]:
-    """`python -m launchers.world` in a job of so many nodes."""
+    """`python -m scaleprog.launchers.world` in a job of so many nodes."""
     environment = os.environ | {"SLURM_JOB_NUM_NODES": str(nodes), "SLURM_JOB_NODELIST": nodelist}
     return subprocess.run(
-        [sys.executable, "-m", "launchers.world", run, least, str(tasks)],
+        [sys.executable, "-m", "scaleprog.launchers.world", run, least, str(tasks)],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -144,7 +144,7 @@ def test_a_job_says_which_nodes_stay_idle(make_recipe: MakeRecipe, tmp_path: Pat
 
 
 def test_a_start_need_not_wait_for_torch() -> None:
-    question = "import launchers.world, sys; print('torch' in sys.modules)"
+    question = "import scaleprog.launchers.world, sys; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", question], cwd=ROOT, capture_output=True).stdout == b"False\n"
 
 
@@ -158,7 +158,7 @@ def test_slurm_is_asked_for_a_range(make_recipe: MakeRecipe, tmp_path: Path, cap
     shared = {line.strip() for line in (ROOT / "slurm" / "train.sbatch").read_text().splitlines()}
     assert set(slurm.STEP) <= shared & set(lines)
     plain = slurm.script(make_recipe(data={"lanes": 8}), tmp_path / "run", JobRequest(nodes=Count(4, 4)))
-    assert "launchers.world" not in plain
+    assert "scaleprog.launchers.world" not in plain
     assert not {*slurm.STEP} & {*plain.splitlines()}
 
 
