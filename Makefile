@@ -26,29 +26,29 @@ demo: install
 	$(SCALEPROG) export $(DEMO)/autoprog $(DEMO)/autoprog.safetensors
 	$(SCALEPROG) report $(DEMO)/original $(DEMO)/autoprog --out $(DEMO)/report
 	@echo "picture: $(DEMO)/report/verdict.png; curves: $(VENV)/bin/tensorboard --logdir $(DEMO)"
-	@echo "next, with images of yours: $(SCALEPROG) shards image-folder FOLDER data/mine"
+	@echo "next, with your own images: $(SCALEPROG) shards image-folder FOLDER data/mine"
 
-# Three files at a time: those on Slurm mostly wait.
+# Three files at a time, because the Slurm tests mostly wait.
 test: install $(FASHION)
 	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# What the tests of Fashion-MNIST's builder read: its Debian package, where root and apt are there.
+# Installs the Debian package that the tests of the Fashion-MNIST builder read, if root and apt are available.
 $(FASHION):
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
-		(apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist) || echo "no package of Fashion-MNIST: its tests skip"; \
+		(apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist) || echo "cannot install dataset-fashion-mnist: its tests skip"; \
 	fi
 
 # For daily work: unit tests that start no processes.
 test-fast: install
 	$(PYTHON) -m pytest -n 2 -m "not process" tests/unit
 
-# Runs under random faults, each compared with the undisturbed run; N of them, drawn by SEED, on fsdp, hsdp or zero.
+# N runs under random faults, drawn by SEED, each compared with the undisturbed run. ENGINE: fsdp, hsdp, or zero.
 chaos: N := 20
 ENGINE := fsdp
 chaos: install
 	$(PYTHON) -m tests.chaos.harness --runs $(N) --seed $(SEED) --engine $(ENGINE) --out docs/results/chaos.md
 
-# Starts on inputs changed at random: N of them, drawn by SEED, REAL of them also as processes of their own.
+# N starts on randomly changed inputs, drawn by SEED; REAL of them also as separate processes.
 fuzz: N := 5000
 REAL := 200
 fuzz: install

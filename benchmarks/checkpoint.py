@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from launchers.local import launch
 from scaleprog.errors import EXIT_CODE
 from scaleprog.growth.operators import fresh
+from scaleprog.launchers.local import launch
 from scaleprog.models import resolve_family
 from scaleprog.ranks.coordinator import process_group
 from scaleprog.ranks.stop import Watch
@@ -96,11 +96,11 @@ def saving(folder: Path, saves: int) -> list[tuple[str, str]]:
     still, whole, rest = (statistics.median(values) for values in (stalls, beside, at_rest))
     return [
         ("checkpoint of a DeiT-S with EMA and AdamW", f"{size / 2**20:.0f} MiB"),
-        ("a save that training waits for (durable, checksummed, renamed)", f"{rest:.2f} s"),
-        ("an asynchronous save: training stands still", f"{still:.3f} s, {still / rest:.1%} of that"),
-        ("... and with the steps that were slower beside it", f"{whole:.2f} s, {whole / rest:.1%} of that"),
+        ("a blocking save (durable, checksummed, renamed)", f"{rest:.2f} s"),
+        ("an asynchronous save: training pauses", f"{still:.3f} s, {still / rest:.1%} of the blocking save"),
+        ("... plus the slowdown of steps during the save", f"{whole:.2f} s, {whole / rest:.1%} of the blocking save"),
         ("... once a minute", f"{whole / MINUTE:.2%} of the time"),
-        ("peak of the first save on top of training, in copies of the shards", f"{peak * 1024 / size:.2f}"),
+        ("peak memory that the first save adds, in copies of the shards", f"{peak * 1024 / size:.2f}"),
     ]
 
 
@@ -111,7 +111,7 @@ def agreement(folder: Path, repeats: int = 3) -> list[tuple[str, str]]:
         launch(2, step_and_ask, folder)
         measured.append(json.loads((folder / "agreement.json").read_text()))
     share, seconds = (statistics.median(values) for values in zip(*measured))
-    return [("the agreement on a last step, 2 ranks", f"{share:.3%} of steps of {1e3 * seconds:.1f} ms")]
+    return [("agreeing on a last step, 2 ranks", f"{share:.3%} of steps of {1e3 * seconds:.1f} ms")]
 
 
 def step_and_ask(folder: Path) -> None:
@@ -159,8 +159,8 @@ def leaving(folder: Path, repeats: int = 3) -> list[tuple[str, str]]:
         leave.append(time.perf_counter() - began)
         known = read_rows(run / "metrics.jsonl")[-1]["step"]
     return [
-        ("signal to exit, 2 ranks, checkpoint included", f"{statistics.median(leave):.2f} s"),
-        ("the same command again to its first step", f"{statistics.median(back[1:]):.1f} s"),
+        ("from signal to exit, 2 ranks, with a checkpoint", f"{statistics.median(leave):.2f} s"),
+        ("from restart to the first step", f"{statistics.median(back[1:]):.1f} s"),
     ]
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from launchers.local import launch
+from scaleprog.launchers.local import launch
 from scaleprog.recipe.keys import ModelSettings
 from tests.distributed import ranks
 

@@ -76,7 +76,9 @@ def main() -> None:
     parser.add_argument("--records", type=Path, default=Path("docs/results/frontier/runs.jsonl"))
     parser.add_argument("--runs", type=Path, default=Path("runs/frontier"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only-table", action="store_true", help="of the runs that are finished")
+    parser.add_argument(
+        "--only-table", action="store_true", help="write the table of the finished runs, and run nothing"
+    )
     options = parser.parse_args()
     grid, records = Grid.load(options.grid), Records(options.records)
     cells = [(data, length, seed) for length, seeds in grid.seeds.items() for seed in seeds for data in grid.data]

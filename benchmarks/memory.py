@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch._C._profiler import _ExtraFields_Allocation
 from torch.profiler import ProfilerActivity, profile
 
-from launchers.local import launch
 from scaleprog.growth.operators import fresh, grow
+from scaleprog.launchers.local import launch
 from scaleprog.models import resolve_family
 from scaleprog.models.cost import units
 from scaleprog.planning.cost_model import FP32, lasting_buffers, state_memory

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from launchers.local import launch
 from scaleprog.growth.operators import LayerMap, fresh, grow
+from scaleprog.launchers.local import launch
 from scaleprog.models import resolve_family
 from scaleprog.planning.plan import outline
 from scaleprog.ranks.coordinator import Coordinator, process_group
@@ -73,7 +73,7 @@ def main() -> None:
         "",
         f"{options.ranks} ranks, {os.cpu_count()} CPU cores.",
         "",
-        "| engine | layers | bytes moved, MiB | in place, s | by checkpoint, s | of it saving | times slower |",
+        "| engine | layers | bytes moved, MiB | in place, s | by checkpoint, s | of which saving, s | times slower |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += map(line, rows)

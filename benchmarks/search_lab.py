@@ -225,7 +225,9 @@ def main() -> None:
     parser.add_argument("--records", type=Path, default=Path("docs/results/search/runs.jsonl"))
     parser.add_argument("--runs", type=Path, default=Path("runs/lab"))
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only-table", action="store_true", help="of the runs that are finished")
+    parser.add_argument(
+        "--only-table", action="store_true", help="write the table of the finished runs, and run nothing"
+    )
     options = parser.parse_args()
     grid, records = Grid.load(options.grid, options.recipe), Records(options.records)
     runs = [Trial(case, seed, options.runs) for seed in options.seeds or grid.seeds for case in grid.cases]

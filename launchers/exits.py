@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from scaleprog.errors import EXIT_CODE, MISTAKE_CODE, Preempted, ScaleprogError, Unavailable
 
 FINISHED, CRASHED, MISTAKE, STOPPED = 0, 1, MISTAKE_CODE, EXIT_CODE
-"""Exit codes of a rank. Only the user can fix a mistake: another try would end the same way."""
+"""Exit codes of a rank. Only the user can fix a mistake: a retry would fail the same way."""
 ECHO_SECONDS = 3.0  # a failed collective almost always echoes another rank's error; that rank must report first
 
 

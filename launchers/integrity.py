@@ -37,7 +37,7 @@ def read(folder: str) -> dict[str, bytes]:
                 with open(path, "rb") as file:
                     files[os.path.relpath(path, folder)] = file.read(MOST_BYTES)
             elif not stat.S_ISDIR(kind):
-                raise ValueError(f"{path!r} is no regular file")
+                raise ValueError(f"{path!r} is not a regular file")
             if len(files) > MOST_FILES:
                 raise ValueError(f"{folder!r} holds more than {MOST_FILES} files")
     return files
@@ -49,7 +49,7 @@ def problem(folder: str, expected: str) -> str:
         found = digest(read(folder))
     except (OSError, ValueError) as error:
         return str(error)
-    return "" if found == expected else f"{folder!r}: files were changed, added or removed since it was taken"
+    return "" if found == expected else f"{folder!r}: files were changed, added, or removed after the copy was made"
 
 
 def _fail(error: OSError) -> None:
@@ -60,4 +60,4 @@ MOST_BYTES, MOST_FILES = 2**24, 1000
 
 if __name__ == "__main__":
     if wrong := problem(sys.argv[1], sys.argv[2]):
-        sys.exit(f"scaleprog: the job's code is not what was submitted: {wrong}; remove it and submit again")
+        sys.exit(f"scaleprog: the job's code is not the submitted code: {wrong}; remove the folder and submit again")

@@ -1,4 +1,4 @@
-"""Starts ranks as processes of this machine. If one fails, all of them end.
+"""Starts ranks as processes on this machine. If one fails, all of them end.
 
 The ranks meet in unnamed memory that belongs to this process, and report there why they fail. This module does not use
 torch's elastic agent, because that listens on every interface and unpickles whatever arrives there.
@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from launchers.exits import MISTAKE, STOPPED, exit_by
-from launchers.world import Count, largest
 from scaleprog.errors import Preempted, ScaleprogError
 from scaleprog.files.display import as_text
+from scaleprog.launchers.exits import MISTAKE, STOPPED, exit_by
+from scaleprog.launchers.world import Count, largest
 from scaleprog.ranks.rendezvous import Place
 from scaleprog.ranks.stop import SIGNALS
 from scaleprog.recipe.worlds import Worlds
@@ -40,7 +40,7 @@ class RankFailed(ScaleprogError):
     """The first rank that failed, and why."""
 
     def __init__(self, message: str, mistake: bool) -> None:
-        """`mistake`: whether only the user can fix the error, so that another try would end the same way."""
+        """`mistake`: whether only the user can fix the error, so that a retry would fail the same way."""
         super().__init__(message)
         self.mistake = mistake
 
@@ -61,11 +61,11 @@ def launch(
         ranks: the number of ranks, or a function that returns it; called at each start.
         function: runs in every rank; pickled.
         arguments: the arguments of `function`; pickled.
-        restarts: how many times in a row to restart the ranks after one of them crashed or was killed.
-        progress: returns a value that changes when the ranks make progress; the count of restarts then begins again.
+        restarts: how many consecutive times to restart the ranks after one of them crashed or was killed.
+        progress: returns a value that changes when the ranks make progress, which resets the count of restarts.
 
     Raises:
-        RankFailed: a rank failed; has the error of the first one. The other ranks have ended by then.
+        RankFailed: a rank failed. Has the error of the first rank that failed; the other ranks have ended by then.
         Preempted: the ranks were asked to stop, and did.
     """
     with _passing_signals_on() as asked:
@@ -73,7 +73,7 @@ def launch(
         while True:
             try:
                 if asked.value:
-                    raise Preempted("stopped before it started")
+                    raise Preempted("stopped before the ranks started")
                 return _launch_once(asked, ranks() if callable(ranks) else ranks, function, arguments)
             except Exception as error:
                 if asked.value:
@@ -86,7 +86,8 @@ def launch(
                     raise
                 left -= 1
                 told = as_text(error, lines=True)
-                print(f"scaleprog: {told}\nscaleprog: starting again, {left} more tries", file=sys.stderr, flush=True)
+                text = f"scaleprog: {told}\nscaleprog: restarting the ranks; retries left: {left}"
+                print(text, file=sys.stderr, flush=True)
 
 
 def ranks_to_start(count: Count, worlds: Worlds) -> int:
@@ -100,18 +101,20 @@ def ranks_to_start(count: Count, worlds: Worlds) -> int:
     room, of = room_here()
     if room < count.least:
         raise ScaleprogError(
-            f"--nproc {count}: {of} here: {room}; --nproc N, a number and no range, starts N ranks all the same"
+            f"--nproc {count}: {of} available: {room}; to start N ranks anyway, pass --nproc N instead of a range"
         )
     wanted = min(count.most, room)
-    option = "--nproc" if wanted == count.most else f"--nproc {count}, {of} here: {room}; with"
+    option = "--nproc" if wanted == count.most else f"--nproc {count} ({of} available: {room}), narrowed to"
     taken = largest(option, Count(count.least, wanted), worlds)
     why = []
     if wanted < count.most:
-        why.append(f"{of} here: {room}")
+        why.append(f"{of} available: {room}")
     if taken < wanted:
         why.append(worlds.obstacle(wanted))
     if why:
-        print(f"scaleprog: {taken} of at most {count.most} ranks; {'; '.join(why)}", file=sys.stderr, flush=True)
+        print(
+            f"scaleprog: starting {taken} of at most {count.most} ranks; {'; '.join(why)}", file=sys.stderr, flush=True
+        )
     return taken
 
 
@@ -267,7 +270,7 @@ def _failure(rank: int, code: int, told: bytes) -> RankFailed | Preempted:
     if code == STOPPED:
         return Preempted("stopped by a signal")
     if code < 0:
-        how = f"was ended by {_signal_name(-code)}; all other ranks were stopped"
+        how = f"was killed by {_signal_name(-code)}; the launcher stopped all other ranks"
         return RankFailed(f"rank {rank} {how}", mistake=False)
     return RankFailed(f"rank {rank}: failed with exit code {code}", mistake=False)
 

@@ -1,8 +1,8 @@
-"""Decides whether a Slurm job starts again. Its batch script asks after the tasks have ended, however they ended.
+"""Decides whether a Slurm job starts again. The batch script runs this after the tasks have ended for any reason.
 
-`python -m launchers.requeue RUN CODE MAX_RESTARTS`, where CODE is srun's exit code. That code is not enough: if srun
-kills the other tasks, its exit code shows their signal and hides how the first task failed. So each task that exits for
-a known reason writes a report (`report`).
+`python -m scaleprog.launchers.requeue RUN CODE MAX_RESTARTS`, where CODE is srun's exit code. That code is not enough:
+if srun kills the other tasks, its exit code shows their signal and hides how the first task failed. So each task that
+exits for a known reason writes a report (`report`).
 """
 
 import os
@@ -18,21 +18,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from launchers.exits import FINISHED, MISTAKE, STOPPED
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.atomic import write_whole
 from scaleprog.files.display import as_text
+from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.reading import is_torn, open_to_append, read, read_object, to_line
 from scaleprog.rundir.records import EVENT, EVENTS, JOB_ID, LEFT, REQUEUES, Job, Measured, Owner, Report
 
 INTERRUPTED, USR2, TERM = (128 + number for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM))
 """Exit codes of a task that gets a signal before the run handles signals."""
-FRUITLESS = 3  # after this many restarts in a row without a new checkpoint, it is not bad luck
-PAUSES = (1, 1, 2, 4, 8, 15, 30, 60, 60)  # seconds before asking Slurm again; short first, a grace time may be running
-MAX_RESTARTS = 20  # if the batch script passes something that is not a number
+FRUITLESS = 3  # after this many consecutive restarts without a new checkpoint, the cause is not bad luck
+PAUSES = (1, 1, 2, 4, 8, 15, 30, 60, 60)  # seconds before each retry; short at first: a grace time may be running
+MAX_RESTARTS = 20  # used if the batch script does not pass a number
 MOST_REPORTS = 100_000
-AGAIN = "submit it again, it resumes from the last checkpoint"
+AGAIN = "submit it again to resume from the last checkpoint"
 
 Kind = Literal["finished", "mistake", "interrupted", "stopped", "crash"]
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class Attempt:
         """The start of this process, from its environment. Raises ScaleprogError outside a job."""
         job = variables.get("SLURM_JOB_ID", "")
         if not re.fullmatch(JOB_ID, job):
-            raise ScaleprogError(f"SLURM_JOB_ID is {as_text(job, most=60)!r}, so this is no job of Slurm's")
+            raise ScaleprogError(f"SLURM_JOB_ID is {as_text(job, most=60)!r}, so this is not a Slurm job")
         count = variables.get("SLURM_RESTART_COUNT", "")
         return cls(job, int(count) if re.fullmatch("[0-9]{1,9}", count) else 0)
 
@@ -75,7 +75,7 @@ class Verdict:
 def report(run: Path, start: Attempt, rank: int, code: int, cause: str, reason: str | None = None) -> None:
     """Writes a report of why a task exits with `code`.
 
-    If the report cannot be written, the exit code alone must do: no error is raised.
+    If it cannot write the report, it raises no error: the exit code alone must suffice.
 
     Args:
         run: the run directory.
@@ -121,10 +121,10 @@ def how_it_ended(code: int, reports: Sequence[Mapping[str, Any]], signals: Seque
     for report in first:
         return End("crash", code, f"rank {report['rank']}: {report['cause']}")
     if signals:
-        return _stop(f"stopped by {' and '.join(signals)}, in a hurry", *signals)
+        return _stop(f"stopped at once by {' and '.join(signals)}", *signals)
     if code in (INTERRUPTED, USR2, STOPPED) or (code == TERM and preempted):
         by = {INTERRUPTED: "SIGINT", USR2: "SIGUSR2", TERM: "SIGTERM"}.get(code, "a signal")
-        return _stop(f"stopped by {by} before it trained", by)
+        return _stop(f"stopped by {by} before training began", by)
     return End("crash", code, f"{'a task was killed, ' if code > 128 else ''}exit code {code}")
 
 
@@ -153,13 +153,13 @@ def decide(
     if end.kind == "finished":
         return Verdict(False)
     if end.kind == "mistake":
-        return Verdict(False, "another try would end the same")
+        return Verdict(False, "a retry would fail the same way")
     if end.kind == "interrupted":
         return Verdict(False, "a user asked it to stop")
     if job is None:
-        return Verdict(False, f"Slurm cannot be asked from here; {AGAIN}")
+        return Verdict(False, f"this node cannot reach Slurm; {AGAIN}")
     if job.restarts != start.restart:
-        return Verdict(False, f"Slurm has started it again by itself, restart {job.restarts}")
+        return Verdict(False, f"Slurm itself has already restarted it (restart {job.restarts})")
     if job.state != "RUNNING":
         return Verdict(False, f"Slurm is ending it: {job.state}")
     own = [row for row in earlier if row.get("job") == start.job]
@@ -169,10 +169,10 @@ def decide(
     last = [(row.get("kind"), row.get("step"), row.get("measured", 0)) for row in own[-FRUITLESS:]]
     if last == [(end.kind, *progress)] * FRUITLESS:
         if end.kind == "crash":
-            return Verdict(False, f"{FRUITLESS} restarts in a row committed nothing new; see the log")
+            return Verdict(False, f"{FRUITLESS} consecutive restarts committed nothing new; see the log")
         if not job.preempted and not any(row.get("preempted") for row in own[-FRUITLESS:]):
-            why = "its time is too short to get on, or there is no room for a checkpoint"
-            return Verdict(False, f"{FRUITLESS} restarts in a row were stopped with nothing new: {why}; see the log")
+            why = "its time is too short to make progress, or there is no room for a checkpoint"
+            return Verdict(False, f"{FRUITLESS} consecutive restarts stopped with nothing new: {why}; see the log")
     return Verdict(True)
 
 
@@ -192,7 +192,7 @@ def after(run: Path, code: int, limit: int) -> int:
     try:
         start = Attempt.current()
     except ScaleprogError as error:
-        print(f"scaleprog: {error}; nothing starts again", file=sys.stderr, flush=True)
+        print(f"scaleprog: {error}; scaleprog restarts nothing", file=sys.stderr, flush=True)
         return code
     step, measured = progress_of(run)
     files = list(islice(_reports(run).glob(f"{start.job}-{start.restart}-*.json"), MOST_REPORTS))
@@ -290,7 +290,7 @@ def _object(path: Path, kind: type[T]) -> T | None:
     try:
         return read_object(path, kind)
     except ScaleprogError as error:
-        _say(f"{error}; it counts as absent")
+        _say(f"{error}; the file counts as absent")
         return None
 
 
@@ -313,10 +313,10 @@ def _main(run: str, code: str, limit: str) -> int:
     try:
         most = int(limit) if re.fullmatch("[0-9]{1,9}", limit) else None
         if most is None:
-            _say(f"MAX_RESTARTS {limit!r} is no number, so it is {MAX_RESTARTS}")
+            _say(f"MAX_RESTARTS {limit!r} is not a number; using {MAX_RESTARTS}")
         return after(Path(run), ended, MAX_RESTARTS if most is None else most)
     except Exception as error:  # nothing runs after this that could requeue the job
-        _say(f"no decision, {type(error).__name__}: {error}; {AGAIN}")
+        _say(f"cannot decide whether the job restarts: {type(error).__name__}: {error}; {AGAIN}")
         return ended
 
 

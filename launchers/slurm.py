@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launchers import integrity
-from launchers.snapshot import JobFile, check_free, check_name, code_folder, take
-from launchers.world import Count, largest, usable
 from scaleprog.errors import ScaleprogError
+from scaleprog.launchers import integrity
+from scaleprog.launchers.snapshot import JobFile, check_free, check_name, code_folder, take
+from scaleprog.launchers.world import Count, largest, usable
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.worlds import Worlds
 from scaleprog.rundir import slurm_queue
@@ -49,11 +49,11 @@ class JobRequest:
         gpus_per_node: GPUs on each node, one task per GPU; None on nodes without GPUs.
         tasks_per_node: tasks on each node without GPUs.
         cpus_per_task: CPU cores for each task.
-        time: time limit of one start, as sbatch takes it (see `seconds`).
+        time: time limit of one start, in sbatch's format (see `seconds`).
         partition: as in sbatch.
         account: as in sbatch.
         qos: as in sbatch.
-        signal_before: seconds before the time limit at which Slurm tells the job to stop.
+        signal_before: seconds before the time limit at which Slurm asks the job to stop.
         max_restarts: the most restarts after crashes; requested stops do not count.
         options: other options of sbatch, each KEY=VALUE or KEY.
     """
@@ -91,11 +91,13 @@ class JobRequest:
             key, equals, value = option.lstrip("-").partition("=")
             key = key.replace("_", "-")
             if not re.fullmatch(r"[a-z][a-z0-9-]*", key) or not value.isprintable() or "\\" in value:
-                raise ScaleprogError(f"--sbatch {option}: not of the form KEY=VALUE, KEY being a long option of sbatch")
+                raise ScaleprogError(f"--sbatch {option}: write KEY or KEY=VALUE, where KEY is a long option of sbatch")
             if key in OWN_OPTIONS:
-                raise ScaleprogError(f"--sbatch {option}: say it by {OWN_OPTIONS[key]}")
+                raise ScaleprogError(f"--sbatch {option}: use {OWN_OPTIONS[key]} instead")
             if key in RESERVED:
-                raise ScaleprogError(f"--sbatch {option}: scaleprog sets {key} itself, as the job needs it")
+                raise ScaleprogError(
+                    f"--sbatch {option}: scaleprog sets {key} itself, to what the job needs; leave it out"
+                )
             found[key] = value if equals else True
         return found
 
@@ -103,24 +105,24 @@ class JobRequest:
         """Raises ScaleprogError for a request that cannot work, as far as this can be seen without Slurm."""
         if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
             raise ScaleprogError(
-                f"--tasks-per-node {self.tasks_per_node}: there is one task per GPU, and --gpus-per-node is "
-                f"{self.gpus_per_node}"
+                f"--tasks-per-node {self.tasks_per_node}: each GPU gets one task, and --gpus-per-node is "
+                f"{self.gpus_per_node}; leave --tasks-per-node out"
             )
         for name in ("partition", "account", "qos"):
             value = getattr(self, name) or ""
             if "\n" in value:
-                raise ScaleprogError(f"--{name}: more than one line")
+                raise ScaleprogError(f"--{name}: must be one line")
             if not value.isprintable() or "\\" in value:
-                raise ScaleprogError(f"--{name} {value!r}: no name that Slurm can read")
+                raise ScaleprogError(f"--{name} {value!r}: not a name that Slurm can read")
         self.further()
         if self.time is None:
             return
         least = self.signal_before + CHECKPOINT_SECONDS
         if seconds(self.time) <= least:
             raise ScaleprogError(
-                f"--time {self.time} leaves nothing for training: the job is told to stop {self.signal_before} s "
-                "before its end (--signal-before), and a checkpoint needs its time; ask for "
-                f"{math.ceil(least / 60) + 1} min or more, or a later signal"
+                f"--time {self.time} leaves no time for training: Slurm asks the job to stop {self.signal_before} s "
+                "before its end (--signal-before), and a checkpoint takes time; request "
+                f"{math.ceil(least / 60) + 1} min or more, or lower --signal-before"
             )
 
 
@@ -139,7 +141,7 @@ def submit(recipe: Recipe, run: Path, request: JobRequest) -> JobFile:
     request = narrow(recipe, request)
     check_cluster(request)
     check(recipe, run, request)
-    from launchers.task import task
+    from scaleprog.launchers.task import task
 
     new = not run.exists()
     take(recipe, run)
@@ -182,7 +184,7 @@ def narrow(recipe: Recipe, request: JobRequest) -> JobRequest:
     if nodes != request.nodes:
         end = request.nodes.most if most < request.nodes.most else request.nodes.least
         why = worlds.obstacle(end * request.tasks, request.tasks)
-        print(f"scaleprog: --nodes {request.nodes}: Slurm is asked for {nodes}; {why}", file=sys.stderr)
+        print(f"scaleprog: --nodes {request.nodes}: requesting {nodes} from Slurm; {why}", file=sys.stderr)
     return replace(request, nodes=nodes)
 
 
@@ -199,8 +201,8 @@ def check_cluster(request: JobRequest) -> None:
     """Raises ScaleprogError unless this machine has Slurm, and Slurm has the requested partitions."""
     if shutil.which("sbatch") is None:
         raise ScaleprogError(
-            "no Slurm on this machine: sbatch is not there; on a cluster, submit from a login node, and without one "
-            "train on this machine by `scaleprog train --nproc`"
+            "no Slurm on this machine: sbatch not found; submit from a cluster's login node, or train on this machine "
+            "with `scaleprog train --nproc`"
         )
     known = slurm_queue.partitions()
     for name in (request.partition or "").split(","):
@@ -217,7 +219,7 @@ def make_executor(run: Path, request: JobRequest) -> Any:
     try:
         from submitit.slurm.slurm import SlurmExecutor
     except ImportError:
-        raise ScaleprogError("submitit is not installed: pip install 'scaleprog[slurm]'") from None
+        raise ScaleprogError("submitit is not installed; run pip install 'scaleprog[slurm]'") from None
 
     class Executor(SlurmExecutor):
         @classmethod
@@ -260,22 +262,22 @@ def setup(run: Path, code: Path, request: JobRequest) -> list[str]:
         code: the folder of the job's code, named by its digest.
         request: the job's request.
     """
-    requeue = shlex.join([sys.executable, "-m", "launchers.requeue", str(run)])
+    requeue = shlex.join([sys.executable, "-m", "scaleprog.launchers.requeue", str(run)])
     text = Path(integrity.__file__).read_text(encoding="utf-8")
     lines = [
         # before any code in the run directory runs, and before the trap that would requeue the job
         f"{shlex.join([sys.executable, '-I', '-S', '-c', text, str(code), code.name])} || exit 2",
-        "export PYTHONDONTWRITEBYTECODE=1  # the code stays what it is",
+        "export PYTHONDONTWRITEBYTECODE=1  # no .pyc files in the copied code",
         f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export SUBMITIT_PREEMPT_SIGNAL=USR2",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
         f'after() {{ {requeue} "$1" {request.max_restarts}; exit $?; }}',
-        "trap : TERM INT USR2  # the tasks get them too, and this shell waits for these",
+        "trap : TERM INT USR2  # the tasks get these signals too; this shell waits for the tasks",
         "trap 'after $?' EXIT",
     ]
     if request.nodes.fixed:
         return lines
-    world = shlex.join([sys.executable, "-m", "launchers.world", str(run), str(request.nodes.least)])
+    world = shlex.join([sys.executable, "-m", "scaleprog.launchers.world", str(run), str(request.nodes.least)])
     return [*lines, f"TASKS={request.tasks}", f'NODES=$({world} "$TASKS") || exit', *STEP]
 
 
@@ -296,7 +298,7 @@ def seconds(limit: str) -> int:
     number = "([0-9]{1,9})"
     found = re.fullmatch(f"(?:{number}-)?{number}(?::{number})?(?::{number})?", limit)
     if found is None:
-        raise ScaleprogError(f"--time {limit}: not a time; write minutes, HH:MM:SS or D-HH:MM:SS")
+        raise ScaleprogError(f"--time {limit}: not a time; write minutes, HH:MM:SS, or D-HH:MM:SS")
     days, *parts = (None if part is None else int(part) for part in found.groups())
     if days is None and parts[2] is None:  # the first number is minutes
         parts = [0, *parts[:2]]

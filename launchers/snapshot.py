@@ -1,7 +1,7 @@
 """Copies a job's code and recipe into its run directory, so that later edits to the working tree do not change the job.
 
-`python -m launchers.snapshot RECIPE RUN [key=value]...` does this for slurm/train.sbatch at the job's first start, and
-prints the folder of the code.
+`python -m scaleprog.launchers.snapshot RECIPE RUN [key=value]...` does this for slurm/train.sbatch at the job's first
+start, and prints the folder of the code.
 """
 
 import json
@@ -15,18 +15,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import launchers
-from launchers import integrity
+import scaleprog
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files.atomic import read_text, write_whole
 from scaleprog.files.display import as_text
+from scaleprog.launchers import integrity
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.records import JOB_ID
 
 if TYPE_CHECKING:  # a job that starts again does not need this import
     from scaleprog.recipe import Recipe
 
-PACKAGES = ("scaleprog", "launchers", "shards")
+PACKAGES = ("scaleprog", "scaleprog/launchers", "scaleprog/shards")  # the last two may be links
 JOB = "job.json"
 
 
@@ -63,14 +63,14 @@ class JobFile:
         return file
 
     def _check(self) -> None:
-        """Raises ValueError for a value that no job can have: anyone may have written the file."""
+        """Raises ValueError for a value that a job cannot have: anyone may have written the file."""
         forms = {"job": JOB_ID, "code": r"code/[0-9a-z]+", "log": r"|jobs/[^/]+/[^/]+", "name": r".*"}
         for key, form in forms.items():
             value = getattr(self, key)
             if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
-                raise ValueError(f"{key} is no text that can be shown")
+                raise ValueError(f"{key} is not printable text")
             if not re.fullmatch(form, value) or "/../" in f"/{value}/":
-                raise ValueError(f"{key} is {value[:100]!r}")
+                raise ValueError(f"{key} cannot be {value[:100]!r}")
 
     def ask(self) -> slurm_queue.Job | None:
         """Slurm's record of the job; None if Slurm no longer knows it. Raises NoAnswer."""
@@ -99,7 +99,7 @@ def take(recipe: "Recipe", run: Path) -> Path:
     try:
         if folder.parent.is_symlink():  # the code must not go where a link leads
             raise CheckpointError(
-                f"{folder.parent}: is a link, and code is kept in the run directory itself; remove it"
+                f"{folder.parent} is a link, but code must be in the run directory itself; remove the link"
             )
         if not folder.exists():
             temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -114,24 +114,24 @@ def take(recipe: "Recipe", run: Path) -> Path:
         verify(folder)
         write_whole(run / "recipe.yaml", recipe.dump())
     except OSError as error:
-        raise ScaleprogError(f"{run}: cannot be a run directory: {error}") from error
+        raise ScaleprogError(f"{run}: cannot be used as a run directory: {error}") from error
     return folder
 
 
 def verify(folder: Path) -> None:
     """Raises CheckpointError unless a folder of code holds exactly the files whose digest is its name."""
     if problem := integrity.problem(str(folder), folder.name):
-        raise CheckpointError(f"{folder}: not the code that it is named after: {problem}; remove it and start again")
+        raise CheckpointError(f"{folder}: does not match the digest in its name: {problem}; remove it and start again")
 
 
 def check_name(run: Path) -> None:
     """Raises ScaleprogError if the name of a run directory does not work in a batch script or in PYTHONPATH."""
     if "%" in str(run):
-        raise ScaleprogError(f"--run-dir {run}: Slurm would replace the %")
+        raise ScaleprogError(f"--run-dir {run}: Slurm would replace the %; choose a name without it")
     if not str(run).isprintable() or {"\\", ":"} & set(str(run)):
         raise ScaleprogError(
-            f"--run-dir {str(run)!r}: neither control characters nor a backslash or a colon can be in the name of a "
-            "run directory of a job, because Slurm and Python would take it for another"
+            f"--run-dir {str(run)!r}: a job's run directory cannot have control characters, backslashes, or colons in "
+            "its name, because Slurm and Python would misread it; choose another name"
         )
 
 
@@ -153,8 +153,8 @@ def check_free(recipe: "Recipe", run: Path, mine: str | None = None) -> None:
             job = last.ask()
     if job is not None and not job.over:
         raise CheckpointError(
-            f"{run} belongs to job {job.id}, which is {job.state}; `scaleprog cancel {run}` ends it, or use another "
-            "--run-dir"
+            f"{run} belongs to job {job.id}, which is {job.state}; cancel it with `scaleprog cancel {run}`, or use "
+            "another --run-dir"
         )
     owner = read_owner(run)
     if owner is not None and (mine is None or owner.job != mine) and is_alive(owner, run):
@@ -195,7 +195,7 @@ def prepare(recipe: Path, run: Path, overrides: Sequence[str]) -> Path:
 
 def _sources() -> dict[str, bytes]:
     """Every module of the checkout, as {path below the checkout: content}."""
-    root = Path(launchers.__file__).parents[1]
+    root = Path(scaleprog.__file__).parents[1]
     return {
         str(path.relative_to(root)): path.read_bytes()
         for package in PACKAGES

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launchers.requeue import committed_step
-from launchers.snapshot import JOB, JobFile
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text, first_line
 from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.space import Choice, Subnet
+from scaleprog.launchers.requeue import committed_step
+from scaleprog.launchers.snapshot import JOB, JobFile
 from scaleprog.recipe import Recipe
 from scaleprog.reporting.timeline import still_told
 from scaleprog.rundir import slurm_queue
@@ -57,7 +57,7 @@ class Status:
         steps: optimizer steps in the whole run, as far as decided or expected.
         stage: the stage of the last step, from 1.
         phase: the kind of phase of the last step.
-        network: the sub-network of the last step, in words.
+        network: the Subnet of the last step, in words.
         loss: the loss of the last step; None also if it is not finite.
         top1: the latest top-1 accuracy, in percent; the better of the online and EMA weights.
         top1_step: the step of that evaluation.
@@ -95,7 +95,7 @@ class Status:
         of = "" if self.steps is None else f" of {self.steps} ({self.step / self.steps:.0%})"
         lines = [("state", f"{self.state}{self.detail and f' ({self.detail})'}"), ("step", f"{self.step}{of}")]
         if self.stage is not None:
-            loss = "no number" if self.loss is None else f"{self.loss:.3f}"
+            loss = "not finite" if self.loss is None else f"{self.loss:.3f}"
             lines.append(("stage", f"{self.stage}, {self.phase}, {self.network}, loss {loss}"))
         if self.top1 is not None:
             lines.append(("top-1", f"{self.top1:.2f} % after step {self.top1_step}"))
@@ -107,7 +107,7 @@ class Status:
         else:
             lines.append(("checkpoint", f"step {self.commit_step}, {_span(self.commit_age)} ago"))
         more = len(self.restarts) - MOST_RESTARTS
-        lines += [("restart", f"{more} earlier ones")] if more > 0 else []
+        lines += [("restart", f"{more} earlier restarts")] if more > 0 else []
         lines += [("restart", f"{_clock(r.time)} at step {r.step}: {r.cause}") for r in self.restarts[-MOST_RESTARTS:]]
         lines += [("left out", trouble) for trouble in self.troubles]
         return "\n".join([as_text(self.run), *(f"  {key:<11}{as_text(value)}" for key, value in lines)])
@@ -199,8 +199,8 @@ def _told(ask: Callable[[], T], troubles: list[str]) -> T | None:
 def restarts(events: Sequence[Row], ends: Sequence[Row]) -> Iterator[Restart]:
     """The starts after the first, each with the cause that ended the start before.
 
-    The cause is the one in the batch script's line in `requeues.jsonl`. If there is none, it is the first error (later
-    errors are echoes from other ranks). If there is none either, it is the last signal.
+    The cause comes from the batch script's line in `requeues.jsonl`. Without such a line, it is the first error (later
+    errors are echoes from other ranks). Without an error, it is the last signal.
 
     Args:
         events: the lines of `events.jsonl`.
@@ -230,7 +230,7 @@ def time_left(
 ) -> tuple[int | None, float | None, str]:
     """Estimates how much training is left, with `Schedule.expected` for stages without a choice.
 
-    Assumes that the time of a step is proportional to its sub-network's multiply-accumulates, at the recent rate.
+    Assumes that the time of a step is proportional to its Subnet's multiply-accumulates, at the recent rate.
 
     Args:
         run: the run directory.
@@ -280,7 +280,7 @@ def possible(schedule: Schedule, choices: Sequence[Choice]) -> list[Choice]:
 def follow(run: Path, file: JobFile) -> int:
     """Prints the progress of a queued run until it has ended; returns its exit code."""
     said, told, ended, job = "", 0.0, 0, None
-    while ended < 2:  # Slurm may put a job that has just ended into the queue again
+    while ended < 2:  # Slurm may requeue a job that has just ended
         try:
             job = file.ask()
             ended = ended + 1 if job is None or job.over else 0
@@ -317,26 +317,28 @@ def cancel(run: Path) -> str:
     if job is not None and not job.over:
         if not job.names(run):
             raise ScaleprogError(
-                f"{run / JOB} names job {job.id}, whose command, as Slurm has it, does not name this run directory: "
-                f"nothing was cancelled; if it trains there, `scancel {job.id}`"
+                f"{run / JOB} names job {job.id}, but Slurm's record of its command does not name this run directory; "
+                f"nothing was canceled; if the job does train this run, use `scancel {job.id}`"
             )
         slurm_queue.cancel(job.id)
-        done = f"job {job.id}, which was {job.state}, is cancelled"
+        done = f"canceled job {job.id}, which was {job.state}"
     elif owner is not None and owner.job is None and is_alive(owner, run):
         if owner.host != socket.gethostname():
-            raise ScaleprogError(f"{run} is trained on {owner.host}; run `scaleprog cancel` there")
+            raise ScaleprogError(f"{run} is being trained on {owner.host}; run `scaleprog cancel` there")
         ask_to_stop(owner, run)
-        done = f"process {owner.pid} is asked to stop after a checkpoint"
+        done = f"asked process {owner.pid} to save a checkpoint and stop"
     else:
-        raise ScaleprogError(f"{run}: nothing to cancel; neither a job nor a process of this machine trains it")
+        raise ScaleprogError(f"{run}: nothing to cancel; no job and no process on this machine trains it")
     kept = committed_step(run)
-    remains = f"checkpoint of step {kept}" if kept else "no checkpoint yet"
-    return f"{done}; {remains}, or a newer one if there was time to write it; the same command resumes from there"
+    remains = (
+        f"step {kept}, or a newer one if there is time to write it" if kept else "only if there is time to write it"
+    )
+    return f"{done}; checkpoint: {remains}; the same command resumes from there"
 
 
 def _now(job: slurm_queue.Job | None) -> str:
     if job is None:
-        return "no longer known to Slurm"
+        return "Slurm no longer knows it"
     about = [job.state, job.nodes and f"on {job.nodes}", job.reason, f"restart {job.restarts}" if job.restarts else ""]
     return ", ".join(filter(None, about))
 

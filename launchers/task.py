@@ -1,4 +1,7 @@
-"""One task of a Slurm job, which is one rank. submitit or slurm/train.sbatch starts `python -m launchers.task RUN`."""
+"""One task of a Slurm job, which is one rank.
+
+submitit or slurm/train.sbatch starts `python -m scaleprog.launchers.task RUN`.
+"""
 
 import atexit
 import fcntl
@@ -13,10 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launchers.exits import FINISHED, STOPPED, exit_by
-from launchers.requeue import Attempt, has_reported, report
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text
+from scaleprog.launchers.exits import FINISHED, STOPPED, exit_by
+from scaleprog.launchers.requeue import Attempt, has_reported, report
 from scaleprog.ranks.rendezvous import INTERFACES, LOOPBACK, STORE
 from scaleprog.ranks.stop import SIGNALS
 from scaleprog.recipe import Recipe
@@ -31,8 +34,8 @@ SIOCGIFADDR = 0x8915
 def task(run: Path) -> dict[str, Any]:
     """Trains as one rank of the job. Returns the results of a finished run, or else ends the process (see `leave`)."""
     for number in SIGNALS:
-        # Until the run handles signals, a signal loses nothing, and a Python handler might wait for the rendezvous to
-        # end. This also replaces submitit's handlers, which work on only one rank.
+        # Until the run handles signals, ending at once loses nothing, and a Python handler might wait for the
+        # rendezvous to finish. This also replaces submitit's handlers, which work on only one rank.
         signal.signal(number, signal.SIG_DFL)
     start, rank = Attempt.current(), int(os.environ["SLURM_PROCID"])
     try:
@@ -127,7 +130,9 @@ def network_variables(slurm: Mapping[str, str]) -> dict[str, str]:
         return {"MASTER_ADDR": "127.0.0.1", **dict.fromkeys(INTERFACES, LOOPBACK)}
     master = address(names[0]) or slurm.get("SLURM_LAUNCH_NODE_IPADDR", "")
     if not master:
-        raise ScaleprogError(f"{names[0]}: no address is known of this node, on which rank 0 runs")
+        raise ScaleprogError(
+            f"{names[0]}: cannot resolve the address of this node, which runs rank 0; add it to DNS or /etc/hosts"
+        )
     peer = master
     if slurm.get("SLURM_NODEID") == "0":
         peer = address(names[1])
@@ -174,7 +179,7 @@ def interface(peer: str) -> str:
 def describe(variables: Mapping[str, str]) -> str:
     """One line that says which ranks run where, and how they meet."""
     nodes = variables.get("SLURM_STEP_NODELIST") or variables["SLURM_JOB_NODELIST"]
-    by = [f"{kind} by {variables.get(f'{kind.upper()}_SOCKET_IFNAME', 'its own choice')}" for kind in ("gloo", "NCCL")]
+    by = [f"{kind} on {variables.get(f'{kind.upper()}_SOCKET_IFNAME', 'its own choice')}" for kind in ("gloo", "NCCL")]
     return (
         f"job {variables['SLURM_JOB_ID']}: {variables['WORLD_SIZE']} ranks on {nodes}, "
         f"meeting at {variables['MASTER_ADDR']}:{variables['MASTER_PORT']}; {', '.join(by)}"
@@ -188,7 +193,7 @@ def tell_time_limit(start: Attempt) -> None:
     try:
         job = slurm_queue.find(start.job)
     except slurm_queue.NoAnswer as error:
-        print(f"scaleprog: the job's time limit is not known, only its signal will tell: {error}", file=sys.stderr)
+        print(f"scaleprog: the job's time limit is unknown until Slurm signals it: {error}", file=sys.stderr)
         return
     if job is not None and job.end is not None:
         os.environ["SLURM_JOB_END_TIME"] = str(int(job.end))

@@ -1,7 +1,7 @@
-"""Chooses the number of ranks of a start if the user gave a range: as many as fit and as the recipe can use.
+"""Chooses how many ranks a start gets if the user gave a range: as many as fit and the recipe can use.
 
-`python -m launchers.world RUN MIN_NODES TASKS` prints the number of nodes on which the batch script should start TASKS
-ranks each. This module does not import torch, because every start would have to wait for it.
+`python -m scaleprog.launchers.world RUN MIN_NODES TASKS` prints the number of nodes on which the batch script should
+start TASKS ranks each. This module does not import torch, because every start would have to wait for it.
 """
 
 import os
@@ -10,10 +10,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.exits import exit_by
 from scaleprog.errors import CheckpointError, ScaleprogError, Unavailable
 from scaleprog.files.display import as_text
 from scaleprog.files.plain_yaml import RECIPE, read_run
+from scaleprog.launchers.exits import exit_by
 from scaleprog.recipe.numbers import MOST_RANKS
 from scaleprog.recipe.worlds import Worlds
 from scaleprog.rundir.slurm_queue import hosts
@@ -35,7 +35,7 @@ class Count:
             if 1 <= least <= most and least <= MOST_RANKS:
                 return cls(least, most)
         raise ScaleprogError(
-            f"{option} {as_text(text, most=100)}: neither a number such as 4 nor a range LEAST:MOST such as 2:8, with "
+            f"{option} {as_text(text, most=100)}: must be a number such as 4 or a range LEAST:MOST such as 2:8, with "
             f"1 <= LEAST <= MOST and LEAST <= {MOST_RANKS}"
         )
 
@@ -56,16 +56,17 @@ def worlds_of(run: Path) -> Worlds:
         CheckpointError: the recipe is damaged.
     """
     if not (run / RECIPE).exists():
-        raise Unavailable(f"{run / RECIPE}: not readable: not there, or not yet on this node")
+        raise Unavailable(f"{run / RECIPE}: missing, or not yet visible on this node")
     values = read_run(run)
     try:
         sharding, lanes, batch = values["sharding"], values["data"]["lanes"], values["train"]["batch"]
         shard = sharding["shard"] if sharding["engine"] == "hsdp" else 1
     except (LookupError, TypeError) as error:
-        raise CheckpointError(f"{run / RECIPE}: damaged, {error!r}; submit the run again") from error
+        raise CheckpointError(f"{run / RECIPE}: damaged: {error!r}; submit the run again") from error
     for number in (lanes, batch, 1 if shard is None else shard):
         if type(number) is not int or not 1 <= number <= MOST_RANKS:
-            raise CheckpointError(f"{run / RECIPE}: damaged, {number!r} lanes, images or ranks; submit the run again")
+            problem = f"damaged: {number!r} is not a valid number of lanes, images, or ranks"
+            raise CheckpointError(f"{run / RECIPE}: {problem}; submit the run again")
     return Worlds(lanes, batch, shard=shard)
 
 
@@ -93,7 +94,7 @@ def largest(option: str, count: Count, worlds: Worlds, each: int = 1) -> int:
         nodes = f" x {each} ranks" if each > 1 else ""
         multiple = f", and be a multiple of sharding.shard, {worlds.shard}" if (worlds.shard or 1) > 1 else ""
         raise ScaleprogError(
-            f"{option} {count}{nodes}: no such number of ranks can train; it must divide "
+            f"{option} {count}{nodes}: cannot train; the number of ranks must divide "
             f"data.lanes, {worlds.lanes} ({divisors}){multiple}"
         )
     return numbers[-1]
@@ -112,10 +113,10 @@ def nodes_to_use(run: Path, least: int, each: int) -> int:
     """
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "")
     if not re.fullmatch("[0-9]{1,9}", nodes):
-        raise ScaleprogError(f"SLURM_JOB_NUM_NODES is {as_text(nodes, most=60)!r}: this is no job of Slurm's")
+        raise ScaleprogError(f"SLURM_JOB_NUM_NODES is {as_text(nodes, most=60)!r}: this is not a Slurm job")
     there = int(nodes)
     if there < least:
-        raise ScaleprogError(f"the job has {there} nodes, fewer than MIN_NODES, {least}: ask Slurm for as many")
+        raise ScaleprogError(f"the job has {there} nodes, fewer than MIN_NODES, {least}; request more from Slurm")
     worlds = worlds_of(run)
     used = largest("nodes", Count(least, there), worlds, each)
     if used < there:
@@ -132,5 +133,5 @@ if __name__ == "__main__":
         print(nodes_to_use(Path(folder), Count.parse(fewest, "MIN_NODES").least, each))
     except Exception as error:
         end = exit_by(error)
-        print(f"scaleprog: how many nodes are to train? {as_text(end.text, lines=True)}", file=sys.stderr)
+        print(f"scaleprog: cannot choose the number of nodes: {as_text(end.text, lines=True)}", file=sys.stderr)
         sys.exit(end.code)

@@ -23,7 +23,7 @@ from scaleprog.files.display import as_text
 from scaleprog.recipe.numbers import MOST_RANKS
 from scaleprog.rundir.reading import read_object
 from scaleprog.rundir.records import Baseline, Results
-from shards.cli import app as shards_app
+from scaleprog.shards.cli import app as shards_app
 
 if TYPE_CHECKING:
     from scaleprog.planning.devices import Device
@@ -47,11 +47,11 @@ def plan(
     nproc: Annotated[int, typer.Option(min=1, max=MOST_RANKS)] = 1,
     world: Annotated[
         str | None,
-        typer.Option(help="Numbers of ranks, e.g. 8,64,512: also shows what a step costs under each engine."),
+        typer.Option(help="Numbers of ranks, e.g. 8,64,512: also show the cost of a step under each engine."),
     ] = None,
-    device: Annotated[str, typer.Option(help="With --world: h100, a100 or cpu.")] = "h100",
+    device: Annotated[str, typer.Option(help="The device that --world assumes: h100, a100 or cpu.")] = "h100",
 ) -> None:
-    """Shows stages, parameters, GMACs, memory per rank and predicted speedup, and trains nothing."""
+    """Shows stages, parameters, GMACs, memory per rank and predicted speedup, without training."""
     from scaleprog.planning.devices import Device
     from scaleprog.planning.plan import describe
     from scaleprog.recipe import Recipe
@@ -78,21 +78,25 @@ def plan(
         console.print(prediction["short"])
     elif prediction["kind"] == "automatic":
         console.print(
-            "a search decides stage by stage; shown is the equispaced schedule"
+            "a search will decide each stage; the table shows the equispaced schedule"
             if prediction["budget"] is None
-            else f"a search spends {prediction['budget']:.1%} of Original's cost; shown: staying smallest"
+            else f"a search spends {prediction['budget']:.1%} of Original's cost; the table keeps the smallest "
+            "network until the takeover"
         )
+    if not prediction["counted"]:
+        unseen = f"{as_text(loaded.data.path)}: there are no shards yet, so their images are not counted"
+        console.print(unseen, markup=False, soft_wrap=True)
     if worlds:
         show_worlds(loaded, worlds, described, console)
 
 
 @app.command()
 def keys(
-    group: Annotated[str | None, typer.Argument(help="Of keys, e.g. search; default: all groups.")] = None,
+    group: Annotated[str | None, typer.Argument(help="A group of keys, e.g. search; default: all groups.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="The JSON schema, for editors.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="The text of docs/recipe.md.")] = False,
 ) -> None:
-    """Every key of a recipe: what it takes, its default and its meaning."""
+    """Lists every key of a recipe: its values, default and meaning."""
     from scaleprog.recipe import reference
 
     if schema or markdown:
@@ -114,12 +118,12 @@ def train(
         str,
         typer.Option(
             metavar="N|LEAST:MOST",
-            help="Ranks on this machine. With a range, each start takes as many as there are GPUs, or else CPU cores.",
+            help="Ranks on this machine. With a range, each start uses one per GPU or, without GPUs, one per CPU core.",
         ),
     ] = "1",
     run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-seedN.")] = None,
     baseline: Annotated[
-        Path | None, typer.Option(help="Run directory of the baseline; adds the speedup over it.")
+        Path | None, typer.Option(help="Run directory of the baseline, to compute the speedup.")
     ] = None,
     restarts: Annotated[
         int | None,
@@ -128,10 +132,10 @@ def train(
 ) -> None:
     """Trains a recipe, or resumes a run directory that exists.
 
-    On TERM, INT or USR2 it writes a checkpoint and exits with code 75; the same command resumes from there.
+    On TERM, INT or USR2 it writes a checkpoint and exits with code 75; the same command resumes from it.
     """
-    from launchers.local import launch, ranks_to_start
-    from launchers.world import Count
+    from scaleprog.launchers.local import launch, ranks_to_start
+    from scaleprog.launchers.world import Count
     from scaleprog.planning.plan import plan_start
     from scaleprog.recipe import Recipe
     from scaleprog.recipe.worlds import Worlds
@@ -140,7 +144,7 @@ def train(
 
     ranks = Count.parse(nproc, "--nproc")
     if ranks.least > MOST_HERE:
-        raise ScaleprogError(f"--nproc {ranks}: at most {MOST_HERE} ranks are started on one machine")
+        raise ScaleprogError(f"--nproc {ranks}: scaleprog starts at most {MOST_HERE} ranks on one machine")
     restarts = (3 if ranks.most > 1 else 0) if restarts is None else restarts
     loaded = Recipe.load(recipe, overrides or ())
     folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
@@ -174,10 +178,10 @@ def submit(
         str,
         typer.Option(
             metavar="N|LEAST:MOST",
-            help="Nodes. With a range, each start takes as many as Slurm has free.",
+            help="Nodes. With a range, each start uses as many as Slurm has free.",
         ),
     ] = "1",
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, max=1024, help="One rank per GPU.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, max=1024, help="GPUs per node, one rank each.")] = None,
     tasks_per_node: Annotated[int | None, typer.Option(min=1, max=1024, help="Ranks per node without GPUs.")] = None,
     cpus_per_task: Annotated[int | None, typer.Option(min=1, max=1024)] = None,
     time: Annotated[str | None, typer.Option(help="Time limit of one start: minutes, HH:MM:SS or D-HH:MM:SS.")] = None,
@@ -185,19 +189,19 @@ def submit(
     account: Annotated[str | None, typer.Option()] = None,
     qos: Annotated[str | None, typer.Option()] = None,
     signal_before: Annotated[
-        int, typer.Option(min=1, max=10**6, help="Seconds before its time limit at which a job is asked to stop.")
+        int, typer.Option(min=1, max=10**6, help="How many seconds before its time limit Slurm asks a job to stop.")
     ] = 120,
-    max_restarts: Annotated[int, typer.Option(min=0, max=10**6, help="Restarts after crashes, at most.")] = 20,
+    max_restarts: Annotated[int, typer.Option(min=0, max=10**6, help="Most restarts after crashes.")] = 20,
     sbatch: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other option for sbatch.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-seedN.")] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Follow the job until it ends, and exit with its exit code.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script, and submit nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script without submitting it.")] = False,
 ) -> None:
     """Trains a recipe as a Slurm job that restarts by itself until the run is finished."""
-    from launchers import slurm, status
-    from launchers.world import Count
+    from scaleprog.launchers import slurm, status
+    from scaleprog.launchers.world import Count
     from scaleprog.recipe import Recipe
 
     count = Count.parse(nodes, "--nodes")
@@ -233,10 +237,10 @@ def submit(
 
 @app.command(name="status")
 def show_status(
-    run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="As JSON; times in seconds.")] = False
+    run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with times in seconds.")] = False
 ) -> None:
-    """Shows where a run stands: queued, running or ended, its step, restarts, last checkpoint and time left."""
-    from launchers import status
+    """Shows whether a run is queued, running or ended, its step, restarts, last checkpoint and time left."""
+    from scaleprog.launchers import status
 
     found = status.status(run)
     print(json.dumps(asdict(found), indent=1, allow_nan=False) if as_json else found.text())
@@ -244,8 +248,8 @@ def show_status(
 
 @app.command()
 def cancel(run: RunPath) -> None:
-    """Ends a run that is queued or running, under Slurm or on this machine, and says what it leaves."""
-    from launchers import status
+    """Stops a queued or running run, under Slurm or on this machine, and reports what remains."""
+    from scaleprog.launchers import status
 
     print(as_text(status.cancel(run)))
 
@@ -256,7 +260,7 @@ def evaluate(
     resolution: Annotated[int | None, typer.Option(help="Pixels; default: the model's full size.")] = None,
     weights: Annotated[Literal["ema", "online", "best"], typer.Option()] = "best",
 ) -> None:
-    """Top-1 accuracy of a run's newest checkpoint on the validation split."""
+    """Measures the top-1 accuracy of a run's newest checkpoint on the validation split."""
     from scaleprog.training.export import evaluate_run
 
     accuracy, chosen = evaluate_run(run, resolution, weights)
@@ -276,7 +280,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...")],
     out: Annotated[Path, typer.Option(help="Folder for report.md and its pictures.")],
 ) -> None:
-    """Compares runs: accuracy against time, schedules, search scores, a table; the first original is the baseline."""
+    """Compares runs: accuracy over time, schedules, search scores, a table. The first `original` is the baseline."""
     from scaleprog.reporting.report import write_report
 
     print(write_report(runs, out))
@@ -287,7 +291,7 @@ def rank_counts(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if len(parts) > 32 or not all(re.fullmatch("0*[1-9][0-9]{0,5}", part) for part in parts):
         raise ScaleprogError(
-            f"--world: {text[:100]!r} is no list of at most 32 numbers of ranks from 1 to 999999, such as 8,64,512"
+            f"--world: {text[:100]!r} is not a list of at most 32 numbers of ranks from 1 to 999999, such as 8,64,512"
         )
     return tuple(map(int, parts))
 
@@ -299,8 +303,8 @@ def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", con
     from scaleprog.planning.plan import forecast
 
     console.print(
-        f"\na step of {as_text(recipe.model.name)} at full size on {device.name}, of one rank: MiB of memory, and the "
-        "run's peak; collectives, MiB sent, and of them to other nodes; modelled ms and efficiency",
+        f"\none step of {as_text(recipe.model.name)} at full size on {device.name}, per rank: memory and the run's "
+        "peak in MiB; collectives, MiB sent, MiB sent outside the node; modeled ms and efficiency",
         markup=False,
         highlight=False,
     )
@@ -338,7 +342,7 @@ def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", con
                 f"{prediction.efficiency:.0%}",
             )
         console.print(table)
-    console.print("\n* the recipe's engine; ! more than the device has. What this rests on:")
+    console.print("\n* the recipe's engine; ! more memory than the device has. Assumptions:")
     for line in assumptions(recipe, device):
         console.print(as_text(f"- {line}"), soft_wrap=True, markup=False, highlight=False)
 
@@ -349,7 +353,7 @@ def train_seconds(baseline: Path) -> float:
     try:
         found = read_object(results, Baseline)
     except ScaleprogError as error:
-        raise ScaleprogError(f"--baseline: {results} is no results.json of a run: {error}") from None
+        raise ScaleprogError(f"--baseline: {results} is not a run's results.json: {error}") from None
     if found is None:
         raise ScaleprogError(f"--baseline: {results} does not exist; has that run finished?")
     return found["train_seconds"]
@@ -362,7 +366,7 @@ def write_speedup(path: Path, results: Results, baseline_seconds: float) -> Resu
     try:
         write_whole(path, json.dumps(results, indent=1))
     except OSError as error:
-        raise ScaleprogError(f"{path}: the speedup cannot be written: {error}") from error
+        raise ScaleprogError(f"{path}: cannot write the speedup: {error}") from error
     return results
 
 

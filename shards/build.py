@@ -15,8 +15,8 @@ from typing import Any
 from scaleprog.data.manifest import NAME, Manifest, Shard
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import sync_folder
-from shards.pool import run_all
-from shards.samples import SourceSample, write_shard
+from scaleprog.shards.pool import run_all
+from scaleprog.shards.samples import SourceSample, write_shard
 
 STAGING = ".building"
 SPLITS = ("train", "val")
@@ -44,17 +44,17 @@ def finished(out: Path, source: Mapping[str, Any]) -> Manifest | None:
         keys = sorted(set(manifest.source) | set(source))
         there, wanted = ({key: side.get(key) for key in keys} for side in (manifest.source, source))
         differences = ", ".join(
-            f"{key} {there[key]!r} there, {wanted[key]!r} asked for" for key in keys if there[key] != wanted[key]
+            f"{key}: built with {there[key]!r}, requested {wanted[key]!r}" for key in keys if there[key] != wanted[key]
         )
         raise DataError(
             f"{out}: holds shards of another build ({differences}). Choose another folder or remove this one."
         )
     for shard in chain(*manifest.splits.values()):
         if not _intact(manifest, shard):
-            print(f"{out}: {shard.name} is missing or damaged, building again")
+            print(f"{out}: {shard.name} is missing or damaged; rebuilding all shards")
             return None
     counts = ", ".join(f"{manifest.samples(split)} {split}" for split in manifest.splits)
-    print(f"{out}: already built, nothing to do ({counts} samples; all checksums equal)")
+    print(f"{out}: already built, nothing to do ({counts} samples; all checksums match)")
     return manifest
 
 
@@ -92,9 +92,7 @@ def build(
         manifest = Manifest(str(out), tuple(classes), written, source)
         _publish(manifest)
     except OSError as error:
-        raise DataError(
-            f"{out}: cannot write shards: {error}. Put that right, then run the same command again."
-        ) from error
+        raise DataError(f"{out}: cannot write shards: {error}. Fix this, then run the same command again.") from error
     counts = ", ".join(f"{manifest.samples(split)} {split} samples in {len(written[split])} shards" for split in splits)
     print(f"{out}: built {counts}, {len(classes)} classes")
     return manifest

@@ -9,9 +9,9 @@ from pathlib import Path
 from scaleprog.data.manifest import NAME, SHARD_NAME, Manifest, Shard
 from scaleprog.errors import DataError
 from scaleprog.recipe.numbers import MOST_CLASSES
-from shards.build import SPLITS, shard_files
-from shards.pool import listed, run_all
-from shards.samples import image_extension, read_label, read_members
+from scaleprog.shards.build import SPLITS, shard_files
+from scaleprog.shards.pool import listed, run_all
+from scaleprog.shards.samples import image_extension, read_label, read_members
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Report:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {split}" for split, count in self.samples.items())
-        return f"{self.shards} shards, {self.bytes / 1e6:.1f} MB, {counts} samples, {self.classes} classes: all sound"
+        return f"{self.shards} shards, {self.bytes / 1e6:.1f} MB, {counts} samples, {self.classes} classes: all intact"
 
 
 @dataclass
@@ -82,11 +82,13 @@ def write_manifest(out: Path, classes: Sequence[str] | None = None, *, workers: 
     """
     paths = shard_files(out)
     if not paths:
-        raise DataError(f"{out}: no shards named train-*.tar or val-*.tar; give the folder they lie in, or rename them")
+        raise DataError(
+            f"{out}: no shards named train-*.tar or val-*.tar; give the folder that holds them, or rename them"
+        )
     if classes is None and Path(out, NAME).exists():
         classes = Manifest.load(out).classes
     if classes is not None and len(set(classes)) < len(classes):
-        raise DataError(f"{out}: two classes have the same name; give each its own")
+        raise DataError(f"{out}: two classes have the same name; give each a different one")
     jobs = [(path, None if classes is None else len(classes)) for path in paths]
     found = run_all(_index, jobs, label=f"{out}: shards indexed", workers=workers)
     if problems := list(chain(*(contents.problems for _, contents in found))):
@@ -112,7 +114,9 @@ def read_contents(path: Path, classes: int | None) -> Contents:
                 image_extension(members)
                 label = read_label(members)
                 if label >= known:
-                    raise ValueError(f"label {label} out of range, {known} classes are known (0 to {known - 1})")
+                    raise ValueError(
+                        f"label {label} is out of range; with {known} classes, labels are 0 to {known - 1}"
+                    )
                 if key in keys:
                     raise ValueError("the key occurs twice")
                 keys.add(key)
@@ -136,11 +140,13 @@ def _compare(job: tuple[Path, Shard, int]) -> list[str]:
     except OSError as error:
         return [f"{path}: cannot be read: {error}", *contents.problems]
     if actual.bytes != indexed.bytes:
-        problems.append(f"{path}: {actual.bytes} bytes, {NAME} says {indexed.bytes}; copy or build it again")
+        problems.append(f"{path}: has {actual.bytes} bytes, but {NAME} says {indexed.bytes}; copy or build it again")
     elif actual.sha256 != indexed.sha256:
-        problems.append(f"{path}: damaged, its checksum is not that of {NAME}; copy or build it again")
+        problems.append(f"{path}: damaged: its checksum differs from {NAME}; copy or build it again")
     elif actual.samples != indexed.samples:
-        problems.append(f"{path}: {actual.samples} samples, {NAME} says {indexed.samples}; index it again")
+        problems.append(
+            f"{path}: has {actual.samples} samples, but {NAME} says {indexed.samples}; use --write-manifest"
+        )
     return problems + contents.problems
 
 

@@ -9,25 +9,25 @@ from scaleprog.errors import DataError
 from scaleprog.files.atomic import read_text
 from scaleprog.files.display import as_text
 
-app = typer.Typer(no_args_is_help=True, help="Build WebDataset shards, check them, index shards made elsewhere.")
+app = typer.Typer(no_args_is_help=True, help="Build WebDataset shards, check them, and index shards made elsewhere.")
 
 Out = Annotated[Path, typer.Argument(help="Folder of the shards and their manifest.json.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the order that samples are stored in.")]
-SamplesPerShard = Annotated[int, typer.Option(min=1, max=10**6, help="At most so many samples in a shard.")]
-Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Processes; default one for each CPU.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the order of the samples.")]
+SamplesPerShard = Annotated[int, typer.Option(min=1, max=10**6, help="The most samples in a shard.")]
+Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Number of processes; default: one per CPU.")]
 
 
 @app.command("fashion-mnist")
 def fashion_mnist(
     out: Out,
-    source: Annotated[Path | None, typer.Option(help="Folder of the four original idx.gz files.")] = None,
+    source: Annotated[Path | None, typer.Option(help="Folder with the four original idx.gz files.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, max=10**9, help="At most so many samples in each split, to try things.")
+        int | None, typer.Option(min=1, max=10**9, help="The most samples in each split, for smoke runs.")
     ] = None,
     seed: Seed = 0,
 ) -> None:
     """Build shards of Fashion-MNIST (60,000 + 10,000 images of 28 x 28, 10 classes)."""
-    from shards.fashion_mnist import build
+    from scaleprog.shards.fashion_mnist import build
 
     build(out, source, limit=limit, seed=seed)
 
@@ -35,37 +35,37 @@ def fashion_mnist(
 @app.command("digits")
 def digits(out: Out, seed: Seed = 0) -> None:
     """Build shards of scikit-learn's handwritten digits (897 + 900 images of 32 x 32, 10 classes)."""
-    from shards.digits import build
+    from scaleprog.shards.digits import build
 
     build(out, seed=seed)
 
 
 @app.command("image-folder")
 def image_folder(
-    src: Annotated[Path, typer.Argument(help="Folder of train/CLASS/ and val/CLASS/ (ImageNet), or of CLASS/.")],
+    src: Annotated[Path, typer.Argument(help="Folder with train/CLASS/ and val/CLASS/ (ImageNet), or with CLASS/.")],
     out: Out,
     samples_per_shard: SamplesPerShard = 1000,
-    val_fraction: Annotated[float, typer.Option(help="Part to split off where SRC has no val/.")] = 0.1,
+    val_fraction: Annotated[float, typer.Option(help="Fraction to split off if SRC has no val/.")] = 0.1,
     seed: Seed = 0,
     workers: Workers = None,
 ) -> None:
-    """Build shards of a tree of class folders, such as an extracted ImageNet; image files are stored as they are."""
-    from shards.image_folder import build
+    """Build shards from a tree of class folders, such as an extracted ImageNet; image files are stored as they are."""
+    from scaleprog.shards.image_folder import build
 
     build(src, out, samples_per_shard=samples_per_shard, val_fraction=val_fraction, seed=seed, workers=workers)
 
 
 @app.command("csv")
 def csv(
-    src: Annotated[Path, typer.Argument(help="CSV file with the columns path, label and, if there is one, split.")],
+    src: Annotated[Path, typer.Argument(help="CSV file with the columns path, label, and optionally split.")],
     out: Out,
     samples_per_shard: SamplesPerShard = 1000,
-    val_fraction: Annotated[float, typer.Option(help="Part to split off where SRC has no column split.")] = 0.1,
+    val_fraction: Annotated[float, typer.Option(help="Fraction to split off if SRC has no column split.")] = 0.1,
     seed: Seed = 0,
     workers: Workers = None,
 ) -> None:
-    """Build shards of the images that a CSV file names; image files are stored as they are."""
-    from shards.csv_file import build
+    """Build shards from the images that a CSV file names; image files are stored as they are."""
+    from scaleprog.shards.csv_file import build
 
     build(src, out, samples_per_shard=samples_per_shard, val_fraction=val_fraction, seed=seed, workers=workers)
 
@@ -73,19 +73,17 @@ def csv(
 @app.command("check")
 def check(
     out: Out,
-    write_manifest: Annotated[
-        bool, typer.Option("--write-manifest", help="Index train-*.tar and val-*.tar again.")
-    ] = False,
+    write_manifest: Annotated[bool, typer.Option("--write-manifest", help="Index train-*.tar and val-*.tar.")] = False,
     classes: Annotated[
-        Path | None, typer.Option(help="With --write-manifest: file of class names, one a line.")
+        Path | None, typer.Option(help="With --write-manifest: file of class names, one per line.")
     ] = None,
     workers: Workers = None,
 ) -> None:
-    """Read every shard: size, checksum, number of samples, labels. Lists every problem."""
-    from shards import check as shards_check
+    """Read every shard and check its size, checksum, number of samples, and labels; list the problems."""
+    from scaleprog.shards import check as shards_check
 
     if classes is not None and not write_manifest:
-        raise DataError("--classes only goes with --write-manifest")
+        raise DataError("--classes works only with --write-manifest; add it, or leave --classes out")
     if write_manifest:
         report = shards_check.write_manifest(out, _lines(classes) if classes else None, workers=workers)
     else:

@@ -14,9 +14,9 @@ from pathlib import Path
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import read_text
-from shards.build import SPLITS
-from shards.image_files import Image, build_shards, fingerprint, shuffled, split_off
-from shards.pool import listed
+from scaleprog.shards.build import SPLITS
+from scaleprog.shards.image_files import Image, build_shards, fingerprint, shuffled, split_off
+from scaleprog.shards.pool import listed
 
 MOST_BYTES = 2**30
 """The largest CSV file that is read, in bytes."""
@@ -46,7 +46,7 @@ def build(
             be written.
     """
     if samples_per_shard < 1:
-        raise DataError(f"needed: samples per shard >= 1; got {samples_per_shard}")
+        raise DataError(f"samples per shard must be at least 1; got {samples_per_shard}")
     classes, images = _images_by_split(src, seed, val_fraction)
     labels = {split: [image.label for image in images[split]] for split in SPLITS}
     source = {
@@ -74,7 +74,7 @@ def _images_by_split(src: Path, seed: int, val_fraction: float) -> tuple[list[st
         for split in SPLITS
     }
     if empty := [split for split in SPLITS if not images_of[split]]:
-        raise DataError(f"{src}: no rows of the split {empty[0]}; add some, or leave the column `split` out")
+        raise DataError(f"{src}: no rows of the split {empty[0]}; add some, or remove the column `split`")
     return classes, {split: shuffled(images_of[split], [seed, i]) for i, split in enumerate(SPLITS)}
 
 
@@ -91,14 +91,14 @@ def _rows(src: Path) -> Sequence[dict[str, str]]:
         raise DataError(f"{src}: line {reader.line_num}: {error}") from error
     if set(header) not in ({"path", "label"}, {"path", "label", "split"}) or len(header) != len(set(header)):
         raise DataError(
-            f"{src}: the first line must be path,label or path,label,split; it is {','.join(header)[:100]!r}"
+            f"{src}: the first line must be path,label or path,label,split; here it is {','.join(header)[:100]!r}"
         )
     problems = []
     for line, row in enumerate(rows, start=2):
         if None in row or not all(row.values()):
-            problems.append(f"{src}: row {line} does not have {len(header)} values that are not empty")
+            problems.append(f"{src}: row {line} must have {len(header)} nonempty values")
         elif row.get("split", "train") not in SPLITS:
             problems.append(f"{src}: row {line}: split is {row['split'][:20]!r}, not {' or '.join(SPLITS)}")
     if problems or not rows:
-        raise DataError(listed(problems) if problems else f"{src}: no rows after the header")
+        raise DataError(listed(problems) if problems else f"{src}: no rows after the header; add some")
     return rows

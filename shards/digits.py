@@ -11,9 +11,9 @@ import numpy as np
 
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
-from shards.build import build as build_shards
-from shards.build import finished
-from shards.samples import Pixels
+from scaleprog.shards.build import build as build_shards
+from scaleprog.shards.build import finished
+from scaleprog.shards.samples import Pixels
 
 SIDE = 32
 VALIDATION = 900
@@ -48,7 +48,7 @@ def _enlarged() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError(f"the digits come with scikit-learn: pip install scikit-learn ({error})") from error
+        raise DataError(f"the digits come with scikit-learn; run pip install scikit-learn ({error})") from error
     data = load_digits()
     bright = data.images.astype(np.float32) * (255 / SHADES)
     grown = [cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC) for image in bright]

@@ -15,9 +15,9 @@ import numpy as np
 
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
-from shards.build import build as build_shards
-from shards.build import finished
-from shards.samples import Pixels
+from scaleprog.shards.build import build as build_shards
+from scaleprog.shards.build import finished
+from scaleprog.shards.samples import Pixels
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -45,7 +45,7 @@ def build(out: Path, source: Path | None = None, *, limit: int | None = None, se
         DataError: the files are missing or damaged, or `out` holds something else or cannot be written.
     """
     if limit is not None and limit < 1:
-        raise DataError(f"limit {limit}: at least 1 sample is needed in each split")
+        raise DataError(f"limit {limit}: must be at least 1 sample in each split")
     description = {"builder": "fashion-mnist", "limit": limit, "seed": seed}
     if manifest := finished(out, description):
         return manifest
@@ -59,7 +59,9 @@ def _shuffled(folder: Path, split: str, limit: int | None, seed: int) -> list[Pi
     images = read_idx(folder / f"{PREFIX[split]}-images-idx3-ubyte.gz")
     labels = read_idx(folder / f"{PREFIX[split]}-labels-idx1-ubyte.gz")
     if len(images) != len(labels):
-        raise DataError(f"{folder}: {len(images)} images but {len(labels)} labels for {split}; get the files again")
+        raise DataError(
+            f"{folder}: {len(images)} images but {len(labels)} labels for {split}; download the files again"
+        )
     order = np.random.default_rng([seed, list(PREFIX).index(split)]).permutation(len(images))[:limit]
     parts = np.array_split(order, min(SHARDS[split], len(order)))
     return [Pixels(split, part, images[part], labels[part]) for part in parts]
@@ -79,13 +81,13 @@ def read_idx(path: Path) -> np.ndarray:
     start = 4 + 4 * (content[3] if len(content) > 3 else 0)
     shape = [int.from_bytes(content[at : at + 4]) for at in range(4, start, 4)]
     if content[:3] != bytes([0, 0, UNSIGNED_BYTES]) or len(content) != start + math.prod(shape):
-        raise DataError(f"{path}: not a whole idx file of bytes. {_where_from()}")
+        raise DataError(f"{path}: not a complete idx file of unsigned bytes. {_where_from()}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
 @contextmanager
 def _originals(source: Path | None) -> Iterator[Path]:
-    """The folder of the original files. If there is none, downloads them into a temporary folder."""
+    """The folder of the original files. Without one, downloads them into a temporary folder."""
     if source is not None or DEBIAN_FOLDER.is_dir():
         yield source or DEBIAN_FOLDER
         return
@@ -95,7 +97,7 @@ def _originals(source: Path | None) -> Iterator[Path]:
         try:
             FashionMNIST(folder, train=True, download=True)
         except (OSError, RuntimeError) as error:
-            raise DataError(f"Fashion-MNIST cannot be downloaded: {error}. {_where_from()}") from error
+            raise DataError(f"cannot download Fashion-MNIST: {error}. {_where_from()}") from error
         yield Path(folder, "FashionMNIST", "raw")
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import open_regular
-from shards.build import SPLITS, build, finished
-from shards.pool import MAX_LISTED, listed
-from shards.samples import SourceSample, sniff
+from scaleprog.shards.build import SPLITS, build, finished
+from scaleprog.shards.pool import MAX_LISTED, listed
+from scaleprog.shards.samples import SourceSample, sniff
 
 MOST_BYTES = 2**28
 """The largest image file that is read, in bytes."""
@@ -47,7 +47,7 @@ class Files:
                 with open_regular(image.path) as file:
                     content = file.read(MOST_BYTES + 1)
             except OSError as error:
-                problems.append(f"{image.path}: cannot be read: {error.strerror}")
+                problems.append(f"{image.path}: cannot be read: {error.strerror}; remove or replace it")
                 continue
             if len(content) > MOST_BYTES:
                 problems.append(f"{image.path}: more than {MOST_BYTES} bytes; remove or replace it")
@@ -55,7 +55,7 @@ class Files:
             kind = sniff(content)
             if kind is None:
                 problems.append(
-                    f"{image.path}: no JPEG, PNG or WebP image ({len(content)} bytes); remove or replace it"
+                    f"{image.path}: not a JPEG, PNG, or WebP image ({len(content)} bytes); remove or replace it"
                 )
                 continue
             stem = re.sub(r"[^A-Za-z0-9_-]", "_", image.path.stem)[:80]
@@ -75,8 +75,8 @@ def build_shards(
 ) -> Manifest:
     """Builds the shards in `out`, unless the same build is already there.
 
-    `images` are those of each split, in the order of the shards; `source` describes what they are built from and every
-    other option that changes them.
+    `images` lists the images of each split, in the order of the shards; `source` describes what the shards are built
+    from, and every other option that changes them.
     """
     description = {**source, "samples_per_shard": samples_per_shard}
     if manifest := finished(out, description):
@@ -100,7 +100,7 @@ def split_off(images: Sequence[Image], fraction: float, where: Path) -> dict[str
         DataError: `fraction` is out of range, or no images are left for training.
     """
     if not 0 < fraction < 1:
-        raise DataError(f"needed: 0 < val fraction < 1; got {fraction}")
+        raise DataError(f"val fraction must be above 0 and below 1; got {fraction}")
     count = max(1, round(fraction * len(images)))
     if count >= len(images):
         raise DataError(f"{where}: {len(images)} images are too few to split off {count} for validation; add images")
@@ -108,7 +108,7 @@ def split_off(images: Sequence[Image], fraction: float, where: Path) -> dict[str
 
 
 def cut(images: Sequence[Image], samples_per_shard: int) -> list[Files]:
-    """The shards of one split: as few as `samples_per_shard` allows, of sizes as even as possible."""
+    """The shards of one split: as few as `samples_per_shard` allows, as even in size as possible."""
     shards = math.ceil(len(images) / samples_per_shard)
     edges = [len(images) * index // shards for index in range(shards + 1)]
     return [Files(begin, images[begin:end]) for begin, end in pairwise(edges)]
@@ -117,7 +117,7 @@ def cut(images: Sequence[Image], samples_per_shard: int) -> list[Files]:
 def fingerprint(src: Path, images: dict[str, list[Image]]) -> str:
     """A SHA-256 digest of the files' paths relative to `src`, their sizes, and their splits, in hexadecimal.
 
-    Labels are not in it: a builder whose labels do not follow from the paths adds them to what it describes.
+    It does not cover labels: a builder whose labels do not follow from the paths adds them to its `source`.
 
     Raises:
         DataError: a file cannot be read.

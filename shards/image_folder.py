@@ -11,8 +11,8 @@ from pathlib import Path
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
 from scaleprog.files.display import as_text
-from shards.image_files import Image, build_shards, extension_of, fingerprint, shuffled, some, split_off
-from shards.samples import IMAGE_EXTENSIONS
+from scaleprog.shards.image_files import Image, build_shards, extension_of, fingerprint, shuffled, some, split_off
+from scaleprog.shards.samples import IMAGE_EXTENSIONS
 
 
 def build(
@@ -42,10 +42,11 @@ def build(
     """
     if samples_per_shard < 1 or not 0 < val_fraction < 1:
         raise DataError(
-            f"needed: samples per shard >= 1, 0 < val fraction < 1; got {samples_per_shard}, {val_fraction}"
+            "samples per shard must be at least 1, and val fraction above 0 and below 1; "
+            f"got {samples_per_shard}, {val_fraction}"
         )
     if out.resolve().is_relative_to(src.resolve()):
-        raise DataError(f"{out}: lies inside {src} and would be taken for a class folder; choose a folder outside it")
+        raise DataError(f"{out}: lies inside {src} and would look like a class folder; choose a folder outside it")
     classes, images = _images_by_split(src, seed, val_fraction)
     source = {
         "builder": "image-folder",
@@ -63,7 +64,9 @@ def _images_by_split(src: Path, seed: int, val_fraction: float) -> tuple[list[st
     train_folder, val_folder = src / "train", src / "val"
     if not train_folder.is_dir():
         if val_folder.is_dir():
-            raise DataError(f"{src}: has val/ but no train/; add it, or give the folder that holds the class folders")
+            raise DataError(
+                f"{src}: has val/ but no train/; add train/, or give the folder that holds the class folders"
+            )
         train_folder = src
     classes, train = _scan(train_folder)
     labels = {name: label for label, name in enumerate(classes)}
@@ -71,14 +74,14 @@ def _images_by_split(src: Path, seed: int, val_fraction: float) -> tuple[list[st
     if val_folder.is_dir():
         val_classes, val = _scan(val_folder)
         if unknown := sorted(set(val_classes) - set(classes)):
-            raise DataError(f"{val_folder}: classes that train/ does not have: {some(unknown)}. Remove or rename them.")
+            raise DataError(f"{val_folder}: classes that are not in train/: {some(unknown)}. Remove or rename them.")
         if missing := sorted(set(classes) - set(val_classes)):
             print(as_text(f"note: {val_folder} has no images of {len(missing)} classes: {some(missing)}"))
         images["val"] = shuffled(_labeled(val, labels), [seed, 1])
         return classes, images
     images = split_off(images["train"], val_fraction, src)
     count = len(images["val"])
-    print(f"note: {src} has no train/ and val/ folders, {count} of {len(train)} images are split off for validation")
+    print(f"note: {src} has no val/ folder; {count} of {len(train)} images are split off for validation")
     return classes, images
 
 
@@ -110,13 +113,13 @@ def _scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
         if not images:
             empty.append(name)
     if not classes:
-        loose = " Its images lie loose: move each into a folder named after its class." if ignored else ""
-        raise DataError(f"{folder}: no class folders, expected {folder}/CLASS/IMAGE.jpg.{loose}")
+        loose = " Move each loose image into a folder named after its class." if ignored else ""
+        raise DataError(f"{folder}: no class folders; expected {folder}/CLASS/IMAGE.jpg.{loose}")
     if empty:
         kinds = f".{', .'.join(IMAGE_EXTENSIONS)}"
         raise DataError(f"{folder}: class folders without an image ({kinds}): {some(empty)}. Remove or fill them.")
     if ignored:
-        note = f"note: {len(ignored)} files that are not images of class folders are left out: {some(ignored)}"
+        note = f"note: left out {len(ignored)} files that are not images in class folders: {some(ignored)}"
         print(as_text(note))
     return classes, files
 

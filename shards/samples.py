@@ -79,21 +79,23 @@ def read_members(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > MOST_BYTES:
-                raise ValueError(f"{size} bytes, and a shard is read whole: at most {MOST_BYTES}")
+                raise ValueError(f"it has {size} bytes, but the limit is {MOST_BYTES}, because a shard is read whole")
             for found, files in tar.samples(file, size):
                 key = found
                 yield key, {extension: tar.read(file, member) for extension, member in files.items()}
     except (OSError, ValueError) as error:
         where = f"after key {key!r}" if key else "at its first sample"
         what = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise DataError(f"{path}: not a readable tar {where}: {what}. Copy or build it again.") from error
+        raise DataError(f"{path}: cannot read this tar {where}: {what}. Copy or build it again.") from error
 
 
 def image_extension(members: Mapping[str, bytes]) -> str:
     """The extension of a sample's image. Raises ValueError unless the sample has exactly one image."""
     found = [extension for extension in IMAGE_EXTENSIONS if extension in members]
     if len(found) != 1:
-        raise ValueError(f"{len(found)} images ({', '.join(members)}), expected one of .{', .'.join(IMAGE_EXTENSIONS)}")
+        raise ValueError(
+            f"{len(found)} images ({', '.join(members)}), expected exactly one of .{', .'.join(IMAGE_EXTENSIONS)}"
+        )
     return found[0]
 
 

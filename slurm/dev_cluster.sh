@@ -1,7 +1,7 @@
 #!/bin/bash
 # A real Slurm on one machine, for tests and first steps. Needs root, but no systemd, no cgroups, and no database.
 #
-#   dev_cluster.sh up                 start it, and replace a running one; installs Slurm with apt-get if it is missing
+#   dev_cluster.sh up                 start it, replacing a running one; installs Slurm with apt-get if it is missing
 #   eval "$(dev_cluster.sh env)"      then sbatch, srun, squeue, scontrol, and submitit use it
 #   dev_cluster.sh down | status
 #   dev_cluster.sh kill-node N        power cut                  start-node N   power on, or a reboot
@@ -72,13 +72,13 @@ wait_for() {  # WHAT COMMAND...: waits up to 30 s
 }
 
 check_machine() {
-  [ "$(id -u)" = 0 ] || refuse "must be root: it makes namespaces, and installs Slurm where it is missing"
+  [ "$(id -u)" = 0 ] || refuse "must be root, to create namespaces and to install Slurm if it is missing"
   local program missing=
   for program in slurmctld slurmd sbatch munged ip pgrep; do
     command -v $program > /dev/null || missing+=" $program"
   done
   if [ -n "$missing" ]; then
-    command -v apt-get > /dev/null || refuse "there is no apt-get to install$missing; install them in another way"
+    command -v apt-get > /dev/null || refuse "apt-get, which would install$missing, is missing; install them yourself"
     local install=(apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge iproute2 procps)
     export DEBIAN_FRONTEND=noninteractive
     "${install[@]}" > /dev/null 2>&1 || { apt-get update -qq && "${install[@]}" > /dev/null; } || fail "apt-get failed"
@@ -195,7 +195,7 @@ all_idle() { [ "$(sinfo -h -p low -t idle -o %D 2> /dev/null)" = "$NODES" ]; }
 up() {
   check_machine
   if exists; then "$SELF" down; fi
-  [ ! -e "$CLUSTER_DIR" ] || fail "$CLUSTER_DIR exists and holds no cluster; choose another CLUSTER_DIR"
+  [ ! -e "$CLUSTER_DIR" ] || fail "$CLUSTER_DIR exists but is not a cluster; choose another CLUSTER_DIR"
   [ ! -e "/sys/class/net/$BRIDGE" ] || fail "$BRIDGE exists: another cluster has $CLUSTER_NET.*; choose another CLUSTER"
   case $CLUSTER_DIR/ in "${PRIVATE_DIR:-none}"/*) fail "PRIVATE_DIR would hide $CLUSTER_DIR from the nodes" ;; esac
   mkdir -p "$CLUSTER_DIR"/{run,state,spool,log,bin} ${PRIVATE_DIR:+"$PRIVATE_DIR"}

@@ -17,11 +17,11 @@ import pytest
 import torch.distributed as dist
 from webdataset.writer import ShardWriter
 
-from launchers.local import launch
+from scaleprog.launchers.local import launch
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.recorder import read_rows
+from scaleprog.shards.check import write_manifest
 from scaleprog.training.loop import train_rank
-from shards.check import write_manifest
 
 # other work on the machine must not fail a test: hypothesis times examples and their drawing
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

@@ -39,7 +39,9 @@ def normalization(settings: AugmentSettings, channels: int) -> tuple[tuple[float
     mean = settings.mean or (IMAGENET_DEFAULT_MEAN if imagenet else (0.5,) * channels)
     std = settings.std or (IMAGENET_DEFAULT_STD if imagenet else (0.5,) * channels)
     if len(mean) != channels or len(std) != channels or min(std) <= 0:
-        raise DataError(f"augment.mean {mean} and augment.std {std} must be {channels} numbers each, std above 0")
+        raise DataError(
+            f"augment.mean {mean} and augment.std {std} must have {channels} numbers each, every std above 0"
+        )
     return mean, std
 
 

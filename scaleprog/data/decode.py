@@ -58,8 +58,8 @@ def decode(data: bytes | memoryview, where: str, channels: int, resolution: int,
         image, box = _decode_jpeg(data, channels, resolution, crop) or _decode_other(data, channels, crop)
     except Exception as error:  # decoders raise exceptions of any kind on damaged data
         raise DataError(
-            f"{where}: cannot be decoded as an image ({error or type(error).__name__}); "
-            "remove or replace it and build the shard again"
+            f"{where}: cannot decode the image ({error or type(error).__name__}); "
+            "remove or replace it and rebuild the shard"
         ) from error
     return _resize(image, box, resolution).reshape(resolution, resolution, channels)
 
@@ -73,7 +73,7 @@ def _decode_jpeg(data: bytes | memoryview, channels: int, resolution: int, crop:
         _check_size(width, height)
         scans = bytes(data).count(_JPEG_SCAN)
         if scans * width * height > _MOST_SCANNED:
-            raise DataError(f"{scans} scans of {width} x {height} pixels")
+            raise DataError(f"a JPEG with too many scans: {scans} of {width} x {height} pixels")
         if colorspace in ("CMYK", "YCCK"):
             return None
         left, top, right, bottom = crop(height, width)
@@ -131,7 +131,7 @@ def _size(head: bytes) -> tuple[int, int]:
         raise DataError("neither JPEG nor PNG nor WebP")
     if head[12:16] == b"VP8X":
         if head[20] & _ANIMATION:
-            raise DataError("an animation")
+            raise DataError("an animated WebP")
         return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
     if head[12:16] == b"VP8L":
         bits = int.from_bytes(head[21:25], "little")

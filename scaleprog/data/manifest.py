@@ -69,16 +69,16 @@ class Manifest:
         path = Path(root, NAME)
         if not Path(root).is_dir():
             raise DataError(
-                f"{root}: there is no such folder of shards. Build it with `scaleprog shards image-folder SRC {root}` "
-                f"or, to try things, `scaleprog shards fashion-mnist {root}`."
+                f"{root}: the folder of shards does not exist. Build it with `scaleprog shards image-folder SRC "
+                f"{root}` or, to try scaleprog, `scaleprog shards fashion-mnist {root}`."
             )
         try:
             text = read_text(path)
         except FileNotFoundError:
             raise DataError(
-                f"{root}: the folder has no {NAME}. If shards lie there (train-*.tar, val-*.tar), index them with "
-                f"`scaleprog shards check {root} --write-manifest`; else build them with `scaleprog shards "
-                f"image-folder SRC {root}` or the like (an interrupted build: the same command again)."
+                f"{root}: the folder has no {NAME}. If a build was interrupted, run its command again. If it holds "
+                f"shards (train-*.tar, val-*.tar), index them with `scaleprog shards check {root} --write-manifest`; "
+                f"otherwise build them, for example with `scaleprog shards image-folder SRC {root}`."
             ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: cannot be read: {error}") from error
@@ -109,7 +109,7 @@ class Manifest:
         if name not in self.splits:
             there = ", ".join(self.splits) or "none"
             raise DataError(
-                f"{self.root}: no split {name!r} in {NAME} (there: {there}); add {name}-*.tar and index again."
+                f"{self.root}: {NAME} has no split {name!r} (it has: {there}); add {name}-*.tar and index again."
             )
         return self.splits[name]
 
@@ -141,7 +141,7 @@ class Manifest:
         """
         problems = [problem for shard in self.split(name) if (problem := self._size_problem(shard))]
         if problems:
-            others = f" {len(problems) - 1} more shards of {name!r} have such a problem." if problems[1:] else ""
+            others = f" {len(problems) - 1} more shards of {name!r} have a similar problem." if problems[1:] else ""
             raise DataError(f"{problems[0]}{others}")
 
     def verify_counts(self, name: str) -> None:
@@ -153,8 +153,8 @@ class Manifest:
         for shard in self.split(name):
             if shard.samples * SMALLEST_SAMPLE > shard.bytes:
                 raise DataError(
-                    f"{self.path(shard)}: {NAME} says {shard.samples} samples in {shard.bytes} bytes, which cannot be. "
-                    f"Write it again: {_rewrite(Path(self.root, NAME))}."
+                    f"{self.path(shard)}: {NAME} says {shard.samples} samples in {shard.bytes} bytes, which is "
+                    f"impossible. Rewrite {NAME}: {_rewrite(Path(self.root, NAME))}."
                 )
 
     def _size_problem(self, shard: Shard) -> str | None:
@@ -162,16 +162,16 @@ class Manifest:
         try:
             found = os.stat(path)
         except OSError as error:
-            return f"{path}: {NAME} lists this shard, but {error.strerror}. Copy or build it again."
+            return f"{path}: {NAME} lists this shard, but: {error.strerror}. Copy it again or rebuild it."
         size = found.st_size
         if not stat.S_ISREG(found.st_mode):
-            return f"{path}: {NAME} lists this shard, but it is no regular file. Copy or build it again."
+            return f"{path}: {NAME} lists this shard, but it is not a regular file. Copy it again or rebuild it."
         if size > MOST_BYTES:
-            return f"{path}: {size} bytes, and a shard is read whole: at most {MOST_BYTES}. Build smaller ones."
+            return f"{path}: {size} bytes, but a shard may have at most {MOST_BYTES}. Build smaller shards."
         if size == shard.bytes:
             return None
         state = "truncated" if size < shard.bytes else "not the indexed file"
-        return f"{path}: {state}, {size} bytes where {NAME} says {shard.bytes}. Copy or build it again."
+        return f"{path}: {state}, {size} bytes where {NAME} says {shard.bytes}. Copy it again or rebuild it."
 
 
 class _Stored(Settings):
@@ -189,7 +189,7 @@ class _Stored(Settings):
         """Limits the number of keys, because pydantic collects an error for each wrong one, even for a million."""
         for group in (values, *values.values()) if isinstance(values, dict) else ():
             if isinstance(group, dict) and len(group) > MOST_KEYS:
-                raise ValueError(f"a mapping of {len(group)} keys; at most {MOST_KEYS} are read")
+                raise ValueError(f"a mapping has {len(group)} keys; at most {MOST_KEYS} are allowed")
         return values
 
     @field_validator("classes")
@@ -198,7 +198,7 @@ class _Stored(Settings):
         if len(set(classes)) < len(classes):
             raise ValueError("two classes have the same name")
         if not all(name.isascii() or name.encode("utf-8", "ignore").decode() == name for name in classes):
-            raise ValueError("the name of a class is no text")  # JSON can encode half of a surrogate pair
+            raise ValueError("the name of a class is not valid text")  # JSON can encode half of a surrogate pair
         return classes
 
     @field_validator("splits")
@@ -220,32 +220,32 @@ def _parse(path: Path, text: str) -> _Stored:
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: malformed, not JSON: {error}. Write it again: {_rewrite(path)}.") from None
+        raise DataError(f"{path}: malformed, not JSON: {error}. Rewrite it: {_rewrite(path)}.") from None
     ours = isinstance(value, dict) and value.get("kind") == "scaleprog-manifest"
     if ours and (value.get("version") != VERSION or type(value["version"]) is not int):
         raise DataError(
-            f"{path}: format version {reprlib.repr(value.get('version'))}, this scaleprog reads version {VERSION}. "
-            f"Use the scaleprog that wrote it, or remove it and write it again: {_rewrite(path)}."
+            f"{path}: format version {reprlib.repr(value.get('version'))}, but this scaleprog reads version {VERSION}. "
+            f"Use the scaleprog that wrote it, or rewrite it: {_rewrite(path)}."
         )
     try:
         return _Stored.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        where = ".".join(str(part) for part in first["loc"]) or "the top level"
         where = where if where.isprintable() and len(where) <= 200 else reprlib.repr(where)
-        raise DataError(f"{path}: malformed at {where}: {first['msg']}. Write it again: {_rewrite(path)}.") from None
+        raise DataError(f"{path}: malformed at {where}: {first['msg']}. Rewrite it: {_rewrite(path)}.") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key occurs twice")
     return found
 
 
 def _constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _rewrite(path: Path) -> str:
-    return f"remove the file, then `scaleprog shards check {path.parent} --write-manifest`"
+    return f"remove {path.name}, then run `scaleprog shards check {path.parent} --write-manifest`"

@@ -55,9 +55,9 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.lanes < 1 or self.repeats < 1 or self.batch < 1:
-            raise ValueError(f"{self.lanes} lanes, a batch of {self.batch}, {self.repeats} repeats")
+            raise ValueError(f"must be at least 1: {self.lanes} lanes, a batch of {self.batch}, {self.repeats} repeats")
         if self.batch % self.lanes:
-            raise ValueError(f"a batch of {self.batch} from {self.lanes} lanes")
+            raise ValueError(f"{self.lanes} lanes cannot share a batch of {self.batch} equally")
         if self.steps_per_epoch < 1:
             raise DataError(
                 f"{self.samples} samples in {self.lanes} lanes do not fill one global batch of {self.batch}: "
@@ -94,7 +94,7 @@ class Order:
             ValueError: there is no such lane.
         """
         if not 0 <= lane < self.lanes:
-            raise ValueError(f"lane {lane} of {self.lanes}")
+            raise ValueError(f"lane {lane} is not one of the {self.lanes} lanes")
         length = self.steps_per_epoch * self.per_lane
         repeats = 1 if epoch == SEARCH_EPOCH else self.repeats
         start = lane * (self.samples // self.lanes)
@@ -113,6 +113,6 @@ class Order:
     def lanes_of(self, rank: int, world: int) -> range:
         """The contiguous lanes that a rank owns. Raises ValueError if the lanes cannot be shared by such ranks."""
         if self.lanes % world or not 0 <= rank < world:
-            raise ValueError(f"{self.lanes} lanes for rank {rank} of {world}")
+            raise ValueError(f"{self.lanes} lanes cannot be shared by rank {rank} of {world}")
         owned = self.lanes // world
         return range(rank * owned, (rank + 1) * owned)

@@ -69,7 +69,7 @@ class TrainReader:
         self._augmentation = Augmentation(data.augment, data.channels, seed)
         self._shards = ShardReader(data.manifest, TRAIN, cache=self.data.cache * 2**20)
         if order.counts != tuple(shard.samples for shard in self._shards.shards):
-            raise DataError(f"{data.manifest.root}: the shards of {TRAIN!r} are not those that the order was made from")
+            raise DataError(f"{data.manifest.root}: the shards of {TRAIN!r} do not match the order")
 
     def stream(self, requests: Iterable[BatchRequest], resolution: int) -> Stream:
         """Streams the requested batches, decoded ahead. Close the stream, or leave its `with`, to stop the workers.
@@ -84,7 +84,7 @@ class TrainReader:
             DataError: a shard or sample is missing, damaged or does not fit; also raised while iterating.
         """
         if isinstance(requests, Iterator):
-            raise TypeError("requests are iterated by every worker: pass a list or another re-iterable value")
+            raise TypeError("every worker iterates over the requests: pass a list or another re-iterable value")
         self._shards.preload()
         rows = ceil_div(len(self.lanes), max(self.workers, 1)) * self.order.per_lane
         largest = (rows, self._augmentation.channels, resolution, resolution)
@@ -130,7 +130,7 @@ class _Lane:
     def take(self, epoch: int, step: int) -> list[StoredSample]:
         """The samples that the lane contributes to any step of any epoch. Raises ValueError for an unknown step."""
         if not 0 <= step < self._order.steps_per_epoch:
-            raise ValueError(f"step {step} of an epoch of {self._order.steps_per_epoch}")
+            raise ValueError(f"step {step} is not in an epoch of {self._order.steps_per_epoch} steps")
         if epoch != self._epoch:
             self._rows, self._epoch = self._order.lane(epoch, self.lane), epoch
         count = self._order.per_lane

@@ -117,20 +117,20 @@ class Cursor:
 def _read(path: str, size: int) -> bytes:
     """Reads a whole shard, up to `size` + 1 bytes, to detect one that is too long. Refuses all but regular files."""
     if size > MOST_BYTES:
-        raise DataError(f"{path}: {size} bytes, and a shard is read whole: at most {MOST_BYTES}; build smaller ones")
+        raise DataError(f"{path}: {size} bytes, but a shard may have at most {MOST_BYTES}; build smaller shards")
     try:
         with open_regular(path) as stream:
             return stream.read(size + 1)
     except (FileNotFoundError, ValueError) as error:
-        raise DataError(f"{path}: the shard cannot be read ({error}); is data.path right and reachable?") from error
+        raise DataError(f"{path}: cannot read the shard ({error}); is data.path right and reachable?") from error
     except OSError as error:
         if error.errno in NO_FILE:
-            raise DataError(f"{path}: the shard cannot be read: no regular file; copy or build it again") from error
-        raise Unavailable(f"{path}: the shard cannot be read now: {error}") from error
+            raise DataError(f"{path}: the shard is not a regular file; copy it again or rebuild it") from error
+        raise Unavailable(f"{path}: cannot read the shard now: {error}") from error
 
 
 def _verify(content: bytes, shard: Shard, path: str) -> None:
-    hint = "copy or build the shard again; `scaleprog shards check` finds every damaged one"
+    hint = "copy the shard again or rebuild it; `scaleprog shards check` finds every damaged one"
     if len(content) != shard.bytes:
         if len(content) < shard.bytes:
             raise DataError(f"{path}: truncated: {len(content)} of {shard.bytes} bytes; {hint}")
@@ -148,19 +148,19 @@ def _parse(content: bytes, shard: Shard, path: str, classes: int) -> LoadedShard
             images = [files[extension] for extension in IMAGE_EXTENSIONS if extension in files]
             if len(images) != 1:
                 count = f"{len(images)} images" if images else "no image"
-                raise DataError(f"{where} has {count} ({', '.join(IMAGE_EXTENSIONS)}); build it again")
+                raise DataError(f"{where} has {count} ({', '.join(IMAGE_EXTENSIONS)}); rebuild the shard")
             if key in keys:
-                raise DataError(f"{where} is there twice; build the shard again")
+                raise DataError(f"{where} occurs twice; rebuild the shard")
             keys[key] = None
             starts.append(images[0].start)
             ends.append(images[0].start + images[0].size)
             labels.append(_label(tar.read(file, files["cls"]) if "cls" in files else b"", classes, where))
     except (ValueError, OSError) as error:
-        raise DataError(f"{path}: not a tar of samples ({error}); build the shard again") from error
+        raise DataError(f"{path}: not a tar of samples ({error}); rebuild the shard") from error
     if len(keys) != shard.samples:
         raise DataError(
-            f"{path}: holds {len(keys)} samples where the manifest says {shard.samples}; "
-            "write the manifest again with `scaleprog shards check --write-manifest`"
+            f"{path}: holds {len(keys)} samples, but the manifest says {shard.samples}; "
+            "rewrite the manifest with `scaleprog shards check --write-manifest`"
         )
     begins, stops, classes_of = (np.array(values, dtype=np.int64) for values in (starts, ends, labels))
     return LoadedShard(path, tuple(keys), memoryview(content), begins, stops, classes_of)
@@ -169,10 +169,10 @@ def _parse(content: bytes, shard: Shard, path: str, classes: int) -> LoadedShard
 def _label(text: bytes, classes: int, where: str) -> int:
     label = tar.label(text)
     if label is None:
-        raise DataError(f"{where}: its label (.cls) is {text[:20]!r}, not a number; build the shard again")
+        raise DataError(f"{where}: its label (.cls) is {text[:20]!r}, not a number; rebuild the shard")
     if not 0 <= label < classes:
         raise DataError(
             f"{where}: label {label} is outside 0-{classes - 1}, the manifest's {classes} classes; "
-            "add the missing classes to the manifest or build the shard again"
+            "add the missing classes to the manifest or rebuild the shard"
         )
     return label

@@ -51,7 +51,7 @@ def samples(file: BinaryIO, size: int) -> Iterator[tuple[str, dict[str, Member]]
                 yield current, files
             current, files = key, {}
         if extension in files:
-            raise ValueError(f"{member.name!r} is there twice")
+            raise ValueError(f"{member.name!r} occurs twice")
         files[extension] = member
     if current is not None:
         yield current, files
@@ -80,38 +80,38 @@ def _members(file: BinaryIO, size: int) -> Iterator[Member]:
         file.seek(at)
         header = file.read(BLOCK)
         if len(header) < BLOCK or (any(header) and not _sound(header)):
-            raise ValueError(f"no end marker at byte {at}, truncated or damaged")
+            raise ValueError(f"no end marker at byte {at}; truncated or damaged")
         if not any(header):
             break
         kind = header[156:157]
         length = _number(pax[b"size"] if b"size" in pax else header[124:136], 10 if b"size" in pax else 8)
         start, at = at + BLOCK, at + BLOCK + ceil_div(length, BLOCK) * BLOCK
         if start + length > size:
-            raise ValueError(f"a file of {length} bytes at byte {start} of {size}, truncated or damaged")
+            raise ValueError(f"a file of {length} bytes at byte {start} of {size}; truncated or damaged")
         if kind in (b"x", b"g", b"L"):
             if length > (LONGEST_NAME if kind == b"L" else LONGEST_HEADER):
-                raise ValueError(f"a header of {length} bytes at byte {start}")
+                raise ValueError(f"a header of {length} bytes at byte {start}, which is too long")
             extra = file.read(length)
             if kind == b"L":
                 name = _text(extra.partition(b"\0")[0])
             elif kind == b"x":
                 pax = _records(extra)
             elif _records(extra).keys() & {b"path", b"size"}:
-                raise ValueError(f"a header at byte {start} that names all files alike")
+                raise ValueError(f"a header at byte {start} gives all files one name or size")
             continue
         if kind == b"K":  # the long name of a link; the link itself is refused
             continue
         name = _text(pax[b"path"]) if b"path" in pax else name or _own_name(header)
         if kind in _LEFT_OUT or (kind not in (*_PLAIN, b"5")) or any(key.startswith(b"GNU.sparse") for key in pax):
             what = _LEFT_OUT.get(kind, "a sparse or special file")
-            raise ValueError(f"{name!r} is {what}; a shard holds plain files")
+            raise ValueError(f"{name!r} is {what}; a shard may hold only plain files")
         if kind != b"5" and not name.endswith("/"):
             yield Member(name, start, length)
         name, pax = "", {}
     while at < size:
         file.seek(at)
         if not (rest := file.read(2**20)) or rest.strip(b"\0"):
-            raise ValueError(f"no end marker at byte {at}, truncated or damaged")
+            raise ValueError(f"no end marker at byte {at}; truncated or damaged")
         at += len(rest)
 
 
@@ -132,7 +132,7 @@ def _number(field: bytes, base: int) -> int:
     if not digits:
         return 0
     if not digits.isdigit() or len(digits) > 20:
-        raise ValueError(f"{field[:20]!r} in place of a number of bytes")
+        raise ValueError(f"{field[:20]!r} instead of a number of bytes")
     return int(digits, base)
 
 
@@ -152,7 +152,7 @@ def _text(raw: bytes) -> str:
     if not all(char.isprintable() or unicodedata.category(char) == "Zs" for char in name):
         raise ValueError(f"{shown} has control characters")
     if not name or len(name) > LONGEST_NAME or name.startswith("/") or ".." in name.split("/"):
-        raise ValueError(f"{shown} is none for a file in a folder")
+        raise ValueError(f"{shown} is not allowed for a file in a folder")
     return name
 
 

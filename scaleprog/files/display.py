@@ -20,7 +20,7 @@ def as_text(text: object, lines: bool = False, most: int = MOST) -> str:
     shown = "".join(
         letter if letter.isprintable() or (lines and letter == "\n") else _escaped(letter) for letter in whole[:most]
     )
-    return f"{shown} ... ({len(whole) - most} more letters)" if len(whole) > most else shown
+    return f"{shown} ... ({len(whole) - most} more characters)" if len(whole) > most else shown
 
 
 def as_markdown(text: object) -> str:

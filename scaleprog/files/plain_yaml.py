@@ -44,11 +44,11 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if node not in self._sizes:
-                raise _error("an alias inside what it stands for", mark)
+                raise _error("an alias inside its own value", mark)
             self._values += self._sizes[node]
         else:
             if getattr(event, "tag", None) is not None:
-                raise _error("a tag, and only plain values are read", mark)
+                raise _error("a tag; scaleprog reads only plain values", mark)
             before, self._values, self._depth = self._values, self._values + 1, self._depth + 1
             if self._depth > DEEPEST:
                 raise _error(f"more than {DEEPEST} levels", mark)
@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
                 _check(node)
                 self._sizes[node] = self._values - before
         if self._values > MOST_VALUES:
-            raise _error(f"more than {MOST_VALUES} values, aliases counted as what they stand for", mark)
+            raise _error(f"more than {MOST_VALUES} values after expanding aliases", mark)
         return node
 
 
@@ -80,7 +80,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: not readable as YAML: {error}") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+        raise RecipeError(f"{path}: a recipe must be a mapping of keys to values")
     return values
 
 
@@ -93,15 +93,15 @@ def read_run(run: Path) -> dict[str, Any]:
     try:
         values = read_mapping(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{run}: no run directory (no {RECIPE}); it is what `scaleprog train` writes") from None
+        raise CheckpointError(f"{run}: not a run directory (no {RECIPE}); `scaleprog train` creates one") from None
     except OSError as error:
         if error.errno == errno.EFBIG or not path.is_file():
-            raise CheckpointError(f"{path}: {error.strerror}; this is no run directory") from error
+            raise CheckpointError(f"{path}: {error.strerror}; this is not a run directory") from error
         raise Unavailable(f"{path}: not readable: {error}") from error
     except RecipeError as error:
         raise CheckpointError(f"{error}; the run directory is damaged") from error
     if "base" in values:
-        raise CheckpointError(f"{path}: names a base, and the recipe of a run is complete; no run has written this")
+        raise CheckpointError(f"{path}: has the key `base`, so no run wrote it: a run's recipe is complete")
     return values
 
 
@@ -119,9 +119,9 @@ def _check(node: Node) -> None:
     for key, _ in node.value:
         if key.tag not in (f"{_TAG}str", f"{_TAG}merge") or not re.fullmatch(r"[\w.-]{1,200}|<<", key.value):
             shown = repr(key.value[:200]) if isinstance(key, ScalarNode) else "a list or a mapping"
-            raise _error(f"a key that is no name: {shown}", key.start_mark)
+            raise _error(f"a key that is not a name: {shown}", key.start_mark)
         if key.value in seen:
-            raise _error(f"the key {key.value!r} for the second time", key.start_mark)
+            raise _error(f"the key {key.value!r} twice", key.start_mark)
         seen.add(key.value)
 
 

@@ -98,7 +98,7 @@ def active_layers(operator: Operator, base: int, full: int, depth: int) -> tuple
         ValueError: there is no Subnet of that depth, or no such operator.
     """
     if not base <= depth <= full:
-        raise ValueError(f"a supernet of {base} to {full} layers has no sub-network of {depth}")
+        raise ValueError(f"a supernet of {base} to {full} layers has no Subnet of {depth}")
     built, position, active = sources(operator, base, full), 0, list[int]()
     for source in sources(operator, base, depth):
         position = built.index(source, position)

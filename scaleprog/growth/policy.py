@@ -132,8 +132,8 @@ class Budget:
         if len(self.ladder) == 1 or self.latest > 0:
             return ""
         return (
-            f"a run of {self.steps} steps is too short to save any: the complete model trains all of them, as it needs "
-            f"{self.complete_steps} after it has grown (search.complete_steps)"
+            f"a run of {self.steps} steps is too short to save any: the complete model needs {self.complete_steps} "
+            "after its growth (search.complete_steps), so it trains all of them"
         )
 
     def state(

@@ -197,8 +197,8 @@ def decide_within(
         )
         raise OverBudget(
             f"search.budget: a step on {candidates[cheapest]} costs {prices[cheapest]:.0%} of a complete one as "
-            f"measured here, so the rest of the run takes at least {spent:.0f} complete steps, {budget.left:.0f} are "
-            "left; the same command with a larger search.budget resumes the run"
+            f"measured here, so the rest of the run takes at least {spent:.0f} complete steps, but {budget.left:.0f} "
+            "are left; to resume, run the same command with a larger search.budget"
         )
     noise = errors or {}
     gaps = [
@@ -212,16 +212,20 @@ def decide_within(
         small = min(tied, key=lambda i: (prices[i], candidates[i]))
         choice = budget.choice(candidates[small], prices[small], candidates[complete])
     if choice.subnet != candidates[complete]:
-        loses = f"loses {gaps[small]:.3g} of loss beyond noise" if gaps[small] else "loses nothing beyond noise"
-        why = f"a step of it costs {prices[small]:.0%} of a complete one and {loses}"
+        loses = (
+            f"its loss is {gaps[small]:.3g} higher beyond noise"
+            if gaps[small]
+            else "its loss is not higher beyond noise"
+        )
+        why = f"its step costs {prices[small]:.0%} of a complete one, and {loses}"
     elif budget.saving <= 0:
-        why = "the budget pays for it to the end"
+        why = "the budget covers it to the end"
     elif early:
-        why = f"too early to save: {max(0.0, learned):.0%} of a uniform guess's loss is gone, {needed:.0%} is needed"
+        why = f"too early to save: the loss is {max(0.0, learned):.0%} below a uniform guess's, not yet {needed:.0%}"
     elif not cheaper:
-        why = f"nothing to save, a step on {candidates[cheapest]} costs {prices[cheapest]:.0%} of a complete one"
+        why = f"nothing to save: a step on {candidates[cheapest]} costs {prices[cheapest]:.0%} of a complete one"
     else:
-        why = "it needs the rest of the run's budget"
+        why = "it needs the rest of the budget"
     shown = tuple(scores.get(i) for i in range(len(candidates)))
     return Decision(
         stage, candidates, losses, seconds, shown, choice.subnet, complete_from=choice.complete_from, why=why

@@ -26,7 +26,7 @@ def resolve_family(settings: ModelSettings) -> tuple[type[ElasticModel], Subnet,
     # plain names only, because timm reads hf-hub:... from the network and local-dir:... from a folder
     if not re.fullmatch(r"\w+(\.\w+)?", settings.name) or not timm.is_model(settings.name):
         near = difflib.get_close_matches(settings.name, timm.list_models(), 3) or timm.list_models("deit_*")[:3]
-        raise RecipeError(f"model.name: timm knows no {settings.name!r}; did you mean {' or '.join(near)}?")
+        raise RecipeError(f"model.name: timm has no model {settings.name!r}; did you mean {' or '.join(near)}?")
     for candidate in FAMILIES:
         with torch.device("meta"):
             try:
@@ -39,6 +39,6 @@ def resolve_family(settings: ModelSettings) -> tuple[type[ElasticModel], Subnet,
         if candidate.fits(net):
             return candidate, *candidate.sizes(net)
     raise RecipeError(
-        f"model.name: {settings.name} belongs to no elastic family; "
-        "what fits is a timm VisionTransformer of plain blocks: most vit_*, deit_* and deit3_* names"
+        f"model.name: {settings.name} is not in an elastic family; "
+        "use a timm VisionTransformer of plain blocks: most vit_*, deit_* and deit3_* names fit"
     )

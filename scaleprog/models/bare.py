@@ -27,7 +27,7 @@ def grow_model(model: nn.Module, depth: int, operator: Operator = "interpolation
         ValueError: `depth` is too small, or there is no such operator.
     """
     if not (isinstance(model, VisionTransformer) and all(isinstance(block, Block) for block in model.blocks)):
-        raise RecipeError(f"{type(model).__name__} cannot be grown: a timm VisionTransformer of plain blocks is needed")
+        raise RecipeError(f"cannot grow {type(model).__name__}: only a timm VisionTransformer of plain blocks can grow")
     layer_map = grow(operator, (len(model.blocks),), (depth,))
     grown = copy.deepcopy(model)
     grown.blocks = nn.Sequential(*(_layer(model.blocks, origin) for origin in layer_map.groups[0]))

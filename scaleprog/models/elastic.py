@@ -194,6 +194,6 @@ def draw_patches(count: int, total: int, lanes: Iterable[int], per_lane: int, *e
 def _replace_drop_path(layer: nn.Module, gated: bool, name: str) -> None:
     ends = [key for key in ("drop_path1", "drop_path2") if hasattr(layer, key)]
     if len(ends) != 2:
-        raise RecipeError(f"model.name: the layers of {name} ({type(layer).__name__}) are not two residual branches")
+        raise RecipeError(f"model.name: a layer of {name} ({type(layer).__name__}) is not two residual branches")
     for key in ends:
         setattr(layer, key, Residual(gated))

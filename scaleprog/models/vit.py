@@ -54,7 +54,9 @@ class ElasticViT(ElasticModel):
         assert isinstance(net, VisionTransformer)
         height, width = net.patch_embed.img_size
         if height != width:
-            raise RecipeError(f"model.resolution: a square image is needed, timm's default is {height} x {width}")
+            raise RecipeError(
+                f"model.resolution: set it: images must be square, but timm's default is {height} x {width}"
+            )
         return Subnet(height, len(net.blocks)), int(net.patch_embed.feat_ratio())
 
     def run(self, images: Tensor, active: Active, kept: Tensor | None) -> Tensor:

@@ -296,7 +296,7 @@ def host_memory_available(meminfo: Path = Path("/proc/meminfo")) -> int:
                 return int(line.split()[1]) * 1024
     except (OSError, ValueError, IndexError) as error:
         raise RecipeError(f"{meminfo}: cannot tell how much memory is available: {error}") from error
-    raise RecipeError(f"{meminfo}: no line MemAvailable")
+    raise RecipeError(f"{meminfo}: has no line MemAvailable")
 
 
 def check_offload(recipe: Recipe, world: int, per_node: int, available: int | None = None) -> None:
@@ -313,7 +313,8 @@ def check_offload(recipe: Recipe, world: int, per_node: int, available: int | No
     if needed > available:
         raise RecipeError(
             f"sharding.offload: {recipe.sharding.offload} puts {needed / 2**30:.1f} GiB of {per_node} ranks into "
-            f"this machine's memory, {available / 2**30:.1f} GiB are available; use more nodes, fewer ranks a node, "
+            f"this machine's memory, but {available / 2**30:.1f} GiB are available; use more nodes, fewer ranks per "
+            "node, "
             "fewer ema.momenta, or no offload"
         )
 
@@ -323,25 +324,26 @@ def assumptions(recipe: Recipe, device: Device) -> tuple[str, ...]:
     precision = recipe.sharding.precision
     peak = device.bf16_flops if precision == "bf16" else device.fp32_flops
     return (
-        "Nothing here was timed: ms and efficiency are a model, to compare engines and worlds by, and no promise.",
+        "Nothing here was timed: ms and efficiency come from a model, to compare engines and worlds, not to promise.",
         f"{device.name}: {device.sources}.",
-        f"Forward and backward reach {device.achieved:.0%} of {peak / 1e12:.4g} TFLOP/s in {precision}: an assumption, "
-        "and too kind where a rank has few images. Efficiency is their part of the step.",
-        "The global batch is fixed, so that more ranks have fewer images each (strong scaling).",
+        f"Forward and backward are assumed to reach {device.achieved:.0%} of {peak / 1e12:.4g} TFLOP/s in {precision}, "
+        "which is optimistic if a rank has few images. Efficiency is their share of the step.",
+        "The global batch is fixed, so more ranks have fewer images each (strong scaling).",
         f"Collectives are rings (all-reduce: or trees) in nodes of {device.ranks_per_node} ranks, with "
-        f"{device.intra_bandwidth / 1e9:g} GB/s inside and {device.inter_bandwidth / 1e9:g} GB/s a rank between nodes, "
-        f"{device.intra_latency * 1e6:g} and {device.inter_latency * 1e6:g} us a hop; no congestion, nobody waits.",
-        "They overlap with computing, but for the first gather and last reduction of a pass, and all of zero 1 and 2.",
-        "Memory is the fullest rank's. FSDP2 cuts first dimensions into equal parts, rounded up: padding is held, and "
-        "padding is sent.",
-        "Activations: what autograd keeps of one micro-batch with fused attention, counted by torch; replicated in "
-        "bf16 is counted with the CPU's autocast, a GPU's keeps more of it in fp32.",
+        f"{device.intra_bandwidth / 1e9:g} GB/s inside and {device.inter_bandwidth / 1e9:g} GB/s per rank between "
+        f"nodes, {device.intra_latency * 1e6:g} and {device.inter_latency * 1e6:g} us per hop; no congestion, no "
+        "waiting for other ranks.",
+        "They overlap with computing, except the first gather and last reduction of a pass, and all of zero 1 and 2.",
+        "Memory is that of the fullest rank. FSDP2 cuts first dimensions into equal parts, rounded up, so it holds and "
+        "sends padding.",
+        "Activations: what autograd keeps of one micro-batch with fused attention, counted by torch. For replicated in "
+        "bf16, torch counts with the CPU's autocast; a GPU's keeps more in fp32.",
         "Buffers, never counted: the root, two layers (or all, without reshard_after_forward) and a unit's gradients "
         "twice; DDP's buckets. Left out: the allocator, kernels' workspace, batches, DeepSpeed's own buckets.",
-        "zero holds fp32 weights apart from the parameters, also in fp32. DeepSpeed 0.19 reduces whole gradients in "
-        "zero 1 and 2 (all-reduce) and lets each rank keep its part.",
-        "Gradients are reduced in fp32; after each micro-batch, in zero 1 once a step.",
-        "Peak: a step of the complete model, or a growth, when the old and the new network are held together.",
+        "zero holds separate fp32 weights, even if the parameters are fp32. In zero 1 and 2, DeepSpeed 0.19 reduces "
+        "whole gradients (all-reduce), and each rank keeps its part.",
+        "Gradients are reduced in fp32 after each micro-batch; in zero 1, once per step.",
+        "Peak: a step of the complete model, or a growth, when a rank holds the old and the new network together.",
         "Left out of the time: reading data, launching kernels, the engines' own work on the host, an offload's copies "
         "and AdamW, searches, evaluation, checkpoints.",
     )

@@ -46,7 +46,7 @@ class Device:
         if name not in DEVICES:
             near = difflib.get_close_matches(name, DEVICES, 1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise RecipeError(f"--device: no such device {name!r}; {hint}known are {', '.join(DEVICES)}")
+            raise RecipeError(f"--device: unknown device {name!r}; {hint}known devices: {', '.join(DEVICES)}")
         return DEVICES[name]
 
 

@@ -127,7 +127,7 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
         return family, make(policy=EqualStages(ladder, steps, rule, cooldown))
     if search.candidates == "window":
         raise RecipeError(
-            "search.candidates: window leaves the present network out, and a budget may want to keep it; use corners "
+            "search.candidates: window excludes the present network, which a budget may choose to keep; use corners "
             "or all, or search.method: published"
         )
     frugal = Budget(
@@ -160,8 +160,9 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
         world: how many ranks would train it, all on one machine.
 
     Returns:
-        `stages` (one row for each phase), `speedup` (Original's cost / the run's cost - 1, by GMACs), `kind` (of the
-        schedule), `budget` (of its searches, or None), and `short` (see `Budget.short`).
+        `stages` (one row for each phase), `speedup` (Original's cost / this cost - 1, by GMACs), `counted` (whether
+        there are shards), `kind` (of the schedule), `budget` (of its searches, or None), and `short` (see
+        `Budget.short`).
 
     Raises:
         RecipeError: the recipe cannot be run.
@@ -196,6 +197,7 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     return {
         "stages": rows,
         "speedup": cost_of(schedule.full) * schedule.steps / schedule.cost(phases, cost_of) - 1,
+        "counted": known is not None,
         "kind": schedule.kind,
         "budget": budget.limit if budget else None,
         "short": budget.short if budget else "",
@@ -234,8 +236,8 @@ def check_size(recipe: Recipe, resolution: int, stride: int) -> None:
     tokens = (resolution // stride) ** 2
     if tokens > MOST_TOKENS or resolution > MOST_PIXELS:
         raise RecipeError(
-            f"model: {resolution} pixels a side in patches of {stride} are {tokens} tokens an image; at most "
-            f"{MOST_PIXELS} pixels and {MOST_TOKENS} tokens can be"
+            f"model: an image of {resolution} x {resolution} pixels in patches of {stride} has {tokens} tokens; "
+            f"the limits are {MOST_PIXELS} pixels per side and {MOST_TOKENS} tokens"
         )
     check_decoded(recipe, resolution, recipe.data.lanes)
 
@@ -247,23 +249,23 @@ def check_decoded(recipe: Recipe, resolution: int, world: int) -> None:
         size = decoded_bytes(rows, recipe.model.channels, resolution, recipe.data)
         if size > MOST_DECODED:
             raise RecipeError(
-                f"{key}: {rows} images of {resolution} x {resolution} pixels on a rank, with data.prefetch "
-                f"{recipe.data.prefetch}, are {size / 2**30:.0f} GiB of decoded images, and at most "
-                f"{MOST_DECODED / 2**30:.0f} may be held; lower {key} or data.prefetch"
+                f"{key}: {rows} images of {resolution} x {resolution} pixels per rank, with data.prefetch "
+                f"{recipe.data.prefetch}, take {size / 2**30:.0f} GiB decoded; the limit is "
+                f"{MOST_DECODED / 2**30:.0f} GiB; lower {key} or data.prefetch"
             )
 
 
 def _check_model(recipe: Recipe, family: type[ElasticModel], full: Subnet, stride: int) -> None:
     """Raises RecipeError for a model that cannot be trained, even if each of its sizes is usual on its own."""
     if recipe.model.channels not in (1, 3):
-        raise RecipeError(f"model.channels: {recipe.model.channels}; images are read with 1 (grey) or 3 (colour)")
+        raise RecipeError(f"model.channels: {recipe.model.channels}; images have 1 channel (gray) or 3 (color)")
     normalization(recipe.augment, recipe.model.channels)
     check_size(recipe, full.resolution, stride)
     count = parameters(family, recipe.model, full.depth)
     if count > MOST_PARAMETERS:
         raise RecipeError(
-            f"model: {recipe.model.name} with these sizes has {count:.3g} parameters, with AdamW's moments "
-            f"{12 * count / 2**30:.3g} GiB; at most {MOST_PARAMETERS:.3g} parameters are trained"
+            f"model: {recipe.model.name} with these sizes has {count:.3g} parameters, "
+            f"{12 * count / 2**30:.3g} GiB with AdamW's moments; the limit is {MOST_PARAMETERS:.3g} parameters"
         )
 
 
@@ -296,26 +298,20 @@ def _lengths(recipe: Recipe, kind: ScheduleKind, stages: int, epoch: int) -> tup
     """The steps of a run, and those of a search in it. Raises RecipeError if they do not fit."""
     steps = round(recipe.train.epochs * epoch) + recipe.optimizer.cooldown_steps(epoch)
     if steps > MOST_STEPS:
-        raise RecipeError(
-            f"train.epochs: {recipe.train.epochs:g} epochs are {steps} steps; at most {MOST_STEPS} are run"
-        )
+        raise RecipeError(f"train.epochs: {recipe.train.epochs:g} epochs are {steps} steps; the limit is {MOST_STEPS}")
     searched = recipe.search.epochs or recipe.train.epochs / SEARCH_PARTS
     search_steps = max(1, round(searched * epoch))
     if recipe.optimizer.schedule == "timm" and recipe.train.epochs < 1:
         raise RecipeError(
-            f"optimizer.schedule: timm changes the learning rate once an epoch, and train.epochs is "
+            f"optimizer.schedule: timm changes the learning rate once an epoch, but train.epochs is "
             f"{recipe.train.epochs:g}; use smooth"
         )
     before_cooldown = steps - recipe.optimizer.cooldown_steps(epoch)
     if before_cooldown < stages:
-        raise RecipeError(f"train.epochs: {steps} steps cannot be cut into {stages} stages")
-    if (
-        kind == "automatic"
-        and stages > 1
-        and search_steps >= (steps - recipe.optimizer.cooldown_steps(epoch)) // stages
-    ):
+        raise RecipeError(f"train.epochs: {before_cooldown} steps are fewer than the {stages} stages")
+    if kind == "automatic" and stages > 1 and search_steps >= before_cooldown // stages:
         raise RecipeError(
-            f"search.epochs: {searched:g} epochs of search do not fit into a stage of {recipe.train.epochs / stages:g}"
+            f"search.epochs: {searched:g} epochs do not fit into a stage of {recipe.train.epochs / stages:g} epochs"
         )
     return steps, search_steps
 
@@ -335,12 +331,12 @@ def _limit(recipe: Recipe, frugal: Schedule, price: Price) -> float:
         return asked
     if frugal.budget.short:
         raise RecipeError(
-            f"search.budget: {asked} of Original's cost, but {frugal.budget.short}; lower that, or train longer"
+            f"search.budget: {asked} of Original's cost, but {frugal.budget.short}; lower it, or train longer"
         )
     raise RecipeError(
-        f"search.budget: {asked} of Original's cost; {smallest} until the last of {stages} stages, which trains the "
-        f"complete model, costs {least:.3f} with its searches; raise it, or lower growth.smallest or "
-        "search.complete_steps, or raise growth.stages"
+        f"search.budget: {asked} of Original's cost; the cheapest run, which trains {smallest} until the last of "
+        f"{stages} stages, costs {least:.3f} with its searches; raise search.budget or growth.stages, or lower "
+        "growth.smallest or search.complete_steps"
     )
 
 
@@ -350,9 +346,9 @@ def _check_growth(recipe: Recipe, full: Subnet, stride: int) -> None:
     if recipe.search.budget is not None:
         asked = f"search.budget: {recipe.search.budget}"
         if recipe.search.method != "budget":
-            raise RecipeError(f"{asked}, but search.method: {recipe.search.method} has none")
+            raise RecipeError(f"{asked}, but search.method: {recipe.search.method} has no budget")
         if growth.schedule != "automatic":
-            raise RecipeError(f"{asked}, but only growth.schedule: automatic has one")
+            raise RecipeError(f"{asked}, but only growth.schedule: automatic has a budget")
     for key, multiple in (
         ("growth.resolution_multiple", growth.resolution_multiple),
         ("model.resolution", full.resolution),
@@ -368,8 +364,7 @@ def _check_growth(recipe: Recipe, full: Subnet, stride: int) -> None:
         _check_by_hand(recipe, full, stride)
     if growth.curriculum and growth.patches != "subset":
         raise RecipeError(
-            "growth.curriculum: an image of low resolution holds no high frequencies; it goes with growth.patches: "
-            "subset"
+            "growth.curriculum: needs growth.patches: subset; an image of low resolution holds no high frequencies"
         )
 
 
@@ -379,10 +374,12 @@ def _check_by_hand(recipe: Recipe, full: Subnet, stride: int) -> None:
     for i, stage in enumerate(stages):
         if stage.resolution % stride or stage.resolution > full.resolution or stage.depth > full.depth:
             raise RecipeError(
-                f"growth.schedule.{i}: {stage.resolution} px, {stage.depth} layers; needed are multiples of "
-                f"{stride} px up to {full.resolution} and up to {full.depth} layers"
+                f"growth.schedule.{i}: {stage.resolution} px, {stage.depth} layers; use a multiple of {stride} px "
+                f"up to {full.resolution} and at most {full.depth} layers"
             )
         if i and stage.depth < stages[i - 1].depth:
-            raise RecipeError(f"growth.schedule.{i}: depth {stage.depth} after {stages[i - 1].depth}; it never shrinks")
+            raise RecipeError(
+                f"growth.schedule.{i}: depth {stage.depth} after {stages[i - 1].depth}; it must not shrink"
+            )
     if not stages or (stages[-1].resolution, stages[-1].depth) != (full.resolution, full.depth):
         raise RecipeError(f"growth.schedule: the last stage must be the complete model, {full}")

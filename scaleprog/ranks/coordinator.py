@@ -154,7 +154,7 @@ def _camps(values: list[str]) -> str:
     for rank, value in enumerate(values):
         camps.setdefault(value, []).append(rank)
     return "; ".join(
-        f"rank {ranks[0]} has {value}" + (f", and {len(ranks) - 1} more ranks" if ranks[1:] else "")
+        f"rank {ranks[0]}" + (f" and {len(ranks) - 1} more ranks have " if ranks[1:] else " has ") + value
         for value, ranks in list(camps.items())[:NAMED]
     ) + (f"; {len(camps) - NAMED} more values" if len(camps) > NAMED else "")
 

@@ -98,6 +98,6 @@ def _listen(address: str, port: int) -> int:
         return socket.create_server((address, port), backlog=BACKLOG).detach()
     except OSError as error:
         raise Unavailable(
-            f"rank 0 on {socket.gethostname()} cannot listen at {address}:{port}, where the others look for it: "
-            f"{error.strerror}; the address is what its node's name stands for on the others"
+            f"rank 0 on {socket.gethostname()} cannot listen at {address}:{port}: {error.strerror}; "
+            "the other ranks resolve its node's name to this address"
         ) from error

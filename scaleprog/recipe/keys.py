@@ -62,7 +62,7 @@ class ModelSettings(Settings):
     name: Text
     """The name under which timm creates the model."""
     classes: Classes = 1000
-    """Of the head, and of the labels."""
+    """Number of classes, of the head and of the labels."""
     channels: Channels = 3
     """Color channels of an image: 3, or 1 for gray."""
     resolution: Pixels | None = None
@@ -87,35 +87,35 @@ class DataSettings(Settings):
     path: Folder
     """Folder of the shards and their manifest."""
     lanes: Ranks = 64
-    """V, into how many lanes an epoch is cut: a divisor of the batch, and a multiple of every world size to be used."""
+    """V, the number of lanes: a divisor of the batch, and a multiple of every number of ranks that may train it."""
     workers: Workers = 4
     """Decoding processes per rank; 0 decodes in the training process."""
     prefetch: Few = 2
     """Steps that each worker decodes ahead."""
     cache: Mebibytes = 256
-    """MiB: a split no larger than this is read once and kept in memory."""
+    """Size in MiB up to which a split is read once and kept in memory."""
     shards: Subset | None = None
-    """Train on the first so many shards only: a fixed random part of the images, which were shuffled when stored."""
+    """Number of shards to train on, from the first; default: all. Stored images are shuffled, so the part is random."""
     trace: bool = False
-    """Write the ids of the samples of every step into `samples-RANK.jsonl`."""
+    """Whether each rank writes the ids of every step's samples into `samples-RANK.jsonl`."""
 
 
 class AugmentSettings(Settings):
-    """Augmentation of the training images, and the crop of the evaluation images; the defaults are DeiT's cropping and
-    nothing else."""
+    """Augmentation of the training images, and the crop of the evaluation images; the defaults are only DeiT's
+    cropping."""
 
     crop: Literal["resized", "padded", "none"] = "resized"
     """resized: RandomResizedCrop; padded: zeros around a small image, then a random window of its size; none: all."""
     scale: tuple[Number, Number] = (0.08, 1.0)
-    """Area of a resized crop, as a part of the image's."""
+    """Range of a resized crop's area, as a fraction of the image's."""
     ratio: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
-    """Aspect ratio of a resized crop."""
+    """Range of a resized crop's aspect ratio."""
     padding: Margin = 2
-    """Zeros on every side of a padded crop, in pixels of the stored image."""
+    """Width of the zeros on every side of a padded crop, in pixels of the stored image."""
     flip: Share = 0.5
     """Probability of a horizontal flip."""
     color_jitter: Strength = 0.0
-    """Brightness, contrast and saturation, unless RandAugment is on, which replaces it as in timm."""
+    """Strength of random brightness, contrast and saturation; RandAugment replaces them, as in timm."""
     randaugment: Text | None = None
     """timm's configuration string, e.g. rand-m9-mstd0.5-inc1."""
     erase: Share = 0.0
@@ -127,20 +127,20 @@ class AugmentSettings(Settings):
     mix_probability: Share = 1.0
     """Probability that a batch is mixed at all."""
     mix_switch: Share = 0.5
-    """Probability of CutMix where both are on."""
+    """Probability of CutMix instead of Mixup if both are on."""
     mix_groups: Ranks | None = None
-    """Groups of lanes, each of which draws its own Mixup or CutMix, as each rank of DeiT does; a divisor of data.lanes.
-    Default: the largest one up to 4."""
+    """Number of groups of lanes that each draw their own Mixup or CutMix, as each rank of DeiT does; it must divide
+    data.lanes. Default: the largest divisor up to 4."""
     smoothing: Momentum = 0.1
     """Label smoothing."""
     repeats: Few = 1
-    """Repeated augmentation: how often a sample comes in an epoch that uses 1 / repeats of the samples."""
+    """Repeated augmentation: how often an epoch repeats each of the 1 / repeats of the samples that it uses."""
     eval_crop: Part = 0.875
-    """Side of the central square that evaluation sees, as a part of the image's shorter side."""
+    """Side of the central square that evaluation sees, as a fraction of the image's shorter side."""
     mean: Annotated[tuple[Share, ...], Field(max_length=16)] | None = None
-    """Per channel; default: ImageNet's for color and 0.5 for gray."""
+    """Mean of each channel; default: ImageNet's for color and 0.5 for gray."""
     std: Annotated[tuple[Deviation, ...], Field(max_length=16)] | None = None
-    """Per channel; default: ImageNet's for color and 0.5 for gray."""
+    """Standard deviation of each channel; default: ImageNet's for color and 0.5 for gray."""
 
     @property
     def mixes(self) -> bool:
@@ -158,44 +158,44 @@ class AugmentSettings(Settings):
             if not 0 < low <= high:
                 raise ValueError(f"{name} must be two positive numbers, the lower first, not {(low, high)}")
         if self.scale[1] > 1:
-            raise ValueError(f"scale is a part of the image's area: at most 1, not {self.scale[1]}")
+            raise ValueError(f"scale is a fraction of the image's area: at most 1, not {self.scale[1]}")
         if self.randaugment is not None:
             if not re.fullmatch(r"rand(-((m|mmax|mstd|n|p|inc)[0-9.]+|t(weights|3a|3aw)))*", self.randaugment):
                 raise ValueError(
-                    f"randaugment: {self.randaugment!r} is not understood by timm, e.g. rand-m9-mstd0.5-inc1"
+                    f"randaugment: timm does not understand {self.randaugment!r}; use e.g. rand-m9-mstd0.5-inc1"
                 )
             if not re.fullmatch(rf"rand(-({_RANDAUGMENT}))*", self.randaugment):
                 raise ValueError(
-                    f"randaugment: {self.randaugment!r}: needed are m and mmax up to 30, n from 1 to 16, p up to 1, "
+                    f"randaugment: {self.randaugment!r}: use m and mmax up to 30, n from 1 to 16, p up to 1, "
                     "mstd up to 9999 and inc0 or inc1"
                 )
         return self
 
 
 class TrainSettings(Settings):
-    """How long, and with what batch."""
+    """Length of the training, and its batch."""
 
     epochs: Epochs
     """Length of the schedule."""
     batch: Images
     """Images of one optimizer step, over all ranks."""
     micro_batch: Images | None = None
-    """Most images of a rank in one forward and backward; of a larger part of the batch, gradients are accumulated."""
+    """Most images in one forward and backward of a rank; it accumulates gradients if it has more of the batch."""
     max_steps: Steps | None = None
-    """Stop after so many steps, with a checkpoint; the schedule remains that of `epochs`."""
+    """Stop after this many steps, with a checkpoint; `epochs` still sets the schedule."""
     log_every: Steps = 20
-    """Steps between two points in TensorBoard and two reductions of the losses."""
+    """Steps between two points in TensorBoard, and between two reductions of the losses."""
 
 
 class OptimizerSettings(Settings):
     """AdamW, and its learning rate."""
 
     name: Text = "adamw"
-    """Only adamw."""
+    """The only optimizer is adamw."""
     lr: Rate = 1e-3
     """Learning rate at the end of the warm-up."""
     weight_decay: NoOrMore = 0.05
-    """Of all parameters but vectors (biases, norms, gates) and those that timm exempts."""
+    """Weight decay of all parameters except vectors (biases, norms, gates) and those that timm exempts."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     """Decay rates of AdamW's two moments."""
     warmup_epochs: NoOrMoreEpochs = 5
@@ -223,8 +223,8 @@ class OptimizerSettings(Settings):
     def _check_name(cls, name: str) -> str:
         if name != "adamw":
             raise ValueError(
-                f"{name!r} cannot be sharded: engines cut tensors anywhere, so a step must go element by element, as "
-                "that of adamw does; lamb, lars and muon need whole tensors"
+                f"{name!r} cannot be sharded; use adamw. Engines cut tensors anywhere, so an optimizer must work "
+                "element by element; lamb, lars and muon need whole tensors"
             )
         return name
 
@@ -233,9 +233,9 @@ class SubnetSettings(Settings):
     """One stage of a schedule given by hand."""
 
     resolution: Pixels
-    """In pixels."""
+    """Resolution of the network, in pixels."""
     depth: Layers
-    """In layers."""
+    """Depth of the network, in layers."""
 
 
 ByHand = Annotated[tuple[SubnetSettings, ...], Field(max_length=100)]
@@ -245,55 +245,55 @@ class GrowthSettings(Settings):
     """How the network grows."""
 
     schedule: Literal["original", "linear", "automatic", "supernet"] | ByHand = "automatic"
-    """original: full size throughout; linear: "Prog", equispaced stages; automatic: "AutoProg", a search decides;
-    supernet: the baseline of the paper's Table 8; or a list of stages by hand."""
+    """original: the complete model throughout; linear: "Prog", equispaced stages; automatic: "AutoProg", a search
+    decides; supernet: the baseline of the paper's Table 8; or a list of stages by hand."""
     operator: Operator = "mogrow"
     """Where the layers of the larger network come from (paper 3.3)."""
     stages: Stages = 4
     """Stages of the schedule."""
     smallest: Part = 0.5
-    """s1, the smallest network as a part of the complete one, in resolution and in depth ("0.5 Omega")."""
+    """s1, resolution and depth of the smallest network, as fractions of the complete model's ("0.5 Omega")."""
     recycle: bool = True
     """Whether a stage inherits the weights of its search."""
     optimizer: Literal["reset", "inherit"] = "reset"
-    """Whether AdamW's moments are reset at growth or follow their layers."""
+    """Whether a growth resets AdamW's moments or lets them follow their layers."""
     resolution_multiple: Pixels | None = None
     """Resolutions are rounded to a multiple of this; default: the model's stride; published: 32 for DeiT/16."""
     adaptive_regularization: bool = False
     """AdaReg: augmentation and stochastic depth grow with the network."""
     patches: Literal["resolution", "subset"] = "resolution"
-    """How a small network sees few patches. resolution: of a small image, as published; subset: a random subset of
-    the patches at full resolution, drawn for every image and step (PatchDropout, arXiv 2208.07220), so that growth
-    changes no scale."""
+    """How a small network sees fewer patches. resolution: those of a smaller image, as published; subset: a random
+    subset of the patches at full resolution, drawn for every image and step (PatchDropout, arXiv 2208.07220), so that
+    growth does not change the scale of images."""
     curriculum: bool = False
-    """With `patches: subset`: the subset holds only the frequencies that the network's `resolution` could show
-    (EfficientTrain++, arXiv 2405.08768)."""
+    """With `patches: subset`: whether the subset holds only the frequencies that an image of the network's `resolution`
+    could show (EfficientTrain++, arXiv 2405.08768)."""
 
 
 class SearchSettings(Settings):
-    """How `growth.schedule: automatic` searches; docs/search.md explains."""
+    """How `growth.schedule: automatic` searches; see docs/search.md."""
 
     method: Literal["budget", "published"] = "budget"
-    """budget: saves within a budget where that costs least accuracy; published: the paper's search, whose other
-    settings default to the paper's."""
+    """budget: the search saves, within a budget, where that costs the least accuracy; published: the paper's search,
+    with the paper's settings as defaults."""
     budget: Part | None = None
-    """The most that the run may cost, searches included, as a part of Original's cost; default: about what the
-    equispaced ladder ("Prog") costs."""
+    """The most that the run may cost, searches included, as a fraction of Original's cost; default: about the cost of
+    the equispaced ladder ("Prog")."""
     complete_steps: NoOrMoreSteps = 300
-    """Steps that a budget leaves the complete model at the end, at least; a run too short for that trains it from the
+    """Fewest steps that a budget leaves for the complete model at the end; a run too short for that trains it from the
     first step."""
     epochs: Epochs | None = None
-    """Epochs of supernet training per search; default: an 80th of the run's."""
+    """Epochs of supernet training per search; default: 1/80 of the run's epochs."""
     subset: Subset | None = None
-    """Training images that score a candidate, rounded down to whole batches, at least one; default: a 25th of all."""
+    """Training images that score a candidate, rounded down to whole batches, at least one; default: 1/25 of all."""
     candidates: CandidateRule = "corners"
-    """corners: either dimension as it is or complete; window: as the authors' code; all: the paper's eq. 8."""
+    """corners: each dimension as it is or complete; window: as in the authors' code; all: the paper's eq. 8."""
     measurements: Few = 1
-    """How often losses are measured, equispaced from the start to the end of the last search epoch."""
+    """How often a search measures losses, equispaced from the start to the end of its last epoch."""
     weights: Literal["ema", "online"] = "online"
-    """Weights that are scored."""
+    """Weights that the search scores."""
     times: Literal["measured", "modelled"] = "measured"
-    """Step times as measured, or in proportion to GMACs, for runs that must make the same choice twice."""
+    """Step times as measured, or in proportion to GMACs so that a repeated run makes the same choices."""
 
     @model_validator(mode="before")
     @classmethod
@@ -306,9 +306,9 @@ class EmaSettings(Settings):
     """EMAs, exponential moving averages of the weights: the paper's momentum networks."""
 
     momenta: tuple[Number, ...] = Field(default=(0.998,), min_length=1, max_length=16)
-    """One EMA each."""
+    """Momentum of each EMA."""
     grow_from: Index = -1
-    """Index of the one that MoGrow and the search read."""
+    """Index of the EMA that MoGrow and the search read."""
     warmup: bool = True
     """Whether the averages follow more closely in the first steps: a momentum of at most (1 + step) / (10 + step)."""
 
@@ -322,40 +322,40 @@ class EmaSettings(Settings):
 
 
 class ShardingSettings(Settings):
-    """What spreads the model over the ranks; master weights, moments and EMA are fp32 in every engine."""
+    """How the model is spread over the ranks; master weights, moments and EMA are fp32 in every engine."""
 
     engine: Engine = "fsdp"
     """fsdp: FSDP2, parameters, gradients, moments and EMA sharded over all ranks; hsdp: sharded over groups of `shard`
     ranks, replicated across them; zero: DeepSpeed, of the given `stage`; replicated: one process, or DDP."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of forward and backward."""
+    """Precision of forward and backward."""
     stage: Literal[1, 2, 3] = 3
     """zero: optimizer and EMA sharded (1), gradients too (2), parameters too (3)."""
     shard: Ranks | None = None
-    """hsdp: ranks that one copy of the model is spread over; default: those of a node."""
+    """hsdp: number of ranks that share one copy of the model; default: the ranks of a node."""
     offload: Literal["optimizer", "all"] | None = None
-    """What lives in the host's memory: zero's optimizer state, or with it (stage 3) and under fsdp and hsdp the
-    parameters, too."""
+    """What the host's memory holds. optimizer: zero's optimizer state; all: also the parameters (fsdp, hsdp, zero of
+    stage 3)."""
     reshard_after_forward: bool = True
-    """Whether a layer's sharded parameters are gathered again for backward, which saves memory for bandwidth."""
+    """Whether each layer's parameters are freed after forward and gathered for backward: less memory, more traffic."""
     recompute: bool = False
-    """Whether a layer's activations are computed again in backward (activation checkpointing) instead of kept."""
+    """Whether backward recomputes a layer's activations (activation checkpointing) instead of keeping them."""
     compile: bool = False
-    """Whether torch.compile makes one kernel sequence of each layer, for all resolutions and depths."""
+    """Whether torch.compile turns each layer into one kernel sequence for all resolutions and depths."""
 
     @model_validator(mode="after")
     def _check(self) -> "ShardingSettings":
         if self.shard is not None and self.engine != "hsdp":
-            raise ValueError(f"shard is of engine hsdp, got engine {self.engine}")
+            raise ValueError(f"shard needs engine hsdp, got engine {self.engine}")
         if self.engine != "zero" and "stage" in self.model_fields_set and self.stage != 3:
-            raise ValueError(f"stage is of engine zero, got engine {self.engine}")
+            raise ValueError(f"stage needs engine zero, got engine {self.engine}")
         if self.offload is None:
             return self
         if self.engine == "replicated":
             raise ValueError("offload needs an engine that shards: fsdp, hsdp or zero")
         if self.engine == "zero" and self.offload == "all" and self.stage != 3:
             raise ValueError(
-                f"offload: all needs stage 3, which shards the parameters; stage {self.stage} can: optimizer"
+                f"offload: all needs stage 3, which shards the parameters; with {self.stage}, use offload: optimizer"
             )
         if self.engine != "zero" and self.offload == "optimizer":
             raise ValueError(f"engine {self.engine} offloads all or nothing, got offload: optimizer")
@@ -374,20 +374,20 @@ class EvaluateSettings(Settings):
     every: Epochs = 1
     """Epochs between two evaluations."""
     batch: Images = 256
-    """Images of a rank at a time."""
+    """Images that a rank evaluates at a time."""
 
 
 class CheckpointSettings(Settings):
-    """When a checkpoint is taken, beside the ends of phases and of the run and when the run is asked to stop, and which
-    ones stay."""
+    """When a run saves checkpoints, besides at the ends of phases and of the run and when it is asked to stop, and
+    which ones it keeps."""
 
     every_steps: Steps | None = None
-    """Steps between two checkpoints; default: none by steps."""
+    """Steps between two checkpoints; default: no limit."""
     every_minutes: Minutes | None = 10.0
-    """By rank 0's clock; a crash loses the steps since the last one."""
+    """Minutes between two checkpoints, by rank 0's clock; a crash loses the steps since the last one."""
     keep: Few = 2
-    """The newest so many stay."""
+    """Number of newest checkpoints to keep."""
     keep_best: bool = False
-    """One is taken at each evaluation with a new best top-1, and that one stays."""
+    """Whether each evaluation with a new best top-1 saves a checkpoint; the run keeps the best one."""
     keep_every_epochs: WholeEpochs | None = None
-    """One is taken at the end of every so many epochs of the schedule, and they all stay."""
+    """Epochs of the schedule between two checkpoints that the run keeps for good."""

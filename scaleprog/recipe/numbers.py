@@ -40,7 +40,7 @@ def _folder(path: str) -> str:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path):
         raise PydanticCustomError(
             "folder",
-            "Input should be a folder: scaleprog reads no URLs or pipes (write ./ before a folder named with a colon)",
+            "Input should be a folder: scaleprog does not read URLs or pipes (write ./ before a name with a colon)",
         )
     return path
 

@@ -57,7 +57,7 @@ class Recipe(Settings):
     """Everything that determines a run."""
 
     seed: int = Field(default=0, ge=0, lt=2**32)
-    """What initialization, the order of samples and augmentation are drawn from."""
+    """Seed of initialization, of the order of samples and of augmentation."""
     model: ModelSettings
     data: DataSettings
     augment: AugmentSettings = AugmentSettings()
@@ -124,7 +124,7 @@ def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return values
     if not isinstance(base, str):
-        raise RecipeError(f"{path}: base: the path of a recipe is needed, got {_shown(base)}")
+        raise RecipeError(f"{path}: base: must be the path of a recipe, got {_shown(base)}")
     return _merge(_read(path.parent / base, (*parents, resolved)), values)
 
 
@@ -170,7 +170,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
         else:
             yield f"{key}: {problem['msg']}, got {_shown(problem['input'])}"
     if error.error_count() > MOST_PROBLEMS:
-        yield f"... and {error.error_count() - MOST_PROBLEMS} more"
+        yield f"... and {error.error_count() - MOST_PROBLEMS} more problems"
 
 
 def _shown(value: Any) -> str:
@@ -178,7 +178,7 @@ def _shown(value: Any) -> str:
     try:
         text = repr(value)
     except ValueError:  # Python prints no whole number of thousands of digits
-        return "a number of very many digits"
+        return "a number with too many digits to show"
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 

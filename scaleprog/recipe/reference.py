@@ -47,8 +47,8 @@ def group(name: str) -> tuple[str, list[Key]]:
     found = groups()
     if name not in found:
         near = difflib.get_close_matches(name, found, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(found)}"
-        raise RecipeError(f"{name[:100]!r} is no group of keys; {hint}")
+        hint = f"did you mean {near[0]}?" if near else f"the groups are {', '.join(found)}"
+        raise RecipeError(f"{name[:100]!r} is not a group of keys; {hint}")
     return found[name]
 
 
@@ -56,8 +56,8 @@ def markdown() -> str:
     """docs/recipe.md."""
     parts = [
         "# Every key of a recipe",
-        "Written by `scaleprog keys --markdown`; a test keeps it true. `scaleprog keys GROUP` prints one group, and "
-        "`scaleprog keys --schema` the JSON schema, with which editors complete and check recipes.",
+        "`scaleprog keys --markdown` writes this page, and a test checks it. `scaleprog keys GROUP` prints one group, "
+        "and `scaleprog keys --schema` prints the JSON schema, from which editors complete and check recipes.",
     ]
     for name, (about, rows) in groups().items():
         table = ["| key | takes | default | meaning |", "|---|---|---|---|"]

@@ -41,11 +41,11 @@ class Worlds:
         """
         if self.lanes % world:
             return (
-                f"{world} ranks do not divide data.lanes, {self.lanes}; a new run with {self._change(world)} can use "
-                "them"
+                f"{world} ranks do not divide data.lanes, {self.lanes}; to use them, start a new run with "
+                f"{self._change(world)}"
             )
         if world % (shard := self.shard or per_node or world):
-            return f"sharding.shard: {world} ranks are not a multiple of {shard}, the ranks that hold one copy"
+            return f"sharding.shard: {world} ranks are not a multiple of {shard}, the ranks that share one copy"
         return ""
 
     def check_lanes(self) -> None:
@@ -58,11 +58,11 @@ class Worlds:
             return
         kind = "a whole number"
         if self.pairs:
-            kind = "an even number" if self.pairs == 1 else f"an even number from {2 * self.pairs} on"
-            kind += ", which Mixup and CutMix need" + (f" with augment.repeats={self.pairs}" if self.pairs > 1 else "")
+            kind = "an even number" if self.pairs == 1 else f"an even number of at least {2 * self.pairs}"
+            kind += ", as Mixup and CutMix need" + (f" with augment.repeats={self.pairs}" if self.pairs > 1 else "")
         raise RecipeError(
-            f"data.lanes: {self.batch} images in {self.lanes} lanes are not {kind} in each; this works: "
-            f"{self._change(1)}"
+            f"data.lanes: {self.batch} images in {self.lanes} lanes do not give each lane {kind}; "
+            f"use {self._change(1)}"
         )
 
     def check(self, world: int, per_node: int | None = None) -> None:
@@ -86,4 +86,4 @@ class Worlds:
         lanes = max(n for n in range(world, min(self.lanes, batch) + world, world) if self._fills(n, batch))
         if batch == self.batch:
             return f"data.lanes={lanes}"
-        return f"data.lanes={lanes} train.batch={batch}, which changes the training,"
+        return f"data.lanes={lanes} train.batch={batch} (which changes the training)"

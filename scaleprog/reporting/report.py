@@ -36,17 +36,17 @@ RESULTS = {  # column -> key in results.json, format
     "wall s": ("wall_seconds", ".1f"),
 }
 TIMELINES = (
-    "![Steps over the time of day, with what happened](timeline.png)\n\nShares of the time from the first start to the "
-    "last sign of life. Steps and seconds lost count as far as they had been written down, every `train.log_every` "
-    "steps; start-up: from the beginning of the process; down: from the last sign of life to the next beginning; rest: "
-    "what nothing here measures, such as the way out."
+    "![Steps over time, with the events](timeline.png)\n\nShares of the time from the first start to the last sign of "
+    "life. Lost steps and seconds are counted as far as the run recorded them, every `train.log_every` steps. "
+    "start-up: from the beginning of the process; down: from the last sign of life to the next process; "
+    "rest: everything else, such as shutting down."
 )
 SCORES = (
-    "Chosen is the lowest score: loss x time^alpha or, within a budget, what is lost to the complete model's loss per "
-    "step of it that is saved (–: a network that cannot save enough). Where nothing is to be saved any more, the "
-    "complete model is chosen, which has no score."
+    "A search chooses the lowest score: loss x time^alpha or, within a budget, the loss above the complete model's per "
+    "saved step of the complete model (–: a network that cannot save enough). When nothing more has to be saved, it "
+    "chooses the complete model, which has no score."
 )
-SHORT = ("run", "schedule", "stages", "top-1 best", "train s", "speedup", "wall s", "by the wall")  # on a terminal
+SHORT = ("run", "schedule", "stages", "top-1 best", "train s", "speedup", "wall s", "wall speedup")  # on a terminal
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ScaleprogError(f"{out}: no folder for a report can be made there: {error.strerror}") from error
+        raise ScaleprogError(f"{out}: cannot create a folder for the report: {error.strerror}") from error
     baseline = next((g for g in groups if g.runs[0].schedule == "Original" and g.values("train_seconds")), None)
     rivals = [group for group in groups if group is not baseline and group.timed]
     compared = [baseline, *rivals] if baseline is not None and baseline.timed and rivals else []
@@ -106,18 +106,18 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
                 out / "verdict.png", [(g.name, g.mean("train_seconds"), g.mean("top1_best")) for g in compared]
             )
     except OSError as error:
-        raise ScaleprogError(f"{error.filename or out}: the report cannot be written: {reason(error)}") from error
+        raise ScaleprogError(f"{error.filename or out}: cannot write the report: {reason(error)}") from error
     speedup, by_wall = (_speedup(baseline, key) for key in ("train_seconds", "wall_seconds"))
     metrics = _further_metrics(told)
     rows = [_row(run, metrics, speedup, by_wall) for run in told]
     parts = [
         "# Comparison of runs",
         *map(as_markdown, verdicts),
-        *(["![Seconds of training, and the accuracy at their end](verdict.png)"] if verdicts else []),
+        *(["![Seconds of training and final accuracy](verdict.png)"] if verdicts else []),
         _about_baseline(baseline, told),
         _markdown(rows),
         "train s: forward, backward and optimizer of all training steps, supernets included; CPU s: CPU time of rank 0 "
-        "during these; scoring s: measuring the candidates of the searches; wall s: everything.",
+        "during these steps; scoring s: measuring the candidates of the searches; wall s: everything.",
         *_means(groups, speedup),
         "## Accuracy over training time\n\n![Top-1 against training seconds](accuracy_over_time.png)",
         "## Growth schedules\n\n![Resolution and depth over the steps](schedule.png)",
@@ -130,7 +130,7 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
     try:
         write_whole(report, "\n\n".join(parts) + "\n")
     except OSError as error:
-        raise ScaleprogError(f"{report}: the report cannot be written: {reason(error)}") from error
+        raise ScaleprogError(f"{report}: cannot write the report: {reason(error)}") from error
     left_out = [f"{run.name}: {trouble}" for run in told for trouble in run.troubles]
     return "\n".join([_plain(rows, SHORT), "", *map(as_text, [*verdicts, *left_out, report])])
 
@@ -189,7 +189,7 @@ def _verdict(baseline: Group, rival: Group) -> str:
     return (
         f"{rival.name} ({rival.runs[0].schedule}) reaches {mine:.2f} % where {baseline.name} reaches {theirs:.2f} %, "
         f"in {own:.0f} s of training instead of {training:.0f} s ({training / own - 1:+.0%} speedup), "
-        f"and in {own_wall:.0f} s instead of {wall:.0f} s by the wall ({wall / own_wall - 1:+.0%})."
+        f"and in {own_wall:.0f} s instead of {wall:.0f} s of wall time ({wall / own_wall - 1:+.0%})."
     )
 
 
@@ -225,7 +225,7 @@ def _row(
         **{column: _cell(results[key], spec) for column, (key, spec) in RESULTS.items()},
         **{metric: _cell(_percent(results, metric), ".2f") for metric in metrics},
         "speedup": _cell(speedup(results["train_seconds"]) if run.finished else None, "+.1%"),
-        "by the wall": _cell(by_wall(results["wall_seconds"]) if run.finished else None, "+.1%"),
+        "wall speedup": _cell(by_wall(results["wall_seconds"]) if run.finished else None, "+.1%"),
     }
 
 
@@ -238,7 +238,7 @@ def _about_baseline(baseline: Group | None, runs: Sequence[RunRecord]) -> str:
     several = f", the mean of {len(seconds)} runs" if len(seconds) > 1 else ""
     return (
         f"The baseline is **{as_markdown(baseline.name)}** with {mean(seconds):.1f} s of training steps{several}. "
-        "Speedup is the baseline's training seconds / the run's - 1; by the wall, of everything."
+        "Speedup is the baseline's training seconds / the run's - 1; wall speedup is the same for wall time."
     )
 
 

@@ -166,8 +166,8 @@ def describe(timeline: Timeline | None, events: Sequence[Row]) -> list[str]:
         _listing(
             f"growths in {sum(e['seconds'] for e in growths):.2f} s",
             [
-                f"stage {e['stage']} {'supernet up to ' * (e['phase'] == 'supernet')}{e['resolution']}x{e['depth']} "
-                f"at step {e['step']} ({e['seconds']:.2f} s)"
+                f"stage {e['stage']} {'supernet up to ' if e['phase'] == 'supernet' else ''}"
+                f"{e['resolution']}x{e['depth']} at step {e['step']} ({e['seconds']:.2f} s)"
                 for e in growths
             ],
         ),
@@ -192,8 +192,8 @@ def table_row(timeline: Timeline) -> dict[str, str]:
     return {
         "run": timeline.name,
         "starts": str(len(timeline.starts)),
-        "steps again": str(timeline.lost),
-        "in all": span(timeline.wall),
+        "steps retrained": str(timeline.lost),
+        "total": span(timeline.wall),
         **shares,
     }
 
@@ -365,9 +365,7 @@ def _costs(
     gaps = [(before.end, queued_from(before, after), after.began) for before, after in pairwise(starts)]
     costs: dict[str, float | None] = {
         "training": sum(row["step_seconds"] for row in steps),
-        "trained again": sum(e["repeated_seconds"] for e in lost)
-        if all("repeated_seconds" in e for e in lost)
-        else None,
+        "retrained": sum(e["repeated_seconds"] for e in lost) if all("repeated_seconds" in e for e in lost) else None,
         "data wait": sum(row["data_wait_seconds"] for row in steps),
         "checkpoint stall": total("stall", "checkpoint", "checkpoint_failed"),
         "evaluation, scoring": total("seconds", "evaluation", "measurement") if evaluated else None,
@@ -388,7 +386,7 @@ def queued_from(before: Start, after: Start) -> float | None:
 
 def _again(start: Row) -> str:
     steps = start.get("repeated_steps", 0)
-    return f", {steps} steps to be trained again" if steps else ""
+    return f", {steps} steps to retrain" if steps else ""
 
 
 def _at(event: Row) -> str:

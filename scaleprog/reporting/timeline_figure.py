@@ -34,8 +34,8 @@ from scaleprog.reporting.timeline import Mark, Start, Timeline, queued_from, spa
 
 MARKS = {  # kind of mark in a timeline -> marker, color, text for the legend
     "checkpoint": ("|", BLUE, "checkpoint"), "checkpoint_failed": ("X", ORANGE, "checkpoint failed"),
-    "growth": ("^", GREEN, "growth"), "choice": ("D", BLACK, "choice of the search"), "signal": ("v", ORANGE, "signal"),
-    "stop": ("s", BLUE, "left in order"), "killed": ("X", VERMILION, "ended otherwise"),
+    "growth": ("^", GREEN, "growth"), "choice": ("D", BLACK, "search's choice"), "signal": ("v", ORANGE, "signal"),
+    "stop": ("s", BLUE, "stopped cleanly"), "killed": ("X", VERMILION, "ended abnormally"),
     "requeue": (">", BLACK, "requeued"), "finish": ("*", GREEN, "finished"),
 }  # fmt: skip
 STARTING, DOWN, QUEUE = "#cfe0ee", "#ececec", "#dadada"
@@ -63,7 +63,7 @@ def draw_timelines(path: Path, timelines: Sequence[Timeline]) -> None:
         if kind in used
     ]
     if any(timeline.lost for timeline in timelines):
-        legend.append(Line2D([], [], linestyle=":", color=VERMILION, linewidth=2, label="lost, trained again"))
+        legend.append(Line2D([], [], linestyle=":", color=VERMILION, linewidth=2, label="lost, retrained"))
     legend += [Patch(color=shade, label=f"{resolution} px") for resolution, shade in legend_shades(shades)]
     legend.append(Patch(facecolor="#999999", hatch="////", label="supernet"))
     legend.append(Patch(color=STARTING, label="start-up"))
@@ -88,7 +88,7 @@ def _draw_timeline(above: Axes, below: Axes, timeline: Timeline, shades: Mapping
         requeued = queued_from(before, after) or after.began
         for begin, end, what, color in (
             (before.end, requeued, "down", DOWN),
-            (requeued, after.began, "in the queue", QUEUE),
+            (requeued, after.began, "queued", QUEUE),
         ):
             for axes in (above, below):
                 axes.axvspan(begin / size, end / size, color=color, linewidth=0, zorder=0)
@@ -106,7 +106,7 @@ def _draw_timeline(above: Axes, below: Axes, timeline: Timeline, shades: Mapping
     above.set_title(_summary(timeline), loc="left", fontsize=9, color="#555555", pad=16 + 12 * levels)
     above.set(ylabel="optimizer steps", xlim=(0, wall), ylim=(0, None))
     above.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    below.set(xlabel=f"since the first start ({unit})", ylim=(-0.5, 0.5), yticks=[])
+    below.set(xlabel=f"time since the first start ({unit})", ylim=(-0.5, 0.5), yticks=[])
     below.spines["left"].set_visible(False)
     below.grid(visible=False)
 
@@ -146,7 +146,7 @@ def _summary(timeline: Timeline) -> str:
     """When the run began, how long it took, how many starts it had, and what share of the time went where."""
     starts = f"{len(timeline.starts)} starts" if len(timeline.starts) > 1 else "one start"
     starts += f" (drawn: the last {STARTS})" if len(timeline.starts) > STARTS else ""
-    again = [f"{timeline.lost} steps trained again"] if timeline.lost else []
+    again = [f"{timeline.lost} steps retrained"] if timeline.lost else []
     begun = time.strftime("began %d %b %Y %H:%M:%S", time.localtime(timeline.epoch))
     wall = max(timeline.wall, 1e-9)
     shares = {what: (timeline.costs[what] or 0.0) / wall for what in ("training", "start-up", "queue", "down")}

@@ -39,7 +39,7 @@ from scaleprog.rundir.tensorfile import NAMES
 from scaleprog.sharding.placement import LocalSlice, share_out
 
 RUN_ID = "run.id"
-ELSEWHERE = "move it to where it belongs; then the newest of this run's own is taken"
+ELSEWHERE = "move it to its own run directory; scaleprog then uses this run's newest"
 
 
 @dataclass(frozen=True)
@@ -207,12 +207,12 @@ class Checkpoints:
         differences = self._owner.differences(manifest.recipe)
         if differences:
             listing = "\n".join(f"  {line}" for line in differences)
-            raise OtherRun(f"{path}: is a checkpoint of another recipe:\n{listing}\n{ELSEWHERE}")
+            raise OtherRun(f"{path}: a checkpoint of another recipe:\n{listing}\n{ELSEWHERE}")
         if run is None and self._generation:  # `run.id` is lost; the newest checkpoint restores it
             with self._fence(), suppress(OSError):
                 write_whole(self.folder.parent / RUN_ID, manifest.run)
         if run not in (None, manifest.run):
-            raise OtherRun(f"{path}: is a checkpoint of another run of the same recipe; {ELSEWHERE}")
+            raise OtherRun(f"{path}: a checkpoint of another run of the same recipe; {ELSEWHERE}")
 
     @property
     def newest_step(self) -> int:
@@ -224,11 +224,9 @@ class Checkpoints:
         self.wait()
         path = self.folder / f"step-{step:08d}"
         try:
-            self.coordinator.on_rank_0(
-                "checkpoint to go back to", lambda: self._verify(path, run_of(self.folder.parent))
-            )
+            self.coordinator.on_rank_0("checkpoint to restore", lambda: self._verify(path, run_of(self.folder.parent)))
         except CheckpointError as error:
-            raise CheckpointError(f"cannot go back to the weights from before the search: {error}") from None
+            raise CheckpointError(f"cannot restore the weights from before the search: {error}") from None
         return path
 
     def tidy(self) -> None:
@@ -309,7 +307,7 @@ def run_of(folder: Path) -> str | None:
     with opened(path) as file:
         run = file.read(100)
         if not re.fullmatch(RUN.encode(), run):
-            raise ValueError("names no run; delete it if the checkpoints beside it are this run's")
+            raise ValueError("does not name a run; delete it if the checkpoints beside it are this run's")
     return run.decode()
 
 

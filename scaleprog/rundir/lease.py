@@ -108,7 +108,7 @@ class Lease:
     def _check(self) -> None:
         owner = read_owner(self.folder)
         if owner is None or owner.generation != self.generation:
-            by = "nobody" if owner is None else f"generation {owner.generation} ({owner})"
+            by = "an unknown start" if owner is None else f"generation {owner.generation} ({owner})"
             raise Superseded(f"{self.folder}: generation {self.generation} was superseded by {by}; nothing was written")
 
 
@@ -142,11 +142,11 @@ def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
         me = _this_process(1 if other is None else other.generation + 1)
         if other is not None and me.job is not None and other.job == me.job:
             if other.restart > me.restart:
-                raise Superseded(f"{folder}: restart {me.restart} of this job comes after {other}")
+                raise Superseded(f"{folder}: {other} has already taken over from restart {me.restart}")
         elif other is not None and is_alive(other, folder):
             raise CheckpointError(f"{folder} is in use by {other}; wait for it, cancel it, or use another --run-dir")
         if not FITS["generation"](me.generation):
-            raise CheckpointError(f"{folder / OWNER}: no generation comes after the last; delete it")
+            raise CheckpointError(f"{folder / OWNER}: the generation is at its maximum; delete the file")
         check_recipe(folder, recipe)
         check_folders(folder)
         try:
@@ -155,7 +155,7 @@ def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
             write_whole(folder / OWNER, json.dumps(asdict(me)))
             os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # never closed: `ask_to_stop` looks for it
         except OSError as error:
-            raise Unavailable(f"{folder}: cannot be written to: {error}") from error
+            raise Unavailable(f"{folder}: cannot write there: {error}") from error
     return me.generation, me.nonce
 
 
@@ -178,7 +178,7 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
     if path.exists() and (differences := recipe.differences(Recipe.of_run(folder))):
         listing = "\n".join(f"  {line}" for line in differences)
         raise CheckpointError(
-            f"{folder} is the run directory of another recipe:\n{listing}\nuse another --run-dir, or this recipe"
+            f"{folder} is the run directory of another recipe:\n{listing}\nuse another --run-dir, or that recipe"
         )
 
 
@@ -187,8 +187,8 @@ def check_folders(folder: Path) -> None:
     for path in (folder / "checkpoints", folder / "tensorboard", *folder.glob("tensorboard/*")):
         if path.is_symlink():
             raise CheckpointError(
-                f"{path}: a link; a run directory holds folders of its own. Where there is more room, link the whole "
-                "run directory, or use another --run-dir"
+                f"{path}: a symbolic link; a run directory needs folders of its own. To use another disk, link the "
+                "whole run directory, or use another --run-dir"
             )
 
 

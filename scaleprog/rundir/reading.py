@@ -53,7 +53,7 @@ def read(path: Path, kind: TypeAdapter[Any], last: int | None = None) -> Told:
                 if line.endswith(b"\n") and not line.isspace():
                     damaged, first = damaged + 1, first or number
             if len(rows) >= MOST_ROWS or damaged >= MOST_DAMAGED:
-                rest = f"; nothing after line {number} was read"
+                rest = f"; scaleprog read nothing after line {number}"
                 break
     except FileNotFoundError:
         return Told([])
@@ -61,8 +61,8 @@ def read(path: Path, kind: TypeAdapter[Any], last: int | None = None) -> Told:
         return Told([], f"{path.name} is left out: {reason(error)}")
     if not damaged:
         return Told(rows, f"{path.name} is very long{rest}" if rest else "")
-    where = f"the first of them line {first}" if last is None else "among the last"
-    are = "is no record" if damaged == 1 else "are no records"
+    where = f"the first is line {first}" if last is None else "among the last lines"
+    are = "is not a record" if damaged == 1 else "are not records"
     return Told(rows, f"{path.name}: {counted(damaged, 'line')} of {number} {are} and left out ({where}){rest}")
 
 

@@ -257,7 +257,7 @@ class _Appended:
             self._refused = b""
         except OSError as error:
             if not self._refused:
-                self._tell(f"{error}; kept for later")
+                self._tell(f"{error}; will retry")
             self._refused = data
 
     def sync(self) -> None:
@@ -266,7 +266,7 @@ class _Appended:
 
     def close(self) -> None:
         if self._refused:
-            self._tell(f"the last {len(self._refused)} bytes ARE LOST, the disk did not take them")
+            self._tell(f"the last {len(self._refused)} bytes ARE LOST: the disk refused them")
         try:
             self.file.close()
         except OSError as error:  # a network file system may report a failed write only now
@@ -352,10 +352,10 @@ def _to_be_recorded(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"{error.filename or path}: nothing can be recorded there: {reason(error)}"
+        what = f"{error.filename or path}: cannot record there: {reason(error)}"
         if error.errno in IN_THE_WAY:
             raise CheckpointError(f"{what}; move it away and start again") from error
-        raise Unavailable(f"{what}; put that right and start again") from error
+        raise Unavailable(f"{what}; fix that and start again") from error
 
 
 def _truncate(path: Path, step: int, redo_evaluation: bool) -> dict[str, Any]:
@@ -389,7 +389,7 @@ def _truncate(path: Path, step: int, redo_evaluation: bool) -> dict[str, Any]:
     if path.is_symlink() or path.exists():
         write_parts(path, kept())
     if damaged:
-        print(f"{as_text(path)}: {counted(damaged, 'line')} that told of no step dropped", file=sys.stderr, flush=True)
+        print(f"{as_text(path)}: dropped {counted(damaged, 'line')} without a step", file=sys.stderr, flush=True)
     told: dict[str, Any] = {"repeated_steps": len(lost)}
     if lost and all(row.keys() >= {"time", "step_seconds", "data_wait_seconds"} for row in lost):  # not in early rows
         seconds = [row["step_seconds"] + row["data_wait_seconds"] for row in lost]

@@ -140,11 +140,11 @@ class Chosen(TypedDict):
 def _whole(choice: Any) -> Any:
     """Refuses a decision whose parts do not fit together."""
     if not len(choice["candidates"]) == len(choice["losses"]) == len(choice["times"]) == len(choice["scores"]):
-        raise ValueError("not as many losses, times and scores as candidates")
+        raise ValueError("candidates, losses, times and scores differ in number")
     if choice["chosen"] not in choice["candidates"]:
-        raise ValueError("what was chosen is no candidate")
+        raise ValueError("the choice is not a candidate")
     if choice["alpha"] is None and choice.get("complete_from") is None:
-        raise ValueError("neither alpha nor complete_from")
+        raise ValueError("it has neither alpha nor complete_from")
     return choice
 
 

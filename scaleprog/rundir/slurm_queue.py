@@ -116,7 +116,7 @@ def hosts(nodelist: str) -> list[str]:
         with suppress(RecursionError):
             names = list(islice(_hosts(nodelist), MOST_HOSTS + 1))
     if not 1 <= len(names) <= MOST_HOSTS:
-        raise ScaleprogError(f"{as_text(nodelist, most=200)!r} is no list of nodes such as gpu[08-10,12],login")
+        raise ScaleprogError(f"{as_text(nodelist, most=200)!r} is not a list of nodes such as gpu[08-10,12],login")
     return names
 
 
@@ -156,7 +156,7 @@ def _ask(*command: str) -> _Answer:
             start_new_session=True,
         )
     except FileNotFoundError:
-        raise NoAnswer(f"no Slurm on {os.uname().nodename}: {command[0]} is not there") from None
+        raise NoAnswer(f"no Slurm on {os.uname().nodename}: {command[0]} not found") from None
     except (OSError, ValueError) as error:
         raise NoAnswer(f"{command[0]}: {error}") from error
     with _ended(process):
@@ -164,7 +164,7 @@ def _ask(*command: str) -> _Answer:
         try:
             code = process.wait(timeout=ANSWER_SECONDS)
         except subprocess.TimeoutExpired:
-            raise NoAnswer(f"{command[0]}: no end after {ANSWER_SECONDS:.0f} s") from None
+            raise NoAnswer(f"{command[0]}: did not end within {ANSWER_SECONDS:.0f} s") from None
     return _Answer(code, *(part.decode("utf-8", "replace") for part in told))
 
 
@@ -185,7 +185,7 @@ def _read_all(process: subprocess.Popen[bytes], name: str) -> list[bytearray]:
                 if not part:
                     open_ends.unregister(key.fileobj)
             if max(map(len, told)) > ANSWER_BYTES:
-                raise NoAnswer(f"{name}: more than {ANSWER_BYTES} bytes are no answer")
+                raise NoAnswer(f"{name}: printed more than {ANSWER_BYTES} bytes")
             if time.monotonic() > give_up:
                 raise NoAnswer(f"{name}: no answer within {ANSWER_SECONDS:.0f} s")
             if not ready and process.poll() is not None:
@@ -232,7 +232,7 @@ def _read(told: str) -> Job:
     command = re.search(r" Command=(.*?) WorkDir=(.*?) StdErr=", line)
     state, end, restarts = value("JobState"), number("EndTime"), number("Restarts")
     if not end_of_line or not re.fullmatch("[A-Z_]{4,40}", state) or (restarts is None and value("Restarts")):
-        raise NoAnswer(f"scontrol: not to be understood: {as_text(first_line(line), most=100)!r}")
+        raise NoAnswer(f"scontrol: cannot parse its answer {as_text(first_line(line), most=100)!r}")
     return Job(
         id=value("JobId"),
         name=name[1] if name else "",

@@ -205,7 +205,7 @@ def _check(values: Mapping[str, Any]) -> None:
     expected = _StateValues.model_fields.keys()
     if unlike := expected ^ values.keys():
         name = min(unlike)
-        raise CheckpointError(f"state: {name!r} is {'missing' if name in expected else 'nothing that a state has'}")
+        raise CheckpointError(f"state: {name!r} is {'missing' if name in expected else 'unknown'}")
     if isinstance(values["accuracies"], dict) and len(values["accuracies"]) > ACCURACIES:
         raise CheckpointError(f"state: more than {ACCURACIES} accuracies")
     try:
@@ -216,13 +216,13 @@ def _check(values: Mapping[str, Any]) -> None:
         raise CheckpointError(f"state: {where[:100]!r}: {problem['msg']}, got {found}") from None
     for number, decision in enumerate(state.decisions):
         if len({len(getattr(decision, key)) for key in ("candidates", "losses", "times", "scores")}) != 1:
-            raise CheckpointError(f"state: decision {number} has not one loss, time and score for each candidate")
+            raise CheckpointError(f"state: decision {number} does not have one loss, time and score per candidate")
     named = [[row[:2] for row in rows] for rows in (*state.measured, state.errors)]
     named.append([row[:2] for row in state.step_seconds])
     if any(len(set(subnets)) < len(subnets) for subnets in named):
-        raise CheckpointError("state: 'measured', 'errors' or 'step_seconds' have a sub-network twice")
+        raise CheckpointError("state: 'measured', 'errors' or 'step_seconds' have a Subnet twice")
     if not all(seconds for _, _, seconds in state.step_seconds):
-        raise CheckpointError("state: 'step_seconds' has a sub-network without any")
+        raise CheckpointError("state: 'step_seconds' has a Subnet without times")
 
 
 ACCURACIES = 1000

@@ -161,7 +161,7 @@ def verify(path: Path, most: int | None = None) -> Manifest:
     manifest = read_manifest(path)
     size = sum(size for size, _ in manifest.files.values())
     if most is not None and size > most:
-        raise CheckpointError(f"{path}: {size} bytes, but the complete model of this run has no more than {most}")
+        raise CheckpointError(f"{path}: {size} bytes, but a checkpoint of this run has at most {most}")
     for rank, held in manifest.held.items():
         with opened(path / file_name(rank)) as file:
             tensorfile.check(file, Layout.of(held), manifest.files[file_name(rank)][1])
@@ -173,7 +173,7 @@ def read_manifest(path: Path) -> Manifest:
     where = path / MANIFEST
     with opened(where) as file:
         if path.is_symlink():
-            raise CheckpointError(f"{path}: a link; a checkpoint is a folder of its own")
+            raise CheckpointError(f"{path}: a symbolic link; a checkpoint must be a folder of its own")
         content = file.read(MANIFEST_BYTES + 1)
         if len(content) > MANIFEST_BYTES:
             raise ValueError(f"more than {MANIFEST_BYTES} bytes")
@@ -184,17 +184,17 @@ def read_manifest(path: Path) -> Manifest:
         except RecursionError:
             raise ValueError("nested too deeply") from None
         if values.get("kind") != KIND or type(values.get("format")) is not int:
-            raise ValueError("not of a checkpoint")
+            raise ValueError("not a manifest of a checkpoint")
         if values["format"] != FORMAT:
             raise OtherFormat(
-                f"{where}: format {values['format']}, this version of scaleprog reads {FORMAT}; "
-                f"use the version that wrote it, {_version(values)}"
+                f"{where}: format {values['format']}, but this version of scaleprog reads {FORMAT}; "
+                f"use the version that wrote it: {_version(values)}"
             )
         manifest = _checked(values)
     named = re.fullmatch(r"\.?step-([0-9]+)(\.old)?", path.name)
     if named and int(named[1]) != manifest.step:
         raise OtherRun(
-            f"{path}: holds step {manifest.step}, so it was renamed or put in the place of another; "
+            f"{path}: holds step {manifest.step}, so it was renamed or replaced another checkpoint; "
             f"its name must be step-{manifest.step:08d}"
         )
     return manifest
@@ -204,24 +204,24 @@ def _checked(values: Mapping[str, Any]) -> Manifest:
     """Builds a manifest from untrusted JSON values. Raises ValueError."""
     run, step, permanent = values.get("run"), values.get("step"), values.get("permanent")
     if not (isinstance(run, str) and re.fullmatch(RUN, run)):
-        raise ValueError("`run` names no run")
+        raise ValueError("`run` does not name a run")
     if not _is_count(step) or step >= 2**53:
-        raise ValueError("`step` is no number of a step")
+        raise ValueError("`step` is not a step number")
     if not isinstance(permanent, bool):
         raise ValueError("`permanent` is neither true nor false")
     if len(_mapping(values, "tensors")) > TENSORS:
-        raise ValueError(f"`tensors`: more than {TENSORS}")
+        raise ValueError(f"`tensors`: more than {TENSORS} tensors")
     recipe, state, files, tensors = (_mapping(values, key) for key in ("recipe", "state", "files", "tensors"))
     manifest = Manifest(run, step, permanent, recipe, state, {}, {n: _stored(n, t) for n, t in tensors.items()})
     if files.keys() != (expected := {file_name(rank) for rank in manifest.held}):
-        raise ValueError(f"`files` differ from those that hold tensors: {_shown(min(files.keys() ^ expected))}")
+        raise ValueError(f"`files` does not match the files that hold tensors: {_shown(min(files.keys() ^ expected))}")
     for rank, held in manifest.held.items():
         name = file_name(rank)
         file = files[name]
         if not (isinstance(file, list) and len(file) == 2 and _is_count(file[0]) and _is_digest(file[1])):
-            raise ValueError(f"`files`: {name} has no size and checksum")
+            raise ValueError(f"`files`: {name} needs a size and a checksum")
         if file[0] != (size := Layout.of(held).size):
-            raise ValueError(f"`files`: {name} has {file[0]} bytes, its tensors make {size}")
+            raise ValueError(f"`files`: {name} has {file[0]} bytes, but its tensors need {size}")
         manifest.files[name] = file[0], file[1]
     return manifest
 
@@ -229,13 +229,13 @@ def _checked(values: Mapping[str, Any]) -> Manifest:
 def _mapping(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = values.get(key)
     if not isinstance(value, dict):
-        raise ValueError(f"`{key}` is no mapping")
+        raise ValueError(f"`{key}` is not a mapping")
     return value
 
 
 def _stored(name: str, value: Any) -> Stored:
     if not re.fullmatch(r"[\w./-]{1,200}", name, re.ASCII):
-        raise ValueError(f"`tensors`: {_shown(name)} is no name of a tensor")
+        raise ValueError(f"`tensors`: {_shown(name)} is not a tensor name")
     if not (
         isinstance(value, list)
         and len(value) == 3
@@ -244,7 +244,7 @@ def _stored(name: str, value: Any) -> Stored:
         and _is_count(value[1])
         and isinstance(value[2], list)
     ):
-        raise ValueError(f"`tensors`: {name} has no type, size and chunks")
+        raise ValueError(f"`tensors`: {name} needs a type, a size and chunks")
     dtype, numel, chunks = value
     for chunk in chunks:
         if not (
@@ -254,9 +254,9 @@ def _stored(name: str, value: Any) -> Stored:
             and chunk[0] < RANKS
             and chunk[1] > 0
         ):
-            raise ValueError(f"`tensors`: {name} has a chunk that is no rank and length")
+            raise ValueError(f"`tensors`: {name} has a chunk that is not a rank and a length")
     if sum(length for _, length in chunks) != numel:
-        raise ValueError(f"`tensors`: the chunks of {name} do not make up its {numel} elements")
+        raise ValueError(f"`tensors`: the chunks of {name} do not add up to its {numel} elements")
     if len({rank for rank, _ in chunks}) < len(chunks):
         raise ValueError(f"`tensors`: {name} has two chunks of one rank")
     return Stored(dtype, numel, tuple((rank, length) for rank, length in chunks))
@@ -306,9 +306,9 @@ def publish(temporary: Path, final: Path, manifest: Manifest) -> int:
     try:
         text = json.dumps({**values, "checksum": _checksum(values)}, allow_nan=False)
     except ValueError as error:  # readers would refuse NaN and infinity
-        raise CheckpointError(f"{temporary / MANIFEST}: the state cannot be written: {error}") from error
+        raise CheckpointError(f"{temporary / MANIFEST}: cannot write the state: {error}") from error
     if len(text) > MANIFEST_BYTES:
-        raise CheckpointError(f"{temporary / MANIFEST}: {len(text)} bytes, more than is ever read ({MANIFEST_BYTES})")
+        raise CheckpointError(f"{temporary / MANIFEST}: {len(text)} bytes, more than the limit of {MANIFEST_BYTES}")
     with open(temporary / MANIFEST, "w") as file:
         file.write(text)
         file.flush()
@@ -380,7 +380,7 @@ def _is_digest(value: Any) -> bool:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _version(values: Mapping[str, Any]) -> str:
@@ -388,7 +388,7 @@ def _version(values: Mapping[str, Any]) -> str:
     versions = values.get("versions")
     version = versions.get("scaleprog") if isinstance(versions, dict) else None
     known = isinstance(version, str) and re.fullmatch(r"[0-9a-z.+]{1,40}", version)
-    return str(version) if known else "which it does not say"
+    return str(version) if known else "unknown"
 
 
 def _shown(name: str) -> str:

@@ -82,7 +82,7 @@ def check(file: BufferedReader, layout: Layout, sha256: str | None = None) -> No
         raise ValueError("the checksum differs")
     file.seek(0)
     if file.read(len(layout.header)) != layout.header:
-        raise ValueError("its header is not that of the tensors which the manifest says it holds")
+        raise ValueError("its header does not match the manifest's tensors")
 
 
 def read(file: BufferedReader, start: int, target: Tensor) -> None:
@@ -97,7 +97,7 @@ def read(file: BufferedReader, start: int, target: Tensor) -> None:
     while done < len(content):
         count = file.readinto(content[done:])
         if not count:
-            raise ValueError(f"ends at {start + done} bytes")
+            raise ValueError(f"ends after {start + done} bytes")
         done += count
     if host is not target:
         target.copy_(host)

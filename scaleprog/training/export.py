@@ -75,7 +75,7 @@ def export_run(run: Path, out: Path) -> str:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out, {"timm": json.dumps(arguments), "weights": chosen, "step": str(state.step)})
     except (OSError, SafetensorError) as error:
-        raise ScaleprogError(f"{out}: cannot be written: {error}") from error
+        raise ScaleprogError(f"{out}: cannot write it: {error}") from error
     keywords = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     return (
         f"{out}: {chosen} weights of step {state.step}\n"
@@ -115,6 +115,6 @@ def _fitting(recipe: Recipe, resolution: int) -> int:
 def _better(state: RunState, emas: int) -> tuple[int | None, str]:
     """The better weights in the last evaluation: the index of the EMA (None: online), and "ema" or "online"."""
     if not state.accuracies:
-        raise CheckpointError(f"step {state.step} has no evaluation yet; continue the training first")
+        raise CheckpointError(f"step {state.step} has no evaluation yet; resume the run first")
     found = Accuracies(state.accuracies)
     return (None if found.weights == "online" else found.best_ema(emas)), found.weights

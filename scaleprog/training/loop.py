@@ -364,7 +364,7 @@ def finish(run: Run) -> dict[str, Any]:
         try:
             write_whole(run.folder / RESULTS, json.dumps(results, indent=1))
         except OSError as error:
-            raise Unavailable(f"{run.folder / RESULTS}: {error}; start again, only this is left to be done") from error
+            raise Unavailable(f"{run.folder / RESULTS}: {error}; start again; only this file is missing") from error
 
     run.coordinator.on_rank_0("results", write)
     run.recorder.event("finish", step=run.state.step, top1_best=results["top1_best"])

@@ -99,7 +99,7 @@ def load_network(checkpoint: Path, state: RunState, backend: Backend, may_skip_l
         for name, part in parts.items() if subset else ():  # an engine may group parameters by these step counts
             count = float(part.tensor)
             if not (0 <= count <= state.step and count.is_integer()):
-                raise CheckpointError(f"{checkpoint}: {name} is {count}, which is no number of steps so far")
+                raise CheckpointError(f"{checkpoint}: {name} is {count}, which is not a possible number of steps")
 
     backend.growths = state.growths
     backend.restore(Structure(state.gated), may_skip_layers, load)
@@ -161,17 +161,17 @@ def tell_signal(recorder: Recorder, checkpoints: Checkpoints, state: RunState, n
     steps = state.step - checkpoints.newest_step
     seconds = steps * state.wall_seconds / max(1, state.step)
     recorder.own_event("signal", signal=name, unsaved_steps=steps, unsaved_seconds=seconds)
-    print(f"rank {rank}: {name}, stopping after a step that all ranks agree on", file=sys.stderr, flush=True)
+    print(f"rank {rank}: {name}; all ranks will stop after the same step", file=sys.stderr, flush=True)
     if rank == 0:
-        loss = f"{steps} steps since the last checkpoint, about {seconds:.1f} s of training"
-        print(f"rank 0: lost if there is no time for another: {loss}", file=sys.stderr, flush=True)
+        loss = f"the {steps} steps since the last checkpoint, about {seconds:.1f} s of training"
+        print(f"rank 0: without time for another checkpoint, the run loses {loss}", file=sys.stderr, flush=True)
 
 
 def leave_at_once(recorder: Recorder) -> None:
     """Ends the process at a second signal, without another checkpoint; runs in a thread."""
     try:
         recorder.own_event("hurried")
-        print("a second signal: leaving without a checkpoint of this step", file=sys.stderr, flush=True)
+        print("a second signal: exiting without a checkpoint of this step", file=sys.stderr, flush=True)
     finally:
         os._exit(EXIT_CODE)
 

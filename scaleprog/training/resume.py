@@ -36,7 +36,7 @@ def owner_of(recipe: Recipe) -> Owner:
 def _differences(recipe: Recipe, kept: Mapping[str, Any]) -> list[str]:
     """Why `recipe` cannot resume a run of the recipe `kept` in a checkpoint, in a few short lines; empty if it can."""
     if len(json.dumps(kept)) > LONGEST_RECIPE:
-        return ["it is larger than any"]
+        return ["its recipe is too large"]
     try:
         lines = recipe.differences(Recipe.of(kept, "its recipe"))
     except RecipeError as error:
@@ -73,20 +73,20 @@ def read_run_state(checkpoint: Path, recipe: Recipe, family: type[ElasticModel],
 def _impossible(state: RunState, step: int, recipe: Recipe, family: type[ElasticModel], depth: int) -> Iterator[str]:
     """Yields what no run of the recipe can have in its state, whatever the schedule."""
     if state.step != step:
-        yield f"step {state.step} in its checkpoint of step {step}"
+        yield f"it is at step {state.step}, but its checkpoint is of step {step}"
     if state.phase < 0:
-        yield f"phase {state.phase} in a checkpoint"
+        yield f"its phase is {state.phase}"
     if not 1 <= state.growths <= state.phase + 1:
-        yield f"built {state.growths} networks by phase {state.phase}"
+        yield f"it built {state.growths} networks by phase {state.phase}"
     layers = tuple(map(len, state.gated))
     if not (1 <= sum(layers) <= depth and layers == tuple(family.split(sum(layers)))):
-        yield f"groups of {layers} layers"
+        yield f"its layer groups have {layers} layers"
     known = names(len(recipe.ema.momenta))
     needed = {name for name in known if name.startswith("top1")}  # earlier versions had no other metric
     if state.accuracies and not needed <= state.accuracies.keys() <= known:
-        yield f"accuracies named {sorted(state.accuracies)}"
+        yield f"its accuracies are {sorted(state.accuracies)}"
     if state.best_step > state.step:
-        yield f"its best step, {state.best_step}, after step {state.step}"
+        yield f"its best step is {state.best_step}, after step {state.step}"
 
 
 def _misplaced(state: RunState, plan: Plan) -> Iterator[str]:
@@ -99,34 +99,34 @@ def _misplaced(state: RunState, plan: Plan) -> Iterator[str]:
         search, until = schedule.phases(choices)[-1], decision.complete_from
         position = schedule.position_after(search)
         if not search.searched or state.step < search.stop:
-            yield f"made {number + 1} choices by step {state.step}"
+            yield f"it made {number + 1} choices by step {state.step}"
         if (decision.stage, set(decision.candidates)) != (search.stage, set(search.candidates)):
-            yield f"searched {', '.join(map(str, decision.candidates))} for stage {decision.stage}"
+            yield f"it searched {', '.join(map(str, decision.candidates))} for stage {decision.stage}"
         if decision.chosen not in decision.candidates:
-            yield f"chosen {decision.chosen} without having searched it"
+            yield f"it chose {decision.chosen}, which is not a candidate"
         if (until is None) != (schedule.budget is None) or not (until is None or position <= until <= schedule.steps):
-            yield f"a choice after which the complete model trains from step {until} on"
+            yield f"a choice has the complete model take over at step {until}"
         choices.append(decision.choice)
     phases = schedule.phases(choices)
     if state.phase >= len(phases):
-        yield f"phase {state.phase}, but {len(phases)}"
+        yield f"it is in phase {state.phase}, but there are {len(phases)} phases"
     phase, measured = phases[state.phase], state.measured
     if not phase.start <= state.step <= phase.stop:
-        yield f"step {state.step} in phase {state.phase}"
+        yield f"step {state.step} is outside phase {state.phase}"
     if sum(map(len, state.gated)) != phase.network.depth:
-        yield f"{sum(map(len, state.gated))} layers in phase {state.phase}, but {phase.network.depth}"
+        yield f"{sum(map(len, state.gated))} layers in phase {state.phase}, which has {phase.network.depth}"
     times = plan.recipe.search.measurements if phase.searched else 0
     if len(measured) > times or any(losses.keys() != set(phase.candidates) for losses in measured):
-        yield f"such measurements in phase {state.phase}"
+        yield f"its measurements do not fit phase {state.phase}"
     if state.errors.keys() != (set(phase.candidates) if measured else set()):
-        yield f"such errors of measurements in phase {state.phase}"
+        yield f"its errors of measurements do not fit phase {state.phase}"
     if not state.step_seconds.keys() <= set(phase.candidates):
-        yield f"step times of unknown Subnets in phase {state.phase}"
+        yield f"it has step times of Subnets outside phase {state.phase}"
     undecided = phases[-1].searched and phases[-1].stop <= state.step
     possible = ["measurement", "choice"] if phase.searched else ["evaluation"]
     if state.pending != [task for task in possible if task in state.pending]:
-        yield f"{', '.join(state.pending)[:100]!r} pending in phase {state.phase}"
+        yield f"{', '.join(state.pending)[:100]!r} cannot be pending in phase {state.phase}"
     if undecided != ("choice" in state.pending) or (undecided and not measured and "measurement" not in state.pending):
-        yield f"its search of stage {phases[-1].stage} in such a state"
+        yield f"its search of stage {phases[-1].stage} cannot be in this state"
     if state.step == phases[-1].stop and not undecided and not state.pending and not state.accuracies:
-        yield "reached its end without an evaluation"
+        yield "it reached its end without an evaluation"

@@ -18,8 +18,8 @@ import scaleprog.rundir.checkpoint
 import scaleprog.rundir.storage
 import scaleprog.training.between_steps
 import scaleprog.training.loop
-from launchers.local import launch
 from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
+from scaleprog.launchers.local import launch
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.storage import committed
 

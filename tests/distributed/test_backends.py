@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launchers.local import RankFailed, launch
+from scaleprog.launchers.local import RankFailed, launch
 from tests.distributed import ranks
 
 ZERO = [{"engine": "zero", "stage": stage} for stage in (1, 2, 3)]

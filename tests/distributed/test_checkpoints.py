@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from launchers.local import launch
+from scaleprog.launchers.local import launch
 from tests.distributed import ranks
 
 

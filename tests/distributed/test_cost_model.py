@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from launchers.local import launch
+from scaleprog.launchers.local import launch
 from tests.distributed import ranks
 
 DEPTH = 4

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launchers.local import launch
+from scaleprog.launchers.local import launch
 from scaleprog.models import resolve_family
 from scaleprog.models.cost import units
 from tests.conftest import SHARDINGS

@@ -10,11 +10,11 @@ from PIL import Image
 from skimage import data as photographs
 from sklearn.datasets import load_sample_images
 
-from launchers.local import launch
+from scaleprog.launchers.local import launch
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.recorder import read_rows
+from scaleprog.shards import image_folder
 from scaleprog.training.loop import train_rank
-from shards import image_folder
 
 CLASSES = ("n01440764", "n02123045")
 

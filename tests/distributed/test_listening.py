@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launchers.task import interface
+from scaleprog.launchers.task import interface
 from scaleprog.recipe import Recipe
 from tests.conftest import step_rows
 from tests.listening import Listener, listeners, listeners_until_end

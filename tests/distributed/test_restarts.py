@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import scaleprog.training.loop
-from launchers import status
-from launchers.local import RankFailed, launch
 from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
+from scaleprog.launchers import status
+from scaleprog.launchers.local import RankFailed, launch
 from scaleprog.recipe import Recipe
 from scaleprog.reporting.report import write_report
 from scaleprog.reporting.timeline import read_timeline
@@ -112,7 +112,7 @@ def test_cancel_finds_the_process_that_trains(ranks: int, make_recipe: Callable[
     path.write_text(make_recipe(train={"epochs": 200}).dump())
     training = start(path, run, ranks)
     reached(run, 5, training)
-    assert "is asked to stop after a checkpoint" in status.cancel(run)
+    assert "to save a checkpoint and stop" in status.cancel(run)
     assert training.wait() == EXIT_CODE
     with pytest.raises(ScaleprogError, match="nothing to cancel"):
         status.cancel(run)

@@ -14,7 +14,7 @@ import numpy as np
 from webdataset.writer import ShardWriter
 
 from scaleprog.recipe import Recipe
-from shards.check import write_manifest
+from scaleprog.shards.check import write_manifest
 from tests.conftest import CLASSES, pattern, short_recipe
 from tests.fuzz import records
 from tests.fuzz.checkpoints import steps

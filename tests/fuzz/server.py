@@ -202,9 +202,9 @@ def import_everything() -> None:
     import scaleprog.planning.plan
     import scaleprog.reporting.report
     import scaleprog.sharding.replicated
+    import scaleprog.shards.check
     import scaleprog.training.export
     import scaleprog.training.loop
-    import shards.check  # noqa: F401
     from tests.fuzz.fixtures import recipe
 
     scaleprog.planning.plan.describe(recipe(Path("shards")))

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from launchers.local import launch
 from scaleprog.growth.search import step_time
+from scaleprog.launchers.local import launch
 from scaleprog.rundir.recorder import read_rows
 from scaleprog.rundir.state import RunState
 from scaleprog.rundir.storage import committed, read_manifest

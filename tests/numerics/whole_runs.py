@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launchers.local import launch
+from scaleprog.launchers.local import launch
 from scaleprog.ranks.coordinator import process_group
 from scaleprog.recipe import Recipe
 from scaleprog.training.loop import train

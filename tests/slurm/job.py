@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from launchers.requeue import committed_step
+from scaleprog.launchers.requeue import committed_step
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.reading import read_rows
 from scaleprog.rundir.records import REQUEUES
@@ -127,7 +127,11 @@ class TrainingJob:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if wanted <= variables and {b"launchers.task", b"submitit.core._submit"} & set(words) and b"-u" in words:
+            if (
+                wanted <= variables
+                and {b"scaleprog.launchers.task", b"submitit.core._submit"} & set(words)
+                and b"-u" in words
+            ):
                 found += [int(folder.name)] * (b"python" in words[0])
         return found
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.task import PORTS
+from scaleprog.launchers.task import PORTS
 from scaleprog.recipe import Recipe
 from tests.conftest import short_recipe
 from tests.listening import Listener, descendants, listeners

@@ -41,7 +41,7 @@ def test_a_run_directory_that_is_not_shared(by: By, cluster: Cluster, recipe: Re
     assert job.restarts == 0
     assert job.committed() == 0
     if by == "sbatch":
-        assert f"{job.run}: not there on every node; it must be on a file system that all share" in job.log()
+        assert f"{job.run}: missing on a node; put it on a file system that all nodes share" in job.log()
         assert job.show()["ExitCode"] == "2:0"
         assert not job.run.exists(), "on this machine"
     else:
@@ -94,9 +94,9 @@ def test_cancel_ends_the_job_that_trains_in_a_directory_and_no_other(
         (another / name).write_text((job.run / name).read_text())
     cancel = [sys.executable, "-m", "scaleprog", "cancel"]
     refused = cluster.run(["env", f"--chdir={ROOT}", *cancel, another], check=False, seconds=SECONDS)
-    assert f"names job {job.id}, whose command" in " ".join(refused.stderr.split())
+    assert f"names job {job.id}, but Slurm's record of its command" in " ".join(refused.stderr.split())
     assert job.show()["JobState"] == "RUNNING"
-    assert f"job {job.id}, which was RUNNING, is cancelled" in " ".join(
+    assert f"canceled job {job.id}, which was RUNNING" in " ".join(
         cluster.run(["env", f"--chdir={ROOT}", *cancel, job.run], seconds=SECONDS).stdout.split()
     )
     job.wait_state("CANCELLED")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.status import restarts
+from scaleprog.launchers.status import restarts
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.reading import read_rows
 from tests.compare import differences

@@ -12,7 +12,7 @@ import torch
 import scaleprog
 from scaleprog.errors import RecipeError
 from scaleprog.models.bare import grow_model
-from shards.digits import build
+from scaleprog.shards.digits import build
 
 pytestmark = pytest.mark.process
 
@@ -84,7 +84,7 @@ def test_fresh_layers_are_those_on_top(small: torch.nn.Module) -> None:
 
 
 def test_what_cannot_be_grown(small: torch.nn.Module) -> None:
-    with pytest.raises(RecipeError, match="Linear cannot be grown"):
+    with pytest.raises(RecipeError, match="cannot grow Linear"):
         grow_model(torch.nn.Linear(2, 2), 3)
     with pytest.raises(ValueError, match="cannot grow 3 layers into 2"):
         grow_model(small, 2)

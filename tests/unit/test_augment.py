@@ -191,7 +191,7 @@ def test_settings_that_make_no_sense_are_refused(wrong: dict[str, object]) -> No
 
 
 def test_normalisation_must_fit_the_channels() -> None:
-    with pytest.raises(DataError, match=r"must be 3 numbers each"):
+    with pytest.raises(DataError, match=r"must have 3 numbers each"):
         Augmentation(AugmentSettings(mean=(0.5,), std=(0.5,)), 3)
     with pytest.raises(DataError, match="1 or 3 channels"):
         Augmentation(AugmentSettings(), 2)

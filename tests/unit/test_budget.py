@@ -212,14 +212,14 @@ def test_what_is_scored_is_paid_for_once() -> None:
 def test_a_budget_that_was_asked_for_is_never_exceeded() -> None:
     """300 of 400 steps are to be saved, but the cheapest candidate, at 0.4, saves 120 in the 200 that there are."""
     losses, times = [dict.fromkeys(CORNERS, 1.0)], dict(zip(CORNERS, (4, 6, 8, 10)))
-    with pytest.raises(OverBudget, match=r"128 px, 6 layers costs 40% .* at least 180 complete steps, 0 are left"):
+    with pytest.raises(OverBudget, match=r"128 px, 6 layers costs 40% .* at least 180 complete steps, but 0 are left"):
         decide_within(BudgetState(100, 400, 300, 0, promised=True), 2, losses, times)
     with pytest.raises(OverBudget):
         decide_within(BudgetState(350, 400, 300, 0, promised=True), 2, losses, times)
     aimed_at = decide_within(BudgetState(100, 400, 300, 0), 2, losses, times)
     assert aimed_at.choice == Choice(CORNERS[0], 300), "what nobody asked for is come as near to as can be"
     kept = decide_within(BudgetState(100, 400, 300, 300, promised=True), 2, losses, times)
-    assert kept.because == "complete from schedule step 100: the budget pays for it to the end"
+    assert kept.because == "complete from schedule step 100: the budget covers it to the end"
 
 
 @given(budgets(), st.lists(positive, min_size=4, max_size=4), times())
@@ -242,7 +242,7 @@ def test_where_nothing_can_be_saved_the_complete_model_trains() -> None:
     here, times = BudgetState(100, 400, 300, 200), dict(zip(CORNERS, (9.3, 9.5, 9.6, 10)))
     decision = decide_within(here, 2, [dict.fromkeys(CORNERS, 1.0)], times)
     assert decision.choice == Choice(DEIT, 100)
-    assert decision.why == "nothing to save, a step on 128 px, 6 layers costs 93% of a complete one"
+    assert decision.why == "nothing to save: a step on 128 px, 6 layers costs 93% of a complete one"
     with pytest.raises(OverBudget, match="costs 93%"):
         decide_within(replace(here, promised=True), 2, [dict.fromkeys(CORNERS, 1.0)], times)
 
@@ -257,7 +257,7 @@ def test_nothing_is_saved_before_something_is_learned() -> None:
         assert promised.chosen != DEIT
     measured = [dict.fromkeys(CORNERS, 2.07)]
     decision = decide_within(here, 2, measured, times, guessing=math.log(10))
-    assert decision.why == "too early to save: 10% of a uniform guess's loss is gone, 25% is needed"
+    assert decision.why == "too early to save: the loss is 10% below a uniform guess's, not yet 25%"
 
 
 def test_a_difference_of_losses_within_its_noise_is_none() -> None:
@@ -375,10 +375,10 @@ def test_a_probe_continues_with_the_smallest_network_or_gives_up() -> None:
     assert probe(2.3 * 4 * 0.89).choice == Choice(CORNERS[0], 48 + math.ceil(152 / 0.7))
     hopeless = probe(2.3 * 4 * 0.91)
     assert hopeless.choice == Choice(CORNERS[-1], 48)
-    assert "too early to save: 9% of a uniform guess's loss is gone, 10% is needed" in hopeless.because
+    assert "too early to save: the loss is 9% below a uniform guess's, not yet 10%" in hopeless.because
     dear = probe(2.0, small=9.5)
     assert dear.choice == Choice(CORNERS[-1], 48)
-    assert "nothing to save, a step on 128 px, 6 layers costs 95%" in dear.because
+    assert "nothing to save: a step on 128 px, 6 layers costs 95%" in dear.because
 
 
 def test_only_a_budget_that_nobody_has_asked_for_is_probed() -> None:

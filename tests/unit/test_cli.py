@@ -25,7 +25,7 @@ def test_plan_prints_stages_and_the_predicted_speedup(command: Command, write_re
     assert rows == [["1", "train", "16", "2"], ["2", "train", "24", "3"], ["3", "train", "32", "4"]]
     assert re.search(r"predicted speedup by GMACs: \+\d+\.\d%", told.out)
     assert "a search decides" not in told.out
-    assert "a search decides stage by stage" in command("plan", recipe, "growth.schedule=automatic").out
+    assert "a search will decide each stage" in command("plan", recipe, "growth.schedule=automatic").out
 
 
 def test_plan_shares_memory_out_over_ranks(command: Command, write_recipe: WriteRecipe) -> None:
@@ -53,7 +53,7 @@ def test_plan_prints_worlds_and_engines(
 @pytest.mark.parametrize("text", ["8,x", "0", "", "8,,64", "-1", "8;64", "²"])
 def test_worlds_and_devices_that_are_none(text: str, command: Command, write_recipe: WriteRecipe) -> None:
     assert is_mistake(command("plan", write_recipe(), f"--world={text}"), repr(text), "such as 8,64,512")
-    assert is_mistake(command("plan", write_recipe(), "--device", "b200"), "no such device 'b200'; ", "h100, a100, cpu")
+    assert is_mistake(command("plan", write_recipe(), "--device", "b200"), "unknown device 'b200'; ", "h100, a100, cpu")
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_worlds_and_devices_that_are_none(text: str, command: Command, write_rec
         (["train.batch=0"], "train.batch: Input should be greater than or equal to 1, got 0"),
         (["train.batch=many"], "train.batch: Input should be a valid integer"),
         (["train.batch"], "override 'train.batch' is not of the form key=value"),
-        (["model.name=vit_tiny_patch16_225"], "model.name: timm knows no 'vit_tiny_patch16_225'; did you mean vit_"),
-        (["model.name=resnet18", "model.patch=null"], "model.name: resnet18 belongs to no elastic family"),
+        (["model.name=vit_tiny_patch16_225"], "model.name: timm has no model 'vit_tiny_patch16_225'; did you mean "),
+        (["model.name=resnet18", "model.patch=null"], "model.name: resnet18 is not in an elastic family"),
         (["model.resolution=30"], "model.resolution: 30 is not a multiple of the model's stride, 8 pixels"),
         (["growth.schedule=[{resolution: 32, depth: 3}]"], "growth.schedule: the last stage must be the complete"),
     ],
@@ -163,7 +163,7 @@ def test_a_baseline_gives_the_speedup(command: Command, write_recipe: WriteRecip
     for text in ("", "{}", "[]", '{"train_seconds": null}'):
         (baseline / "results.json").write_text(text)
         told = command("train", recipe, "--run-dir", run, "--baseline", baseline)
-        assert is_mistake(told, f"--baseline: {baseline}/results.json is no results.json of a run")
+        assert is_mistake(told, f"--baseline: {baseline}/results.json is not a run's results.json")
     (baseline / "results.json").write_text('{"train_seconds": 1000}')
     told = command("train", recipe, "--run-dir", run, "--baseline", baseline)
     results = json.loads((run / "results.json").read_text())
@@ -174,8 +174,8 @@ def test_a_baseline_gives_the_speedup(command: Command, write_recipe: WriteRecip
 def test_folders_that_are_no_runs(command: Command, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     nowhere, out = tmp_path / "nowhere", tmp_path / "out"
     assert is_mistake(command("report", nowhere, "--out", out), f"{nowhere}: no such run directory")
-    assert is_mistake(command("evaluate", nowhere), f"{nowhere}: no run directory")
-    assert is_mistake(command("export", nowhere, out), f"{nowhere}: no run directory")
+    assert is_mistake(command("evaluate", nowhere), f"{nowhere}: not a run directory")
+    assert is_mistake(command("export", nowhere, out), f"{nowhere}: not a run directory")
     write_recipe()  # as a run directory holds it
     assert is_mistake(command("report", tmp_path, "--out", out), "has not recorded anything yet")
     assert is_mistake(command("evaluate", tmp_path), f"{tmp_path}: no checkpoint yet")
@@ -192,7 +192,7 @@ def test_a_run_directory_goes_on_with_its_own_recipe_alone(
     assert is_mistake(
         told,
         f"{run} is the run directory of another recipe:\n  optimizer.lr: 0.25 here, 0.0005 there\n  seed: 3 here, 0 "
-        "there\nuse another --run-dir, or this recipe\n",
+        "there\nuse another --run-dir, or that recipe\n",
     )
     free = ["train.max_steps=2", "data.workers=1", "data.cache=0", "sharding.engine=fsdp", "checkpoint.keep=5"]
     assert command("train", recipe, *free, "--run-dir", run).code == 0
@@ -203,10 +203,16 @@ def test_a_range_of_ranks(
     command: Command, write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for nproc in ("0", "4:1"):
-        assert is_mistake(command("train", write_recipe(), "--nproc", nproc), f"--nproc {nproc}: neither a number")
-    monkeypatch.setattr("launchers.local.room_here", lambda: (3, "CPU cores"))
+        assert is_mistake(command("train", write_recipe(), "--nproc", nproc), f"--nproc {nproc}: must be a number")
+    monkeypatch.setattr("scaleprog.launchers.local.room_here", lambda: (3, "CPU cores"))
     recipe = write_recipe(train={"max_steps": 2})
     told = command("train", recipe, "--nproc", "1:4", "--run-dir", tmp_path / "run")
-    assert "scaleprog: 2 of at most 4 ranks; CPU cores here: 3; 3 ranks do not divide data.lanes, 4; " in told.err
+    assert "starting 2 of at most 4 ranks; CPU cores available: 3; 3 ranks do not divide data.lanes, 4; " in told.err
     (start,) = (row for row in map(json.loads, (tmp_path / "run" / "events.jsonl").open()) if row["event"] == "start")
     assert start["world"] == 2
+
+
+def test_plan_says_that_it_has_not_seen_the_shards(command: Command, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    seen = "there are no shards yet"
+    assert seen not in command("plan", write_recipe()).out
+    assert f"shards: {seen}" in command("plan", write_recipe(data={"path": str(tmp_path / "shards")})).out

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.process
 def test_missing_shards(command: Command, write_recipe: WriteRecipe, tmp_path: Path) -> None:
     recipe = write_recipe()
     told = command("train", recipe, f"data.path={tmp_path}/nowhere", "--run-dir", tmp_path / "run")
-    assert is_mistake(told, f"{tmp_path}/nowhere: there is no such folder of shards", "scaleprog shards ")
+    assert is_mistake(told, f"{tmp_path}/nowhere: the folder of shards does not exist", "scaleprog shards ")
     told = command("train", recipe, f"data.path={tmp_path}", "--run-dir", tmp_path / "run")
     assert is_mistake(told, f"{tmp_path}: the folder has no manifest.json", "scaleprog shards check")
     assert is_mistake(command("shards", "check", tmp_path), f"{tmp_path}: the folder has no manifest.json")
@@ -31,7 +31,7 @@ def test_missing_shards(command: Command, write_recipe: WriteRecipe, tmp_path: P
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.batch=6", "a global batch of 6 cannot be taken evenly from 4 lanes: set data.lanes to a divisor"),
+        ("train.batch=6", "6 images in 4 lanes do not give each lane a whole number; use data.lanes="),
         ("model.classes=5", "model.classes: 5, but "),
     ],
 )
@@ -81,7 +81,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], bool, str]] = {
     "truncated": (truncated, False, "{path}: truncated, {size} bytes where manifest.json says "),
     "truncated before it was indexed": (truncated, True, "{path}: not a tar of samples ("),
     "flipped bit": (flipped, False, "{path}: the checksum differs from the manifest's"),
-    "undecodable": (undecodable, True, "{path}: sample '{key}': cannot be decoded as an image"),
+    "undecodable": (undecodable, True, "{path}: sample '{key}': cannot decode the image"),
     "label out of range": (mislabelled, True, "{path}: sample '{key}': label 4 is outside 0-3"),
 }
 """What is done to the shard, whether the manifest is then made to fit, and the message."""
@@ -125,7 +125,7 @@ def test_a_damaged_image_of_the_validation_split_is_named(
     replace(manifest, splits={**manifest.splits, "val": val}).save()
     recipe = write_recipe(data={"path": str(tmp_path / "shards")}, train={"epochs": 0.1})
     told = command("train", recipe, "--run-dir", tmp_path / "run")
-    assert is_mistake(told, f"{path}: sample 'val00020': cannot be decoded as an image")
+    assert is_mistake(told, f"{path}: sample 'val00020': cannot decode the image")
 
 
 def test_a_rank_that_fails_is_named_and_ends_all(

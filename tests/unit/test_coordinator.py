@@ -11,7 +11,7 @@ def test_two_ranks_are_named_with_their_values() -> None:
 
 
 def test_a_large_world_takes_one_line() -> None:
-    assert _camps(["7"] * 4095 + ["8"]) == "rank 0 has 7, and 4094 more ranks; rank 4095 has 8"
+    assert _camps(["7"] * 4095 + ["8"]) == "rank 0 and 4094 more ranks have 7; rank 4095 has 8"
     said = _camps([str(rank) for rank in range(4096)])
     assert said.count("has") == NAMED
     assert said.endswith(f"; {4096 - NAMED} more values")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from scaleprog.errors import DataError
-from shards.csv_file import build
-from shards.samples import read_label, read_members
+from scaleprog.shards.csv_file import build
+from scaleprog.shards.samples import read_label, read_members
 
 pytestmark = pytest.mark.process
 
@@ -52,7 +52,7 @@ def test_a_part_is_split_off_by_seed_and_built_once(photos: Path, capsys: pytest
     assert len(labels(photos / "out", "train")) == 9
     assert build(source, photos / "out", val_fraction=0.25, seed=3) == first
     assert "already built" in capsys.readouterr().out
-    with pytest.raises(DataError, match=r"holds shards of another build .*seed 3 there, 4 asked for"):
+    with pytest.raises(DataError, match=r"holds shards of another build .*seed: built with 3, requested 4"):
         build(source, photos / "out", val_fraction=0.25, seed=4)
 
 
@@ -68,18 +68,18 @@ def test_other_labels_are_another_build(photos: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "the first line must be path,label or path,label,split; it is ''"),
+        ([], "the first line must be path,label or path,label,split; here it is ''"),
         (["file,class", "a,b"], "the first line must be .* it is 'file,class'"),
         (["path,label"], "no rows after the header"),
-        (["path,label", "photos/1.png"], "row 2 does not have 2 values"),
-        (["path,label", "photos/1.png,"], "row 2 does not have 2 values"),
-        (["path,label", "photos/1.png,a,b"], "row 2 does not have 2 values"),
+        (["path,label", "photos/1.png"], "row 2 must have 2 nonempty values"),
+        (["path,label", "photos/1.png,"], "row 2 must have 2 nonempty values"),
+        (["path,label", "photos/1.png,a,b"], "row 2 must have 2 nonempty values"),
         (["path,label,split", "photos/1.png,a,test"], "row 2: split is 'test', not train or val"),
         (["path,label,split", "photos/1.png,a,train"], "no rows of the split val"),
         (["path,label", "photos/1.png,a"], "1 images are too few to split off 1"),
         (["path,label", "photos/1.png,a", "photos/99.png,b"], "photos/99.png: cannot be read"),
         (["path,label", "photos/1.png,a", '"photos/2.png,b'], "line"),
-        (["path,label", "photos/1.png,a", "list.csv,b"], "list.csv: no JPEG, PNG or WebP image"),
+        (["path,label", "photos/1.png,a", "list.csv,b"], "list.csv: not a JPEG, PNG, or WebP image"),
     ],
 )
 def test_what_cannot_be_is_named(rows: list[str], message: str, photos: Path) -> None:

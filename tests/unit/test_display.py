@@ -35,7 +35,7 @@ def test_nothing_else_gets_through(text: str) -> None:
 
 def test_lines_are_kept_where_they_are_meant_and_what_is_long_is_cut() -> None:
     assert as_text("a\nb\x1b", lines=True) == "a\nb\\x1b"
-    assert as_text("x" * 30, most=10) == "xxxxxxxxxx ... (20 more letters)"
+    assert as_text("x" * 30, most=10) == "xxxxxxxxxx ... (20 more characters)"
     assert first_line("") == first_line("\n\n") == ""
     assert first_line("a\nb") == "a"
 

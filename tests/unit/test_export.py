@@ -121,14 +121,14 @@ def test_a_run_that_stands_in_its_first_search_can_be_evaluated_but_has_no_bette
 ) -> None:
     run(make_recipe(), tmp_path, max_steps=7)
     assert 0 <= evaluate_run(tmp_path, None, "ema")[0] <= 100
-    with pytest.raises(CheckpointError, match="step 7 has no evaluation yet; continue the training first"):
+    with pytest.raises(CheckpointError, match="step 7 has no evaluation yet; resume the run first"):
         export_run(tmp_path, tmp_path / "model.safetensors")
     assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_folder_that_is_no_run_or_has_no_checkpoint_is_named(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     for act in (lambda run: evaluate_run(run, None, "best"), lambda run: export_run(run, tmp_path / "x")):
-        with pytest.raises(CheckpointError, match="/nowhere: no run directory"):
+        with pytest.raises(CheckpointError, match="/nowhere: not a run directory"):
             act(tmp_path / "nowhere")
         (tmp_path / "recipe.yaml").write_text(make_recipe().dump())
         with pytest.raises(CheckpointError, match="no checkpoint yet; has the run trained"):
@@ -139,5 +139,5 @@ def test_a_place_that_cannot_be_written_is_named(make_recipe: MakeRecipe, tmp_pa
     run(make_recipe(growth={"schedule": "original"}, train={"epochs": 1}), tmp_path / "run")
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "model.safetensors", tmp_path / "run"):
-        with pytest.raises(ScaleprogError, match=rf"^{out}: cannot be written: "):
+        with pytest.raises(ScaleprogError, match=rf"^{out}: cannot write it: "):
             export_run(tmp_path / "run", out)

@@ -53,7 +53,7 @@ def test_settings_override_the_sizes() -> None:
     ],
 )
 def test_other_models_are_refused(name: str) -> None:
-    with pytest.raises(RecipeError, match=f"model.name: {name} belongs to no elastic family"):
+    with pytest.raises(RecipeError, match=f"model.name: {name} is not in an elastic family"):
         resolve_family(ModelSettings(name=name))
 
 
@@ -66,7 +66,7 @@ def test_other_models_are_refused(name: str) -> None:
     ],
 )
 def test_a_misspelt_name_gets_the_nearest(name: str, nearest: str) -> None:
-    with pytest.raises(RecipeError, match=f"model.name: timm knows no '{name}'; {nearest}"):
+    with pytest.raises(RecipeError, match=f"model.name: timm has no model '{name}'; {nearest}"):
         resolve_family(ModelSettings(name=name))
 
 

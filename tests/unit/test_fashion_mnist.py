@@ -17,8 +17,8 @@ from torchvision.datasets import FashionMNIST
 
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
-from shards import fashion_mnist
-from shards.samples import read_label, read_members
+from scaleprog.shards import fashion_mnist
+from scaleprog.shards.samples import read_label, read_members
 
 pytestmark = pytest.mark.process
 
@@ -90,7 +90,7 @@ def test_torchvision_downloads_what_is_not_installed(tmp_path: Path, mirror: str
     unchecked = [(name, None) for name, _ in FashionMNIST.resources]
     monkeypatch.setattr(FashionMNIST, "resources", unchecked)
     monkeypatch.setattr(FashionMNIST, "mirrors", [f"{mirror}nowhere/"])
-    with pytest.raises(DataError, match=r"(?s)cannot be downloaded.*dataset-fashion-mnist"):
+    with pytest.raises(DataError, match=r"(?s)cannot download.*dataset-fashion-mnist"):
         fashion_mnist.build(tmp_path / "downloaded", limit=5)
     monkeypatch.setattr(FashionMNIST, "mirrors", [mirror])
     assert fashion_mnist.build(tmp_path / "downloaded", limit=5).splits == expected.splits

@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.figures import draw_cloud
-from launchers import requeue, status
 from scaleprog import cli
 from scaleprog.data.augment import BatchRequest
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files.display import as_text
 from scaleprog.growth.space import Subnet, View
+from scaleprog.launchers import requeue, status
 from scaleprog.reporting import history, report
 from scaleprog.reporting.figures import draw_accuracy, draw_schedules, draw_searches
 from scaleprog.reporting.timeline import describe, read_timeline, table_row
@@ -85,8 +85,8 @@ def test_status_says_what_was_left_out(new_run: Any, command: Command, fake: Fak
     run = new_run({"metrics.jsonl": rows, "events.jsonl": b"{}\n[]\n", "job.json": b'{"job": "--help"}'})
     told = command("status", run)
     assert told.code == 0
-    assert "left out   metrics.jsonl: 1 line of 2 is no record" in told.out
-    assert "left out   events.jsonl: 2 lines of 2 are no records" in told.out
+    assert "left out   metrics.jsonl: 1 line of 2 is not a record" in told.out
+    assert "left out   events.jsonl: 2 lines of 2 are not records" in told.out
     assert "job.json: not readable" in told.out
     assert len(json.loads(command("status", run, "--json").out)["troubles"]) == 3
 
@@ -230,7 +230,7 @@ def test_requeue_decides_whatever_lies_there(
     run = new_run(files)
     assert requeue._main(str(run), code, "20") in (1, 2, 75, 137, 143)
     assert said[-1].startswith("job 7 ")
-    assert "no decision" not in "".join(said)
+    assert "cannot decide" not in "".join(said)
 
 
 @pytest.mark.parametrize("kind", hostile.IN_THE_WAY)
@@ -256,16 +256,16 @@ def test_requeue_where_something_else_lies(
 @pytest.mark.parametrize(
     ("variables", "limit", "code", "told"),
     [
-        ({}, "20", 137, "SLURM_JOB_ID is '', so this is no job of Slurm's; nothing starts again"),
+        ({}, "20", 137, "SLURM_JOB_ID is '', so this is not a Slurm job; scaleprog restarts nothing"),
         ({"SLURM_JOB_ID": "--all"}, "20", 137, "SLURM_JOB_ID is '--all'"),
         ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "many"}, "20", 137, "job 7 starts again"),
         ({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "²"}, "20", 137, "job 7 starts again"),
-        ({"SLURM_JOB_ID": "7"}, "many", 137, "MAX_RESTARTS 'many' is no number, so it is 20\nscaleprog: a task was"),
+        ({"SLURM_JOB_ID": "7"}, "many", 137, "MAX_RESTARTS 'many' is not a number; using 20\nscaleprog: a task was"),
     ],
 )
 def test_requeue_by_any_variables(variables: dict[str, str], limit: str, code: int, told: str, fake: FakeSlurm,
                                   tmp_path: Path) -> None:  # fmt: skip
-    command = [sys.executable, "-m", "launchers.requeue", str(tmp_path), "137", limit]
+    command = [sys.executable, "-m", "scaleprog.launchers.requeue", str(tmp_path), "137", limit]
     ended = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, check=False)
     assert ended.returncode == code
     assert told in ended.stderr
@@ -342,7 +342,7 @@ def test_a_start_where_something_else_lies(kind: str, name: str, tmp_path: Path)
     if (kind, name) in (("directory", "tensorboard"), ("sparse", "events.jsonl"), ("sparse", "samples-0.jsonl")):
         return  # nothing in the way
     hostile.put_in_the_way(tmp_path / name, kind)
-    with pytest.raises(ScaleprogError, match=f"{name}.*: nothing can be recorded there: .*; (move|put)"):
+    with pytest.raises(ScaleprogError, match=f"{name}.*: cannot record there: .*; (move|fix)"):
         recorder(tmp_path).samples(1, [1])
     assert time.monotonic() - began < 10
 
@@ -381,7 +381,7 @@ def test_a_baseline_may_be_anything(content: bytes, command: Command, write_reci
     (tmp_path / "results.json").write_bytes(content)
     told = command("train", write_recipe(), "--baseline", tmp_path, "--run-dir", tmp_path / "run")
     assert told.code == 2
-    assert "no results.json of a run" in told.err
+    assert "not a run's results.json" in told.err
     assert not (tmp_path / "run").exists()
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from launchers import local
-from launchers.exits import CRASHED, MISTAKE, STOPPED, Exit, exit_by
-from launchers.local import RankFailed, launch, ranks_to_start
-from launchers.world import Count
 from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable
+from scaleprog.launchers import local
+from scaleprog.launchers.exits import CRASHED, MISTAKE, STOPPED, Exit, exit_by
+from scaleprog.launchers.local import RankFailed, launch, ranks_to_start
+from scaleprog.launchers.world import Count
 from scaleprog.recipe.worlds import Worlds
 
 pytestmark = pytest.mark.process
@@ -84,15 +84,15 @@ def test_each_start_asks_for_the_number_of_ranks(tmp_path: Path) -> None:
     ("asked", "room", "taken", "why"),
     [
         (Count(1, 4), 8, 4, ""),
-        (Count(1, 4), 3, 2, "2 of at most 4 ranks; GPUs here: 3; 3 ranks do not divide data.lanes, 4; a new run with"),
-        (Count(1, 4), 2, 2, "2 of at most 4 ranks; GPUs here: 2\n"),
-        (Count(1, 6), 8, 4, "4 of at most 6 ranks; 6 ranks do not divide data.lanes, 4; a new run"),
+        (Count(1, 4), 3, 2, "starting 2 of at most 4 ranks; GPUs available: 3; 3 ranks do not divide data.lanes, 4"),
+        (Count(1, 4), 2, 2, "starting 2 of at most 4 ranks; GPUs available: 2\n"),
+        (Count(1, 6), 8, 4, "starting 4 of at most 6 ranks; 6 ranks do not divide data.lanes, 4; to use them"),
     ],
 )
 def test_a_start_takes_what_the_machine_has_and_can_train(
     asked: Count, room: int, taken: int, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("launchers.local.room_here", lambda: (room, "GPUs"))
+    monkeypatch.setattr("scaleprog.launchers.local.room_here", lambda: (room, "GPUs"))
     assert ranks_to_start(asked, Worlds(4, 4)) == taken
     told = capsys.readouterr().err
     assert told.startswith(f"scaleprog: {why}") if why else told == ""
@@ -102,11 +102,11 @@ def test_a_start_takes_what_the_machine_has_and_can_train(
 def test_a_range_that_the_machine_has_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 5, 7})
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(ScaleprogError, match="--nproc 4:8: CPU cores here: 3; --nproc N"):
+    with pytest.raises(ScaleprogError, match="--nproc 4:8: CPU cores available: 3; to start N"):
         ranks_to_start(Count(4, 8), Worlds(8, 8))
     with pytest.raises(
         ScaleprogError,
-        match=r"^--nproc 3:8, CPU cores here: 3; with 3: no such number of ranks can train; .* 8 \(1, 2, 4, 8\)$",
+        match=r"^--nproc 3:8 \(CPU cores available: 3\), narrowed to 3: cannot train; .* 8 \(1, 2, 4, 8\)$",
     ):
         ranks_to_start(Count(3, 8), Worlds(8, 8))
 
@@ -191,8 +191,8 @@ def fail_in_turn(kind: str, folder: Path) -> None:
     [
         ("echo", "rank 1: shard 3 is damaged\n" + "x" * 200_000),
         ("deaf", "rank 1: shard 3 is damaged\n" + "x" * 200_000),
-        ("killed", "rank 1 was ended by SIGKILL; all other ranks were stopped"),
-        ("real-time", f"rank 1 was ended by signal {signal.SIGRTMIN + 3}; all other ranks were stopped"),
+        ("killed", "rank 1 was killed by SIGKILL; the launcher stopped all other ranks"),
+        ("real-time", f"rank 1 was killed by signal {signal.SIGRTMIN + 3}; the launcher stopped all other ranks"),
     ],
 )
 def test_the_first_to_fail_is_named_and_the_others_are_ended(

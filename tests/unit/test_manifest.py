@@ -44,7 +44,7 @@ def test_counts_paths_and_missing_split(tmp_path: Path):
     manifest = Manifest(str(tmp_path), ("a", "b"), {"train": (SHARD, Shard("train-1.tar", 4, 6, "1" * 64))})
     assert manifest.samples("train") == 7
     assert Path(manifest.path(SHARD)) == tmp_path / SHARD.name
-    with pytest.raises(DataError, match=r"no split 'val'.*there: train"):
+    with pytest.raises(DataError, match=r"no split 'val'.*it has: train"):
         manifest.split("val")
 
 
@@ -63,7 +63,7 @@ def test_may_move_with_its_folder(tmp_path: Path):
 
 
 def test_missing_folder_and_missing_manifest_say_how_to_build(tmp_path: Path):
-    with pytest.raises(DataError, match=r"gone: there is no such folder.*scaleprog shards"):
+    with pytest.raises(DataError, match=r"gone: the folder of shards does not exist.*scaleprog shards"):
         Manifest.load(tmp_path / "gone")
     with pytest.raises(DataError, match=rf"{tmp_path}: .*no manifest.json.*--write-manifest"):
         Manifest.load(tmp_path)
@@ -85,7 +85,7 @@ def entry(**changes):
         (with_(classes="ab"), "malformed at classes"),
         (with_(classes=["a", "a"]), "same name"),
         (with_(extra=1), "malformed at extra"),
-        ([], "malformed at the whole"),
+        ([], "malformed at the top level"),
         (with_(splits={"train": [entry(samples=-1)]}), "malformed at splits.train.0.samples"),
         (with_(splits={"train": [entry(sha256="abc")]}), "malformed at splits.train.0.sha256"),
         (with_(splits={"train": [entry(name="../elsewhere.tar")]}), "malformed at splits.train.0.name"),

@@ -136,6 +136,6 @@ def test_what_cannot_be_is_refused(
 
 
 def test_a_rank_owns_an_equal_share_of_the_lanes() -> None:
-    with pytest.raises(ValueError, match="64 lanes for rank 0 of 3"):
+    with pytest.raises(ValueError, match="64 lanes cannot be shared by rank 0 of 3"):
         Order((1000,), 0, 64, 64).lanes_of(0, 3)
     assert list(Order((1000,), 0, 64, 64).lanes_of(3, 16)) == [12, 13, 14, 15]

@@ -26,27 +26,27 @@ HOSTILE = {
     "bomb of aliases": (BOMB, "more than 2000 values"),
     "bomb of merges": (MERGE_BOMB, "more than 2000 values"),
     "many values": ("a: [" + "1, " * 3000 + "]", "more than 2000 values"),
-    "an alias of itself": ("a: &a [*a]", "alias inside what it stands for"),
-    "a mapping of itself": ("a: &a {b: *a}", "alias inside what it stands for"),
+    "an alias of itself": ("a: &a [*a]", "alias inside its own value"),
+    "a mapping of itself": ("a: &a {b: *a}", "alias inside its own value"),
     "an unknown alias": ("a: *b", "undefined alias"),
     "deep lists": ("a: " + "[" * 50_000, "more than 20 levels"),
     "deep mappings": ("{a: " * 20_000, "more than 20 levels"),
     "deep blocks": ("\n".join(" " * i + "a:" for i in range(400)), "more than 20 levels"),
     "deep dashes": ("- " * 50_000, "more than 20 levels"),
-    "a key twice": ("seed: 1\nseed: 2", "the key 'seed' for the second time"),
-    "a key twice below": ("model: {name: a, name: b}", "the key 'name' for the second time"),
-    "a number as key": ("1: 2", "a key that is no name: '1'"),
-    "a truth as key": ("on: 2", "a key that is no name: 'on'"),
-    "nothing as key": ("~: 2", "a key that is no name"),
-    "a list as key": ("[a]: 2", "a key that is no name: a list or a mapping"),
-    "a mapping as key": ("{a: 1}: 2", "a key that is no name: a list or a mapping"),
-    "a sentence as key": ("two words: 2", "a key that is no name: 'two words'"),
-    "pydantic's own name": ("growth: {'tuple[': 1}", "a key that is no name"),
-    "a tag": ("seed: !!int 3", "a tag, and only plain values"),
-    "a tag of Python": ("seed: !!python/object/apply:os.getcwd []", "a tag, and only plain values"),
-    "a tag of bytes": ("seed: !!binary aGk=", "a tag, and only plain values"),
-    "a tag of time": ("seed: !!timestamp x", "a tag, and only plain values"),
-    "an own tag": ("seed: !x {a: 1}", "a tag, and only plain values"),
+    "a key twice": ("seed: 1\nseed: 2", "the key 'seed' twice"),
+    "a key twice below": ("model: {name: a, name: b}", "the key 'name' twice"),
+    "a number as key": ("1: 2", "a key that is not a name: '1'"),
+    "a truth as key": ("on: 2", "a key that is not a name: 'on'"),
+    "nothing as key": ("~: 2", "a key that is not a name"),
+    "a list as key": ("[a]: 2", "a key that is not a name: a list or a mapping"),
+    "a mapping as key": ("{a: 1}: 2", "a key that is not a name: a list or a mapping"),
+    "a sentence as key": ("two words: 2", "a key that is not a name: 'two words'"),
+    "pydantic's own name": ("growth: {'tuple[': 1}", "a key that is not a name"),
+    "a tag": ("seed: !!int 3", "a tag; scaleprog reads only plain values"),
+    "a tag of Python": ("seed: !!python/object/apply:os.getcwd []", "a tag; scaleprog reads only plain values"),
+    "a tag of bytes": ("seed: !!binary aGk=", "a tag; scaleprog reads only plain values"),
+    "a tag of time": ("seed: !!timestamp x", "a tag; scaleprog reads only plain values"),
+    "an own tag": ("seed: !x {a: 1}", "a tag; scaleprog reads only plain values"),
     "many digits": ("seed: " + "9" * 10**5, "a number of 100000 characters"),
     "many digits of 16": ("seed: 0x" + "f" * 10**5, "a number of 100002 characters"),
     "no digits of 2": ("seed: 0b_", "not readable as YAML"),
@@ -97,7 +97,7 @@ def test_what_is_no_file_does_not_hang(kind: str, place: str, tmp_path: Path) ->
     elif kind == "link in a circle":
         path.symlink_to(path)
     if place == "run":
-        with pytest.raises(ScaleprogError, match=r"no run directory|not readable"):
+        with pytest.raises(ScaleprogError, match=r"not a run directory|not readable"):
             Recipe.of_run(tmp_path)
         return
     if place == "base":
@@ -113,16 +113,16 @@ def test_the_recipe_of_a_run_reads_no_other_file(tmp_path: Path) -> None:
     assert Recipe.of_run(tmp_path) == Recipe.load(tmp_path / "base.yaml")
     for base in ("base.yaml", "/etc/passwd", "/dev/zero", "~", "''", "[]"):
         (tmp_path / "recipe.yaml").write_text(f"base: {base}\n{LEAST}")
-        with pytest.raises(CheckpointError, match="names a base, and the recipe of a run is complete"):
+        with pytest.raises(CheckpointError, match="has the key `base`, so no run wrote it"):
             Recipe.of_run(tmp_path)
-    with pytest.raises(CheckpointError, match="no run directory"):
+    with pytest.raises(CheckpointError, match="not a run directory"):
         Recipe.of_run(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("base", ["[a.yaml]", "{a: 1}", "3", "true", "2020-01-01.5"])
 def test_a_base_is_the_path_of_a_recipe(base: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(f"base: {base}\n{LEAST}")
-    with pytest.raises(RecipeError, match=r"the path of a recipe is needed|no such recipe"):
+    with pytest.raises(RecipeError, match=r"must be the path of a recipe|no such recipe"):
         Recipe.load(tmp_path / "a.yaml")
 
 

@@ -196,7 +196,7 @@ def test_the_process_random_numbers_are_left_alone(manifest: Manifest, workers: 
 def test_requests_must_be_re_iterable_and_exist(manifest: Manifest) -> None:
     with pytest.raises(TypeError, match="re-iterable"):
         make_reader(manifest).stream(iter(requests(0, 2)), 16)
-    with pytest.raises(ValueError, match="step 9 of an epoch of 9"):
+    with pytest.raises(ValueError, match="step 9 is not in an epoch of 9 steps"):
         read(make_reader(manifest), [BatchRequest(0, 9, 12)])
 
 
@@ -209,7 +209,7 @@ def test_a_cached_split_is_read_once(manifest: Manifest, straight: list[Batch], 
     for shard in moved.split("train"):
         (tmp_path / shard.name).unlink()
     assert all(same(a, b) for a, b in zip(read(reader, requests(0, 20)), straight, strict=True))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot read"):
         read(uncached, requests(0, 3))
 
 
@@ -223,17 +223,17 @@ def test_no_path_is_anything_but_that_of_a_file(
     manifest: Manifest, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValidationError, match="scaleprog reads no URLs or pipes"):
+    with pytest.raises(ValidationError, match="scaleprog does not read URLs or pipes"):
         DataSettings(path=url)
     (tmp_path / url).mkdir(parents=True)  # a manifest may lie in a folder of that name
     for root in (url, f"./{url}"):
         named = dataclasses.replace(manifest, root=root)
-        with pytest.raises(DataError, match=r"train-\d\.tar: the shard cannot be read"):
+        with pytest.raises(DataError, match=r"train-\d\.tar: cannot read the shard"):
             ShardReader(named, "train").load(0)
     for name in (f"{url}.tar", "pipe:touch ruined; exit.tar", "-.tar", "|touch ruined.tar"):
         (tmp_path / "plain").mkdir(exist_ok=True)
         shards = tuple(dataclasses.replace(shard, name=name) for shard in manifest.split("train")[:1])
-        with pytest.raises(DataError, match="the shard cannot be read"):
+        with pytest.raises(DataError, match="cannot read the shard"):
             ShardReader(dataclasses.replace(manifest, root="", splits={"train": shards}), "train").load(0)
     assert not (tmp_path / "ruined").exists()
 
@@ -249,9 +249,9 @@ def test_what_is_no_file_in_place_of_a_shard(manifest: Manifest, kind: str, tmp_
     else:
         path.symlink_to(targets.get(kind, tmp_path / "fifo"))
     moved = dataclasses.replace(manifest, root=str(tmp_path))
-    with pytest.raises(DataError, match="the shard cannot be read"):
+    with pytest.raises(DataError, match=r"cannot read the shard|the shard is not a regular file"):
         ShardReader(moved, "train").load(0)
-    with pytest.raises(DataError, match=r"no regular file|Too many levels"):
+    with pytest.raises(DataError, match=r"not a regular file|Too many levels"):
         moved.verify_sizes("train")
 
 
@@ -264,7 +264,7 @@ def test_a_shard_may_be_a_link_to_a_file(manifest: Manifest, tmp_path: Path) -> 
 
 
 def test_an_order_of_other_shards_is_refused(manifest: Manifest) -> None:
-    with pytest.raises(DataError, match="not those that the order was made from"):
+    with pytest.raises(DataError, match="do not match the order"):
         TrainReader(DataSet(manifest, DataSettings(path=""), EXACT, 3), Order((99,), 0, 1, 1), 0, 0, 1)
 
 
@@ -316,13 +316,13 @@ def damaged(manifest: Manifest, root: Path, kind: str) -> Manifest:
 
 
 DAMAGE = {
-    "missing": r"train-1\.tar: the shard cannot be read",
+    "missing": r"train-1\.tar: cannot read the shard",
     "truncated": r"train-1\.tar: truncated: 5000 of \d+ bytes.*scaleprog shards check",
     "too long": r"train-1\.tar: too long: \d+ of \d+ bytes.*scaleprog shards check",
     "checksum": r"train-1\.tar: the checksum differs.*scaleprog shards check",
     "no tar": r"train-1\.tar: not a tar",
-    "count": r"train-1\.tar: holds 19 samples where the manifest says 20",
-    "undecodable": r"train-1\.tar: sample 'train-0019': cannot be decoded",
+    "count": r"train-1\.tar: holds 19 samples, but the manifest says 20",
+    "undecodable": r"train-1\.tar: sample 'train-0019': cannot decode",
     "label": r"train-1\.tar: sample 'train-0019': label 10 is outside 0-9",
     "negative": r"train-1\.tar: sample 'train-0019': label -1 is outside 0-9",
     "no number": r"train-1\.tar: sample 'train-0019': its label \(\.cls\) is b'cat'",

@@ -47,7 +47,7 @@ def test_what_is_no_record_is_left_out_and_counted(change: dict[str, Any], tmp_p
     path.write_bytes(b"".join(to_line(row) for row in (hostile.STEP, hostile.STEP | change, hostile.STEP)))
     told = read(path, METRIC)
     assert len(told.rows) == 2
-    assert told.trouble == "metrics.jsonl: 1 line of 3 is no record and left out (the first of them line 2)"
+    assert told.trouble == "metrics.jsonl: 1 line of 3 is not a record and left out (the first is line 2)"
 
 
 @given(hostile.run_directories)
@@ -81,7 +81,7 @@ def test_a_line_that_is_too_long_costs_only_itself(tmp_path: Path) -> None:
     path.write_bytes(to_line(hostile.STEP) + long + to_line(hostile.STEP) + long)
     told = read(path, METRIC)
     assert len(told.rows) == 2
-    assert "2 lines of 4 are no records" in told.trouble
+    assert "2 lines of 4 are not records" in told.trouble
 
 
 def test_only_the_end_of_a_long_file_is_read(tmp_path: Path) -> None:
@@ -98,10 +98,10 @@ def test_a_file_of_nothing_else_is_given_up(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("scaleprog.rundir.reading.MOST_ROWS", 200)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"{}\n" * 1000)
-    assert "nothing after line 100 was read" in read(path, METRIC).trouble
+    assert "scaleprog read nothing after line 100" in read(path, METRIC).trouble
     path.write_bytes(to_line(hostile.STEP) * 1000)
     told = read(path, METRIC)
-    assert (len(told.rows), told.trouble) == (200, "metrics.jsonl is very long; nothing after line 200 was read")
+    assert (len(told.rows), told.trouble) == (200, "metrics.jsonl is very long; scaleprog read nothing after line 200")
 
 
 def test_whatever_is_written_can_be_read(tmp_path: Path) -> None:

@@ -232,7 +232,7 @@ def test_one_stray_letter_in_any_key_is_told_with_the_right_key(key: str, at: in
         ("ema.momenta=[0.9, 1]", "ema: momenta must lie in [0, 1), got [0.9, 1.0]"),
         ("ema.grow_from=1", "ema: grow_from must name one of the 1 momenta, got 1"),
         ("augment.scale=[1, 0.5]", "augment: scale must be two positive numbers, the lower first, not (1.0, 0.5)"),
-        ("augment.randaugment=strong", "augment: randaugment: 'strong' is not understood by timm, e.g. "
+        ("augment.randaugment=strong", "augment: randaugment: timm does not understand 'strong'; use e.g. "
          "rand-m9-mstd0.5-inc1"),
         ("sharding.engine=fspd", "sharding.engine: Input should be 'fsdp', 'hsdp', 'zero' or 'replicated', got 'fspd'"),
         ("evaluate.every=0", "evaluate.every: Input should be greater than 0, got 0"),
@@ -352,9 +352,9 @@ def test_a_key_says_what_it_takes() -> None:
 
 
 def test_a_group_that_does_not_exist() -> None:
-    with pytest.raises(RecipeError, match=r"'serach' is no group of keys; did you mean search\?"):
+    with pytest.raises(RecipeError, match=r"'serach' is not a group of keys; did you mean search\?"):
         reference.group("serach")
-    with pytest.raises(RecipeError, match="there are recipe, model, data, "):
+    with pytest.raises(RecipeError, match="the groups are recipe, model, data, "):
         reference.group("\x1b")
 
 

@@ -173,7 +173,7 @@ def test_a_full_disk_stops_no_step_and_costs_no_point(
         assert set(steps(board)["train/loss"]) == {2, 4}, "it is full"
     told = capsys.readouterr().err
     assert told.count("events.out.tfevents") == 2, "each board says so, once"
-    assert "kept for later" in told
+    assert "will retry" in told
     train(record, 9, 10)
     record.close()
     assert steps(board)["train/loss"] == [2, 4, 6, 8, 10]

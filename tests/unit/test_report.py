@@ -171,7 +171,7 @@ def test_one_row_per_run_with_speedups_against_the_mean_baseline(markdown: str) 
         "run": "prog-seed0", "schedule": "Prog 0.5Ω", "seed": "0", "stages": "16x4 -> 20x5 -> 24x7 -> 28x8",
         "epochs": "8", "top-1": "86.00", "top-1 EMA": "87.00", "top-1 best": "87.00", "train s": f"{prog:.1f}",
         "CPU s": f"{prog / 2:.1f}", "scoring s": "1.5", "wall s": f"{prog + 7:.1f}",
-        "speedup": f"{100 / prog - 1:+.1%}", "by the wall": f"{107 / (prog + 7) - 1:+.1%}",
+        "speedup": f"{100 / prog - 1:+.1%}", "wall speedup": f"{107 / (prog + 7) - 1:+.1%}",
     }  # fmt: skip
     assert rows["prog-seed1"]["speedup"] == f"{100 / (1.2 * prog) - 1:+.1%}"
     assert (rows["original-seed0"]["speedup"], rows["original-seed1"]["speedup"]) == ("+25.0%", "-16.7%")
@@ -313,14 +313,14 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
 def test_the_terminal_is_told_the_table_and_the_place(told: tuple[str, Path]) -> None:
     text, out = told
     header, *lines, blank, prog, autoprog, place = text.splitlines()
-    columns = ["run", "schedule", "stages", "top-1 best", "train s", "speedup", "wall s", "by the wall"]
+    columns = ["run", "schedule", "stages", "top-1 best", "train s", "speedup", "wall s", "wall speedup"]
     assert header.split() == " ".join(columns).split()
     assert len(lines) == 6
     assert "-16.7%" in lines[1]
     assert blank == ""
     assert prog == (
         "prog (Prog 0.5Ω) reaches 87.50 % where original reaches 90.00 %, in 47 s of training instead of 100 s (+114% "
-        "speedup), and in 54 s instead of 107 s by the wall (+99%)."
+        "speedup), and in 54 s instead of 107 s of wall time (+99%)."
     )
     assert autoprog.startswith("autoprog (AutoProg 0.5Ω) reaches")
     assert Path(place) == out / "report.md"
@@ -344,7 +344,7 @@ RECORDS = ("metrics", "events")
             "has not recorded any",
         ),
         (lambda run: (run / "results.json").write_text('{"top1": '), "results.json: not readable"),
-        (lambda run: (run / "recipe.yaml").write_text("- a list"), "recipe.yaml: a recipe is a mapping"),
+        (lambda run: (run / "recipe.yaml").write_text("- a list"), "recipe.yaml: a recipe must be a mapping"),
         (lambda run: (run / "results.json").write_text('{"top1": 1.0}'), "results.json: expected the keys stages"),
     ],
 )
@@ -360,5 +360,5 @@ def test_no_runs_and_no_folder(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="name at least one"):
         write_report([], tmp_path / "out")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ScaleprogError, match="no folder for a report"):
+    with pytest.raises(ScaleprogError, match="cannot create a folder for the report"):
         write_report(runs, tmp_path / "file")

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from launchers import requeue
-from launchers.requeue import Attempt, End, decide, how_it_ended
+from scaleprog.launchers import requeue
+from scaleprog.launchers.requeue import Attempt, End, decide, how_it_ended
 from scaleprog.ranks.stop import SIGNALS
 from scaleprog.rundir.reading import read_rows
 from scaleprog.rundir.slurm_queue import Job
@@ -35,7 +35,7 @@ def test_codes_are_those_of_the_signals_that_the_core_hears() -> None:
 
 
 def test_the_batch_script_need_not_wait_for_torch() -> None:
-    check = "import launchers.requeue, launchers.snapshot, sys; sys.exit('torch' in sys.modules)"
+    check = "import scaleprog.launchers.requeue, scaleprog.launchers.snapshot, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
 
 
@@ -48,12 +48,12 @@ def test_the_batch_script_need_not_wait_for_torch() -> None:
         (137, [CRASHED, STOPPED], [], False, ("stopped", 75, STOPPED["cause"])),
         (143, [INTERRUPTED], [], False, ("interrupted", 75, INTERRUPTED["cause"])),
         (137, [CRASHED, EARLIER], ["SIGTERM"], False, ("crash", 137, "rank 3: ValueError: x")),
-        (137, [], ["SIGTERM"], False, ("stopped", 75, "stopped by SIGTERM, in a hurry")),
-        (137, [], ["SIGINT", "SIGTERM"], False, ("interrupted", 75, "stopped by SIGINT and SIGTERM, in a hurry")),
-        (75, [], [], False, ("stopped", 75, "stopped by a signal before it trained")),
-        (140, [], [], False, ("stopped", 75, "stopped by SIGUSR2 before it trained")),
-        (130, [], [], False, ("interrupted", 75, "stopped by SIGINT before it trained")),
-        (143, [], [], True, ("stopped", 75, "stopped by SIGTERM before it trained")),
+        (137, [], ["SIGTERM"], False, ("stopped", 75, "stopped at once by SIGTERM")),
+        (137, [], ["SIGINT", "SIGTERM"], False, ("interrupted", 75, "stopped at once by SIGINT and SIGTERM")),
+        (75, [], [], False, ("stopped", 75, "stopped by a signal before training began")),
+        (140, [], [], False, ("stopped", 75, "stopped by SIGUSR2 before training began")),
+        (130, [], [], False, ("interrupted", 75, "stopped by SIGINT before training began")),
+        (143, [], [], True, ("stopped", 75, "stopped by SIGTERM before training began")),
         (143, [], [], False, ("crash", 143, "a task was killed, exit code 143")),  # srun ends the others by TERM
         (137, [], [], False, ("crash", 137, "a task was killed, exit code 137")),
         (1, [], [], False, ("crash", 1, "exit code 1")),
@@ -79,29 +79,29 @@ def stop(measured: int = 0, preempted: bool = False) -> dict[str, Any]:
     ("end", "job", "earlier", "again", "why"),
     [
         (End("finished", 0, ""), RUNNING, [], False, ""),
-        (End("mistake", 2, ""), RUNNING, [], False, "another try would end the same"),
+        (End("mistake", 2, ""), RUNNING, [], False, "a retry would fail the same way"),
         (End("interrupted", 75, ""), RUNNING, [], False, "a user asked it to stop"),
         (STOP, RUNNING, [], True, ""),
         (STOP, RUNNING, [crash(9)] * 30, True, ""),  # being stopped is no fault
         (STOP, RUNNING, [stop()] * 2, True, ""),
-        (STOP, RUNNING, [stop()] * 3, False, "3 restarts in a row were stopped with nothing new"),
-        (STOP, RUNNING, [*[crash(9, kind="stopped")] * 3, crash(9, "6")], False, "3 restarts in a row were stopped"),
+        (STOP, RUNNING, [stop()] * 3, False, "3 consecutive restarts stopped with nothing new"),
+        (STOP, RUNNING, [*[crash(9, kind="stopped")] * 3, crash(9, "6")], False, "3 consecutive restarts stopped"),
         (STOP, RUNNING, [stop(), crash(9), stop()], True, ""),
         (STOP, RUNNING, [stop(), stop(measured=1), stop()], True, ""),  # half a measurement is kept
         (STOP, RUNNING, [stop(), stop(preempted=True), stop()], True, ""),
         (STOP, replace(RUNNING, preempted=True), [stop()] * 9, True, ""),
-        (STOP, None, [], False, "Slurm cannot be asked from here"),
+        (STOP, None, [], False, "this node cannot reach Slurm"),
         (STOP, replace(RUNNING, state="COMPLETING"), [], False, "Slurm is ending it: COMPLETING"),
         (STOP, replace(RUNNING, state="CANCELLED"), [], False, "Slurm is ending it: CANCELLED"),
-        (STOP, replace(RUNNING, restarts=5), [], False, "Slurm has started it again by itself, restart 5"),  # an orphan
+        (STOP, replace(RUNNING, restarts=5), [], False, "Slurm itself has already restarted it"),  # an orphan
         (CRASH, RUNNING, [], True, ""),
         (CRASH, replace(RUNNING, state="CANCELLED"), [], False, "Slurm is ending it"),
         (CRASH, RUNNING, [crash(n) for n in range(5)], False, "it has crashed 6 times (--max-restarts 5)"),
         (CRASH, RUNNING, [crash(n, "6") for n in range(5)], True, ""),  # another job's
         (CRASH, RUNNING, [crash(3), crash(9), crash(9)], True, ""),
-        (CRASH, RUNNING, [crash(9), crash(9), crash(9)], False, "3 restarts in a row committed nothing new"),
+        (CRASH, RUNNING, [crash(9), crash(9), crash(9)], False, "3 consecutive restarts committed nothing new"),
         (CRASH, RUNNING, [crash(9), crash(9, kind="stopped"), crash(9)], True, ""),
-        (CRASH, RUNNING, [crash(9), crash(9), crash(9), crash(9, "6")], False, "3 restarts in a row"),
+        (CRASH, RUNNING, [crash(9), crash(9), crash(9), crash(9, "6")], False, "3 consecutive restarts"),
     ],
 )
 def test_decide(end: End, job: Job | None, earlier: list[dict[str, Any]], again: bool, why: str) -> None:
@@ -153,7 +153,7 @@ SILENT = "echo 'Socket timed out on send/recv operation' >&2; exit 1"
         (SILENT, {}, ["show", "show", "requeue"], True, ""),
         (f'[ "$1" = -o ] && cat shown || {{ {SILENT}; }}', {}, ["show", "requeue"] * 2, True, ""),
         (f'[ "$1" = -o ] && cat shown || {{ {SILENT}; }}', {"restarts": 1}, ["show", "requeue", "show"], False,
-         "Slurm has started it again by itself, restart 1"),  # it had heard the first try
+         "Slurm itself has already restarted it (restart 1)"),  # it had heard the first try
     ],
 )  # fmt: skip
 def test_slurm_that_does_not_answer_is_asked_again(
@@ -179,8 +179,8 @@ def test_slurm_that_does_not_answer_is_asked_again(
 @pytest.mark.parametrize(
     ("code", "tries", "why"),
     [
-        (75, len(requeue.PAUSES) + 1, "Slurm cannot be asked from here; submit it again"),
-        (2, 1, "another try would end the same"),  # for which Slurm need not be asked
+        (75, len(requeue.PAUSES) + 1, "this node cannot reach Slurm; submit it again"),
+        (2, 1, "a retry would fail the same way"),  # for which Slurm need not be asked
     ],
 )
 def test_slurm_that_never_answers(
@@ -201,13 +201,13 @@ def test_without_scontrol_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(requeue, "PAUSES", (600,))
     assert requeue.after(tmp_path, 75, limit=3) == 75
     (row,) = read_rows(tmp_path / "requeues.jsonl")
-    assert row["why"].startswith("Slurm cannot be asked from here")
+    assert row["why"].startswith("this node cannot reach Slurm")
 
 
 def test_slurms_signals_to_a_job_that_it_requeues_do_not_end_the_decision(fake: FakeSlurm, tmp_path: Path) -> None:
     shown = fake.folder / "shown"
     fake.command("scontrol", f'[ "$1" = requeue ] && kill -TERM $PPID && sleep 0.2 || cat {shown}')
-    command = [sys.executable, "-m", "launchers.requeue", str(tmp_path), "75", "3"]
+    command = [sys.executable, "-m", "scaleprog.launchers.requeue", str(tmp_path), "75", "3"]
     ended = subprocess.run(command, cwd=ROOT, env=os.environ | {"SLURM_JOB_ID": "7"}, check=False)
     assert ended.returncode == 75
     assert read_rows(tmp_path / "requeues.jsonl")[0]["requeue"]
@@ -229,4 +229,4 @@ def test_a_run_that_left_in_a_hurry(fake: FakeSlurm, monkeypatch: pytest.MonkeyP
     assert requeue.after(tmp_path, 137, limit=3) == 75
     rows = read_rows(tmp_path / "requeues.jsonl")
     assert [row["kind"] for row in rows] == ["crash", "stopped"]
-    assert rows[1]["cause"] == "stopped by SIGTERM, in a hurry"
+    assert rows[1]["cause"] == "stopped at once by SIGTERM"

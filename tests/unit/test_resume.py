@@ -77,53 +77,53 @@ def measured(*rows: list[Any]) -> Callable[[dict[str, Any]], None]:
 
 
 IMPOSSIBLE: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
-    "another step": ("search", state(step=30), "step 30 in its checkpoint of step 29"),
-    "before all phases": ("search", state(phase=-1), "phase -1 in a checkpoint"),
-    "a phase too early": ("search", state(phase=1, growths=2), "step 29 in phase 1"),
-    "a phase too late": ("search", state(phase=3, growths=4), "phase 3, but 3"),
-    "a phase far beyond": ("search", state(phase=10**6), "phase 1000000, but 3"),
+    "another step": ("search", state(step=30), "it is at step 30, but its checkpoint is of step 29"),
+    "before all phases": ("search", state(phase=-1), "its phase is -1"),
+    "a phase too early": ("search", state(phase=1, growths=2), "step 29 is outside phase 1"),
+    "a phase too late": ("search", state(phase=3, growths=4), "it is in phase 3, but there are 3 phases"),
+    "a phase far beyond": ("search", state(phase=10**6), "phase 1000000, but there are 3 phases"),
     "no networks": ("search", state(growths=0), "built 0 networks"),
     "more networks than phases": ("search", state(growths=9), "built 9 networks by phase 2"),
-    "no layers": ("search", state(gated=[[]]), r"groups of \(0,\) layers"),
-    "no groups": ("search", state(gated=[]), r"groups of \(\) layers"),
-    "two groups": ("search", state(gated=[[False] * 2, [False] * 2]), r"groups of \(2, 2\) layers"),
-    "more layers than there are": ("search", state(gated=[[False] * 16_000]), r"groups of \(16000,\) layers"),
-    "fewer layers": ("search", state(gated=[[False] * 2]), "2 layers in phase 2, but 4"),
+    "no layers": ("search", state(gated=[[]]), r"its layer groups have \(0,\) layers"),
+    "no groups": ("search", state(gated=[]), r"its layer groups have \(\) layers"),
+    "two groups": ("search", state(gated=[[False] * 2, [False] * 2]), r"its layer groups have \(2, 2\) layers"),
+    "more layers than there are": ("search", state(gated=[[False] * 16_000]), r"layer groups have \(16000,\) layers"),
+    "fewer layers": ("search", state(gated=[[False] * 2]), "2 layers in phase 2, which has 4"),
     "gates that nobody saved": ("search", state(gated=[[True] * 4]), "gate is not in the checkpoint"),
-    "a choice forgotten": ("search", state(decisions=[]), "phase 2, but 1"),
+    "a choice forgotten": ("search", state(decisions=[]), "phase 2, but there are 1 phases"),
     "a choice too many": ("search", twice, "made 2 choices by step 29"),
     "a choice of another stage": ("search", decision(0, stage=2), "searched .* for stage 2"),
     "a choice among others": ("search", decision(0, candidates=[[16, 2]] * 9), "searched 16 px, 2 layers, 16 px"),
-    "a choice of none of them": ("search", decision(0, chosen=[64, 4]), "chosen 64 px, 4 layers without having"),
-    "a choice with a takeover": ("search", decision(0, complete_from=12), "trains from step 12 on"),
-    "none within a budget": ("budget", decision(0, complete_from=None), "trains from step None on"),
-    "one before the search": ("budget", decision(0, complete_from=0), "trains from step 0 on"),
-    "one after the end": ("budget", decision(0, complete_from=10**9), "trains from step 1000000000 on"),
-    "a measurement of strangers": ("search", measured([16, 2, 1.0]), "such measurements in phase 2"),
-    "a measurement too many": ("search", state(measured=[[]] * 9), "such measurements in phase 2"),
-    "a measurement outside a search": ("end", measured([32, 4, 1.0]), "such measurements in phase 0"),
-    "step times of strangers": ("search", state(step_seconds=[[64, 9, [1.0]]]), "step times of unknown Subnets"),
+    "a choice of none of them": ("search", decision(0, chosen=[64, 4]), "it chose 64 px, 4 layers, which is not"),
+    "a choice with a takeover": ("search", decision(0, complete_from=12), "take over at step 12"),
+    "none within a budget": ("budget", decision(0, complete_from=None), "take over at step None"),
+    "one before the search": ("budget", decision(0, complete_from=0), "take over at step 0"),
+    "one after the end": ("budget", decision(0, complete_from=10**9), "take over at step 1000000000"),
+    "a measurement of strangers": ("search", measured([16, 2, 1.0]), "its measurements do not fit phase 2"),
+    "a measurement too many": ("search", state(measured=[[]] * 9), "its measurements do not fit phase 2"),
+    "a measurement outside a search": ("end", measured([32, 4, 1.0]), "its measurements do not fit phase 0"),
+    "step times of strangers": ("search", state(step_seconds=[[64, 9, [1.0]]]), "step times of Subnets outside"),
     "step times of a network that does not train": (
         "end",
         state(step_seconds=[[16, 2, [1.0]]]),
-        "step times of unknown Subnets",
+        "it has step times of Subnets outside phase",
     ),
-    "unknown things pending": ("search", state(pending=["rm -rf \x1b"]), r"'rm -rf \\x1b' pending in phase 2"),
-    "an evaluation pending in a search": ("search", state(pending=["evaluation"]), "'evaluation' pending in phase 2"),
-    "a choice pending elsewhere": ("search", state(pending=["choice"]), "its search of stage 2 in such a state"),
-    "a choice pending outside a search": ("end", state(pending=["choice"]), "'choice' pending in phase 0"),
+    "unknown things pending": ("search", state(pending=["rm -rf \x1b"]), r"'rm -rf \\x1b' cannot be pending in"),
+    "an evaluation pending in a search": ("search", state(pending=["evaluation"]), "'evaluation' cannot be pending"),
+    "a choice pending elsewhere": ("search", state(pending=["choice"]), "search of stage 2 cannot be in this state"),
+    "a choice pending outside a search": ("end", state(pending=["choice"]), "'choice' cannot be pending in phase 0"),
     "things pending in another order": (
         "search",
         state(pending=["choice", "measurement"]),
-        "'choice, measurement' pending",
+        "'choice, measurement' cannot be pending",
     ),
-    "a search left open": ("choice", lambda m: m["state"]["decisions"].pop(), "its search of stage 2 in such a state"),
-    "accuracies of others": ("end", state(accuracies={"\x1b": 3.0}), r"accuracies named \['\\x1b'\]"),
-    "only one accuracy": ("end", state(accuracies={"top1": 3.0}), "accuracies named"),
+    "a search left open": ("choice", lambda m: m["state"]["decisions"].pop(), "search of stage 2 cannot be in this"),
+    "accuracies of others": ("end", state(accuracies={"\x1b": 3.0}), r"its accuracies are \['\\x1b'\]"),
+    "only one accuracy": ("end", state(accuracies={"top1": 3.0}), "its accuracies are"),
     "an end without accuracies": ("end", state(accuracies={}), "reached its end without an evaluation"),
-    "a best step to come": ("end", state(best_step=21), "its best step, 21, after step 20"),
+    "a best step to come": ("end", state(best_step=21), "its best step is 21, after step 20"),
     "no number": ("end", state(train_seconds="soon"), "state: 'train_seconds': Input should be a valid number"),
-    "a key more": ("end", state(moment=1), "state: 'moment' is nothing that a state has"),
+    "a key more": ("end", state(moment=1), "state: 'moment' is unknown"),
 }
 
 
@@ -152,9 +152,9 @@ def test_an_export_needs_no_shards_and_refuses_what_cannot_be(
 ) -> None:
     _, newest = copy("end")
     for change, message in (
-        (state(gated=[[False] * 16_000]), r"groups of \(16000,\) layers"),
+        (state(gated=[[False] * 16_000]), r"its layer groups have \(16000,\) layers"),
         (state(gated=[[False] * 2]), "is not in the network"),
-        (state(accuracies={"top1": 3.0}), "accuracies named"),
+        (state(accuracies={"top1": 3.0}), "its accuracies are"),
         (state(step="20"), "'step': Input should be a valid integer"),
     ):
         intact = (newest / MANIFEST).read_text()
@@ -226,7 +226,7 @@ def test_a_parameter_has_no_more_steps_behind_it_than_the_run(
 ) -> None:
     recipe, newest = copy("search")
     poke(newest, "step/net.cls_token", count)
-    with pytest.raises(CheckpointError, match=rf"{newest}: step/net.cls_token is .*, which is no number of steps so"):
+    with pytest.raises(CheckpointError, match=rf"{newest}: step/net.cls_token is .*, which is not a possible number"):
         run(recipe, newest.parent.parent)
 
 
@@ -243,9 +243,9 @@ def test_a_checkpoint_of_another_recipe_is_refused_with_what_differs(
     shutil.rmtree(place)
     shutil.copytree(newest, place)
     for act in (lambda: run(other, tmp_path / "other"), lambda: evaluate_run(tmp_path / "other", None, "best")):
-        with pytest.raises(OtherRun, match=rf"{place}: is a checkpoint of another recipe:\n") as told:
+        with pytest.raises(OtherRun, match=rf"{place}: a checkpoint of another recipe:\n") as told:
             act()
-        assert "  optimizer.lr: 0.001 here, 0.0005 there\n  seed: 3 here, 0 there\nmove it to where" in str(told.value)
+        assert "  optimizer.lr: 0.001 here, 0.0005 there\n  seed: 3 here, 0 there\nmove it to its" in str(told.value)
     assert place.exists(), "it is nobody's damage"
 
 
@@ -255,7 +255,7 @@ def test_a_checkpoint_of_another_run_of_the_recipe_is_refused(
     recipe, newest = copy("search")
     run(recipe, tmp_path / "other", max_steps=26)
     shutil.copytree(newest, tmp_path / "other" / "checkpoints" / newest.name)
-    with pytest.raises(OtherRun, match=rf"{newest.name}: is a checkpoint of another run of the same recipe; move it"):
+    with pytest.raises(OtherRun, match=rf"{newest.name}: a checkpoint of another run of the same recipe; move it"):
         run(recipe, tmp_path / "other")
     shutil.rmtree(tmp_path / "other" / "checkpoints" / newest.name)
     run(recipe, tmp_path / "other", max_steps=30)
@@ -276,7 +276,7 @@ def test_a_run_directory_may_be_moved_and_copied_and_may_lose_its_name(
     assert (folder / RUN_ID).read_text() == name
     for strange in (b"", b"\xff", b"x" * 10**6, name.upper().encode() + b"\n"):
         (folder / RUN_ID).write_bytes(strange)
-        with pytest.raises(CheckpointError, match=r"run\.id: names no run; delete it if the checkpoints"):
+        with pytest.raises(CheckpointError, match=r"run\.id: does not name a run; delete it if the checkpoints"):
             run(recipe, folder)
     assert len(committed(folder / "checkpoints")) == 2, "none was taken for damaged"
 
@@ -287,7 +287,7 @@ def test_a_recipe_in_a_checkpoint_may_be_anything(
 ) -> None:
     recipe, newest = copy("end")
     reseal(newest, lambda manifest: manifest.update(recipe=kept))
-    with pytest.raises(OtherRun, match="is a checkpoint of another recipe:\n") as told:
+    with pytest.raises(OtherRun, match="a checkpoint of another recipe:\n") as told:
         run(recipe, newest.parent.parent)
     assert "\x1b" not in str(told.value)
     assert len(str(told.value)) < 2500

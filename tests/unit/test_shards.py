@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 
 from scaleprog.data.manifest import NAME, Manifest
 from scaleprog.errors import DataError
-from shards import image_files, image_folder
-from shards.build import STAGING, shard_files
-from shards.check import check, write_manifest
-from shards.cli import app
-from shards.samples import read_label, read_members
+from scaleprog.shards import image_files, image_folder
+from scaleprog.shards.build import STAGING, shard_files
+from scaleprog.shards.check import check, write_manifest
+from scaleprog.shards.cli import app
+from scaleprog.shards.samples import read_label, read_members
 
 pytestmark = pytest.mark.process
 
@@ -108,7 +108,7 @@ def test_image_folder_laid_out_like_imagenet(tmp_path: Path, tree: Path, photogr
     kinds = Counter(kind for _, members in contents(tmp_path / "out", "train") for kind in members)
     assert kinds == {"cls": 15, "jpeg": 14, "jpg": 1}, "a JPEG named .png is stored as what it is"
     notes = capsys.readouterr().out
-    assert "1 files that are not images of class folders are left out" in notes
+    assert "left out 1 files that are not images in class folders" in notes
     assert "readme.txt" in notes
     assert "no images of 1 classes: tower" in notes
 
@@ -139,7 +139,7 @@ def test_image_folder_refuses(tmp_path: Path, tree: Path, photographs: list[byte
     (tmp_path / "loose").mkdir()
     refused(tmp_path / "loose", "no class folders")
     (tmp_path / "loose" / "a.jpg").write_bytes(photographs[0])
-    refused(tmp_path / "loose", "no class folders.* lie loose")
+    refused(tmp_path / "loose", "no class folders.* loose image")
     (tmp_path / "loose" / "only").mkdir()
     (tmp_path / "loose" / "a.jpg").rename(tmp_path / "loose" / "only" / "a.jpg")
     refused(tmp_path / "loose", "1 images are too few")
@@ -150,7 +150,7 @@ def test_image_folder_refuses(tmp_path: Path, tree: Path, photographs: list[byte
     (tmp_path / "both" / "val" / "weed" / "w.jpg").write_bytes(photographs[0])
     refused(tmp_path / "both", "has val/ but no train/")
     tree.rename(tmp_path / "both" / "train")
-    refused(tmp_path / "both", "classes that train/ does not have: weed")
+    refused(tmp_path / "both", "classes that are not in train/: weed")
     with pytest.raises(DataError, match="lies inside"):
         image_folder.build(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -161,8 +161,8 @@ def test_every_file_that_is_no_image_is_named(tmp_path: Path, tree: Path):
     (tree / "blossom" / "empty.png").touch()
     with pytest.raises(DataError) as caught:
         image_folder.build(tree, tmp_path / "out", samples_per_shard=8, workers=1)
-    assert "page.jpg: no JPEG" in str(caught.value)
-    assert "empty.png: no JPEG" in str(caught.value)
+    assert "page.jpg: not a JPEG" in str(caught.value)
+    assert "empty.png: not a JPEG" in str(caught.value)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -182,12 +182,12 @@ def test_damaged_shard_is_built_again(built: Path, tree: Path, capsys):
     shard.write_bytes(whole[:-1])
     image_folder.build(tree, built, samples_per_shard=3, val_fraction=0.2, workers=1)
     assert shard.read_bytes() == whole
-    assert "train-000001.tar is missing or damaged, building again" in capsys.readouterr().out
+    assert "train-000001.tar is missing or damaged; rebuilding all shards" in capsys.readouterr().out
 
 
 def test_another_build_is_not_overwritten(built: Path, tree: Path):
     before = times(built)
-    with pytest.raises(DataError, match=r"another build .*samples_per_shard 3 there, 4 asked for"):
+    with pytest.raises(DataError, match=r"another build .*samples_per_shard: built with 3, requested 4"):
         image_folder.build(tree, built, samples_per_shard=4, val_fraction=0.2, workers=1)
     (tree / "tower" / "n.0.JPEG").rename(tree / "tower" / "new.JPEG")
     with pytest.raises(DataError, match=r"another build .*files"):
@@ -256,10 +256,10 @@ def test_check_lists_all_problems(built: Path):
     flipped.write_bytes(content)
     missing.unlink()
     (built / "train-000009.tar").touch()
-    found = problems(built)
-    assert "train-000000.tar: not a readable tar after key '00000000-n_" in found
-    assert f"{truncated}: {truncated.stat().st_size} bytes, manifest.json says {2 * truncated.stat().st_size}" in found
-    assert f"{flipped}: damaged, its checksum" in found
+    found, size = problems(built), truncated.stat().st_size
+    assert "train-000000.tar: cannot read this tar after key '00000000-n_" in found
+    assert f"{truncated}: has {size} bytes, but manifest.json says {2 * size}" in found
+    assert f"{flipped}: damaged: its checksum differs" in found
     assert f"{missing}: {NAME} lists this shard, but it is missing" in found
     assert "train-000009.tar: not in manifest.json" in found
     assert "train-000003.tar" not in found
@@ -271,7 +271,7 @@ def test_check_finds_a_label_out_of_range(built: Path):
     found = problems(built)
     for shard in manifest.split("train"):
         for key, members in read_members(Path(manifest.path(shard))):
-            complaint = f"{shard.name}: key {key!r}: label 1 out of range, 1 classes"
+            complaint = f"{shard.name}: key {key!r}: label 1 is out of range; with 1 classes"
             assert (complaint in found) == (read_label(members) == 1)
     assert found.count("out of range") == 7
 
@@ -280,7 +280,7 @@ def test_check_finds_a_wrong_count(built: Path):
     manifest = Manifest.load(built)
     first, *others = manifest.split("train")
     Manifest(manifest.root, manifest.classes, {"train": (replace(first, samples=9), *others)}).save()
-    assert "train-000000.tar: 2 samples, manifest.json says 9" in problems(built)
+    assert "train-000000.tar: has 2 samples, but manifest.json says 9" in problems(built)
 
 
 def test_check_without_manifest(built: Path):
@@ -340,7 +340,7 @@ def test_write_manifest_refuses_unsound_shards(foreign: Path):
         assert not (foreign / NAME).exists()
         return str(caught.value)
 
-    assert "train-0.tar: key 'train4': label 4 out of range" in refused(list("abcd"))
+    assert "train-0.tar: key 'train4': label 4 is out of range" in refused(list("abcd"))
     with webdataset.TarWriter(str(foreign / "train-9.tar")) as writer:
         writer.write({"__key__": "negative", "jpg": b"\xff", "cls": -1})
         writer.write({"__key__": "unlabelled", "jpg": b"\xff"})
@@ -368,7 +368,7 @@ def test_write_manifest_notices_what_tarfile_overlooks(built: Path, damage: str)
     else:
         del content[header:]
     path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"train-000001\.tar: not a readable tar after key '{first}': no end marker"):
+    with pytest.raises(DataError, match=rf"train-000001\.tar: cannot read this tar after key '{first}': no end marker"):
         write_manifest(built, workers=1)
 
 
@@ -388,10 +388,10 @@ def test_command_line(tmp_path: Path, tree: Path):
 
     out = tmp_path / "out"
     assert "built 13 train samples" in run("image-folder", tree, out, "--workers", 1)
-    assert "13 train, 1 val samples, 2 classes: all sound" in run("check", out, "--workers", 1)
+    assert "13 train, 1 val samples, 2 classes: all intact" in run("check", out, "--workers", 1)
     names = tmp_path / "names.txt"
     names.write_text("flower\nchurch\n")
     run("check", out, "--write-manifest", "--classes", names, "--workers", 1)
     assert Manifest.load(out).classes == ("flower", "church")
-    with pytest.raises(DataError, match="only goes with"):
+    with pytest.raises(DataError, match="works only with"):
         run("check", out, "--classes", names)

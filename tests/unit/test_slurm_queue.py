@@ -39,7 +39,7 @@ def test_no_answer(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(slurm_queue.NoAnswer, match="Unable to contact slurm controller"):
         slurm_queue.find("7")
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(slurm_queue.NoAnswer, match="scontrol is not there"):
+    with pytest.raises(slurm_queue.NoAnswer, match="scontrol not found"):
         slurm_queue.find("7")
 
 
@@ -118,7 +118,7 @@ def test_nothing_but_an_id_reaches_slurm(job: str, fake: FakeSlurm) -> None:
 )  # fmt: skip
 def test_lists_that_are_none(nodelist: str) -> None:
     began = time.monotonic()
-    with pytest.raises(ScaleprogError, match="is no list of nodes"):
+    with pytest.raises(ScaleprogError, match="is not a list of nodes"):
         slurm_queue.hosts(nodelist)
     assert time.monotonic() - began < 5
 
@@ -128,7 +128,7 @@ def test_any_list_is_one_or_said_to_be_none(nodelist: str) -> None:
     try:
         names = slurm_queue.hosts(nodelist)
     except ScaleprogError as error:
-        assert "is no list of nodes" in str(error)  # noqa: PT017
+        assert "is not a list of nodes" in str(error)  # noqa: PT017
     else:
         assert 1 <= len(names) <= slurm_queue.MOST_HOSTS
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from launchers import integrity, slurm, snapshot
-from launchers.requeue import STOPPED
-from launchers.slurm import JobRequest
-from launchers.snapshot import JobFile
 from scaleprog.errors import CheckpointError, ScaleprogError
+from scaleprog.launchers import integrity, slurm, snapshot
+from scaleprog.launchers.requeue import STOPPED
+from scaleprog.launchers.slurm import JobRequest
+from scaleprog.launchers.snapshot import JobFile
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.reading import read_rows
 from tests.conftest import MakeRecipe
@@ -66,7 +66,7 @@ def test_train_sbatch(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) 
     fake.command("srun", "exit 1")
     done = run_batch([script, recipe, "a run", "seed=3"], tmp_path)
     assert done.returncode == 2
-    assert f"scaleprog: {run}: not there on every node" in done.stderr
+    assert f"scaleprog: {run}: missing on a node" in done.stderr
     assert "requeue" not in " ".join(fake.calls("scontrol"))
     seen = 'case $* in *bash*) exec "${@:3}" ;; esac'  # what is to be asked on every node, asked here
     fake.command("srun", f'{seen}; printf "%s\\n" "$PYTHONPATH" "$@" > "{tmp_path}/srun-arguments"; exit 1')
@@ -78,7 +78,7 @@ def test_train_sbatch(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) 
     assert file is not None
     path, *arguments = (tmp_path / "srun-arguments").read_text().splitlines()
     assert path.split(":")[0] == str(run / file.code)
-    assert arguments[-4:] == ["-u", "-m", "launchers.task", str(run)]
+    assert arguments[-4:] == ["-u", "-m", "scaleprog.launchers.task", str(run)]
     assert {"--kill-on-bad-exit=1", "--wait=60"} <= set(arguments)
 
     fake.command("srun", f"{seen}; exit 140")
@@ -103,7 +103,7 @@ def test_train_sbatch(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) 
 
 def hide_pyc(code: Path, ruin: str) -> None:
     """Python loads this in place of the source, whose time and size it names."""
-    source = code / "launchers" / "requeue.py"
+    source = code / "scaleprog" / "launchers" / "requeue.py"
     there = source.stat()
     fake = code.parent / "fake.py"
     fake.write_text(ruin)
@@ -116,12 +116,12 @@ def hide_pyc(code: Path, ruin: str) -> None:
 
 
 DOORS: dict[str, Callable[[Path, str], object]] = {
-    "a changed file": lambda code, ruin: (code / "launchers" / "requeue.py").write_text(ruin),
+    "a changed file": lambda code, ruin: (code / "scaleprog" / "launchers" / "requeue.py").write_text(ruin),
     "a module that Python imports by itself": lambda code, ruin: (code / "sitecustomize.py").write_text(ruin),
     "a module of the standard library": lambda code, ruin: (code / "json.py").write_text(ruin),
-    "an extension": lambda code, ruin: (code / "launchers" / "requeue.cpython-311-x86_64-linux-gnu.so").touch(),
+    "an extension": lambda code, ruin: (code / "scaleprog" / "errors.cpython-311-x86_64-linux-gnu.so").touch(),
     "a compiled file": hide_pyc,
-    "a missing file": lambda code, ruin: (code / "launchers" / "exits.py").unlink(),
+    "a missing file": lambda code, ruin: (code / "scaleprog" / "launchers" / "exits.py").unlink(),
     "a link": lambda code, ruin: (code / "yaml").symlink_to(code.parent),
     "a FIFO": lambda code, ruin: os.mkfifo(code / "yaml.py"),
     "all of it a link": lambda code, ruin: (code.rename(code.parent / "0"), code.symlink_to(code.parent / "0")),
@@ -141,18 +141,18 @@ def test_code_that_is_not_what_was_submitted_never_runs(
     fake.command("srun", "exit 1")
     done = run_batch([script], tmp_path)
     assert done.returncode == 2
-    assert "scaleprog: the job's code is not what was submitted" in done.stderr
+    assert "scaleprog: the job's code is not the submitted code" in done.stderr
     assert "Traceback" not in done.stderr
     assert fake.calls("srun") == []
     fake.show(state="FAILED")
-    with pytest.raises(CheckpointError, match="not the code that it is named after"):
+    with pytest.raises(CheckpointError, match="does not match the digest in its name"):
         slurm.submit(make_recipe(), run, JobRequest())
     batch, recipe = ROOT / "slurm" / "train.sbatch", run / "recipe.yaml"
     for restart in (0, 1) if door == "a changed file" else (1,):
         JobFile("7", "scaleprog", file.code).write(run)
         done = run_batch([batch, recipe, run], tmp_path, restart)
         assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
-        assert "not the code that it is named after" in done.stderr
+        assert "does not match the digest in its name" in done.stderr
     assert fake.calls("srun") == []
     assert not (tmp_path / "ruined").exists()
 
@@ -161,18 +161,18 @@ def test_a_job_file_that_somebody_else_wrote_names_no_code(
     fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     """It may name the next job, and code that is what its own name says."""
-    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere" / "launchers"
-    elsewhere.mkdir(parents=True)
-    (elsewhere / "requeue.py").write_text(f"open({str(tmp_path / 'ruined')!r}, 'w')\n")
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    (elsewhere / "scaleprog" / "launchers").mkdir(parents=True)
+    (elsewhere / "scaleprog" / "launchers" / "requeue.py").write_text(f"open({str(tmp_path / 'ruined')!r}, 'w')\n")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(make_recipe().dump())
-    name = integrity.digest(integrity.read(str(elsewhere.parent)))
-    shutil.copytree(elsewhere.parent, run / "code" / name)
+    name = integrity.digest(integrity.read(str(elsewhere)))
+    shutil.copytree(elsewhere, run / "code" / name)
     fake.command("srun", "exit 1")
     for code in (
         f"code/{name}",
         "code/../../elsewhere",
-        str(elsewhere.parent),
+        str(elsewhere),
         "../elsewhere",
         "code/",
         "",
@@ -247,9 +247,8 @@ def test_a_snapshot_does_not_follow_the_working_tree(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree, run = tmp_path / "tree", tmp_path / "run"
-    for package in snapshot.PACKAGES:
-        shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(snapshot.launchers, "__file__", str(tree / "launchers" / "__init__.py"))
+    shutil.copytree(ROOT / "scaleprog", tree / "scaleprog", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(snapshot.scaleprog, "__file__", str(tree / "scaleprog" / "__init__.py"))
     before = snapshot.take(make_recipe(), run)
     assert snapshot.take(make_recipe(), run) == before == snapshot.code_folder(run)
     (tree / "scaleprog" / "__init__.py").write_text('__version__ = "edited"\n')

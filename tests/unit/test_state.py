@@ -125,7 +125,7 @@ def test_what_no_state_can_be_is_refused_by_its_key() -> None:
                 RunState.from_json(values | {key: value})
         with pytest.raises(CheckpointError, match=f"^state: '{key}' is missing"):
             RunState.from_json({name: value for name, value in values.items() if name != key})
-    with pytest.raises(CheckpointError, match=r"^state: '\\x1b' is nothing that a state has"):
+    with pytest.raises(CheckpointError, match=r"^state: '\\x1b' is unknown"):
         RunState.from_json(values | {"\x1b": 1})
 
 
@@ -182,5 +182,5 @@ def test_a_state_of_earlier_names_is_read() -> None:
     values = RunState(step=3, pending=["evaluation"]).to_json()
     old = {"due" if key == "pending" else key: value for key, value in values.items()}
     assert RunState.from_json(old) == RunState(step=3, pending=["evaluation"])
-    with pytest.raises(CheckpointError, match="'due' is nothing that a state has"):
+    with pytest.raises(CheckpointError, match="'due' is unknown"):
         RunState.from_json(values | {"due": []})

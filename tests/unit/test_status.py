@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from launchers import snapshot, status
-from launchers.snapshot import JobFile
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.growth.space import Subnet
+from scaleprog.launchers import snapshot, status
+from scaleprog.launchers.snapshot import JobFile
 from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
 from scaleprog.rundir import slurm_queue
@@ -112,7 +112,7 @@ def test_the_cause_of_a_restart(between: list[tuple[str, int, str]], ends: list[
 
 
 def test_status_of_little(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no run directory"):
+    with pytest.raises(CheckpointError, match="not a run directory"):
         status.status(tmp_path)
     recipe = make_recipe()
     snapshot.take(recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": "not/here"})}), tmp_path)
@@ -145,12 +145,10 @@ def test_status_of_a_job(made_up: Path, fake: FakeSlurm) -> None:
 
 def test_cancel_a_job(made_up: Path, fake: FakeSlurm) -> None:
     JobFile("7", "scaleprog-a b", "code/x").write(made_up)
-    with pytest.raises(ScaleprogError, match="does not name this run directory: nothing was cancelled"):
+    with pytest.raises(ScaleprogError, match="does not name this run directory; nothing was canceled"):
         status.cancel(made_up)  # Slurm tells no command
     fake.show(command=f" Command=/home/me/train.sbatch a.yaml {made_up} WorkDir=/home/me StdErr=/dev/null")
-    assert status.cancel(made_up).startswith(
-        "job 7, which was RUNNING, is cancelled; checkpoint of step 20, or a newer"
-    )
+    assert status.cancel(made_up).startswith("canceled job 7, which was RUNNING; checkpoint: step 20, or a newer")
     assert fake.calls("scancel") == ["scancel 7"]
     fake.show(state="CANCELLED")
     with pytest.raises(ScaleprogError, match="nothing to cancel"):
@@ -178,10 +176,10 @@ def test_cancel_leaves_a_job_alone_that_does_not_train_there(
     JobFile("7", "scaleprog-a b", "code/x").write(run)
     fake.show(command=f" Command={command.format(run=run)} WorkDir={run.parent} StdErr={run.parent}/7.out")
     if cancelled:
-        assert status.cancel(run).startswith("job 7, which was RUNNING, is cancelled")
+        assert status.cancel(run).startswith("canceled job 7, which was RUNNING")
     else:
         with pytest.raises(
-            ScaleprogError, match=r"names job 7, whose command, .*: nothing was cancelled; .*`scancel 7`"
+            ScaleprogError, match=r"names job 7, but Slurm's record .*; nothing was canceled; .*`scancel 7`"
         ):
             status.cancel(run)
     assert fake.calls("scancel") == ["scancel 7"] * cancelled
@@ -209,13 +207,13 @@ def test_cancel_a_process(made_up: Path) -> None:
     with process_called(sys.executable, "-c", TRAINS, "scaleprog", "train", made_up) as process:
         owned_by_process(made_up, process.pid)
         assert status.standing(made_up) == ("running", f"process {process.pid} on {socket.gethostname()}", None)
-        assert f"process {process.pid} is asked to stop" in status.cancel(made_up)
+        assert f"asked process {process.pid} to save a checkpoint and stop" in status.cancel(made_up)
         assert process.wait(timeout=30) == -15
     assert status.standing(made_up)[0] == "stopped"
     with pytest.raises(ScaleprogError, match="nothing to cancel"):
         status.cancel(made_up)
     (made_up / "owner.json").write_text(json.dumps(OWNER | {"host": "elsewhere"}))
-    with pytest.raises(ScaleprogError, match="is trained on elsewhere"):
+    with pytest.raises(ScaleprogError, match="is being trained on elsewhere"):
         status.cancel(made_up)
     assert read_owner(made_up) is not None
 

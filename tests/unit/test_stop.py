@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launchers.local import launch
 from scaleprog.errors import Preempted
+from scaleprog.launchers.local import launch
 from scaleprog.ranks.coordinator import Coordinator, process_group
 from scaleprog.ranks.stop import Agreement, Watch, deadline
 

@@ -152,7 +152,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no UTF-8": (lambda path: (path / MANIFEST).write_bytes(b'{"\xff": 1}'), r"manifest\.json: .*decode byte 0xff"),
     "nested deeply": (lambda path: (path / MANIFEST).write_text("[" * 10**6), r"manifest\.json: nested too deeply"),
     "a number too long": (lambda path: (path / MANIFEST).write_text("9" * 10**5), r"manifest\.json: .*digits"),
-    "no number": (lambda path: (path / MANIFEST).write_text('{"a": NaN}'), r"manifest\.json: NaN is no number"),
+    "no number": (lambda path: (path / MANIFEST).write_text('{"a": NaN}'), r"manifest\.json: NaN is not a JSON number"),
     "large": (lambda path: os.truncate(path / MANIFEST, 10**12), r"manifest\.json: more than \d+ bytes"),
     "missing file": (lambda path: data_file(path).unlink(), r"\.safetensors: missing"),
     "missing manifest": (lambda path: (path / MANIFEST).unlink(), r"manifest\.json: missing"),
@@ -219,7 +219,7 @@ def test_a_checkpoint_of_another_format_is_refused_rather_than_skipped(
     (path / MANIFEST).write_text("{}")
     seal(path, {"kind": "scaleprog-checkpoint", "format": version, "versions": {"scaleprog": "9.1.0"}, "files": {}})
     for reading in (lambda: newest(checkpoint_folder), lambda: read_manifest(path).state, lambda: verify(path)):
-        with pytest.raises(OtherFormat, match=rf"format {version}, this version of scaleprog reads 5; .* 9\.1\.0$"):
+        with pytest.raises(OtherFormat, match=rf"format {version}, but this version of scaleprog reads 5; .* 9\.1\.0$"):
             reading()
 
 
@@ -244,61 +244,61 @@ def without(key: str) -> Callable[[dict[str, Any]], None]:
 
 HUGE = 2**60
 RESEALED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "a path that leaves the folder": (move_file("../../secret"), r"`files` differ from those that hold tensors: \.\./"),
-    "an absolute path": (move_file("/etc/passwd"), r"`files` differ"),
-    "a path below": (move_file("x/rank-00000.safetensors"), r"`files` differ"),
-    "a name with an escape": (move_file("\x1b[2J"), r"`files` differ from those that hold tensors: '\\x1b"),
-    "a file more": (lambda m: m["files"].update({"rank-00001.safetensors": [0, "0" * 64]}), "`files` differ"),
-    "a file less": (lambda m: m["files"].clear(), r"`files` differ .*: rank-00000"),
-    "a file that is nothing": (with_files(None), "has no size and checksum"),
-    "a file without a size": (with_files(["0" * 64]), "has no size and checksum"),
-    "a negative size": (with_files([-1, "0" * 64]), "has no size and checksum"),
-    "a size that is true": (with_files([True, "0" * 64]), "has no size and checksum"),
+    "a path that leaves the folder": (move_file("../../secret"), r"`files` does not match the files .*: \.\./"),
+    "an absolute path": (move_file("/etc/passwd"), r"`files` does not match"),
+    "a path below": (move_file("x/rank-00000.safetensors"), r"`files` does not match"),
+    "a name with an escape": (move_file("\x1b[2J"), r"`files` does not match the files that hold tensors: '\\x1b"),
+    "a file more": (lambda m: m["files"].update({"rank-00001.safetensors": [0, "0" * 64]}), "`files` does not match"),
+    "a file less": (lambda m: m["files"].clear(), r"`files` does not match .*: rank-00000"),
+    "a file that is nothing": (with_files(None), "needs a size and a checksum"),
+    "a file without a size": (with_files(["0" * 64]), "needs a size and a checksum"),
+    "a negative size": (with_files([-1, "0" * 64]), "needs a size and a checksum"),
+    "a size that is true": (with_files([True, "0" * 64]), "needs a size and a checksum"),
     "another checksum": (lambda m: m["files"][FILE].__setitem__(1, "0" * 64), r"\.safetensors: the checksum differs"),
-    "no checksum": (lambda m: m["files"][FILE].__setitem__(1, None), "has no size and checksum"),
-    "a chunk is missing": (set_tensor(ONE, ["F32", 35, []]), f"chunks of {ONE} do not make up its 35 elements"),
-    "a gap": (set_tensor(ONE, ["F32", 35, [[0, 34]]]), "do not make up its 35 elements"),
-    "an overlap": (set_tensor(ONE, ["F32", 35, [[0, 20], [0, 16]]]), "do not make up its 35 elements"),
+    "no checksum": (lambda m: m["files"][FILE].__setitem__(1, None), "needs a size and a checksum"),
+    "a chunk is missing": (set_tensor(ONE, ["F32", 35, []]), f"chunks of {ONE} do not add up to its 35 elements"),
+    "a gap": (set_tensor(ONE, ["F32", 35, [[0, 34]]]), "do not add up to its 35 elements"),
+    "an overlap": (set_tensor(ONE, ["F32", 35, [[0, 20], [0, 16]]]), "do not add up to its 35 elements"),
     "a stretch twice": (set_tensor(ONE, ["F32", 70, [[0, 35], [0, 35]]]), "two chunks of one rank"),
-    "a negative chunk": (set_tensor(ONE, ["F32", 35, [[0, 36], [0, -1]]]), "a chunk that is no rank and length"),
-    "a chunk of nothing": (set_tensor(ONE, ["F32", 35, [[0, 35], [1, 0]]]), "a chunk that is no rank and length"),
-    "a chunk of a rank below zero": (set_tensor(ONE, ["F32", 35, [[-1, 35]]]), "a chunk that is no rank and length"),
-    "a chunk of a rank beyond all": (set_tensor(ONE, ["F32", 35, [[10**9, 35]]]), "no rank and length"),
-    "a chunk of half a rank": (set_tensor(ONE, ["F32", 35, [[0.5, 35]]]), "no rank and length"),
-    "a chunk elsewhere": (set_tensor(ONE, ["F32", 35, [[1, 35]]]), r"`files` differ .*rank-00001"),
-    "another type": (set_tensor(ONE, ["F64", 35, [[0, 35]]]), r"has \d+ bytes, its tensors make \d+"),
-    "another type of that size": (set_tensor(ONE, ["I32", 35, [[0, 35]]]), r"\.safetensors: its header is not that"),
-    "a type that is none": (set_tensor(ONE, ["F128", 35, [[0, 35]]]), "no type, size and chunks"),
-    "a type that is a list": (set_tensor(ONE, [[], 35, [[0, 35]]]), "no type, size and chunks"),
-    "fewer elements": (set_tensor(ONE, ["F32", 34, [[0, 34]]]), r"has \d+ bytes, its tensors make \d+"),
-    "very many elements": (set_tensor(ONE, ["F32", HUGE, [[0, HUGE]]]), r"has \d+ bytes, its tensors make 4611686018"),
+    "a negative chunk": (set_tensor(ONE, ["F32", 35, [[0, 36], [0, -1]]]), "a chunk that is not a rank and a length"),
+    "a chunk of nothing": (set_tensor(ONE, ["F32", 35, [[0, 35], [1, 0]]]), "a chunk that is not a rank and a length"),
+    "a chunk of a rank below zero": (set_tensor(ONE, ["F32", 35, [[-1, 35]]]), "not a rank and a length"),
+    "a chunk of a rank beyond all": (set_tensor(ONE, ["F32", 35, [[10**9, 35]]]), "not a rank and a length"),
+    "a chunk of half a rank": (set_tensor(ONE, ["F32", 35, [[0.5, 35]]]), "not a rank and a length"),
+    "a chunk elsewhere": (set_tensor(ONE, ["F32", 35, [[1, 35]]]), r"`files` does not match .*rank-00001"),
+    "another type": (set_tensor(ONE, ["F64", 35, [[0, 35]]]), r"has \d+ bytes, but its tensors need \d+"),
+    "another type of that size": (set_tensor(ONE, ["I32", 35, [[0, 35]]]), r"\.safetensors: its header does not match"),
+    "a type that is none": (set_tensor(ONE, ["F128", 35, [[0, 35]]]), "needs a type, a size and chunks"),
+    "a type that is a list": (set_tensor(ONE, [[], 35, [[0, 35]]]), "needs a type, a size and chunks"),
+    "fewer elements": (set_tensor(ONE, ["F32", 34, [[0, 34]]]), r"has \d+ bytes, but its tensors need \d+"),
+    "very many elements": (set_tensor(ONE, ["F32", HUGE, [[0, HUGE]]]), r"has \d+ bytes, but its tensors need 461168"),
     "elements beyond numbers": (set_tensor(ONE, ["F32", 10**4000, [[0, 10**4000]]]), "has .* bytes|digits"),
-    "no elements at all": (set_tensor(ONE, ["F32", None, []]), "no type, size and chunks"),
-    "a tensor that is a number": (set_tensor(ONE, 3), "no type, size and chunks"),
-    "a tensor more": (set_tensor("online/other", ["F32", 1, [[0, 1]]]), r"has \d+ bytes, its tensors make \d+"),
+    "no elements at all": (set_tensor(ONE, ["F32", None, []]), "needs a type, a size and chunks"),
+    "a tensor that is a number": (set_tensor(ONE, 3), "needs a type, a size and chunks"),
+    "a tensor more": (set_tensor("online/other", ["F32", 1, [[0, 1]]]), r"has \d+ bytes, but its tensors need \d+"),
     "an empty tensor more": (set_tensor("online/other", ["F32", 0, []]), "does not fit this run: online/other is not"),
-    "a tensor less": (lambda m: m["tensors"].pop("ids"), r"has \d+ bytes, its tensors make \d+"),
-    "a tensor with a strange name": (set_tensor("\x1b[2J\n", ["F32", 0, []]), r"'\\x1b\[2J\\n' is no name of a tensor"),
-    "a tensor with a long name": (set_tensor("x" * 10**6, ["F32", 0, []]), "is no name of a tensor"),
+    "a tensor less": (lambda m: m["tensors"].pop("ids"), r"has \d+ bytes, but its tensors need \d+"),
+    "a tensor with a strange name": (set_tensor("\x1b[2J\n", ["F32", 0, []]), r"'\\x1b\[2J\\n' is not a tensor name"),
+    "a tensor with a long name": (set_tensor("x" * 10**6, ["F32", 0, []]), "is not a tensor name"),
     "very many tensors": (
         lambda m: m["tensors"].update({str(i): ["F32", 0, []] for i in range(100_000)}),
         "`tensors`: more than 100000",
     ),
-    "no tensors": (lambda m: m["tensors"].clear(), r"`files` differ"),
-    "tensors that are a list": (lambda m: m.update(tensors=[1]), "`tensors` is no mapping"),
-    "files that are a list": (lambda m: m.update(files=[FILE]), "`files` is no mapping"),
-    "a state that is a list": (lambda m: m.update(state=[1]), "`state` is no mapping"),
-    "no recipe": (without("recipe"), "`recipe` is no mapping"),
-    "no run": (without("run"), "`run` names no run"),
-    "a run that is a path": (lambda m: m.update(run="../" * 10 + "aa"), "`run` names no run"),
+    "no tensors": (lambda m: m["tensors"].clear(), r"`files` does not match"),
+    "tensors that are a list": (lambda m: m.update(tensors=[1]), "`tensors` is not a mapping"),
+    "files that are a list": (lambda m: m.update(files=[FILE]), "`files` is not a mapping"),
+    "a state that is a list": (lambda m: m.update(state=[1]), "`state` is not a mapping"),
+    "no recipe": (without("recipe"), "`recipe` is not a mapping"),
+    "no run": (without("run"), "`run` does not name a run"),
+    "a run that is a path": (lambda m: m.update(run="../" * 10 + "aa"), "`run` does not name a run"),
     "permanent perhaps": (lambda m: m.update(permanent="yes"), "`permanent` is neither"),
-    "no step": (without("step"), "`step` is no number"),
-    "a negative step": (lambda m: m.update(step=-7), "`step` is no number"),
-    "a step that is true": (lambda m: m.update(step=True), "`step` is no number"),
-    "a step of all steps": (lambda m: m.update(step=10**30), "`step` is no number"),
-    "another kind": (lambda m: m.update(kind="results"), "not of a checkpoint"),
-    "a format that is a name": (lambda m: m.update(format="5"), "not of a checkpoint"),
-    "a format that is true": (lambda m: m.update(format=True), "not of a checkpoint"),
+    "no step": (without("step"), "`step` is not a step number"),
+    "a negative step": (lambda m: m.update(step=-7), "`step` is not a step number"),
+    "a step that is true": (lambda m: m.update(step=True), "`step` is not a step number"),
+    "a step of all steps": (lambda m: m.update(step=10**30), "`step` is not a step number"),
+    "another kind": (lambda m: m.update(kind="results"), "not a manifest of a checkpoint"),
+    "a format that is a name": (lambda m: m.update(format="5"), "not a manifest of a checkpoint"),
+    "a format that is true": (lambda m: m.update(format=True), "not a manifest of a checkpoint"),
 }
 
 
@@ -337,7 +337,7 @@ def test_a_file_that_describes_itself_otherwise_is_refused(change: Callable[[byt
     file.write_bytes(changed)
     reseal(copied)
     for reading in (lambda: verify(copied), lambda: load_tensors(copied, parts(blank()))):
-        with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors: its header is not that of the tensors"):
+        with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors: its header does not match"):
             reading()
 
 
@@ -372,18 +372,18 @@ def test_only_regular_files_are_read(
 def test_a_checkpoint_that_is_a_link_is_refused(copied: Path, tmp_path: Path) -> None:
     copied.rename(tmp_path / copied.name)
     copied.symlink_to(tmp_path / copied.name)
-    with pytest.raises(CheckpointError, match="step-00000007: a link; a checkpoint is a folder of its own"):
+    with pytest.raises(CheckpointError, match="step-00000007: a symbolic link; a checkpoint must be a folder"):
         verify(copied)
 
 
 def test_files_larger_than_any_checkpoint_of_the_run_are_not_even_read(copied: Path) -> None:
     lease = set_tensor(ONE, ["F32", 2**40, [[0, 2**40]]])
-    with pytest.raises(CheckpointError, match="its tensors make") as told:
+    with pytest.raises(CheckpointError, match="its tensors need") as told:
         verify(reseal(copied, lease))
     size = int(str(told.value).rpartition(" ")[2])
     reseal(copied, lambda manifest: (lease(manifest), with_files([size, "0" * 64])(manifest)))
     os.truncate(copied / FILE, size)  # as many as it says, though next to none of them are on the disk
-    with pytest.raises(CheckpointError, match=rf"{size} bytes, but the complete model of this run has no more than 99"):
+    with pytest.raises(CheckpointError, match=rf"{size} bytes, but a checkpoint of this run has at most 99"):
         verify(copied, most=99)
 
 
@@ -421,9 +421,9 @@ def test_whatever_stands_in_a_sealed_manifest_the_tensors_are_those_that_were_sa
 
 def test_a_manifest_that_could_not_be_read_is_not_written(one_rank: None, tmp_path: Path) -> None:
     ended = commit(tmp_path / "checkpoints", 1, {"x": math.nan}, tensors())
-    assert "the state cannot be written" in str(ended.error)
+    assert "cannot write the state" in str(ended.error)
     ended = commit(tmp_path / "checkpoints", 1, {"x": "x" * MANIFEST_BYTES}, tensors())
-    assert "more than is ever read" in str(ended.error)
+    assert "more than the limit of" in str(ended.error)
 
 
 # ---- in the wrong place

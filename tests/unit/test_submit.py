@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from launchers import slurm
-from launchers.slurm import JobRequest
-from launchers.snapshot import JobFile
-from launchers.world import Count
 from scaleprog.errors import CheckpointError, DataError, ScaleprogError
+from scaleprog.launchers import slurm
+from scaleprog.launchers.slurm import JobRequest
+from scaleprog.launchers.snapshot import JobFile
+from scaleprog.launchers.world import Count
 from scaleprog.recipe import Recipe
 from tests.conftest import MakeRecipe
 from tests.unit.fake_slurm import FakeSlurm
@@ -33,15 +33,15 @@ def test_time_limits(limit: str, expected: int) -> None:
     ("request_", "message"),
     [
         (JobRequest(time="soon"), "--time soon: not a time"),
-        (JobRequest(time="3"), "--time 3 leaves nothing for training.* ask for 4 min or more"),
-        (JobRequest(time="5", signal_before=300), "--time 5 leaves nothing for training"),
-        (JobRequest(gpus_per_node=2, tasks_per_node=4), "--tasks-per-node 4: there is one task per GPU"),
-        (JobRequest(options=("nodes=3",)), "--sbatch nodes=3: say it by --nodes"),
-        (JobRequest(options=("cpus_per_task=3",)), "--sbatch cpus_per_task=3: say it by --cpus-per-task"),
+        (JobRequest(time="3"), "--time 3 leaves no time for training.* request 4 min or more"),
+        (JobRequest(time="5", signal_before=300), "--time 5 leaves no time for training"),
+        (JobRequest(gpus_per_node=2, tasks_per_node=4), "--tasks-per-node 4: each GPU gets one task"),
+        (JobRequest(options=("nodes=3",)), "--sbatch nodes=3: use --nodes instead"),
+        (JobRequest(options=("cpus_per_task=3",)), "--sbatch cpus_per_task=3: use --cpus-per-task instead"),
         (JobRequest(options=("array=1-3",)), "--sbatch array=1-3: scaleprog sets array itself"),
-        (JobRequest(options=("-N3",)), "--sbatch -N3: not of the form KEY=VALUE"),
-        (JobRequest(options=("comment=a\n#SBATCH --uid=0",)), "not of the form KEY=VALUE"),
-        (JobRequest(qos="a\nb"), "--qos: more than one line"),
+        (JobRequest(options=("-N3",)), "--sbatch -N3: write KEY or KEY=VALUE"),
+        (JobRequest(options=("comment=a\n#SBATCH --uid=0",)), "write KEY or KEY=VALUE"),
+        (JobRequest(qos="a\nb"), "--qos: must be one line"),
         (JobRequest(nodes=Count(3, 3)), "3 ranks do not divide data.lanes, 4"),
         (JobRequest(nodes=Count(2, 2), gpus_per_node=4), "8 ranks do not divide data.lanes, 4"),
     ],
@@ -71,12 +71,12 @@ def test_the_cluster_is_asked(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path
 
 def test_no_slurm(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ScaleprogError, match="no Slurm on this machine: sbatch is not there"):
+    with pytest.raises(ScaleprogError, match="no Slurm on this machine: sbatch not found"):
         slurm.submit(make_recipe(), tmp_path / "run", JobRequest())
     assert "#SBATCH --nodes=2\n" in slurm.script(make_recipe(), tmp_path / "run", JobRequest(nodes=Count(2, 2)))
     assert not (tmp_path / "run").exists()
     monkeypatch.setitem(sys.modules, "submitit.slurm.slurm", None)
-    with pytest.raises(ScaleprogError, match=r"submitit is not installed: pip install 'scaleprog\[slurm\]'"):
+    with pytest.raises(ScaleprogError, match=r"submitit is not installed; run pip install 'scaleprog\[slurm\]'"):
         slurm.script(make_recipe(), tmp_path / "run", JobRequest())
 
 
@@ -86,13 +86,14 @@ def test_submit(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> Non
     assert (file.job, file.name) == ("7", "scaleprog-run")
     assert JobFile.read(run) == file
     assert Recipe.load(run / "recipe.yaml") == recipe
-    assert (run / file.code / "launchers" / "task.py").read_text() == (ROOT / "launchers" / "task.py").read_text()
+    copied = run / file.code / "scaleprog" / "launchers" / "task.py"
+    assert copied.read_text() == (ROOT / "launchers" / "task.py").read_text()
     assert list(run.glob("jobs/*/7_submitted.pkl"))
     assert not list(run.glob("jobs/*/*result*"))
 
     fake.show(state="PENDING")
     fake.command("scontrol", f"sed s/scaleprog-a.b/scaleprog-run/ {fake.folder}/shown")
-    with pytest.raises(CheckpointError, match="belongs to job 7, which is PENDING; `scaleprog cancel"):
+    with pytest.raises(CheckpointError, match="belongs to job 7, which is PENDING; cancel it with `scaleprog cancel"):
         slurm.submit(recipe, run, JobRequest())
     fake.show(state="FAILED")
     with pytest.raises(CheckpointError, match=r"run directory of another recipe:\n  seed: 1 here, 0 there"):

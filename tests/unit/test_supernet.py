@@ -69,7 +69,7 @@ def test_the_base_is_the_first_appearance_of_every_layer_and_the_last_copies_joi
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("depth", [3, 9])
 def test_depths_outside_the_supernet_are_refused(operator: str, depth: int) -> None:
-    with pytest.raises(ValueError, match=f"4 to 8 layers has no sub-network of {depth}"):
+    with pytest.raises(ValueError, match=f"4 to 8 layers has no Subnet of {depth}"):
         active_layers(operator, 4, 8, depth)
 
 

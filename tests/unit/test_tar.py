@@ -97,29 +97,29 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "another type": (lambda: patched(156, b"Z"), "special"),
     "huge size": (lambda: patched(124, b"77777777777\0"), "truncated"),
     "huge binary size": (lambda: patched(124, b"\x80" + b"\xff" * 11), "truncated"),
-    "negative size": (lambda: patched(124, b"\xff" * 12), "in place of a number"),
-    "negative digits": (lambda: patched(124, b"-0000000001\0"), "in place of a number"),
-    "size of letters": (lambda: patched(124, b"0x10\0"), "in place of a number"),
+    "negative size": (lambda: patched(124, b"\xff" * 12), "instead of a number"),
+    "negative digits": (lambda: patched(124, b"-0000000001\0"), "instead of a number"),
+    "size of letters": (lambda: patched(124, b"0x10\0"), "instead of a number"),
     "size by pax": (lambda: pax(b"19 size=9999999999\n"), "truncated"),
-    "negative size by pax": (lambda: pax(b"11 size=-1\n"), "in place of a number"),
-    "size of many digits by pax": (lambda: pax(b"5014 size=" + b"9" * 5003 + b"\n"), "in place of a number"),
+    "negative size by pax": (lambda: pax(b"11 size=-1\n"), "instead of a number"),
+    "size of many digits by pax": (lambda: pax(b"5014 size=" + b"9" * 5003 + b"\n"), "instead of a number"),
     "pax header that is not": (lambda: pax(b"99 path=x\n"), "damaged pax"),
     "pax header without length": (lambda: pax(b"path=x\n"), "damaged pax"),
     "pax header of length 0": (lambda: pax(b"0 path=x\n"), "damaged pax"),
     "huge pax header": (lambda: pax(b"%d comment=" % 10**7 + b"x" * 10**7), "a header of"),
     "one name for all": (
-        lambda: packed((info("g", 10, tarfile.XGLTYPE), b"10 path=x\n"), *sample("a"), layout="ustar"), "files alike"
+        lambda: packed((info("g", 10, tarfile.XGLTYPE), b"10 path=x\n"), *sample("a"), layout="ustar"), "all files one"
     ),
     "huge long name": (
         lambda: packed((info("././@LongLink", 10**6, tarfile.GNUTYPE_LONGNAME), b"x" * 10**6), *sample("a")), "a header"
     ),
-    "names up": (lambda: packed(*sample("../../a")), "none for a file in a folder"),
-    "names from the root": (lambda: patched(0, b"/a.jpg"), "none for a file in a folder"),
+    "names up": (lambda: packed(*sample("../../a")), "not allowed for a file in a folder"),
+    "names from the root": (lambda: patched(0, b"/a.jpg"), "not allowed for a file in a folder"),
     "terminal escapes": (lambda: packed(*sample("\x1b[31m")), "control characters"),
     "a second line": (lambda: packed(*sample("a\nb")), "control characters"),
     "right to left": (lambda: packed(*sample("a\u202eb")), "control characters"),
     "not UTF-8": (lambda: patched(0, b"\xff\xfe.jpg"), "not UTF-8"),
-    "one file twice": (lambda: packed(*sample("a")[:1], *sample("a")[:1]), "there twice"),
+    "one file twice": (lambda: packed(*sample("a")[:1], *sample("a")[:1]), "occurs twice"),
 }  # fmt: skip
 
 

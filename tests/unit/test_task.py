@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from launchers import task
-from launchers.requeue import Attempt
 from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable
+from scaleprog.launchers import task
+from scaleprog.launchers.requeue import Attempt
 from scaleprog.ranks.stop import deadline
 from scaleprog.rundir.reading import read_rows
 from tests.unit.fake_slurm import FakeSlurm
@@ -65,7 +65,7 @@ def test_network_over_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert variables == {"MASTER_ADDR": "10.0.0.1", "GLOO_SOCKET_IFNAME": chosen}
     unknown = {"SLURM_JOB_NODELIST": "gone[0-1]", "SLURM_NODEID": "1"}
     assert task.network_variables(unknown | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"})["MASTER_ADDR"] == "10.0.0.1"
-    with pytest.raises(ScaleprogError, match="gone0: no address is known"):
+    with pytest.raises(ScaleprogError, match="gone0: cannot resolve the address"):
         task.network_variables(unknown)
 
 

@@ -88,13 +88,13 @@ def test_where_the_time_went(told: Told) -> None:
     timeline = told.event("finish", step=8).timeline()
     assert timeline.wall == pytest.approx(3 + 0.5 + 3 + 1 + 4.5 + 20 + 3 + 3 + 2 + 0.5)
     assert timeline.costs == {
-        "training": 8 * STEP, "trained again": pytest.approx(4.5), "data wait": pytest.approx(4 * STEP),
+        "training": 8 * STEP, "retrained": pytest.approx(4.5), "data wait": pytest.approx(4 * STEP),
         "checkpoint stall": 1.5, "evaluation, scoring": 2.0, "growth": 0.5, "start-up": 6.0, "queue": 0.0,
         "down": pytest.approx(20), "rest": pytest.approx(0),
     }  # fmt: skip
     assert timeline.lost == 6
     row = table_row(timeline)
-    assert (row["starts"], row["steps again"], row["in all"]) == ("2", "6", "40.5 s")
+    assert (row["starts"], row["steps retrained"], row["total"]) == ("2", "6", "40.5 s")
     assert (row["down"], row["training"]) == (f"{20 / 40.5:.1%}", f"{4 / 40.5:.1%}")
     assert [start.kept for start in timeline.starts] == [4, float("inf")]
     assert timeline.starts[0].points[-1] == (pytest.approx(12), 10)  # the lost steps are on its curve
@@ -175,7 +175,7 @@ def test_in_words(told: Told) -> None:
     assert "no checkpoint of step 2: disk full" in lines
     told.after(5).start(1)
     lines = describe(told.timeline(), told.events)
-    assert lines[0] == "starts: 2 (at step 0, world size 2; at step 1, world size 2, 1 steps to be trained again)"
+    assert lines[0] == "starts: 2 (at step 0, world size 2; at step 1, world size 2, 1 steps to retrain)"
     assert "interruptions: 2 (SIGTERM after 6.5 s; ended without notice after 6.5 s)" in lines
     assert any(line.startswith("14.5 s from the first start to the end: training 0.5 s;") for line in lines)
 

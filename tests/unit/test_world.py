@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launchers import slurm
-from launchers.slurm import JobRequest
-from launchers.world import Count, largest, usable
 from scaleprog.errors import RecipeError, ScaleprogError
 from scaleprog.files.display import as_text
+from scaleprog.launchers import slurm
+from scaleprog.launchers.slurm import JobRequest
+from scaleprog.launchers.world import Count, largest, usable
 from scaleprog.recipe.worlds import Worlds
 from tests.conftest import MakeRecipe
 from tests.unit.fake_slurm import FakeSlurm
@@ -43,7 +43,7 @@ def test_the_largest_number_that_no_rank_would_refuse_is_taken(
     if known:
         assert largest("--nodes", count, worlds, each) == known[-1]
     else:
-        with pytest.raises(ScaleprogError, match=f"^--nodes {count}.* no such number of ranks can train"):
+        with pytest.raises(ScaleprogError, match=f"^--nodes {count}.*: cannot train; the number of ranks"):
             largest("--nodes", count, worlds, each)
 
 
@@ -61,9 +61,9 @@ def test_the_settings_that_a_refusal_names_work(worlds: Worlds, world: int) -> N
 
 
 def test_lanes_that_cannot_hold_a_batch() -> None:
-    with pytest.raises(RecipeError, match=r"^data\.lanes: 1000 images in 64 lanes are not a whole number .*lanes=50$"):
+    with pytest.raises(RecipeError, match=r"^data\.lanes: 1000 images in 64 lanes do not give .* whole .*lanes=50$"):
         Worlds(64, 1000).check(1)
-    with pytest.raises(RecipeError, match=r"not an even number, which Mixup .*data\.lanes=2$"):
+    with pytest.raises(RecipeError, match=r"an even number, as Mixup .*data\.lanes=2$"):
         Worlds(4, 4, pairs=1).check_lanes()
     Worlds(4, 4).check_lanes()
 
@@ -73,11 +73,11 @@ def test_repeats_bound_the_lanes_of_a_batch_that_is_mixed() -> None:
     most = Worlds(128, 1024, pairs=3)
     most.check(128)
     with pytest.raises(
-        RecipeError, match=r"1024 images in 256 lanes .* from 6 on, which Mixup .*repeats=3.*lanes=128$"
+        RecipeError, match=r"1024 images in 256 lanes .* of at least 6, as Mixup .*repeats=3; use data\.lanes=128$"
     ):
         Worlds(256, 1024, pairs=3).check_lanes()
-    assert "data.lanes=512 train.batch=3072, which changes the training, can use them" in most.obstacle(512)
-    assert "data.lanes=128 can use them" in Worlds(64, 1024, pairs=3).obstacle(128)
+    assert most.obstacle(512).endswith("data.lanes=512 train.batch=3072 (which changes the training)")
+    assert Worlds(64, 1024, pairs=3).obstacle(128).endswith("data.lanes=128")
     with pytest.raises(RecipeError, match=r"^augment\.mix_groups: 3 does not divide data\.lanes, 64"):
         Worlds(64, 1024, pairs=3, groups=3).check_lanes()
 
@@ -85,7 +85,7 @@ def test_repeats_bound_the_lanes_of_a_batch_that_is_mixed() -> None:
 def test_hsdp_shares_a_model_within_a_node_unless_told_otherwise() -> None:
     assert Worlds(64, 64, shard=None).obstacle(8, 4) == ""
     assert Worlds(64, 64, shard=None).obstacle(8) == ""
-    message = "sharding.shard: 8 ranks are not a multiple of 3, the ranks that hold one copy"
+    message = "sharding.shard: 8 ranks are not a multiple of 3, the ranks that share one copy"
     assert Worlds(64, 64, shard=None).obstacle(8, 3) == message
     assert Worlds(64, 64, shard=3).obstacle(8, 4) == message
 
@@ -98,7 +98,7 @@ def test_what_is_said_where_no_number_can_train() -> None:
     with pytest.raises(ScaleprogError) as caught:
         largest("--nodes", Count(4, 5), Worlds(12, 12, shard=4), each=2)
     assert str(caught.value) == (
-        "--nodes 4:5 x 2 ranks: no such number of ranks can train; it must divide data.lanes, 12 (1, 2, 3, 4, 6, 12), "
+        "--nodes 4:5 x 2 ranks: cannot train; the number of ranks must divide data.lanes, 12 (1, 2, 3, 4, 6, 12), "
         "and be a multiple of sharding.shard, 4"
     )
 
@@ -115,14 +115,14 @@ def test_a_range_that_is_none(text: str) -> None:
     with pytest.raises(ScaleprogError) as caught:
         Count.parse(text, "--nproc")
     shown = as_text(text, most=100)
-    assert str(caught.value).startswith(f"--nproc {shown}: neither a number such as 4 nor a range LEAST:MOST such as")
+    assert str(caught.value).startswith(f"--nproc {shown}: must be a number such as 4 or a range LEAST:MOST such as")
 
 
 def ask(run: Path, least: str, tasks: int, nodelist: str, nodes: int) -> subprocess.CompletedProcess[str]:
-    """`python -m launchers.world` in a job of so many nodes."""
+    """`python -m scaleprog.launchers.world` in a job of so many nodes."""
     environment = os.environ | {"SLURM_JOB_NUM_NODES": str(nodes), "SLURM_JOB_NODELIST": nodelist}
     return subprocess.run(
-        [sys.executable, "-m", "launchers.world", run, least, str(tasks)],
+        [sys.executable, "-m", "scaleprog.launchers.world", run, least, str(tasks)],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -136,17 +136,17 @@ def test_a_job_says_which_nodes_stay_idle(make_recipe: MakeRecipe, tmp_path: Pat
     assert (told.stdout, told.returncode) == ("2\n", 0)
     assert told.stderr == (
         "scaleprog: 2 of 3 nodes train, idle: gpu11; 3 ranks do not divide data.lanes, 4; "
-        "a new run with data.lanes=3 train.batch=9, which changes the training, can use them\n"
+        "to use them, start a new run with data.lanes=3 train.batch=9 (which changes the training)\n"
     )
     for least, tasks, code, message in (
-        ("3", 1, 2, "nodes 3: no such number of ranks can train; it must divide data.lanes, 4 (1, 2, 4), and be"),
+        ("3", 1, 2, "nodes 3: cannot train; the number of ranks must divide data.lanes, 4 (1, 2, 4), and be"),
         ("4", 1, 2, "the job has 3 nodes, fewer than MIN_NODES, 4"),
-        ("two", 1, 2, "MIN_NODES two: neither a number"),
-        ("1", 3, 2, "nodes 1:3 x 3 ranks: no such number of ranks can train"),
+        ("two", 1, 2, "MIN_NODES two: must be a number"),
+        ("1", 3, 2, "nodes 1:3 x 3 ranks: cannot train; the number of ranks"),
     ):
         told = ask(tmp_path, least, tasks, "gpu[08-09,11]", 3)
         assert (told.stdout, told.returncode) == ("", code)
-        assert told.stderr.startswith(f"scaleprog: how many nodes are to train? {message}")
+        assert told.stderr.startswith(f"scaleprog: cannot choose the number of nodes: {message}")
     recipe.write_text("data: 3")
     told = ask(tmp_path, "1", 1, "gpu1", 1)
     assert told.returncode == 2
@@ -154,11 +154,11 @@ def test_a_job_says_which_nodes_stay_idle(make_recipe: MakeRecipe, tmp_path: Pat
     recipe.unlink()
     told = ask(tmp_path, "1", 1, "gpu1", 1)
     assert told.returncode == 1, "the file system may answer next time"
-    assert f"{recipe}: not readable" in told.stderr
+    assert f"{recipe}: missing" in told.stderr
 
 
 def test_a_start_need_not_wait_for_torch() -> None:
-    question = "import launchers.world, sys; print('torch' in sys.modules)"
+    question = "import scaleprog.launchers.world, sys; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", question], cwd=ROOT, capture_output=True).stdout == b"False\n"
 
 
@@ -172,7 +172,7 @@ def test_slurm_is_asked_for_a_range(make_recipe: MakeRecipe, tmp_path: Path, cap
     shared = {line.strip() for line in (ROOT / "slurm" / "train.sbatch").read_text().splitlines()}
     assert set(slurm.STEP) <= shared & set(lines)
     plain = slurm.script(make_recipe(data={"lanes": 8}), tmp_path / "run", JobRequest(nodes=Count(4, 4)))
-    assert "launchers.world" not in plain
+    assert "scaleprog.launchers.world" not in plain
     assert not {*slurm.STEP} & {*plain.splitlines()}
 
 
@@ -187,8 +187,8 @@ def test_a_range_is_narrowed_to_what_can_train(
         text = slurm.script(make_recipe(), tmp_path / "run", JobRequest(nodes=asked))
         assert f"#SBATCH --nodes={given_}\n" in text
         told = capsys.readouterr().err
-        assert told.startswith(f"scaleprog: --nodes {asked}: Slurm is asked for {given_.replace('-', ':')}; {why}; ")
-    with pytest.raises(ScaleprogError, match=r"^--nodes 5:9: no such number of ranks can train; .* 4 \(1, 2, 4\)$"):
+        assert told.startswith(f"scaleprog: --nodes {asked}: requesting {given_.replace('-', ':')} from Slurm; {why}; ")
+    with pytest.raises(ScaleprogError, match=r"^--nodes 5:9: cannot train; .* 4 \(1, 2, 4\)$"):
         slurm.script(make_recipe(), tmp_path / "run", JobRequest(nodes=Count(5, 9)))
 
 
@@ -207,8 +207,8 @@ def test_the_step_gets_the_nodes_that_train(fake: FakeSlurm, make_recipe: MakeRe
     (run / "recipe.yaml").write_text("data: 3")
     done = start(script, tmp_path, job)
     assert done.returncode == 2
-    assert "how many nodes are to train?" in done.stderr
-    assert "does not start again: another try would end the same" in done.stderr
+    assert "cannot choose the number of nodes: " in done.stderr
+    assert "does not start again: a retry would fail the same way" in done.stderr
     assert not (tmp_path / "srun-reads").exists()
 
 

@@ -8,7 +8,7 @@ import sys
 import traceback
 from importlib import import_module
 
-if "TASK_HOOKS" in os.environ and {"launchers.task", "submitit.core._submit"} & set(sys.orig_argv):
+if "TASK_HOOKS" in os.environ and {"scaleprog.launchers.task", "submitit.core._submit"} & set(sys.orig_argv):
     try:
         for hook in os.environ["TASK_HOOKS"].split():
             module, _, function = hook.partition(":")
