@@ -48,7 +48,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     **{f"zero {stage}": {"engine": "zero", "stage": stage} for stage in (1, 2, 3)},
 }
 THEORY = {
-    "replicated": "weights, gradients, two moments, EMAs; DDP's buckets: the gradients again",
+    "replicated": "weights, gradients, two moments, EMAs; while ranks average them, the gradients again",
     "fsdp": "all of them spread over the ranks, first dimensions rounded up",
     "hsdp, shard 2": "all of them spread over two ranks",
     "zero 1": "weights and gradients whole; fp32 weights of its own, two moments and EMAs spread; one reduction bucket",
@@ -109,9 +109,8 @@ def live(
     nothing, no_tensors = given_out(), ranks.live_tensors()
     backend = ranks.make(sharding, device, model)
     backend.regrow(fresh((before,)), inherit=False, may_skip_layers=False)
-    for _ in range(2):  # DistributedDataParallel forms its buckets anew after the first
-        backpropagate(backend, model, device)
-        backend.step(1e-3, step=0)
+    backpropagate(backend, model, device)
+    backend.step(1e-3, step=0)
     gc.collect()
     old = given_out() - nothing
     of.barrier()

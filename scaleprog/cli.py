@@ -268,11 +268,20 @@ def evaluate(
 
 
 @app.command()
-def export(run: RunPath, out: Annotated[Path, typer.Argument(metavar="OUT.safetensors")]) -> None:
-    """Writes the better of a run's online and EMA weights as a file that plain timm loads."""
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors")],
+    weights: Annotated[
+        Literal["best", "online", "ema"], typer.Option(help="best: the better ones in the last evaluation.")
+    ] = "best",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the numbers in the file.")
+    ] = "float32",
+) -> None:
+    """Writes a run's weights as a file that plain timm loads, with the mean, std and crop of its images."""
     from scaleprog.training.export import export_run
 
-    print(as_text(export_run(run, out)))
+    print(as_text(export_run(run, out, weights, dtype), lines=True))
 
 
 @app.command()

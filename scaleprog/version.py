@@ -1,3 +1,6 @@
-"""The version of scaleprog, which checkpoints name."""
+"""The version of scaleprog, and that of what it computes; checkpoints name both."""
 
 VERSION = "0.1.0"
+
+ARITHMETIC = 2
+"""Grows whenever the same recipe would compute other numbers; `training/resume.py` lists what has changed."""

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+from scaleprog.data.decode import problem_of
 from scaleprog.data.manifest import NAME, SHARD_NAME, Manifest, Shard
 from scaleprog.errors import DataError
+from scaleprog.files.display import as_text
 from scaleprog.recipe.numbers import MOST_CLASSES
 from scaleprog.shards.build import SPLITS, shard_files
+from scaleprog.shards.image_files import some
 from scaleprog.shards.pool import listed, run_all
 from scaleprog.shards.samples import image_extension, read_label, read_members
 
@@ -34,7 +37,7 @@ class Contents:
     """The result of reading one shard from beginning to end."""
 
     samples: int = 0
-    largest_label: int = -1
+    labels: set[int] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     """One line per problem, with the shard and, if the problem is in one sample, its key."""
 
@@ -87,18 +90,21 @@ def write_manifest(out: Path, classes: Sequence[str] | None = None, *, workers: 
         )
     if classes is None and Path(out, NAME).exists():
         classes = Manifest.load(out).classes
-    if classes is not None and len(set(classes)) < len(classes):
-        raise DataError(f"{out}: two classes have the same name; give each a different one")
     jobs = [(path, None if classes is None else len(classes)) for path in paths]
     found = run_all(_index, jobs, label=f"{out}: shards indexed", workers=workers)
     if problems := list(chain(*(contents.problems for _, contents in found))):
         raise DataError(f"{out}: {len(problems)} problems, no {NAME} written\n{listed(problems)}")
-    largest = max(contents.largest_label for _, contents in found)
+    largest = max(max(contents.labels) for _, contents in found)
     names = tuple(classes) if classes is not None else tuple(str(label) for label in range(largest + 1))
     indexed = [shard for shard, _ in found if shard is not None]
     by_split = {split: tuple(shard for shard in indexed if shard.name.startswith(f"{split}-")) for split in SPLITS}
     manifest = Manifest(str(out), names, {split: shards for split, shards in by_split.items() if shards})
     manifest.save()
+    trained = set().union(*(contents.labels for shard, contents in found if shard and shard.name.startswith("train-")))
+    if absent := [label for label in range(len(names)) if label not in trained]:
+        hint = "; if the labels count from 1, subtract 1 from each and build the shards again" if absent[0] == 0 else ""
+        named = some([f"{label} ({names[label]})" if names[label] != str(label) else str(label) for label in absent])
+        print(as_text(f"note: no training image has label {named}{hint}"))
     return _report(manifest)
 
 
@@ -111,7 +117,8 @@ def read_contents(path: Path, classes: int | None) -> Contents:
         for key, members in read_members(path):
             contents.samples += 1
             try:
-                image_extension(members)
+                if wrong := problem_of(members[image_extension(members)]):
+                    contents.problems.append(f"{path}: key {key!r}: {wrong}; remove or replace the image")
                 label = read_label(members)
                 if label >= known:
                     raise ValueError(
@@ -120,7 +127,7 @@ def read_contents(path: Path, classes: int | None) -> Contents:
                 if key in keys:
                     raise ValueError("the key occurs twice")
                 keys.add(key)
-                contents.largest_label = max(contents.largest_label, label)
+                contents.labels.add(label)
             except ValueError as error:
                 contents.problems.append(f"{path}: key {key!r}: {error}")
     except DataError as error:

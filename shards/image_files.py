@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from scaleprog.data.decode import problem_of
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import open_regular
@@ -53,13 +54,12 @@ class Files:
                 problems.append(f"{image.path}: more than {MOST_BYTES} bytes; remove or replace it")
                 continue
             kind = sniff(content)
-            if kind is None:
-                problems.append(
-                    f"{image.path}: not a JPEG, PNG, or WebP image ({len(content)} bytes); remove or replace it"
-                )
+            wrong = f"not a JPEG, PNG, or WebP image ({len(content)} bytes)" if kind is None else problem_of(content)
+            if kind is None or wrong:
+                problems.append(f"{image.path}: {wrong}; remove or replace it")
                 continue
             stem = re.sub(r"[^A-Za-z0-9_-]", "_", image.path.stem)[:80]
-            yield SourceSample(f"{place:08d}-{stem}", _content_extension(image.path, kind), content, image.label)
+            yield SourceSample(f"{place:08d}-{stem}", kind, content, image.label)
         if problems:
             raise DataError(listed(problems))
 
@@ -135,12 +135,6 @@ def fingerprint(src: Path, images: dict[str, list[Image]]) -> str:
 
 def extension_of(path: Path) -> str:
     return path.suffix.lower().lstrip(".")
-
-
-def _content_extension(path: Path, kind: str) -> str:
-    """The extension of the file, or `kind` if the content is of another format: ImageNet has a PNG named .JPEG."""
-    named = extension_of(path)
-    return named if named.replace("jpeg", "jpg") == kind else kind
 
 
 def some(names: Sequence[str]) -> str:

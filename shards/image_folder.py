@@ -2,6 +2,9 @@
 
 SRC/train/CLASS/*.JPEG      SRC/val/CLASS/*.JPEG      the layout of ImageNet, or
 SRC/CLASS/*.jpg                                       a part drawn by seed becomes the validation split
+
+`training` may stand for `train`, and `validation`, `valid`, or `test` for `val`. Hidden files and folders are left out at
+any depth, and so is what other programs leave behind. Every image counts once, whatever links lead to it.
 """
 
 import os
@@ -59,20 +62,39 @@ def build(
     )
 
 
+TRAIN, VAL = ("train", "training"), ("val", "validation", "valid", "test")
+"""Names of the folders of a split."""
+FOREIGN = frozenset({"@eaDir", "__MACOSX", "$RECYCLE.BIN", "#recycle", "lost+found", "__pycache__", "Thumbs.db"})
+"""What other programs leave in folders, and do not hide."""
+
+
+def _split_folders(src: Path) -> tuple[Path, Path | None]:
+    """The folders of the training and of the validation images; the second is None if there is none.
+
+    Raises DataError if a name could mean either, or if there are validation images alone.
+    """
+    train, val = ([src / name for name in names if (src / name).is_dir()] for names in (TRAIN, VAL))
+    if not train and not val:
+        return src, None
+    if not train:
+        raise DataError(
+            f"{src}: has {val[0].name}/ but no train/; add train/, or give the folder that holds the class folders"
+        )
+    if len(train) > 1 or len(val) > 1:
+        several = ", ".join(f"{folder.name}/" for folder in (train if len(train) > 1 else val))
+        raise DataError(f"{src}: has {several}, which could all be the same split; rename or move all but one")
+    return train[0], val[0] if val else None
+
+
 def _images_by_split(src: Path, seed: int, val_fraction: float) -> tuple[list[str], dict[str, list[Image]]]:
     """The class names, and the images of each split in the order of the shards."""
-    train_folder, val_folder = src / "train", src / "val"
-    if not train_folder.is_dir():
-        if val_folder.is_dir():
-            raise DataError(
-                f"{src}: has val/ but no train/; add train/, or give the folder that holds the class folders"
-            )
-        train_folder = src
+    train_folder, val_folder = _split_folders(src)
     classes, train = _scan(train_folder)
     labels = {name: label for label, name in enumerate(classes)}
     images = {"train": shuffled(_labeled(train, labels), [seed, 0])}
-    if val_folder.is_dir():
+    if val_folder is not None:
         val_classes, val = _scan(val_folder)
+        _check_apart(train, val)
         if unknown := sorted(set(val_classes) - set(classes)):
             raise DataError(f"{val_folder}: classes that are not in train/: {some(unknown)}. Remove or rename them.")
         if missing := sorted(set(classes) - set(val_classes)):
@@ -83,6 +105,13 @@ def _images_by_split(src: Path, seed: int, val_fraction: float) -> tuple[list[st
     count = len(images["val"])
     print(f"note: {src} has no val/ folder; {count} of {len(train)} images are split off for validation")
     return classes, images
+
+
+def _check_apart(train: Sequence[tuple[str, Path]], val: Sequence[tuple[str, Path]]) -> None:
+    """Raises DataError if links lead from both splits to the same file."""
+    trained = {os.path.realpath(path): path for _, path in train}
+    if shared := [f"{path} is {trained[real]}" for _, path in val if (real := os.path.realpath(path)) in trained]:
+        raise DataError(f"validation images that are training images, too: {some(shared)}. Remove one of each.")
 
 
 def _labeled(files: Sequence[tuple[str, Path]], labels: Mapping[str, int]) -> list[Image]:
@@ -98,7 +127,7 @@ def _scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
         DataError: the folder cannot be read, holds no class folders, or has a class folder without an image.
     """
     try:
-        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        entries = sorted(entry for entry in folder.iterdir() if _counts(entry.name))
     except OSError as error:
         raise DataError(f"{folder}: cannot be read as a folder of class folders: {error.strerror}") from error
     files: list[tuple[str, Path]] = []
@@ -106,7 +135,7 @@ def _scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
     classes = [entry.name for entry in entries if entry.is_dir()]
     empty = []
     for name in classes:
-        found = [path for path in _walk(folder / name) if not path.name.startswith(".")]
+        found = _walk(folder / name)
         images = [(name, path) for path in found if extension_of(path) in IMAGE_EXTENSIONS]
         ignored += [str(path) for path in found if extension_of(path) not in IMAGE_EXTENSIONS]
         files += images
@@ -121,13 +150,31 @@ def _scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
     if ignored:
         note = f"note: left out {len(ignored)} files that are not images in class folders: {some(ignored)}"
         print(as_text(note))
-    return classes, files
+    return classes, _once(files)
+
+
+def _counts(name: str) -> bool:
+    """Whether a file or folder can be part of the data: it is neither hidden nor left behind by another program."""
+    return not name.startswith(".") and name not in FOREIGN
 
 
 def _walk(folder: Path) -> list[Path]:
+    """The files in a folder at any depth, sorted. Follows links, but not in circles."""
     found = []
     for parent, folders, names in os.walk(folder, followlinks=True):
         here = Path(parent).resolve()
-        folders[:] = [name for name in folders if not here.is_relative_to(Path(parent, name).resolve())]  # no loops
-        found += [Path(parent, name) for name in names]
+        folders[:] = [
+            name for name in folders if _counts(name) and not here.is_relative_to(Path(parent, name).resolve())
+        ]
+        found += [Path(parent, name) for name in names if _counts(name)]
     return sorted(found)
+
+
+def _once(files: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """The files without those that a link leads to again. Raises DataError if one is in two classes."""
+    first: dict[str, tuple[str, Path]] = {}
+    for name, path in files:
+        other, known = first.setdefault(os.path.realpath(path), (name, path))
+        if other != name:
+            raise DataError(f"{path}: the same file as {known}, so it is in two classes; remove one of them")
+    return list(first.values())

@@ -61,7 +61,8 @@ def write_shard(path: Path, samples: Iterable[SourceSample]) -> Shard:
     with open(path, "xb") as file:
         with TarWriter(file, encoder=False, mtime=0) as tar:
             for sample in samples:
-                tar.write({"__key__": sample.key, sample.extension: sample.image, "cls": b"%d" % sample.label})
+                extension = sample.extension.replace("jpeg", "jpg")  # others look for jpg, png, and webp
+                tar.write({"__key__": sample.key, extension: sample.image, "cls": b"%d" % sample.label})
                 count += 1
         file.flush()
         os.fsync(file.fileno())

@@ -138,7 +138,8 @@ class Augmentation:
     def _policy(self, request: BatchRequest) -> Callable[[Image.Image], Image.Image] | None:
         if self.settings.randaugment is not None:
             mean, _ = normalization(self.settings, self.channels)
-            return _rand_augment(self.settings.randaugment, request.resolution, request.magnitude, mean)
+            rounded = self.settings.round_magnitude
+            return _rand_augment(self.settings.randaugment, request.resolution, request.magnitude, mean, rounded)
         if self.settings.color_jitter:
             return ColorJitter(*(self.settings.color_jitter,) * 3)
         return None
@@ -271,9 +272,10 @@ def _seeded(*entropy: int) -> Iterator[None]:
 
 @lru_cache(maxsize=64)
 def _rand_augment(
-    config: str, resolution: int, magnitude: float, mean: tuple[float, ...]
+    config: str, resolution: int, magnitude: float, mean: tuple[float, ...], rounded: bool
 ) -> Callable[[Image.Image], Image.Image]:
-    """timm's RandAugment, set up as in timm's training transform, with its magnitude multiplied by `magnitude`."""
+    """timm's RandAugment, set up as in timm's training transform, with its magnitude multiplied by `magnitude`, and
+    rounded to a whole number if `rounded`."""
     fill = tuple(min(255, round(255 * value)) for value in mean)
     policy = rand_augment_transform(
         config,
@@ -284,7 +286,7 @@ def _rand_augment(
         },
     )
     for op in policy.ops:
-        op.magnitude *= magnitude
+        op.magnitude = round(op.magnitude * magnitude) if rounded else op.magnitude * magnitude
         if op.aug_fn is posterize:
             op.level_fn = partial(_posterize_bits, op.level_fn)
     return policy

@@ -28,6 +28,7 @@ Crop = Callable[[int, int], Box]
 
 MOST_PIXELS = 2**26
 """The most pixels in an image; the largest image of ImageNet has fewer."""
+_CHECKED = 32  # side, in pixels, to which an image is reduced that is only checked
 _JPEG_MAGIC = b"\xff\xd8"
 _ANIMATION = 2  # the flag in a WebP header
 _JPEG_SCAN, _MOST_SCANNED = b"\xff\xda", 16 * MOST_PIXELS  # each scan of a progressive JPEG goes over all pixels
@@ -62,6 +63,15 @@ def decode(data: bytes | memoryview, where: str, channels: int, resolution: int,
             "remove or replace it and rebuild the shard"
         ) from error
     return _resize(image, box, resolution).reshape(resolution, resolution, channels)
+
+
+def problem_of(data: bytes) -> str:
+    """Why training would refuse an encoded image; empty if it would not. Decodes all of it, as training does."""
+    try:
+        decode(data, "", 3, _CHECKED, lambda height, width: (0, 0, width, height))
+    except DataError as error:
+        return str(error).removeprefix(": ").partition(";")[0]
+    return ""
 
 
 def _decode_jpeg(data: bytes | memoryview, channels: int, resolution: int, crop: Crop) -> tuple[np.ndarray, Box] | None:

@@ -129,6 +129,15 @@ class Manifest:
         """Number of samples in split `name`. Raises DataError if the data set has no such split."""
         return sum(shard.samples for shard in self.split(name))
 
+    def identity(self) -> dict[str, str]:
+        """What tells the contents of one data set from those of another, wherever it lies: a line per split, and one for
+        the classes."""
+        lines = {name: [[shard.samples, shard.sha256] for shard in shards] for name, shards in self.splits.items()}
+        counts = {name: f"{sum(shard.samples for shard in shards)} samples" for name, shards in self.splits.items()}
+        lines["classes"], counts["classes"] = list(self.classes), f"{len(self.classes)} classes"
+        digests = {name: hashlib.sha256(json.dumps(line).encode()).hexdigest()[:16] for name, line in lines.items()}
+        return {name: f"{counts[name]}, {digests[name]}" for name in lines if name in ("train", "val", "classes")}
+
     def path(self, shard: Shard) -> str:
         """The path of `shard`."""
         return os.path.join(self.root, shard.name)
@@ -194,9 +203,7 @@ class _Stored(Settings):
 
     @field_validator("classes")
     @classmethod
-    def _distinct_classes(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(classes)) < len(classes):
-            raise ValueError("two classes have the same name")
+    def _readable_classes(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
         if not all(name.isascii() or name.encode("utf-8", "ignore").decode() == name for name in classes):
             raise ValueError("the name of a class is not valid text")  # JSON can encode half of a surrogate pair
         return classes

@@ -23,8 +23,13 @@ def resolve_family(settings: ModelSettings) -> tuple[type[ElasticModel], Subnet,
     Raises RecipeError for a name that timm does not know, a model outside the elastic families, or sizes that timm
     refuses.
     """
+    plain, _, tag = settings.name.partition(".")
+    if tag and re.fullmatch(r"\w+", tag) and timm.is_model(plain):
+        raise RecipeError(
+            f"model.name: {settings.name} names pretrained weights ({tag}), but a run starts from scratch; use {plain}"
+        )
     # plain names only, because timm reads hf-hub:... from the network and local-dir:... from a folder
-    if not re.fullmatch(r"\w+(\.\w+)?", settings.name) or not timm.is_model(settings.name):
+    if not re.fullmatch(r"\w+", settings.name) or not timm.is_model(settings.name):
         near = difflib.get_close_matches(settings.name, timm.list_models(), 3) or timm.list_models("deit_*")[:3]
         raise RecipeError(f"model.name: timm has no model {settings.name!r}; did you mean {' or '.join(near)}?")
     for candidate in FAMILIES:

@@ -37,6 +37,13 @@ class ElasticViT(ElasticModel):
         }
 
     @classmethod
+    def create(cls, settings: ModelSettings, depths: tuple[int, ...] | None) -> nn.Module:
+        net = super().create(settings, depths)
+        if settings.name.startswith("deit") and isinstance(net, VisionTransformer) and net.cls_token is not None:
+            nn.init.trunc_normal_(net.cls_token, std=0.02)  # as DeiT draws it; timm's own draw has 1e-6
+        return net
+
+    @classmethod
     def fits(cls, net: nn.Module) -> bool:
         # only plain blocks have the two residual branches, and a growth does not move buffers
         return (

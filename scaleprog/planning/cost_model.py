@@ -21,7 +21,6 @@ from scaleprog.recipe.numbers import ceil_div
 from scaleprog.recipe.worlds import Worlds
 
 FP32, BF16 = 4, 2
-FIRST_DDP_BUCKET, DDP_BUCKET = 2**20, 25 * 2**20
 """Bytes at which DistributedDataParallel closes its first bucket of gradients, and any later one (torch's defaults)."""
 
 
@@ -120,8 +119,8 @@ def state_memory(network: Sequence[Unit], sharding: ShardingSettings, emas: int,
     ranks, whole = sharding.shard_ranks(world, per_node), sum(map(_numel, network))
     compute = BF16 if sharding.precision == "bf16" else FP32
     if sharding.engine == "replicated":
-        buckets = lasting_buffers(network, sharding, world)
-        memory = Memory(FP32 * whole, FP32 * whole, 2 * FP32 * whole, FP32 * emas * whole, buckets)
+        flat = lasting_buffers(network, sharding, world)
+        memory = Memory(FP32 * whole, FP32 * whole, 2 * FP32 * whole, FP32 * emas * whole, flat)
     elif sharding.engine == "zero":
         own = sum(_zero_shard(unit, ranks) for unit in network) if sharding.stage == 3 else ceil_div(whole, ranks)
         memory = Memory(
@@ -191,9 +190,7 @@ def traffic(network: Sequence[Unit], sharding: ShardingSettings, world: int, per
     whole = sum(map(_numel, network))
     found: list[Collective] = []
     if sharding.engine == "replicated":
-        buckets = _buckets(network)
-        found = [Collective("all_reduce", size, world, passes) for size in buckets[:-1]]
-        found.append(Collective("all_reduce", buckets[-1], world, passes, exposed=True))
+        found = [Collective("all_reduce", FP32 * whole, world, exposed=True)]
     elif sharding.engine == "zero" and sharding.stage < 3:
         reductions = passes if sharding.stage == 2 else 1
         found = [Collective("all_reduce", FP32 * _numel(unit), ranks, reductions, exposed=True) for unit in network]
@@ -214,17 +211,6 @@ def traffic(network: Sequence[Unit], sharding: ShardingSettings, world: int, per
         if sharding.engine != "zero":
             found.append(Collective("all_reduce", FP32, ranks, exposed=True))  # the gradients' norm, squared
     return Traffic(tuple(c for c in found if c.ranks > 1 and c.count))
-
-
-def _buckets(network: Sequence[Unit]) -> list[int]:
-    """Bytes of each of DistributedDataParallel's buckets, which gradients fill from the last layer to the first."""
-    closed, size = list[int](), 0
-    for shape in reversed([shape for unit in network for shape in unit]):
-        size += FP32 * math.prod(shape)
-        if size >= (DDP_BUCKET if closed else FIRST_DDP_BUCKET):
-            closed.append(size)
-            size = 0
-    return [*closed, size] if size else closed
 
 
 # ---- a step
@@ -339,10 +325,10 @@ def assumptions(recipe: Recipe, device: Device) -> tuple[str, ...]:
         "Activations: what autograd keeps of one micro-batch with fused attention, counted by torch. For replicated in "
         "bf16, torch counts with the CPU's autocast; a GPU's keeps more in fp32.",
         "Buffers, never counted: the root, two layers (or all, without reshard_after_forward) and a unit's gradients "
-        "twice; DDP's buckets. Left out: the allocator, kernels' workspace, batches, DeepSpeed's own buckets.",
+        "twice; replicated's flat gradients. Left out: the allocator, kernels' workspace, batches, DeepSpeed's own buckets.",
         "zero holds separate fp32 weights, even if the parameters are fp32. In zero 1 and 2, DeepSpeed 0.19 reduces "
         "whole gradients (all-reduce), and each rank keeps its part.",
-        "Gradients are reduced in fp32 after each micro-batch; in zero 1, once per step.",
+        "Gradients are reduced in fp32 after each micro-batch; in zero 1 and replicated, once per step.",
         "Peak: a step of the complete model, or a growth, when a rank holds the old and the new network together.",
         "Left out of the time: reading data, launching kernels, the engines' own work on the host, an offload's copies "
         "and AdamW, searches, evaluation, checkpoints.",

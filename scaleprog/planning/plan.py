@@ -342,7 +342,9 @@ def _limit(recipe: Recipe, frugal: Schedule, price: Price) -> float:
 
 def _check_growth(recipe: Recipe, full: Subnet, stride: int) -> None:
     """Raises RecipeError for growth settings that do not fit the model or each other."""
-    growth = recipe.growth
+    growth, emas = recipe.growth, len(recipe.ema.momenta)
+    if recipe.search.ema is not None and not -emas <= recipe.search.ema < emas:
+        raise RecipeError(f"search.ema: {recipe.search.ema} is not an index of ema.momenta, which has {emas}")
     if recipe.search.budget is not None:
         asked = f"search.budget: {recipe.search.budget}"
         if recipe.search.method != "budget":

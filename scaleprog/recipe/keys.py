@@ -118,6 +118,8 @@ class AugmentSettings(Settings):
     """Strength of random brightness, contrast and saturation; RandAugment replaces them, as in timm."""
     randaugment: Text | None = None
     """timm's configuration string, e.g. rand-m9-mstd0.5-inc1."""
+    round_magnitude: bool = False
+    """Whether AdaReg rounds RandAugment's magnitude to a whole number (9 becomes 4, 6, 8, 9), as in the authors' code."""
     erase: Share = 0.0
     """Probability of random erasing, with noise per pixel."""
     mixup: NoOrMore = 0.0
@@ -183,6 +185,8 @@ class TrainSettings(Settings):
     """Most images in one forward and backward of a rank; it accumulates gradients if it has more of the batch."""
     max_steps: Steps | None = None
     """Stop after this many steps, with a checkpoint; `epochs` still sets the schedule."""
+    accept_arithmetic: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    """Resume a run that an earlier version of scaleprog's arithmetic began, with this version's; default: refuse to."""
     log_every: Steps = 20
     """Steps between two points in TensorBoard, and between two reductions of the losses."""
 
@@ -292,6 +296,9 @@ class SearchSettings(Settings):
     """How often a search measures losses, equispaced from the start to the end of its last epoch."""
     weights: Literal["ema", "online"] = "online"
     """Weights that the search scores."""
+    ema: Index | None = None
+    """Index of the EMA that the search scores with `weights: ema`; default: `ema.grow_from`. The authors score one of
+    0.998 and grow from one of 0.9996."""
     times: Literal["measured", "modelled"] = "measured"
     """Step times as measured, or in proportion to GMACs so that a repeated run makes the same choices."""
 
@@ -308,7 +315,7 @@ class EmaSettings(Settings):
     momenta: tuple[Number, ...] = Field(default=(0.998,), min_length=1, max_length=16)
     """Momentum of each EMA."""
     grow_from: Index = -1
-    """Index of the EMA that MoGrow and the search read."""
+    """Index of the EMA that MoGrow reads, and the search unless `search.ema` names another."""
     warmup: bool = True
     """Whether the averages follow more closely in the first steps: a momentum of at most (1 + step) / (10 + step)."""
 
@@ -326,7 +333,7 @@ class ShardingSettings(Settings):
 
     engine: Engine = "fsdp"
     """fsdp: FSDP2, parameters, gradients, moments and EMA sharded over all ranks; hsdp: sharded over groups of `shard`
-    ranks, replicated across them; zero: DeepSpeed, of the given `stage`; replicated: one process, or DDP."""
+    ranks, replicated across them; zero: DeepSpeed, of the given `stage`; replicated: a whole copy on every rank."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of forward and backward."""
     stage: Literal[1, 2, 3] = 3
@@ -375,6 +382,9 @@ class EvaluateSettings(Settings):
     """Epochs between two evaluations."""
     batch: Images = 256
     """Images that a rank evaluates at a time."""
+    resolution: Literal["stage", "full"] = "stage"
+    """Resolution of the images: that of the network in training, or the complete model's throughout, as in the
+    authors' code."""
 
 
 class CheckpointSettings(Settings):

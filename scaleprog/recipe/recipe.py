@@ -31,6 +31,7 @@ from scaleprog.recipe.numbers import Settings
 FREE = (
     "train.max_steps",
     "train.log_every",
+    "train.accept_arithmetic",
     "train.micro_batch",
     "data.path",
     "data.workers",

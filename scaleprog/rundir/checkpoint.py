@@ -159,11 +159,13 @@ class Checkpoints:
         return {name: LocalSlice(self._host[name], part.start, part.numel) for name, part in parts.items()}
 
     def newest(self, report: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint that verifies, the same on all ranks; None if there is none.
+        """The newest checkpoint that verifies, the same on all ranks; None if there are no checkpoints.
 
-        Rank 0 calls `report` with a sentence for each checkpoint that it skips, and renames damaged ones.
+        Rank 0 calls `report` with a sentence for each checkpoint that it skips, and renames damaged ones if an older one
+        verifies.
 
         Raises:
+            CheckpointError: there are checkpoints, and all of them are damaged.
             OtherFormat: the newest undamaged checkpoint was written by another version of scaleprog.
             OtherRun: the newest undamaged checkpoint belongs to another run or step.
             Unavailable: no checkpoint verifies, and some cannot be read now.
@@ -189,7 +191,12 @@ class Checkpoints:
                     return path.name
             if unreadable is not None:
                 raise unreadable
-            set_aside(damaged)
+            if damaged:
+                raise CheckpointError(
+                    f"{self.folder}: all checkpoints are damaged ({len(damaged)}), and a run does not start over by "
+                    "itself; nothing was changed. Copy the run directory again, with every file in it; or move this "
+                    "folder away to train from step 0"
+                )
             return None
 
         def set_aside(damaged: list[Path]) -> None:

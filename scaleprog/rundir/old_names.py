@@ -1,10 +1,12 @@
-"""Names that earlier versions wrote into checkpoints, and their current names."""
+"""What earlier versions wrote into checkpoints, and how it is read today."""
 
 from collections.abc import Mapping
 from typing import Any
 
 OLD_STATE = {"due": "pending"}
 """Keys of a checkpoint's state: old name -> current name."""
+FIRST_STATE: dict[str, Any] = {"arithmetic": 1, "data": {}}
+"""Keys that the state of the first version did not have, and what they mean for it."""
 
 
 def renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.search import Decision
 from scaleprog.growth.space import Choice, Subnet
 from scaleprog.rundir.accuracies import Accuracies
-from scaleprog.rundir.old_names import OLD_STATE, renamed
+from scaleprog.rundir.old_names import FIRST_STATE, OLD_STATE, renamed
+from scaleprog.version import ARITHMETIC
 
 
 @dataclass
@@ -38,6 +39,8 @@ class RunState:
     pending: list[str] = field(default_factory=list)  # due after this step, but postponed by a stop
     best_step: int = 0  # step with the best top-1 of online or EMA weights
     best_top1: float = 0.0
+    arithmetic: int = ARITHMETIC  # version of what the run computes
+    data: dict[str, str] = field(default_factory=dict)  # `Manifest.identity` of what it trains on; empty: not known
 
     @property
     def choices(self) -> list[Choice]:
@@ -49,6 +52,7 @@ class RunState:
         return {
             **vars(self),
             "accuracies": dict(self.accuracies),
+            "data": dict(self.data),
             "pending": list(self.pending),
             "gated": [list(group) for group in self.gated],
             "decisions": [decision_to_json(d) for d in self.decisions],
@@ -60,7 +64,7 @@ class RunState:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "RunState":
         """The inverse of `to_json`, for untrusted values. Raises CheckpointError."""
-        values = renamed(values, OLD_STATE)
+        values = FIRST_STATE | renamed(values, OLD_STATE)
         _check(values)
         return cls(
             **{
@@ -163,6 +167,9 @@ Many = Annotated[list[T], Field(max_length=2**20, fail_fast=True)]
 Sized = Annotated[tuple[Size, Size, T], Field(strict=False)]  # JSON has lists instead of tuples
 
 
+Text = Annotated[str, Field(max_length=100)]
+
+
 class _DecisionValues(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -198,6 +205,8 @@ class _StateValues(BaseModel):
     pending: Some[str]
     best_step: Count
     best_top1: Percent
+    arithmetic: Annotated[int, Field(ge=1, le=10**6)]
+    data: Annotated[dict[Text, Text], Field(max_length=3)]
 
 
 def _check(values: Mapping[str, Any]) -> None:

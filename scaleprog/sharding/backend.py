@@ -1,5 +1,6 @@
 """The contract between training and the engines that shard a model over ranks: build, step, regrow, EMA, and state."""
 
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -124,7 +125,7 @@ class Backend(ABC):
         return self.network.model.structure
 
     def regrow(self, layer_map: LayerMap, *, inherit: bool, may_skip_layers: bool) -> None:
-        """Replaces the network with the one that `layer_map` describes.
+        """Replaces the network with the one that `layer_map` describes, and frees the memory of the old one.
 
         The new online weights come from the layers and weights that the map names; every EMA grows from itself by the
         same map. Elements change ranks only where the placements of the two networks differ.
@@ -134,6 +135,12 @@ class Backend(ABC):
             inherit: whether AdamW takes over the moments of each layer's source; if not, it starts from scratch.
             may_skip_layers: whether training steps may skip layers, the same ones on all ranks.
         """
+        self._grow(layer_map, inherit, may_skip_layers)
+        gc.collect()  # engines form reference cycles, and training has disabled garbage collection
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the old network's blocks do not fit the new one's sizes
+
+    def _grow(self, layer_map: LayerMap, inherit: bool, may_skip_layers: bool) -> None:
         old = self._network
         structure = old.model.structure.after(layer_map) if old else Structure.plain(layer_map.depths)
         self.growths += 1

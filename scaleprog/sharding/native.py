@@ -1,7 +1,7 @@
 """What torch's own engines have in common: parameters are tensors or DTensors, and torch's AdamW steps them."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -49,11 +49,19 @@ class NativeBackend(Backend):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def average(self, gradients: list[Tensor]) -> Sequence[Tensor]:
+        """The gradients of this rank's elements, averaged over ranks; most engines have done that in the backward."""
+        return gradients
+
     def update(self, lr: float) -> Tensor:
         optimizer, weights = self._adamw, [weight for _, weight in self._pairs]
+        gradients = []
         for parameter, weight in self._pairs:
-            weight.grad = torch.zeros_like(weight) if parameter.grad is None else _local_elements(parameter.grad)
+            gradients.append(torch.zeros_like(weight) if parameter.grad is None else _local_elements(parameter.grad))
             parameter.grad = None
+        for weight, gradient in zip(weights, self.average(gradients), strict=True):
+            weight.grad = gradient
+        del gradients
         norm = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
         if self.group is not None:  # so far, the norm covers this rank's elements only
             squared = norm**2

@@ -1,11 +1,10 @@
-"""Every rank holds the whole model: one process alone, or DistributedDataParallel."""
+"""Every rank holds the whole model: one process alone, or several that average their gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from scaleprog.models.elastic import Active, ElasticModel
 from scaleprog.sharding.native import NativeBackend
@@ -13,18 +12,16 @@ from scaleprog.sharding.placement import Placement
 
 
 class ReplicatedBackend(NativeBackend):
-    """The unsharded reference for every other engine."""
+    """The unsharded reference for every other engine.
 
-    def wrap(self, model: ElasticModel, may_skip_layers: bool) -> Callable[..., Tensor]:
+    Ranks average their gradients once a step, in one flat buffer. DistributedDataParallel would overlap that with the
+    backward; but it lays its buckets out anew after the first step, and on more than two ranks another layout adds in
+    another order, so that a resumed run would differ from a straight one.
+    """
+
+    def wrap(self, model: ElasticModel, may_skip_layers: bool) -> Callable[..., Tensor]:  # noqa: ARG002
         model.to_empty(device=self.device)
-        if dist.get_world_size() == 1:
-            return model
-        return DistributedDataParallel(
-            model,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            find_unused_parameters=may_skip_layers,
-            init_sync=False,  # the backend then writes the same weights on every rank
-        )
+        return model
 
     def placement(self, parameter: nn.Parameter) -> Placement:
         return Placement.whole(parameter.numel())
@@ -34,6 +31,14 @@ class ReplicatedBackend(NativeBackend):
     ) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.sharding.precision == "bf16"):
             return super().forward(images, active, drop, kept)
+
+    def average(self, gradients: list[Tensor]) -> Sequence[Tensor]:
+        world = dist.get_world_size()
+        if world == 1:
+            return gradients
+        flat = torch.cat(gradients).div_(world)
+        dist.all_reduce(flat)
+        return flat.split([gradient.numel() for gradient in gradients])
 
     def refresh_compute_weights(self, changed: bool = True) -> None:
         pass

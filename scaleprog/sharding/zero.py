@@ -1,6 +1,5 @@
 """DeepSpeed ZeRO: optimizer state (stage 1), gradients (2), and parameters (3) sharded over all ranks."""
 
-import gc
 import inspect
 import logging
 import os
@@ -13,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scaleprog.errors import RecipeError
-from scaleprog.growth.operators import LayerMap
 from scaleprog.models.elastic import Active, ElasticModel
 from scaleprog.sharding.backend import Backend, Network
 from scaleprog.sharding.optimizer import MOMENTS, adamw, alike, moments
@@ -152,10 +150,6 @@ class ZeroBackend(Backend):
                 placement = Placement(parameter.numel(), size, offset)
                 laid.append((parameter, placement, max(0, offset - self._rank * size)))
             yield laid
-
-    def regrow(self, layer_map: LayerMap, *, inherit: bool, may_skip_layers: bool) -> None:
-        super().regrow(layer_map, inherit=inherit, may_skip_layers=may_skip_layers)
-        gc.collect()  # DeepSpeed's objects form reference cycles, and training has disabled garbage collection
 
     def release(self) -> None:
         self._engine.destroy()

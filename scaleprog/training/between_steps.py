@@ -170,8 +170,9 @@ def measure(run: Run, phase: Phase) -> None:
     sizes = sorted({schedule.view(s).pixels for s in targets})
     requests = [BatchRequest(SEARCH_EPOCH, i, r, erase=0.0) for r in sizes for i in range(run.plan.search_batches)]
     done, found = _half_measured(run, targets, requests)
-    ema = run.recipe.ema
-    weights = ema.grow_from % len(ema.momenta) if run.recipe.search.weights == "ema" else None
+    search, emas = run.recipe.search, run.recipe.ema
+    scored = emas.grow_from if search.ema is None else search.ema
+    weights = scored % len(emas.momenta) if search.weights == "ema" else None
     with run.reader.stream(requests[done:], sizes[-1]) as batches, run.backend.weights(weights):
         for request, batch in zip(requests[done:], batches, strict=True):
             images, labels = batch.images.to(run.backend.device), batch.labels.to(run.backend.device)
@@ -319,12 +320,13 @@ def evaluate_now(run: Run, phase: Phase) -> None:
         if reason := run.watch.asked():
             raise AskedToStop(reason)
 
+    shown = schedule.full if recipe.evaluate.resolution == "full" else network
     state.accuracies = evaluate(
         run.backend,
         run.coordinator,
         run.plan.data,
         recipe.evaluate.batch,
-        schedule.view(network).pixels,
+        schedule.view(shown).pixels,
         schedule.active(phase, network),
         between,
     )

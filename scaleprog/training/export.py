@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError
+from scaleprog.data.augment import normalization
+from scaleprog.errors import CheckpointError, DataError, RecipeError, ScaleprogError
 from scaleprog.files.display import as_text
 from scaleprog.models import resolve_family
 from scaleprog.planning.plan import Plan, check_size
@@ -23,6 +24,7 @@ from scaleprog.training.process import load_network, make_backend
 from scaleprog.training.resume import owner_of, read_run_state, state_of
 
 Weights = Literal["ema", "online", "best"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def evaluate_run(run: Path, resolution: int | None, weights: Weights) -> tuple[float, str]:
@@ -44,43 +46,78 @@ def evaluate_run(run: Path, resolution: int | None, weights: Weights) -> tuple[f
     recipe = Recipe.of_run(run)
     with process_group() as (coordinator, device):
         plan = Plan.of(recipe)
-        backend, _ = _restored(run, recipe, coordinator, device, plan)
+        backend, state = _restored(run, recipe, coordinator, device, plan)
+        classes = plan.manifest.identity()["classes"]
+        if state.data.get("classes", classes) != classes:
+            raise DataError(
+                f"{plan.manifest.root}: the classes are not those that {run} learned ({state.data['classes']} then, "
+                f"{classes} now), so an accuracy would mean nothing; point data.path at shards of the same classes"
+            )
         size = plan.schedule.full.resolution if resolution is None else resolution
         found = evaluate(backend, coordinator, plan.data, recipe.evaluate.batch, _fitting(recipe, size))
     chosen = Accuracies(found).weights if weights == "best" else weights
     return found["top1" if chosen == "online" else "top1_ema"], chosen
 
 
-def export_run(run: Path, out: Path) -> str:
-    """Writes the better of a run's online and EMA weights to `out`, as safetensors under plain timm's names.
+def export_run(run: Path, out: Path, weights: Weights = "best", dtype: Precision = "float32") -> str:
+    """Writes a run's weights to `out`, as safetensors under plain timm's names, with what timm needs to show it images.
+
+    Args:
+        run: the run directory.
+        out: the file.
+        weights: "best" takes those with the higher accuracy in the last evaluation; the others need no evaluation.
+        dtype: of the floating-point tensors.
 
     Returns:
         Two lines for the user: what was written, and the call that loads it.
 
     Raises:
-        CheckpointError: the run has no checkpoint or no evaluation yet, or a run of the recipe cannot have written it.
+        CheckpointError: the run has no checkpoint, or no evaluation that tells which weights are best, or a run of the
+            recipe cannot have written the checkpoint.
         ScaleprogError: `out` cannot be written.
     """
     recipe = Recipe.of_run(run)
     with process_group() as (coordinator, device):
         backend, state = _restored(run, recipe, coordinator, device)
-        ema, chosen = _better(state, len(recipe.ema.momenta))
+        ema, chosen = _chosen(state, len(recipe.ema.momenta), weights)
         whole = backend.gather(ema)
     model = backend.family(recipe.model, backend.structure)
     model.load_state_dict(whole)
     model.fold_gates()
     arguments = model.arguments(recipe.model, backend.structure.depths)
-    tensors = {name: tensor.contiguous() for name, tensor in model.net.state_dict().items()}
+    arguments["pretrained_cfg_overlay"] = shown = preprocessing(recipe)
+    to = getattr(torch, dtype)
+    tensors = {
+        name: (tensor.to(to) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in model.net.state_dict().items()
+    }
+    about = {"timm": json.dumps(arguments), "weights": chosen, "step": str(state.step)}
+    about |= {key: json.dumps(value) for key, value in shown.items()}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, out, {"timm": json.dumps(arguments), "weights": chosen, "step": str(state.step)})
+        save_file(tensors, out, about)
     except (OSError, SafetensorError) as error:
         raise ScaleprogError(f"{out}: cannot write it: {error}") from error
     keywords = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     return (
-        f"{out}: {chosen} weights of step {state.step}\n"
+        f"{out}: {chosen} weights of step {state.step}, {dtype}\n"
         f"load with: timm.create_model({keywords}).load_state_dict(safetensors.torch.load_file({str(out)!r}))"
     )
+
+
+def preprocessing(recipe: Recipe) -> dict[str, Any]:
+    """How evaluation prepares images, under timm's names: `timm.data.create_transform` needs them, because its defaults
+    for most models are other ones."""
+    mean, std = normalization(recipe.augment, recipe.model.channels)
+    side = resolve_family(recipe.model)[1].resolution
+    return {
+        "input_size": (recipe.model.channels, side, side),
+        "interpolation": "bicubic",
+        "mean": mean,
+        "std": std,
+        "crop_pct": recipe.augment.eval_crop,
+        "crop_mode": "center",
+    }
 
 
 def _say(text: str) -> None:
@@ -112,9 +149,18 @@ def _fitting(recipe: Recipe, resolution: int) -> int:
     return resolution
 
 
-def _better(state: RunState, emas: int) -> tuple[int | None, str]:
-    """The better weights in the last evaluation: the index of the EMA (None: online), and "ema" or "online"."""
+def _chosen(state: RunState, emas: int, weights: Weights) -> tuple[int | None, str]:
+    """The weights to export: the index of the EMA (None: online), and "ema" or "online"."""
+    if weights == "online":
+        return None, weights
     if not state.accuracies:
-        raise CheckpointError(f"step {state.step} has no evaluation yet; resume the run first")
+        if weights == "ema" and emas == 1:
+            return 0, weights
+        raise CheckpointError(
+            f"step {state.step} has no evaluation yet, which would tell the best weights; use --weights online"
+            f"{' or ema' if emas == 1 else ''}, or resume the run first"
+        )
     found = Accuracies(state.accuracies)
-    return (None if found.weights == "online" else found.best_ema(emas)), found.weights
+    if weights == "best" and found.weights == "online":
+        return None, "online"
+    return found.best_ema(emas), "ema"

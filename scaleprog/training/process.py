@@ -28,7 +28,8 @@ from scaleprog.rundir.state import RunState
 from scaleprog.rundir.storage import load_tensors
 from scaleprog.sharding import Backend, engine
 from scaleprog.sharding.placement import LocalSlice
-from scaleprog.training.resume import state_of
+from scaleprog.training.resume import check_unchanged, state_of
+from scaleprog.version import ARITHMETIC
 
 
 @dataclass
@@ -74,9 +75,12 @@ def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: Pr
         Unavailable: none of the checkpoints can be read now.
     """
     newest = checkpoints.newest(progress.say)
+    data = plan.manifest.identity()
     if newest is None:
-        return RunState()
+        return RunState(data=data)
     state = state_of(newest, plan)
+    check_unchanged(newest, state, plan.recipe, plan.manifest)
+    state.arithmetic, state.data = ARITHMETIC, data
     phase = plan.schedule.phases(state.choices)[state.phase]
     load_network(newest, state, backend, may_skip_layers=phase.kind == "supernet")
     progress.say(f"resuming {newest}")

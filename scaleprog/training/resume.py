@@ -4,11 +4,13 @@ Anyone may have written the checkpoint, so these checks trust only the recipe an
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from scaleprog.data.manifest import Manifest
 from scaleprog.errors import CheckpointError, RecipeError
 from scaleprog.growth.space import Choice
 from scaleprog.models import resolve_family
@@ -20,6 +22,7 @@ from scaleprog.rundir.checkpoint import Owner
 from scaleprog.rundir.state import RunState
 from scaleprog.rundir.storage import read_manifest
 from scaleprog.training.metrics import names
+from scaleprog.version import ARITHMETIC
 
 HEADERS = 2**26  # most bytes of a checkpoint beyond its tensors
 LONGEST_RECIPE = 2**20
@@ -42,6 +45,59 @@ def _differences(recipe: Recipe, kept: Mapping[str, Any]) -> list[str]:
     except RecipeError as error:
         lines = str(error).splitlines()
     return ["".join(c if c.isprintable() else "?" for c in line[:200]) for line in lines[:8]]
+
+
+# ---- does this program compute what the run has computed so far?
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of what a recipe computes.
+
+    Args:
+        version: the first version of the arithmetic with this change.
+        what: what has changed.
+        last: the last commit without it.
+        affects: whether it changes what a recipe computes.
+    """
+
+    version: int
+    what: str
+    last: str
+    affects: Callable[[Recipe], bool]
+
+
+CHANGES = (
+    Change(
+        2,
+        "Mixup and CutMix pair image j of a lane with j + n/2, and each group of lanes draws its own",
+        "b794e37",
+        lambda recipe: recipe.augment.mixes,
+    ),
+)
+
+
+def check_unchanged(checkpoint: Path, state: RunState, recipe: Recipe, manifest: Manifest) -> None:
+    """Raises CheckpointError if a run that resumes would compute something else than it would have without a stop."""
+    changes = [c for c in CHANGES if c.version > state.arithmetic and c.affects(recipe)]
+    if changes and recipe.train.accept_arithmetic != ARITHMETIC:
+        raise CheckpointError(
+            f"{checkpoint}: a scaleprog with arithmetic {state.arithmetic} began this run, and this one has {ARITHMETIC}: "
+            f"{'; '.join(change.what for change in changes)}. Resume it with commit {changes[0].last}, or accept the "
+            f"change with train.accept_arithmetic={ARITHMETIC}"
+        )
+    if state.arithmetic > ARITHMETIC:
+        raise CheckpointError(
+            f"{checkpoint}: a newer scaleprog wrote it, with arithmetic {state.arithmetic}, and this one has {ARITHMETIC}; "
+            "resume it with the newer one"
+        )
+    data = manifest.identity()
+    if unlike := [name for name in state.data if data.get(name) != state.data[name]]:
+        told = "; ".join(f"{name}: {state.data[name]} then, {data.get(name, 'missing')} now" for name in unlike)
+        raise CheckpointError(
+            f"{checkpoint}: the run began with other data than there are in {manifest.root}: {told}. data.path may "
+            "change, the contents may not; point data.path at the old data, or start a new run"
+        )
 
 
 # ---- does a state belong to a plan?

@@ -47,8 +47,7 @@ COUNTED: tuple[tuple[dict[str, Any], Callable[[int], dict[str, int]]], ...] = (
     ({"engine": "fsdp", "reshard_after_forward": False}, lambda layers: gathers(layers, 1)),
     # the shards' gradients across the copies
     ({"engine": "hsdp", "shard": 2}, lambda layers: gathers(layers, 2) | {"all_reduce": layers + 1 + 1 + 1}),
-    # one bucket of gradients, and who had none
-    ({"engine": "replicated"}, lambda layers: {"all_reduce": 2 + 1}),
+    ({"engine": "replicated"}, lambda layers: {"all_reduce": 1 + 1}),  # all gradients at once
     # gradients in buckets of a layer, the norms of decayed and other parameters; both are gathered after the step
     ({"engine": "zero", "stage": 1}, lambda layers: {"all_reduce": layers + 1 + 2 + 1, "all_gather": 2}),
     ({"engine": "zero", "stage": 2}, lambda layers: {"all_reduce": layers + 1 + 2 + 1, "all_gather": 2}),

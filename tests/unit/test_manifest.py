@@ -83,7 +83,6 @@ def entry(**changes):
         (with_(version=2), "format version 2, .* reads version 1"),
         (with_(kind="something"), "malformed at kind"),
         (with_(classes="ab"), "malformed at classes"),
-        (with_(classes=["a", "a"]), "same name"),
         (with_(extra=1), "malformed at extra"),
         ([], "malformed at the top level"),
         (with_(splits={"train": [entry(samples=-1)]}), "malformed at splits.train.0.samples"),
