@@ -10,10 +10,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from scaleprog.errors import CheckpointError, ScaleprogError, Unavailable
+from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError, Unavailable
 from scaleprog.files.display import as_text
-from scaleprog.files.plain_yaml import RECIPE, read_run
+from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.launchers.exits import exit_by
+from scaleprog.recipe import Recipe
 from scaleprog.recipe.numbers import MOST_RANKS
 from scaleprog.recipe.worlds import Worlds
 from scaleprog.rundir.slurm_queue import hosts
@@ -57,17 +58,10 @@ def worlds_of(run: Path) -> Worlds:
     """
     if not (run / RECIPE).exists():
         raise Unavailable(f"{run / RECIPE}: missing, or not yet visible on this node")
-    values = read_run(run)
     try:
-        sharding, lanes, batch = values["sharding"], values["data"]["lanes"], values["train"]["batch"]
-        shard = sharding["shard"] if sharding["engine"] == "hsdp" else 1
-    except (LookupError, TypeError) as error:
-        raise CheckpointError(f"{run / RECIPE}: damaged: {error!r}; submit the run again") from error
-    for number in (lanes, batch, 1 if shard is None else shard):
-        if type(number) is not int or not 1 <= number <= MOST_RANKS:
-            problem = f"damaged: {number!r} is not a valid number of lanes, images, or ranks"
-            raise CheckpointError(f"{run / RECIPE}: {problem}; submit the run again")
-    return Worlds(lanes, batch, shard=shard)
+        return Worlds.of(Recipe.of_run(run))
+    except RecipeError as error:
+        raise CheckpointError(f"{run / RECIPE}: damaged: {error}; submit the run again") from error
 
 
 def usable(count: Count, worlds: Worlds, each: int = 1) -> list[int]:

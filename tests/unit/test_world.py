@@ -14,7 +14,7 @@ from scaleprog.errors import RecipeError, ScaleprogError
 from scaleprog.files.display import as_text
 from scaleprog.launchers import slurm
 from scaleprog.launchers.slurm import JobRequest
-from scaleprog.launchers.world import Count, largest, usable
+from scaleprog.launchers.world import Count, largest, usable, worlds_of
 from scaleprog.recipe.worlds import Worlds
 from tests.conftest import MakeRecipe
 from tests.unit.fake_slurm import FakeSlurm
@@ -155,6 +155,13 @@ def test_a_job_says_which_nodes_stay_idle(make_recipe: MakeRecipe, tmp_path: Pat
     told = ask(tmp_path, "1", 1, "gpu1", 1)
     assert told.returncode == 1, "the file system may answer next time"
     assert f"{recipe}: missing" in told.stderr
+
+
+def test_a_job_knows_the_worlds_of_its_recipe(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """With a batch of more images than there can be ranks, too, and pairs of images to be mixed."""
+    recipe = make_recipe(train={"batch": 2**18}, augment={"mixup": 0.8}, sharding={"engine": "hsdp", "shard": 2})
+    (tmp_path / "recipe.yaml").write_text(recipe.dump())
+    assert worlds_of(tmp_path) == Worlds.of(recipe) == Worlds(4, 2**18, paired=True, shard=2)
 
 
 def test_a_start_need_not_wait_for_torch() -> None:
