@@ -161,7 +161,7 @@ def test_a_job_knows_the_worlds_of_its_recipe(make_recipe: MakeRecipe, tmp_path:
     """With a batch of more images than there can be ranks, too, and pairs of images to be mixed."""
     recipe = make_recipe(train={"batch": 2**18}, augment={"mixup": 0.8}, sharding={"engine": "hsdp", "shard": 2})
     (tmp_path / "recipe.yaml").write_text(recipe.dump())
-    assert worlds_of(tmp_path) == Worlds.of(recipe) == Worlds(4, 2**18, paired=True, shard=2)
+    assert worlds_of(tmp_path) == Worlds.of(recipe) == Worlds(4, 2**18, pairs=1, shard=2)
 
 
 def test_a_start_need_not_wait_for_torch() -> None:
