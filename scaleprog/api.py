@@ -7,7 +7,7 @@ from scaleprog.models.bare import grow_model
 from scaleprog.planning.plan import Plan, describe
 from scaleprog.recipe import Recipe
 from scaleprog.reporting.history import RunRecord, read_run
-from scaleprog.training.export import Precision, Weights, evaluate_run, export_run
+from scaleprog.training.export import Dtype, Weights, evaluate_run, export_run
 from scaleprog.training.loop import train_rank
 
 __all__ = ["Plan", "Recipe", "RunRecord", "describe", "evaluate", "export", "grow_model", "load_run", "train"]
@@ -33,7 +33,7 @@ def evaluate(run: Path | str, resolution: int | None = None, weights: Weights = 
     return evaluate_run(Path(run), resolution, weights)
 
 
-def export(run: Path | str, out: Path | str, weights: Weights = "best", dtype: Precision = "float32") -> str:
+def export(run: Path | str, out: Path | str, weights: Weights = "best", dtype: Dtype = "float32") -> str:
     """Writes a run's weights as safetensors for plain timm; says how to load them."""
     return export_run(Path(run), Path(out), weights, dtype)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scaleprog.growth.space import Subnet, View
 from scaleprog.models.elastic import ElasticModel, Structure
-from scaleprog.recipe.keys import ModelSettings
+from scaleprog.recipe.keys import ModelSettings, Precision
 
 Unit = tuple[tuple[int, ...], ...]
 """Shapes of the parameters that an engine gathers together."""
-Arithmetic = Literal["fp32", "bf16", "autocast"]
-"""The precision of forward and backward; `autocast` keeps fp32 weights and casts them to bf16 where torch would."""
 
 
 @cache
@@ -75,7 +73,7 @@ def activations(
     model: ModelSettings,
     subnet: Subnet,
     images: int,
-    arithmetic: Arithmetic,
+    precision: Precision,
     recompute: bool = False,
 ) -> int:
     """Bytes that autograd keeps between forward and backward, without parameters.
@@ -87,11 +85,11 @@ def activations(
         model: the recipe's model settings.
         subnet: the network's size.
         images: number of images.
-        arithmetic: precision of forward and backward.
+        precision: of forward and backward.
         recompute: whether only every layer's input is kept, plus everything in the largest layer, which backward
             computes again.
     """
-    one, two = (_kept(family, model, subnet, n, arithmetic, recompute) for n in (1, 2))
+    one, two = (_kept(family, model, subnet, n, precision, recompute) for n in (1, 2))
     return one + (images - 1) * (two - one)
 
 
@@ -101,11 +99,12 @@ def _kept(
     model: ModelSettings,
     subnet: Subnet,
     images: int,
-    arithmetic: Arithmetic,
+    precision: Precision,
     recompute: bool,
 ) -> int:
     network = _on_paper(family, model, subnet.depth)
-    dtype = torch.bfloat16 if arithmetic == "bf16" else torch.float32
+    network.autocast = precision == "autocast"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     kept: dict[int, dict[int, torch.UntypedStorage]] = {-1: {}}  # by layer; -1 is everything outside the layers
     inputs: list[int] = []
     place = -1
@@ -139,10 +138,7 @@ def _kept(
             return tensor
 
         batch = torch.empty(images, model.channels, subnet.resolution, subnet.resolution, dtype=dtype)
-        with (
-            saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=arithmetic == "autocast"),
-        ):
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
             logits = functional_call(network, weights, (batch,))
         sizes = {at: sum(storage.nbytes() for storage in storages.values()) for at, storages in kept.items()}
         del logits

@@ -77,6 +77,7 @@ class ElasticModel(nn.Module, ABC):
         super().__init__()
         self.structure = structure
         self.recompute = False  # whether backward recomputes a layer's activations instead of keeping them
+        self.autocast = False  # whether torch.autocast computes in bf16 what it deems safe
         self.net = self.create(settings, structure.depths)
         for layers, gates in zip(self.groups(), structure.gated, strict=True):
             for layer, gated in zip(layers, gates, strict=True):
@@ -130,7 +131,8 @@ class ElasticModel(nn.Module, ABC):
         for i, ends in enumerate(self._residuals):
             for j, end in enumerate(ends):
                 end.scale = None if drop is None else drop[i, j]
-        return self.run(images, active or self.all_active(), kept)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.run(images, active or self.all_active(), kept)
 
     def all_active(self) -> Active:
         """Every layer of each group."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet, View
 from scaleprog.models import resolve_family
-from scaleprog.models.cost import Arithmetic, Unit, activations, gmacs, units
+from scaleprog.models.cost import Unit, activations, gmacs, units
 from scaleprog.models.elastic import ElasticModel
 from scaleprog.planning.devices import Collective, Device, Kind
 from scaleprog.recipe import Recipe
@@ -119,8 +119,8 @@ def state_memory(network: Sequence[Unit], sharding: ShardingSettings, emas: int,
     ranks, whole = sharding.shard_ranks(world, per_node), sum(map(_numel, network))
     compute = BF16 if sharding.precision == "bf16" else FP32
     if sharding.engine == "replicated":
-        flat = lasting_buffers(network, sharding, world)
-        memory = Memory(FP32 * whole, FP32 * whole, 2 * FP32 * whole, FP32 * emas * whole, flat)
+        buffers = lasting_buffers(network, sharding, world) + (BF16 * whole if compute == BF16 else 0)
+        memory = Memory(FP32 * whole, FP32 * whole, 2 * FP32 * whole, FP32 * emas * whole, buffers)
     elif sharding.engine == "zero":
         own = sum(_zero_shard(unit, ranks) for unit in network) if sharding.stage == 3 else ceil_div(whole, ranks)
         memory = Memory(
@@ -229,9 +229,7 @@ def predict(recipe: Recipe, family: type[ElasticModel], subnet: Subnet, world: i
     network = units(family, model, subnet.depth)
     per_node = math.gcd(world, device.ranks_per_node)
     memory = state_memory(network, sharding, emas, world, per_node)
-    bf16 = sharding.precision == "bf16"
-    arithmetic: Arithmetic = "fp32" if not bf16 else "autocast" if sharding.engine == "replicated" else "bf16"
-    kept = activations(family, model, subnet, micro, arithmetic, sharding.recompute)
+    kept = activations(family, model, subnet, micro, sharding.precision, sharding.recompute)
     moved = traffic(network, sharding, world, per_node, passes)
     # a backward costs two forwards; AdamW reads four values and writes three, an EMA reads two and writes one
     work = 2e9 * gmacs(family, model, View(subnet.resolution), subnet.depth) * images * (4 if sharding.recompute else 3)
@@ -240,7 +238,7 @@ def predict(recipe: Recipe, family: type[ElasticModel], subnet: Subnet, world: i
         images=images,
         memory=replace(memory, activations=kept),
         traffic=moved,
-        compute=work / (device.achieved * (device.bf16_flops if bf16 else device.fp32_flops)),
+        compute=work / (device.achieved * device.flops(sharding.precision)),
         update=FP32 * own * (7 + 3 * emas) / device.memory_bandwidth,
         communication=sum(c.seconds(device) for c in moved.collectives),
         exposed=sum(c.seconds(device) for c in moved.collectives if c.exposed),
@@ -308,7 +306,7 @@ def check_offload(recipe: Recipe, world: int, per_node: int, available: int | No
 def assumptions(recipe: Recipe, device: Device) -> tuple[str, ...]:
     """The assumptions behind the figures, in plain sentences."""
     precision = recipe.sharding.precision
-    peak = device.bf16_flops if precision == "bf16" else device.fp32_flops
+    peak = device.flops(precision)
     return (
         "Nothing here was timed: ms and efficiency come from a model, to compare engines and worlds, not to promise.",
         f"{device.name}: {device.sources}.",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scaleprog.errors import RecipeError
+from scaleprog.recipe.keys import Precision
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 
@@ -39,6 +40,10 @@ class Device:
     inter_latency: float
     ranks_per_node: int
     achieved: float
+
+    def flops(self, precision: Precision) -> float:
+        """Peak FLOP/s of matrix products in a precision."""
+        return self.fp32_flops if precision == "fp32" else self.bf16_flops
 
     @classmethod
     def named(cls, name: str) -> "Device":

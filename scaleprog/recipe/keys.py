@@ -47,6 +47,7 @@ from scaleprog.recipe.numbers import (
 Operator = Literal["rand_init", "stacking", "interpolation", "identity", "mogrow"]
 CandidateRule = Literal["corners", "all", "window"]
 Engine = Literal["fsdp", "hsdp", "zero", "replicated"]
+Precision = Literal["fp32", "autocast", "bf16"]
 
 PUBLISHED_SEARCH = {"epochs": 2, "subset": 50_000, "candidates": "window", "measurements": 5, "weights": "ema"}
 """What `search.method: published` sets where the recipe does not."""
@@ -334,8 +335,10 @@ class ShardingSettings(Settings):
     engine: Engine = "fsdp"
     """fsdp: FSDP2, parameters, gradients, moments and EMA sharded over all ranks; hsdp: sharded over groups of `shard`
     ranks, replicated across them; zero: DeepSpeed, of the given `stage`; replicated: a whole copy on every rank."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of forward and backward."""
+    precision: Precision = "fp32"
+    """Precision of forward and backward. autocast: torch.autocast to bf16, as DeiT is trained: matrix products in bf16,
+    residual stream and parameters in fp32; bf16: parameters and activations cast to bf16 as a whole, half the bytes
+    between ranks."""
     stage: Literal[1, 2, 3] = 3
     """zero: optimizer and EMA sharded (1), gradients too (2), parameters too (3)."""
     shard: Ranks | None = None

@@ -184,7 +184,7 @@ class Backend(ABC):
     def _on_meta(self, structure: Structure) -> ElasticModel:
         with torch.device("meta"), _Unwritten():
             model = self.family(self.model, structure)
-        model.recompute = self.sharding.recompute
+        model.recompute, model.autocast = self.sharding.recompute, self.sharding.precision == "autocast"
         if self.sharding.compile:
             for layer in chain.from_iterable(model.groups()):  # layers share their code, so torch compiles it once
                 layer.forward = torch.compile(layer.forward, dynamic=True)

@@ -1,12 +1,15 @@
 """Every rank holds the whole model: one process alone, or several that average their gradients."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from scaleprog.models.elastic import Active, ElasticModel
+from scaleprog.models.elastic import ElasticModel
 from scaleprog.sharding.native import NativeBackend
 from scaleprog.sharding.placement import Placement
 
@@ -21,16 +24,10 @@ class ReplicatedBackend(NativeBackend):
 
     def wrap(self, model: ElasticModel, may_skip_layers: bool) -> Callable[..., Tensor]:  # noqa: ARG002
         model.to_empty(device=self.device)
-        return model
+        return partial(_in_bf16, model) if self.sharding.precision == "bf16" else model
 
     def placement(self, parameter: nn.Parameter) -> Placement:
         return Placement.whole(parameter.numel())
-
-    def forward(
-        self, images: Tensor, active: Active | None = None, drop: Tensor | None = None, kept: Tensor | None = None
-    ) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.sharding.precision == "bf16"):
-            return super().forward(images, active, drop, kept)
 
     def average(self, gradients: list[Tensor]) -> Sequence[Tensor]:
         world = dist.get_world_size()
@@ -42,3 +39,9 @@ class ReplicatedBackend(NativeBackend):
 
     def refresh_compute_weights(self, changed: bool = True) -> None:
         pass
+
+
+def _in_bf16(model: ElasticModel, images: Tensor, *arguments: Any) -> Tensor:
+    """The model's forward with bf16 copies of its fp32 parameters, through which their gradients flow back."""
+    copies = {name: parameter.bfloat16() for name, parameter in model.named_parameters()}
+    return functional_call(model, copies, (images.bfloat16(), *arguments))

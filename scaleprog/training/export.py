@@ -24,7 +24,7 @@ from scaleprog.training.process import load_network, make_backend
 from scaleprog.training.resume import owner_of, read_run_state, state_of
 
 Weights = Literal["ema", "online", "best"]
-Precision = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def evaluate_run(run: Path, resolution: int | None, weights: Weights) -> tuple[float, str]:
@@ -59,7 +59,7 @@ def evaluate_run(run: Path, resolution: int | None, weights: Weights) -> tuple[f
     return found["top1" if chosen == "online" else "top1_ema"], chosen
 
 
-def export_run(run: Path, out: Path, weights: Weights = "best", dtype: Precision = "float32") -> str:
+def export_run(run: Path, out: Path, weights: Weights = "best", dtype: Dtype = "float32") -> str:
     """Writes a run's weights to `out`, as safetensors under plain timm's names, with what timm needs to show it images.
 
     Args:

@@ -74,6 +74,12 @@ CHANGES = (
         "b794e37",
         lambda recipe: recipe.augment.mixes,
     ),
+    Change(
+        2,
+        "under engine replicated, precision bf16 casts all parameters, as in every engine; it was what autocast is now",
+        "b794e37",
+        lambda recipe: (recipe.sharding.engine, recipe.sharding.precision) == ("replicated", "bf16"),
+    ),
 )
 
 

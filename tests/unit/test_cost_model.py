@@ -34,7 +34,7 @@ TINY = ModelSettings(name="vit_tiny_patch16_224", classes=10, channels=1, resolu
 SHAPES = st.lists(st.integers(1, 12), min_size=1, max_size=3).map(tuple)
 NETWORKS = st.lists(st.lists(SHAPES, min_size=1, max_size=4).map(tuple), min_size=2, max_size=5).map(tuple)
 WORLDS = st.integers(1, 40)
-PRECISIONS = st.sampled_from(("fp32", "bf16"))
+PRECISIONS = st.sampled_from(("fp32", "autocast", "bf16"))
 
 
 def sharding(engine: str, **settings: object) -> ShardingSettings:
@@ -101,8 +101,10 @@ def test_by_hand() -> None:
     fsdp = state_memory(network, sharding("fsdp"), 1, 4, 4)
     assert (fsdp.parameters, fsdp.gradients, fsdp.optimizer, fsdp.ema) == (48, 48, 96, 48)  # 2 * 3 + 2 * 2 + 2
     assert fsdp.buffers == 4 * (24 + 24) + 8 * 24
-    ddp = state_memory(network, sharding("replicated", precision="bf16"), 2, 4, 4)
-    assert (ddp.parameters, ddp.gradients, ddp.optimizer, ddp.ema, ddp.buffers) == (156, 156, 312, 312, 156)
+    for precision, buffers in (("fp32", 156), ("autocast", 156), ("bf16", 156 + 78)):
+        whole = state_memory(network, sharding("replicated", precision=precision), 2, 4, 4)
+        assert (whole.parameters, whole.gradients, whole.optimizer, whole.ema) == (156, 156, 312, 312)
+        assert whole.buffers == buffers
     zero = state_memory(network, sharding("zero", stage=1, precision="bf16"), 1, 4, 4)
     assert (zero.parameters, zero.gradients, zero.optimizer, zero.ema) == (78, 78 + 40, 120, 40)
     zero = state_memory(network, sharding("zero", stage=2, precision="bf16"), 1, 4, 4)
