@@ -1,4 +1,4 @@
-"""The command line: plan · keys · train · submit · status · cancel · evaluate · export · report · shards.
+"""The command line: plan · keys · train · submit · status · cancel · evaluate · export · replay · report · shards.
 
 Each command imports what it needs, so that `scaleprog --help` does not wait for torch, nor training for matplotlib.
 """
@@ -282,6 +282,21 @@ def export(
     from scaleprog.training.export import export_run
 
     print(as_text(export_run(run, out, weights, dtype), lines=True))
+
+
+@app.command()
+def replay(
+    run: RunPath,
+    step: Annotated[int, typer.Argument(min=1, help="Number of the step, as in metrics.jsonl.")],
+    nproc: Annotated[
+        int | None, typer.Option(min=1, max=MOST_HERE, help="Ranks; default: as many as the run had at this step.")
+    ] = None,
+) -> None:
+    """Computes one step of a run again, and says where numbers stopped being finite."""
+    from scaleprog.training.replay import replay as replay_step
+    from scaleprog.training.replay import summary
+
+    print(as_text(summary(replay_step(run, step, nproc)), lines=True))
 
 
 @app.command()

@@ -3,8 +3,8 @@
 SRC/train/CLASS/*.JPEG      SRC/val/CLASS/*.JPEG      the layout of ImageNet, or
 SRC/CLASS/*.jpg                                       a part drawn by seed becomes the validation split
 
-`training` may stand for `train`, and `validation`, `valid`, or `test` for `val`. Hidden files and folders are left out at
-any depth, and so is what other programs leave behind. Every image counts once, whatever links lead to it.
+`training` may stand for `train`, and `validation`, `valid`, or `test` for `val`. Hidden files and folders are left out
+at any depth, and so is what other programs leave behind. Every image counts once, whatever links lead to it.
 """
 
 import os

@@ -130,13 +130,17 @@ class Manifest:
         return sum(shard.samples for shard in self.split(name))
 
     def identity(self) -> dict[str, str]:
-        """What tells the contents of one data set from those of another, wherever it lies: a line per split, and one for
-        the classes."""
-        lines = {name: [[shard.samples, shard.sha256] for shard in shards] for name, shards in self.splits.items()}
-        counts = {name: f"{sum(shard.samples for shard in shards)} samples" for name, shards in self.splits.items()}
-        lines["classes"], counts["classes"] = list(self.classes), f"{len(self.classes)} classes"
-        digests = {name: hashlib.sha256(json.dumps(line).encode()).hexdigest()[:16] for name, line in lines.items()}
-        return {name: f"{counts[name]}, {digests[name]}" for name in lines if name in ("train", "val", "classes")}
+        """What tells one data set's contents from another's, wherever it lies: a line per split and for the classes."""
+
+        def line(count: int, what: str, content: object) -> str:
+            return f"{count} {what}, {hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
+
+        splits = {
+            name: line(self.samples(name), "samples", [[shard.samples, shard.sha256] for shard in self.splits[name]])
+            for name in ("train", "val")
+            if name in self.splits
+        }
+        return splits | {"classes": line(len(self.classes), "classes", list(self.classes))}
 
     def path(self, shard: Shard) -> str:
         """The path of `shard`."""

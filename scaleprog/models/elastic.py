@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -131,7 +132,7 @@ class ElasticModel(nn.Module, ABC):
         for i, ends in enumerate(self._residuals):
             for j, end in enumerate(ends):
                 end.scale = None if drop is None else drop[i, j]
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(images.device.type, torch.bfloat16) if self.autocast else nullcontext():
             return self.run(images, active or self.all_active(), kept)
 
     def all_active(self) -> Active:

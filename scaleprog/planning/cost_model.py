@@ -323,7 +323,7 @@ def assumptions(recipe: Recipe, device: Device) -> tuple[str, ...]:
         "Activations: what autograd keeps of one micro-batch with fused attention, counted by torch. For replicated in "
         "bf16, torch counts with the CPU's autocast; a GPU's keeps more in fp32.",
         "Buffers, never counted: the root, two layers (or all, without reshard_after_forward) and a unit's gradients "
-        "twice; replicated's flat gradients. Left out: the allocator, kernels' workspace, batches, DeepSpeed's own buckets.",
+        "twice; replicated's flat gradients. Left out: allocator, kernels' workspace, batches, DeepSpeed's buckets.",
         "zero holds separate fp32 weights, even if the parameters are fp32. In zero 1 and 2, DeepSpeed 0.19 reduces "
         "whole gradients (all-reduce), and each rank keeps its part.",
         "Gradients are reduced in fp32 after each micro-batch; in zero 1 and replicated, once per step.",

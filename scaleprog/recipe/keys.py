@@ -120,7 +120,7 @@ class AugmentSettings(Settings):
     randaugment: Text | None = None
     """timm's configuration string, e.g. rand-m9-mstd0.5-inc1."""
     round_magnitude: bool = False
-    """Whether AdaReg rounds RandAugment's magnitude to a whole number (9 becomes 4, 6, 8, 9), as in the authors' code."""
+    """Whether AdaReg rounds RandAugment's magnitude to a whole number (9: 4, 6, 8, 9), as in the authors' code."""
     erase: Share = 0.0
     """Probability of random erasing, with noise per pixel."""
     mixup: NoOrMore = 0.0
@@ -218,6 +218,11 @@ class OptimizerSettings(Settings):
     """Epochs at min_lr that follow the epochs of `train.epochs`; the last stage trains them."""
     clip: Norm | None = None
     """Largest global norm of the gradients; default: no clipping."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a run does after a step whose loss or gradients are not finite; no engine applies such an update. stop: it
+    ends, within `train.log_every` steps; skip: it continues."""
+    most_skipped: Few = 10
+    """skip: the most updates that a run may skip."""
 
     def cooldown_steps(self, epoch: int) -> int:
         """The steps of the cool-down; `epoch`: steps per epoch."""

@@ -47,6 +47,8 @@ FREE = (
     "sharding.compile",
     "checkpoint",
     "evaluate.batch",
+    "optimizer.nonfinite",
+    "optimizer.most_skipped",
     "search.budget",
 )
 MOST_BASES = 10

@@ -61,8 +61,7 @@ class Worlds:
             kind = "an even number" if self.pairs == 1 else f"an even number of at least {2 * self.pairs}"
             kind += ", as Mixup and CutMix need" + (f" with augment.repeats={self.pairs}" if self.pairs > 1 else "")
         raise RecipeError(
-            f"data.lanes: {self.batch} images in {self.lanes} lanes do not give each lane {kind}; "
-            f"use {self._change(1)}"
+            f"data.lanes: {self.batch} images in {self.lanes} lanes do not give each lane {kind}; use {self._change(1)}"
         )
 
     def check(self, world: int, per_node: int | None = None) -> None:

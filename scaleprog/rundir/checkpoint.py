@@ -39,6 +39,7 @@ from scaleprog.rundir.tensorfile import NAMES
 from scaleprog.sharding.placement import LocalSlice, share_out
 
 RUN_ID = "run.id"
+POISONED = "numbers that are not finite"
 ELSEWHERE = "move it to its own run directory; scaleprog then uses this run's newest"
 
 
@@ -54,6 +55,8 @@ class Commit:
     """Seconds from the end of the pause until the checkpoint was visible."""
     bytes: int
     error: str | None = None
+    poisoned: bool = False
+    """Whether the save failed because some numbers were not finite."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +164,8 @@ class Checkpoints:
     def newest(self, report: Callable[[str], None]) -> Path | None:
         """The newest checkpoint that verifies, the same on all ranks; None if there are no checkpoints.
 
-        Rank 0 calls `report` with a sentence for each checkpoint that it skips, and renames damaged ones if an older one
-        verifies.
+        Rank 0 calls `report` with a sentence for each checkpoint that it skips. If an older one verifies, it renames
+        those that are damaged.
 
         Raises:
             CheckpointError: there are checkpoints, and all of them are damaged.
@@ -221,6 +224,11 @@ class Checkpoints:
         if run not in (None, manifest.run):
             raise OtherRun(f"{path}: a checkpoint of another run of the same recipe; {ELSEWHERE}")
 
+    def before(self, steps: Collection[int]) -> set[int]:
+        """The step of the newest visible checkpoint before each of `steps`."""
+        saved = [step_of(path) for path in committed(self.folder)]
+        return {max(earlier) for step in steps if (earlier := [at for at in saved if at < step])}
+
     @property
     def newest_step(self) -> int:
         """The step of the newest visible checkpoint; 0 if there is none."""
@@ -261,6 +269,8 @@ class Checkpoints:
 
         def write() -> FileList | str:
             mine = [name for name, shared in chunks.items() if any(rank == group.rank for rank, _ in shared)]
+            if poisoned := [name for name in mine if not _is_finite(parts[name].tensor)]:
+                return f"{POISONED} in {poisoned[0]}, among {len(poisoned)} tensors of rank {group.rank}"
             try:
                 return write_tensors(temporary, group.rank, {name: parts[name].tensor for name in mine})
             except OSError as failure:
@@ -290,8 +300,11 @@ class Checkpoints:
             size = group.on_rank_0("publish", lambda: _on_disk(final, make_visible))
             group.on_rank_0("retire", lambda: _on_disk(self.folder, delete_older))
         except (CheckpointError, Unavailable) as failure:
-            error = f"{temporary}: not written ({reason(failure)}); is the disk full or over quota?"
-        return Commit(final, step, stall, time.monotonic() - began, size, error)
+            error = f"{temporary}: not written ({reason(failure)})"
+        poisoned = error is not None and POISONED in error
+        if error is not None and not poisoned:
+            error += "; is the disk full or over quota?"
+        return Commit(final, step, stall, time.monotonic() - began, size, error, poisoned)
 
     def _run(self) -> str:
         """The ID of the run, which its first checkpoint creates."""
@@ -316,6 +329,10 @@ def run_of(folder: Path) -> str | None:
         if not re.fullmatch(RUN.encode(), run):
             raise ValueError("does not name a run; delete it if the checkpoints beside it are this run's")
     return run.decode()
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _on_disk(path: Path, action: Callable[[], Any]) -> Any:

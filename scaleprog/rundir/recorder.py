@@ -1,6 +1,7 @@
-"""The records of a run: metrics.jsonl and TensorBoard (each step once, despite restarts), events.jsonl, progress."""
+"""The records of a run: metrics.jsonl and TensorBoard (each step once, despite restarts), events.jsonl."""
 
 import errno
+import math
 import os
 import re
 import socket
@@ -9,13 +10,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from pydantic import ValidationError
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -28,11 +28,11 @@ from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.rundir.reading import IN_THE_WAY, is_torn, lines, open_to_append, read, read_rows, reason, to_line
 from scaleprog.rundir.records import EVENTS, METRIC, METRICS, NUMBERED
 
-__all__ = ["ProgressLine", "Recorder", "StepTimer", "read_rows"]
+__all__ = ["Recorder", "StepTimer", "read_rows"]
 
-PLAIN_EVERY = 15.0  # seconds between two progress lines if the output is not a terminal
 LOCK_SECONDS = 2.0  # if another process holds the lock for this long, a line is written without it
 LAST_ROW_BYTES = 2**16  # larger than the last row of metrics.jsonl
+MOST_WAITING = 0.2  # share of the time that steps may wait for data without a warning
 PER_RANK = ("step_seconds", "data_wait_seconds")  # curves that every rank draws for itself
 
 
@@ -44,12 +44,12 @@ class StepTimer:
         if self._cuda:
             self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             self._events[0].record()
-        self._began, self._cpu_began = time.perf_counter(), time.process_time()
+        self.began, self._cpu_began = time.perf_counter(), time.process_time()
 
     def stop(self) -> None:
         """Ends the measurement; call it once, when the step has been issued."""
         self.cpu_seconds = time.process_time() - self._cpu_began
-        self._elapsed = time.perf_counter() - self._began
+        self._elapsed = time.perf_counter() - self.began
         if self._cuda:
             self._events[1].record()
 
@@ -59,6 +59,17 @@ class StepTimer:
             return self._elapsed
         self._events[1].synchronize()
         return self._events[0].elapsed_time(self._events[1]) / 1000
+
+
+@dataclass
+class _Pending:
+    """A step whose loss and gradient norm are still on the device."""
+
+    row: dict[str, Any]
+    loss: Tensor
+    grad_norm: Tensor
+    timer: StepTimer
+    ids: Tensor
 
 
 class Recorder:
@@ -91,9 +102,10 @@ class Recorder:
             Unavailable: a file cannot be written now.
         """
         self.coordinator, self.log_every = coordinator, log_every
-        self._pending: list[tuple[dict[str, Any], Tensor, Tensor, StepTimer]] = []
+        self._pending: list[_Pending] = []
         self._generation, self._main = generation, coordinator.rank == 0
         self._samples: _Lines | None = None
+        self._waiting = False  # whether the last steps waited for data for too long
         self._samples_path = run / f"samples-{coordinator.rank}.jsonl"
         with _to_be_recorded(run):
             self._open(run, step, redo_evaluation)
@@ -115,32 +127,70 @@ class Recorder:
             if number and folder.is_dir() and (world == 1 or int(number[1]) >= world):
                 _Board(folder, step).close()
 
-    def step(self, row: dict[str, Any], loss: Tensor, grad_norm: Tensor, timer: StepTimer) -> None:
-        """Buffers one finished step. `loss` is this rank's mean; `row` holds everything known on the host."""
+    def step(self, row: dict[str, Any], loss: Tensor, grad_norm: Tensor, timer: StepTimer, ids: Tensor) -> None:
+        """Buffers one finished step. `loss` is this rank's mean; `row` holds everything known on the host; `ids` are
+        this rank's samples."""
         row["time"] = time.time()
-        self._pending.append((row, loss.detach(), grad_norm.detach(), timer))
+        self._pending.append(_Pending(row, loss.detach(), grad_norm.detach(), timer, ids))
 
     def flush(self) -> list[dict[str, Any]]:
-        """Resolves the buffered steps on all ranks and writes them. Returns their rows, with mean losses."""
+        """Resolves the buffered steps on all ranks and writes them. Returns their rows, with mean losses.
+
+        `step_seconds` are those of the fastest rank, because the others also wait for a rank whose batch comes late.
+        `images_per_second` is the rate since the first of these steps, by the clock on the wall.
+        """
         if not self._pending:
             return []
-        rows, losses, norms, timers = zip(*self._pending)
-        self._pending = []
-        means = self.coordinator.mean(torch.stack(losses).double().tolist())
-        written = []
-        for row, loss, norm, timer in zip(rows, means, torch.stack(norms).tolist(), timers):
-            seconds = timer.seconds()
-            row |= {"loss": loss, "grad_norm": norm, "step_seconds": seconds}
-            row["images_per_second"] = row["images"] / (seconds + row["data_wait_seconds"])
-            row["cpu_seconds"] = timer.cpu_seconds
-            written.append(row)
+        steps, self._pending = self._pending, []
+        losses = torch.stack([step.loss for step in steps]).double().tolist()
+        norms = torch.stack([step.grad_norm for step in steps]).tolist()
+        seconds = [step.timer.seconds() for step in steps]
+        waited = sum(step.row["data_wait_seconds"] for step in steps)
+        wall = time.perf_counter() - (steps[0].timer.began - steps[0].row["data_wait_seconds"])
+        rate = sum(step.row["images"] for step in steps) / wall
+        means = self.coordinator.mean(losses)
+        *slowest, waiting = self.coordinator.maximum([*(-value for value in seconds), waited / wall])
+        for step, mean, norm, least in zip(steps, means, norms, slowest):
+            step.row |= {
+                "loss": mean,
+                "grad_norm": norm,
+                "step_seconds": -least,
+                "images_per_second": rate,
+                "cpu_seconds": step.timer.cpu_seconds,
+            }
+        self._name_ranks_of_nonfinite(steps, losses)
+        self._warn_of_waiting(waiting, steps[-1].row["step"])
+        rows = [step.row for step in steps]
         if self._main:
-            self._metrics.write(*written)
-        for row in written:
+            self._metrics.write(*rows)
+        for row, own in zip(rows, seconds):
             self._draw_step(row)
             if self._own_board is not None and row["step"] % self.log_every == 0:
-                self._own_board.draw("rank", row["step"], {key: row[key] for key in PER_RANK})
-        return written
+                self._own_board.draw("rank", row["step"], {**{key: row[key] for key in PER_RANK}, "step_seconds": own})
+        return rows
+
+    def _name_ranks_of_nonfinite(self, steps: "list[_Pending]", losses: list[float]) -> None:
+        """Adds the ranks without a finite loss to the row of each step without finite gradients; writes an event."""
+        bad = [i for i, step in enumerate(steps) if not math.isfinite(step.row["grad_norm"])]  # the same on all ranks
+        if not bad:
+            return
+        everyones = self.coordinator.gather([[math.isfinite(losses[i]), steps[i].ids.tolist()] for i in bad])
+        for row, held in zip((steps[i].row for i in bad), zip(*everyones)):
+            row["nonfinite_ranks"] = ranks = [rank for rank, (finite, _) in enumerate(held) if not finite]
+            values = {
+                key: row[key] if math.isfinite(row[key]) else str(row[key]) for key in ("lr", "loss", "grad_norm")
+            }
+            samples = {str(rank): ids for rank, (finite, ids) in enumerate(held) if not finite or not ranks}
+            self.event("nonfinite", step=row["step"], **values, ranks=ranks, samples=samples)
+
+    def _warn_of_waiting(self, share: float, step: int) -> None:
+        """Says so once, and writes an event, if the steps up to `step` waited for data during too large a `share`."""
+        if share > MOST_WAITING and not self._waiting and self._main:
+            text = f"step {step}: waiting for data takes {share:.0%} of the time; raise data.workers or data.prefetch"
+            with suppress(OSError):  # the log may be on a full disk
+                print(text, file=sys.stderr, flush=True)
+            self.event("data_wait", step=step, share=share)
+        self._waiting = share > MOST_WAITING
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the accuracies (percent) after `step` steps as a separate row."""
@@ -190,53 +240,11 @@ class Recorder:
 
     def _draw_step(self, row: Mapping[str, Any]) -> None:
         if row["step"] % self.log_every == 0:
-            self.curve(row["step"], "train", {k: v for k, v in row.items() if k not in ("phase", "images", "time")})
+            drawn = {k: v for k, v in row.items() if isinstance(v, (int, float)) and k not in ("images", "time")}
+            self.curve(row["step"], "train", drawn)
 
     def _write_event(self, kind: str, fields: Mapping[str, Any]) -> None:
         self._events.write({"time": time.time(), "event": kind, "generation": self._generation, **fields})
-
-
-class ProgressLine:
-    """Progress on rank 0: a live line if the output is a terminal, else a plain line every few seconds."""
-
-    def __init__(self, total: int, step: int, enabled: bool) -> None:
-        console = Console(file=sys.stderr)
-        self._live = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._enabled, self._terminal = enabled, console.is_terminal
-        self._task = self._live.add_task("starting", total=total, completed=step)
-        self._total, self._told = total, 0.0
-        if enabled and self._terminal:
-            self._live.start()
-
-    def update(self, row: Mapping[str, Any], total: int) -> None:
-        """Shows one resolved step. `total`, the steps of the run, may change from call to call."""
-        text = (
-            f"stage {row['stage']} {row['phase']} {row['resolution']} px x {row['depth']} "
-            f"loss {row['loss']:.3f} {row['images_per_second']:.0f} img/s"
-        )
-        if self._enabled and self._terminal:
-            self._live.update(self._task, completed=row["step"], total=total, description=text)
-        elif self._enabled and time.monotonic() - self._told > PLAIN_EVERY:
-            self._told = time.monotonic()
-            self.say(f"step {row['step']}/{total} {text}")
-
-    def say(self, text: str) -> None:
-        """Prints a separate line on rank 0; does nothing if the disk of the log is full."""
-        if self._enabled:
-            with suppress(OSError):
-                told = as_text(text, lines=True)
-                self._live.console.print(told, highlight=False, markup=False, soft_wrap=True)
-
-    def close(self) -> None:
-        """Ends the live line."""
-        if self._enabled and self._terminal:
-            self._live.stop()
 
 
 class _Appended:

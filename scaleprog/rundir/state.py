@@ -39,6 +39,7 @@ class RunState:
     pending: list[str] = field(default_factory=list)  # due after this step, but postponed by a stop
     best_step: int = 0  # step with the best top-1 of online or EMA weights
     best_top1: float = 0.0
+    skipped: list[int] = field(default_factory=list)  # steps whose update was not finite
     arithmetic: int = ARITHMETIC  # version of what the run computes
     data: dict[str, str] = field(default_factory=dict)  # `Manifest.identity` of what it trains on; empty: not known
 
@@ -54,6 +55,7 @@ class RunState:
             "accuracies": dict(self.accuracies),
             "data": dict(self.data),
             "pending": list(self.pending),
+            "skipped": list(self.skipped),
             "gated": [list(group) for group in self.gated],
             "decisions": [decision_to_json(d) for d in self.decisions],
             "measured": [pairs(losses) for losses in self.measured],
@@ -205,6 +207,7 @@ class _StateValues(BaseModel):
     pending: Some[str]
     best_step: Count
     best_top1: Percent
+    skipped: Some[Count]
     arithmetic: Annotated[int, Field(ge=1, le=10**6)]
     data: Annotated[dict[Text, Text], Field(max_length=3)]
 

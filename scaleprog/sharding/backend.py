@@ -100,7 +100,8 @@ class Backend(ABC):
     def update(self, lr: float) -> Tensor:
         """Takes one AdamW step on the clipped gradients and drops them. Returns their norm before clipping, 0-D.
 
-        In every engine, skipped layers have zero gradients: their moments decay, and weight decay applies.
+        If the norm is not finite, weights, moments, and step counts stay as they are. In every engine, skipped layers
+        have zero gradients: their moments decay, and weight decay applies.
         """
 
     def release(self) -> None:  # noqa: B027 - most engines hold nothing
@@ -220,6 +221,8 @@ class Backend(ABC):
     def step(self, lr: float, step: int) -> Tensor:
         """Takes one AdamW step on the gradients since the last step, then updates every EMA.
 
+        If the gradients' norm is not finite, nothing changes. The device decides that, so nothing waits for it.
+
         Args:
             lr: the learning rate.
             step: how many optimizer steps the run has taken before this one.
@@ -229,8 +232,9 @@ class Backend(ABC):
         """
         norm = self.update(lr)
         weights = list(self.network.weights.values())
+        finite = norm.isfinite().to(weights[0].device, non_blocking=True)
         for momentum, ema in zip(self.ema.momenta, self.network.emas, strict=True):
-            ema.update(weights, momentum_of(momentum, step, self.ema.warmup))
+            ema.update(weights, momentum_of(momentum, step, self.ema.warmup), finite)
         return norm
 
     # ---- weights and state

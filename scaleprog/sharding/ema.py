@@ -24,6 +24,11 @@ class Ema:
         self.weights = {name: tensor.clone() for name, tensor in weights.items()}
 
     @torch.no_grad()
-    def update(self, weights: list[Tensor], momentum: float) -> None:
-        """Updates the average after an optimizer step; `weights` come in the same order as at construction."""
-        torch._foreach_lerp_(list(self.weights.values()), weights, 1 - momentum)
+    def update(self, weights: list[Tensor], momentum: float, finite: Tensor) -> None:
+        """Updates the average after an optimizer step; `weights` come in the same order as at construction.
+
+        `finite`: whether the step was taken, a 0-D bool on the weights' device; if not, the average stays as it is.
+        """
+        share = torch.where(finite, 1 - momentum, 0.0)
+        for average, weight in zip(self.weights.values(), weights, strict=True):
+            average.lerp_(weight, share)

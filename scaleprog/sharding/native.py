@@ -71,6 +71,7 @@ class NativeBackend(Backend):
             clip_grads_with_norm_(weights, self.optimizer.clip, norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        optimizer.found_inf = (~norm.isfinite()).float()  # torch's fused AdamW then leaves everything as it is
         optimizer.step()
         optimizer.zero_grad()
         return norm

@@ -77,9 +77,16 @@ def alike(
     ]
 
 
-def adamw(groups: Sequence[Group], parameters: Mapping[str, Tensor], settings: OptimizerSettings) -> torch.optim.AdamW:
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW with the attribute by which its fused step learns that it must do nothing."""
+
+    found_inf: Tensor | None = None
+    """0-D, fp32: 1 if the gradients are not finite, else 0."""
+
+
+def adamw(groups: Sequence[Group], parameters: Mapping[str, Tensor], settings: OptimizerSettings) -> AdamW:
     """A new AdamW with these groups of `parameters`, which are given by name."""
-    return torch.optim.AdamW(
+    return AdamW(
         [{"params": [parameters[name] for name in g.names], "weight_decay": g.weight_decay} for g in groups],
         lr=settings.lr,
         betas=settings.betas,

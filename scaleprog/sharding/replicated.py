@@ -22,7 +22,7 @@ class ReplicatedBackend(NativeBackend):
     another order, so that a resumed run would differ from a straight one.
     """
 
-    def wrap(self, model: ElasticModel, may_skip_layers: bool) -> Callable[..., Tensor]:  # noqa: ARG002
+    def wrap(self, model: ElasticModel, may_skip_layers: bool) -> Callable[..., Tensor]:
         model.to_empty(device=self.device)
         return partial(_in_bf16, model) if self.sharding.precision == "bf16" else model
 

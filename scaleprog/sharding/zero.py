@@ -74,7 +74,7 @@ class ZeroBackend(Backend):
             "train_micro_batch_size_per_gpu": 1,  # required, but unused: gradients accumulate until `update`
             "managed_gradient_accumulation": False,
             "gradient_clipping": self.optimizer.clip or 0.0,
-            "bf16": {"enabled": sharding.precision == "bf16"},
+            "bf16": {"enabled": sharding.precision == "bf16", "check_grad_overflow": True},
             "communication_data_type": "fp32",
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
@@ -180,7 +180,7 @@ class ZeroBackend(Backend):
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._engine.step()
-        norm = torch.as_tensor(self._engine.get_global_grad_norm())
+        norm = torch.as_tensor(self._engine.get_global_grad_norm())  # infinite if DeepSpeed has skipped the step
         # these gradient buffers persist: if the next step skips a layer, the layer's old gradients would count again
         if self.sharding.stage == 3:
             self._zero.grad_partitions_flat_buffer.zero_()

@@ -7,6 +7,7 @@ start.
 import gc
 import json
 import math
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from scaleprog.data.augment import BatchRequest, low_pass
 from scaleprog.data.order import SEARCH_EPOCH
 from scaleprog.errors import Diverged, OverBudget, ScaleprogError
 from scaleprog.files.atomic import write_whole
+from scaleprog.files.display import counted
 from scaleprog.growth.phase import Phase
 from scaleprog.growth.search import Decision, candidate_times, decide, decide_within, measurement_steps, step_time
 from scaleprog.growth.space import Subnet
@@ -109,7 +111,7 @@ def after_step(run: Run, phase: Phase, agreement: Agreement) -> None:
 
 
 def flush_metrics(run: Run) -> None:
-    """Resolves the recorded steps and adds their times to the state. Raises Diverged if a loss is not finite."""
+    """Resolves the recorded steps and adds their times to the state. Raises Diverged, see `skip`."""
     state = run.state
     collect_commits(run)
     if run.backend.compilations > run.compilations:
@@ -118,11 +120,8 @@ def flush_metrics(run: Run) -> None:
     if run.coordinator.rank == 0:
         run.lease.beat()
     for row in run.recorder.flush():
-        if not math.isfinite(row["loss"]):
-            raise Diverged(
-                f"step {row['step']}: the loss is {row['loss']} at lr {row['lr']:.3g}; lower optimizer.lr, set "
-                "optimizer.clip or warm up longer; the last checkpoint is from before this step"
-            )
+        if not math.isfinite(row["grad_norm"]):
+            skip(run, row)
         state.train_seconds += row["step_seconds"]
         state.train_cpu_seconds += row["cpu_seconds"]
         if run.plan.schedule.kind == "automatic":
@@ -131,6 +130,31 @@ def flush_metrics(run: Run) -> None:
             if row["phase"] == "train":
                 del times[:-TIMED_STEPS]
         run.progress.update(row, max(run.plan.schedule.steps, run.plan.schedule.phases(state.choices)[-1].stop))
+
+
+def skip(run: Run, row: Mapping[str, Any]) -> None:
+    """Notes that a step's update has been skipped. Raises Diverged if the run must not continue without it."""
+    state, settings, step = run.state, run.recipe.optimizer, row["step"]
+    state.skipped.append(step)
+    what = f"the norm of the gradients is {row['grad_norm']}"
+    if not math.isfinite(row["loss"]):
+        ranks = ", ".join(map(str, row["nonfinite_ranks"][:8]))
+        what = f"the loss is {row['loss']}"
+        what += f" on rank {ranks}" if run.coordinator.world > 1 else ""
+    told = f"step {step}: {what} at lr {row['lr']:.3g}; its update was skipped"
+    if settings.nonfinite == "stop":
+        way = "resume with optimizer.nonfinite=skip"
+    elif len(state.skipped) > settings.most_skipped:
+        told += f", one more than optimizer.most_skipped={settings.most_skipped}"
+        way = "raise optimizer.most_skipped"
+    else:
+        run.progress.say(f"{told}; {counted(len(state.skipped), 'update')} skipped so far")
+        return
+    raise Diverged(
+        f"{told}, and the newest checkpoint is from before it. To see in which layer it began: scaleprog replay "
+        f"{shlex.quote(str(run.folder))} {step}. To continue: {way}; or lower optimizer.lr, set optimizer.clip or warm "
+        "up longer in a new run"
+    )
 
 
 def run_pending(run: Run, phase: Phase) -> None:

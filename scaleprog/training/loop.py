@@ -4,7 +4,7 @@ import gc
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
 from itertools import groupby, pairwise
@@ -18,7 +18,7 @@ from torch import Tensor
 from scaleprog.data.augment import BatchRequest, low_pass, mix
 from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
-from scaleprog.errors import OverBudget, Preempted, ScaleprogError, Unavailable
+from scaleprog.errors import Diverged, OverBudget, Preempted, ScaleprogError, Unavailable
 from scaleprog.files.atomic import write_whole
 from scaleprog.growth.phase import Phase
 from scaleprog.growth.space import Subnet
@@ -31,8 +31,9 @@ from scaleprog.recipe.numbers import ceil_div
 from scaleprog.rundir.checkpoint import Checkpoints
 from scaleprog.rundir.lease import take_lease
 from scaleprog.rundir.planned import write_plan
+from scaleprog.rundir.progress import ProgressLine
 from scaleprog.rundir.reading import read_object
-from scaleprog.rundir.recorder import ProgressLine, Recorder, StepTimer
+from scaleprog.rundir.recorder import Recorder, StepTimer
 from scaleprog.rundir.records import Results
 from scaleprog.rundir.state import summary
 from scaleprog.sharding.optimizer import learning_rate
@@ -63,8 +64,16 @@ def train_rank(recipe: Recipe, folder: Path) -> dict[str, Any]:
         return train(recipe, folder, coordinator, device)
 
 
-def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.device) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    folder: Path,
+    coordinator: Coordinator,
+    device: torch.device,
+    at_stop: Callable[[Run], None] = lambda run: None,
+) -> dict[str, Any]:
     """Trains `recipe` in the run directory `folder`, from its newest checkpoint on; every rank calls this.
+
+    `at_stop`: called if `train.max_steps` ends the run before its last step.
 
     Returns:
         The contents of `results.json`; empty if `train.max_steps` ended the run before its last step.
@@ -75,7 +84,7 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
         DataError: the shards are missing, damaged, or do not fit the recipe.
         CheckpointError: the newest checkpoint belongs to another run or version, or a run cannot have written it.
         Disagreement: ranks would act on different values.
-        Diverged: a loss is not finite.
+        Diverged: a loss or a gradient is not finite, and the recipe does not allow another skipped update.
         Preempted: the run was asked to stop.
         Superseded: a later start has taken over the run directory.
         Unavailable: something failed that may work at the next start, such as a full disk.
@@ -159,6 +168,7 @@ def train(recipe: Recipe, folder: Path, coordinator: Coordinator, device: torch.
         if current_phase(run) is None:
             return finish(run)
         recorder.event("stopped_early", step=state.step)
+        at_stop(run)
         return {}
     except Preempted:
         raise
@@ -185,11 +195,8 @@ def train_phases(run: Run, began: float) -> None:
         phase = plan.schedule.phases(state.choices)[state.phase]
         run_pending(run, phase)
         save(run, phase, permanent=False)
-    while (index := current_phase(run)) is not None and not stopped_early(run):
-        phases = plan.schedule.phases(state.choices)
-        if state.phase != index:
-            enter(run, phases, index)
-        phase = phases[index]
+    while current_phase(run) is not None and not stopped_early(run):
+        phase = enter_phase(run)
         actives = {s: plan.schedule.active(phase, s) for s in phase.candidates}
         with run.reader.stream(PhaseRequests(run, phase), plan.schedule.view(phase.network).pixels) as batches:
             while state.step < phase.stop and not stopped_early(run):
@@ -203,8 +210,10 @@ def train_phases(run: Run, began: float) -> None:
 
 
 def wait_for_checkpoint(run: Run) -> None:
-    """Returns when the last checkpoint is visible. Raises Unavailable if it could not be written."""
+    """Returns when the last checkpoint is visible. Raises Unavailable if it could not be written, or Diverged."""
     last = collect_commits(run, wait=True)
+    if last is not None and last.poisoned:
+        raise Diverged(f"{last.error}; lower optimizer.lr, set optimizer.clip or warm up longer, in a new run")
     if last is not None and last.error:
         raise Unavailable(f"{last.error}; free some space and start again: the run resumes from its newest checkpoint")
 
@@ -216,6 +225,15 @@ def current_phase(run: Run) -> int | None:
 
 
 # ---- growth
+
+
+def enter_phase(run: Run) -> Phase:
+    """The phase of the next step, with its network built. Raises AskedToStop."""
+    phases, index = run.plan.schedule.phases(run.state.choices), current_phase(run)
+    assert index is not None, "a run that has finished has no next step"
+    if run.state.phase != index:
+        enter(run, phases, index)
+    return phases[index]
 
 
 def enter(run: Run, phases: list[Phase], index: int) -> None:
@@ -277,37 +295,12 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
 
     `active`: the layers of `subnet`; `waited`: seconds that the step waited for `batch`.
     """
-    recipe, plan, backend, step = run.recipe, run.plan, run.backend, run.state.step
+    recipe, plan, step = run.recipe, run.plan, run.state.step
     position = phase.position_of(step)
     lr = learning_rate(recipe.optimizer, position, plan.schedule.steps, plan.order.steps_per_epoch, phase.began)
-    drop = drop_rows(run, phase, len(batch.labels))
-    view = plan.schedule.view(subnet)
-    kept = patches_seen(run, view, *divmod(position, plan.order.steps_per_epoch))
-    images = batch.images.to(backend.device, non_blocking=True)
-    labels = batch.labels.to(backend.device, non_blocking=True)
-
-    timer = StepTimer(backend.device)
-    images, targets = mix(
-        images,
-        labels,
-        lanes=run.reader.lanes,
-        of=recipe.data.lanes,
-        seed=recipe.seed,
-        step=step,
-        classes=recipe.model.classes,
-        settings=recipe.augment,
-    )
-    if view.cutoff is not None:
-        images = low_pass(images, view.cutoff)
-    loss = torch.zeros((), device=backend.device)
-    for rows in micro_batches(len(images), recipe.train.micro_batch):
-        logits = backend.forward(
-            images[rows], active, None if drop is None else drop[:, :, rows], None if kept is None else kept[rows]
-        )
-        part = F.cross_entropy(logits.float(), targets[rows]) * (len(logits) / len(images))
-        backend.backward(part)
-        loss += part.detach()
-    grad_norm = backend.step(lr, step)
+    timer = StepTimer(run.backend.device)
+    loss = forward_and_backward(run, phase, subnet, active, batch)
+    grad_norm = run.backend.step(lr, step)
     timer.stop()
 
     row = {
@@ -323,9 +316,39 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
     }
     if recipe.data.trace:
         trace(run, batch)
-    run.recorder.step(row, loss, grad_norm, timer)
+    run.recorder.step(row, loss, grad_norm, timer, batch.ids)
     run.state.step += 1
     run.state.images += recipe.train.batch
+
+
+def forward_and_backward(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Batch) -> Tensor:
+    """Adds up the gradients of this rank's part of a global batch, and returns its mean loss, 0-D; see `train_step`."""
+    recipe, plan, backend, step = run.recipe, run.plan, run.backend, run.state.step
+    drop = drop_rows(run, phase, len(batch.labels))
+    view = plan.schedule.view(subnet)
+    kept = patches_seen(run, view, *divmod(phase.position_of(step), plan.order.steps_per_epoch))
+    images, targets = mix(
+        batch.images.to(backend.device, non_blocking=True),
+        batch.labels.to(backend.device, non_blocking=True),
+        lanes=run.reader.lanes,
+        of=recipe.data.lanes,
+        seed=recipe.seed,
+        step=step,
+        classes=recipe.model.classes,
+        settings=recipe.augment,
+    )
+    if view.cutoff is not None:
+        images = low_pass(images, view.cutoff)
+    loss = torch.zeros((), device=backend.device)
+    for rows in micro_batches(len(images), recipe.train.micro_batch):
+        logits = backend.forward(
+            images[rows], active, None if drop is None else drop[:, :, rows], None if kept is None else kept[rows]
+        )
+        part = F.cross_entropy(logits.float(), targets[rows]) * (len(logits) / len(images))
+        # a loss that is not finite may have finite gradients; this makes them NaN, and AdamW skips them on all ranks
+        backend.backward(part * (0 * part.detach() + 1))
+        loss += part.detach()
+    return loss
 
 
 def micro_batches(rows: int, most: int | None) -> list[slice]:

@@ -23,7 +23,8 @@ from scaleprog.recipe import Recipe
 from scaleprog.recipe.keys import Engine
 from scaleprog.rundir.checkpoint import Checkpoints, Commit
 from scaleprog.rundir.lease import Lease
-from scaleprog.rundir.recorder import ProgressLine, Recorder
+from scaleprog.rundir.progress import ProgressLine
+from scaleprog.rundir.recorder import Recorder
 from scaleprog.rundir.state import RunState
 from scaleprog.rundir.storage import load_tensors
 from scaleprog.sharding import Backend, engine
@@ -118,6 +119,7 @@ def save(run: Run, phase: Phase, permanent: bool) -> None:
     # without recycling, the training phase starts from the weights before its search
     protect = {phase.start} if phase.searched and not run.plan.schedule.recycle else set()
     protect |= {run.state.best_step} if run.recipe.checkpoint.keep_best else set()
+    protect |= run.checkpoints.before(run.state.skipped[-1:])  # for `scaleprog replay`
     run.checkpoints.save(run.state.step, run.state.to_json(), run.backend.state(), protect, permanent)
     run.watch.saved()
 

@@ -88,13 +88,13 @@ def check_unchanged(checkpoint: Path, state: RunState, recipe: Recipe, manifest:
     changes = [c for c in CHANGES if c.version > state.arithmetic and c.affects(recipe)]
     if changes and recipe.train.accept_arithmetic != ARITHMETIC:
         raise CheckpointError(
-            f"{checkpoint}: a scaleprog with arithmetic {state.arithmetic} began this run, and this one has {ARITHMETIC}: "
+            f"{checkpoint}: this run began with arithmetic {state.arithmetic}, and this scaleprog has {ARITHMETIC}: "
             f"{'; '.join(change.what for change in changes)}. Resume it with commit {changes[0].last}, or accept the "
             f"change with train.accept_arithmetic={ARITHMETIC}"
         )
     if state.arithmetic > ARITHMETIC:
         raise CheckpointError(
-            f"{checkpoint}: a newer scaleprog wrote it, with arithmetic {state.arithmetic}, and this one has {ARITHMETIC}; "
+            f"{checkpoint}: a newer scaleprog wrote it, with arithmetic {state.arithmetic}; this one has {ARITHMETIC}; "
             "resume it with the newer one"
         )
     data = manifest.identity()
@@ -147,6 +147,8 @@ def _impossible(state: RunState, step: int, recipe: Recipe, family: type[Elastic
     needed = {name for name in known if name.startswith("top1")}  # earlier versions had no other metric
     if state.accuracies and not needed <= state.accuracies.keys() <= known:
         yield f"its accuracies are {sorted(state.accuracies)}"
+    if state.skipped != sorted(set(state.skipped)) or max(state.skipped, default=0) > state.step:
+        yield f"it skipped the updates of steps {state.skipped[:8]}"
     if state.best_step > state.step:
         yield f"its best step is {state.best_step}, after step {state.step}"
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from scaleprog.ranks.coordinator import Coordinator
-from scaleprog.rundir.recorder import ProgressLine, Recorder, StepTimer, read_rows
+from scaleprog.rundir.progress import ProgressLine
+from scaleprog.rundir.recorder import Recorder, StepTimer, read_rows
 from tests.compare import curves, samples
 
 
@@ -26,6 +27,12 @@ class Rank:
     def mean(self, values: list[float]) -> list[float]:
         return values
 
+    def maximum(self, values: list[float]) -> list[float]:
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] * self.world
+
 
 def recorder(run: Path, rank: int = 0, world: int = 1, generation: int = 1, step: int = 0) -> Recorder:
     return Recorder(run, cast(Coordinator, Rank(rank, world)), generation, step, log_every=2)
@@ -36,7 +43,7 @@ def train(record: Recorder, *numbers: int) -> None:
         timer = StepTimer(torch.device("cpu"))
         timer.stop()
         row: dict[str, Any] = {"step": step, "phase": "train", "images": 8, "data_wait_seconds": 0.25, "lr": 0.1}
-        record.step(row, torch.tensor(float(step)), torch.tensor(1.0), timer)
+        record.step(row, torch.tensor(float(step)), torch.tensor(1.0), timer, torch.tensor([step]))
     record.flush()
 
 
@@ -182,7 +189,8 @@ def test_a_full_disk_stops_no_step_and_costs_no_point(
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
     assert [row["step"] for row in read_rows(tmp_path / "samples-0.jsonl")] == [5, 6, 7, 8]
-    assert [row["step"] for row in read_rows(tmp_path / "events.jsonl")] == [5, 6, 7, 8]
+    failed = [row for row in read_rows(tmp_path / "events.jsonl") if row["event"] == "checkpoint_failed"]
+    assert [row["step"] for row in failed] == [5, 6, 7, 8]
     assert capsys.readouterr().err == ""
 
 
@@ -212,3 +220,35 @@ def test_a_log_on_a_full_disk_stops_nothing(tmp_path: Path, monkeypatch: pytest.
     record.close()
     with pytest.raises(OSError, match="No space left"):
         log.close()
+
+
+class Slower(Rank):
+    """A coordinator of two ranks; the other one took 0.5 s for each step, and waited for data all the time."""
+
+    def maximum(self, values: list[float]) -> list[float]:
+        return [max(value, other) for value, other in zip(values, [-0.5] * (len(values) - 1) + [0.9], strict=True)]
+
+
+def test_times_are_those_of_the_fastest_rank_and_rates_those_of_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = Recorder(tmp_path, cast(Coordinator, Slower(0, 2)), 1, 0, log_every=2)
+    clock = 100.0
+    monkeypatch.setattr("scaleprog.rundir.recorder.time.perf_counter", lambda: clock)
+    for step, took in ((1, 2.0), (2, 0.25)):
+        clock += 1.0  # it waits for a batch
+        timer = StepTimer(torch.device("cpu"))
+        clock += took
+        timer.stop()
+        row: dict[str, Any] = {"step": step, "phase": "train", "images": 8, "data_wait_seconds": 1.0, "lr": 0.1}
+        record.step(row, torch.tensor(1.0), torch.tensor(1.0), timer, torch.tensor([0]))
+    rows = record.flush()
+    assert [row["step_seconds"] for row in rows] == [0.5, 0.25], "the first waited 1.5 s for the other rank"
+    assert [row["images_per_second"] for row in rows] == pytest.approx([16 / 4.25] * 2)
+    assert "step 2: waiting for data takes 90% of the time" in capsys.readouterr().err
+    (event,) = read_rows(tmp_path / "events.jsonl")
+    assert (event["event"], event["step"], event["share"]) == ("data_wait", 2, 0.9)
+    record.step(dict(row, step=3), torch.tensor(1.0), torch.tensor(1.0), timer, torch.tensor([0]))
+    record.flush()
+    assert len(read_rows(tmp_path / "events.jsonl")) == 1, "it says so once"
+    record.close()
