@@ -8,7 +8,7 @@ FASHION := /usr/share/datasets/fashion-mnist
 DEMO := runs/demo
 SEED := 0
 
-.PHONY: install demo test test-fast format chaos fuzz lint cluster cluster-down clean
+.PHONY: install demo test test-gpu test-fast format chaos fuzz lint cluster cluster-down clean
 
 install: $(INSTALLED)
 
@@ -37,6 +37,10 @@ $(FASHION):
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 		(apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist) || echo "cannot install dataset-fashion-mnist: its tests skip"; \
 	fi
+
+# The tests that need a GPU; `make test` hides all GPUs, because it compares ranks on CPUs.
+test-gpu: install
+	SCALEPROG_TEST_GPU=1 $(PYTHON) -m pytest -m gpu
 
 # For daily work: unit tests that start no processes.
 test-fast: install

@@ -293,10 +293,12 @@ def replay(
     ] = None,
 ) -> None:
     """Computes one step of a run again, and says where numbers stopped being finite."""
-    from scaleprog.training.replay import replay as replay_step
-    from scaleprog.training.replay import summary
+    from scaleprog.launchers.local import launch
+    from scaleprog.training.replay import copied, replay_rank, result, summary
 
-    print(as_text(summary(replay_step(run, step, nproc)), lines=True))
+    with copied(run, step) as (recipe, copy, ranks):
+        launch(nproc or ranks, replay_rank, recipe, copy)
+    print(as_text(summary(result(run, step)), lines=True))
 
 
 @app.command()

@@ -44,7 +44,11 @@ class Unavailable(ScaleprogError):
 
 
 class Diverged(ScaleprogError):
-    """A loss that is no longer a finite number."""
+    """A loss or a gradient that is no longer a finite number."""
+
+
+class OutOfMemory(ScaleprogError):
+    """A step that needs more memory than a rank has: it would fail the same way at the next start."""
 
 
 class Disagreement(ScaleprogError):

@@ -4,6 +4,8 @@ import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: neighbours on the machine must not slow each other down
+if "SCALEPROG_TEST_GPU" not in os.environ:  # the tests compare ranks on CPUs; `make test-gpu` runs those for a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,6 +16,7 @@ import cv2
 import hypothesis
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from webdataset.writer import ShardWriter
 
@@ -47,6 +50,13 @@ MakeRecipe = Callable[..., Recipe]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate-golden", action="store_true", dest="regenerate_golden", help="rewrite golden losses")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    seen = torch.cuda.is_available()
+    for item in items:
+        if item.get_closest_marker("gpu") and not seen:
+            item.add_marker(pytest.mark.skip(reason="no GPU, or not by make test-gpu"))
 
 
 def pattern(label: int, rng: np.random.Generator) -> np.ndarray:

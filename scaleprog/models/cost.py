@@ -47,11 +47,14 @@ def gmacs(family: type[ElasticModel], model: ModelSettings, view: View, depth: i
 
 @cache
 def _flops(family: type[ElasticModel], model: ModelSettings, view: View, depth: int) -> int:
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        network = family(model, Structure.plain(family.split(depth)))
-        kept = None if view.patches is None else torch.empty(1, view.patches, dtype=torch.int64)
-        network(torch.empty(1, model.channels, view.pixels, view.pixels), kept=kept)
-    return counter.get_total_flops()
+    """Operations of one more image in a batch: position embeddings are resampled once per batch."""
+    network, counts = _on_paper(family, model, depth), []
+    for images in (1, 2):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            kept = None if view.patches is None else torch.empty(images, view.patches, dtype=torch.int64)
+            network(torch.empty(images, model.channels, view.pixels, view.pixels), kept=kept)
+        counts.append(counter.get_total_flops())
+    return counts[1] - counts[0]
 
 
 def _alike(family: type[ElasticModel], depth: int) -> bool:

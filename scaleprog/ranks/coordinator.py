@@ -18,13 +18,15 @@ NAMED = 8  # most different values that an error names
 
 
 @contextmanager
-def process_group() -> Iterator[tuple["Coordinator", torch.device]]:
+def process_group(deterministic: bool = False) -> Iterator[tuple["Coordinator", torch.device]]:
     """Joins the ranks of this process's launcher, or runs as the only rank; yields the ranks and this rank's device.
 
-    Raises Unavailable.
+    `deterministic`: whether CUDA computes the same bits in every process. Raises Unavailable.
     """
     place = Place.current()
     if torch.cuda.is_available():
+        if deterministic:
+            _pin_algorithms()
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
@@ -40,6 +42,19 @@ def process_group() -> Iterator[tuple["Coordinator", torch.device]]:
                 dist.destroy_process_group()
             raise
         dist.destroy_process_group()
+
+
+def _pin_algorithms() -> None:
+    """Makes CUDA, cuDNN, cuBLAS, and NCCL choose algorithms that always add in the same order.
+
+    The variables count only until the libraries start, so they must be set first.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for name, value in (("NCCL_ALGO", "Ring"), ("NCCL_PROTO", "Simple"), ("NCCL_NVLS_ENABLE", "0")):
+        os.environ.setdefault(name, value)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+    torch.backends.cudnn.benchmark = False
 
 
 def ranks_per_node() -> int:

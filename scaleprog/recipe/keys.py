@@ -188,6 +188,9 @@ class TrainSettings(Settings):
     """Stop after this many steps, with a checkpoint; `epochs` still sets the schedule."""
     accept_arithmetic: Annotated[int, Field(ge=1, le=10**6)] | None = None
     """Resume a run that an earlier version of scaleprog's arithmetic began, with this version's; default: refuse to."""
+    deterministic: bool = False
+    """On CUDA: whether every start computes the same bits, so that a resumed run equals a straight one to the last bit.
+    On the CPU that is always so."""
     log_every: Steps = 20
     """Steps between two points in TensorBoard, and between two reductions of the losses."""
 

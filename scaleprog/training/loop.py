@@ -24,6 +24,7 @@ from scaleprog.growth.phase import Phase
 from scaleprog.growth.space import Subnet
 from scaleprog.models.elastic import Active, drop_scales
 from scaleprog.planning.plan import plan_start
+from scaleprog.planning.savings import is_out_of_memory
 from scaleprog.ranks.coordinator import Coordinator, process_group, ranks_per_node
 from scaleprog.ranks.stop import AskedToStop, Watch, deadline
 from scaleprog.recipe import Recipe
@@ -46,6 +47,7 @@ from scaleprog.training.process import (
     load_network,
     make_backend,
     name_of,
+    out_of_memory,
     patches_seen,
     process_seconds,
     restore,
@@ -60,7 +62,7 @@ RESULTS = "results.json"
 
 def train_rank(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Joins the ranks of a run and trains with them, whichever launcher started this process; see `train`."""
-    with process_group() as (coordinator, device):
+    with process_group(recipe.train.deterministic) as (coordinator, device):
         return train(recipe, folder, coordinator, device)
 
 
@@ -84,6 +86,7 @@ def train(
         DataError: the shards are missing, damaged, or do not fit the recipe.
         CheckpointError: the newest checkpoint belongs to another run or version, or a run cannot have written it.
         Disagreement: ranks would act on different values.
+        OutOfMemory: a step needs more memory than this rank has.
         Diverged: a loss or a gradient is not finite, and the recipe does not allow another skipped update.
         Preempted: the run was asked to stop.
         Superseded: a later start has taken over the run directory.
@@ -173,11 +176,13 @@ def train(
     except Preempted:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            error = out_of_memory(run, error)
         recorder.own_event("error", step=state.step, message=f"{type(error).__name__}: {error}")
         if world == 1:
             with suppress(Exception):
                 checkpoints.wait()  # with more ranks it could hang: the others may be gone
-        raise
+        raise error
     finally:
         gc.unfreeze()
         gc.enable()

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from scaleprog.data.reader import TrainReader
-from scaleprog.errors import EXIT_CODE, CheckpointError, Preempted
+from scaleprog.errors import EXIT_CODE, CheckpointError, OutOfMemory, Preempted
 from scaleprog.growth.phase import Phase
 from scaleprog.growth.space import View
 from scaleprog.models.elastic import ElasticModel, Structure, draw_patches
 from scaleprog.planning.plan import Plan
+from scaleprog.planning.savings import advice
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.ranks.stop import Watch
 from scaleprog.recipe import Recipe
@@ -180,6 +181,19 @@ def leave_at_once(recorder: Recorder) -> None:
         print("a second signal: exiting without a checkpoint of this step", file=sys.stderr, flush=True)
     finally:
         os._exit(EXIT_CODE)
+
+
+def out_of_memory(run: Run, error: Exception) -> OutOfMemory:
+    """What to raise instead of an error by which memory has run out."""
+    phases = run.plan.schedule.phases(run.state.choices)
+    subnet = phases[run.state.phase].network if 0 <= run.state.phase < len(phases) else run.plan.schedule.full
+    where = name_of(run.backend.device)
+    known = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return OutOfMemory(
+        f"rank {run.coordinator.rank} is out of memory on {where} after step {run.state.step}: "
+        f"{advice(run.recipe, run.plan.family, subnet, run.coordinator.world)}. The same command with one of these "
+        f"settings resumes from the last checkpoint ({known})"
+    )
 
 
 # ---- clocks

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scaleprog.errors import CheckpointError, ScaleprogError
-from scaleprog.launchers.local import launch
 from scaleprog.ranks.coordinator import process_group
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.checkpoint import RUN_ID
@@ -29,46 +28,42 @@ from scaleprog.training.process import Run
 MOST_NAMES = 20  # of layers or parameters in a rank's report
 
 
-def replay(run: Path, step: int, ranks: int | None = None) -> Path:
-    """Computes step number `step` >= 1 of a run again, as in `metrics.jsonl`, and writes what happens in it.
+@contextmanager
+def copied(run: Path, step: int) -> Iterator[tuple[Recipe, Path, int]]:
+    """A copy of a run that `replay_rank` trains up to step number `step` >= 1, and how many ranks the run had then.
 
-    Returns the folder `replay-STEP` in the run directory, with two files per rank: `rank-R.json` holds the loss, the
+    Afterwards, the folder `replay-STEP` in the run directory has two files per rank. `rank-R.json` holds the loss, the
     samples, the first layers whose output is not finite, the parameters whose gradient is not finite, and the norm of
     the gradients; `rank-R.safetensors` holds the images that the rank saw.
 
-    Args:
-        run: a run directory.
-        step: which step; the run must have a checkpoint before it, or starts from its first step.
-        ranks: number of ranks (None: as many as the run had at that step; others compute other rounding).
-
-    Raises:
-        ScaleprogError: the run has no such step, or cannot be read.
+    Raises ScaleprogError if the run has no such step, or cannot be read.
     """
     recipe = Recipe.of_run(run)
     starts = [event for event in read_rows(run / EVENTS) if event["event"] == "start" and event["step"] < step]
     if not starts:
         raise ScaleprogError(f"{run}: no start of this run has trained step {step}")
-    out = run / f"replay-{step:08d}"
-    shutil.rmtree(out, ignore_errors=True)
-    copy = out / "run"
+    copy = result(run, step) / "run"
+    shutil.rmtree(copy.parent, ignore_errors=True)
     (copy / "checkpoints").mkdir(parents=True)
-    before = [path for path in committed(run / "checkpoints") if step_of(path) < step]
-    for path in before[-1:]:
+    for path in [path for path in committed(run / "checkpoints") if step_of(path) < step][-1:]:
         shutil.copytree(path, copy / "checkpoints" / path.name, copy_function=_link)
         shutil.copy(run / RUN_ID, copy)
     until = recipe.train.model_copy(update={"max_steps": step - 1})  # 0: not even the first step
     quiet = recipe.checkpoint.model_copy(update={"every_steps": None, "every_minutes": None})
-    recipe = recipe.model_copy(update={"train": until, "checkpoint": quiet})
     try:
-        launch(ranks or starts[-1].get("world", 1), replay_rank, recipe, copy)
+        yield recipe.model_copy(update={"train": until, "checkpoint": quiet}), copy, starts[-1].get("world", 1)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
-    return out
+
+
+def result(run: Path, step: int) -> Path:
+    """The folder with the reports about a step."""
+    return run / f"replay-{step:08d}"
 
 
 def replay_rank(recipe: Recipe, copy: Path) -> None:
     """Trains the copy of a run up to a step, then examines it."""
-    with process_group() as (coordinator, device):
+    with process_group(recipe.train.deterministic) as (coordinator, device):
         train(recipe, copy, coordinator, device, at_stop=examine)
 
 

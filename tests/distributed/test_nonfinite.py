@@ -19,7 +19,7 @@ from scaleprog.recipe import Recipe
 from scaleprog.rundir.recorder import read_rows
 from scaleprog.rundir.storage import committed, step_of
 from scaleprog.training.loop import train_rank
-from scaleprog.training.replay import replay, summary
+from scaleprog.training.replay import copied, result, summary
 from tests.compare import differences
 from tests.conftest import SHARDINGS, run, step_rows
 from tests.distributed.ranks import make
@@ -116,9 +116,7 @@ def recipe(make_recipe: Callable[..., Recipe]) -> Recipe:
     )  # fmt: skip
 
 
-def test_a_run_stops_names_the_rank_and_the_samples_and_resumes(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_stops_names_the_rank_and_the_samples_and_resumes(recipe: Recipe, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with pytest.raises(RankFailed, match=r"step 5: the loss is (nan|inf) on rank 1 at lr .*scaleprog replay .* 5"):
         launch(2, poisoned_rank, recipe, folder, 1, [5], True)
@@ -128,9 +126,10 @@ def test_a_run_stops_names_the_rank_and_the_samples_and_resumes(
     assert event["samples"] == {"1": traced[5]}
     assert [step_of(path) for path in committed(folder / "checkpoints")] == [3], "none after the step"
 
-    monkeypatch.setattr("scaleprog.training.replay.replay_rank", _poisoned_replay)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    out = replay(folder, 5)
+    with copied(folder, 5) as (again, copy, ranks):
+        launch(ranks, _poisoned_replay, again, copy)
+    out = result(folder, 5)
     assert {path: path.read_bytes() for path in before} == before, "the run stays as it is"
     told = [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert told[1]["samples"] == traced[5]

@@ -199,7 +199,7 @@ def test_normalisation_must_fit_the_channels() -> None:
 
 # Mixup and CutMix
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def batch(lanes: int, per_lane: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

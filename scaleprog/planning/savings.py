@@ -1,0 +1,64 @@
+"""What a run that is out of memory can do about it, and how much memory each way would save by the cost model."""
+
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from scaleprog.errors import RecipeError
+from scaleprog.growth.space import Subnet
+from scaleprog.models.elastic import ElasticModel
+from scaleprog.planning.cost_model import predict
+from scaleprog.planning.devices import Device
+from scaleprog.recipe import Recipe
+from scaleprog.recipe.numbers import ceil_div
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the host has no memory left."""
+    on_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return on_host or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def advice(recipe: Recipe, family: type[ElasticModel], subnet: Subnet, world: int) -> str:
+    """The memory that a step on `subnet` needs per rank, and the settings that would save some, the most saving first.
+
+    All of them may change in a run. Raises RecipeError if `world` ranks cannot run the recipe.
+    """
+    needed, half = _needed(recipe, family, subnet, world), _half(recipe, world)
+    ways: dict[str, dict[str, dict[str, Any]]] = {
+        f"train.micro_batch={half}": {"train": {"micro_batch": half}},
+        "sharding.recompute=true": {"sharding": {"recompute": True}},
+        "sharding.offload=all": {"sharding": {"offload": "all"}},
+        "sharding.engine=fsdp": {"sharding": {"engine": "fsdp"}},
+    }
+    saved = {}
+    for name, changes in ways.items():
+        try:
+            saved[name] = needed - _needed(_changed(recipe, changes), family, subnet, world)
+        except (RecipeError, ValidationError):  # the engine cannot do that
+            continue
+    useful = sorted((size, name) for name, size in saved.items() if size > 0)[::-1]
+    listed = ", ".join(f"{name} would save {_size(size)}" for size, name in useful)
+    return f"a step on {subnet} needs about {_size(needed)} per rank by the cost model; {listed or 'use more ranks'}"
+
+
+def _half(recipe: Recipe, world: int) -> int:
+    """Half as many images at a time as now, at least one."""
+    images = recipe.train.batch // world
+    return ceil_div(min(recipe.train.micro_batch or images, images), 2)
+
+
+def _changed(recipe: Recipe, changes: dict[str, dict[str, Any]]) -> Recipe:
+    values = recipe.model_dump(exclude_unset=True)
+    for group, settings in changes.items():
+        values[group] = values.get(group, {}) | settings
+    return Recipe.model_validate(values)
+
+
+def _needed(recipe: Recipe, family: type[ElasticModel], subnet: Subnet, world: int) -> int:
+    return predict(recipe, family, subnet, world, Device.named("h100")).memory.device
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
