@@ -58,7 +58,7 @@ def test_plain_timm_computes_what_the_run_computed(name: str, make_recipe: MakeR
     plain, metadata = read_export(tmp_path / "out" / "model.safetensors")
     better = "online" if results["top1"] > results["top1_ema"] else "ema"
     assert (metadata["weights"], metadata["step"]) == (better, "20")
-    assert said.startswith(f"{tmp_path}/out/model.safetensors: {better} weights of step 20\n")
+    assert said.startswith(f"{tmp_path}/out/model.safetensors: {better} weights of step 20, float32\n")
 
     ours = trained(tmp_path / "run", recipe, "online" if better == "online" else "ema.0")
     gates = [parameter for name, parameter in ours.named_parameters() if name.endswith(".gate")]
@@ -121,7 +121,7 @@ def test_a_run_that_stands_in_its_first_search_can_be_evaluated_but_has_no_bette
 ) -> None:
     run(make_recipe(), tmp_path, max_steps=7)
     assert 0 <= evaluate_run(tmp_path, None, "ema")[0] <= 100
-    with pytest.raises(CheckpointError, match="step 7 has no evaluation yet; resume the run first"):
+    with pytest.raises(CheckpointError, match="step 7 has no evaluation yet, .*; use --weights online or ema, or resume"):
         export_run(tmp_path, tmp_path / "model.safetensors")
     assert not (tmp_path / "model.safetensors").exists()
 

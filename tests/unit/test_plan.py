@@ -44,7 +44,7 @@ def deit_small_gmacs(resolution: int, depth: int) -> float:
 def test_a_plan_counts_steps_batches_and_layers(make_recipe: MakeRecipe, patterns: Path) -> None:
     plan = Plan.of(make_recipe())
     assert (plan.order.samples, plan.order.steps_per_epoch, plan.order.per_lane) == (160, 20, 2)
-    assert (plan.schedule.steps, plan.schedule.search_steps, plan.warmup_steps) == (80, 10, 10)
+    assert (plan.schedule.steps, plan.schedule.search_steps) == (80, 10)
     assert plan.schedule.ladder == (Subnet(16, 2), Subnet(24, 3), Subnet(32, 4))
     assert plan.search_batches == 2
     assert plan.manifest.root == str(patterns)
@@ -165,12 +165,16 @@ def test_shards_that_do_not_fit_are_refused(
         ("model.name=resnet18", "model.name: resnet18 is not in an elastic family; use "),
         ("model.name=swin_tiny_patch4_window7_224", "swin_tiny_patch4_window7_224 is not in an elastic family"),
         ("model.heads=5", "model: timm cannot build deit_small_patch16_224 with these sizes: "),
-        ("train.epochs=0.003", "train.epochs: 3 steps are fewer than the 4 stages"),
+        ("train.epochs=0.003 optimizer.schedule=smooth", "train.epochs: 3 steps are fewer than the 4 stages"),
+        ("train.epochs=0.003 optimizer.schedule=smooth optimizer.cooldown_epochs=1",
+         "train.epochs: 3 steps are fewer than the 4 stages"),
+        ("train.epochs=0.9", "optimizer.schedule: timm changes the learning rate once an epoch, but train.epochs is 0.9"),
+        ("search.ema=1", "search.ema: 1 is not an index of ema.momenta, which has 1"),
     ],
 )  # fmt: skip
 def test_a_model_or_a_length_that_cannot_work_is_refused(override: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        describe(deit("prog", override))
+        describe(deit("prog", *override.split()))
     assert message in str(caught.value)
 
 
@@ -254,7 +258,7 @@ def test_budgets_that_cannot_be_kept_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"search\.budget: 0\.5, but only growth\.schedule: automatic has a budget"):
         outline(deit("prog", "search.budget=0.5"), 1000)
     with pytest.raises(RecipeError, match="0 steps are fewer than the 4 stages"):
-        outline(deit("autoprog", "train.epochs=0.0001"), 1000)
+        outline(deit("autoprog", "train.epochs=0.0001", "optimizer.schedule=smooth"), 1000)
     with pytest.raises(RecipeError, match=r"search\.candidates: window excludes the present network"):
         outline(deit("autoprog", "search.candidates=window"), 1000)
 
