@@ -121,7 +121,9 @@ def test_a_run_that_stands_in_its_first_search_can_be_evaluated_but_has_no_bette
 ) -> None:
     run(make_recipe(), tmp_path, max_steps=7)
     assert 0 <= evaluate_run(tmp_path, None, "ema")[0] <= 100
-    with pytest.raises(CheckpointError, match="step 7 has no evaluation yet, .*; use --weights online or ema, or resume"):
+    with pytest.raises(
+        CheckpointError, match=r"step 7 has no evaluation yet, .*; use --weights online or ema, or resu"
+    ):
         export_run(tmp_path, tmp_path / "model.safetensors")
     assert not (tmp_path / "model.safetensors").exists()
 
