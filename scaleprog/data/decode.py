@@ -16,12 +16,14 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 
 from scaleprog.errors import DataError
 
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels of the full image; pixels beyond the image are 0."""
+
+ScaledBox = tuple[float, float, float, float]
+"""left, top, right, bottom in pixels of the decoded image, which may be scaled down."""
 
 Crop = Callable[[int, int], Box]
 """(height, width) of the full image -> the box to resize."""
@@ -33,6 +35,7 @@ _JPEG_MAGIC = b"\xff\xd8"
 _ANIMATION = 2  # the flag in a WebP header
 _JPEG_SCAN, _MOST_SCANNED = b"\xff\xda", 16 * MOST_PIXELS  # each scan of a progressive JPEG goes over all pixels
 _MIN_FACTOR = 2.0  # libjpeg-turbo has no fast path for smaller factors: slower than decoding everything
+_EIGHTHS = 8  # libjpeg scales by n / 8
 _MARGIN = 2.0  # at twice the wanted size, the result looks like a bicubic resize; at exactly that size it does not
 
 
@@ -74,7 +77,9 @@ def problem_of(data: bytes) -> str:
     return ""
 
 
-def _decode_jpeg(data: bytes | memoryview, channels: int, resolution: int, crop: Crop) -> tuple[np.ndarray, Box] | None:
+def _decode_jpeg(
+    data: bytes | memoryview, channels: int, resolution: int, crop: Crop
+) -> tuple[np.ndarray, ScaledBox] | None:
     """A JPEG, scaled down as far as the crop allows, and the box in its pixels; None if simplejpeg cannot decode it."""
     if data[:2] != _JPEG_MAGIC:
         return None
@@ -101,15 +106,15 @@ def _decode_jpeg(data: bytes | memoryview, channels: int, resolution: int, crop:
         return None
     if channels == 1:
         image = image[..., 0]
-    if image.shape[:2] != (height, width):
-        x, y = image.shape[1] / width, image.shape[0] / height
-        left, top, right, bottom = _nearest(left * x), _nearest(top * y), _nearest(right * x), _nearest(bottom * y)
-    return image, (left, top, right, bottom)
+    if image.shape[:2] == (height, width):
+        return image, (left, top, right, bottom)
+    scale = _scale(max(height, width), max(image.shape[:2]))
+    return image, (left * scale, top * scale, right * scale, bottom * scale)
 
 
-def _nearest(coordinate: float) -> int:
-    """The nearest integer, halves up. Rounding halves to even could shrink a box of one pixel to nothing."""
-    return math.floor(coordinate + 0.5)
+def _scale(full: int, scaled: int) -> float:
+    """The factor n / 8 by which libjpeg has scaled a side. It rounds the side up, so `scaled` / `full` is too large."""
+    return _EIGHTHS * scaled // full / _EIGHTHS
 
 
 def _decode_other(data: bytes | memoryview, channels: int, crop: Crop) -> tuple[np.ndarray, Box]:
@@ -149,17 +154,23 @@ def _size(head: bytes) -> tuple[int, int]:
     return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
 
 
-def _resize(image: np.ndarray, box: Box, resolution: int) -> np.ndarray:
-    """Crops (H, W[, C]) to the box and resizes it to (r, r[, C])."""
+def _resize(image: np.ndarray, box: ScaledBox, resolution: int) -> np.ndarray:
+    """Crops (H, W[, C]) to the box and resizes it to (r, r[, C]). The box may begin and end between pixels."""
     height, width = image.shape[:2]
-    left, top, right, bottom = box
+    left, top, right, bottom = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
     inside = image[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
     if left < 0 or top < 0 or right > width or bottom > height:
         window = np.zeros((bottom - top, right - left, *image.shape[2:]), np.uint8)
         window[max(-top, 0) :, max(-left, 0) :][: inside.shape[0], : inside.shape[1]] = inside
         inside = window
-    if inside.shape[:2] == (resolution, resolution):
+    across, down = box[0] - left, box[1] - top
+    if across:
+        inside = cv2.addWeighted(inside[:, :-1], 1 - across, inside[:, 1:], across, 0)
+    if down:
+        inside = cv2.addWeighted(inside[:-1], 1 - down, inside[1:], down, 0)
+    if inside.shape[:2] == (resolution, resolution) == (box[3] - box[1], box[2] - box[0]):
         return inside
     pixels = torch.from_numpy(np.atleast_3d(inside)).permute(2, 0, 1).unsqueeze(0)
-    resized = interpolate(pixels, (resolution, resolution), mode="bicubic", antialias=True)
+    scales = resolution / (box[3] - box[1]), resolution / (box[2] - box[0])  # interpolate() would take the window's
+    resized = torch.ops.aten._upsample_bicubic2d_aa(pixels, [resolution, resolution], False, *scales)
     return resized[0].permute(1, 2, 0).numpy()

@@ -137,11 +137,16 @@ def test_the_central_square() -> None:
     assert Augmentation(AugmentSettings(), 3).evaluation(images, 16).shape == (2, 3, 16, 16)
 
 
-def test_adareg_scales_the_magnitude() -> None:
-    full = augment_module._rand_augment("rand-m9-mstd0.5-inc1", 24, 1.0, (0.5,))
-    half = augment_module._rand_augment("rand-m9-mstd0.5-inc1", 24, 0.5, (0.5,))
-    assert {op.magnitude for op in full.ops} == {9}
-    assert {op.magnitude for op in half.ops} == {4.5}
+@pytest.mark.parametrize(("rounded", "magnitudes"), [(False, [4.5, 6, 7.5, 9]), (True, [4, 6, 8, 9])])
+def test_adareg_scales_the_magnitude_and_may_round_it(rounded: bool, magnitudes: list[float]) -> None:
+    policies = [
+        augment_module._rand_augment("rand-m9-mstd0.5-inc1", 24, factor, (0.5,), rounded)
+        for factor in (1 / 2, 2 / 3, 5 / 6, 1.0)
+    ]
+    assert [{op.magnitude for op in policy.ops} for policy in policies] == [{m} for m in magnitudes]
+
+
+def test_adareg_changes_images_less_at_a_small_magnitude() -> None:
     images = encoded(64, 3, 32)
     chosen = AugmentSettings(crop="none", flip=0, randaugment="rand-m9-n2-p1.0-inc1")
     plain = Augmentation(AugmentSettings(crop="none", flip=0), 3).lane(images, BatchRequest(0, 0, 32), 0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import scaleprog.rundir.tensorfile
-from scaleprog.errors import Superseded, Unavailable
+from scaleprog.errors import CheckpointError, Superseded, Unavailable
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.rundir.checkpoint import Checkpoints
 from scaleprog.rundir.storage import (
@@ -159,12 +159,15 @@ def test_what_is_no_published_checkpoint_is_ignored(save_checkpoint: Save, check
     assert newest(checkpoint_folder) == ("step-00000040", [])
 
 
-def test_if_all_are_damaged_there_is_none(save_checkpoint: Save, checkpoint_folder: Path) -> None:
+def test_if_all_are_damaged_the_run_does_not_start_over(save_checkpoint: Save, checkpoint_folder: Path) -> None:
     for step in (1, 2):
         flip(data_file(save_checkpoint(step)))
-    name, told = newest(checkpoint_folder)
-    assert name is None
+    told: list[str] = []
+    checkpoints = Checkpoints(checkpoint_folder, Coordinator(), keep=9, generation=1)
+    with pytest.raises(CheckpointError, match=rf"^{checkpoint_folder}: all checkpoints are damaged \(2\)"):
+        checkpoints.newest(told.append)
     assert ["step-00000002" in told[0], "step-00000001" in told[1]] == [True, True]
+    assert names(checkpoint_folder) == ["step-00000001", "step-00000002"], "nobody renamed them"
 
 
 # ---- which ones stay

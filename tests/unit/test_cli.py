@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from scaleprog import cli
 from scaleprog.rundir.storage import committed
+from tests.conftest import step_rows
 from tests.unit.command import Command, WriteRecipe, is_mistake
 
 pytestmark = pytest.mark.process
@@ -105,6 +107,29 @@ def test_help_names_the_commands(command: Command) -> None:
 def test_help_need_not_wait_for_torch() -> None:
     check = "import scaleprog.cli, sys; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_a_run_that_was_copied_in_part_does_not_start_over(
+    command: Command, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    recipe, whole, copy = write_recipe(), tmp_path / "whole", tmp_path / "copy"
+    assert command("train", recipe, "train.max_steps=5", "--run-dir", whole).code == 0
+    assert command("train", recipe, "train.max_steps=9", "--run-dir", whole).code == 0
+    shutil.copytree(whole, copy, ignore=shutil.ignore_patterns(".*", "rank-*"))
+    before = contents(copy)
+    assert before.keys() < contents(whole).keys()
+    for _ in range(2):
+        told = command("train", recipe, "--run-dir", copy)
+        assert is_mistake(told, f"{copy}/checkpoints: all checkpoints are damaged (2)", "Copy the run directory again")
+        after = contents(copy)
+        assert {path for path in after if before.get(path) != after[path]} <= {".lock", "owner.json"}
+    shutil.copytree(whole, copy, dirs_exist_ok=True)
+    assert command("train", recipe, "train.max_steps=10", "--run-dir", copy).code == 0
+    assert max(step_rows(copy)) == 10
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, write_recipe: WriteRecipe) -> None:

@@ -1,5 +1,6 @@
 """What a run leaves: weights that plain timm loads and that compute the same, and its accuracy measured again."""
 
+import io
 import json
 from pathlib import Path
 
@@ -7,18 +8,23 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
 from safetensors import safe_open
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from scaleprog.data.augment import Augmentation
 from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError
 from scaleprog.models import resolve_family
 from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.state import RunState
 from scaleprog.rundir.storage import committed, read_manifest
-from scaleprog.training.export import evaluate_run, export_run
+from scaleprog.shards.samples import read_label, read_members
+from scaleprog.training.export import evaluate_run, export_run, preprocessing
 from tests.compare import final_tensors
 from tests.conftest import MakeRecipe, run
+from tests.unit.command import Command, is_mistake
 
 pytestmark = pytest.mark.process
 
@@ -58,7 +64,7 @@ def test_plain_timm_computes_what_the_run_computed(name: str, make_recipe: MakeR
     plain, metadata = read_export(tmp_path / "out" / "model.safetensors")
     better = "online" if results["top1"] > results["top1_ema"] else "ema"
     assert (metadata["weights"], metadata["step"]) == (better, "20")
-    assert said.startswith(f"{tmp_path}/out/model.safetensors: {better} weights of step 20\n")
+    assert said.startswith(f"{tmp_path}/out/model.safetensors: {better} weights of step 20, float32\n")
 
     ours = trained(tmp_path / "run", recipe, "online" if better == "online" else "ema.0")
     gates = [parameter for name, parameter in ours.named_parameters() if name.endswith(".gate")]
@@ -116,12 +122,75 @@ def test_a_resolution_that_patches_do_not_fill_is_refused(make_recipe: MakeRecip
             evaluate_run(tmp_path, resolution, "best")
 
 
+def test_timm_shows_the_exported_network_its_images_as_the_run_did(
+    make_recipe: MakeRecipe, patterns: Path, tmp_path: Path
+) -> None:
+    own = {"mean": [0.3, 0.4, 0.5], "std": [0.2, 0.1, 0.3]}
+    recipe = make_recipe(growth=GROWN, train={"epochs": 3}, optimizer={"lr": 3e-3}, augment=own)
+    results = run(recipe, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    shown = {**own, "crop_pct": 1.0, "crop_mode": "center", "interpolation": "bicubic", "input_size": [3, 32, 32]}
+    assert {name: json.loads(metadata[name]) for name in shown} == shown
+
+    plain = timm.create_model(**json.loads(metadata["timm"]), checkpoint_path=tmp_path / "model.safetensors").eval()
+    config = resolve_model_data_config(plain)
+    assert {name: config[name] for name in shown} == shown
+    transform = create_transform(**config)
+    held_out = [pair for path in sorted(patterns.glob("val-*.tar")) for pair in read_members(path)]
+    images = torch.stack([transform(Image.open(io.BytesIO(members["png"]))) for _, members in held_out])
+    labels = torch.tensor([read_label(members) for _, members in held_out])
+    encoded = [(memoryview(members["png"]), key) for key, members in held_out]
+    assert torch.allclose(images, Augmentation(recipe.augment, 3).evaluation(encoded, 32), atol=1e-5)
+    with torch.no_grad():
+        right = plain(images).argmax(1) == labels
+    assert 100 * right.float().mean().item() == pytest.approx(results["top1_best"])
+
+
+def test_the_crop_of_the_recipe_goes_into_the_file(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(model={"channels": 1, "resolution": 24}, augment={"eval_crop": 0.9})
+    assert preprocessing(recipe) == {
+        "input_size": (1, 24, 24), "interpolation": "bicubic", "mean": (0.5,), "std": (0.5,), "crop_pct": 0.9,
+        "crop_mode": "center",
+    }  # fmt: skip
+
+
+def test_either_weights_are_exported_in_any_precision(
+    command: Command, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe, out = make_recipe(growth=GROWN), tmp_path / "model.safetensors"
+    run(recipe, tmp_path / "run", max_steps=7)  # before the first evaluation
+    for weights, dtype in (("online", "float32"), ("ema", "bfloat16"), ("online", "float16")):
+        told = command("export", tmp_path / "run", out, "--weights", weights, "--dtype", dtype)
+        assert told.code == 0
+        assert told.out.startswith(f"{out}: {weights} weights of step 7, {dtype}\n")
+        plain, metadata = read_export(out)
+        assert metadata["weights"] == weights
+        assert {t.dtype for t in safetensors.torch.load_file(out).values()} == {getattr(torch, dtype)}
+        ours = trained(tmp_path / "run", recipe, "online" if weights == "online" else "ema.0")
+        ours.to(getattr(torch, dtype))
+        assert torch.allclose(logits(plain, 16), logits(ours, 16), rtol=0, atol=1e-6)
+    assert is_mistake(
+        command("export", tmp_path / "run", out), "step 7 has no evaluation yet", "--weights online or ema"
+    )
+
+
+def test_several_emas_need_an_evaluation_to_tell_the_best(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run(make_recipe(growth=GROWN, ema={"momenta": [0.9, 0.99]}), tmp_path / "run", max_steps=3)
+    with pytest.raises(CheckpointError, match="use --weights online, or resume the run first"):
+        export_run(tmp_path / "run", tmp_path / "model.safetensors", "ema")
+    export_run(tmp_path / "run", tmp_path / "model.safetensors", "online")
+
+
 def test_a_run_that_stands_in_its_first_search_can_be_evaluated_but_has_no_better_weights(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     run(make_recipe(), tmp_path, max_steps=7)
     assert 0 <= evaluate_run(tmp_path, None, "ema")[0] <= 100
-    with pytest.raises(CheckpointError, match="step 7 has no evaluation yet; resume the run first"):
+    with pytest.raises(
+        CheckpointError, match=r"step 7 has no evaluation yet, .*; use --weights online or ema, or resu"
+    ):
         export_run(tmp_path, tmp_path / "model.safetensors")
     assert not (tmp_path / "model.safetensors").exists()
 

@@ -62,6 +62,27 @@ def test_may_move_with_its_folder(tmp_path: Path):
     assert Path(Manifest.load(new).path(SHARD)).parent == new
 
 
+def test_what_a_data_set_is_does_not_depend_on_where_it_lies(tmp_path: Path):
+    shards = (SHARD, Shard("train-000001.tar", 4, 6, "1" * 64))
+    held_out = (Shard("val-0.tar", 2, 6, "2" * 64),)
+    known = Manifest("/here", ("a", "b"), {"train": shards, "val": held_out}).identity()
+    assert [line.rpartition(",")[0] for line in known.values()] == ["7 samples", "2 samples", "2 classes"]
+    assert Manifest("/there", ("a", "b"), {"train": shards, "val": held_out}, {"builder": "x"}).identity() == known
+    changed = {
+        "classes": Manifest("/here", ("b", "a"), {"train": shards, "val": held_out}),
+        "train": Manifest("/here", ("a", "b"), {"train": shards[::-1], "val": held_out}),
+        "val": Manifest("/here", ("a", "b"), {"train": shards, "val": (replace(held_out[0], sha256="3" * 64),)}),
+    }
+    for what, manifest in changed.items():
+        assert [key for key, line in manifest.identity().items() if known[key] != line] == [what]
+
+
+def test_two_classes_may_have_the_same_name(tmp_path: Path):
+    """As two of ImageNet's have: a crane is a bird and a machine."""
+    (tmp_path / NAME).write_text(json.dumps(with_(classes=["crane", "crane"])))
+    assert Manifest.load(tmp_path).classes == ("crane", "crane")
+
+
 def test_missing_folder_and_missing_manifest_say_how_to_build(tmp_path: Path):
     with pytest.raises(DataError, match=r"gone: the folder of shards does not exist.*scaleprog shards"):
         Manifest.load(tmp_path / "gone")

@@ -15,6 +15,7 @@ from scaleprog.errors import DataError, RecipeError
 from scaleprog.growth.space import Choice, Subnet
 from scaleprog.planning.plan import Plan, describe, outline, plan_start
 from scaleprog.recipe import Recipe
+from scaleprog.rundir.planned import read_plan, write_plan
 from tests.conftest import MakeRecipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -44,7 +45,7 @@ def deit_small_gmacs(resolution: int, depth: int) -> float:
 def test_a_plan_counts_steps_batches_and_layers(make_recipe: MakeRecipe, patterns: Path) -> None:
     plan = Plan.of(make_recipe())
     assert (plan.order.samples, plan.order.steps_per_epoch, plan.order.per_lane) == (160, 20, 2)
-    assert (plan.schedule.steps, plan.schedule.search_steps, plan.warmup_steps) == (80, 10, 10)
+    assert (plan.schedule.steps, plan.schedule.search_steps) == (80, 10)
     assert plan.schedule.ladder == (Subnet(16, 2), Subnet(24, 3), Subnet(32, 4))
     assert plan.search_batches == 2
     assert plan.manifest.root == str(patterns)
@@ -162,15 +163,24 @@ def test_shards_that_do_not_fit_are_refused(
         ("growth.resolution_multiple=24", "growth.resolution_multiple: 24 is not a multiple of the model's stride, 16"),
         ("model.name=deit_smal_patch16_224",
          "model.name: timm has no model 'deit_smal_patch16_224'; did you mean deit_small_patch16_224 or "),
+        ("model.name=deit_small_patch16_224.fb_in1k",
+         "model.name: deit_small_patch16_224.fb_in1k names pretrained weights (fb_in1k), but a run starts from "
+         "scratch; use deit_small_patch16_224"),
+        ("model.name=deit_smal_patch16_224.fb_in1k", "model.name: timm has no model 'deit_smal_patch16_224.fb_in1k'"),
         ("model.name=resnet18", "model.name: resnet18 is not in an elastic family; use "),
         ("model.name=swin_tiny_patch4_window7_224", "swin_tiny_patch4_window7_224 is not in an elastic family"),
         ("model.heads=5", "model: timm cannot build deit_small_patch16_224 with these sizes: "),
-        ("train.epochs=0.003", "train.epochs: 3 steps are fewer than the 4 stages"),
+        ("train.epochs=0.003 optimizer.schedule=smooth", "train.epochs: 3 steps are fewer than the 4 stages"),
+        ("train.epochs=0.003 optimizer.schedule=smooth optimizer.cooldown_epochs=1",
+         "train.epochs: 3 steps are fewer than the 4 stages"),
+        ("train.epochs=0.9",
+         "optimizer.schedule: timm changes the learning rate once an epoch, but train.epochs is 0.9; use smooth"),
+        ("search.ema=1", "search.ema: 1 is not an index of ema.momenta, which has 1"),
     ],
 )  # fmt: skip
 def test_a_model_or_a_length_that_cannot_work_is_refused(override: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        describe(deit("prog", override))
+        describe(deit("prog", *override.split()))
     assert message in str(caught.value)
 
 
@@ -254,7 +264,7 @@ def test_budgets_that_cannot_be_kept_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"search\.budget: 0\.5, but only growth\.schedule: automatic has a budget"):
         outline(deit("prog", "search.budget=0.5"), 1000)
     with pytest.raises(RecipeError, match="0 steps are fewer than the 4 stages"):
-        outline(deit("autoprog", "train.epochs=0.0001"), 1000)
+        outline(deit("autoprog", "train.epochs=0.0001", "optimizer.schedule=smooth"), 1000)
     with pytest.raises(RecipeError, match=r"search\.candidates: window excludes the present network"):
         outline(deit("autoprog", "search.candidates=window"), 1000)
 
@@ -296,6 +306,23 @@ def test_the_predicted_speedup_is_the_saved_work() -> None:
     repeated = describe(deit("autoprog_published", "growth.recycle=false"))
     assert 0 < repeated["speedup"] < describe(deit("autoprog_published"))["speedup"]
     assert sum(row["epochs"] for row in repeated["stages"]) == 100 + 3 * 2
+
+
+@pytest.mark.parametrize("schedule", ["original", "prog", "autoprog_published"])
+def test_a_cooldown_is_added_to_the_last_stage_alone(schedule: str) -> None:
+    plain, cooled = (describe(deit(schedule, f"optimizer.cooldown_epochs={n}"))["stages"] for n in (0, 10))
+    assert [row["epochs"] for row in cooled[:-1]] == [row["epochs"] for row in plain[:-1]]
+    assert cooled[-1]["epochs"] == plain[-1]["epochs"] + 10
+
+
+@pytest.mark.parametrize("schedule", ["original", "prog", "autoprog_published", "autoprog"])
+def test_the_plan_in_a_run_directory_knows_the_cooldown(schedule: str, tmp_path: Path) -> None:
+    recipe = deit(schedule, "optimizer.cooldown_epochs=10")
+    _, planned = outline(recipe, 1000)
+    write_plan(tmp_path, planned, lambda subnet: 1.0)
+    read = read_plan(tmp_path)
+    assert read is not None
+    assert (read[0].policy, read[0].steps) == (planned.policy, 110_000)
 
 
 def test_memory_is_shared_out_by_sharding_alone() -> None:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,24 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scaleprog.errors import CheckpointError, OtherRun
+from scaleprog.data.manifest import Manifest
+from scaleprog.errors import CheckpointError, DataError, OtherRun
 from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.checkpoint import RUN_ID
 from scaleprog.rundir.state import RunState
 from scaleprog.rundir.storage import MANIFEST, committed, read_manifest, verify
 from scaleprog.rundir.tensorfile import Layout
+from scaleprog.shards.check import write_manifest
 from scaleprog.training.export import evaluate_run, export_run
-from scaleprog.training.resume import owner_of, state_of
+from scaleprog.training.resume import CHANGES, owner_of, state_of
+from scaleprog.version import ARITHMETIC
 from tests.conftest import WITHIN_A_BUDGET, MakeRecipe, run, short_recipe, step_rows
 from tests.unit.checkpoints import reseal, seal
 
 pytestmark = pytest.mark.process
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +48,7 @@ def trained(patterns: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         ("evaluated", {}, 44),
         ("budget", WITHIN_A_BUDGET, 38),
         ("end", {"train": {"epochs": 1}, "growth": {"schedule": "original"}}, None),
+        ("mixed", {"train": {"epochs": 1}, "growth": {"schedule": "original"}, "augment": {"mixup": 0.8}}, 9),
     ):
         recipe = short_recipe(patterns, **groups)
         run(recipe, folder / name, max_steps=stop)
@@ -203,6 +211,137 @@ def test_whatever_stands_in_a_sealed_state_a_run_can_stand_there_or_says_why_not
         return
     assert sum(map(len, found.gated)) == plan.schedule.phases(found.choices)[found.phase].network.depth
     assert found.step == manifest["step"]
+
+
+# ---- the arithmetic
+
+
+def begun_with(newest: Path, arithmetic: int | None) -> None:
+    """Makes the checkpoint one of a version with this arithmetic; None: of the first, which did not say."""
+    reseal(newest, state(arithmetic=arithmetic) if arithmetic else lambda manifest: manifest["state"].pop("arithmetic"))
+
+
+@pytest.mark.parametrize("arithmetic", [1, None])
+def test_a_run_that_began_with_other_arithmetic_is_refused_unless_its_recipe_accepts_that(
+    arithmetic: int | None, copy: Callable[[str], tuple[Recipe, Path]]
+) -> None:
+    recipe, newest = copy("mixed")
+    folder, before = newest.parent.parent, (newest.parent.parent / "metrics.jsonl").read_bytes()
+    begun_with(newest, arithmetic)
+    refusal = (
+        rf"{newest}: a scaleprog with arithmetic 1 began this run, and this one has {ARITHMETIC}: Mixup and CutMix .*"
+        rf"Resume it with commit {CHANGES[0].last}, or accept .* train\.accept_arithmetic={ARITHMETIC}$"
+    )
+    for accepted in (None, 1, ARITHMETIC + 1):
+        with pytest.raises(CheckpointError, match=refusal):
+            run(recipe, folder, accept_arithmetic=accepted)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    run(recipe, folder, accept_arithmetic=ARITHMETIC, max_steps=10)
+    newest = committed(newest.parent)[-1]
+    assert RunState.from_json(read_manifest(newest).state).arithmetic == ARITHMETIC, "accepted once and for all"
+    run(recipe, folder, max_steps=11)
+    assert max(step_rows(folder)) == 11
+
+
+def test_a_recipe_that_computes_what_it_did_resumes_under_other_arithmetic(
+    copy: Callable[[str], tuple[Recipe, Path]],
+) -> None:
+    recipe, newest = copy("search")  # nothing is mixed
+    begun_with(newest, 1)
+    run(recipe, newest.parent.parent, max_steps=30)
+    assert max(step_rows(newest.parent.parent)) == 30
+
+
+@pytest.mark.parametrize("name", ["mixed", "search"])
+def test_a_run_of_a_newer_scaleprog_is_refused(name: str, copy: Callable[[str], tuple[Recipe, Path]]) -> None:
+    recipe, newest = copy(name)
+    begun_with(newest, ARITHMETIC + 1)
+    for accepted in (None, ARITHMETIC):
+        with pytest.raises(
+            CheckpointError, match=rf"{newest}: a newer scaleprog wrote it, with arithmetic {ARITHMETIC + 1}"
+        ):
+            run(recipe, newest.parent.parent, accept_arithmetic=accepted)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no history here")
+def test_every_change_of_the_arithmetic_is_listed_with_a_commit_of_ours() -> None:
+    assert sorted({change.version for change in CHANGES}) == list(range(2, ARITHMETIC + 1))
+    for change in CHANGES:
+        known = subprocess.run(["git", "cat-file", "-t", change.last], cwd=ROOT, capture_output=True)
+        assert known.stdout == b"commit\n", change
+
+
+# ---- the data
+
+
+def at(recipe: Recipe, shards: Path) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": str(shards)})})
+
+
+def permuted(shards: Path) -> None:
+    manifest = Manifest.load(shards)
+    replace(manifest, classes=manifest.classes[::-1]).save()
+
+
+def with_more(shards: Path) -> None:
+    shutil.copy(shards / "train-000004.tar", shards / "train-000005.tar")
+    write_manifest(shards, workers=1)
+
+
+def with_other_held_out(shards: Path) -> None:
+    (shards / "val-000001.tar").unlink()
+    write_manifest(shards, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (permuted, r"classes: 4 classes, \w+ then, 4 classes, \w+ now\."),
+        (with_more, r"train: 160 samples, \w+ then, 176 samples, \w+ now\."),
+        (with_other_held_out, r"val: 24 samples, \w+ then, 13 samples, \w+ now\."),
+    ],
+)
+def test_a_run_resumes_on_the_data_that_it_began_with_only(
+    change: Callable[[Path], None],
+    told: str,
+    copy: Callable[[str], tuple[Recipe, Path]],
+    patterns: Path,
+    tmp_path: Path,
+) -> None:
+    recipe, newest = copy("end")
+    folder, moved = newest.parent.parent, tmp_path / "moved"
+    before = (folder / "metrics.jsonl").read_bytes()
+    shutil.copytree(patterns, moved)
+    (folder / "results.json").unlink()
+    change(moved)
+    with pytest.raises(
+        CheckpointError, match=rf"{newest}: the run began with other data than there are in {moved}: {told}"
+    ):
+        run(at(recipe, moved), folder)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_resumes_where_its_data_have_moved(
+    copy: Callable[[str], tuple[Recipe, Path]], patterns: Path, tmp_path: Path
+) -> None:
+    recipe, newest = copy("search")
+    shutil.copytree(patterns, tmp_path / "moved")
+    run(at(recipe, tmp_path / "moved"), newest.parent.parent, max_steps=30)
+    assert max(step_rows(newest.parent.parent)) == 30
+
+
+def test_a_run_is_not_evaluated_on_other_classes(
+    copy: Callable[[str], tuple[Recipe, Path]], patterns: Path, tmp_path: Path
+) -> None:
+    recipe, newest = copy("end")
+    folder, moved = newest.parent.parent, tmp_path / "moved"
+    shutil.copytree(patterns, moved)
+    with_other_held_out(moved)
+    (folder / "recipe.yaml").write_text(at(recipe, moved).dump())
+    assert 0 <= evaluate_run(folder, None, "online")[0] <= 100, "other images of the same classes are fine"
+    permuted(moved)
+    with pytest.raises(DataError, match=rf"{moved}: the classes are not those that {folder} learned \(4 classes, "):
+        evaluate_run(folder, None, "online")
 
 
 # ---- weights

@@ -3,6 +3,7 @@
 import io
 import os
 import resource
+import shutil
 from collections import Counter
 from dataclasses import replace
 from itertools import chain
@@ -18,8 +19,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from typer.testing import CliRunner
 
-from scaleprog.data.manifest import NAME, Manifest
+from scaleprog.data.augment import Augmentation, BatchRequest
+from scaleprog.data.manifest import NAME, Manifest, Shard
 from scaleprog.errors import DataError
+from scaleprog.recipe.keys import AugmentSettings
 from scaleprog.shards import image_files, image_folder
 from scaleprog.shards.build import STAGING, shard_files
 from scaleprog.shards.check import check, write_manifest
@@ -86,7 +89,7 @@ def test_image_folder_keeps_every_image_and_its_bytes(built: Path, photographs: 
     assert [shard.samples for shard in manifest.split("train")] == [2, 3, 3, 3]
     assert manifest.samples("val") == 3
     samples = contents(built, "train") + contents(built, "val")
-    stored = Counter((members["jpeg"], manifest.classes[read_label(members)]) for _, members in samples)
+    stored = Counter((members["jpg"], manifest.classes[read_label(members)]) for _, members in samples)
     assert stored == Counter((photo, ("tower", "blossom")[index % 2]) for index, photo in enumerate(photographs))
     assert len({key for key, _ in contents(built, "train")}) == 11
     assert all("." not in key for key, _ in samples)
@@ -106,7 +109,7 @@ def test_image_folder_laid_out_like_imagenet(tmp_path: Path, tree: Path, photogr
     assert key.endswith("-v")
     assert read_label(members) == 0
     kinds = Counter(kind for _, members in contents(tmp_path / "out", "train") for kind in members)
-    assert kinds == {"cls": 15, "jpeg": 14, "jpg": 1}, "a JPEG named .png is stored as what it is"
+    assert kinds == {"cls": 15, "jpg": 15}, "a JPEG named .JPEG or .png is stored as what it is, under one name"
     notes = capsys.readouterr().out
     assert "left out 1 files that are not images in class folders" in notes
     assert "readme.txt" in notes
@@ -164,6 +167,152 @@ def test_every_file_that_is_no_image_is_named(tmp_path: Path, tree: Path):
     assert "page.jpg: not a JPEG" in str(caught.value)
     assert "empty.png: not a JPEG" in str(caught.value)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# Which files of a tree count
+
+
+@pytest.mark.parametrize("train", ["train", "training"])
+@pytest.mark.parametrize("val", ["val", "validation", "valid", "test"])
+def test_folders_of_the_splits_have_the_names_that_people_give_them(
+    train: str, val: str, tmp_path: Path, tree: Path, photographs: list[bytes]
+):
+    src = tmp_path / "src"
+    (src / val / "tower").mkdir(parents=True)
+    (src / val / "tower" / "v.jpg").write_bytes(photographs[0])
+    tree.rename(src / train)
+    manifest = image_folder.build(src, tmp_path / "out", workers=1)
+    assert manifest.classes == ("blossom", "tower")
+    assert (manifest.samples("train"), manifest.samples("val")) == (14, 1)
+
+
+@pytest.mark.parametrize("names", [("train", "training"), ("train", "val", "test")])
+def test_two_folders_for_one_split_are_refused(names: tuple[str, ...], tmp_path: Path, tree: Path):
+    for name in names:
+        shutil.copytree(tree, tmp_path / "src" / name)
+    with pytest.raises(DataError, match=rf"src: has {names[-2]}/, {names[-1]}/, which could all be the same split"):
+        image_folder.build(tmp_path / "src", tmp_path / "out", workers=1)
+
+
+def test_what_is_hidden_or_left_behind_is_no_image_and_no_class(tmp_path: Path, tree: Path, photographs: list[bytes]):
+    sound = image_folder.build(tree, tmp_path / "sound", workers=1)
+    for stray in (
+        ".cache/a.jpg", "__MACOSX/a.jpg", "@eaDir/a.jpg", "tower/.thumbnails/a.jpg", "tower/@eaDir/n.0.JPEG/a.jpg",
+        "tower/._n.0.JPEG", "blossom/deep/.hidden/a.jpg",
+    ):  # fmt: skip
+        (tree / stray).parent.mkdir(parents=True, exist_ok=True)
+        (tree / stray).write_bytes(photographs[0])
+    assert image_folder.build(tree, tmp_path / "out", workers=1).splits == sound.splits
+
+
+def test_every_file_counts_once_whatever_leads_to_it(tmp_path: Path, tree: Path):
+    sound = image_folder.build(tree, tmp_path / "sound", workers=1)
+    (tree / "tower" / "same.JPEG").symlink_to(tree / "tower" / "n.0.JPEG")
+    (tree / "tower" / "zz").symlink_to(tree / "tower")
+    (tree / "blossom" / "elsewhere").mkdir()
+    (tree / "blossom" / "elsewhere" / "back").symlink_to(tree / "blossom")
+    assert image_folder.build(tree, tmp_path / "out", workers=1).samples("train") == sound.samples("train")
+
+
+def test_a_file_is_in_one_class_and_in_one_split(tmp_path: Path, tree: Path):
+    (tree / "tower" / "other.JPEG").symlink_to(tree / "blossom" / "n.0.JPEG")
+    with pytest.raises(
+        DataError, match=r"tower/other\.JPEG: the same file as .*blossom/n\.0\.JPEG, so it is in two cl"
+    ):
+        image_folder.build(tree, tmp_path / "out", workers=1)
+    (tree / "tower" / "other.JPEG").unlink()
+    (tmp_path / "src").mkdir()
+    tree.rename(tmp_path / "src" / "train")
+    (tmp_path / "src" / "val").symlink_to(tmp_path / "src" / "train")
+    with pytest.raises(
+        DataError, match=r"validation images that are training images, too: .*val/blossom/n\.\d\.JPEG is "
+    ):
+        image_folder.build(tmp_path / "src", tmp_path / "out", workers=1)
+
+
+# Builder, check and training agree
+
+
+LARGEST = 2**15  # pixels, instead of the real limit
+
+
+@pytest.fixture(scope="module")
+def images(photographs: list[bytes]) -> dict[str, bytes]:
+    """Images of all kinds, some of them damaged."""
+    photo, large = Image.open(io.BytesIO(photographs[0])), np.zeros((LARGEST // 128 + 1, 128, 3), np.uint8)
+    png, webp, cmyk = (
+        encoded(np.asarray(photo), "PNG"), encoded(np.asarray(photo), "WEBP"), as_cmyk(np.asarray(photo)),
+    )  # fmt: skip
+    return {
+        "sound": photographs[0],
+        "half": photographs[0][: len(photographs[0]) // 2],
+        "without its last two bytes": photographs[0][:-2],
+        "empty": b"",
+        "PNG": png,
+        "half of a PNG": png[: len(png) // 2],
+        "PNG without its end": png[:-12],
+        "large PNG": encoded(large, "PNG"),
+        "WebP": webp,
+        "WebP without its last two bytes": webp[:-2],
+        "CMYK": cmyk,
+        "CMYK without its last two bytes": cmyk[:-2],
+        "large CMYK": as_cmyk(large),
+    }
+
+
+def as_cmyk(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert("CMYK").save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def trains_on(image: bytes, channels: int) -> bool:
+    """Whether training decodes an image, whole or a crop of it."""
+    try:
+        for crop in ("none", "resized"):
+            augmentation = Augmentation(AugmentSettings(crop=crop), channels)
+            augmentation.lane([(memoryview(image), "here")], BatchRequest(0, 0, 32), 0)
+        augmentation.evaluation([(memoryview(image), "here")], 224)
+    except DataError:
+        return False
+    return True
+
+
+KINDS = {
+    "sound": True, "half": False, "without its last two bytes": None, "empty": False, "PNG": True,
+    "half of a PNG": False, "PNG without its end": None, "large PNG": False, "WebP": True,
+    "WebP without its last two bytes": None, "CMYK": True, "CMYK without its last two bytes": None, "large CMYK": False,
+}  # fmt: skip
+"""Whether training must accept them; None: it may do as it likes, but builder and check must do the same."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_builder_and_check_refuse_what_training_refuses_and_nothing_else(
+    kind: str, images: dict[str, bytes], tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("scaleprog.data.decode.MOST_PIXELS", LARGEST)
+    image = images[kind]
+    trained = trains_on(image, 3)
+    assert trains_on(image, 1) == trained
+    assert KINDS[kind] in (None, trained)
+    (tree / "tower" / "n.0.JPEG").write_bytes(image)
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    with webdataset.TarWriter(str(shards / "train-0.tar"), encoder=False) as writer:
+        writer.write({"__key__": "first", "jpg": images["sound"], "cls": b"0"})
+        writer.write({"__key__": "doubtful", "jpg": image, "cls": b"0"})
+    indexed = Shard.measure(shards / "train-0.tar", 2)
+    if trained:
+        assert image_folder.build(tree, tmp_path / "out", workers=1).samples("train") == 13
+        assert write_manifest(shards, workers=1) == check(shards, workers=1)
+        return
+    with pytest.raises(DataError, match=rf"^{tree}/tower/n\.0\.JPEG: (?!.*n\.1\.JPEG)"):
+        image_folder.build(tree, tmp_path / "out", workers=1)
+    for manifest in (None, Manifest(str(shards), ("0",), {"train": (indexed,)})):
+        if manifest:
+            manifest.save()
+        with pytest.raises(DataError, match=r"1 problems.*\n.*train-0\.tar: key 'doubtful': cannot decode the image"):
+            check(shards, workers=1) if manifest else write_manifest(shards, workers=1)
 
 
 # Once, and whole or not at all
@@ -305,7 +454,7 @@ def test_only_decimal_labels_are_read(text: bytes):
 def test_plain_webdataset_reads_our_shards(built: Path):
     manifest = Manifest.load(built)
     pipeline = webdataset.WebDataset([manifest.path(shard) for shard in manifest.split("train")], shardshuffle=False)
-    samples = list(pipeline.decode("rgb8").to_tuple("jpeg", "cls"))
+    samples = list(pipeline.decode("rgb8").to_tuple("jpg", "cls"))
     assert len(samples) == 11
     assert {image.shape for image, _ in samples} == {(64, 96, 3)}
     assert [label for _, label in samples] == [read_label(members) for _, members in contents(built, "train")]
@@ -333,7 +482,7 @@ def test_write_manifest_makes_foreign_shards_usable(foreign: Path):
     assert Manifest.load(foreign).classes == tuple("abcde"), "names once given stay"
 
 
-def test_write_manifest_refuses_unsound_shards(foreign: Path):
+def test_write_manifest_refuses_unsound_shards(foreign: Path, photographs: list[bytes]):
     def refused(classes=None) -> str:
         with pytest.raises(DataError) as caught:
             write_manifest(foreign, classes, workers=1)
@@ -342,12 +491,12 @@ def test_write_manifest_refuses_unsound_shards(foreign: Path):
 
     assert "train-0.tar: key 'train4': label 4 is out of range" in refused(list("abcd"))
     with webdataset.TarWriter(str(foreign / "train-9.tar")) as writer:
-        writer.write({"__key__": "negative", "jpg": b"\xff", "cls": -1})
-        writer.write({"__key__": "unlabelled", "jpg": b"\xff"})
+        writer.write({"__key__": "negative", "jpg": photographs[0], "cls": -1})
+        writer.write({"__key__": "unlabelled", "jpg": photographs[0]})
         writer.write({"__key__": "imageless", "cls": 1})
-        writer.write({"__key__": "twice", "jpg": b"\xff", "cls": 1})
-        writer.write({"__key__": "between", "png": b"\xff", "cls": 1})
-        writer.write({"__key__": "twice", "jpg": b"\xff", "cls": 1})
+        writer.write({"__key__": "twice", "jpg": photographs[0], "cls": 1})
+        writer.write({"__key__": "between", "jpg": photographs[1], "cls": 1})
+        writer.write({"__key__": "twice", "jpg": photographs[0], "cls": 1})
     found = refused()
     assert "4 problems" in found
     assert "train-9.tar: key 'negative': .cls is b'-1'" in found
@@ -370,6 +519,28 @@ def test_write_manifest_notices_what_tarfile_overlooks(built: Path, damage: str)
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"train-000001\.tar: cannot read this tar after key '{first}': no end marker"):
         write_manifest(built, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "note"),
+    [
+        ((1, 2, 3), None, "note: no training image has label 0; if the labels count from 1, subtract 1 from each"),
+        ((0, 1, 3), None, "note: no training image has label 2\n"),
+        ((0, 1), "abc", "note: no training image has label 2 (c)\n"),
+        ((0, 1, 2), "aba", ""),
+    ],
+)
+def test_labels_that_no_training_image_has_are_told(
+    labels: tuple[int, ...], classes: str | None, note: str, tmp_path: Path, photographs: list[bytes], capsys
+):
+    for split, shown in (("train", labels), ("val", range(4 if classes is None else len(classes)))):
+        with webdataset.TarWriter(str(tmp_path / f"{split}-0.tar")) as writer:
+            for label in shown:
+                writer.write({"__key__": f"{split}{label}", "jpg": photographs[0], "cls": label})
+    write_manifest(tmp_path, classes and list(classes), workers=1)
+    told = capsys.readouterr().out
+    assert note in told
+    assert told.count("note: ") == bool(note)
 
 
 def test_write_manifest_without_shards(tmp_path: Path):
