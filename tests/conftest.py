@@ -68,10 +68,10 @@ def pattern(label: int, rng: np.random.Generator) -> np.ndarray:
     return np.clip(128 + 90 * wave[..., None] * colour + rng.normal(0, 12, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
 
 
-def draw_patterns(folder: Path) -> Path:
+def draw_patterns(folder: Path, seed: int = 0) -> Path:
     """Shards that plain webdataset wrote: 160 training and 24 validation images of 4 classes, in 5 + 2 tars."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for split, count, per_shard in (("train", 160, 36), ("val", 24, 13)):
         with ShardWriter(str(folder / f"{split}-%06d.tar"), maxcount=per_shard, verbose=0) as writer:
             for i in range(count):

@@ -30,6 +30,7 @@ from scaleprog.rundir.records import EVENTS, METRIC, METRICS, NUMBERED
 
 __all__ = ["Recorder", "StepTimer", "read_rows"]
 
+EVENT_FILE = "events.out.tfevents."
 LOCK_SECONDS = 2.0  # if another process holds the lock for this long, a line is written without it
 LAST_ROW_BYTES = 2**16  # larger than the last row of metrics.jsonl
 MOST_WAITING = 0.2  # share of the time that steps may wait for data without a warning
@@ -316,8 +317,10 @@ class _Board:
     def __init__(self, folder: Path, step: int) -> None:
         """Continues the curves in a folder. TensorBoard drops the points beyond `step` that earlier starts drew."""
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files in the order of their names
-        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        # TensorBoard reads the files in the order of their names, also if a clock has been set back since the last one
+        found = (re.match(rf"{re.escape(EVENT_FILE)}([0-9]{{10}}\.[0-9]{{6}})", path.name) for path in folder.iterdir())
+        moment = max([time.time(), *(float(match[1]) + 1 for match in found if match)])
+        name = f"{EVENT_FILE}{moment:017.6f}.{socket.gethostname()}.{os.getpid()}"
         self._appended = _Appended(folder / name)
         self._records = RecordWriter(self._appended)
         self._add(file_version="brain.Event:2")

@@ -1,8 +1,10 @@
 """What can happen to a run, and the ranks it happens to: those of `scaleprog train` and of Slurm jobs."""
 
 import json
+import math
 import os
 import random
+import shutil
 import signal
 import sys
 import threading
@@ -36,7 +38,13 @@ KINDS = (
     "flipped bit",
     "truncation",
     "full disk",
+    "not a number",
+    "other data",
+    "dot files lost",
+    "clock set back",
 )  # fmt: skip
+KILLS_ALL = ("kill all", "flipped bit", "truncation", "other data", "dot files lost", "clock set back")
+DAY = 86400.0
 SLURM_KINDS = ("preemption, USR2", "preemption, TERM", "scontrol requeue", "time limit", "power cut", "network cut")
 STRUCK, GO_ON = "struck.json", "go-on"
 LATER_STEPS = 0.02  # seconds longer is each step once a fault has struck: a signal must not come after the last one
@@ -67,14 +75,19 @@ class Fault:
             os.kill(os.getpid(), signal.SIGTERM)
             threading.Timer(2.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
             time.sleep(2.5)  # a step so long that the second signal arrives in it
-        elif self.kind in ("kill all", "flipped bit", "truncation"):
+        elif self.kind == "not a number":
+            _poison_next_loss()
+        elif self.kind in KILLS_ALL:
             os.killpg(os.getpgrp(), signal.SIGKILL)  # the launcher, too; the harness is in a group of its own
         else:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def damage(fault: Fault, folder: Path) -> None:
-    """Harms the newest checkpoint of a run that lies still."""
+    """Harms a run that lies still: its newest checkpoint, or what a copy would leave out."""
+    if fault.kind == "dot files lost":
+        for path in sorted(folder.rglob(".*"), reverse=True):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     newest = committed(folder / "checkpoints")[-1:]
     if fault.kind not in ("flipped bit", "truncation") or not newest:
         return
@@ -101,6 +114,8 @@ def arm_task() -> None:
 def arm(fault: Fault, folder: Path, rank: int) -> None:
     """Wraps what the moment is made of, if it is to strike this rank and has not yet."""
     scaleprog.ranks.stop.LOOK_SECONDS = 0.05  # the whole run takes few seconds
+    if fault.kind == "clock set back" and (folder / STRUCK).exists():
+        time.time = lambda now=time.time: now() - DAY
     if rank == fault.rank and not (folder / STRUCK).exists():
         _wrap(fault, folder)
 
@@ -161,6 +176,17 @@ def _wrap(fault: Fault, folder: Path) -> None:
         enter,
         train_step,
     )
+
+
+def _poison_next_loss() -> None:
+    loop = scaleprog.training.loop
+    functions, cross_entropy = loop.F, loop.F.cross_entropy
+
+    def poisoned(*arguments: Any, **keywords: Any) -> Any:
+        loop.F = functions
+        return cross_entropy(*arguments, **keywords) * math.nan
+
+    loop.F = _With(functions, cross_entropy=poisoned)  # type: ignore[assignment]
 
 
 def _in_the_next_save(fault: Fault, folder: Path, step: int) -> None:

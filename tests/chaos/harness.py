@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from scaleprog.errors import EXIT_CODE
+from scaleprog.errors import EXIT_CODE, MISTAKE_CODE
 from scaleprog.files.atomic import write_whole
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.keys import Engine
@@ -128,16 +128,26 @@ class Chaos:
             done = self._start(folder, ranks, fault)
             if done.returncode == 0:
                 break
-            if done.returncode not in (EXIT_CODE, -signal.SIGKILL):
+            refused = done.returncode == MISTAKE_CODE and starts == 1 and fault.kind == "not a number"
+            if done.returncode not in (EXIT_CODE, -signal.SIGKILL) and not refused:
                 raise RuntimeError(f"{fault}: exit code {done.returncode}\n{done.stdout}")
             if starts == 1:
                 damage(fault, folder)
+            if starts == 1 and fault.kind == "other data":
+                other = self._start(folder, ranks, fault, draw_patterns(self.folder / f"other-{folder.name}", seed=9))
+                if other.returncode != MISTAKE_CODE or "other data" not in other.stdout:
+                    raise RuntimeError(f"{fault}: trained on other data: {other.returncode}\n{other.stdout}")
         else:
             raise RuntimeError(f"{fault}: not finished after {STARTS} starts\n{done.stdout}")
 
-    def _start(self, folder: Path, ranks: int, fault: Fault) -> subprocess.CompletedProcess[str]:
-        recipe = self.folder / f"recipe-{ranks}.yaml"
-        recipe.write_text(self.recipe(ranks).dump())
+    def _start(
+        self, folder: Path, ranks: int, fault: Fault, shards: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        recipe, trained = self.folder / f"recipe-{ranks}.yaml", self.recipe(ranks)
+        if shards is not None:
+            data = trained.data.model_copy(update={"path": str(shards)})
+            trained = trained.model_copy(update={"data": data})
+        recipe.write_text(trained.dump())
         return subprocess.run(
             [sys.executable, "-m", "tests.chaos.faults", recipe, folder, str(ranks), json.dumps(asdict(fault))],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=START_SECONDS, start_new_session=True,

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -252,3 +253,13 @@ def test_times_are_those_of_the_fastest_rank_and_rates_those_of_the_clock(
     record.flush()
     assert len(read_rows(tmp_path / "events.jsonl")) == 1, "it says so once"
     record.close()
+
+
+def test_a_clock_set_back_breaks_no_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, shift in enumerate((0.0, -86400.0, -1.0)):
+        monkeypatch.setattr("scaleprog.rundir.recorder.time.time", lambda now=time.time(), shift=shift: now + shift)
+        record = recorder(tmp_path, step=2 * number)
+        train(record, 2 * number + 1, 2 * number + 2)
+        record.close()
+        monkeypatch.undo()
+    assert steps(tmp_path / "tensorboard")["train/loss"] == [2, 4, 6]
