@@ -90,7 +90,7 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(
 
 def in_a_process_of_its_own(recipe: Recipe, folder: Path, scratch: Path) -> None:
     (scratch / "recipe.yaml").write_text(recipe.dump())
-    command = [sys.executable, "-m", "scaleprog.cli", "train", scratch / "recipe.yaml", "--run-dir", folder]
+    command = [sys.executable, "-m", "scaleprog", "train", scratch / "recipe.yaml", "--run-dir", folder]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
@@ -113,7 +113,7 @@ def test_a_growth_leaves_no_memory_behind(engine: str) -> None:
 def test_more_ranks_than_gpus_are_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(make_recipe().dump())
     ranks = str(torch.cuda.device_count() + 1)
-    command = [sys.executable, "-m", "scaleprog.cli", "train", tmp_path / "recipe.yaml", "--nproc", ranks]
+    command = [sys.executable, "-m", "scaleprog", "train", tmp_path / "recipe.yaml", "--nproc", ranks]
     done = subprocess.run([*command, "--run-dir", tmp_path / "run"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "CUDA devices" in done.stderr
@@ -123,7 +123,7 @@ def test_more_ranks_than_gpus_are_refused(make_recipe: MakeRecipe, tmp_path: Pat
 def test_an_exhausted_device_ends_the_run_with_advice(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe(train={"batch": 4096}, model={"width": 384, "heads": 6, "resolution": 512}, data={"lanes": 4})
     (tmp_path / "recipe.yaml").write_text(recipe.dump())
-    command = [sys.executable, "-m", "scaleprog.cli", "train", tmp_path / "recipe.yaml", "--run-dir", tmp_path / "run"]
+    command = [sys.executable, "-m", "scaleprog", "train", tmp_path / "recipe.yaml", "--run-dir", tmp_path / "run"]
     limited = "import torch; torch.cuda.set_per_process_memory_fraction(0.01)"
     code = (
         f"{limited}; import sys; from scaleprog.cli import main; sys.argv = {[str(c) for c in command[2:]]!r}; main()"

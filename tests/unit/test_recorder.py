@@ -256,8 +256,9 @@ def test_times_are_those_of_the_fastest_rank_and_rates_those_of_the_clock(
 
 
 def test_a_clock_set_back_breaks_no_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
     for number, shift in enumerate((0.0, -86400.0, -1.0)):
-        monkeypatch.setattr("scaleprog.rundir.recorder.time.time", lambda now=time.time(), shift=shift: now + shift)
+        monkeypatch.setattr("scaleprog.rundir.recorder.time.time", lambda shift=shift: now + shift)
         record = recorder(tmp_path, step=2 * number)
         train(record, 2 * number + 1, 2 * number + 2)
         record.close()
