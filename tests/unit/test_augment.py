@@ -138,8 +138,8 @@ def test_the_central_square() -> None:
 
 
 def test_adareg_scales_the_magnitude() -> None:
-    full = augment_module._rand_augment("rand-m9-mstd0.5-inc1", 24, 1.0, (0.5,))
-    half = augment_module._rand_augment("rand-m9-mstd0.5-inc1", 24, 0.5, (0.5,))
+    full = augment_module._rand_augment("rand-m9-mstd0.5-inc1", 24, 1.0, (0.5,), rounded=False)
+    half = augment_module._rand_augment("rand-m9-mstd0.5-inc1", 24, 0.5, (0.5,), rounded=False)
     assert {op.magnitude for op in full.ops} == {9}
     assert {op.magnitude for op in half.ops} == {4.5}
     images = encoded(64, 3, 32)
