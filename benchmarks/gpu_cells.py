@@ -385,6 +385,13 @@ def cells(tiny: bool) -> list[Cell]:
         name = f"{model.title}, full, bare timm{', compiled' if compiled else ''}"
         return Cell(TRAIN, name, estimate, lambda bench: bare(bench, model, compiled))
 
+    def pinned(model: Model, estimate: float) -> Cell:
+        def measure(bench: Bench) -> list[Row]:
+            pin_algorithms()  # for good, so this is the last cell
+            return training(bench, model, "full", "eager", **reference)
+
+        return Cell(TRAIN, f"{model.title}, full, replicated autocast, train.deterministic", estimate, measure)
+
     found = [train(small, 20), by_hand(small, 8), train(small, 45, layers="dynamic"), train(small, 10, **fsdp)]
     if "autocast" in PRECISIONS:
         found += [
@@ -415,12 +422,17 @@ def cells(tiny: bool) -> list[Cell]:
         cell(PROFILE, small, 12, kernels, "full", **reference),
         cell(INPUT, small, 22, inputs, **reference),
         train(small, 10, "subset"),
-        train(small, 45, layers="dynamic", **fsdp),
-        train(small, 60, "supernet", "dynamic"),
-        train(small, 100, "ladder", "static"),
+        train(small, 18, layers="dynamic", **fsdp),
+        train(small, 20, "supernet", "dynamic"),
+        train(small, 45, "ladder", "static"),
     ]
     if not tiny:
-        found += [train(base, 50, layers="dynamic"), train(base, 70, "ladder", "dynamic")]
+        found += [train(base, 15, layers="dynamic"), train(base, 25, "ladder", "dynamic")]
     if importlib.util.find_spec("deepspeed") is not None:
-        found += [train(small, 25, engine="zero", precision="bf16", stage=stage) for stage in (3, 1)]
-    return [*found, train(small, 20, engine="replicated", precision="fp32"), by_hand(small, 100, compiled=True)]
+        found += [train(small, 12, engine="zero", precision="bf16", stage=stage) for stage in (3, 1)]
+    return [
+        *found,
+        train(small, 20, engine="replicated", precision="fp32"),
+        by_hand(small, 30, compiled=True),
+        pinned(small, 8),
+    ]

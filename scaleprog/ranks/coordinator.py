@@ -26,7 +26,7 @@ def process_group(deterministic: bool = False) -> Iterator[tuple["Coordinator", 
     place = Place.current()
     if torch.cuda.is_available():
         if deterministic:
-            _pin_algorithms()
+            pin_algorithms()
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
@@ -44,7 +44,7 @@ def process_group(deterministic: bool = False) -> Iterator[tuple["Coordinator", 
         dist.destroy_process_group()
 
 
-def _pin_algorithms() -> None:
+def pin_algorithms() -> None:
     """Makes CUDA, cuDNN, cuBLAS, and NCCL choose algorithms that always add in the same order.
 
     The variables count only until the libraries start, so they must be set first.

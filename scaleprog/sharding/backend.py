@@ -232,9 +232,9 @@ class Backend(ABC):
         """
         norm = self.update(lr)
         weights = list(self.network.weights.values())
-        finite = norm.isfinite().to(weights[0].device, non_blocking=True)
+        skipped = (~norm.isfinite()).float().to(weights[0].device, non_blocking=True)
         for momentum, ema in zip(self.ema.momenta, self.network.emas, strict=True):
-            ema.update(weights, momentum_of(momentum, step, self.ema.warmup), finite)
+            ema.update(weights, momentum_of(momentum, step, self.ema.warmup), skipped)
         return norm
 
     # ---- weights and state

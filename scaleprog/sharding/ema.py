@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
+
+from scaleprog.sharding.optimizer import SGD
 
 
 def momentum_of(momentum: float, step: int, warmup: bool) -> float:
@@ -17,18 +18,25 @@ def momentum_of(momentum: float, step: int, warmup: bool) -> float:
 
 
 class Ema:
-    """One exponential moving average of a network's weights: w_ema <- m * w_ema + (1 - m) * w."""
+    """One exponential moving average of a network's weights: w_ema <- m * w_ema + (1 - m) * w.
+
+    That is a step of SGD with the learning rate 1 - m, the gradient -w, and weight decay 1. torch's fused SGD takes it in
+    one kernel that the device itself can skip.
+    """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         """Starts as a copy of `weights`, which may hold only this rank's elements."""
         self.weights = {name: tensor.clone() for name, tensor in weights.items()}
+        self._sgd = SGD(list(self.weights.values()), lr=1.0, weight_decay=1.0, maximize=True, fused=True)
 
-    @torch.no_grad()
-    def update(self, weights: list[Tensor], momentum: float, finite: Tensor) -> None:
+    def update(self, weights: list[Tensor], momentum: float, skipped: Tensor) -> None:
         """Updates the average after an optimizer step; `weights` come in the same order as at construction.
 
-        `finite`: whether the step was taken, a 0-D bool on the weights' device; if not, the average stays as it is.
+        `skipped`: 0-D fp32, 1 if the step was skipped, and the average stays as it is, else 0.
         """
-        share = torch.where(finite, 1 - momentum, 0.0)
         for average, weight in zip(self.weights.values(), weights, strict=True):
-            average.lerp_(weight, share)
+            average.grad = weight
+        self._sgd.found_inf = skipped
+        self._sgd.param_groups[0]["lr"] = 1 - momentum
+        self._sgd.step()
+        self._sgd.zero_grad()

@@ -84,6 +84,12 @@ class AdamW(torch.optim.AdamW):
     """0-D, fp32: 1 if the gradients are not finite, else 0."""
 
 
+class SGD(torch.optim.SGD):
+    """torch's SGD, likewise."""
+
+    found_inf: Tensor | None = None
+
+
 def adamw(groups: Sequence[Group], parameters: Mapping[str, Tensor], settings: OptimizerSettings) -> AdamW:
     """A new AdamW with these groups of `parameters`, which are given by name."""
     return AdamW(
