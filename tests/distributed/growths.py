@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from torch.distributed.distributed_c10d import _world
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from scaleprog.growth.operators import fresh, grow, keep
 from scaleprog.ranks.coordinator import process_group
 from scaleprog.recipe.keys import ModelSettings
+from scaleprog.sharding.backend import Network
 from tests.distributed.ranks import Collectives, Trainer, make
 
 WIDE = ModelSettings(name="vit_tiny_patch16_224", classes=10, channels=1, resolution=28, patch=4, width=192, depth=8,
@@ -42,6 +45,32 @@ def grow_often(shardings: list[dict[str, Any]], out: Path) -> None:
             del backend, trainer
         if coordinator.rank == 0:
             out.write_text(json.dumps(told))
+
+
+def outlived(shardings: list[dict[str, Any]], out: Path) -> None:
+    """How many storages an old network has, and how many of them outlive `regrow`; the most of a rank."""
+    with process_group() as (coordinator, device):
+        told = []
+        gc.disable()  # as in training
+        for sharding in shardings:
+            backend = make(sharding, device)
+            backend.regrow(fresh((3,)), inherit=False, may_skip_layers=False)
+            trainer = Trainer(backend, coordinator)
+            trainer.train(2, [None], 16)
+            old = storages(backend.network)
+            backend.regrow(grow("mogrow", (3,), (5,)), inherit=True, may_skip_layers=True)
+            told.append(coordinator.maximum([len(old), sum(not storage.expired() for storage in old)]))
+        if coordinator.rank == 0:
+            out.write_text(json.dumps(told))
+
+
+def storages(network: Network) -> list[StorageWeakRef]:
+    """Weak references to what a network holds on this rank: parameters, master weights, moments, EMAs."""
+    parameters = [p.to_local() if isinstance(p, DTensor) else p for p in network.model.parameters()]
+    moments = [moments[key] for moments in network.moments.values() for key in ("exp_avg", "exp_avg_sq")]
+    emas = [tensor for ema in network.emas for tensor in ema.weights.values()]
+    held = [*parameters, *network.weights.values(), *moments, *emas]
+    return [StorageWeakRef(tensor.untyped_storage()) for tensor in held if tensor.numel()]
 
 
 def holds() -> dict[str, int]:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,14 @@ def test_twenty_growths_leave_nothing_behind(number: int, told: list[list[dict[s
     assert last["tensors"] <= 1.001 * second["tensors"]
     for what in ("modules", "groups", "threads", "descriptors"):
         assert last[what] <= second[what], what
+
+
+def test_the_old_network_is_gone_when_the_new_one_has_grown(tmp_path: Path) -> None:
+    """Engines form reference cycles, which nothing else breaks while training has disabled garbage collection."""
+    launch(2, growths.outlived, list(SHARDINGS), tmp_path / "out.json")
+    for sharding, (held, left) in zip(SHARDINGS, json.loads((tmp_path / "out.json").read_text()), strict=True):
+        assert held > 100, sharding
+        assert left == 0, sharding
 
 
 # ---- collectives of a training step, of A active layers and the root; one all-reduce is the test's own

@@ -17,6 +17,7 @@ from tests.numerics.whole_runs import train_all
 
 HARD = {
     "model": {"drop_path": 0.2},
+    "data": {"lanes": 2},  # 4 images each: two pairs, as two repeats of an image need
     "augment": {"crop": "resized", "scale": (0.4, 1.0), "randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25,
                 "mixup": 0.8, "cutmix": 1.0, "repeats": 2, "eval_crop": 0.875},
     "ema": {"momenta": [0.8, 0.9]},
@@ -119,33 +120,48 @@ def test_results_that_were_cut_off_are_written_again(make_recipe: Callable[..., 
 
 SHARDINGS: dict[str, dict[str, Any]] = {
     "fsdp": {"engine": "fsdp"},
-    "hsdp": {"engine": "hsdp", "shard": 1},
+    "hsdp": {"engine": "hsdp"},
     **{f"zero-{stage}": {"engine": "zero", "stage": stage} for stage in (1, 2, 3)},
+    "replicated": {"engine": "replicated"},
 }
 # in 40 steps: 0-5 supernet, 5-13 stage 1, 13-18 supernet, 18-26 stage 2, 26-40 the complete model
 SHARDED_STOPS = (4, 16, 31)
+WORLDS: dict[int, dict[str, dict[str, Any]]] = {
+    2: {"train": {"epochs": 2, "batch": 8}, "search": {"epochs": 0.25}, "data": {"lanes": 2}},
+    4: {"train": {"epochs": 4, "batch": 16}, "search": {"epochs": 0.5}, "data": {"lanes": 4}},
+}
+"""By the number of ranks: 40 steps on four images of each rank."""
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory, patterns: Path) -> dict[str, tuple[Recipe, Path]]:
+def sharded_recipe(shards: Path, world: int, sharding: dict[str, Any]) -> Recipe:
+    groups = HARD | WORLDS[world]
+    groups["data"] = groups["data"] | {"trace": True}
+    groups["train"] = groups["train"] | {"micro_batch": 3}
+    groups["sharding"] = sharding | ({"shard": world // 2} if sharding["engine"] == "hsdp" else {})
+    return short_recipe(shards, **groups, optimizer={"clip": 1.0}, growth={"optimizer": "inherit"})
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world} ranks")
+def sharded(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, patterns: Path
+) -> dict[str, tuple[Recipe, Path]]:
     """A recipe for each engine, and the folder of a straight run and of one that is resumed after each stop, all on the
-    same two ranks."""
-    recipes = {name: short_recipe(
-        patterns, **HARD, data={"trace": True}, optimizer={"clip": 1.0}, sharding=sharding,
-        train={"epochs": 2, "micro_batch": 3}, search={"epochs": 0.25}, growth={"optimizer": "inherit"},
-    ) for name, sharding in SHARDINGS.items()}  # fmt: skip
+    same ranks."""
+    world = request.param
+    recipes = {name: sharded_recipe(patterns, world, sharding) for name, sharding in SHARDINGS.items()}
     folder = tmp_path_factory.mktemp("sharded")
     runs = [(recipe, folder / name / "straight") for name, recipe in recipes.items()]
     for stop in (*SHARDED_STOPS, None):  # engine after engine, so that what one leaves in the process cannot help
         for name, recipe in recipes.items():
             train = recipe.train.model_copy(update={"max_steps": stop})
             runs.append((recipe.model_copy(update={"train": train}), folder / name / "resumed"))
-    train_all(2, runs)
+    train_all(world, runs)
     return {name: (recipe, folder / name) for name, recipe in recipes.items()}
 
 
+@pytest.mark.timeout(1200)  # the first one waits for all runs
 @pytest.mark.parametrize("name", SHARDINGS)
-def test_sharded_ranks_resume_bit_for_bit(name: str, sharded: dict[str, tuple[Recipe, Path]]) -> None:
+def test_ranks_resume_bit_for_bit(name: str, sharded: dict[str, tuple[Recipe, Path]]) -> None:
     recipe, folder = sharded[name]
     events = read_rows(folder / "resumed" / "events.jsonl")
     assert [event["step"] for event in events if event["event"] == "start"] == [0, *SHARDED_STOPS]

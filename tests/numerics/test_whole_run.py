@@ -10,6 +10,7 @@ import pytest
 
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.keys import Operator
+from scaleprog.rundir.recorder import read_rows
 from tests.conftest import SHARDINGS, WITHIN_A_BUDGET, run, short_recipe, step_rows
 from tests.numerics.whole_runs import train_all
 
@@ -97,6 +98,20 @@ def test_without_recycling_a_stage_goes_back_and_repeats_its_epochs(
     assert ids[12] != ids[1]
     two = step_rows(tmp_path / "two")
     assert [two[s]["loss"] for s in rows] == pytest.approx([row["loss"] for row in rows.values()], rel=1e-5)
+
+
+def test_a_search_scores_the_ema_that_it_is_told(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """At the end of the first search nothing has grown, so that only what is scored can make a difference."""
+
+    def losses(grow_from: int, scored: int | None) -> list[Any]:
+        recipe = make_recipe(
+            ema={"momenta": [0.5, 0.99], "grow_from": grow_from}, search={"weights": "ema", "ema": scored}
+        )
+        folder = tmp_path / f"{grow_from} {scored}"
+        run(recipe, folder, max_steps=10)
+        return [row["losses"] for row in read_rows(folder / "events.jsonl") if row["event"] == "measurement"]
+
+    assert losses(1, 0) == losses(0, None) != losses(1, None)
 
 
 def choices(folder: Path) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError
 from scaleprog.models import resolve_family
 from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.recipe import Recipe
+from scaleprog.rundir.recorder import read_rows
 from scaleprog.rundir.state import RunState
 from scaleprog.rundir.storage import committed, read_manifest
 from scaleprog.shards.samples import read_label, read_members
@@ -113,6 +114,18 @@ def test_a_run_is_evaluated_to_the_number_in_its_results(make_recipe: MakeRecipe
         accuracy, _ = evaluate_run(tmp_path, resolution, "online")
         assert accuracy * 24 / 100 == pytest.approx(round(accuracy * 24 / 100))  # of 24 images
     assert evaluate_run(tmp_path, 8, "online") != evaluate_run(tmp_path, 32, "online")
+
+
+@pytest.mark.parametrize(("asked", "side"), [("stage", 16), ("full", 32)])
+def test_a_stage_is_evaluated_at_its_own_resolution_or_at_the_complete_one(
+    asked: str, side: int, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    evaluate = {"every": 1, "resolution": asked}
+    recipe = make_recipe(growth=GROWN, train={"epochs": 4}, optimizer={"lr": 3e-3}, evaluate=evaluate)
+    run(recipe, tmp_path, max_steps=40)  # the last step on 16 px
+    found = read_rows(tmp_path / "metrics.jsonl")[-1]
+    assert (found["step"], found["top1"]) == (40, evaluate_run(tmp_path, side, "online")[0])
+    assert found["top1"] != evaluate_run(tmp_path, 48 - side, "online")[0]
 
 
 def test_a_resolution_that_patches_do_not_fill_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -44,6 +44,17 @@ def elastic(name: str, gated: Sequence[bool], seed: int = 0, **changes: object) 
     return network
 
 
+@pytest.mark.parametrize(
+    ("name", "spread"),
+    [("deit_tiny_patch16_224", 0.02), ("deit3_small_patch16_224", 0.02), ("vit_tiny_patch16_224", 1e-6)],
+)
+def test_the_class_token_of_deit_begins_as_its_authors_draw_it(name: str, spread: float) -> None:
+    torch.manual_seed(0)
+    settings = ModelSettings(name=name, **(SIZES | {"width": 768}))
+    token = ElasticViT(settings, Structure.plain((1,))).net.cls_token
+    assert token.std().item() == pytest.approx(spread, rel=0.1)
+
+
 def images(batch: int = 3, resolution: int = 32) -> Tensor:
     return torch.randn(batch, 2, resolution, resolution, generator=torch.Generator().manual_seed(1))
 
