@@ -42,6 +42,7 @@ from benchmarks.gpu_trainer import (
 )
 from scaleprog.growth.operators import grow
 from scaleprog.models import resolve_family
+from scaleprog.ranks.coordinator import pin_algorithms
 from scaleprog.rundir.checkpoint import Checkpoints, Commit
 
 KERNELS = 12

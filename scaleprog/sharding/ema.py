@@ -20,8 +20,8 @@ def momentum_of(momentum: float, step: int, warmup: bool) -> float:
 class Ema:
     """One exponential moving average of a network's weights: w_ema <- m * w_ema + (1 - m) * w.
 
-    That is a step of SGD with the learning rate 1 - m, the gradient -w, and weight decay 1. torch's fused SGD takes it in
-    one kernel that the device itself can skip.
+    That is a step of SGD with the learning rate 1 - m, the gradient -w, and weight decay 1. torch's fused SGD takes it
+    in one kernel that the device itself can skip.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
