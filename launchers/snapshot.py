@@ -147,6 +147,14 @@ def check_free(recipe: "Recipe", run: Path, mine: str | None = None) -> None:
     from scaleprog.rundir.lease import check_recipe, is_alive, read_owner
 
     check_recipe(run, recipe)
+    check_job(run)
+    owner = read_owner(run)
+    if owner is not None and (mine is None or owner.job != mine) and is_alive(owner, run):
+        raise CheckpointError(f"{run} is in use by process {owner.pid} on {owner.host}; use another --run-dir")
+
+
+def check_job(run: Path) -> None:
+    """Raises CheckpointError if the Slurm job that `job.json` names is queued or running."""
     job = None
     if (last := JobFile.read(run)) is not None:
         with suppress(slurm_queue.NoAnswer):
@@ -156,9 +164,6 @@ def check_free(recipe: "Recipe", run: Path, mine: str | None = None) -> None:
             f"{run} belongs to job {job.id}, which is {job.state}; cancel it with `scaleprog cancel {run}`, or use "
             "another --run-dir"
         )
-    owner = read_owner(run)
-    if owner is not None and (mine is None or owner.job != mine) and is_alive(owner, run):
-        raise CheckpointError(f"{run} is in use by process {owner.pid} on {owner.host}; use another --run-dir")
 
 
 def prepare(recipe: Path, run: Path, overrides: Sequence[str]) -> Path:

@@ -135,6 +135,7 @@ def train(
     On TERM, INT or USR2 it writes a checkpoint and exits with code 75; the same command resumes from it.
     """
     from scaleprog.launchers.local import launch, ranks_to_start
+    from scaleprog.launchers.snapshot import check_job
     from scaleprog.launchers.world import Count
     from scaleprog.planning.plan import plan_start
     from scaleprog.recipe import Recipe
@@ -149,6 +150,7 @@ def train(
     loaded = Recipe.load(recipe, overrides or ())
     folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
     baseline_seconds = None if baseline is None else train_seconds(baseline)
+    check_job(folder)
     if ranks.fixed:
         plan_start(loaded, ranks.most, ranks.most)  # before any process is started
     if ranks.most == 1 and restarts == 0:

@@ -11,6 +11,7 @@ import pytest
 from scaleprog import cli
 from scaleprog.rundir.storage import committed
 from tests.unit.command import Command, WriteRecipe, is_mistake
+from tests.unit.fake_slurm import FakeSlurm
 
 pytestmark = pytest.mark.process
 
@@ -197,6 +198,28 @@ def test_a_run_directory_goes_on_with_its_own_recipe_alone(
     free = ["train.max_steps=2", "data.workers=1", "data.cache=0", "sharding.engine=fsdp", "checkpoint.keep=5"]
     assert command("train", recipe, *free, "--run-dir", run).code == 0
     assert [path.name for path in committed(run / "checkpoints")] == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("nproc", ["1", "2"])
+def test_training_is_refused_where_a_queued_job_will_train(
+    nproc: str, command: Command, write_recipe: WriteRecipe, fake: FakeSlurm, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "job.json").write_text('{"job": "7", "name": "scaleprog-a b", "code": "code/0"}')
+    fake.show(state="PENDING")
+    told = command("train", write_recipe(), f"--run-dir={run}", f"--nproc={nproc}")
+    assert is_mistake(told, f"{run} belongs to job 7, which is PENDING", "scaleprog cancel")
+    assert [path.name for path in run.iterdir()] == ["job.json"]
+
+
+def test_a_shell_that_outlived_its_allocation_trains_to_the_end(
+    command: Command, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1795000000")
+    told = command("train", write_recipe(), "train.epochs=1", f"--run-dir={tmp_path / 'run'}")
+    assert (told.code, (tmp_path / "run" / "results.json").exists()) == (0, True), told
 
 
 def test_a_range_of_ranks(
