@@ -103,14 +103,15 @@ def take(recipe: "Recipe", run: Path) -> Path:
             )
         if not folder.exists():
             temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-            for name, content in sources.items():
-                path = temporary / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
             try:
-                temporary.rename(folder)
-            except OSError:
-                shutil.rmtree(temporary)  # another process created the folder first
+                for name, content in sources.items():
+                    path = temporary / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content)
+                with suppress(OSError):  # another process created the folder first
+                    temporary.rename(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
         verify(folder)
         write_whole(run / "recipe.yaml", recipe.dump())
     except OSError as error:

@@ -25,6 +25,7 @@ from scaleprog.rundir.storage import (
     Manifest,
     Stored,
     committed,
+    discard,
     opened,
     prepare,
     publish,
@@ -291,6 +292,7 @@ class Checkpoints:
             group.on_rank_0("retire", lambda: _on_disk(self.folder, delete_older))
         except (CheckpointError, Unavailable) as failure:
             error = f"{temporary}: not written ({reason(failure)}); is the disk full or over quota?"
+            group.on_rank_0("remove", lambda: discard(temporary))  # it may fill the disk
         return Commit(final, step, stall, time.monotonic() - began, size, error)
 
     def _run(self) -> str:

@@ -1,5 +1,6 @@
 """Building, checking and indexing shards, of photographs that come with scikit-learn and scikit-image."""
 
+import errno
 import io
 import os
 import resource
@@ -231,6 +232,18 @@ def test_full_disk_leaves_no_shard(tmp_path: Path, tree: Path):
     assert list(out.iterdir()) == []
     image_folder.build(tree, out, workers=1)
     check(out, workers=1)
+
+
+def test_a_disk_that_is_full_only_for_the_manifest_leaves_no_shard(
+    tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("scaleprog.data.manifest.write_whole", full)
+    with pytest.raises(DataError, match=r"out: cannot write manifest\.json: .*No space left"):
+        image_folder.build(tree, tmp_path / "out", workers=1)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 # Checking
