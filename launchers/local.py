@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from ctypes import c_int
 from dataclasses import replace
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.context import SpawnProcess
 from types import FrameType
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 
 from scaleprog.errors import Preempted, ScaleprogError
 from scaleprog.files.display import as_text
-from scaleprog.launchers.exits import MISTAKE, STOPPED, exit_by
+from scaleprog.launchers.exits import CRASHED, MISTAKE, STOPPED, exit_by
 from scaleprog.launchers.world import Count, largest
 from scaleprog.ranks.rendezvous import Place
 from scaleprog.ranks.stop import SIGNALS
@@ -43,6 +43,7 @@ class RankFailed(ScaleprogError):
         """`mistake`: whether only the user can fix the error, so that a retry would fail the same way."""
         super().__init__(message)
         self.mistake = mistake
+        self.exit_code = MISTAKE if mistake else CRASHED
 
 
 def launch(
@@ -142,13 +143,25 @@ def _launch_once(asked: c_int, ranks: int, function: Callable[..., object], argu
                 place = Place(rank, ranks, rank, ranks, store)
                 process = spawn.Process(target=_rank, args=(asked, place, words, function, arguments))
                 try:
-                    process.start()
+                    with interrupts_held():
+                        process.start()
                 except OSError as error:
                     raise RankFailed(f"rank {rank}: cannot be started: {error}", mistake=False) from error
                 processes.append(process)
             _watch(processes, told)
         finally:
             _end(processes)
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """A process that starts inside has SIGINT blocked: a terminal's Ctrl-C waits until the process has its handlers."""
+    resource_tracker.ensure_running()  # starting it would unblock SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -220,6 +233,7 @@ def _rank(asked: c_int, place: Place, words: str, function: Callable[..., object
     """Runs one rank. Its error goes into the launcher's memory, so that it does not mix with other ranks' output."""
     for number in SIGNALS:
         signal.signal(number, _too_early)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked since `interrupts_held`
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)  # if the launcher dies, save a checkpoint and stop
     if asked.value:
         os._exit(STOPPED)

@@ -271,7 +271,7 @@ def setup(run: Path, code: Path, request: JobRequest) -> list[str]:
         f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export SUBMITIT_PREEMPT_SIGNAL=USR2",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
-        f'after() {{ {requeue} "$1" {request.max_restarts}; exit $?; }}',
+        f"after() {{ trap '' TERM INT USR2; {requeue} \"$1\" {request.max_restarts}; exit $?; }}",
         "trap : TERM INT USR2  # the tasks get these signals too; this shell waits for the tasks",
         "trap 'after $?' EXIT",
     ]

@@ -183,7 +183,9 @@ def prepare(recipe: Path, run: Path, overrides: Sequence[str]) -> Path:
     Raises:
         ScaleprogError: the recipe is invalid, or the run directory belongs to something else or is damaged.
     """
-    job = os.environ["SLURM_JOB_ID"]
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if not re.fullmatch(JOB_ID, job):
+        raise ScaleprogError(f"SLURM_JOB_ID is {as_text(job, most=60)!r}, so this is not a Slurm job")
     last = JobFile.read(run)
     restart = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
     if restart and last is not None and last.job == job and (run / last.code).is_dir():
@@ -195,7 +197,7 @@ def prepare(recipe: Path, run: Path, overrides: Sequence[str]) -> Path:
     loaded = Recipe.load(recipe, overrides)
     check_free(loaded, run, job)  # a refused job may have replaced this job's job.json
     code = take(loaded, run)
-    JobFile(job, os.environ["SLURM_JOB_NAME"], str(code.relative_to(run))).write(run)
+    JobFile(job, os.environ.get("SLURM_JOB_NAME", ""), str(code.relative_to(run))).write(run)
     return code
 
 
@@ -214,4 +216,4 @@ if __name__ == "__main__":
         print(prepare(Path(sys.argv[1]), Path(sys.argv[2]).absolute(), sys.argv[3:]))
     except ScaleprogError as mistake:
         print(f"scaleprog: {as_text(mistake, lines=True)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(mistake.exit_code)

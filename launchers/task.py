@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text
-from scaleprog.launchers.exits import FINISHED, STOPPED, exit_by
+from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED, exit_by
 from scaleprog.launchers.requeue import Attempt, has_reported, report
 from scaleprog.ranks.rendezvous import INTERFACES, LOOPBACK, STORE
 from scaleprog.ranks.stop import SIGNALS
@@ -200,4 +200,7 @@ def tell_time_limit(start: Attempt) -> None:
 
 
 if __name__ == "__main__":
+    if "SLURM_JOB_ID" not in os.environ or "SLURM_PROCID" not in os.environ:
+        print("scaleprog: not a task of a Slurm job: srun starts this module; use `scaleprog train`", file=sys.stderr)
+        sys.exit(MISTAKE)
     task(Path(sys.argv[1]))

@@ -6,18 +6,21 @@ Each command imports what it needs, so that `scaleprog --help` does not wait for
 import json
 import re
 import shlex
+import signal
 import sys
 from dataclasses import asdict
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from scaleprog.errors import EXIT_CODE, INTERRUPTED_CODE, MISTAKE_CODE, Preempted, ScaleprogError
+import scaleprog
+from scaleprog.errors import INTERRUPTED_CODE, Preempted, ScaleprogError
 from scaleprog.files.atomic import write_whole
 from scaleprog.files.display import as_text
 from scaleprog.recipe.numbers import MOST_RANKS
@@ -392,20 +395,36 @@ def show(results: Results, folder: Path) -> None:
 
 
 def main() -> None:
-    """Entry point: reports a mistake of the user's in plain words, and exits with a code that is not 0."""
+    """Entry point: reports a known error in plain words, and exits with the error's code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where the terminal's alphabet lacks a letter
+    before = signal.getsignal(signal.SIGINT)
+    if before is scaleprog._leave_quietly:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except Preempted as error:
         _say(f"{error}; the same command resumes from the last checkpoint")
-        sys.exit(EXIT_CODE)
+        sys.exit(error.exit_code)
     except ScaleprogError as error:
         _say(str(error))
-        sys.exit(MISTAKE_CODE)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED_CODE)
+    finally:
+        if before is scaleprog._leave_quietly:
+            signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Handles Ctrl-C: raises KeyboardInterrupt, except during an import, which may hide it, print it or change it."""
+    at = frame
+    while at is not None:
+        if at.f_code.co_filename.startswith("<frozen importlib"):
+            scaleprog._leave_quietly(number, frame)
+        at = at.f_back
+    raise KeyboardInterrupt
 
 
 def _say(message: str) -> None:

@@ -1,14 +1,19 @@
 """The command line: what it prints, and how it tells a mistake: plainly, once, with an exit code that is not 0."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from scaleprog import cli
+from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable, WorkerDied
+from scaleprog.launchers.local import RankFailed
 from scaleprog.rundir.storage import committed
 from tests.unit.command import Command, WriteRecipe, is_mistake
 from tests.unit.fake_slurm import FakeSlurm
@@ -125,6 +130,46 @@ def test_an_interrupt_is_no_success(
     told = command("train", write_recipe())
     assert told.code == 130
     assert "Traceback" not in told.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DataError("damaged"), 2),
+        (Unavailable("a decoding worker died"), 1),
+        (WorkerDied("a worker died"), 1),
+        (RankFailed("rank 1 was killed by SIGKILL", mistake=False), 1),
+        (RankFailed("rank 1: a shard is damaged", mistake=True), 2),
+        (Preempted("stopped by SIGTERM"), 75),
+    ],
+)
+@pytest.mark.parametrize("arguments", [("train", "RECIPE"), ("evaluate", "RUN"), ("export", "RUN", "OUT")])
+def test_the_exit_code_says_whether_another_start_may_help(
+    arguments: tuple[str, ...], error: ScaleprogError, code: int, command: Command, write_recipe: WriteRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(*_: object) -> None:
+        raise error
+
+    for name in ("loop.train_rank", "export.evaluate_run", "export.export_run"):
+        monkeypatch.setattr(f"scaleprog.training.{name}", fail)
+    told = command(*(write_recipe() if word == "RECIPE" else word for word in arguments))
+    assert (told.code, str(error) in told.err, "Traceback" in told.err) == (code, True, False)
+
+
+def test_a_killed_data_worker_is_a_crash(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe, run = write_recipe(data={"workers": 1}, train={"epochs": 2000}, evaluate={"every": 2000}), tmp_path / "run"
+    words = [sys.executable, "-m", "scaleprog", "train", str(recipe), f"--run-dir={run}"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        give_up = time.monotonic() + 100
+        while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size):
+            assert time.monotonic() < give_up
+            time.sleep(0.1)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for worker in workers:
+            os.kill(int(worker), signal.SIGKILL)
+        _, told = process.communicate(timeout=60)
+    assert (process.returncode, "a decoding worker died" in told, "Traceback" in told) == (1, True, False), told
 
 
 # ---- train, evaluate, export, report
