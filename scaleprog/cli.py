@@ -141,6 +141,7 @@ def train(
     from scaleprog.launchers.snapshot import check_job
     from scaleprog.launchers.world import Count
     from scaleprog.planning.plan import plan_start
+    from scaleprog.ranks.rendezvous import of_another_launcher
     from scaleprog.recipe import Recipe
     from scaleprog.recipe.worlds import Worlds
     from scaleprog.rundir.storage import committed
@@ -154,6 +155,11 @@ def train(
     folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
     baseline_seconds = None if baseline is None else train_seconds(baseline)
     check_job(folder)
+    if strangers := of_another_launcher():
+        _say(
+            f"another launcher has set {strangers}; scaleprog ignores that and starts all ranks itself: {ranks} on this "
+            "machine (--nproc). For several machines, use `scaleprog submit`"
+        )
     if ranks.fixed:
         plan_start(loaded, ranks.most, ranks.most)  # before any process is started
     if ranks.most == 1 and restarts == 0:

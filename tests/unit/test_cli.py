@@ -172,6 +172,32 @@ def test_a_killed_data_worker_is_a_crash(write_recipe: WriteRecipe, tmp_path: Pa
     assert (process.returncode, "a decoding worker died" in told, "Traceback" in told) == (1, True, False), told
 
 
+STRANGERS = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": "29", "GROUP_RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+
+
+def test_variables_of_another_launcher_are_ignored_by_every_command(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Every pod of Kubeflow has them. A command that obeyed would wait for a rank that never comes."""
+    recipe, run = write_recipe(train={"epochs": 1}, evaluate={"every": 1}), tmp_path / "run"
+    train = ["train", recipe, f"--run-dir={run}"]
+    for arguments in (
+        ["plan", recipe],
+        train,
+        [*train, "--nproc=1", "seed=1", f"--run-dir={tmp_path / 'one'}"],
+        [*train, "--nproc=2", "seed=2", f"--run-dir={tmp_path / 'two'}"],
+        ["evaluate", run],
+        ["export", run, tmp_path / "weights.safetensors"],
+        ["report", run, f"--out={tmp_path / 'report'}"],
+        ["status", run],
+    ):
+        command = [sys.executable, "-m", "scaleprog", *map(str, arguments)]
+        environment = os.environ | STRANGERS
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 0, (arguments, done.stderr)
+        told = "another launcher has set RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1'; scaleprog ignores that"
+        assert (told in done.stderr) == (arguments[0] == "train")
+
+
 # ---- train, evaluate, export, report
 
 
