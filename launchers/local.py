@@ -101,6 +101,7 @@ def ranks_to_start(count: Count, worlds: Worlds) -> int:
     """
     room, of = room_here()
     if room < count.least:
+        check_devices(count.least)
         raise ScaleprogError(
             f"--nproc {count}: {of} available: {room}; to start N ranks anyway, pass --nproc N instead of a range"
         )
@@ -117,6 +118,17 @@ def ranks_to_start(count: Count, worlds: Worlds) -> int:
             f"scaleprog: starting {taken} of at most {count.most} ranks; {'; '.join(why)}", file=sys.stderr, flush=True
         )
     return taken
+
+
+def check_devices(ranks: int) -> None:
+    """Raises ScaleprogError if this machine has CUDA devices, but fewer than `ranks`."""
+    devices = torch.cuda.device_count()
+    if 0 < devices < ranks:
+        fits = "1" if devices == 1 else f"{devices} or fewer, or a range such as 1:{devices}"
+        raise ScaleprogError(
+            f"--nproc {ranks}: each rank needs a CUDA device of its own; CUDA devices available: {devices}; use --nproc "
+            f"{fits}, or set CUDA_VISIBLE_DEVICES= (nothing) to train on the CPU"
+        )
 
 
 def room_here() -> tuple[int, str]:
@@ -136,7 +148,7 @@ def _stopped(name: str, error: Exception) -> Preempted:
 def _launch_once(asked: c_int, ranks: int, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     """Starts the ranks once; returns when all of them have ended without an error."""
     spawn = multiprocessing.get_context("spawn")
-    with _memory() as (_, store), _memory() as (told, words):
+    with _memory() as (_, store), _memory() as (told, words), _threads_shared(ranks):
         processes: list[SpawnProcess] = []
         try:
             for rank in range(ranks):
@@ -154,8 +166,21 @@ def _launch_once(asked: c_int, ranks: int, function: Callable[..., object], argu
 
 
 @contextmanager
+def _threads_shared(ranks: int) -> Iterator[None]:
+    """Processes that start inside share the cores: each has its part of the threads, unless OMP_NUM_THREADS is set."""
+    if os.environ.get("OMP_NUM_THREADS"):
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))  # read when torch is imported
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+
+
+@contextmanager
 def interrupts_held() -> Iterator[None]:
-    """A process that starts inside has SIGINT blocked: a terminal's Ctrl-C waits until the process has its handlers."""
+    """A process that starts inside has SIGINT blocked: a terminal's Ctrl-C waits until the process has handlers."""
     resource_tracker.ensure_running()  # starting it would unblock SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -137,7 +137,7 @@ def train(
 
     On TERM, INT or USR2 it writes a checkpoint and exits with code 75; the same command resumes from it.
     """
-    from scaleprog.launchers.local import launch, ranks_to_start
+    from scaleprog.launchers.local import check_devices, launch, ranks_to_start
     from scaleprog.launchers.snapshot import check_job
     from scaleprog.launchers.world import Count
     from scaleprog.planning.plan import plan_start
@@ -157,10 +157,11 @@ def train(
     check_job(folder)
     if strangers := of_another_launcher():
         _say(
-            f"another launcher has set {strangers}; scaleprog ignores that and starts all ranks itself: {ranks} on this "
-            "machine (--nproc). For several machines, use `scaleprog submit`"
+            f"another launcher has set {strangers}; scaleprog ignores that and starts all ranks itself: {ranks} on "
+            "this machine (--nproc). For several machines, use `scaleprog submit`"
         )
     if ranks.fixed:
+        check_devices(ranks.most)
         plan_start(loaded, ranks.most, ranks.most)  # before any process is started
     if ranks.most == 1 and restarts == 0:
         train_rank(loaded, folder)
@@ -194,7 +195,9 @@ def submit(
     ] = "1",
     gpus_per_node: Annotated[int | None, typer.Option(min=1, max=1024, help="GPUs per node, one rank each.")] = None,
     tasks_per_node: Annotated[int | None, typer.Option(min=1, max=1024, help="Ranks per node without GPUs.")] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(min=1, max=1024)] = None,
+    cpus_per_task: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="CPU cores per rank; default data.workers + 2.")
+    ] = None,
     time: Annotated[str | None, typer.Option(help="Time limit of one start: minutes, HH:MM:SS or D-HH:MM:SS.")] = None,
     partition: Annotated[str | None, typer.Option()] = None,
     account: Annotated[str | None, typer.Option()] = None,

@@ -59,7 +59,9 @@ def run_all(
             except DataError as error:
                 problems[index] = str(error)
             except BrokenProcessPool as error:
-                raise WorkerDied(f"{label}: a worker died, perhaps from lack of memory; use fewer --workers.") from error
+                raise WorkerDied(
+                    f"{label}: a worker died, perhaps from lack of memory; use fewer --workers."
+                ) from error
             advance()
     if problems:
         raise DataError(listed([problems[index] for index in sorted(problems)]))

@@ -115,8 +115,8 @@ def _members(file: BinaryIO, size: int) -> Iterator[Member]:
         file.seek(at)
         header = file.read(BLOCK)
         if len(header) < BLOCK or (any(header) and not _sound(header)):
-            kind = _other_kind(header, size) if at == 0 else ""
-            raise ValueError(f"no end marker at byte {at}; {kind or 'truncated or damaged'}")
+            instead = _other_kind(header, size) if at == 0 else ""
+            raise ValueError(f"no end marker at byte {at}; {instead or 'truncated or damaged'}")
         if not any(header):
             break
         kind = header[156:157]

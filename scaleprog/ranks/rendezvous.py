@@ -111,7 +111,9 @@ def of_another_launcher(variables: Mapping[str, str] = os.environ) -> str:
     world = variables.get("WORLD_SIZE", "")
     if variables.get(STORE) or not re.fullmatch("[0-9]{1,9}", world) or int(world) < 2:
         return ""
-    return ", ".join(f"{name}={variables[name]!r}" for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name in variables)
+    return ", ".join(
+        f"{name}={variables[name]!r}" for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name in variables
+    )
 
 
 def check_loopback() -> None:

@@ -152,7 +152,7 @@ def take_lease(folder: Path, recipe: Recipe, coordinator: "Coordinator") -> Leas
 
 
 def _keep_beating(held: "weakref.ref[Lease]") -> None:
-    """Sends heartbeats while someone holds the lease; runs in a thread, because a step or a compilation may take long."""
+    """Sends heartbeats while someone holds the lease; runs in a thread, because a step may take long."""
     while (lease := held()) is not None:
         try:
             lease.beat()
@@ -197,7 +197,11 @@ def job_of(variables: Mapping[str, str] = os.environ) -> tuple[str | None, int, 
     if not FITS["job"](job) or not ("SLURM_PROCID" in variables or restart):
         return None, 0, None
     step = variables.get("SLURM_STEP_ID")
-    return job, int(restart) if re.fullmatch("[0-9]{1,9}", restart) else 0, step if step and FITS["step"](step) else BATCH
+    return (
+        job,
+        int(restart) if re.fullmatch("[0-9]{1,9}", restart) else 0,
+        step if step and FITS["step"](step) else BATCH,
+    )
 
 
 def _this_process(generation: int) -> Owner:

@@ -141,6 +141,18 @@ def partitions() -> list[str]:
     return list(dict.fromkeys(told.out.split()))
 
 
+def cores(partition: str | None = None) -> int | None:
+    """The cores of the largest node of a partition (None: of the default ones); None if Slurm does not say."""
+    told = _ask("sinfo", "-h", "-o", "%c %P", *(() if partition is None else (f"--partition={partition}",)))
+    rows = [line.split() for line in told.out.splitlines()]
+    sizes = [
+        int(row[0].rstrip("+"))
+        for row in rows
+        if len(row) == 2 and re.fullmatch("[0-9]{1,9}[+]?", row[0]) and (partition is not None or row[1].endswith("*"))
+    ]
+    return None if told.code or not sizes or any(row[0].endswith("+") for row in rows) else max(sizes)
+
+
 def hosts(nodelist: str) -> list[str]:
     """Expands a node list: "gpu[08-10,12],login" is gpu08, gpu09, gpu10, gpu12, login. Raises ScaleprogError."""
     names: list[str] = []

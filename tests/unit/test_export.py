@@ -1,7 +1,7 @@
 """What a run leaves: weights that plain timm loads and that compute the same, and its accuracy measured again."""
 
-import resource
 import json
+import resource
 from pathlib import Path
 
 import pytest

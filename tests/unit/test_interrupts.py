@@ -31,7 +31,8 @@ sys.meta_path.insert(0, Slow())
 def interrupted(
     command: Iterable[object], during: str, tmp_path: Path, who: str = sys.executable
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command. Its processes that have the word `who` in their command line get SIGINT when they import `during`."""
+    """Runs a command; those of its processes that have the word `who` in their command line get SIGINT when they import
+    the module `during`."""
     (tmp_path / "sitecustomize.py").write_text(SLOW)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "NAME": during, "WHO": who}
     return subprocess.run(

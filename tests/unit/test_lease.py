@@ -291,7 +291,7 @@ def test_another_start_in_the_same_allocation_on_another_host(
         os.utime(folder / OWNER, (time.time() - 200,) * 2)
     monkeypatch.setenv("SLURM_PROCID", "0")
     if refused:
-        with pytest.raises(CheckpointError, match="in use by .*process 1 on elsewhere"):
+        with pytest.raises(CheckpointError, match=r"in use by .*process 1 on elsewhere"):
             take(job="17")
     else:
         assert take(job="17").generation == 5

@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from scaleprog.errors import Unavailable
+from scaleprog.errors import ScaleprogError, Unavailable
 from scaleprog.ranks.coordinator import process_group, ranks_per_node
 from scaleprog.ranks.rendezvous import STORE, Place, of_another_launcher
 
@@ -65,6 +65,16 @@ def test_ranks_that_do_not_come_are_waited_for_within_bounds(rank: int, monkeypa
     with pytest.raises(Unavailable, match=message), Place(rank, 3, 0, 1, f"tcp:127.0.0.1:{port}").joined("gloo"):
         pass
     assert time.monotonic() - began < 60
+
+
+def test_more_ranks_on_a_node_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name, value in Place(7, 8, 3, 4, "tcp:192.0.2.1:1").variables().items():
+        monkeypatch.setenv(name, value)
+    message = "rank 7 is number 4 of the 4 ranks on .*; CUDA devices available there: 2; request as many GPUs as ranks"
+    with pytest.raises(ScaleprogError, match=message), process_group():
+        pass
 
 
 def test_another_launcher_is_one_that_starts_several() -> None:

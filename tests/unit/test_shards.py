@@ -361,10 +361,16 @@ def pack(path: Path, names: list[str]) -> None:
 
 
 MISPLACED = {
-    "dots": (["a.b.jpg", "a.b.cls", "c.d.jpg", "c.d.cls"], "has the key 'a' and the extension 'b.jpg'; rename the files"),
+    "dots": (
+        ["a.b.jpg", "a.b.cls", "c.d.jpg", "c.d.cls"],
+        "has the key 'a' and the extension 'b.jpg'; rename the files",
+    ),
     "numbers": (["v.1.jpg", "v.1.cls", "v.2.jpg", "v.2.cls"], "has the key 'v' and the extension '1.jpg'; rename the"),
     "a dotted label": (["a.jpg", "a.x.cls"], "a.x.cls has the key 'a' and the extension 'x.cls'; rename the files"),
-    "by extension": (["x/a.jpg", "x/b.jpg", "x/a.cls", "x/b.cls"], "not one after the other; pack them in the order of"),
+    "by extension": (
+        ["x/a.jpg", "x/b.jpg", "x/a.cls", "x/b.cls"],
+        "not one after the other; pack them in the order of",
+    ),
     "labels first": (["a.cls", "b.cls", "a.jpg", "b.jpg"], "not one after the other; .*`tar --sort=name`"),
 }
 

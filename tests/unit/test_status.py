@@ -239,10 +239,12 @@ def test_status_and_cancel_agree_about_a_process_inside_an_allocation(
 
 def test_cancel_names_the_job_whose_process_is_not_here(made_up: Path, fake: FakeSlurm) -> None:
     (made_up / "owner.json").write_text(json.dumps(OWNER | {"job": "7", "host": "node0"}))
-    with pytest.raises(ScaleprogError, match="being trained on node0 by job 7; run `scaleprog cancel` there, or `scanc"):
+    with pytest.raises(
+        ScaleprogError, match="being trained on node0 by job 7; run `scaleprog cancel` there, or `scanc"
+    ):
         status.cancel(made_up)
     (made_up / "owner.json").write_text(json.dumps(OWNER | {"job": "7"}))  # gone, but its batch job may start it again
-    with pytest.raises(ScaleprogError, match="by job 7; .*`scancel 7`"):
+    with pytest.raises(ScaleprogError, match=r"by job 7; .*`scancel 7`"):
         status.cancel(made_up)
     assert fake.calls("scancel") == []
 
