@@ -3,9 +3,9 @@
 import traceback
 from dataclasses import dataclass
 
-from scaleprog.errors import EXIT_CODE, MISTAKE_CODE, Preempted, ScaleprogError, Unavailable
+from scaleprog.errors import CRASH_CODE, EXIT_CODE, MISTAKE_CODE, Preempted, ScaleprogError
 
-FINISHED, CRASHED, MISTAKE, STOPPED = 0, 1, MISTAKE_CODE, EXIT_CODE
+FINISHED, CRASHED, MISTAKE, STOPPED = 0, CRASH_CODE, MISTAKE_CODE, EXIT_CODE
 """Exit codes of a rank. Only the user can fix a mistake: a retry would fail the same way."""
 ECHO_SECONDS = 3.0  # a failed collective almost always echoes another rank's error; that rank must report first
 
@@ -30,7 +30,7 @@ def exit_by(error: Exception) -> Exit:
     if isinstance(error, Preempted):
         return Exit(STOPPED, text, text, reason=error.reason)
     if isinstance(error, ScaleprogError):
-        return Exit(CRASHED if isinstance(error, Unavailable) else MISTAKE, text, text)
+        return Exit(error.exit_code, text, text)
     cause = f"{type(error).__name__}: {text}".splitlines()[0]
     trace = "".join(traceback.format_exception(error))
     return Exit(CRASHED, cause, f"failed\n{trace}", ECHO_SECONDS if isinstance(error, RuntimeError) else 0.0)

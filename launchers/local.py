@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from ctypes import c_int
 from dataclasses import replace
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.context import SpawnProcess
 from types import FrameType
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 
 from scaleprog.errors import Preempted, ScaleprogError
 from scaleprog.files.display import as_text
-from scaleprog.launchers.exits import MISTAKE, STOPPED, exit_by
+from scaleprog.launchers.exits import CRASHED, MISTAKE, STOPPED, exit_by
 from scaleprog.launchers.world import Count, largest
 from scaleprog.ranks.rendezvous import Place
 from scaleprog.ranks.stop import SIGNALS
@@ -43,6 +43,7 @@ class RankFailed(ScaleprogError):
         """`mistake`: whether only the user can fix the error, so that a retry would fail the same way."""
         super().__init__(message)
         self.mistake = mistake
+        self.exit_code = MISTAKE if mistake else CRASHED
 
 
 def launch(
@@ -100,6 +101,7 @@ def ranks_to_start(count: Count, worlds: Worlds) -> int:
     """
     room, of = room_here()
     if room < count.least:
+        check_devices(count.least)
         raise ScaleprogError(
             f"--nproc {count}: {of} available: {room}; to start N ranks anyway, pass --nproc N instead of a range"
         )
@@ -116,6 +118,17 @@ def ranks_to_start(count: Count, worlds: Worlds) -> int:
             f"scaleprog: starting {taken} of at most {count.most} ranks; {'; '.join(why)}", file=sys.stderr, flush=True
         )
     return taken
+
+
+def check_devices(ranks: int) -> None:
+    """Raises ScaleprogError if this machine has CUDA devices, but fewer than `ranks`."""
+    devices = torch.cuda.device_count()
+    if 0 < devices < ranks:
+        fits = "1" if devices == 1 else f"{devices} or fewer, or a range such as 1:{devices}"
+        raise ScaleprogError(
+            f"--nproc {ranks}: each rank needs a CUDA device of its own; CUDA devices available: {devices}; use "
+            f"--nproc {fits}, or set CUDA_VISIBLE_DEVICES= (nothing) to train on the CPU"
+        )
 
 
 def room_here() -> tuple[int, str]:
@@ -135,20 +148,45 @@ def _stopped(name: str, error: Exception) -> Preempted:
 def _launch_once(asked: c_int, ranks: int, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     """Starts the ranks once; returns when all of them have ended without an error."""
     spawn = multiprocessing.get_context("spawn")
-    with _memory() as (_, store), _memory() as (told, words):
+    with _memory() as (_, store), _memory() as (told, words), _threads_shared(ranks):
         processes: list[SpawnProcess] = []
         try:
             for rank in range(ranks):
                 place = Place(rank, ranks, rank, ranks, store)
                 process = spawn.Process(target=_rank, args=(asked, place, words, function, arguments))
                 try:
-                    process.start()
+                    with interrupts_held():
+                        process.start()
                 except OSError as error:
                     raise RankFailed(f"rank {rank}: cannot be started: {error}", mistake=False) from error
                 processes.append(process)
             _watch(processes, told)
         finally:
             _end(processes)
+
+
+@contextmanager
+def _threads_shared(ranks: int) -> Iterator[None]:
+    """Processes that start inside share the cores: each has its part of the threads, unless OMP_NUM_THREADS is set."""
+    if os.environ.get("OMP_NUM_THREADS"):
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))  # read when torch is imported
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """A process that starts inside has SIGINT blocked: a terminal's Ctrl-C waits until the process has handlers."""
+    resource_tracker.ensure_running()  # starting it would unblock SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -220,6 +258,7 @@ def _rank(asked: c_int, place: Place, words: str, function: Callable[..., object
     """Runs one rank. Its error goes into the launcher's memory, so that it does not mix with other ranks' output."""
     for number in SIGNALS:
         signal.signal(number, _too_early)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked since `interrupts_held`
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)  # if the launcher dies, save a checkpoint and stop
     if asked.value:
         os._exit(STOPPED)

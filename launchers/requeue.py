@@ -139,16 +139,18 @@ def decide(
     earlier: Sequence[Mapping[str, Any]],
     progress: tuple[int, int],
     limit: int,
+    forgotten: bool = False,
 ) -> Verdict:
     """Decides whether the job starts again.
 
     Args:
         end: how this start ended.
         start: this start. It may be an orphan: Slurm may already have started the job again elsewhere.
-        job: Slurm's current record of the job; None if Slurm does not answer.
+        job: Slurm's current record of the job; None if Slurm does not answer, or has none.
         earlier: the lines of `requeues.jsonl`.
         progress: the result of `progress_of` for the run.
         limit: the most restarts after crashes; requested stops do not count.
+        forgotten: whether Slurm has answered that it does not know the job.
     """
     if end.kind == "finished":
         return Verdict(False)
@@ -156,6 +158,8 @@ def decide(
         return Verdict(False, "a retry would fail the same way")
     if end.kind == "interrupted":
         return Verdict(False, "a user asked it to stop")
+    if job is None and forgotten:
+        return Verdict(False, f"Slurm answers, but no longer knows the job; {AGAIN}")
     if job is None:
         return Verdict(False, f"this node cannot reach Slurm; {AGAIN}")
     if job.restarts != start.restart:
@@ -237,7 +241,7 @@ def _decide_and_requeue(
             unheard = str(error)
         preempted = job is not None and job.preempted
         end = how_it_ended(code, reports, signals, preempted)
-        verdict = decide(end, start, job, earlier, progress, limit)
+        verdict = decide(end, start, job, earlier, progress, limit, forgotten=job is None and not unheard)
         if verdict.requeue:
             try:
                 slurm_queue.requeue(start.job)

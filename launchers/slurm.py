@@ -37,6 +37,7 @@ OWN_OPTIONS = {
     "job-name": "--run-dir",
 }
 ONE = Count(1, 1)
+RANK_CORES = 2  # for a rank's own threads, besides its data workers
 RESERVED = ("ntasks", "array", "requeue", "no-requeue", "open-mode", "output", "error", "chdir")
 
 
@@ -48,7 +49,7 @@ class JobRequest:
         nodes: number of nodes, or a range of it.
         gpus_per_node: GPUs on each node, one task per GPU; None on nodes without GPUs.
         tasks_per_node: tasks on each node without GPUs.
-        cpus_per_task: CPU cores for each task.
+        cpus_per_task: CPU cores for each task; None until `with_cores` has chosen it.
         time: time limit of one start, in sbatch's format (see `seconds`).
         partition: as in sbatch.
         account: as in sbatch.
@@ -138,7 +139,7 @@ def submit(recipe: Recipe, run: Path, request: JobRequest) -> JobFile:
     """
     run = run.absolute()
     check_name(run)
-    request = narrow(recipe, request)
+    request = with_cores(recipe, narrow(recipe, request))
     check_cluster(request)
     check(recipe, run, request)
     from scaleprog.launchers.task import task
@@ -162,7 +163,7 @@ def script(recipe: Recipe, run: Path, request: JobRequest) -> str:
     """The batch script that `submit` would queue. Raises ScaleprogError as `submit` does, but works without Slurm."""
     run = run.absolute()
     check_name(run)
-    request = narrow(recipe, request)
+    request = with_cores(recipe, narrow(recipe, request))
     check(recipe, run, request)
     executor = make_executor(run, request)
     return executor._make_submission_file_text(executor._submitit_command_str, "")
@@ -188,6 +189,38 @@ def narrow(recipe: Recipe, request: JobRequest) -> JobRequest:
     return replace(request, nodes=nodes)
 
 
+def with_cores(recipe: Recipe, request: JobRequest) -> JobRequest:
+    """Chooses the cores of each task, unless the user has: one per data worker and two for the rank itself.
+
+    Raises:
+        ScaleprogError: the user has requested fewer.
+    """
+    workers = recipe.data.workers
+    if request.cpus_per_task is None:
+        by_gpu = "cpus-per-gpu" in request.further()  # sbatch takes only one of the two
+        return request if by_gpu else replace(request, cpus_per_task=workers + RANK_CORES)
+    if workers and request.cpus_per_task < workers + RANK_CORES:
+        fits = max(0, request.cpus_per_task - RANK_CORES)
+        raise ScaleprogError(
+            f"--cpus-per-task {request.cpus_per_task}: each rank has data.workers, {workers}, decoding processes, and "
+            f"needs {RANK_CORES} more cores for itself; use --cpus-per-task {workers + RANK_CORES} or more, or "
+            f"data.workers={fits}"
+        )
+    return request
+
+
+def check_cores(request: JobRequest) -> None:
+    """Raises ScaleprogError if no node of the partition has the cores for its tasks."""
+    there = slurm_queue.cores(request.partition)
+    needed = request.tasks * (request.cpus_per_task or 1)
+    if there is not None and needed > there:
+        raise ScaleprogError(
+            f"{request.tasks} tasks per node with {request.cpus_per_task} cores each (--cpus-per-task; by default "
+            f"data.workers + {RANK_CORES}) need {needed} cores, and the largest node of the partition has {there}; "
+            "lower data.workers, or put fewer tasks on each node"
+        )
+
+
 def check(recipe: Recipe, run: Path, request: JobRequest) -> None:
     """Raises ScaleprogError for every error that the job would otherwise meet at its start."""
     request.check()
@@ -198,7 +231,7 @@ def check(recipe: Recipe, run: Path, request: JobRequest) -> None:
 
 
 def check_cluster(request: JobRequest) -> None:
-    """Raises ScaleprogError unless this machine has Slurm, and Slurm has the requested partitions."""
+    """Raises ScaleprogError unless this machine has Slurm, and Slurm has the requested partitions and cores."""
     if shutil.which("sbatch") is None:
         raise ScaleprogError(
             "no Slurm on this machine: sbatch not found; submit from a cluster's login node, or train on this machine "
@@ -208,6 +241,7 @@ def check_cluster(request: JobRequest) -> None:
     for name in (request.partition or "").split(","):
         if name and name not in known:
             raise ScaleprogError(f"--partition {name}: no such partition; available: {', '.join(known)}")
+    check_cores(request)
 
 
 def make_executor(run: Path, request: JobRequest) -> Any:
@@ -271,7 +305,7 @@ def setup(run: Path, code: Path, request: JobRequest) -> list[str]:
         f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export SUBMITIT_PREEMPT_SIGNAL=USR2",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
-        f'after() {{ {requeue} "$1" {request.max_restarts}; exit $?; }}',
+        f"after() {{ trap '' TERM INT USR2; {requeue} \"$1\" {request.max_restarts}; exit $?; }}",
         "trap : TERM INT USR2  # the tasks get these signals too; this shell waits for the tasks",
         "trap 'after $?' EXIT",
     ]

@@ -103,14 +103,15 @@ def take(recipe: "Recipe", run: Path) -> Path:
             )
         if not folder.exists():
             temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-            for name, content in sources.items():
-                path = temporary / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
             try:
-                temporary.rename(folder)
-            except OSError:
-                shutil.rmtree(temporary)  # another process created the folder first
+                for name, content in sources.items():
+                    path = temporary / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content)
+                with suppress(OSError):  # another process created the folder first
+                    temporary.rename(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
         verify(folder)
         write_whole(run / "recipe.yaml", recipe.dump())
     except OSError as error:
@@ -147,6 +148,14 @@ def check_free(recipe: "Recipe", run: Path, mine: str | None = None) -> None:
     from scaleprog.rundir.lease import check_recipe, is_alive, read_owner
 
     check_recipe(run, recipe)
+    check_job(run)
+    owner = read_owner(run)
+    if owner is not None and (mine is None or owner.job != mine) and is_alive(owner, run):
+        raise CheckpointError(f"{run} is in use by process {owner.pid} on {owner.host}; use another --run-dir")
+
+
+def check_job(run: Path) -> None:
+    """Raises CheckpointError if the Slurm job that `job.json` names is queued or running."""
     job = None
     if (last := JobFile.read(run)) is not None:
         with suppress(slurm_queue.NoAnswer):
@@ -156,9 +165,6 @@ def check_free(recipe: "Recipe", run: Path, mine: str | None = None) -> None:
             f"{run} belongs to job {job.id}, which is {job.state}; cancel it with `scaleprog cancel {run}`, or use "
             "another --run-dir"
         )
-    owner = read_owner(run)
-    if owner is not None and (mine is None or owner.job != mine) and is_alive(owner, run):
-        raise CheckpointError(f"{run} is in use by process {owner.pid} on {owner.host}; use another --run-dir")
 
 
 def prepare(recipe: Path, run: Path, overrides: Sequence[str]) -> Path:
@@ -177,7 +183,9 @@ def prepare(recipe: Path, run: Path, overrides: Sequence[str]) -> Path:
     Raises:
         ScaleprogError: the recipe is invalid, or the run directory belongs to something else or is damaged.
     """
-    job = os.environ["SLURM_JOB_ID"]
+    job = os.environ.get("SLURM_JOB_ID", "")
+    if not re.fullmatch(JOB_ID, job):
+        raise ScaleprogError(f"SLURM_JOB_ID is {as_text(job, most=60)!r}, so this is not a Slurm job")
     last = JobFile.read(run)
     restart = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
     if restart and last is not None and last.job == job and (run / last.code).is_dir():
@@ -189,7 +197,7 @@ def prepare(recipe: Path, run: Path, overrides: Sequence[str]) -> Path:
     loaded = Recipe.load(recipe, overrides)
     check_free(loaded, run, job)  # a refused job may have replaced this job's job.json
     code = take(loaded, run)
-    JobFile(job, os.environ["SLURM_JOB_NAME"], str(code.relative_to(run))).write(run)
+    JobFile(job, os.environ.get("SLURM_JOB_NAME", ""), str(code.relative_to(run))).write(run)
     return code
 
 
@@ -208,4 +216,4 @@ if __name__ == "__main__":
         print(prepare(Path(sys.argv[1]), Path(sys.argv[2]).absolute(), sys.argv[3:]))
     except ScaleprogError as mistake:
         print(f"scaleprog: {as_text(mistake, lines=True)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(mistake.exit_code)

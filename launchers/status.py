@@ -20,7 +20,7 @@ from scaleprog.recipe import Recipe
 from scaleprog.reporting.timeline import still_told
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.accuracies import Accuracies
-from scaleprog.rundir.lease import ask_to_stop, is_alive, read_owner
+from scaleprog.rundir.lease import ask_to_stop, is_alive, read_owner, runs
 from scaleprog.rundir.planned import read_plan
 from scaleprog.rundir.reading import read, read_object
 from scaleprog.rundir.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, Results
@@ -322,8 +322,14 @@ def cancel(run: Path) -> str:
             )
         slurm_queue.cancel(job.id)
         done = f"canceled job {job.id}, which was {job.state}"
-    elif owner is not None and owner.job is None and is_alive(owner, run):
-        if owner.host != socket.gethostname():
+    elif owner is not None and is_alive(owner, run):
+        elsewhere = owner.host != socket.gethostname()
+        if owner.job is not None and (elsewhere or not runs(owner, run)):
+            raise ScaleprogError(
+                f"{run} is being trained on {owner.host} by job {owner.job}; run `scaleprog cancel` there, or "
+                f"`scancel {owner.job}`, which ends everything in that job"
+            )
+        if elsewhere:
             raise ScaleprogError(f"{run} is being trained on {owner.host}; run `scaleprog cancel` there")
         ask_to_stop(owner, run)
         done = f"asked process {owner.pid} to save a checkpoint and stop"

@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text
-from scaleprog.launchers.exits import FINISHED, STOPPED, exit_by
+from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED, exit_by
 from scaleprog.launchers.requeue import Attempt, has_reported, report
-from scaleprog.ranks.rendezvous import INTERFACES, LOOPBACK, STORE
+from scaleprog.ranks.rendezvous import INTERFACES, LOOPBACK, MEET_LIMIT, STORE
 from scaleprog.ranks.stop import SIGNALS
 from scaleprog.recipe import Recipe
 from scaleprog.rundir import slurm_queue
@@ -182,7 +182,8 @@ def describe(variables: Mapping[str, str]) -> str:
     by = [f"{kind} on {variables.get(f'{kind.upper()}_SOCKET_IFNAME', 'its own choice')}" for kind in ("gloo", "NCCL")]
     return (
         f"job {variables['SLURM_JOB_ID']}: {variables['WORLD_SIZE']} ranks on {nodes}, "
-        f"meeting at {variables['MASTER_ADDR']}:{variables['MASTER_PORT']}; {', '.join(by)}"
+        f"meeting at {variables['MASTER_ADDR']}:{variables['MASTER_PORT']} within {MEET_LIMIT.seconds // 60} min; "
+        f"{', '.join(by)}"
     )
 
 
@@ -200,4 +201,7 @@ def tell_time_limit(start: Attempt) -> None:
 
 
 if __name__ == "__main__":
+    if "SLURM_JOB_ID" not in os.environ or "SLURM_PROCID" not in os.environ:
+        print("scaleprog: not a task of a Slurm job: srun starts this module; use `scaleprog train`", file=sys.stderr)
+        sys.exit(MISTAKE)
     task(Path(sys.argv[1]))

@@ -6,18 +6,21 @@ Each command imports what it needs, so that `scaleprog --help` does not wait for
 import json
 import re
 import shlex
+import signal
 import sys
 from dataclasses import asdict
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from scaleprog.errors import EXIT_CODE, INTERRUPTED_CODE, MISTAKE_CODE, Preempted, ScaleprogError
+import scaleprog
+from scaleprog.errors import INTERRUPTED_CODE, Preempted, ScaleprogError
 from scaleprog.files.atomic import write_whole
 from scaleprog.files.display import as_text
 from scaleprog.recipe.numbers import MOST_RANKS
@@ -134,9 +137,11 @@ def train(
 
     On TERM, INT or USR2 it writes a checkpoint and exits with code 75; the same command resumes from it.
     """
-    from scaleprog.launchers.local import launch, ranks_to_start
+    from scaleprog.launchers.local import check_devices, launch, ranks_to_start
+    from scaleprog.launchers.snapshot import check_job
     from scaleprog.launchers.world import Count
     from scaleprog.planning.plan import plan_start
+    from scaleprog.ranks.rendezvous import of_another_launcher
     from scaleprog.recipe import Recipe
     from scaleprog.recipe.worlds import Worlds
     from scaleprog.rundir.storage import committed
@@ -149,7 +154,14 @@ def train(
     loaded = Recipe.load(recipe, overrides or ())
     folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
     baseline_seconds = None if baseline is None else train_seconds(baseline)
+    check_job(folder)
+    if strangers := of_another_launcher():
+        _say(
+            f"another launcher has set {strangers}; scaleprog ignores that and starts all ranks itself: {ranks} on "
+            "this machine (--nproc). For several machines, use `scaleprog submit`"
+        )
     if ranks.fixed:
+        check_devices(ranks.most)
         plan_start(loaded, ranks.most, ranks.most)  # before any process is started
     if ranks.most == 1 and restarts == 0:
         train_rank(loaded, folder)
@@ -183,7 +195,9 @@ def submit(
     ] = "1",
     gpus_per_node: Annotated[int | None, typer.Option(min=1, max=1024, help="GPUs per node, one rank each.")] = None,
     tasks_per_node: Annotated[int | None, typer.Option(min=1, max=1024, help="Ranks per node without GPUs.")] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(min=1, max=1024)] = None,
+    cpus_per_task: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="CPU cores per rank; default data.workers + 2.")
+    ] = None,
     time: Annotated[str | None, typer.Option(help="Time limit of one start: minutes, HH:MM:SS or D-HH:MM:SS.")] = None,
     partition: Annotated[str | None, typer.Option()] = None,
     account: Annotated[str | None, typer.Option()] = None,
@@ -407,20 +421,36 @@ def show(results: Results, folder: Path) -> None:
 
 
 def main() -> None:
-    """Entry point: reports a mistake of the user's in plain words, and exits with a code that is not 0."""
+    """Entry point: reports a known error in plain words, and exits with the error's code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # where the terminal's alphabet lacks a letter
+    before = signal.getsignal(signal.SIGINT)
+    if before is scaleprog._leave_quietly:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except Preempted as error:
         _say(f"{error}; the same command resumes from the last checkpoint")
-        sys.exit(EXIT_CODE)
+        sys.exit(error.exit_code)
     except ScaleprogError as error:
         _say(str(error))
-        sys.exit(MISTAKE_CODE)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED_CODE)
+    finally:
+        if before is scaleprog._leave_quietly:
+            signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Handles Ctrl-C: raises KeyboardInterrupt, except during an import, which may hide it, print it or change it."""
+    at = frame
+    while at is not None:
+        if at.f_code.co_filename.startswith("<frozen importlib"):
+            scaleprog._leave_quietly(number, frame)
+        at = at.f_back
+    raise KeyboardInterrupt
 
 
 def _say(message: str) -> None:

@@ -1,5 +1,7 @@
 """Errors for the user: every failure that is not a bug in scaleprog ends in one of these, without a traceback."""
 
+CRASH_CODE = 1
+"""Exit code of a process that failed by a bug, or by something that may go away: worth another start."""
 EXIT_CODE = 75
 """Exit code of a process that was asked to stop and left a checkpoint; BSD's EX_TEMPFAIL, "try again"."""
 MISTAKE_CODE = 2
@@ -10,6 +12,9 @@ INTERRUPTED_CODE = 130
 
 class ScaleprogError(Exception):
     """A problem that the user can fix; the message says what, where and how."""
+
+    exit_code = MISTAKE_CODE
+    """Exit code of a process that ends by this error."""
 
 
 class RecipeError(ScaleprogError):
@@ -42,6 +47,12 @@ class Unavailable(ScaleprogError):
     Launchers treat it as a crash and start the run again.
     """
 
+    exit_code = CRASH_CODE
+
+
+class WorkerDied(DataError, Unavailable):
+    """A worker that builds or checks shards was killed, perhaps because memory ran out."""
+
 
 class Diverged(ScaleprogError):
     """A loss or a gradient that is no longer a finite number."""
@@ -61,6 +72,8 @@ class Superseded(ScaleprogError):
 
 class Preempted(ScaleprogError):
     """A run that has stopped because it was asked to; the same command resumes it from its last checkpoint."""
+
+    exit_code = EXIT_CODE
 
     def __init__(self, message: str, reason: str | None = None) -> None:
         """`reason`: the name of a signal, or "time limit"; None if unknown."""

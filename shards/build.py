@@ -90,7 +90,11 @@ def build(
             shards = run_all(_write, jobs, label=f"{out}: shards written", workers=workers)
         written = {split: tuple(shard for job, shard in zip(jobs, shards) if job[0] == split) for split in splits}
         manifest = Manifest(str(out), tuple(classes), written, source)
-        _publish(manifest)
+        try:
+            _publish(manifest)
+        except BaseException:
+            _withdraw(manifest)
+            raise
     except OSError as error:
         raise DataError(f"{out}: cannot write shards: {error}. Fix this, then run the same command again.") from error
     counts = ", ".join(f"{manifest.samples(split)} {split} samples in {len(written[split])} shards" for split in splits)
@@ -131,6 +135,15 @@ def _publish(manifest: Manifest) -> None:
     sync_folder(out)
     manifest.save()
     Path(out, STAGING).rmdir()
+
+
+def _withdraw(manifest: Manifest) -> None:
+    """Removes all shards of a build that has no manifest: the next build writes them again."""
+    out = Path(manifest.root)
+    for shard in chain(*manifest.splits.values()):
+        if not (out / NAME).exists():
+            (out / shard.name).unlink(missing_ok=True)
+    shutil.rmtree(out / STAGING, ignore_errors=True)
 
 
 def _intact(manifest: Manifest, shard: Shard) -> bool:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from scaleprog.data.decode import problem_of
 from scaleprog.data.manifest import NAME, SHARD_NAME, Manifest, Shard
+from scaleprog.data.shard import IMAGE_EXTENSIONS
 from scaleprog.errors import DataError
 from scaleprog.files.display import as_text
 from scaleprog.recipe.numbers import MOST_CLASSES
 from scaleprog.shards.build import SPLITS, shard_files
 from scaleprog.shards.image_files import some
 from scaleprog.shards.pool import listed, run_all
-from scaleprog.shards.samples import image_extension, read_label, read_members
+from scaleprog.shards.samples import image_extension, read_label, read_members, why_incomplete
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,12 @@ def write_manifest(out: Path, classes: Sequence[str] | None = None, *, workers: 
     """
     paths = shard_files(out)
     if not paths:
+        packed = [path.name for split in SPLITS for path in sorted(out.glob(f"{split}-*.tar.*"))] + [
+            path.name for split in SPLITS for path in sorted(out.glob(f"{split}-*.tgz"))
+        ]
+        hint = f"; {packed[0]} is compressed: unpack it to a plain tar" if packed else ""
         raise DataError(
-            f"{out}: no shards named train-*.tar or val-*.tar; give the folder that holds them, or rename them"
+            f"{out}: no shards named train-*.tar or val-*.tar; give the folder that holds them, or rename them{hint}"
         )
     if classes is None and Path(out, NAME).exists():
         classes = Manifest.load(out).classes
@@ -129,6 +134,10 @@ def read_contents(path: Path, classes: int | None) -> Contents:
                 keys.add(key)
                 contents.labels.add(label)
             except ValueError as error:
+                complete = "cls" in members and any(extension in members for extension in IMAGE_EXTENSIONS)
+                if not complete and (why := why_incomplete(path, key, members)):
+                    contents.problems.append(f"{path}: key {key!r}: {error}: {why}")
+                    return contents  # the other samples have the same problem
                 contents.problems.append(f"{path}: key {key!r}: {error}")
     except DataError as error:
         contents.problems.append(str(error))

@@ -2,17 +2,19 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from scaleprog.errors import DataError
+from scaleprog.errors import DataError, WorkerDied
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -35,7 +37,8 @@ def run_all(
         workers: number of processes; default: one per CPU that this process may use.
 
     Raises:
-        DataError: a job raised it, or a worker died.
+        DataError: a job raised it.
+        WorkerDied: a worker was killed.
     """
     results: dict[int, Result] = {}
     problems: dict[int, str] = {}
@@ -43,7 +46,12 @@ def run_all(
         _executor(min(workers or len(os.sched_getaffinity(0)), len(jobs))) as pool,
         _progress(label, len(jobs)) as advance,
     ):
-        futures = {pool.submit(function, job): index for index, job in enumerate(jobs)}
+        resource_tracker.ensure_running()  # starting it would unblock SIGINT
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the new workers have a handler
+        try:
+            futures = {pool.submit(function, job): index for index, job in enumerate(jobs)}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for future in as_completed(futures):
             index = futures[future]
             try:
@@ -51,7 +59,9 @@ def run_all(
             except DataError as error:
                 problems[index] = str(error)
             except BrokenProcessPool as error:
-                raise DataError(f"{label}: a worker died, perhaps from lack of memory; use fewer --workers.") from error
+                raise WorkerDied(
+                    f"{label}: a worker died, perhaps from lack of memory; use fewer --workers."
+                ) from error
             advance()
     if problems:
         raise DataError(listed([problems[index] for index in sorted(problems)]))
@@ -78,7 +88,12 @@ def _executor(workers: int) -> Iterator[Executor]:
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when its parent dies. Otherwise it would wait for jobs forever and write into the next build."""
+    """Ends this worker when its parent dies. Otherwise it would wait for jobs forever and write into the next build.
+
+    Also ends it without a traceback at Ctrl-C, which a terminal sends to the parent, too.
+    """
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in workers only"
 

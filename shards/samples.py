@@ -4,7 +4,8 @@ This is the WebDataset format, so other WebDataset tools can read these shards, 
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from webdataset.writer import TarWriter
 
 from scaleprog.data import tar
 from scaleprog.data.manifest import MOST_BYTES, Shard
-from scaleprog.data.shard import IMAGE_EXTENSIONS
+from scaleprog.data.shard import EXTENSIONS, IMAGE_EXTENSIONS
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import open_regular
 
@@ -88,6 +89,13 @@ def read_members(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         where = f"after key {key!r}" if key else "at its first sample"
         what = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise DataError(f"{path}: cannot read this tar {where}: {what}. Copy or build it again.") from error
+
+
+def why_incomplete(path: Path, key: str, extensions: Collection[str]) -> str:
+    """What explains that a sample of a shard lacks its image or its label; empty if nothing does."""
+    with suppress(OSError), open_regular(path) as file:
+        return tar.why_incomplete(file, os.fstat(file.fileno()).st_size, key, extensions, EXTENSIONS)
+    return ""
 
 
 def image_extension(members: Mapping[str, bytes]) -> str:

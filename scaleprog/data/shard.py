@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakValueDictionary
@@ -17,6 +18,7 @@ from scaleprog.errors import DataError, Unavailable
 from scaleprog.files.atomic import open_regular
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+EXTENSIONS = (*IMAGE_EXTENSIONS, "cls")
 NO_FILE = (errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 """Errors for a path that is not a regular file; another attempt would fail, too."""
 
@@ -142,19 +144,25 @@ def _verify(content: bytes, shard: Shard, path: str) -> None:
 def _parse(content: bytes, shard: Shard, path: str, classes: int) -> LoadedShard:
     keys, starts, ends, labels = dict[str, None](), list[int](), list[int](), list[int]()
     file = io.BytesIO(content)
+
+    def explained(files: Collection[str]) -> str:
+        return tar.why_incomplete(io.BytesIO(content), len(content), key, files, EXTENSIONS) or "rebuild the shard"
+
     try:
         for key, files in tar.samples(file, len(content)):
             where = f"{path}: sample {key!r}"
             images = [files[extension] for extension in IMAGE_EXTENSIONS if extension in files]
             if len(images) != 1:
                 count = f"{len(images)} images" if images else "no image"
-                raise DataError(f"{where} has {count} ({', '.join(IMAGE_EXTENSIONS)}); rebuild the shard")
+                raise DataError(f"{where} has {count} ({', '.join(IMAGE_EXTENSIONS)}); {explained(files)}")
+            if "cls" not in files:
+                raise DataError(f"{where}: its label (.cls) is b'', because there is no such file; {explained(files)}")
             if key in keys:
                 raise DataError(f"{where} occurs twice; rebuild the shard")
             keys[key] = None
             starts.append(images[0].start)
             ends.append(images[0].start + images[0].size)
-            labels.append(_label(tar.read(file, files["cls"]) if "cls" in files else b"", classes, where))
+            labels.append(_label(tar.read(file, files["cls"]), classes, where))
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: not a tar of samples ({error}); rebuild the shard") from error
     if len(keys) != shard.samples:

@@ -5,7 +5,7 @@ small file exhaust memory, and a shard needs none of them: it is a plain tar (us
 """
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -16,6 +16,13 @@ LONGEST_HEADER, LONGEST_NAME = 64 * 2**10, 4096
 SMALLEST_SAMPLE = 2 * BLOCK
 """Bytes in the headers of an image and a label."""
 _LEFT_OUT = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a FIFO"}
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gzip -dc"),
+    b"BZh": ("bzip2", "bzip2 -dc"),
+    b"\xfd7zXZ\0": ("xz", "xz -dc"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -dc"),
+    b"\x04\x22\x4d\x18": ("lz4", "lz4 -dc"),
+}
 _PLAIN = (b"0", b"\0", b"7")
 
 
@@ -57,6 +64,34 @@ def samples(file: BinaryIO, size: int) -> Iterator[tuple[str, dict[str, Member]]
         yield current, files
 
 
+def why_incomplete(file: BinaryIO, size: int, key: str, extensions: Collection[str], known: Collection[str]) -> str:
+    """What explains that a sample lacks its image or its label, and what to do; empty if nothing does.
+
+    Args:
+        file: the tar, of `size` bytes.
+        size: its bytes.
+        key: the key of the sample.
+        extensions: the extensions of the files that belong to it.
+        known: the extensions of images and labels.
+    """
+    dotted = [extension for extension in extensions if extension.rpartition(".")[2] in known and "." in extension]
+    if dotted:
+        return (
+            f"a key ends at the first dot of a file's name, so {key}.{dotted[0]} has the key {key!r} and the extension "
+            f"{dotted[0]!r}; rename the files so that only their extensions follow a dot"
+        )
+    try:
+        apart = sum(found == key for found, _ in samples(file, size)) > 1
+    except (ValueError, OSError):
+        return ""
+    if apart:
+        return (
+            "its files are in the tar, but not one after the other; pack them in the order of their names, for example "
+            "with `tar --sort=name`"
+        )
+    return ""
+
+
 def read(file: BinaryIO, member: Member) -> bytes:
     """The bytes of a member. Raises OSError, or ValueError if the file has been truncated in the meantime."""
     file.seek(member.start)
@@ -80,7 +115,8 @@ def _members(file: BinaryIO, size: int) -> Iterator[Member]:
         file.seek(at)
         header = file.read(BLOCK)
         if len(header) < BLOCK or (any(header) and not _sound(header)):
-            raise ValueError(f"no end marker at byte {at}; truncated or damaged")
+            instead = _other_kind(header, size) if at == 0 else ""
+            raise ValueError(f"no end marker at byte {at}; {instead or 'truncated or damaged'}")
         if not any(header):
             break
         kind = header[156:157]
@@ -113,6 +149,22 @@ def _members(file: BinaryIO, size: int) -> Iterator[Member]:
         if not (rest := file.read(2**20)) or rest.strip(b"\0"):
             raise ValueError(f"no end marker at byte {at}; truncated or damaged")
         at += len(rest)
+
+
+def _other_kind(start: bytes, size: int) -> str:
+    """What a file that begins with `start` is instead of a tar, and what to do; empty if unknown."""
+    if not size:
+        return "the file is empty"
+    for magic, (name, command) in _COMPRESSED.items():
+        if start.startswith(magic):
+            return f"it is compressed with {name}, whatever its name says; unpack it with `{command}` to a plain tar"
+    if start.startswith(b"PK\x03\x04"):
+        return "it is a ZIP archive, whatever its name says; pack its files as a plain tar"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself; run `git lfs pull`"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "it is a web page, not the file itself; download the file again"
+    return ""
 
 
 def _sound(header: bytes) -> bool:

@@ -1,12 +1,12 @@
-"""Atomic writes of small files, which an interruption cannot leave half done, and file locks."""
+"""Atomic writes, which an interruption cannot leave half done, and file locks."""
 
 import errno
 import fcntl
 import os
 import stat
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, Literal, overload
@@ -56,16 +56,22 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_parts(path: Path, parts: Iterable[bytes]) -> None:
     """Like `write_whole`, part by part."""
+    with replaced(path) as temporary, open(temporary, "xb") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yields where to write a new file, which then replaces the one at `path`; if the block raises, nothing remains."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with suppress(FileNotFoundError):
             temporary.unlink()  # left by an earlier process with this number, or a link to a foreign file
-        with open(temporary, "xb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,10 +22,18 @@ NAMED = 8  # most different values that an error names
 def process_group(deterministic: bool = False) -> Iterator[tuple["Coordinator", torch.device]]:
     """Joins the ranks of this process's launcher, or runs as the only rank; yields the ranks and this rank's device.
 
-    `deterministic`: whether CUDA computes the same bits in every process. Raises Unavailable.
+    `deterministic`: whether CUDA computes the same bits in every process.
+
+    Raises Unavailable, or ScaleprogError if this node has fewer CUDA devices than ranks.
     """
     place = Place.current()
     if torch.cuda.is_available():
+        if place.local_rank >= torch.cuda.device_count():
+            raise ScaleprogError(
+                f"rank {place.rank} is number {place.local_rank + 1} of the {place.local_world} ranks on "
+                f"{socket.gethostname()}, and needs a CUDA device of its own; CUDA devices available there: "
+                f"{torch.cuda.device_count()}; request as many GPUs as ranks on each node"
+            )
         if deterministic:
             pin_algorithms()
         device = torch.device("cuda", place.local_rank)

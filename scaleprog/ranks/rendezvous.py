@@ -1,11 +1,14 @@
 """Where the ranks of a run meet: an unnamed file on one machine, or a port at rank 0's address on several machines.
 
-Only scaleprog's launchers name this place. A process that they did not start runs alone, even if its shell still
-holds variables of another job (MASTER_ADDR, RANK, and the like).
+Only scaleprog's launchers name this place. A process that they did not start runs alone, even if another launcher has
+set variables such as MASTER_ADDR and RANK (torchrun, Kubeflow), or its shell still holds those of another job.
 """
 
+import fcntl
 import os
+import re
 import socket
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +16,15 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from scaleprog.errors import Unavailable
+from scaleprog.errors import ScaleprogError, Unavailable
 
 STORE = "SCALEPROG_STORE"
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-JOIN_LIMIT = timedelta(minutes=30)
+MEET_LIMIT = timedelta(minutes=10)  # how long a rank waits for the others at a start
+JOIN_LIMIT = timedelta(minutes=30)  # how long a collective waits
 BACKLOG = 4096  # ranks that may connect at the same time
 LOOPBACK = "lo"
+SIOCGIFFLAGS, SIOCGIFADDR, IFF_UP = 0x8913, 0x8915, 1
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """The variables that tell gloo and NCCL which network interface to use."""
 
@@ -66,11 +71,20 @@ class Place:
         """
         changed = self.variables() | (dict.fromkeys(INTERFACES, LOOPBACK) if self.on_one_machine else {})
         before = {name: os.environ.get(name) for name in changed}
+        if self.on_one_machine:
+            check_loopback()
         os.environ |= changed
         try:
-            dist.init_process_group(
-                backend, store=self._open(), rank=self.rank, world_size=self.world, timeout=JOIN_LIMIT
-            )
+            try:
+                dist.init_process_group(
+                    backend, store=self._open(), rank=self.rank, world_size=self.world, timeout=JOIN_LIMIT
+                )
+            except dist.DistError as error:
+                raise Unavailable(
+                    f"rank {self.rank} on {socket.gethostname()}: the {self.world} ranks have not met at "
+                    f"{self.store.partition(':')[2]} within {MEET_LIMIT.seconds // 60} min ({_first_line(error)}); do "
+                    "all of them run, and can they reach this address?"
+                ) from error
             yield
         finally:
             for name, value in before.items():
@@ -88,8 +102,40 @@ class Place:
         # torch's own socket would listen on every interface
         listener = _listen(address, int(port)) if self.rank == 0 else None
         return dist.TCPStore(
-            address, int(port), self.world, listener is not None, JOIN_LIMIT, master_listen_fd=listener
+            address, int(port), self.world, listener is not None, MEET_LIMIT, master_listen_fd=listener
         )
+
+
+def of_another_launcher(variables: Mapping[str, str] = os.environ) -> str:
+    """What another launcher has set for a process of several, for a message; empty if nothing."""
+    world = variables.get("WORLD_SIZE", "")
+    if variables.get(STORE) or not re.fullmatch("[0-9]{1,9}", world) or int(world) < 2:
+        return ""
+    return ", ".join(
+        f"{name}={variables[name]!r}" for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name in variables
+    )
+
+
+def check_loopback() -> None:
+    """Raises ScaleprogError unless the loopback interface is up and has an address, as gloo needs even for one rank."""
+    name = struct.pack("256s", LOOPBACK.encode())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            (flags,) = struct.unpack_from("H", fcntl.ioctl(probe, SIOCGIFFLAGS, name), 16)
+            fcntl.ioctl(probe, SIOCGIFADDR, name)
+            problem = "" if flags & IFF_UP else "is down"
+        except OSError as error:
+            problem = f"has no IPv4 address ({error.strerror})"
+    if problem:
+        raise ScaleprogError(
+            f"{socket.gethostname()}: the loopback interface {LOOPBACK!r} {problem}, and the ranks of one machine meet "
+            f"there; run `ip link set {LOOPBACK} up` (and `ip address add 127.0.0.1/8 dev {LOOPBACK}` if it has no "
+            "address), or start the container with a network"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _listen(address: str, port: int) -> int:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from scaleprog.files.atomic import replaced
 from scaleprog.files.display import as_label
 from scaleprog.growth.search import Decision
 from scaleprog.growth.space import Subnet
@@ -121,7 +122,8 @@ def save(figure: Figure, path: Path) -> None:
     """Writes a picture, at a lower resolution if it would be too tall to draw."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # glyphs that the font lacks, labels that leave no room
-        figure.savefig(path, dpi=min(DPI, MOST_PIXELS / figure.get_figheight()))
+        with replaced(path) as temporary:
+            figure.savefig(temporary, dpi=min(DPI, MOST_PIXELS / figure.get_figheight()), format=path.suffix[1:])
 
 
 def some(points: Sequence[T]) -> Sequence[T]:

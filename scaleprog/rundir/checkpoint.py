@@ -25,6 +25,7 @@ from scaleprog.rundir.storage import (
     Manifest,
     Stored,
     committed,
+    discard,
     opened,
     prepare,
     publish,
@@ -301,6 +302,7 @@ class Checkpoints:
             group.on_rank_0("retire", lambda: _on_disk(self.folder, delete_older))
         except (CheckpointError, Unavailable) as failure:
             error = f"{temporary}: not written ({reason(failure)})"
+            group.on_rank_0("remove", lambda: discard(temporary))  # it may fill the disk
         poisoned = error is not None and POISONED in error
         if error is not None and not poisoned:
             error += "; is the disk full or over quota?"

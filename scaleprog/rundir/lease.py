@@ -2,7 +2,11 @@
 
 After a network failure, Slurm may restart a job while its old processes keep running for minutes. So each start takes
 the directory over with a generation, a number higher than the last one. An older start that wants to commit or delete
-a checkpoint finds the higher number and must exit. Two jobs on one directory are a mistake, and the second one fails.
+a checkpoint finds the higher number and must exit.
+
+A start is a process, not a job: a shell inside an allocation, or one that has outlived it, can start several. A process
+takes over from an earlier attempt of its own job, and from a start that has ended. Two living starts on one directory
+are a mistake, and the second one fails.
 """
 
 import json
@@ -10,9 +14,11 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,10 +34,12 @@ if TYPE_CHECKING:  # a caller that only asks who owns a run should not wait for 
     from scaleprog.ranks.coordinator import Coordinator
 
 OWNER = "owner.json"
+BEAT_SECONDS = 20.0  # between two heartbeats, whatever the rank is doing
 SILENT_SECONDS = 120.0  # without a heartbeat for this long, an unreachable owner on another host counts as gone
 LOCK_SECONDS = 90.0  # longer than the holder of the lock waits for Slurm
 SHARED_SECONDS = 60.0  # a network file system may take this long to show a new file on other nodes
 OWNER_BYTES = 2**16
+BATCH = "batch"
 LARGEST_PID = 2**22
 
 
@@ -47,13 +55,17 @@ class Owner:
     pid: int
     started: str | None
     """When the process started, in kernel clock ticks."""
+    step: str | None = None
+    """The Slurm step that the process belongs to: a number, or "batch"; None outside a job, even in a shell that
+    `salloc` started, because such a process may outlive the allocation."""
 
     @classmethod
     def of(cls, values: Any) -> "Owner":
         """Builds an Owner from parsed JSON. Raises ValueError with the name of the bad field."""
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
-        values = {"nonce": "", "started": None, **values}  # no decision depends on their absence
+        # earlier versions wrote no step
+        values = {"nonce": "", "started": None, "step": None if values.get("job") is None else BATCH, **values}
         for name, fits in FITS.items():
             if name not in values or not fits(values[name]):
                 raise ValueError(f"{name} is {json.dumps(values.get(name))[:80]}")
@@ -80,6 +92,7 @@ FITS: dict[str, Callable[[Any], bool]] = {
     "host": lambda value: isinstance(value, str) and value.isprintable() and 1 <= len(value) <= 255,
     "pid": _whole(1, LARGEST_PID),
     "started": lambda value: value is None or _text(r"[0-9]{1,20}")(value),
+    "step": lambda value: value is None or _text(rf"[0-9]{{1,10}}|{BATCH}")(value),
 }
 """Checks for the value of each field of an Owner."""
 
@@ -132,7 +145,21 @@ def take_lease(folder: Path, recipe: Recipe, coordinator: "Coordinator") -> Leas
             f"{folder}: {', '.join(blind)} cannot see what rank 0 on {ranks[0][1][1]} wrote there; "
             "use a --run-dir on a file system that all nodes share"
         )
-    return Lease(folder, generation, nonce)
+    lease = Lease(folder, generation, nonce)
+    if coordinator.rank == 0:
+        threading.Thread(target=_keep_beating, args=(weakref.ref(lease),), name="heartbeat", daemon=True).start()
+    return lease
+
+
+def _keep_beating(held: "weakref.ref[Lease]") -> None:
+    """Sends heartbeats while someone holds the lease; runs in a thread, because a step may take long."""
+    while (lease := held()) is not None:
+        try:
+            lease.beat()
+        except Superseded:
+            return
+        del lease
+        time.sleep(BEAT_SECONDS)
 
 
 def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
@@ -140,10 +167,12 @@ def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
     with _lock(folder):
         other = read_owner(folder)
         me = _this_process(1 if other is None else other.generation + 1)
-        if other is not None and me.job is not None and other.job == me.job:
-            if other.restart > me.restart:
-                raise Superseded(f"{folder}: {other} has already taken over from restart {me.restart}")
-        elif other is not None and is_alive(other, folder):
+        own_job = other is not None and me.job is not None and other.job == me.job
+        if other is None or (own_job and other.restart < me.restart):
+            pass  # Slurm has ended the earlier attempt, or cannot reach it
+        elif own_job and other.restart > me.restart:
+            raise Superseded(f"{folder}: {other} has already taken over from restart {me.restart}")
+        elif runs(other, folder) if own_job else is_alive(other, folder):
             raise CheckpointError(f"{folder} is in use by {other}; wait for it, cancel it, or use another --run-dir")
         if not FITS["generation"](me.generation):
             raise CheckpointError(f"{folder / OWNER}: the generation is at its maximum; delete the file")
@@ -159,13 +188,30 @@ def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
     return me.generation, me.nonce
 
 
+def job_of(variables: Mapping[str, str] = os.environ) -> tuple[str | None, int, str | None]:
+    """The job, its restart count, and the step of a process that Slurm started; (None, 0, None) for any other.
+
+    A shell of `salloc` has SLURM_JOB_ID, but only the processes that Slurm starts have SLURM_PROCID or a restart count.
+    """
+    job, restart = variables.get("SLURM_JOB_ID"), variables.get("SLURM_RESTART_COUNT", "")
+    if not FITS["job"](job) or not ("SLURM_PROCID" in variables or restart):
+        return None, 0, None
+    step = variables.get("SLURM_STEP_ID")
+    return (
+        job,
+        int(restart) if re.fullmatch("[0-9]{1,9}", restart) else 0,
+        step if step and FITS["step"](step) else BATCH,
+    )
+
+
 def _this_process(generation: int) -> Owner:
-    job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "")
+    job, restart, step = job_of()
     return Owner(
         generation,
         nonce=uuid.uuid4().hex,
-        job=job if FITS["job"](job) else None,
-        restart=int(restart) if re.fullmatch("[0-9]{1,9}", restart) else 0,
+        job=job,
+        restart=restart,
+        step=step,
         host=socket.gethostname(),
         pid=os.getpid(),
         started=_started(os.getpid()),
@@ -203,11 +249,25 @@ def read_owner(folder: Path) -> Owner | None:
 
 
 def is_alive(owner: Owner, folder: Path) -> bool:
-    """Whether that start still runs, according to Slurm, else to its process, else to its heartbeat."""
+    """Whether that start still runs, or belongs to a batch job that is not over and may start it again."""
+    if runs(owner, folder):
+        return True
     if owner.job is not None:
         with suppress(slurm_queue.NoAnswer):
             job = slurm_queue.find(owner.job)
-            return job is not None and not job.over
+            return job is not None and not job.over and job.batch
+    return False
+
+
+def runs(owner: Owner, folder: Path) -> bool:
+    """Whether that start still runs: here, according to its process; elsewhere, to Slurm and to its heartbeat."""
+    if owner.host != socket.gethostname() and owner.job is not None:
+        with suppress(slurm_queue.NoAnswer):
+            job = slurm_queue.find(owner.job)
+            if job is None or job.over or job.restarts > owner.restart:
+                return False
+            if owner.step is not None and owner.step != BATCH and slurm_queue.step_is_over(owner.job, owner.step):
+                return False
     if owner.host == socket.gethostname():
         return owner.pid != os.getpid() and owner.started is not None and _started(owner.pid) == owner.started
     try:
@@ -246,7 +306,8 @@ def _doubt(owner: Owner, folder: Path) -> str:
     if os.geteuid() not in (0, process.stat().st_uid):
         return "which belongs to another user"
     words = (process / "cmdline").read_bytes().split(b"\0")
-    if b"--multiprocessing-fork" not in words and b"scaleprog" not in [os.path.basename(word) for word in words]:
+    known = {b"--multiprocessing-fork", b"scaleprog.launchers.task"} & set(words)
+    if not known and b"scaleprog" not in [os.path.basename(word) for word in words]:
         return "whose command line is not scaleprog's"
     here = folder.stat()
     for link in (process / "fd").iterdir():

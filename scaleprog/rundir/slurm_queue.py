@@ -35,6 +35,7 @@ MOST_HOSTS = 100_000
 SPAN = "[0-9]{1,12}(?:-[0-9]{1,12})?"
 GROUP = rf"(?:\[{SPAN}(?:,{SPAN})*\]|[^][,])+"  # one item of a node list
 LAST_SECOND = 2**33  # in seconds since 1970; anything later is not a time
+FIRST_SPECIAL_STEP = 2**32 - 16  # batch, extern, and interactive steps have the last numbers
 MOST_WORDS = 32  # how many words of a command are examined
 
 
@@ -62,6 +63,8 @@ class Job:
     """Its batch script and the script's arguments, separated by spaces; None if Slurm does not report them."""
     directory: str = ""
     """The working directory of its submission."""
+    batch: bool = True
+    """Whether it has a batch script, which may start a run again; an allocation of `salloc` has none."""
 
     @property
     def over(self) -> bool:
@@ -87,6 +90,35 @@ def find(job: str) -> Job | None:
     return _accounted(job)
 
 
+def step_is_over(job: str, step: str) -> bool:
+    """Whether a numbered step of a running job has ended. Raises NoAnswer."""
+    if not re.fullmatch("[0-9]{1,10}", step) or int(step) >= FIRST_SPECIAL_STEP:
+        raise NoAnswer(f"{as_text(step, most=60)!r} is not the number of a step that Slurm shows")
+    told = _ask("scontrol", "-o", "show", "step", f"{_checked(job)}.{step}")
+    if told.code and "not found" not in told.err + told.out:
+        raise NoAnswer(_last_line(told.err))
+    return told.code != 0
+
+
+def end_of_job(job: str | None, told: float | None) -> float | None:
+    """When Slurm will end the job whose variables this process holds, in seconds since 1970; None: never.
+
+    Asks Slurm, because a shell that outlives its allocation keeps the variables, and a time limit can be changed.
+
+    Args:
+        job: the id of the job, from the environment (None: no job).
+        told: the end of the job, according to the environment (None: not known); used only if Slurm does not answer.
+    """
+    if not job:
+        return None
+    try:
+        found = find(job)
+        end = None if found is None or found.over else found.end
+    except NoAnswer:
+        end = told
+    return end if end is not None and end > time.time() else None
+
+
 def requeue(job: str) -> None:
     """Ends a running job and puts it back into the queue. Raises NoAnswer with Slurm's reason if Slurm refuses."""
     told = _ask("scontrol", "requeue", _checked(job))
@@ -107,6 +139,18 @@ def partitions() -> list[str]:
     if told.code:
         raise NoAnswer(_last_line(told.err))
     return list(dict.fromkeys(told.out.split()))
+
+
+def cores(partition: str | None = None) -> int | None:
+    """The cores of the largest node of a partition (None: of the default ones); None if Slurm does not say."""
+    told = _ask("sinfo", "-h", "-o", "%c %P", *(() if partition is None else (f"--partition={partition}",)))
+    rows = [line.split() for line in told.out.splitlines()]
+    sizes = [
+        int(row[0].rstrip("+"))
+        for row in rows
+        if len(row) == 2 and re.fullmatch("[0-9]{1,9}[+]?", row[0]) and (partition is not None or row[1].endswith("*"))
+    ]
+    return None if told.code or not sizes or any(row[0].endswith("+") for row in rows) else max(sizes)
 
 
 def hosts(nodelist: str) -> list[str]:
@@ -245,6 +289,7 @@ def _read(told: str) -> Job:
         end=float(end) if end is not None and end < LAST_SECOND else None,
         command=None if command is None else command[1],
         directory="" if command is None else command[2],
+        batch=value("BatchFlag") != "0",
     )
 
 

@@ -314,9 +314,15 @@ def publish(temporary: Path, final: Path, manifest: Manifest) -> int:
         file.flush()
         os.fsync(file.fileno())
     sync_folder(temporary)
-    if final.exists():
+    replaces = final.exists()
+    if replaces:
         os.rename(final, _aside(final))
-    os.rename(temporary, final)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if replaces:
+            os.rename(_aside(final), final)
+        raise
     sync_folder(final.parent)
     shutil.rmtree(_aside(final), ignore_errors=True)
     return sum(size for size, _ in manifest.files.values())
@@ -333,6 +339,11 @@ def tidy(folder: Path, most: int | None = None) -> None:
             os.rename(path, final)
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Removes what a failed save has written; never raises OSError."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def retire(folder: Path, step: int, keep: int, protect: Collection[int]) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from scaleprog.data.augment import normalization
 from scaleprog.errors import CheckpointError, DataError, RecipeError, ScaleprogError
+from scaleprog.files.atomic import replaced
 from scaleprog.files.display import as_text
 from scaleprog.models import resolve_family
 from scaleprog.planning.plan import Plan, check_size
@@ -95,7 +96,8 @@ def export_run(run: Path, out: Path, weights: Weights = "best", dtype: Dtype = "
     about |= {key: json.dumps(value) for key, value in shown.items()}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, out, about)
+        with replaced(out) as temporary:
+            save_file(tensors, temporary, about)
     except (OSError, SafetensorError) as error:
         raise ScaleprogError(f"{out}: cannot write it: {error}") from error
     keywords = ", ".join(f"{key}={value!r}" for key, value in arguments.items())

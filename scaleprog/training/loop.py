@@ -29,6 +29,7 @@ from scaleprog.ranks.coordinator import Coordinator, process_group, ranks_per_no
 from scaleprog.ranks.stop import AskedToStop, Watch, deadline
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.numbers import ceil_div
+from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.checkpoint import Checkpoints
 from scaleprog.rundir.lease import take_lease
 from scaleprog.rundir.planned import write_plan
@@ -133,7 +134,7 @@ def train(
         partial(tell_signal, recorder, checkpoints, state),
         partial(leave_at_once, recorder),
         recipe.checkpoint.every_minutes,
-        deadline(),
+        slurm_queue.end_of_job(os.environ.get("SLURM_JOB_ID"), deadline()) if rank == 0 else None,
     )
     run = Run(folder, recipe, plan, coordinator, lease, backend, reader, checkpoints, watch, recorder, progress, state)
     hosts = [host for host, _ in groupby(coordinator.gather(os.uname().nodename))]

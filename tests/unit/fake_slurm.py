@@ -5,8 +5,8 @@ from typing import Any
 
 SHOWN = (
     "JobId=7 JobName=scaleprog-a b UserId=me(1) GroupId=me(1) JobState={state} Reason={reason} Requeue=1 "
-    "Restarts={restarts} ExitCode={code} TimeLimit=00:05:00 SubmitTime=1795468537 EndTime={end} PreemptTime={preempt} "
-    "NodeList=node[0-1] BatchHost=node0{command}\n"
+    "Restarts={restarts} BatchFlag={batch} ExitCode={code} TimeLimit=00:05:00 SubmitTime=1795468537 EndTime={end} "
+    "PreemptTime={preempt} NodeList=node[0-1] BatchHost=node0{command}\n"
 )
 
 
@@ -32,6 +32,7 @@ class FakeSlurm:
             "state": "RUNNING",
             "reason": "None",
             "restarts": 0,
+            "batch": 1,
             "code": "0:0",
             "end": "Unknown",
             "preempt": "None",

@@ -1,6 +1,7 @@
 """Checkpoints of a run: whole or absent; which is the newest, and which ones stay."""
 
 import errno
+import os
 import re
 import resource
 import shutil
@@ -243,7 +244,7 @@ def test_a_write_that_breaks_off_leaves_the_older_ones(
     ended = commit(checkpoint_folder, 40, {}, large, keep=1)
     assert re.search(r"step-00000040\.0\.writing: not written \(rank 0: .*\); is the disk full", str(ended.error))
     assert newest(checkpoint_folder) == ("step-00000020", [])
-    assert [path.name for path in committed(checkpoint_folder)] == ["step-00000020"]
+    assert names(checkpoint_folder) == ["step-00000020"], "what was written would keep the disk full"
 
 
 def test_a_disk_that_is_full_only_for_the_manifest_leaves_the_older_ones(
@@ -253,6 +254,24 @@ def test_a_disk_that_is_full_only_for_the_manifest_leaves_the_older_ones(
     ended = commit(checkpoint_folder, 40, {"x": "x" * 2**17}, tensors(), keep=1)
     assert re.search(r"not written \(.*large\); is the disk full", str(ended.error))
     assert newest(checkpoint_folder) == ("step-00000020", [])
+    assert names(checkpoint_folder) == ["step-00000020"], "what was written would keep the disk full"
+
+
+def test_a_checkpoint_that_cannot_be_replaced_stays(
+    save_checkpoint: Save, checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(20)
+    rename = os.rename
+
+    def refuse(old: Path, new: Path) -> None:
+        if str(old).endswith(".writing"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(old, new)
+
+    monkeypatch.setattr("os.rename", refuse)
+    ended = commit(checkpoint_folder, 20, {}, tensors(21), keep=1)
+    assert ended.error is not None
+    assert names(checkpoint_folder) == ["step-00000020"]
 
 
 def test_a_folder_that_cannot_be_made_is_named(one_rank: None, tmp_path: Path) -> None:

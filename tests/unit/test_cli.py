@@ -1,18 +1,24 @@
 """The command line: what it prints, and how it tells a mistake: plainly, once, with an exit code that is not 0."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from scaleprog import cli
+from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable, WorkerDied
+from scaleprog.launchers.local import RankFailed
 from scaleprog.rundir.storage import committed
 from tests.conftest import step_rows
 from tests.unit.command import Command, WriteRecipe, is_mistake
+from tests.unit.fake_slurm import FakeSlurm
 
 pytestmark = pytest.mark.process
 
@@ -151,6 +157,72 @@ def test_an_interrupt_is_no_success(
     assert "Traceback" not in told.err
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DataError("damaged"), 2),
+        (Unavailable("a decoding worker died"), 1),
+        (WorkerDied("a worker died"), 1),
+        (RankFailed("rank 1 was killed by SIGKILL", mistake=False), 1),
+        (RankFailed("rank 1: a shard is damaged", mistake=True), 2),
+        (Preempted("stopped by SIGTERM"), 75),
+    ],
+)
+@pytest.mark.parametrize("arguments", [("train", "RECIPE"), ("evaluate", "RUN"), ("export", "RUN", "OUT")])
+def test_the_exit_code_says_whether_another_start_may_help(
+    arguments: tuple[str, ...], error: ScaleprogError, code: int, command: Command, write_recipe: WriteRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def fail(*_: object) -> None:
+        raise error
+
+    for name in ("loop.train_rank", "export.evaluate_run", "export.export_run"):
+        monkeypatch.setattr(f"scaleprog.training.{name}", fail)
+    told = command(*(write_recipe() if word == "RECIPE" else word for word in arguments))
+    assert (told.code, str(error) in told.err, "Traceback" in told.err) == (code, True, False)
+
+
+def test_a_killed_data_worker_is_a_crash(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    recipe, run = write_recipe(data={"workers": 1}, train={"epochs": 2000}, evaluate={"every": 2000}), tmp_path / "run"
+    words = [sys.executable, "-m", "scaleprog", "train", str(recipe), f"--run-dir={run}"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        give_up = time.monotonic() + 100
+        while not ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size):
+            assert time.monotonic() < give_up
+            time.sleep(0.1)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for worker in workers:
+            os.kill(int(worker), signal.SIGKILL)
+        _, told = process.communicate(timeout=60)
+    assert (process.returncode, "a decoding worker died" in told, "Traceback" in told) == (1, True, False), told
+
+
+STRANGERS = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": "29", "GROUP_RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+
+
+def test_variables_of_another_launcher_are_ignored_by_every_command(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    """Every pod of Kubeflow has them. A command that obeyed would wait for a rank that never comes."""
+    recipe, run = write_recipe(train={"epochs": 1}, evaluate={"every": 1}), tmp_path / "run"
+    train = ["train", recipe, f"--run-dir={run}"]
+    for arguments in (
+        ["plan", recipe],
+        train,
+        [*train, "--nproc=1", "seed=1", f"--run-dir={tmp_path / 'one'}"],
+        [*train, "--nproc=2", "seed=2", f"--run-dir={tmp_path / 'two'}"],
+        ["evaluate", run],
+        ["export", run, tmp_path / "weights.safetensors"],
+        ["report", run, f"--out={tmp_path / 'report'}"],
+        ["status", run],
+    ):
+        command = [sys.executable, "-m", "scaleprog", *map(str, arguments)]
+        environment = os.environ | STRANGERS
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 0, (arguments, done.stderr)
+        told = "another launcher has set RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1'; scaleprog ignores that"
+        assert (told in done.stderr) == (arguments[0] == "train")
+
+
 # ---- train, evaluate, export, report
 
 
@@ -222,6 +294,28 @@ def test_a_run_directory_goes_on_with_its_own_recipe_alone(
     free = ["train.max_steps=2", "data.workers=1", "data.cache=0", "sharding.engine=fsdp", "checkpoint.keep=5"]
     assert command("train", recipe, *free, "--run-dir", run).code == 0
     assert [path.name for path in committed(run / "checkpoints")] == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("nproc", ["1", "2"])
+def test_training_is_refused_where_a_queued_job_will_train(
+    nproc: str, command: Command, write_recipe: WriteRecipe, fake: FakeSlurm, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "job.json").write_text('{"job": "7", "name": "scaleprog-a b", "code": "code/0"}')
+    fake.show(state="PENDING")
+    told = command("train", write_recipe(), f"--run-dir={run}", f"--nproc={nproc}")
+    assert is_mistake(told, f"{run} belongs to job 7, which is PENDING", "scaleprog cancel")
+    assert [path.name for path in run.iterdir()] == ["job.json"]
+
+
+def test_a_shell_that_outlived_its_allocation_trains_to_the_end(
+    command: Command, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1795000000")
+    told = command("train", write_recipe(), "train.epochs=1", f"--run-dir={tmp_path / 'run'}")
+    assert (told.code, (tmp_path / "run" / "results.json").exists()) == (0, True), told
 
 
 def test_a_range_of_ranks(

@@ -15,6 +15,7 @@ from scaleprog.models.cost import Unit, activations, parameters, units
 from scaleprog.models.elastic import Structure
 from scaleprog.models.vit import ElasticViT
 from scaleprog.planning.cost_model import (
+    Prediction,
     check_offload,
     engines,
     host_memory_available,
@@ -246,8 +247,13 @@ def test_a_step_is_never_faster_than_its_parts(engine: str) -> None:
 
 
 def test_micro_batches_bound_the_activations_and_repeat_the_gathers() -> None:
-    whole, quarter = (predict(recipe(*o), ElasticViT, Subnet(224, 12), 8, H100) for o in ((), ["train.micro_batch=32"]))
+    def step(*changes: str) -> Prediction:
+        return predict(recipe(*changes), ElasticViT, Subnet(224, 12), 8, H100)
+
+    whole, quarter = step("sharding.precision=bf16"), step("sharding.precision=bf16", "train.micro_batch=32")
     assert quarter.memory.activations == pytest.approx(whole.memory.activations / 4)
+    casts = 4 * step("train.micro_batch=32").memory.activations - step().memory.activations
+    assert casts == pytest.approx(3 * 2 * 22e6, rel=0.05), "autocast keeps bf16 copies of 22 million weights besides"
     assert quarter.traffic.count("all_gather", "reduce_scatter") == 4 * whole.traffic.count(
         "all_gather", "reduce_scatter"
     )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,21 @@ def test_a_place_that_cannot_be_written_is_named(make_recipe: MakeRecipe, tmp_pa
     for out in (tmp_path / "file" / "model.safetensors", tmp_path / "run"):
         with pytest.raises(ScaleprogError, match=rf"^{out}: cannot write it: "):
             export_run(tmp_path / "run", out)
+
+
+def test_an_export_that_a_full_disk_cuts_off_leaves_the_old_file_and_nothing_else(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands in for the full disk."""
+    run(make_recipe(growth={"schedule": "original"}), tmp_path / "run", max_steps=2)
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out" / "weights.safetensors"
+    out.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10240, hard))
+    try:
+        with pytest.raises(ScaleprogError, match="cannot write it"):
+            export_run(tmp_path / "run", out, "online")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_text() for path in out.parent.iterdir()} == {"weights.safetensors": "old"}

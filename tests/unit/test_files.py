@@ -1,12 +1,14 @@
 """Small files that anybody may have put there."""
 
+import errno
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from scaleprog.files.atomic import read_text
+from scaleprog.files.atomic import read_text, write_parts
 
 
 def test_text_is_read_as_it_is(tmp_path: Path) -> None:
@@ -62,3 +64,17 @@ def test_what_is_not_utf_8_is_refused(tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(content)
         with pytest.raises(UnicodeDecodeError):
             read_text(tmp_path / "file")
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), ValueError("bad"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(failure: BaseException, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def parts() -> Iterator[bytes]:
+        yield b"x" * 2**20
+        raise failure
+
+    with pytest.raises(type(failure)):
+        write_parts(path, parts())
+    assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {"file": "old"}

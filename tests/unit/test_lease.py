@@ -15,7 +15,8 @@ import pytest
 from scaleprog.errors import CheckpointError, Superseded
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.recipe import Recipe
-from scaleprog.rundir.lease import OWNER, Lease, read_owner, take_lease
+from scaleprog.rundir import lease as leases
+from scaleprog.rundir.lease import OWNER, Lease, job_of, read_owner, take_lease
 from tests.unit.fake_slurm import FakeSlurm
 
 pytestmark = pytest.mark.process
@@ -126,6 +127,7 @@ def test_an_owner_file_that_is_none_is_named(content: bytes, take: Take, folder:
         ("host", "\x1b]0;x\x07"), ("host", "x" * 300), ("pid", -1), ("pid", 0),
         ("pid", 2**40), ("pid", True), ("pid", "1"), ("pid", [1]),
         ("pid", 1e300), ("pid", float("nan")), ("started", 5), ("started", ""), ("started", "-1"), ("started", "Z"),
+        ("step", 4), ("step", ""), ("step", "extern"), ("step", "4 5"),
     ],
 )  # fmt: skip
 def test_an_owner_that_cannot_be_is_named(field: str, value: Any, folder: Path) -> None:
@@ -201,6 +203,132 @@ def test_a_restart_of_the_same_job_takes_over_from_its_orphans_but_not_from_late
     assert take(job="17", restart=3).generation == 5
     with pytest.raises(Superseded, match=r"job 17 restart 3, .* has already taken over from restart 2"):
         take(job="17", restart=2)
+
+
+ALLOCATION = {"SLURM_JOB_ID": "17"}  # what a shell of salloc has
+STEP = {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_STEP_ID": "4"}
+LIVES = """
+import sys, time
+from pathlib import Path
+import torch.distributed as dist
+from scaleprog.ranks.coordinator import Coordinator
+from scaleprog.recipe import Recipe
+from scaleprog.rundir.lease import take_lease
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+lease = take_lease(Path(sys.argv[1]), Recipe.load(sys.argv[2]), Coordinator())
+print("taken", flush=True)
+time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (None, 0, None)),
+        (ALLOCATION, (None, 0, None)),
+        (STEP, ("17", 0, "4")),
+        ({"SLURM_JOB_ID": "17", "SLURM_PROCID": "0"}, ("17", 0, "batch")),
+        ({"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "3"}, ("17", 3, "batch")),
+        ({**STEP, "SLURM_RESTART_COUNT": "3", "SLURM_STEP_ID": "x"}, ("17", 3, "batch")),
+        ({**STEP, "SLURM_JOB_ID": "-o"}, (None, 0, None)),
+    ],
+)
+def test_the_job_of_a_process_is_the_one_that_started_it(variables: dict[str, str], expected: tuple) -> None:
+    assert job_of(variables) == expected
+
+
+@pytest.mark.parametrize("variables", [ALLOCATION, STEP, {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0"}])
+@pytest.mark.parametrize("over", [False, True])
+def test_a_second_process_of_one_job_is_refused_while_the_first_lives(
+    variables: dict[str, str], over: bool, folder: Path, make_recipe: Callable[..., Recipe], one_rank: None,
+    fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    fake.show(state="COMPLETED" if over else "RUNNING", batch=0)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    recipe = make_recipe()
+    (tmp_path / "recipe.yaml").write_text(recipe.dump())
+    command = [sys.executable, "-c", LIVES, folder, tmp_path / "recipe.yaml"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout is not None
+            assert first.stdout.readline() == "taken\n"
+            with pytest.raises(CheckpointError, match=rf"in use by .*process {first.pid} on"):
+                take_lease(folder, recipe, Coordinator())
+        finally:
+            first.kill()
+    assert take_lease(folder, recipe, Coordinator()).generation == 2
+
+
+STEP_RUNS = "StepId=17.4 State=RUNNING"
+
+
+@pytest.mark.parametrize(
+    ("owner", "step", "silent", "refused"),
+    [
+        ({"job": None}, STEP_RUNS, False, True),
+        ({"job": None}, "not found", False, True),  # Slurm knows nothing of a plain process
+        ({"job": None}, STEP_RUNS, True, False),
+        ({"job": "17", "step": "4"}, STEP_RUNS, False, True),
+        ({"job": "17", "step": "4"}, "not found", False, False),  # an earlier srun in this allocation
+        ({"job": "17", "step": "4"}, "Socket timed out", False, True),
+        ({"job": "17", "step": "4"}, "Socket timed out", True, False),
+        ({"job": "17", "step": "batch"}, STEP_RUNS, False, True),
+        ({"job": "17", "step": "4294967290"}, "not found", False, True),  # an interactive step has no record
+        ({"job": "17"}, STEP_RUNS, False, True),  # written by an earlier version
+    ],
+)
+def test_another_start_in_the_same_allocation_on_another_host(
+    owner: dict[str, str], step: str, silent: bool, refused: bool, take: Take, folder: Path, fake: FakeSlurm,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    fake.show(batch=0)
+    fails = step != STEP_RUNS
+    answer = f"echo 'Job step 17.4: {step}' >&2; exit 1" if fails else f"echo '{step}'"
+    fake.command("scontrol", f'if [ "$3" = step ]; then {answer}; else cat {fake.folder}/shown; fi')
+    owned_by(folder, host="elsewhere", **owner)
+    if silent:
+        os.utime(folder / OWNER, (time.time() - 200,) * 2)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    if refused:
+        with pytest.raises(CheckpointError, match=r"in use by .*process 1 on elsewhere"):
+            take(job="17")
+    else:
+        assert take(job="17").generation == 5
+
+
+@pytest.mark.parametrize(("batch", "refused"), [(1, True), (0, False)])
+def test_a_job_that_may_start_a_run_again_keeps_it_but_an_allocation_does_not(
+    batch: int, refused: bool, take: Take, folder: Path, fake: FakeSlurm
+) -> None:
+    fake.show(batch=batch)
+    owned_by(folder, job="17", step="4", pid=1, started="1")  # on this host, and gone
+    if refused:
+        with pytest.raises(CheckpointError, match="in use by job 17"):
+            take()
+    else:
+        assert take().generation == 5
+
+
+def test_a_heart_beats_while_the_lease_is_held_whatever_the_rank_does(
+    take: Take, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.02)
+    lease = take()
+    beating = f"{lease.generation}"
+    old = time.time() - 1000
+
+    def beats(seconds: float) -> bool:
+        os.utime(folder / OWNER, (old, old))
+        give_up = time.monotonic() + seconds
+        while (silent := (folder / OWNER).stat().st_mtime < old + 1) and time.monotonic() < give_up:
+            time.sleep(0.01)
+        return not silent
+
+    assert beats(10), beating
+    del lease
+    time.sleep(0.2)
+    assert not beats(0.5), "the heart of a run that has ended"
 
 
 def test_what_cannot_be_claimed_is_named(take: Take, folder: Path) -> None:

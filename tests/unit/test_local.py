@@ -111,6 +111,34 @@ def test_a_range_that_the_machine_has_no_room_for(monkeypatch: pytest.MonkeyPatc
         ranks_to_start(Count(3, 8), Worlds(8, 8))
 
 
+@pytest.mark.parametrize(("ranks", "devices"), [(2, 1), (8, 4), (1, 0), (8, 0), (4, 4), (2, 4)])
+def test_ranks_need_a_gpu_each_where_there_are_gpus(ranks: int, devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    if ranks <= devices or not devices:
+        local.check_devices(ranks)
+        return
+    message = f"--nproc {ranks}: .*; CUDA devices available: {devices}; use --nproc {devices}.*CUDA_VISIBLE_DEVICES="
+    with pytest.raises(ScaleprogError, match=message):
+        local.check_devices(ranks)
+    with pytest.raises(ScaleprogError, match=message):
+        ranks_to_start(Count(ranks, 16), Worlds(16, 16))
+
+
+def threads_of(folder: Path) -> None:
+    (folder / f"{os.getpid()}").write_text(f"{os.environ['OMP_NUM_THREADS']}")
+
+
+@pytest.mark.parametrize(("cores", "ranks", "given", "threads"), [(8, 2, None, 4), (1, 2, None, 1), (8, 2, "3", 3)])
+def test_ranks_share_the_threads_of_the_machine(
+    cores: int, ranks: int, given: str | None, threads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("OMP_NUM_THREADS", given) if given else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    launch(ranks, threads_of, tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == [f"{threads}"] * ranks
+    assert os.environ.get("OMP_NUM_THREADS") == given
+
+
 def test_ranks_that_stop_by_themselves_say_why(tmp_path: Path) -> None:
     with pytest.raises(Preempted, match=r"^stopped after step 7$") as caught:
         launch(1, begin, tmp_path, "preempted", restarts=1)

@@ -2,13 +2,17 @@
 
 import os
 import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
-from scaleprog.errors import Unavailable
+from scaleprog.errors import ScaleprogError, Unavailable
 from scaleprog.ranks.coordinator import process_group, ranks_per_node
-from scaleprog.ranks.rendezvous import STORE, Place
+from scaleprog.ranks.rendezvous import STORE, Place, of_another_launcher
 
 STRANGERS = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "192.0.2.1",
              "MASTER_PORT": "1", "GLOO_SOCKET_IFNAME": "none0", "NCCL_SOCKET_IFNAME": "none0"}  # fmt: skip
@@ -49,6 +53,49 @@ def test_rank_0_says_where_it_cannot_listen() -> None:
             ):
                 pass
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_do_not_come_are_waited_for_within_bounds(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scaleprog.ranks.rendezvous.MEET_LIMIT", timedelta(seconds=2))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    began = time.monotonic()
+    message = rf"rank {rank} on .*: the 3 ranks have not met at 127\.0\.0\.1:{port} within .*; do all of them run"
+    with pytest.raises(Unavailable, match=message), Place(rank, 3, 0, 1, f"tcp:127.0.0.1:{port}").joined("gloo"):
+        pass
+    assert time.monotonic() - began < 60
+
+
+def test_more_ranks_on_a_node_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name, value in Place(7, 8, 3, 4, "tcp:192.0.2.1:1").variables().items():
+        monkeypatch.setenv(name, value)
+    message = "rank 7 is number 4 of the 4 ranks on .*; CUDA devices available there: 2; request as many GPUs as ranks"
+    with pytest.raises(ScaleprogError, match=message), process_group():
+        pass
+
+
+def test_another_launcher_is_one_that_starts_several() -> None:
+    assert of_another_launcher(STRANGERS) == "RANK='3', WORLD_SIZE='8', MASTER_ADDR='192.0.2.1'"
+    own = Place(3, 8, 3, 8, "file:/proc/self/fd/7").variables()
+    for none in ({}, STRANGERS | {"WORLD_SIZE": "1"}, STRANGERS | {"WORLD_SIZE": "x"}, STRANGERS | own):
+        assert of_another_launcher(none) == ""
+
+
+@pytest.mark.process
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a network of its own")
+@pytest.mark.parametrize("setup", ["true", "ip link set lo up; ip address del 127.0.0.1/8 dev lo"])
+def test_a_machine_without_loopback_is_told_how_to_get_it(setup: str) -> None:
+    code = "from scaleprog.ranks.coordinator import process_group as p\nwith p(): pass"
+    script = f'{setup}; hostname nowhere.invalid; exec "$0" -c "$1"'
+    command = ["unshare", "--net", "--uts", "bash", "-c", script, sys.executable, code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert "the loopback interface 'lo' " in done.stderr.splitlines()[-1], done.stderr
+    assert "run `ip link set lo up`" in done.stderr
+    up = ["unshare", "--net", "--uts", "bash", "-c", f"ip link set lo up; {script}", sys.executable, code]
+    assert "true" not in setup or subprocess.run(up, timeout=100, check=False).returncode == 0, "a name nobody resolves"
 
 
 def test_a_group_leaves_nothing_behind_for_what_is_started_later(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,19 @@ def test_decide(end: End, job: Job | None, earlier: list[dict[str, Any]], again:
     assert bool(verdict.why) == bool(why)
 
 
+def test_a_job_that_slurm_has_forgotten_is_not_a_slurm_that_is_silent(
+    fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    fake.command("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    fake.command("sacct", "exit 1")
+    assert requeue.after(tmp_path, 137, limit=3) == 137
+    told = capsys.readouterr().err
+    assert "does not start again: Slurm answers, but no longer knows the job; submit it again" in told
+    assert "cannot reach" not in told
+    assert len(fake.calls("scontrol")) == 1, "another question would get the same answer"
+
+
 def test_after(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     start = Attempt.current()

@@ -1,9 +1,11 @@
 """Building, checking and indexing shards, of photographs that come with scikit-learn and scikit-image."""
 
+import errno
 import io
 import os
 import resource
 import shutil
+import tarfile
 from collections import Counter
 from dataclasses import replace
 from itertools import chain
@@ -21,6 +23,7 @@ from typer.testing import CliRunner
 
 from scaleprog.data.augment import Augmentation, BatchRequest
 from scaleprog.data.manifest import NAME, Manifest, Shard
+from scaleprog.data.shard import ShardReader
 from scaleprog.errors import DataError
 from scaleprog.recipe.keys import AugmentSettings
 from scaleprog.shards import image_files, image_folder
@@ -382,6 +385,18 @@ def test_full_disk_leaves_no_shard(tmp_path: Path, tree: Path):
     check(out, workers=1)
 
 
+def test_a_disk_that_is_full_only_for_the_manifest_leaves_no_shard(
+    tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("scaleprog.data.manifest.write_whole", full)
+    with pytest.raises(DataError, match=r"out: cannot write manifest\.json: .*No space left"):
+        image_folder.build(tree, tmp_path / "out", workers=1)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 # Checking
 
 
@@ -480,6 +495,54 @@ def test_write_manifest_makes_foreign_shards_usable(foreign: Path):
     write_manifest(foreign, list("abcde"), workers=1)
     write_manifest(foreign, workers=1)
     assert Manifest.load(foreign).classes == tuple("abcde"), "names once given stay"
+
+
+def pack(path: Path, names: list[str]) -> None:
+    """A tar of black images and labels, in this order."""
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "jpeg")
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            content = b"0" if name.endswith("cls") else image.getvalue()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+MISPLACED = {
+    "dots": (
+        ["a.b.jpg", "a.b.cls", "c.d.jpg", "c.d.cls"],
+        "has the key 'a' and the extension 'b.jpg'; rename the files",
+    ),
+    "numbers": (["v.1.jpg", "v.1.cls", "v.2.jpg", "v.2.cls"], "has the key 'v' and the extension '1.jpg'; rename the"),
+    "a dotted label": (["a.jpg", "a.x.cls"], "a.x.cls has the key 'a' and the extension 'x.cls'; rename the files"),
+    "by extension": (
+        ["x/a.jpg", "x/b.jpg", "x/a.cls", "x/b.cls"],
+        "not one after the other; pack them in the order of",
+    ),
+    "labels first": (["a.cls", "b.cls", "a.jpg", "b.jpg"], "not one after the other; .*`tar --sort=name`"),
+}
+
+
+@pytest.mark.parametrize("kind", MISPLACED)
+def test_samples_that_webdataset_finds_elsewhere_are_explained_once(kind: str, tmp_path: Path) -> None:
+    names, why = MISPLACED[kind]
+    pack(tmp_path / "train-0.tar", names)
+    with pytest.raises(DataError, match=why) as caught:
+        write_manifest(tmp_path, workers=1)
+    assert "1 problems" in str(caught.value)
+    assert "train-0.tar: key " in str(caught.value)
+    samples = len({name.partition(".")[0] for name in names})
+    shard = Shard.measure(tmp_path / "train-0.tar", samples)
+    with pytest.raises(DataError, match=f"train-0.tar: sample .*{why}"):
+        ShardReader(Manifest(str(tmp_path), ("0",), {"train": (shard,)}), "train").load(0)
+
+
+@pytest.mark.parametrize("name", ["train-000000.tar.gz", "val-0.tgz", "train-0.tar.zst"])
+def test_compressed_shards_are_named_where_there_are_no_others(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match=f"no shards named .*{name} is compressed: unpack it to a plain tar"):
+        write_manifest(tmp_path, workers=1)
 
 
 def test_write_manifest_refuses_unsound_shards(foreign: Path, photographs: list[bytes]):

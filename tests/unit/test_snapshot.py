@@ -1,5 +1,6 @@
 """Jobs run the code and the recipe that were copied into their run directory, not the working tree."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -264,3 +265,22 @@ def test_a_snapshot_does_not_follow_the_working_tree(
         assert Path(file).is_relative_to(code)
         versions.append(version)
     assert versions[0] != versions[1] == "edited"
+
+
+def test_a_copy_of_the_code_that_a_full_disk_cuts_off_leaves_nothing(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = 5
+
+    def write(path: Path, content: bytes) -> int:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return open(path, "wb").write(content)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(ScaleprogError, match="cannot be used as a run directory"):
+        snapshot.take(make_recipe(), tmp_path / "run")
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == []
+    assert list((tmp_path / "run" / "code").iterdir()) == []

@@ -62,6 +62,7 @@ FIELDS = {
     "pending": st.lists(st.text(max_size=8), max_size=3),
     "best_step": counts,
     "best_top1": percents,
+    "skipped": st.lists(counts, max_size=3),
     "arithmetic": st.integers(1, 10**6),
     "data": st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3),
 }
@@ -115,6 +116,7 @@ NOTHING: dict[str, list[Any]] = {  # by key, values that it cannot have
     "pending": ["choice", [None], [1], {}, ["choice"] * 20_000],
     "best_step": [-1, None, 0.5],
     "best_top1": [-1, 100.5, math.nan, "100"],
+    "skipped": [3, None, [-1], [0.5], ["3"], {}, [1] * 20_000],
     "arithmetic": [0, -1, 1.5, "1", None, True, 2**70],
     "data": [[], None, {"train": 3}, {"train": None}, {"train": ["x"]}, {"train": "x" * 101}, {"x" * 101: ""},
              {str(i): "" for i in range(4)}],

@@ -218,6 +218,37 @@ def test_cancel_a_process(made_up: Path) -> None:
     assert read_owner(made_up) is not None
 
 
+@pytest.mark.parametrize("job", [{}, {"job": "7", "step": "0"}, {"job": "7", "step": "batch"}])
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETED"])
+def test_status_and_cancel_agree_about_a_process_inside_an_allocation(
+    job: dict[str, str], state: str, made_up: Path, fake: FakeSlurm
+) -> None:
+    """Its process decides, not its job: the job runs while the shell of salloc is open."""
+    fake.show(state=state, batch=0)
+    with process_called(sys.executable, "-c", TRAINS, "scaleprog", "train", made_up) as process:
+        owned_by_process(made_up, process.pid, **job)
+        running = ("running", f"process {process.pid} on {socket.gethostname()}", job.get("job"))
+        assert status.standing(made_up) == running
+        assert f"asked process {process.pid} to save a checkpoint" in status.cancel(made_up)
+        assert process.wait(timeout=30) == -15
+    assert status.standing(made_up)[0] == "stopped"
+    with pytest.raises(ScaleprogError, match="nothing to cancel"):
+        status.cancel(made_up)
+    assert fake.calls("scancel") == []
+
+
+def test_cancel_names_the_job_whose_process_is_not_here(made_up: Path, fake: FakeSlurm) -> None:
+    (made_up / "owner.json").write_text(json.dumps(OWNER | {"job": "7", "host": "node0"}))
+    with pytest.raises(
+        ScaleprogError, match="being trained on node0 by job 7; run `scaleprog cancel` there, or `scanc"
+    ):
+        status.cancel(made_up)
+    (made_up / "owner.json").write_text(json.dumps(OWNER | {"job": "7"}))  # gone, but its batch job may start it again
+    with pytest.raises(ScaleprogError, match=r"by job 7; .*`scancel 7`"):
+        status.cancel(made_up)
+    assert fake.calls("scancel") == []
+
+
 @pytest.mark.parametrize(
     ("command", "doubt"),
     [

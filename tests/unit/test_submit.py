@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,35 @@ def test_script(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     for given, expected in (({}, "1"), ({"SLURM_CPUS_PER_TASK": "3"}, "3"), ({"OMP_NUM_THREADS": "2"}, "2")):
         told = subprocess.run(["bash", "-c", f"{threads}; echo $OMP_NUM_THREADS"], env=given, capture_output=True)
         assert told.stdout.decode().strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("workers", "given", "cores"),
+    [(4, None, 6), (0, None, 2), (4, 6, 6), (4, 9, 9), (0, 1, 1), (4, 5, None), (1, 1, None)],
+)
+def test_each_rank_has_cores_for_its_workers_and_itself(
+    workers: int, given: int | None, cores: int | None, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe, request = make_recipe(data={"workers": workers}), JobRequest(cpus_per_task=given)
+    if cores is None:
+        message = f"--cpus-per-task {given}: .* data.workers, {workers}, .* use --cpus-per-task {workers + 2} or more"
+        with pytest.raises(ScaleprogError, match=message):
+            slurm.script(recipe, tmp_path / "run", request)
+        return
+    lines = slurm.script(recipe, tmp_path / "run", request).splitlines()
+    assert f"#SBATCH --cpus-per-task={cores}" in lines
+    by_gpu = slurm.script(recipe, tmp_path / "run", JobRequest(options=("cpus-per-gpu=3",)))
+    assert "cpus-per-task" not in by_gpu, "sbatch takes only one of the two"
+
+
+def test_a_node_without_the_cores_is_named_before_the_queue(
+    fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    fake.command("sinfo", 'case "$*" in *%c*) echo "8 low*"; echo "16 high";; *) echo low; echo high;; esac')
+    recipe, request = make_recipe(data={"workers": 4}), JobRequest(tasks_per_node=2)
+    with pytest.raises(
+        ScaleprogError, match=r"2 tasks per node with 6 cores each .* need 12 cores, .* has 8; lower data"
+    ):
+        slurm.submit(recipe, tmp_path / "run", request)
+    fake.command("sinfo", 'case "$*" in *%c*) echo "16 high";; *) echo low; echo high;; esac')
+    assert slurm.submit(recipe, tmp_path / "run", replace(request, partition="high")).job == "7"

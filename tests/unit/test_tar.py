@@ -1,7 +1,9 @@
 """Tars of samples: what honest programs write is read as tarfile reads it, and of anything else no byte is trusted."""
 
+import bz2
 import gzip
 import io
+import lzma
 import tarfile
 import tracemalloc
 from collections.abc import Callable
@@ -83,7 +85,13 @@ def pax(records: bytes) -> bytes:
 HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "nothing": (lambda: b"", "no end marker"),
     "text": (lambda: b"text " * 1000, "no end marker"),
-    "compressed": (lambda: gzip.compress(packed(*sample("a"))), "no end marker"),
+    "compressed": (lambda: gzip.compress(packed(*sample("a"))), "it is compressed with gzip.*`gzip -dc`"),
+    "bzip2": (lambda: bz2.compress(packed(*sample("a"))), "it is compressed with bzip2"),
+    "xz": (lambda: lzma.compress(packed(*sample("a"))), "it is compressed with xz"),
+    "ZIP": (lambda: b"PK\x03\x04" + bytes(600), "a ZIP archive"),
+    "a pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    "a page": (lambda: b"<!DOCTYPE html><html>" + b" " * 600, "a web page"),
+    "an empty file": (lambda: b"", "the file is empty"),
     "cut": (lambda: packed(*sample("a"))[:2000], "truncated"),
     "no end marker": (lambda: packed(*sample("a"), layout="ustar")[: 4 * 512], "no end marker"),
     "something behind the end": (lambda: packed(*sample("a")) + b"x" * 512, "no end marker"),
