@@ -76,6 +76,12 @@ CHANGES = (
     ),
     Change(
         2,
+        "crops of JPEGs that are scaled down while decoded keep the fractions of their boxes",
+        "b794e37",
+        lambda recipe: recipe.augment.crop == "resized",
+    ),
+    Change(
+        2,
         "under engine replicated, precision bf16 casts all parameters, as in every engine; it was what autocast is now",
         "b794e37",
         lambda recipe: (recipe.sharding.engine, recipe.sharding.precision) == ("replicated", "bf16"),
