@@ -126,8 +126,8 @@ def check_devices(ranks: int) -> None:
     if 0 < devices < ranks:
         fits = "1" if devices == 1 else f"{devices} or fewer, or a range such as 1:{devices}"
         raise ScaleprogError(
-            f"--nproc {ranks}: each rank needs a CUDA device of its own; CUDA devices available: {devices}; use --nproc "
-            f"{fits}, or set CUDA_VISIBLE_DEVICES= (nothing) to train on the CPU"
+            f"--nproc {ranks}: each rank needs a CUDA device of its own; CUDA devices available: {devices}; use "
+            f"--nproc {fits}, or set CUDA_VISIBLE_DEVICES= (nothing) to train on the CPU"
         )
 
 
@@ -180,7 +180,7 @@ def _threads_shared(ranks: int) -> Iterator[None]:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """A process that starts inside has SIGINT blocked: a terminal's Ctrl-C waits until the process has handlers."""
+    """A process that starts inside has SIGINT blocked: Ctrl-C in a terminal waits until it has handlers."""
     resource_tracker.ensure_running()  # starting it would unblock SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
