@@ -180,7 +180,7 @@ def _threads_shared(ranks: int) -> Iterator[None]:
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """A process that starts inside has SIGINT blocked: a terminal's Ctrl-C waits until the process has handlers."""
+    """A process that starts inside has SIGINT blocked: Ctrl-C in a terminal waits until it has handlers."""
     resource_tracker.ensure_running()  # starting it would unblock SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -47,9 +47,10 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_deit_small_autoprog_trains_three_steps_in_every_phase_on_two_ranks(imagenet: Path, tmp_path: Path) -> None:
     recipe = Recipe.load(
         "configs/imagenet/deit_small_autoprog_100.yaml",
-        ["model.classes=2", f"data.path={imagenet}", "data.lanes=4", "data.workers=1", "train.batch=8",
-         "train.epochs=8", "optimizer.warmup_epochs=1", "search.epochs=1", "search.subset=8", "search.times=modelled",
-         "search.budget=0.65", "search.complete_steps=0", "evaluate.every=8", "evaluate.batch=4",
+        ["model.classes=2", f"data.path={imagenet}", "data.lanes=2", "data.workers=1", "train.batch=12",
+         "train.epochs=12", "optimizer.warmup_epochs=1.5", "search.epochs=1.5", "search.subset=12",
+         "search.times=modelled", "search.budget=0.65", "search.complete_steps=0", "evaluate.every=12",
+         "evaluate.batch=4",
          "sharding.precision=fp32"],
     )  # fmt: skip
     launch(2, train_rank, recipe, tmp_path / "run")

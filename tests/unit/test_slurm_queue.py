@@ -138,7 +138,6 @@ def test_a_time_limit_that_is_none(end: str) -> None:
     assert deadline({"SLURM_JOB_END_TIME": end}) is None
 
 
-NOW = int(time.time())
 GONE = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 SILENT = "echo 'Unable to contact slurm controller' >&2; exit 1"
 
@@ -146,21 +145,27 @@ SILENT = "echo 'Unable to contact slurm controller' >&2; exit 1"
 @pytest.mark.parametrize(
     ("job", "told", "answer", "end"),
     [
-        (None, NOW + 600.0, {"end": str(NOW + 900)}, None),
-        ("7", NOW + 600.0, {"end": str(NOW + 900)}, NOW + 900.0),  # the limit was raised
-        ("7", None, {"end": str(NOW + 900)}, NOW + 900.0),  # salloc before 23.02 tells no end
-        ("7", NOW - 600.0, {"end": str(NOW - 600)}, None),
-        ("7", NOW + 600.0, {"end": str(NOW + 600), "state": "CANCELLED"}, None),  # the shell outlived its allocation
-        ("7", NOW + 600.0, GONE, None),
-        ("7", NOW + 600.0, SILENT, NOW + 600.0),
-        ("7", NOW - 600.0, SILENT, None),
-        ("-o", NOW - 600.0, {}, None),
+        (None, 600, {"end": "900"}, None),
+        ("7", 600, {"end": "900"}, 900),  # the limit was raised
+        ("7", None, {"end": "900"}, 900),  # salloc before 23.02 tells no end
+        ("7", -600, {"end": "-600"}, None),
+        ("7", 600, {"end": "600", "state": "CANCELLED"}, None),  # the shell outlived its allocation
+        ("7", 600, GONE, None),
+        ("7", 600, SILENT, 600),
+        ("7", -600, SILENT, None),
+        ("-o", -600, {}, None),
     ],
     ids=map(str, range(9)),  # every process that collects tests must name them alike
 )
 def test_the_time_limit_of_an_allocation_that_is_over_ends_nothing(
-    job: str | None, told: float | None, answer: dict[str, str] | str, end: float | None, fake: FakeSlurm
+    job: str | None, told: int | None, answer: dict[str, str] | str, end: int | None, fake: FakeSlurm
 ) -> None:
-    fake.command("scontrol", answer) if isinstance(answer, str) else fake.show(**answer)
+    """Times in seconds from now."""
+    now = int(time.time())
+    if isinstance(answer, str):
+        fake.command("scontrol", answer)
+    else:
+        fake.show(**answer | ({"end": now + int(answer["end"])} if "end" in answer else {}))
     fake.command("sacct", "exit 1")
-    assert slurm_queue.end_of_job(job, told) == end
+    found = slurm_queue.end_of_job(job, None if told is None else now + told)
+    assert found == (None if end is None else now + end)
