@@ -11,9 +11,10 @@ from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet
 from scaleprog.models.elastic import ElasticModel
 from scaleprog.models.vit import ElasticViT
+from scaleprog.models.volo import ElasticVolo
 from scaleprog.recipe.keys import ModelSettings
 
-FAMILIES: tuple[type[ElasticModel], ...] = (ElasticViT,)
+FAMILIES: tuple[type[ElasticModel], ...] = (ElasticViT, ElasticVolo)
 
 
 @cache

@@ -10,6 +10,7 @@ import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from scaleprog.errors import RecipeError
@@ -18,6 +19,46 @@ from scaleprog.growth.space import Subnet
 from scaleprog.recipe.keys import ModelSettings
 
 Active = tuple[tuple[int, ...], ...]  # per layer group, the positions of the layers that run, ascending
+
+
+Output = Tensor | tuple[Tensor, ...]
+"""What a network computes: (B, classes) logits; in training, a family may compute more."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a network should answer to images.
+
+    Args:
+        mixed: (B, classes) fp32, how much of each class is in each image, smoothed.
+        own: likewise, without what images took from others.
+    """
+
+    mixed: Tensor
+    own: Tensor
+
+
+@dataclass(frozen=True)
+class TokenMix:
+    """MixToken (arXiv 2104.10858): inside a box, images take the tokens of their partners.
+
+    Args:
+        partner: (B,) the row of each image's partner; partners of partners are the images themselves.
+        inside: (B, h, w) bool, on the grid of the tokens that attend to each other; the same for both partners.
+    """
+
+    partner: Tensor
+    inside: Tensor
+
+    def swapped(self, tokens: Tensor) -> Tensor:
+        """(B, H, W, C) tokens with those inside taken from the partners; H and W are multiples of h and w.
+
+        Swapping twice gives the tokens back.
+        """
+        inside = self.inside
+        for axis in (1, 2):
+            inside = inside.repeat_interleave(tokens.shape[axis] // inside.shape[axis], axis)
+        return torch.where(inside.unsqueeze(-1), tokens[self.partner], tokens)
 
 
 @dataclass(frozen=True)
@@ -72,7 +113,11 @@ class ElasticModel(nn.Module, ABC):
     (group, position).
     """
 
-    layer_groups: ClassVar[tuple[str, ...]]  # attribute of `net` that holds each group's layers
+    layer_groups: ClassVar[tuple[str, ...]]  # submodule of `net` that holds each group's layers
+    sees_subsets: ClassVar[bool] = True
+    """Whether the family can run on a subset of the patches, see `forward`."""
+    mixes_tokens: ClassVar[bool] = False
+    """Whether the family can mix tokens, see `TokenMix`."""
 
     def __init__(self, settings: ModelSettings, structure: Structure) -> None:
         super().__init__()
@@ -111,29 +156,46 @@ class ElasticModel(nn.Module, ABC):
         """Whether timm's model is of this family."""
 
     @abstractmethod
-    def run(self, images: Tensor, active: Active, kept: Tensor | None) -> Tensor:
-        """(B, C, H, W) images through the active layers of each group -> (B, classes) logits; see `forward`."""
+    def run(self, images: Tensor, active: Active, kept: Tensor | None, mixed: TokenMix | None) -> Output:
+        """(B, C, H, W) images through the active layers of each group; see `forward`."""
+
+    @classmethod
+    def loss(cls, output: Output, targets: Targets) -> Tensor:
+        """The mean loss of the images, 0-D, from what `forward` returns in training."""
+        assert isinstance(output, Tensor)
+        return functional.cross_entropy(output.float(), targets.mixed)
+
+    @classmethod
+    def drop_rates(cls, rate: float, depths: Sequence[int]) -> Tensor:
+        """The stochastic-depth rates (layers,) of groups of `depths` layers; `rate` is that of the last layer."""
+        return torch.linspace(0, rate, sum(depths))
 
     @abstractmethod
     def fold_gates(self) -> None:
         """Multiplies every residual gate into the weights before it, so that plain timm computes the same."""
 
     def forward(
-        self, images: Tensor, active: Active | None = None, drop: Tensor | None = None, kept: Tensor | None = None
-    ) -> Tensor:
-        """Computes (B, classes) logits.
+        self,
+        images: Tensor,
+        active: Active | None = None,
+        drop: Tensor | None = None,
+        kept: Tensor | None = None,
+        mixed: TokenMix | None = None,
+    ) -> Output:
+        """Computes (B, classes) logits; in training, what `loss` takes.
 
         Args:
             images: (B, C, H, W).
             active: the layers that run (None: all).
             drop: stochastic-depth scales (layers, 2, B), see `drop_scales` (None: every layer keeps every sample).
             kept: the patches that the network sees of each image, (B, patches) indices, see `draw_patches` (None: all).
+            mixed: which tokens the images take from one another (None: none do).
         """
         for i, ends in enumerate(self._residuals):
             for j, end in enumerate(ends):
                 end.scale = None if drop is None else drop[i, j]
         with torch.autocast(images.device.type, torch.bfloat16) if self.autocast else nullcontext():
-            return self.run(images, active or self.all_active(), kept)
+            return self.run(images, active or self.all_active(), kept, mixed)
 
     def all_active(self) -> Active:
         """Every layer of each group."""
@@ -147,7 +209,7 @@ class ElasticModel(nn.Module, ABC):
 
     def groups(self) -> tuple[Sequence[nn.Module], ...]:
         """The layers of each group, in order."""
-        return tuple(list(getattr(self.net, name)) for name in self.layer_groups)
+        return tuple(list(cast(nn.Sequential, self.net.get_submodule(name))) for name in self.layer_groups)
 
     @classmethod
     def locate(cls, parameter: str) -> tuple[int, int, str] | None:
@@ -169,17 +231,16 @@ def residuals(layer: nn.Module) -> list[Residual]:
     return [module for module in layer.modules() if isinstance(module, Residual)]
 
 
-def drop_scales(rate: float, layers: int, batch: int, seed: int, step: int) -> Tensor | None:
-    """Stochastic-depth scales (layers, 2, batch) of one global batch: 0, or 1 / keep; None if `rate` is 0.
+def drop_scales(rates: Tensor, batch: int, seed: int, step: int) -> Tensor | None:
+    """Stochastic-depth scales (layers, 2, batch) of one global batch: 0, or 1 / keep; None if all `rates` are 0.
 
-    They depend only on (seed, step), so each rank can take its rows of the batch. The drop rate increases linearly with
-    depth, from 0 to `rate`.
+    They depend only on (seed, step), so each rank can take its rows of the batch.
     """
-    if rate == 0:
+    if not rates.any():
         return None
-    keep = 1 - torch.linspace(0, rate, layers).view(-1, 1, 1)
+    keep = 1 - rates.view(-1, 1, 1)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    return (torch.rand(layers, 2, batch, generator=generator) < keep) / keep
+    return (torch.rand(len(rates), 2, batch, generator=generator) < keep) / keep
 
 
 def draw_patches(count: int, total: int, lanes: Iterable[int], per_lane: int, *entropy: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet
-from scaleprog.models.elastic import Active, ElasticModel, residuals
+from scaleprog.models.elastic import Active, ElasticModel, TokenMix, residuals
 from scaleprog.recipe.keys import ModelSettings
 
 
@@ -68,7 +68,7 @@ class ElasticViT(ElasticModel):
             )
         return Subnet(height, len(net.blocks)), int(net.patch_embed.feat_ratio())
 
-    def run(self, images: Tensor, active: Active, kept: Tensor | None) -> Tensor:
+    def run(self, images: Tensor, active: Active, kept: Tensor | None, mixed: TokenMix | None) -> Tensor:  # noqa: ARG002
         net = self.net
         tokens = _with_positions(net, net.patch_embed(images))
         if kept is not None:

@@ -1,0 +1,155 @@
+"""VOLO: timm's Vision Outlooker, two layer groups (outlookers on a fine grid, transformers on a coarse one)."""
+
+from contextlib import nullcontext
+from typing import Any, cast
+
+import timm
+import torch
+from timm.layers import make_divisible
+from timm.models.volo import VOLO
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scaleprog.errors import RecipeError
+from scaleprog.growth.space import Subnet
+from scaleprog.models.batch_norm import replace_batch_norms
+from scaleprog.models.elastic import Active, ElasticModel, Output, Structure, Targets, TokenMix, residuals
+from scaleprog.recipe.keys import ModelSettings
+
+OUTLOOKERS = 0.23
+"""The part of the layers that are outlookers (authors' code)."""
+DENSE = 0.5
+"""Weight of the dense loss, and of the best dense logits in evaluation (arXiv 2104.10858)."""
+
+
+class ElasticVolo(ElasticModel):
+    """A timm VOLO with elastic depth and resolution.
+
+    Of a timm model with transformers in several stages of the same width, such as volo_d1_224 with 8, 4, and 2, the
+    elastic model has all in one.
+    """
+
+    layer_groups = ("network.0", "network.2")
+    sees_subsets = False  # outlookers need the whole grid
+    mixes_tokens = True
+    net: VOLO
+
+    def __init__(self, settings: ModelSettings, structure: Structure) -> None:
+        super().__init__(settings, structure)
+        self.norms = replace_batch_norms(self.net)
+
+    @classmethod
+    def create(cls, settings: ModelSettings, depths: tuple[int, ...] | None) -> nn.Module:
+        with torch.device("meta"):
+            plain = timm.create_model(settings.name)
+        if not cls._is_volo(plain):
+            return plain
+        return VOLO(**cls.arguments(settings, depths))
+
+    @classmethod
+    def arguments(cls, settings: ModelSettings, depths: tuple[int, ...] | None) -> dict[str, Any]:
+        with torch.device("meta"):
+            plain = cast(VOLO, timm.create_model(settings.name))
+        first, last, fine = cast(Any, plain.network[0][0]), cast(Any, plain.network[2][0]), cast(Any, plain.patch_embed)
+        wide, heads = settings.width or plain.pos_embed.shape[-1], settings.heads or last.attn.num_heads
+        narrow = settings.width // 2 if settings.width else fine.proj.out_channels
+        few = max(1, settings.heads // 2) if settings.heads else first.attn.num_heads
+        patch = settings.patch or fine.proj.kernel_size[0] * fine.conv[0].stride[0]
+        side = settings.resolution or plain.pos_embed.shape[1] * patch * plain.pooling_scale
+        layers = depths or cls.split(settings.depth or sum(cls._depths(plain)))
+        return {
+            "layers": (*layers, 0, 0),
+            "img_size": side,
+            "in_chans": settings.channels,
+            "num_classes": settings.classes,
+            "patch_size": patch,
+            "stem_hidden_dim": fine.conv[0].out_channels,
+            "embed_dims": (narrow, wide, wide, wide),
+            "num_heads": (few, heads, heads, heads),
+            "mlp_ratio": last.mlp.fc1.out_features / last.mlp.fc1.in_features,
+        }
+
+    @classmethod
+    def fits(cls, net: nn.Module) -> bool:
+        return cls._is_volo(net)
+
+    @classmethod
+    def _is_volo(cls, net: nn.Module) -> bool:
+        return isinstance(net, VOLO) and net.global_pool == "token" and net.aux_head is not None
+
+    @classmethod
+    def _depths(cls, net: VOLO) -> tuple[int, int]:
+        stages = [stage for stage in net.network if isinstance(stage, nn.Sequential)]
+        return len(stages[0]), sum(map(len, stages[1:]))
+
+    @classmethod
+    def split(cls, depth: int) -> tuple[int, ...]:
+        if depth < 2:
+            raise RecipeError(f"model.depth: VOLO needs at least 2 layers, one of each kind, got {depth}")
+        outlookers = min(make_divisible(OUTLOOKERS * depth, 2), depth - 1)
+        return outlookers, depth - outlookers
+
+    @classmethod
+    def sizes(cls, net: nn.Module) -> tuple[Subnet, int]:
+        assert isinstance(net, VOLO)
+        fine = cast(Any, net.patch_embed)
+        stride = fine.proj.kernel_size[0] * fine.conv[0].stride[0] * net.pooling_scale
+        return Subnet(net.pos_embed.shape[1] * stride, sum(cls._depths(net))), stride
+
+    @classmethod
+    def drop_rates(cls, rate: float, depths: tuple[int, ...]) -> Tensor:
+        rates = torch.linspace(0, rate, sum(depths))
+        rates[: depths[0]] = 0  # as in timm: outlookers are never dropped
+        return rates
+
+    def run(self, images: Tensor, active: Active, kept: Tensor | None, mixed: TokenMix | None) -> Output:
+        assert kept is None, "outlookers need the whole grid"
+        net = self.net
+        tokens = net.patch_embed(images).permute(0, 2, 3, 1)
+        if mixed is not None:
+            tokens = mixed.swapped(tokens)
+        for position in active[0]:
+            tokens = self.run_layer(net.network[0][position], tokens)
+        tokens = net.network[1](tokens)
+        tokens = net.pos_drop(tokens + _resampled(net.pos_embed, tokens.shape[1]))
+        for position in active[1]:
+            tokens = self.run_layer(net.network[2][position], tokens)
+        grid = tokens.shape[1:3]
+        ended = net.norm(net.forward_cls(tokens.flatten(1, 2)))
+        whole, dense = net.head(net.head_drop(ended[:, 0])), net.aux_head(ended[:, 1:])
+        if not self.training:
+            return whole + DENSE * dense.max(1).values
+        if mixed is not None:
+            dense = mixed.swapped(dense.unflatten(1, grid)).flatten(1, 2)
+        return whole, dense
+
+    @classmethod
+    def loss(cls, output: Output, targets: Targets) -> Tensor:
+        whole, dense = output
+        everywhere = targets.own.unsqueeze(1).expand_as(dense)
+        return functional.cross_entropy(whole.float(), targets.mixed) + DENSE * functional.cross_entropy(
+            dense.float().flatten(0, 1), everywhere.flatten(0, 1)
+        )
+
+    @torch.no_grad()
+    def fold_gates(self) -> None:
+        for group in self.groups():
+            for layer in group:
+                for end, name in zip(residuals(layer), ("attn.proj", "mlp.fc2"), strict=True):
+                    if end.gate is not None:
+                        for parameter in layer.get_submodule(name).parameters():
+                            parameter.mul_(end.gate)
+                        end.gate = None
+
+
+def _resampled(positions: Tensor, side: int) -> Tensor:
+    """A (1, h, h, C) position embedding at another size: bicubic without antialias, as the authors do, by a matrix product
+    whose gradient adds in the same order every time."""
+    old = positions.shape[1]
+    if old == side:
+        return positions
+    with torch.autocast(positions.device.type, enabled=False) if positions.device.type != "meta" else nullcontext():
+        grids = torch.eye(old * old, device=positions.device).view(-1, 1, old, old)
+        matrix = functional.interpolate(grids, size=(side, side), mode="bicubic").flatten(1).T
+        table = matrix @ positions.flatten(1, 2).float()
+    return table.view(1, side, side, -1).to(positions.dtype)
