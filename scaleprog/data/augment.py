@@ -242,6 +242,35 @@ def mix(
     return torch.cat([pixels for pixels, _ in mixed]), torch.cat([targets for _, targets in mixed])
 
 
+def token_boxes(
+    rows: int, side: int, *, lanes: range, of: int, seed: int, step: int, settings: AugmentSettings
+) -> tuple[Tensor, Tensor]:
+    """Draws MixToken's boxes (arXiv 2104.10858), one per group of lanes; partners are those of `mix`.
+
+    Args:
+        rows: B_local, this rank's images, lane-major.
+        side: tokens on a side of the grid.
+        lanes, of, seed, step, settings: as in `mix`.
+
+    Returns:
+        partner (B_local,) int64, the row of each image's partner; inside (B_local, side, side) bool, the box.
+    """
+    per_lane, groups = rows // len(lanes), settings.groups(of)
+    partner = torch.arange(rows).view(len(lanes), 2, per_lane // 2).flip(1).flatten()
+    boxes = []
+    for lane in lanes:
+        rng = np.random.default_rng((seed, _MIX, step, lane * groups // of))
+        cut = int(side * (1 - rng.beta(1.0, 1.0)) ** 0.5)
+        top, left = (int(rng.integers(side)) for _ in range(2))
+        box = torch.zeros(side, side, dtype=torch.bool)
+        box[
+            max(0, top - cut // 2) : max(0, top + (cut + 1) // 2),
+            max(0, left - cut // 2) : max(0, left + (cut + 1) // 2),
+        ] = True
+        boxes.append(box.expand(per_lane, -1, -1))
+    return partner, torch.cat(boxes)
+
+
 def low_pass(images: Tensor, cutoff: int) -> Tensor:
     """Removes frequencies that `cutoff` x `cutoff` pixels cannot hold (arXiv 2405.08768, 3.2) from (B, C, H, W) images.
 

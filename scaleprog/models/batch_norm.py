@@ -1,8 +1,8 @@
 """Batch norm whose statistics depend neither on the number of ranks nor on the micro-batch.
 
-A training batch consists of lanes, and a rank owns whole lanes. Each lane is normalized by its own statistics, so no rank
-needs another's, and any micro-batch of whole lanes computes the same. Evaluation takes running statistics, which follow the
-mean over all lanes of a global batch.
+A training batch consists of lanes, and a rank owns whole lanes. Each lane is normalized by its own statistics, so no
+rank needs another's, and any micro-batch of whole lanes computes the same. Evaluation takes running statistics, which
+follow the mean over all lanes of a global batch.
 """
 
 import torch
@@ -13,17 +13,30 @@ from torch.nn import functional
 class LaneNorm(nn.BatchNorm2d):
     """timm's BatchNorm2d, normalizing every `rows` images of a training batch by themselves.
 
-    Neither statistic is a buffer: engines move, cast, and copy buffers as they please. Whoever trains the network keeps
-    `running`, and empties `taken` after each step.
+    Statistics are no buffers: engines move, cast, and copy buffers as they please. Whoever trains the network updates
+    `running` from `seen` after each step.
     """
 
     rows: int = 0
     """Images of a lane; 0: the whole batch is one."""
 
     def __init__(self, like: nn.BatchNorm2d) -> None:
-        super().__init__(like.num_features, like.eps, like.momentum, track_running_stats=False, device=like.weight.device)
-        self.running = torch.stack((torch.zeros(like.num_features), torch.ones(like.num_features)))
+        super().__init__(
+            like.num_features, like.eps, like.momentum, track_running_stats=False, device=like.weight.device
+        )
+        self.running = self.untaught(like.weight.device)
         self.taken: list[Tensor] = []
+
+    def untaught(self, device: torch.device) -> Tensor:
+        """Running statistics before training, (2, C): means of 0, variances of 1."""
+        zeros = torch.zeros(self.num_features, device=device)
+        return torch.stack((zeros, zeros + 1))
+
+    def seen(self) -> Tensor:
+        """The mean statistics of the lanes since the last call, (2, C)."""
+        taken = torch.cat(self.taken, 1).mean(1)
+        self.taken.clear()
+        return taken
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:

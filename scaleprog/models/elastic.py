@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from scaleprog.errors import RecipeError
 from scaleprog.growth.operators import LayerMap
 from scaleprog.growth.space import Subnet
+from scaleprog.models.batch_norm import replace_batch_norms
 from scaleprog.recipe.keys import ModelSettings
 
 Active = tuple[tuple[int, ...], ...]  # per layer group, the positions of the layers that run, ascending
@@ -37,6 +38,10 @@ class Targets:
     mixed: Tensor
     own: Tensor
 
+    def of(self, rows: slice) -> "Targets":
+        """Those of some of the images."""
+        return Targets(self.mixed[rows], self.own[rows])
+
 
 @dataclass(frozen=True)
 class TokenMix:
@@ -49,6 +54,10 @@ class TokenMix:
 
     partner: Tensor
     inside: Tensor
+
+    def of(self, rows: slice) -> "TokenMix":
+        """That of some of the images, whose partners are among them."""
+        return TokenMix(self.partner[rows] - rows.start, self.inside[rows])
 
     def swapped(self, tokens: Tensor) -> Tensor:
         """(B, H, W, C) tokens with those inside taken from the partners; H and W are multiples of h and w.
@@ -118,6 +127,8 @@ class ElasticModel(nn.Module, ABC):
     """Whether the family can run on a subset of the patches, see `forward`."""
     mixes_tokens: ClassVar[bool] = False
     """Whether the family can mix tokens, see `TokenMix`."""
+    whole_lanes: ClassVar[bool] = False
+    """Whether a micro-batch must hold whole lanes, because images of a lane depend on one another."""
 
     def __init__(self, settings: ModelSettings, structure: Structure) -> None:
         super().__init__()
@@ -129,6 +140,7 @@ class ElasticModel(nn.Module, ABC):
             for layer, gated in zip(layers, gates, strict=True):
                 _replace_drop_path(layer, gated, settings.name)
         self._residuals = [residuals(layer) for group in self.groups() for layer in group]
+        self.norms = replace_batch_norms(self.net)
 
     @classmethod
     @abstractmethod

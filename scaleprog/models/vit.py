@@ -68,7 +68,7 @@ class ElasticViT(ElasticModel):
             )
         return Subnet(height, len(net.blocks)), int(net.patch_embed.feat_ratio())
 
-    def run(self, images: Tensor, active: Active, kept: Tensor | None, mixed: TokenMix | None) -> Tensor:  # noqa: ARG002
+    def run(self, images: Tensor, active: Active, kept: Tensor | None, mixed: TokenMix | None) -> Tensor:
         net = self.net
         tokens = _with_positions(net, net.patch_embed(images))
         if kept is not None:

@@ -1,5 +1,6 @@
 """VOLO: timm's Vision Outlooker, two layer groups (outlookers on a fine grid, transformers on a coarse one)."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -12,8 +13,7 @@ from torch.nn import functional
 
 from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet
-from scaleprog.models.batch_norm import replace_batch_norms
-from scaleprog.models.elastic import Active, ElasticModel, Output, Structure, Targets, TokenMix, residuals
+from scaleprog.models.elastic import Active, ElasticModel, Output, Targets, TokenMix, residuals
 from scaleprog.recipe.keys import ModelSettings
 
 OUTLOOKERS = 0.23
@@ -31,12 +31,8 @@ class ElasticVolo(ElasticModel):
 
     layer_groups = ("network.0", "network.2")
     sees_subsets = False  # outlookers need the whole grid
-    mixes_tokens = True
+    mixes_tokens = whole_lanes = True
     net: VOLO
-
-    def __init__(self, settings: ModelSettings, structure: Structure) -> None:
-        super().__init__(settings, structure)
-        self.norms = replace_batch_norms(self.net)
 
     @classmethod
     def create(cls, settings: ModelSettings, depths: tuple[int, ...] | None) -> nn.Module:
@@ -50,7 +46,8 @@ class ElasticVolo(ElasticModel):
     def arguments(cls, settings: ModelSettings, depths: tuple[int, ...] | None) -> dict[str, Any]:
         with torch.device("meta"):
             plain = cast(VOLO, timm.create_model(settings.name))
-        first, last, fine = cast(Any, plain.network[0][0]), cast(Any, plain.network[2][0]), cast(Any, plain.patch_embed)
+        first, last = (cast(Any, plain.network.get_submodule(name)) for name in ("0.0", "2.0"))
+        fine = cast(Any, plain.patch_embed)
         wide, heads = settings.width or plain.pos_embed.shape[-1], settings.heads or last.attn.num_heads
         narrow = settings.width // 2 if settings.width else fine.proj.out_channels
         few = max(1, settings.heads // 2) if settings.heads else first.attn.num_heads
@@ -97,7 +94,7 @@ class ElasticVolo(ElasticModel):
         return Subnet(net.pos_embed.shape[1] * stride, sum(cls._depths(net))), stride
 
     @classmethod
-    def drop_rates(cls, rate: float, depths: tuple[int, ...]) -> Tensor:
+    def drop_rates(cls, rate: float, depths: Sequence[int]) -> Tensor:
         rates = torch.linspace(0, rate, sum(depths))
         rates[: depths[0]] = 0  # as in timm: outlookers are never dropped
         return rates
@@ -108,15 +105,16 @@ class ElasticVolo(ElasticModel):
         tokens = net.patch_embed(images).permute(0, 2, 3, 1)
         if mixed is not None:
             tokens = mixed.swapped(tokens)
+        outlookers, transformers = self.groups()
         for position in active[0]:
-            tokens = self.run_layer(net.network[0][position], tokens)
+            tokens = self.run_layer(outlookers[position], tokens)
         tokens = net.network[1](tokens)
         tokens = net.pos_drop(tokens + _resampled(net.pos_embed, tokens.shape[1]))
         for position in active[1]:
-            tokens = self.run_layer(net.network[2][position], tokens)
+            tokens = self.run_layer(transformers[position], tokens)
         grid = tokens.shape[1:3]
         ended = net.norm(net.forward_cls(tokens.flatten(1, 2)))
-        whole, dense = net.head(net.head_drop(ended[:, 0])), net.aux_head(ended[:, 1:])
+        whole, dense = net.head(net.head_drop(ended[:, 0])), cast(nn.Linear, net.aux_head)(ended[:, 1:])
         if not self.training:
             return whole + DENSE * dense.max(1).values
         if mixed is not None:
@@ -143,8 +141,10 @@ class ElasticVolo(ElasticModel):
 
 
 def _resampled(positions: Tensor, side: int) -> Tensor:
-    """A (1, h, h, C) position embedding at another size: bicubic without antialias, as the authors do, by a matrix product
-    whose gradient adds in the same order every time."""
+    """A (1, h, h, C) position embedding at another size: bicubic without antialias, as the authors do.
+
+    It is a matrix product, whose gradient adds in the same order every time.
+    """
     old = positions.shape[1]
     if old == side:
         return positions

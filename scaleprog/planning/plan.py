@@ -100,7 +100,8 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
     Worlds.of(recipe).check_lanes()
     family, full, stride = resolve_family(recipe.model)
     _check_model(recipe, family, full, stride)
-    _check_growth(recipe, full, stride)
+    _check_growth(recipe, family, full, stride)
+    _check_lanes_of(recipe, family)
     epoch = SCALE if steps_per_epoch is None else steps_per_epoch
     growth, search = recipe.growth, recipe.search
     kind, ladder = rungs(growth, full, stride)
@@ -340,7 +341,20 @@ def _limit(recipe: Recipe, frugal: Schedule, price: Price) -> float:
     )
 
 
-def _check_growth(recipe: Recipe, full: Subnet, stride: int) -> None:
+def _check_lanes_of(recipe: Recipe, family: type[ElasticModel]) -> None:
+    """Raises RecipeError if the family cannot mix tokens, or a micro-batch cuts a lane whose images belong together."""
+    name, micro_batch = recipe.model.name, recipe.train.micro_batch
+    if recipe.augment.mix_token and not family.mixes_tokens:
+        raise RecipeError(f"augment.mix_token: {name} cannot mix tokens; use augment.mixup or augment.cutmix")
+    lane = recipe.train.batch // recipe.data.lanes
+    if family.whole_lanes and micro_batch is not None and micro_batch < lane:
+        raise RecipeError(
+            f"train.micro_batch: {micro_batch}, but {name} normalizes the {lane} images of a lane (train.batch / "
+            f"data.lanes) together; use {lane} or more, or more data.lanes"
+        )
+
+
+def _check_growth(recipe: Recipe, family: type[ElasticModel], full: Subnet, stride: int) -> None:
     """Raises RecipeError for growth settings that do not fit the model or each other."""
     growth, emas = recipe.growth, len(recipe.ema.momenta)
     if recipe.search.ema is not None and not -emas <= recipe.search.ema < emas:
@@ -364,6 +378,11 @@ def _check_growth(recipe: Recipe, full: Subnet, stride: int) -> None:
         )
     if isinstance(growth.schedule, tuple):
         _check_by_hand(recipe, full, stride)
+    if growth.patches == "subset" and not family.sees_subsets:
+        raise RecipeError(
+            f"growth.patches: subset, but the outlookers of {recipe.model.name} need the whole grid of patches; use "
+            "growth.patches: resolution"
+        )
     if growth.curriculum and growth.patches != "subset":
         raise RecipeError(
             "growth.curriculum: needs growth.patches: subset; an image of low resolution holds no high frequencies"

@@ -134,6 +134,8 @@ class AugmentSettings(Settings):
     mix_groups: Ranks | None = None
     """Number of groups of lanes that each draw their own Mixup or CutMix, as each rank of DeiT does; it must divide
     data.lanes. Default: the largest divisor up to 4."""
+    mix_token: bool = False
+    """MixToken: whether images take a box of tokens from each other, behind the patch embedding (VOLO)."""
     smoothing: Momentum = 0.1
     """Label smoothing."""
     repeats: Few = 1
@@ -148,7 +150,7 @@ class AugmentSettings(Settings):
     @property
     def mixes(self) -> bool:
         """Whether images are mixed."""
-        return bool(self.mixup or self.cutmix)
+        return bool(self.mixup or self.cutmix or self.mix_token)
 
     def groups(self, lanes: int) -> int:
         """The number of groups that `lanes` lanes form for mixing."""
@@ -156,6 +158,8 @@ class AugmentSettings(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "AugmentSettings":
+        if self.mix_token and (self.mixup or self.cutmix):
+            raise ValueError("mix_token replaces mixup and cutmix: set them to 0, or mix_token to false")
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from scaleprog.growth.operators import LayerMap, Weights
-from scaleprog.models.elastic import Active, ElasticModel, Structure
+from scaleprog.models.elastic import Active, ElasticModel, Structure, TokenMix
 from scaleprog.recipe.keys import EmaSettings, ModelSettings, OptimizerSettings, ShardingSettings
 from scaleprog.sharding.ema import Ema, momentum_of
 from scaleprog.sharding.optimizer import MOMENTS
@@ -38,6 +38,8 @@ class Network:
     placements: dict[str, Placement]
     weights: dict[str, Tensor]
     moments: dict[str, Moments]
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """Running statistics of batch norms, (2, C) fp32 each: means, variances. Every rank holds all of them."""
     emas: list[Ema] = field(default_factory=list)
 
 
@@ -66,10 +68,12 @@ class Backend(ABC):
         sharding: ShardingSettings,
         device: torch.device,
         seed: int,
+        lane: int = 0,
     ) -> None:
+        """`lane`: images of a lane in a training step, see `LaneNorm`; 0: a rank's micro-batch is one lane."""
         self.family, self.model, self.optimizer, self.ema, self.sharding = family, model, optimizer, ema, sharding
         self.device = device
-        self.seed = seed
+        self.seed, self.lane = seed, lane
         self.growths = 0  # networks built so far; fresh layers are drawn from (seed, growths)
         self._network: Network | None = None
 
@@ -167,6 +171,14 @@ class Backend(ABC):
                     sources += [old.moments[source][key] for key in MOMENTS]
                     targets += [new.moments[name][key] for key in MOMENTS]
                 move(sources, old.placements[source], targets, new.placements[name], self.group)
+        if old and layer_map.rest != "fresh":
+            rest = old.emas[self.ema.grow_from].statistics if layer_map.rest == "ema" else old.statistics
+            grown = zip(
+                (new.statistics, *(ema.statistics for ema in new.emas)), (rest, *(e.statistics for e in old.emas))
+            )
+            for targets_of, sources_of in grown:
+                for name, target in targets_of.items():
+                    target.copy_(sources_of[name])
         self.refresh_compute_weights()
 
     def restore(self, structure: Structure, may_skip_layers: bool, load: Load) -> None:
@@ -197,7 +209,10 @@ class Backend(ABC):
             self.release()
         self._network = network = self.build(model, steps, may_skip_layers)
         _fill(network.weights.values(), float("nan"))
-        network.emas = [Ema(network.weights) for _ in self.ema.momenta]
+        for name, norm in model.norms.items():
+            norm.rows, norm.running = self.lane, norm.untaught(self.device)
+            network.statistics[name] = norm.running
+        network.emas = [Ema(network.weights, network.statistics) for _ in self.ema.momenta]
         return network
 
     @property
@@ -213,10 +228,16 @@ class Backend(ABC):
     # ---- one step
 
     def forward(
-        self, images: Tensor, active: Active | None = None, drop: Tensor | None = None, kept: Tensor | None = None
-    ) -> Tensor:
-        """(B, C, H, W) images of this rank -> (B, classes) logits; see `ElasticModel.forward`."""
-        return self.network.forward(images, active, drop, kept)
+        self,
+        images: Tensor,
+        active: Active | None = None,
+        drop: Tensor | None = None,
+        kept: Tensor | None = None,
+        mixed: TokenMix | None = None,
+    ) -> Any:
+        """(B, C, H, W) images of this rank -> (B, classes) logits, or in training what the family's `loss` takes; see
+        `ElasticModel.forward`."""
+        return self.network.forward(images, active, drop, kept, mixed)
 
     def step(self, lr: float, step: int) -> Tensor:
         """Takes one AdamW step on the gradients since the last step, then updates every EMA.
@@ -232,10 +253,24 @@ class Backend(ABC):
         """
         norm = self.update(lr)
         weights = list(self.network.weights.values())
+        statistics = list(self.network.statistics.values())
         skipped = (~norm.isfinite()).float().to(weights[0].device, non_blocking=True)
+        self._follow_batches(skipped)
         for momentum, ema in zip(self.ema.momenta, self.network.emas, strict=True):
-            ema.update(weights, momentum_of(momentum, step, self.ema.warmup), skipped)
+            ema.update(weights, statistics, momentum_of(momentum, step, self.ema.warmup), skipped)
         return norm
+
+    def _follow_batches(self, skipped: Tensor) -> None:
+        """Moves the running statistics toward those of all lanes of the step, unless it was skipped."""
+        norms = self.network.model.norms.values()
+        if not norms:
+            return
+        seen = torch.cat([norm.seen().flatten() for norm in norms])
+        dist.all_reduce(seen)
+        parts = seen.div_(dist.get_world_size()).split([2 * norm.num_features for norm in norms])
+        for norm, part in zip(norms, parts):
+            moved = norm.running.lerp(part.view(2, -1), norm.momentum or 0.0)
+            norm.running.copy_(torch.where(skipped.to(moved.device) > 0, norm.running, moved))
 
     # ---- weights and state
 
@@ -256,7 +291,11 @@ class Backend(ABC):
         if ema is None:
             yield
             return
-        pair = self.network.weights.values(), self.network.emas[ema].weights.values()
+        network = self.network
+        pair = (
+            [*network.weights.values(), *network.statistics.values()],
+            [*network.emas[ema].weights.values(), *network.emas[ema].statistics.values()],
+        )
         _exchange(*pair)
         self.refresh_compute_weights()
         try:
@@ -278,6 +317,9 @@ class Backend(ABC):
         state = {f"online/{name}": part(name, tensor) for name, tensor in network.weights.items()}
         for i, ema in enumerate(network.emas):
             state |= {f"ema.{i}/{name}": part(name, tensor) for name, tensor in ema.weights.items()}
+        every = {"online": network.statistics} | {f"ema.{i}": ema.statistics for i, ema in enumerate(network.emas)}
+        for of, statistics in every.items():
+            state |= {f"{of}.statistics/{name}": LocalSlice.whole(tensor) for name, tensor in statistics.items()}
         for name, moments in network.moments.items():
             state |= {f"{key}/{name}": part(name, moments[key]) for key in MOMENTS}
             state[f"step/{name}"] = LocalSlice.whole(moments["step"])

@@ -24,18 +24,20 @@ class Ema:
     in one kernel that the device itself can skip.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        """Starts as a copy of `weights`, which may hold only this rank's elements."""
+    def __init__(self, weights: Mapping[str, Tensor], statistics: Mapping[str, Tensor] | None = None) -> None:
+        """Starts as a copy of `weights`, which may hold only this rank's elements, and of batch norms' `statistics`."""
         self.weights = {name: tensor.clone() for name, tensor in weights.items()}
-        self._sgd = SGD(list(self.weights.values()), lr=1.0, weight_decay=1.0, maximize=True, fused=True)
+        self.statistics = {name: tensor.clone() for name, tensor in (statistics or {}).items()}
+        self._averages = [*self.weights.values(), *self.statistics.values()]
+        self._sgd = SGD(self._averages, lr=1.0, weight_decay=1.0, maximize=True, fused=True)
 
-    def update(self, weights: list[Tensor], momentum: float, skipped: Tensor) -> None:
-        """Updates the average after an optimizer step; `weights` come in the same order as at construction.
+    def update(self, weights: list[Tensor], statistics: list[Tensor], momentum: float, skipped: Tensor) -> None:
+        """Updates the average after an optimizer step; the lists are in the same order as at construction.
 
         `skipped`: 0-D fp32, 1 if the step was skipped, and the average stays as it is, else 0.
         """
-        for average, weight in zip(self.weights.values(), weights, strict=True):
-            average.grad = weight
+        for average, current in zip(self._averages, (*weights, *statistics), strict=True):
+            average.grad = current
         self._sgd.found_inf = skipped
         self._sgd.param_groups[0]["lr"] = 1 - momentum
         self._sgd.step()

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from timm.data.mixup import mixup_target
 from torch import Tensor
 
-from scaleprog.data.augment import BatchRequest, low_pass, mix
+from scaleprog.data.augment import BatchRequest, low_pass, mix, token_boxes
 from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
 from scaleprog.errors import Diverged, OverBudget, Preempted, ScaleprogError, Unavailable
 from scaleprog.files.atomic import write_whole
 from scaleprog.growth.phase import Phase
 from scaleprog.growth.space import Subnet
-from scaleprog.models.elastic import Active, drop_scales
+from scaleprog.models import resolve_family
+from scaleprog.models.elastic import Active, Targets, TokenMix, drop_scales
 from scaleprog.planning.plan import plan_start
 from scaleprog.planning.savings import is_out_of_memory
 from scaleprog.ranks.coordinator import Coordinator, process_group, ranks_per_node
@@ -333,41 +334,59 @@ def forward_and_backward(run: Run, phase: Phase, subnet: Subnet, active: Active,
     drop = drop_rows(run, phase, len(batch.labels))
     view = plan.schedule.view(subnet)
     kept = patches_seen(run, view, *divmod(phase.position_of(step), plan.order.steps_per_epoch))
-    images, targets = mix(
-        batch.images.to(backend.device, non_blocking=True),
-        batch.labels.to(backend.device, non_blocking=True),
-        lanes=run.reader.lanes,
-        of=recipe.data.lanes,
-        seed=recipe.seed,
-        step=step,
-        classes=recipe.model.classes,
-        settings=recipe.augment,
-    )
+    images, labels = (part.to(backend.device, non_blocking=True) for part in (batch.images, batch.labels))
+    drawn: dict[str, Any] = {"lanes": run.reader.lanes, "of": recipe.data.lanes, "seed": recipe.seed, "step": step}
+    if recipe.augment.mix_token:
+        targets, mixed = mix_tokens(run, labels, view.pixels, **drawn)
+    else:
+        images, target = mix(images, labels, classes=recipe.model.classes, settings=recipe.augment, **drawn)
+        targets, mixed = Targets(target, target), None
     if view.cutoff is not None:
         images = low_pass(images, view.cutoff)
     loss = torch.zeros((), device=backend.device)
-    for rows in micro_batches(len(images), recipe.train.micro_batch):
-        logits = backend.forward(
-            images[rows], active, None if drop is None else drop[:, :, rows], None if kept is None else kept[rows]
+    unit = plan.order.per_lane if plan.family.whole_lanes else 1
+    for rows in micro_batches(len(images), recipe.train.micro_batch, unit):
+        output = backend.forward(
+            images[rows],
+            active,
+            None if drop is None else drop[:, :, rows],
+            None if kept is None else kept[rows],
+            None if mixed is None else mixed.of(rows),
         )
-        part = F.cross_entropy(logits.float(), targets[rows]) * (len(logits) / len(images))
+        part = plan.family.loss(output, targets.of(rows)) * ((rows.stop - rows.start) / len(images))
         # a loss that is not finite may have finite gradients; this makes them NaN, and AdamW skips them on all ranks
         backend.backward(part * (0 * part.detach() + 1))
         loss += part.detach()
     return loss
 
 
-def micro_batches(rows: int, most: int | None) -> list[slice]:
-    """Cuts a rank's rows of a batch into the fewest slices of at most `most` rows (None: one), of nearly equal size."""
-    count = ceil_div(rows, most or rows)
-    bounds = [rows * i // count for i in range(count + 1)]
+def mix_tokens(run: Run, labels: Tensor, pixels: int, **drawn: Any) -> tuple[Targets, TokenMix]:
+    """Draws the boxes of MixToken for this rank's images, and what the network should answer."""
+    recipe, (_, _, stride) = run.recipe, resolve_family(run.recipe.model)
+    partner, inside = token_boxes(len(labels), pixels // stride, settings=recipe.augment, **drawn)
+    partner, inside = (part.to(run.backend.device, non_blocking=True) for part in (partner, inside))
+    own = mixup_target(labels, recipe.model.classes, smoothing=recipe.augment.smoothing)
+    share = inside.flatten(1).float().mean(1, keepdim=True)
+    return Targets(own.lerp(own[partner], share), own), TokenMix(partner, inside)
+
+
+def micro_batches(rows: int, most: int | None, unit: int = 1) -> list[slice]:
+    """Cuts a rank's rows of a batch into the fewest slices of at most `most` rows (None: one), of nearly equal size.
+
+    Each has a multiple of `unit` rows.
+    """
+    units = rows // unit
+    count = ceil_div(units, max(1, (most or rows) // unit))
+    bounds = [unit * (units * i // count) for i in range(count + 1)]
     return [slice(*bound) for bound in pairwise(bounds)]
 
 
 def drop_rows(run: Run, phase: Phase, rows: int) -> Tensor | None:
     """This rank's part (layers, 2, rows) of the step's stochastic-depth scales; None if no layer is ever dropped."""
     rate = run.recipe.model.drop_path * phase.regularization.drop_path
-    scales = drop_scales(rate, phase.network.depth, run.recipe.train.batch, run.recipe.seed, run.state.step)
+    family, depth = run.plan.family, phase.network.depth
+    rates = family.drop_rates(rate, family.split(depth))
+    scales = drop_scales(rates, run.recipe.train.batch, run.recipe.seed, run.state.step)
     if scales is None:
         return None
     first = run.coordinator.rank * rows

@@ -91,7 +91,8 @@ def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: Pr
 
 def make_backend(name: Engine, recipe: Recipe, family: type[ElasticModel], device: torch.device) -> Backend:
     """A backend of the engine `name` for a recipe's model, without a network yet."""
-    return engine(name)(family, recipe.model, recipe.optimizer, recipe.ema, recipe.sharding, device, recipe.seed)
+    lane = recipe.train.batch // recipe.data.lanes
+    return engine(name)(family, recipe.model, recipe.optimizer, recipe.ema, recipe.sharding, device, recipe.seed, lane)
 
 
 def load_network(checkpoint: Path, state: RunState, backend: Backend, may_skip_layers: bool) -> None:

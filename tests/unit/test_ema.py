@@ -21,7 +21,7 @@ def test_a_short_run_grows_from_what_it_has_learnt_and_not_from_where_it_began()
         ema = Ema({"weight": weights[0]})
         for step in range(100):
             weights[0].fill_((step + 1) / 100)
-            ema.update(weights, momentum_of(0.998, step, warmup), torch.tensor(0.0))
+            ema.update(weights, [], momentum_of(0.998, step, warmup), torch.tensor(0.0))
         averages.append(float(ema.weights["weight"]))
     assert averages[0] > 0.85
     assert averages[1] < 0.15
