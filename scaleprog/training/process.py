@@ -81,9 +81,11 @@ def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: Pr
     if newest is None:
         return RunState(data=data)
     state = state_of(newest, plan)
-    check_unchanged(newest, state, plan.recipe, plan.manifest)
+    phases = plan.schedule.phases(state.choices)
+    if state.step < phases[-1].stop:  # a run that has finished computes nothing more
+        check_unchanged(newest, state, plan.recipe, plan.manifest)
     state.arithmetic, state.data = ARITHMETIC, data
-    phase = plan.schedule.phases(state.choices)[state.phase]
+    phase = phases[state.phase]
     load_network(newest, state, backend, may_skip_layers=phase.kind == "supernet")
     progress.say(f"resuming {newest}")
     return state

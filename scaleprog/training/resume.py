@@ -71,19 +71,25 @@ CHANGES = (
     Change(
         2,
         "Mixup and CutMix pair image j of a lane with j + n/2, and each group of lanes draws its own",
-        "b794e37",
+        "d1df4c6",
         lambda recipe: recipe.augment.mixes,
     ),
     Change(
         2,
         "crops of JPEGs that are scaled down while decoded keep the fractions of their boxes",
-        "b794e37",
+        "d1df4c6",
         lambda recipe: recipe.augment.crop == "resized",
     ),
     Change(
         2,
+        "a DeiT that starts over after a probe draws its class token as DeiT does",
+        "d1df4c6",
+        lambda recipe: recipe.model.name.startswith("deit") and recipe.search.method == "budget",
+    ),
+    Change(
+        2,
         "under engine replicated, precision bf16 casts all parameters, as in every engine; it was what autocast is now",
-        "b794e37",
+        "d1df4c6",
         lambda recipe: (recipe.sharding.engine, recipe.sharding.precision) == ("replicated", "bf16"),
     ),
 )
