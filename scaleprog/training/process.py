@@ -30,7 +30,7 @@ from scaleprog.rundir.state import RunState
 from scaleprog.rundir.storage import load_tensors
 from scaleprog.sharding import Backend, engine
 from scaleprog.sharding.placement import LocalSlice
-from scaleprog.training.resume import check_unchanged, state_of
+from scaleprog.training.resume import check_arithmetic, check_data, state_of
 from scaleprog.version import ARITHMETIC
 
 
@@ -82,8 +82,9 @@ def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: Pr
         return RunState(data=data)
     state = state_of(newest, plan)
     phases = plan.schedule.phases(state.choices)
-    if state.step < phases[-1].stop:  # a run that has finished computes nothing more
-        check_unchanged(newest, state, plan.recipe, plan.manifest)
+    check_data(newest, state, plan.manifest)
+    if state.step < phases[-1].stop:
+        check_arithmetic(newest, state, plan.recipe)
     state.arithmetic, state.data = ARITHMETIC, data
     phase = phases[state.phase]
     load_network(newest, state, backend, may_skip_layers=phase.kind == "supernet")

@@ -47,7 +47,7 @@ def _differences(recipe: Recipe, kept: Mapping[str, Any]) -> list[str]:
     return ["".join(c if c.isprintable() else "?" for c in line[:200]) for line in lines[:8]]
 
 
-# ---- does this program compute what the run has computed so far?
+# ---- does the run continue as it began?
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ CHANGES = (
 )
 
 
-def check_unchanged(checkpoint: Path, state: RunState, recipe: Recipe, manifest: Manifest) -> None:
-    """Raises CheckpointError if a run that resumes would compute something else than it would have without a stop."""
+def check_arithmetic(checkpoint: Path, state: RunState, recipe: Recipe) -> None:
+    """Raises CheckpointError if this scaleprog would not compute what the run has computed so far."""
     changes = [c for c in CHANGES if c.version > state.arithmetic and c.affects(recipe)]
     if changes and recipe.train.accept_arithmetic != ARITHMETIC:
         raise CheckpointError(
@@ -109,6 +109,10 @@ def check_unchanged(checkpoint: Path, state: RunState, recipe: Recipe, manifest:
             f"{checkpoint}: a newer scaleprog wrote it, with arithmetic {state.arithmetic}; this one has {ARITHMETIC}; "
             "resume it with the newer one"
         )
+
+
+def check_data(checkpoint: Path, state: RunState, manifest: Manifest) -> None:
+    """Raises CheckpointError if the data are not those that the run began with."""
     data = manifest.identity()
     if unlike := [name for name in state.data if data.get(name) != state.data[name]]:
         told = "; ".join(f"{name}: {state.data[name]} then, {data.get(name, 'missing')} now" for name in unlike)
