@@ -20,8 +20,7 @@ from scaleprog.recipe.keys import ShardingSettings
 from scaleprog.recipe.numbers import ceil_div
 from scaleprog.recipe.worlds import Worlds
 
-FP32, BF16 = 4, 2
-"""Bytes at which DistributedDataParallel closes its first bucket of gradients, and any later one (torch's defaults)."""
+FP32, BF16 = 4, 2  # bytes
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from scaleprog.rundir.state import RunState
 from scaleprog.rundir.storage import load_tensors
 from scaleprog.sharding import Backend, engine
 from scaleprog.sharding.placement import LocalSlice
-from scaleprog.training.resume import check_unchanged, state_of
+from scaleprog.training.resume import check_arithmetic, check_data, state_of
 from scaleprog.version import ARITHMETIC
 
 
@@ -81,9 +81,12 @@ def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: Pr
     if newest is None:
         return RunState(data=data)
     state = state_of(newest, plan)
-    check_unchanged(newest, state, plan.recipe, plan.manifest)
+    phases = plan.schedule.phases(state.choices)
+    check_data(newest, state, plan.manifest)
+    if state.step < phases[-1].stop:
+        check_arithmetic(newest, state, plan.recipe)
     state.arithmetic, state.data = ARITHMETIC, data
-    phase = plan.schedule.phases(state.choices)[state.phase]
+    phase = phases[state.phase]
     load_network(newest, state, backend, may_skip_layers=phase.kind == "supernet")
     progress.say(f"resuming {newest}")
     return state

@@ -47,7 +47,7 @@ def _differences(recipe: Recipe, kept: Mapping[str, Any]) -> list[str]:
     return ["".join(c if c.isprintable() else "?" for c in line[:200]) for line in lines[:8]]
 
 
-# ---- does this program compute what the run has computed so far?
+# ---- does the run continue as it began?
 
 
 @dataclass(frozen=True)
@@ -71,26 +71,32 @@ CHANGES = (
     Change(
         2,
         "Mixup and CutMix pair image j of a lane with j + n/2, and each group of lanes draws its own",
-        "b794e37",
+        "d1df4c6",
         lambda recipe: recipe.augment.mixes,
     ),
     Change(
         2,
         "crops of JPEGs that are scaled down while decoded keep the fractions of their boxes",
-        "b794e37",
+        "d1df4c6",
         lambda recipe: recipe.augment.crop == "resized",
     ),
     Change(
         2,
+        "a DeiT that starts over after a probe draws its class token as DeiT does",
+        "d1df4c6",
+        lambda recipe: recipe.model.name.startswith("deit") and recipe.search.method == "budget",
+    ),
+    Change(
+        2,
         "under engine replicated, precision bf16 casts all parameters, as in every engine; it was what autocast is now",
-        "b794e37",
+        "d1df4c6",
         lambda recipe: (recipe.sharding.engine, recipe.sharding.precision) == ("replicated", "bf16"),
     ),
 )
 
 
-def check_unchanged(checkpoint: Path, state: RunState, recipe: Recipe, manifest: Manifest) -> None:
-    """Raises CheckpointError if a run that resumes would compute something else than it would have without a stop."""
+def check_arithmetic(checkpoint: Path, state: RunState, recipe: Recipe) -> None:
+    """Raises CheckpointError if this scaleprog would not compute what the run has computed so far."""
     changes = [c for c in CHANGES if c.version > state.arithmetic and c.affects(recipe)]
     if changes and recipe.train.accept_arithmetic != ARITHMETIC:
         raise CheckpointError(
@@ -103,6 +109,10 @@ def check_unchanged(checkpoint: Path, state: RunState, recipe: Recipe, manifest:
             f"{checkpoint}: a newer scaleprog wrote it, with arithmetic {state.arithmetic}; this one has {ARITHMETIC}; "
             "resume it with the newer one"
         )
+
+
+def check_data(checkpoint: Path, state: RunState, manifest: Manifest) -> None:
+    """Raises CheckpointError if the data are not those that the run began with."""
     data = manifest.identity()
     if unlike := [name for name in state.data if data.get(name) != state.data[name]]:
         told = "; ".join(f"{name}: {state.data[name]} then, {data.get(name, 'missing')} now" for name in unlike)

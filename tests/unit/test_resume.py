@@ -229,7 +229,7 @@ def test_a_run_that_began_with_other_arithmetic_is_refused_unless_its_recipe_acc
     folder, before = newest.parent.parent, (newest.parent.parent / "metrics.jsonl").read_bytes()
     begun_with(newest, arithmetic)
     refusal = (
-        rf"{newest}: a scaleprog with arithmetic 1 began this run, and this one has {ARITHMETIC}: Mixup and CutMix .*"
+        rf"{newest}: this run began with arithmetic 1, and this scaleprog has {ARITHMETIC}: Mixup and CutMix .*"
         rf"Resume it with commit {CHANGES[0].last}, or accept .* train\.accept_arithmetic={ARITHMETIC}$"
     )
     for accepted in (None, 1, ARITHMETIC + 1):
