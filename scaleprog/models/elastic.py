@@ -27,6 +27,15 @@ Output = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
+class Plain:
+    """A network under plain timm's names, and the call that builds the model: `builder`(**`arguments`)."""
+
+    tensors: dict[str, Tensor]
+    builder: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Targets:
     """What a network should answer to images.
 
@@ -185,6 +194,14 @@ class ElasticModel(nn.Module, ABC):
     @abstractmethod
     def fold_gates(self) -> None:
         """Multiplies every residual gate into the weights before it, so that plain timm computes the same."""
+
+    def plain(self, settings: ModelSettings) -> "Plain":
+        """The network for plain timm, once gates are folded."""
+        tensors = dict(self.net.state_dict())
+        for name, norm in self.norms.items():
+            tensors[f"{name}.running_mean"], tensors[f"{name}.running_var"] = norm.running.cpu().unbind()
+            tensors[f"{name}.num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
+        return Plain(tensors, "timm.create_model", self.arguments(settings, self.structure.depths))
 
     def forward(
         self,

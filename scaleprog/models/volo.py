@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet
-from scaleprog.models.elastic import Active, ElasticModel, Output, Targets, TokenMix, residuals
+from scaleprog.models.elastic import Active, ElasticModel, Output, Plain, Targets, TokenMix, residuals
 from scaleprog.recipe.keys import ModelSettings
 
 OUTLOOKERS = 0.23
@@ -128,6 +128,30 @@ class ElasticVolo(ElasticModel):
         return functional.cross_entropy(whole.float(), targets.mixed) + DENSE * functional.cross_entropy(
             dense.float().flatten(0, 1), everywhere.flatten(0, 1)
         )
+
+    def plain(self, settings: ModelSettings) -> Plain:
+        """Under the names of timm's own model if that has as many layers; timm's entry points build no others."""
+        found = super().plain(settings)
+        with torch.device("meta"):
+            named = cast(VOLO, timm.create_model(settings.name))
+        sizes = ("patch", "width", "depth", "heads")
+        if self._depths(named) != self.structure.depths or any(getattr(settings, key) for key in sizes):
+            return Plain(found.tensors, "timm.models.volo.VOLO", found.arguments)
+        stages = [(number, stage) for number, stage in enumerate(named.network) if isinstance(stage, nn.Sequential)]
+        places = [f"network.{number}.{i}" for number, stage in stages[1:] for i in range(len(stage))]
+        tensors = {}
+        for name, tensor in found.tensors.items():
+            if name.startswith("network.2."):
+                position, _, inner = name.removeprefix("network.2.").partition(".")
+                name = f"{places[int(position)]}.{inner}"
+            tensors[name] = tensor
+        arguments = {
+            "model_name": settings.name,
+            "img_size": found.arguments["img_size"],
+            "in_chans": settings.channels,
+            "num_classes": settings.classes,
+        }
+        return Plain(tensors, "timm.create_model", arguments)
 
     @torch.no_grad()
     def fold_gates(self) -> None:

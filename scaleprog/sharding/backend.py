@@ -343,6 +343,10 @@ class Backend(ABC):
                 gathered[name] = whole.view(shape).cpu()
         return gathered
 
+    def statistics(self, ema: int | None) -> dict[str, Tensor]:
+        """The running statistics of batch norms that go with the weights of EMA number `ema` (None: online)."""
+        return self.network.statistics if ema is None else self.network.emas[ema].statistics
+
 
 class _Unwritten(TorchFunctionMode):
     """Skips the writes of an initialization: they take time, even though tensors on the meta device have no values."""

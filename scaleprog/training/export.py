@@ -81,16 +81,20 @@ def export_run(run: Path, out: Path, weights: Weights = "best", dtype: Dtype = "
     with process_group() as (coordinator, device):
         backend, state = _restored(run, recipe, coordinator, device)
         ema, chosen = _chosen(state, len(recipe.ema.momenta), weights)
-        whole = backend.gather(ema)
+        whole, statistics = backend.gather(ema), backend.statistics(ema)
     model = backend.family(recipe.model, backend.structure)
     model.load_state_dict(whole)
+    for name, norm in model.norms.items():
+        norm.running = statistics[name]
     model.fold_gates()
-    arguments = model.arguments(recipe.model, backend.structure.depths)
-    arguments["pretrained_cfg_overlay"] = shown = preprocessing(recipe)
+    plain, shown = model.plain(recipe.model), preprocessing(recipe)
+    arguments = dict(plain.arguments)
+    if plain.builder == "timm.create_model":  # only that knows it
+        arguments["pretrained_cfg_overlay"] = shown
     to = getattr(torch, dtype)
     tensors = {
         name: (tensor.to(to) if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in model.net.state_dict().items()
+        for name, tensor in plain.tensors.items()
     }
     about = {"timm": json.dumps(arguments), "weights": chosen, "step": str(state.step)}
     about |= {key: json.dumps(value) for key, value in shown.items()}
@@ -103,7 +107,7 @@ def export_run(run: Path, out: Path, weights: Weights = "best", dtype: Dtype = "
     keywords = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     return (
         f"{out}: {chosen} weights of step {state.step}, {dtype}\n"
-        f"load with: timm.create_model({keywords}).load_state_dict(safetensors.torch.load_file({str(out)!r}))"
+        f"load with: {plain.builder}({keywords}).load_state_dict(safetensors.torch.load_file({str(out)!r}))"
     )
 
 
