@@ -41,7 +41,9 @@ class LaneNorm(nn.BatchNorm2d):
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
             mean, variance = self.running.to(images.device).unbind()
-            return functional.batch_norm(images, mean, variance, self.weight, self.bias, eps=self.eps)
+            scale, shift = self.weight.float(), self.bias.float()  # running statistics are fp32 in every precision
+            normed = functional.batch_norm(images.float(), mean, variance, scale, shift, eps=self.eps)
+            return normed.to(images.dtype)
         rows = self.rows or len(images)
         lanes = len(images) // rows
         # (B, C, H, W) -> (rows, lanes * C, H, W): batch norm then sees each channel of each lane as a channel
