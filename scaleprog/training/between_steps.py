@@ -32,7 +32,8 @@ from scaleprog.rundir.recorder import StepTimer
 from scaleprog.rundir.records import HalfMeasured
 from scaleprog.rundir.state import decision_from_json, decision_to_json, pairs
 from scaleprog.training.evaluate import evaluate
-from scaleprog.training.process import Run, collect_commits, patches_seen, save, stopped_early
+from scaleprog.training.inputs import patches_seen
+from scaleprog.training.process import Run, collect_commits, save, stopped_early
 
 HALF_MEASURED = "measuring.json"
 COLLECT_EVERY = 500  # steps between two garbage collections, the same steps on all ranks

@@ -7,29 +7,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data.mixup import mixup_target
 from torch import Tensor
 
-from scaleprog.data.augment import BatchRequest, low_pass, mix, token_boxes
+from scaleprog.data.augment import BatchRequest
 from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
 from scaleprog.errors import Diverged, OverBudget, Preempted, ScaleprogError, Unavailable
 from scaleprog.files.atomic import write_whole
 from scaleprog.growth.phase import Phase
 from scaleprog.growth.space import Subnet
-from scaleprog.models import resolve_family
-from scaleprog.models.elastic import Active, Targets, TokenMix, drop_scales
+from scaleprog.models.elastic import Active
 from scaleprog.planning.plan import plan_start
 from scaleprog.planning.savings import is_out_of_memory
 from scaleprog.ranks.coordinator import Coordinator, process_group, ranks_per_node
 from scaleprog.ranks.stop import AskedToStop, Watch, deadline
 from scaleprog.recipe import Recipe
-from scaleprog.recipe.numbers import ceil_div
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.checkpoint import Checkpoints
 from scaleprog.rundir.lease import take_lease
@@ -41,6 +38,7 @@ from scaleprog.rundir.records import Results
 from scaleprog.rundir.state import summary
 from scaleprog.sharding.optimizer import learning_rate
 from scaleprog.training.between_steps import after_step, measuring_steps, run_pending
+from scaleprog.training.inputs import drop_rows, micro_batches, mixed_batch, patches_seen
 from scaleprog.training.process import (
     Run,
     collect_commits,
@@ -50,7 +48,6 @@ from scaleprog.training.process import (
     make_backend,
     name_of,
     out_of_memory,
-    patches_seen,
     process_seconds,
     restore,
     save,
@@ -330,19 +327,11 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
 
 def forward_and_backward(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Batch) -> Tensor:
     """Adds up the gradients of this rank's part of a global batch, and returns its mean loss, 0-D; see `train_step`."""
-    recipe, plan, backend, step = run.recipe, run.plan, run.backend, run.state.step
-    drop = drop_rows(run, phase, len(batch.labels))
+    recipe, plan, backend = run.recipe, run.plan, run.backend
     view = plan.schedule.view(subnet)
-    kept = patches_seen(run, view, *divmod(phase.position_of(step), plan.order.steps_per_epoch))
-    images, labels = (part.to(backend.device, non_blocking=True) for part in (batch.images, batch.labels))
-    drawn: dict[str, Any] = {"lanes": run.reader.lanes, "of": recipe.data.lanes, "seed": recipe.seed, "step": step}
-    if recipe.augment.mix_token:
-        targets, mixed = mix_tokens(run, labels, view.pixels, **drawn)
-    else:
-        images, target = mix(images, labels, classes=recipe.model.classes, settings=recipe.augment, **drawn)
-        targets, mixed = Targets(target, target), None
-    if view.cutoff is not None:
-        images = low_pass(images, view.cutoff)
+    drop = drop_rows(run, phase, len(batch.labels))
+    kept = patches_seen(run, view, *divmod(phase.position_of(run.state.step), plan.order.steps_per_epoch))
+    images, targets, mixed = mixed_batch(run, batch, view)
     loss = torch.zeros((), device=backend.device)
     unit = plan.order.per_lane if plan.family.whole_lanes else 1
     for rows in micro_batches(len(images), recipe.train.micro_batch, unit):
@@ -358,39 +347,6 @@ def forward_and_backward(run: Run, phase: Phase, subnet: Subnet, active: Active,
         backend.backward(part * (0 * part.detach() + 1))
         loss += part.detach()
     return loss
-
-
-def mix_tokens(run: Run, labels: Tensor, pixels: int, **drawn: Any) -> tuple[Targets, TokenMix]:
-    """Draws the boxes of MixToken for this rank's images, and what the network should answer."""
-    recipe, (_, _, stride) = run.recipe, resolve_family(run.recipe.model)
-    partner, inside = token_boxes(len(labels), pixels // stride, settings=recipe.augment, **drawn)
-    partner, inside = (part.to(run.backend.device, non_blocking=True) for part in (partner, inside))
-    own = mixup_target(labels, recipe.model.classes, smoothing=recipe.augment.smoothing)
-    share = inside.flatten(1).float().mean(1, keepdim=True)
-    return Targets(own.lerp(own[partner], share), own), TokenMix(partner, inside)
-
-
-def micro_batches(rows: int, most: int | None, unit: int = 1) -> list[slice]:
-    """Cuts a rank's rows of a batch into the fewest slices of at most `most` rows (None: one), of nearly equal size.
-
-    Each has a multiple of `unit` rows.
-    """
-    units = rows // unit
-    count = ceil_div(units, max(1, (most or rows) // unit))
-    bounds = [unit * (units * i // count) for i in range(count + 1)]
-    return [slice(*bound) for bound in pairwise(bounds)]
-
-
-def drop_rows(run: Run, phase: Phase, rows: int) -> Tensor | None:
-    """This rank's part (layers, 2, rows) of the step's stochastic-depth scales; None if no layer is ever dropped."""
-    rate = run.recipe.model.drop_path * phase.regularization.drop_path
-    family, depth = run.plan.family, phase.network.depth
-    rates = family.drop_rates(rate, family.split(depth))
-    scales = drop_scales(rates, run.recipe.train.batch, run.recipe.seed, run.state.step)
-    if scales is None:
-        return None
-    first = run.coordinator.rank * rows
-    return scales[:, :, first : first + rows].to(run.backend.device, non_blocking=True)
 
 
 def trace(run: Run, batch: Batch) -> None:

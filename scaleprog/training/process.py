@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from scaleprog.data.reader import TrainReader
 from scaleprog.errors import EXIT_CODE, CheckpointError, OutOfMemory, Preempted
 from scaleprog.growth.phase import Phase
-from scaleprog.growth.space import View
-from scaleprog.models.elastic import ElasticModel, Structure, draw_patches
+from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.planning.plan import Plan
 from scaleprog.planning.savings import advice
 from scaleprog.ranks.coordinator import Coordinator
@@ -51,19 +49,6 @@ class Run:
     progress: ProgressLine
     state: RunState
     compilations: int = 0  # as last recorded
-
-
-def patches_seen(run: Run, view: View, epoch: int, step: int) -> Tensor | None:
-    """Which patches of this rank's images the network sees: (images, patches) indices, ascending; None: all patches.
-
-    `step` counts from the start of `epoch`.
-    """
-    side = run.plan.schedule.patch
-    if view.patches is None or side is None:
-        return None
-    total, order = (view.pixels // side) ** 2, run.plan.order
-    kept = draw_patches(view.patches, total, run.reader.lanes, order.per_lane, run.recipe.seed, epoch, step)
-    return kept.to(run.backend.device, non_blocking=True)
 
 
 # ---- resume

@@ -22,6 +22,7 @@ import scaleprog.training.between_steps
 import scaleprog.training.loop
 from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
 from scaleprog.launchers.local import launch
+from scaleprog.models.elastic import ElasticModel
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.storage import committed
 
@@ -179,14 +180,13 @@ def _wrap(fault: Fault, folder: Path) -> None:
 
 
 def _poison_next_loss() -> None:
-    loop = scaleprog.training.loop
-    functions, cross_entropy = loop.F, loop.F.cross_entropy
+    loss = ElasticModel.loss
 
-    def poisoned(*arguments: Any, **keywords: Any) -> Any:
-        loop.F = functions
-        return cross_entropy(*arguments, **keywords) * math.nan
+    def poisoned(*arguments: Any) -> Any:
+        ElasticModel.loss = loss  # type: ignore[method-assign]
+        return loss(*arguments) * math.nan
 
-    loop.F = _With(functions, cross_entropy=poisoned)  # type: ignore[assignment]
+    ElasticModel.loss = poisoned  # type: ignore[assignment,method-assign]
 
 
 def _in_the_next_save(fault: Fault, folder: Path, step: int) -> None:

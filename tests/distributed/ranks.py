@@ -59,7 +59,7 @@ class Trainer:
         for i in range(steps):
             images = torch.randn(BATCH, 1, resolution, resolution, generator=self.generator)
             labels = torch.randint(0, 10, (BATCH,), generator=self.generator)
-            drop = drop_scales(0.1, depth, BATCH, 0, self.step)[:, :, mine]
+            drop = drop_scales(torch.linspace(0, 0.1, depth), BATCH, 0, self.step)[:, :, mine]
             loss = F.cross_entropy(self.backend.forward(images[mine], actives[i % len(actives)], drop), labels[mine])
             self.backend.backward(loss)
             norm = self.backend.step(1e-3, self.step)

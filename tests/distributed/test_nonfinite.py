@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from scaleprog.errors import Diverged
 from scaleprog.growth.operators import fresh
 from scaleprog.launchers.local import RankFailed, launch
+from scaleprog.models.elastic import ElasticModel
 from scaleprog.ranks.coordinator import process_group
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.recorder import read_rows
@@ -94,7 +95,7 @@ def poisoned_rank(recipe: Recipe, folder: Path, rank: int, steps: list[int], ins
                 block = run.backend.network.model.net.blocks[1]
                 patch.setattr(block.mlp.fc1, "forward", lambda x, of=block.mlp.fc1.forward: of(x) * math.nan)
             elif bad:
-                patch.setattr(loop.F, "cross_entropy", lambda *a, of=F.cross_entropy, **k: of(*a, **k) * math.inf)
+                patch.setattr(ElasticModel, "loss", lambda *a, of=ElasticModel.loss: of(*a) * math.inf)
             return original(run, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:

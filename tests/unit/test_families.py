@@ -48,7 +48,6 @@ def test_settings_override_the_sizes() -> None:
         "vit_small_patch16_18x2_224",  # parallel branches
         "vit_small_resnet26d_224",  # batch norm: running statistics have no layer map
         "swin_tiny_patch4_window7_224",
-        "volo_d1_224",
         "eva02_tiny_patch14_224",
     ],
 )

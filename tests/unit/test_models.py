@@ -195,10 +195,10 @@ def test_skipped_layers_get_no_gradient() -> None:
 @given(st.floats(0.01, 0.9), st.integers(2, 24), st.integers(0, 2**31), st.integers(0, 10**7))
 @settings(deadline=None, max_examples=50)
 def test_scales_are_a_function_of_seed_and_step(rate: float, layers: int, seed: int, step: int) -> None:
-    scales = drop_scales(rate, layers, 64, seed, step)
+    scales = drop_scales(torch.linspace(0, rate, layers), 64, seed, step)
     assert scales.shape == (layers, 2, 64)
     torch.manual_seed(step)  # nothing else may matter
-    assert torch.equal(scales, drop_scales(rate, layers, 64, seed, step))
+    assert torch.equal(scales, drop_scales(torch.linspace(0, rate, layers), 64, seed, step))
     for layer in range(layers):
         kept = 1 / (1 - rate * layer / (layers - 1))
         values = scales[layer].unique()
@@ -208,7 +208,7 @@ def test_scales_are_a_function_of_seed_and_step(rate: float, layers: int, seed: 
 
 def test_scales_drop_at_linear_rates_and_have_mean_one() -> None:
     """65,536 draws a branch: three standard errors of a rate of 0.4 are 0.0057."""
-    scales = drop_scales(0.4, 5, 65_536, 3, 14)
+    scales = drop_scales(torch.linspace(0, 0.4, 5), 65_536, 3, 14)
     for layer, rate in enumerate((0.0, 0.1, 0.2, 0.3, 0.4)):
         for branch in (0, 1):
             assert float((scales[layer, branch] == 0).float().mean()) == pytest.approx(rate, abs=0.008)
@@ -216,15 +216,15 @@ def test_scales_drop_at_linear_rates_and_have_mean_one() -> None:
 
 
 def test_steps_seeds_and_branches_drop_differently() -> None:
-    scales = drop_scales(0.5, 6, 64, 0, 0)
-    for other in (drop_scales(0.5, 6, 64, 0, 1), drop_scales(0.5, 6, 64, 1, 0)):
+    scales = drop_scales(torch.linspace(0, 0.5, 6), 64, 0, 0)
+    for other in (drop_scales(torch.linspace(0, 0.5, 6), 64, 0, 1), drop_scales(torch.linspace(0, 0.5, 6), 64, 1, 0)):
         assert not torch.equal(scales, other)
     dropped = (scales == 0).flatten(0, 1)
     assert len({tuple(row) for row in dropped[2:].tolist()}) == 10, "no two branches alike"
 
 
 def test_rate_zero_draws_nothing() -> None:
-    assert drop_scales(0.0, 12, 8, 0, 0) is None
+    assert drop_scales(torch.zeros(12), 8, 0, 0) is None
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit3_small_patch16_224"])

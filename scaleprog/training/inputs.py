@@ -1,0 +1,76 @@
+"""What a step feeds to the network: images mixed with each other, layers dropped, patches left out, micro-batches."""
+
+from itertools import pairwise
+from typing import Any
+
+from timm.data.mixup import mixup_target
+from torch import Tensor
+
+from scaleprog.data.augment import low_pass, mix, token_boxes
+from scaleprog.data.stream import Batch
+from scaleprog.growth.phase import Phase
+from scaleprog.growth.space import View
+from scaleprog.models import resolve_family
+from scaleprog.models.elastic import Targets, TokenMix, draw_patches, drop_scales
+from scaleprog.recipe.numbers import ceil_div
+from scaleprog.training.process import Run
+
+
+def mixed_batch(run: Run, batch: Batch, view: View) -> tuple[Tensor, Targets, TokenMix | None]:
+    """This rank's part of a batch as a network of `view` sees it, and what the network should answer."""
+    recipe, device = run.recipe, run.backend.device
+    images, labels = (part.to(device, non_blocking=True) for part in (batch.images, batch.labels))
+    drawn: dict[str, Any] = {
+        "lanes": run.reader.lanes,
+        "of": recipe.data.lanes,
+        "seed": recipe.seed,
+        "step": run.state.step,
+        "settings": recipe.augment,
+    }
+    mixed = None
+    if recipe.augment.mix_token:
+        side = view.pixels // resolve_family(recipe.model)[2]
+        partner, inside = (part.to(device, non_blocking=True) for part in token_boxes(len(labels), side, **drawn))
+        own = mixup_target(labels, recipe.model.classes, smoothing=recipe.augment.smoothing)
+        share = inside.flatten(1).float().mean(1, keepdim=True)
+        targets, mixed = Targets(own.lerp(own[partner], share), own), TokenMix(partner, inside)
+    else:
+        images, target = mix(images, labels, classes=recipe.model.classes, **drawn)
+        targets = Targets(target, target)
+    return images if view.cutoff is None else low_pass(images, view.cutoff), targets, mixed
+
+
+def micro_batches(rows: int, most: int | None, unit: int = 1) -> list[slice]:
+    """Cuts a rank's rows of a batch into the fewest slices of at most `most` rows (None: one), of nearly equal size.
+
+    Each has a multiple of `unit` rows.
+    """
+    units = rows // unit
+    count = ceil_div(units, max(1, (most or rows) // unit))
+    bounds = [unit * (units * i // count) for i in range(count + 1)]
+    return [slice(*bound) for bound in pairwise(bounds)]
+
+
+def drop_rows(run: Run, phase: Phase, rows: int) -> Tensor | None:
+    """This rank's part (layers, 2, rows) of the step's stochastic-depth scales; None if no layer is ever dropped."""
+    rate = run.recipe.model.drop_path * phase.regularization.drop_path
+    family, depth = run.plan.family, phase.network.depth
+    rates = family.drop_rates(rate, family.split(depth))
+    scales = drop_scales(rates, run.recipe.train.batch, run.recipe.seed, run.state.step)
+    if scales is None:
+        return None
+    first = run.coordinator.rank * rows
+    return scales[:, :, first : first + rows].to(run.backend.device, non_blocking=True)
+
+
+def patches_seen(run: Run, view: View, epoch: int, step: int) -> Tensor | None:
+    """Which patches of this rank's images the network sees: (images, patches) indices, ascending; None: all patches.
+
+    `step` counts from the start of `epoch`.
+    """
+    side = run.plan.schedule.patch
+    if view.patches is None or side is None:
+        return None
+    total, order = (view.pixels // side) ** 2, run.plan.order
+    kept = draw_patches(view.patches, total, run.reader.lanes, order.per_lane, run.recipe.seed, epoch, step)
+    return kept.to(run.backend.device, non_blocking=True)
