@@ -29,8 +29,6 @@ def chaos(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Engine], Chaos]
             "fsdp", "full disk", "warm-up", 0, marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
         ),
         ("fsdp", "not a number", "last stage", 1),
-        ("fsdp", "other data", "supernet", 1),
-        ("fsdp", "dot files lost", "growth", 0),
         ("fsdp", "clock set back", "last stage", 0),
         ("hsdp", "TERM", "supernet", 1),
         ("zero", "kill one", "search", 1),
