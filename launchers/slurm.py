@@ -215,7 +215,7 @@ def check_cores(request: JobRequest) -> None:
     needed = request.tasks * (request.cpus_per_task or 1)
     if there is not None and needed > there:
         raise ScaleprogError(
-            f"{request.tasks} tasks per node with {request.cpus_per_task} cores each (--cpus-per-task; by default "
+            f"{request.tasks} tasks per node with {request.cpus_per_task or 1} cores each (--cpus-per-task; by default "
             f"data.workers + {RANK_CORES}) need {needed} cores, and the largest node of the partition has {there}; "
             "lower data.workers, or put fewer tasks on each node"
         )

@@ -3,4 +3,5 @@
 VERSION = "0.1.0"
 
 ARITHMETIC = 2
-"""Grows whenever the same recipe would compute other numbers; `training/resume.py` lists what has changed."""
+"""Grows whenever the same recipe would compute other numbers, beyond rounding; `training/resume.py` lists what has
+changed."""

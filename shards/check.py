@@ -106,7 +106,7 @@ def write_manifest(out: Path, classes: Sequence[str] | None = None, *, workers: 
     manifest = Manifest(str(out), names, {split: shards for split, shards in by_split.items() if shards})
     manifest.save()
     trained = set().union(*(contents.labels for shard, contents in found if shard and shard.name.startswith("train-")))
-    if absent := [label for label in range(len(names)) if label not in trained]:
+    if absent := [label for label in range(len(names)) if trained and label not in trained]:
         hint = "; if the labels count from 1, subtract 1 from each and build the shards again" if absent[0] == 0 else ""
         named = some([f"{label} ({names[label]})" if names[label] != str(label) else str(label) for label in absent])
         print(as_text(f"note: no training image has label {named}{hint}"))

@@ -260,7 +260,7 @@ def token_boxes(
     boxes = []
     for lane in lanes:
         rng = np.random.default_rng((seed, _MIX, step, lane * groups // of))
-        cut = int(side * (1 - rng.beta(1.0, 1.0)) ** 0.5)
+        cut = int(side * (1 - rng.beta(1.0, 1.0)) ** 0.5) if rng.random() < settings.mix_probability else 0
         top, left = (int(rng.integers(side)) for _ in range(2))
         box = torch.zeros(side, side, dtype=torch.bool)
         box[

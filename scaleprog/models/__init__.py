@@ -46,5 +46,5 @@ def resolve_family(settings: ModelSettings) -> tuple[type[ElasticModel], Subnet,
             return candidate, *candidate.sizes(net)
     raise RecipeError(
         f"model.name: {settings.name} is not in an elastic family; "
-        "use a timm VisionTransformer of plain blocks: most vit_*, deit_* and deit3_* names fit"
+        "use a timm VisionTransformer of plain blocks, or a VOLO: most vit_*, deit_*, deit3_* and volo_* names fit"
     )

@@ -14,7 +14,7 @@ class LaneNorm(nn.BatchNorm2d):
     """timm's BatchNorm2d, normalizing every `rows` images of a training batch by themselves.
 
     Statistics are no buffers: engines move, cast, and copy buffers as they please. Whoever trains the network updates
-    `running` from `seen` after each step.
+    `running` from `take_mean` after each step.
     """
 
     rows: int = 0
@@ -25,18 +25,18 @@ class LaneNorm(nn.BatchNorm2d):
             like.num_features, like.eps, like.momentum, track_running_stats=False, device=like.weight.device
         )
         self.running = self.untaught(like.weight.device)
-        self.taken: list[Tensor] = []
+        self.pending: list[Tensor] = []
 
     def untaught(self, device: torch.device) -> Tensor:
         """Running statistics before training, (2, C): means of 0, variances of 1."""
         zeros = torch.zeros(self.num_features, device=device)
         return torch.stack((zeros, zeros + 1))
 
-    def seen(self) -> Tensor:
-        """The mean statistics of the lanes since the last call, (2, C)."""
-        taken = torch.cat(self.taken, 1).mean(1)
-        self.taken.clear()
-        return taken
+    def take_mean(self) -> Tensor:
+        """The mean statistics of the lanes since the last call, (2, C); forgets them."""
+        mean = torch.cat(self.pending, 1).mean(1)
+        self.pending.clear()
+        return mean
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
@@ -49,10 +49,10 @@ class LaneNorm(nn.BatchNorm2d):
         # (B, C, H, W) -> (rows, lanes * C, H, W): batch norm then sees each channel of each lane as a channel
         split = images.unflatten(0, (lanes, rows)).transpose(0, 1).flatten(1, 2)
         scale, shift = self.weight.repeat(lanes), self.bias.repeat(lanes)
-        normed, mean, deviation = torch.native_batch_norm(split, scale, shift, None, None, True, 0.0, self.eps)
+        normed, mean, inverse = torch.native_batch_norm(split, scale, shift, None, None, True, 0.0, self.eps)
         count = split.numel() // split.shape[1]
-        variance = (deviation.detach() ** -2 - self.eps) * (count / max(1, count - 1))
-        self.taken.append(torch.stack((mean.detach(), variance)).view(2, lanes, -1).float())
+        variance = (inverse.detach() ** -2 - self.eps) * (count / max(1, count - 1))
+        self.pending.append(torch.stack((mean.detach(), variance)).view(2, lanes, -1).float())
         return normed.unflatten(1, (lanes, -1)).transpose(0, 1).flatten(0, 1)
 
 

@@ -260,6 +260,20 @@ def residuals(layer: nn.Module) -> list[Residual]:
     return [module for module in layer.modules() if isinstance(module, Residual)]
 
 
+def resampled(positions: Tensor, old: int, new: int, antialias: bool) -> Tensor:
+    """A (1, old^2, C) position embedding on a grid of new x new, (1, new^2, C), interpolated bicubically.
+
+    It is a matrix product, because the gradient of torch's interpolation adds in random order on CUDA.
+    """
+    if old == new:
+        return positions
+    device = positions.device
+    with torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext():
+        grids = torch.eye(old * old, device=device).view(-1, 1, old, old)
+        resized = functional.interpolate(grids, size=(new, new), mode="bicubic", antialias=antialias)
+        return (resized.flatten(1).T @ positions.float()).to(positions.dtype)
+
+
 def drop_scales(rates: Tensor, batch: int, seed: int, step: int) -> Tensor | None:
     """Stochastic-depth scales (layers, 2, batch) of one global batch: 0, or 1 / keep; None if all `rates` are 0.
 

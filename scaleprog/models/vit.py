@@ -1,6 +1,5 @@
 """DeiT and ViT: timm's VisionTransformer family, one layer group."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet
-from scaleprog.models.elastic import Active, ElasticModel, TokenMix, residuals
+from scaleprog.models.elastic import Active, ElasticModel, TokenMix, resampled, residuals
 from scaleprog.recipe.keys import ModelSettings
 
 
@@ -94,28 +93,16 @@ class ElasticViT(ElasticModel):
 
 
 def _with_positions(net: VisionTransformer, patches: Tensor) -> Tensor:
-    """timm's `_pos_embed`: (B, H, W, C) patches -> (B, tokens, C), prefix tokens first, with position embeddings.
-
-    A position embedding of another size is resampled by a matrix product. It is what timm's interpolation computes, but
-    the gradient of that interpolation adds in random order on CUDA.
-    """
+    """timm's `_pos_embed`: (B, H, W, C) patches -> (B, tokens, C), prefix tokens first, with position embeddings."""
     side, full = patches.shape[1], net.patch_embed.grid_size[0]
     if net.pos_embed is None or side == full:
         return net._pos_embed(patches)
     embedded = 0 if net.no_embed_class else net.num_prefix_tokens
     first, table = net.pos_embed[:, :embedded], net.pos_embed[:, embedded:]
-    with torch.autocast(patches.device.type, enabled=False) if patches.device.type != "meta" else nullcontext():
-        table = (_resampling(full, side, patches.device) @ table.float()).to(table.dtype)
+    table = resampled(table, full, side, antialias=True)
     learned = (net.cls_token, net.dist_token if isinstance(net, VisionTransformerDistilled) else net.reg_token)
     prefix = [token.expand(len(patches), -1, -1) for token in learned if token is not None]
     tokens = patches.flatten(1, 2)
     if net.no_embed_class:
         return net.pos_drop(torch.cat((*prefix, tokens + table), 1))
     return net.pos_drop(torch.cat((*prefix, tokens), 1) + torch.cat((first, table), 1))
-
-
-def _resampling(old: int, new: int, device: torch.device) -> Tensor:
-    """The (new^2, old^2) matrix of timm's bicubic interpolation of an old x old grid."""
-    grids = torch.eye(old * old, device=device).view(-1, 1, old, old)
-    resized = nn.functional.interpolate(grids, size=(new, new), mode="bicubic", antialias=True)
-    return resized.flatten(1).T

@@ -1,7 +1,6 @@
 """VOLO: timm's Vision Outlooker, two layer groups (outlookers on a fine grid, transformers on a coarse one)."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, cast
 
 import timm
@@ -13,11 +12,12 @@ from torch.nn import functional
 
 from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet
-from scaleprog.models.elastic import Active, ElasticModel, Output, Plain, Targets, TokenMix, residuals
+from scaleprog.models.elastic import Active, ElasticModel, Output, Plain, Targets, TokenMix, resampled, residuals
 from scaleprog.recipe.keys import ModelSettings
 
 OUTLOOKERS = 0.23
 """The part of the layers that are outlookers (authors' code)."""
+PATCHES = (4, 8, 16)
 DENSE = 0.5
 """Weight of the dense loss, and of the best dense logits in evaluation (arXiv 2104.10858)."""
 
@@ -25,7 +25,7 @@ DENSE = 0.5
 class ElasticVolo(ElasticModel):
     """A timm VOLO with elastic depth and resolution.
 
-    Of a timm model with transformers in several stages of the same width, such as volo_d1_224 with 8, 4, and 2, the
+    Of a timm model with transformers in several stages of the same width, such as volo_d1_224 with 4, 8, and 2, the
     elastic model has all in one.
     """
 
@@ -52,7 +52,15 @@ class ElasticVolo(ElasticModel):
         narrow = settings.width // 2 if settings.width else fine.proj.out_channels
         few = max(1, settings.heads // 2) if settings.heads else first.attn.num_heads
         patch = settings.patch or fine.proj.kernel_size[0] * fine.conv[0].stride[0]
-        side = settings.resolution or plain.pos_embed.shape[1] * patch * plain.pooling_scale
+        if patch not in PATCHES:
+            raise RecipeError(f"model.patch: VOLO has patches of {', '.join(map(str, PATCHES))} pixels, not {patch}")
+        stride = patch * plain.pooling_scale
+        side = settings.resolution or plain.pos_embed.shape[1] * stride
+        if side % stride:
+            near = side // stride * stride
+            raise RecipeError(f"model.resolution: {side} is not a multiple of {stride}; use {near} or {near + stride}")
+        if settings.init is not None:
+            raise RecipeError(f"model.init: {settings.init}, but VOLO has one scheme of initialization; leave it out")
         layers = depths or cls.split(settings.depth or sum(cls._depths(plain)))
         return {
             "layers": (*layers, 0, 0),
@@ -109,7 +117,8 @@ class ElasticVolo(ElasticModel):
         for position in active[0]:
             tokens = self.run_layer(outlookers[position], tokens)
         tokens = net.network[1](tokens)
-        tokens = net.pos_drop(tokens + _resampled(net.pos_embed, tokens.shape[1]))
+        positions = net.pos_embed.flatten(1, 2), net.pos_embed.shape[1], tokens.shape[1]
+        tokens = net.pos_drop(tokens + resampled(*positions, antialias=False).view(1, *tokens.shape[1:]))
         for position in active[1]:
             tokens = self.run_layer(transformers[position], tokens)
         grid = tokens.shape[1:3]
@@ -162,18 +171,3 @@ class ElasticVolo(ElasticModel):
                         for parameter in layer.get_submodule(name).parameters():
                             parameter.mul_(end.gate)
                         end.gate = None
-
-
-def _resampled(positions: Tensor, side: int) -> Tensor:
-    """A (1, h, h, C) position embedding at another size: bicubic without antialias, as the authors do.
-
-    It is a matrix product, whose gradient adds in the same order every time.
-    """
-    old = positions.shape[1]
-    if old == side:
-        return positions
-    with torch.autocast(positions.device.type, enabled=False) if positions.device.type != "meta" else nullcontext():
-        grids = torch.eye(old * old, device=positions.device).view(-1, 1, old, old)
-        matrix = functional.interpolate(grids, size=(side, side), mode="bicubic").flatten(1).T
-        table = matrix @ positions.flatten(1, 2).float()
-    return table.view(1, side, side, -1).to(positions.dtype)

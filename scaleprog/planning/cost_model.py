@@ -223,7 +223,7 @@ def predict(recipe: Recipe, family: type[ElasticModel], subnet: Subnet, world: i
     Worlds.of(recipe).check(world, math.gcd(world, device.ranks_per_node))
     sharding, model, emas = recipe.sharding, recipe.model, len(recipe.ema.momenta)
     images = recipe.train.batch // world
-    micro = min(recipe.train.micro_batch or images, images)
+    micro = images_at_a_time(recipe, family, world)
     passes = ceil_div(images, micro)
     network = units(family, model, subnet.depth)
     per_node = math.gcd(world, device.ranks_per_node)
@@ -242,6 +242,13 @@ def predict(recipe: Recipe, family: type[ElasticModel], subnet: Subnet, world: i
         communication=sum(c.seconds(device) for c in moved.collectives),
         exposed=sum(c.seconds(device) for c in moved.collectives if c.exposed),
     )
+
+
+def images_at_a_time(recipe: Recipe, family: type[ElasticModel], world: int) -> int:
+    """The most images in one forward and backward of a rank."""
+    images, lane = recipe.train.batch // world, recipe.train.batch // recipe.data.lanes
+    most = min(recipe.train.micro_batch or images, images)
+    return max(lane, most // lane * lane) if family.whole_lanes else most
 
 
 def engines(recipe: Recipe, world: int, device: Device) -> dict[str, Recipe]:
@@ -319,8 +326,8 @@ def assumptions(recipe: Recipe, device: Device) -> tuple[str, ...]:
         "They overlap with computing, except the first gather and last reduction of a pass, and all of zero 1 and 2.",
         "Memory is that of the fullest rank. FSDP2 cuts first dimensions into equal parts, rounded up, so it holds and "
         "sends padding.",
-        "Activations: what autograd keeps of one micro-batch with fused attention, counted by torch. For replicated in "
-        "bf16, torch counts with the CPU's autocast; a GPU's keeps more in fp32.",
+        "Activations: what autograd keeps of one micro-batch with fused attention, counted by torch. For autocast, "
+        "torch counts with the CPU's; a GPU's keeps more in fp32.",
         "Buffers, never counted: the root, two layers (or all, without reshard_after_forward) and a unit's gradients "
         "twice; replicated's flat gradients. Left out: allocator, kernels' workspace, batches, DeepSpeed's buckets.",
         "zero holds separate fp32 weights, even if the parameters are fp32. In zero 1 and 2, DeepSpeed 0.19 reduces "

@@ -3,8 +3,10 @@
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,7 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
     epoch = SCALE if steps_per_epoch is None else steps_per_epoch
     growth, search = recipe.growth, recipe.search
     kind, ladder = rungs(growth, full, stride)
+    _check_groups(recipe, family, ladder)
     cooldown = recipe.optimizer.cooldown_steps(epoch)
     steps, search_steps = _lengths(recipe, kind, 1 if kind == "supernet" else len(ladder), epoch)
     scoring = search.measurements * _search_batches(recipe, epoch) / FORWARDS_PER_STEP
@@ -387,6 +390,19 @@ def _check_growth(recipe: Recipe, family: type[ElasticModel], full: Subnet, stri
         raise RecipeError(
             "growth.curriculum: needs growth.patches: subset; an image of low resolution holds no high frequencies"
         )
+
+
+def _check_groups(recipe: Recipe, family: type[ElasticModel], ladder: Sequence[Subnet]) -> None:
+    """Raises RecipeError if a layer group would shrink from one network of the ladder to the next."""
+    for few, more in pairwise(subnet.depth for subnet in ladder):
+        before, after = family.split(few), family.split(more)
+        if any(old > new for old, new in zip(before, after, strict=True)):
+            both = ((few, before), (more, after))
+            parts = (f"{depth} layers as {' + '.join(map(str, split))}" for depth, split in both)
+            raise RecipeError(
+                f"growth: {recipe.model.name} divides {' and '.join(parts)}, so a group would lose layers; choose other "
+                "growth.stages, growth.smallest, or depths"
+            )
 
 
 def _check_by_hand(recipe: Recipe, full: Subnet, stride: int) -> None:

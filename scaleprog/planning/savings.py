@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet
 from scaleprog.models.elastic import ElasticModel
-from scaleprog.planning.cost_model import predict
+from scaleprog.planning.cost_model import images_at_a_time, predict
 from scaleprog.planning.devices import Device
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.numbers import ceil_div
@@ -25,7 +25,7 @@ def advice(recipe: Recipe, family: type[ElasticModel], subnet: Subnet, world: in
 
     All of them may change in a run. Raises RecipeError if `world` ranks cannot run the recipe.
     """
-    needed, half = _needed(recipe, family, subnet, world), _half(recipe, world)
+    needed, half = _needed(recipe, family, subnet, world), _half(recipe, family, world)
     ways: dict[str, dict[str, dict[str, Any]]] = {
         f"train.micro_batch={half}": {"train": {"micro_batch": half}},
         "sharding.recompute=true": {"sharding": {"recompute": True}},
@@ -43,10 +43,10 @@ def advice(recipe: Recipe, family: type[ElasticModel], subnet: Subnet, world: in
     return f"a step on {subnet} needs about {_size(needed)} per rank by the cost model; {listed or 'use more ranks'}"
 
 
-def _half(recipe: Recipe, world: int) -> int:
-    """Half as many images at a time as now, at least one."""
-    images = recipe.train.batch // world
-    return ceil_div(min(recipe.train.micro_batch or images, images), 2)
+def _half(recipe: Recipe, family: type[ElasticModel], world: int) -> int:
+    """About half as many images at a time as now, in whole units."""
+    unit = recipe.train.batch // recipe.data.lanes if family.whole_lanes else 1
+    return unit * ceil_div(images_at_a_time(recipe, family, world) // unit, 2)
 
 
 def _changed(recipe: Recipe, changes: dict[str, dict[str, Any]]) -> Recipe:

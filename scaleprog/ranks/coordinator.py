@@ -50,6 +50,9 @@ def process_group(deterministic: bool = False) -> Iterator[tuple["Coordinator", 
             if dist.get_world_size() == 1:  # with more ranks, the others would fail too and hide the first cause
                 dist.destroy_process_group()
             raise
+        finally:
+            if deterministic:
+                torch.use_deterministic_algorithms(False)
         dist.destroy_process_group()
 
 

@@ -132,8 +132,8 @@ class AugmentSettings(Settings):
     mix_switch: Share = 0.5
     """Probability of CutMix instead of Mixup if both are on."""
     mix_groups: Ranks | None = None
-    """Number of groups of lanes that each draw their own Mixup or CutMix, as each rank of DeiT does; it must divide
-    data.lanes. Default: the largest divisor up to 4."""
+    """Number of groups of lanes that each draw their own Mixup, CutMix, or MixToken, as each rank of DeiT does; it must
+    divide data.lanes. Default: the largest divisor up to 4."""
     mix_token: bool = False
     """MixToken: whether images take a box of tokens from each other, behind the patch embedding (VOLO)."""
     smoothing: Momentum = 0.1
@@ -371,6 +371,10 @@ class ShardingSettings(Settings):
             raise ValueError(f"shard needs engine hsdp, got engine {self.engine}")
         if self.engine != "zero" and "stage" in self.model_fields_set and self.stage != 3:
             raise ValueError(f"stage needs engine zero, got engine {self.engine}")
+        if self.engine == "replicated" and self.precision == "bf16" and self.recompute:
+            raise ValueError(
+                "recompute with engine replicated needs precision autocast or fp32, or engine fsdp for bf16"
+            )
         if self.offload is None:
             return self
         if self.engine == "replicated":

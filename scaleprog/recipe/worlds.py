@@ -59,7 +59,9 @@ class Worlds:
         kind = "a whole number"
         if self.pairs:
             kind = "an even number" if self.pairs == 1 else f"an even number of at least {2 * self.pairs}"
-            kind += ", as Mixup and CutMix need" + (f" with augment.repeats={self.pairs}" if self.pairs > 1 else "")
+            kind += ", as Mixup, CutMix, and MixToken need" + (
+                f" with augment.repeats={self.pairs}" if self.pairs > 1 else ""
+            )
         raise RecipeError(
             f"data.lanes: {self.batch} images in {self.lanes} lanes do not give each lane {kind}; use {self._change(1)}"
         )

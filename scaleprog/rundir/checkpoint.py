@@ -114,6 +114,7 @@ class Checkpoints:
         parts: Mapping[str, LocalSlice],
         protect: Collection[int] = (),
         permanent: bool = False,
+        replayable: int = 0,
     ) -> None:
         """Copies the state to the host. A thread then writes and publishes it, and only then deletes older ones.
 
@@ -125,6 +126,7 @@ class Checkpoints:
             parts: this rank's elements of each tensor, by name.
             protect: steps of older checkpoints that must stay.
             permanent: whether this checkpoint is never deleted.
+            replayable: a step; the newest checkpoint before it must stay.
 
         Raises:
             Superseded: a later start has taken the run directory over.
@@ -134,7 +136,9 @@ class Checkpoints:
         staged = self._staged(parts)
         state = copy.deepcopy(dict(state))
         stall = time.monotonic() - began
-        self._writing = self._writer.submit(self._write, step, state, staged, stall, tuple(protect), permanent)
+        self._writing = self._writer.submit(
+            self._write, step, state, staged, stall, tuple(protect), permanent, replayable
+        )
 
     def wait(self) -> None:
         """Waits until the last save is visible or has failed. Raises Superseded."""
@@ -225,11 +229,6 @@ class Checkpoints:
         if run not in (None, manifest.run):
             raise OtherRun(f"{path}: a checkpoint of another run of the same recipe; {ELSEWHERE}")
 
-    def before(self, steps: Collection[int]) -> set[int]:
-        """The step of the newest visible checkpoint before each of `steps`."""
-        saved = [step_of(path) for path in committed(self.folder)]
-        return {max(earlier) for step in steps if (earlier := [at for at in saved if at < step])}
-
     @property
     def newest_step(self) -> int:
         """The step of the newest visible checkpoint; 0 if there is none."""
@@ -257,6 +256,7 @@ class Checkpoints:
         stall: float,
         protect: Collection[int],
         permanent: bool,
+        replayable: int,
     ) -> Commit:
         """Writes and publishes a checkpoint, then deletes older ones; runs in the thread."""
         began = time.monotonic()
@@ -290,9 +290,10 @@ class Checkpoints:
 
         def delete_older() -> None:
             with self._fence():
-                retire(self.folder, step, self.keep, protect)
+                before = [at for at in map(step_of, committed(self.folder)) if at < replayable]
+                retire(self.folder, step, self.keep, {*protect, *before[-1:]})
 
-        size, error = 0, None
+        size, error, poisoned = 0, None, False
         try:
             group.on_rank_0("prepare", lambda: _on_disk(temporary, make_room))
             held = {name: [part.numel, part.start, part.tensor.numel()] for name, part in parts.items()}
@@ -301,11 +302,10 @@ class Checkpoints:
             size = group.on_rank_0("publish", lambda: _on_disk(final, make_visible))
             group.on_rank_0("retire", lambda: _on_disk(self.folder, delete_older))
         except (CheckpointError, Unavailable) as failure:
-            error = f"{temporary}: not written ({reason(failure)})"
+            poisoned = POISONED in str(failure)
+            hint = "" if poisoned else "; is the disk full or over quota?"
+            error = f"{temporary}: not written ({reason(failure)}){hint}"
             group.on_rank_0("remove", lambda: discard(temporary))  # it may fill the disk
-        poisoned = error is not None and POISONED in error
-        if error is not None and not poisoned:
-            error += "; is the disk full or over quota?"
         return Commit(final, step, stall, time.monotonic() - began, size, error, poisoned)
 
     def _run(self) -> str:

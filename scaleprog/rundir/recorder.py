@@ -150,12 +150,13 @@ class Recorder:
         wall = time.perf_counter() - (steps[0].timer.began - steps[0].row["data_wait_seconds"])
         rate = sum(step.row["images"] for step in steps) / wall
         means = self.coordinator.mean(losses)
-        *slowest, waiting = self.coordinator.maximum([*(-value for value in seconds), waited / wall])
-        for step, mean, norm, least in zip(steps, means, norms, slowest):
+        *negated, waiting = self.coordinator.maximum([*(-value for value in seconds), waited / wall])
+        fastest = [-value for value in negated]
+        for step, mean, norm, least in zip(steps, means, norms, fastest):
             step.row |= {
                 "loss": mean,
                 "grad_norm": norm,
-                "step_seconds": -least,
+                "step_seconds": least,
                 "images_per_second": rate,
                 "cpu_seconds": step.timer.cpu_seconds,
             }

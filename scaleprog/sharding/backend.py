@@ -265,7 +265,7 @@ class Backend(ABC):
         norms = self.network.model.norms.values()
         if not norms:
             return
-        seen = torch.cat([norm.seen().flatten() for norm in norms])
+        seen = torch.cat([norm.take_mean().flatten() for norm in norms])
         dist.all_reduce(seen)
         parts = seen.div_(dist.get_world_size()).split([2 * norm.num_features for norm in norms])
         for norm, part in zip(norms, parts):

@@ -185,7 +185,8 @@ class ZeroBackend(Backend):
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._engine.step()
-        norm = torch.as_tensor(self._engine.get_global_grad_norm())  # infinite if DeepSpeed has skipped the step
+        # infinite, and then a number of the host, if DeepSpeed has skipped the step
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
         # these gradient buffers persist: if the next step skips a layer, the layer's old gradients would count again
         if self.sharding.stage == 3:
             self._zero.grad_partitions_flat_buffer.zero_()

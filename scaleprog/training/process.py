@@ -109,8 +109,8 @@ def save(run: Run, phase: Phase, permanent: bool) -> None:
     # without recycling, the training phase starts from the weights before its search
     protect = {phase.start} if phase.searched and not run.plan.schedule.recycle else set()
     protect |= {run.state.best_step} if run.recipe.checkpoint.keep_best else set()
-    protect |= run.checkpoints.before(run.state.skipped[-1:])  # for `scaleprog replay`
-    run.checkpoints.save(run.state.step, run.state.to_json(), run.backend.state(), protect, permanent)
+    last_skipped = max(run.state.skipped, default=0)  # `scaleprog replay` needs the checkpoint before it
+    run.checkpoints.save(run.state.step, run.state.to_json(), run.backend.state(), protect, permanent, last_skipped)
     run.watch.saved()
 
 

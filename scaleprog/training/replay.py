@@ -1,6 +1,8 @@
-"""Computes one step of a run again, bit for bit, and says where numbers stopped being finite.
+"""Computes one step of a run again, and says where numbers stopped being finite.
 
-The step is reached from the newest checkpoint before it, in a run directory of its own; the run itself stays as it is.
+The step is reached from the newest checkpoint before it, with the settings of the start that wrote it, in a run
+directory of its own; the run itself stays as it is. It is the same step bit for bit, unless a search by measured times
+lies between.
 """
 
 import json
@@ -21,9 +23,10 @@ from scaleprog.recipe import Recipe
 from scaleprog.rundir.checkpoint import RUN_ID
 from scaleprog.rundir.reading import read_rows
 from scaleprog.rundir.records import EVENTS
-from scaleprog.rundir.storage import committed, step_of
+from scaleprog.rundir.storage import committed, read_manifest, step_of
 from scaleprog.training.loop import PhaseRequests, enter_phase, forward_and_backward, train
 from scaleprog.training.process import Run
+from scaleprog.version import ARITHMETIC
 
 MOST_NAMES = 20  # of layers or parameters in a rank's report
 
@@ -33,25 +36,31 @@ def copied(run: Path, step: int) -> Iterator[tuple[Recipe, Path, int]]:
     """A copy of a run that `replay_rank` trains up to step number `step` >= 1, and how many ranks the run had then.
 
     Afterwards, the folder `replay-STEP` in the run directory has two files per rank. `rank-R.json` holds the loss, the
-    samples, the first layers whose output is not finite, the parameters whose gradient is not finite, and the norm of
-    the gradients; `rank-R.safetensors` holds the images that the rank saw.
+    samples, the first layers whose output is not finite, the parameters whose gradient is not finite (not under zero,
+    which keeps gradients elsewhere), and the norm of the gradients; `rank-R.safetensors` holds the images that the rank
+    saw.
 
     Raises ScaleprogError if the run has no such step, or cannot be read.
     """
-    recipe = Recipe.of_run(run)
+    saved = [path for path in committed(run / "checkpoints") if step_of(path) < step]
+    recipe = Recipe.of(read_manifest(saved[-1]).recipe, str(saved[-1])) if saved else Recipe.of_run(run)
     starts = [event for event in read_rows(run / EVENTS) if event["event"] == "start" and event["step"] < step]
     if not starts:
         raise ScaleprogError(f"{run}: no start of this run has trained step {step}")
     copy = result(run, step) / "run"
     shutil.rmtree(copy.parent, ignore_errors=True)
     (copy / "checkpoints").mkdir(parents=True)
-    for path in [path for path in committed(run / "checkpoints") if step_of(path) < step][-1:]:
+    for path in saved:
         shutil.copytree(path, copy / "checkpoints" / path.name, copy_function=_link)
         shutil.copy(run / RUN_ID, copy)
-    until = recipe.train.model_copy(update={"max_steps": step - 1})  # 0: not even the first step
-    quiet = recipe.checkpoint.model_copy(update={"every_steps": None, "every_minutes": None})
+    changes: dict[str, dict[str, Any]] = {
+        "train": {"max_steps": step - 1, "accept_arithmetic": ARITHMETIC},  # 0: not even the first step
+        "checkpoint": {"every_steps": None, "every_minutes": None, "keep": len(saved) + 1},
+        "optimizer": {"nonfinite": "skip", "most_skipped": step},
+    }
+    groups = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
     try:
-        yield recipe.model_copy(update={"train": until, "checkpoint": quiet}), copy, starts[-1].get("world", 1)
+        yield recipe.model_copy(update=groups), copy, starts[-1].get("world", 1)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
 

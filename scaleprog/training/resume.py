@@ -78,7 +78,7 @@ CHANGES = (
         2,
         "crops of JPEGs that are scaled down while decoded keep the fractions of their boxes",
         "d1df4c6",
-        lambda recipe: recipe.augment.crop == "resized",
+        lambda recipe: recipe.augment.crop != "padded" or not recipe.augment.padding,
     ),
     Change(
         2,

@@ -143,6 +143,11 @@ def test_a_run_stops_names_the_rank_and_the_samples_and_resumes(recipe: Recipe, 
     launch(2, poisoned_rank, skipping, folder, 1, [5], True)
     launch(2, poisoned_rank, skipping, tmp_path / "straight", 1, [5], True)
     assert differences(skipping, folder, tmp_path / "straight") == []
+    with copied(folder, 8) as (again, copy, ranks):  # behind the skipped step
+        launch(ranks, _poisoned_replay, again, copy)
+    told = json.loads((result(folder, 8) / "rank-0.json").read_text())
+    assert float(told["grad_norm"]) == pytest.approx(step_rows(folder)[8]["grad_norm"], rel=1e-12)
+    assert (told["step"], told["layers"]) == (8, [])
     rows = step_rows(folder)
     assert [step for step, row in rows.items() if not math.isfinite(row["grad_norm"])] == [5]
     assert json.loads((folder / "results.json").read_text())["top1"] > 0

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import resource
 import sys
 import time
@@ -12,10 +13,13 @@ from typing import Any, cast
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+import scaleprog.rundir.recorder
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.rundir.progress import ProgressLine
 from scaleprog.rundir.recorder import Recorder, StepTimer, read_rows
+from scaleprog.rundir.records import EVENT
 from tests.compare import curves, samples
 
 
@@ -264,3 +268,22 @@ def test_a_clock_set_back_breaks_no_curve(tmp_path: Path, monkeypatch: pytest.Mo
         record.close()
         monkeypatch.undo()
     assert steps(tmp_path / "tensorboard")["train/loss"] == [2, 4, 6]
+
+
+def test_every_event_that_is_written_can_be_read() -> None:
+    written = set()
+    for path in (Path(scaleprog.__file__).parent / "training").glob("*.py"):
+        written |= set(re.findall(r"event\(\s*\"(\w+)\"", path.read_text()))
+    written |= set(re.findall(r"event\(\s*\"(\w+)\"", Path(scaleprog.rundir.recorder.__file__).read_text()))
+    assert {"start", "growth", "nonfinite", "data_wait", "checkpoint"} <= written
+    for kind in written:
+        known = [error["type"] for error in errors_of({"event": kind, "time": 1.0})]
+        assert "union_tag_invalid" not in known, f"{kind} has no schema"
+
+
+def errors_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    try:
+        EVENT.validate_python(row)
+    except ValidationError as error:
+        return [dict(found) for found in error.errors()]
+    return []

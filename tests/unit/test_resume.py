@@ -244,9 +244,12 @@ def test_a_run_that_began_with_other_arithmetic_is_refused_unless_its_recipe_acc
 
 
 def test_a_recipe_that_computes_what_it_did_resumes_under_other_arithmetic(
-    copy: Callable[[str], tuple[Recipe, Path]],
+    copy: Callable[[str], tuple[Recipe, Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, newest = copy("search")  # nothing is mixed
+    mixing = tuple(change for change in CHANGES if "Mixup" in change.what)
+    assert len(mixing) == 1
+    monkeypatch.setattr("scaleprog.training.resume.CHANGES", mixing)
     begun_with(newest, 1)
     run(recipe, newest.parent.parent, max_steps=30)
     assert max(step_rows(newest.parent.parent)) == 30

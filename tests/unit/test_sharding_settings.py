@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from scaleprog.cli import main
 from scaleprog.errors import RecipeError
@@ -79,3 +80,10 @@ def test_nothing_is_started_for_what_cannot_run(
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
     assert not folder.exists()
+
+
+def test_recompute_in_bf16_needs_an_engine_that_casts_before() -> None:
+    with pytest.raises(ValidationError, match="recompute with engine replicated needs precision autocast or fp32"):
+        ShardingSettings(engine="replicated", precision="bf16", recompute=True)
+    ShardingSettings(engine="replicated", precision="autocast", recompute=True)
+    ShardingSettings(engine="fsdp", precision="bf16", recompute=True)

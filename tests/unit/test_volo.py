@@ -18,6 +18,7 @@ from scaleprog.models.batch_norm import LaneNorm
 from scaleprog.models.elastic import Structure, Targets, TokenMix
 from scaleprog.models.volo import ElasticVolo
 from scaleprog.planning.plan import describe
+from scaleprog.planning.savings import advice
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.keys import AugmentSettings, ModelSettings
 
@@ -55,6 +56,7 @@ def test_a_depth_is_divided_as_by_the_authors() -> None:
     assert [ElasticVolo.split(depth) for depth in (9, 12, 15, 18)] == [(2, 7), (4, 8), (4, 11), (4, 14)]
     assert [ElasticVolo.split(depth) for depth in (7, 11, 14)] == [(2, 5), (4, 7), (4, 10)]
     assert ElasticVolo.split(2) == (1, 1)
+    assert ElasticVolo.split(24) == (6, 18)
     with pytest.raises(RecipeError, match="at least 2 layers"):
         ElasticVolo.split(1)
 
@@ -193,7 +195,7 @@ def test_lanes_do_not_depend_on_each_other_in_forward_backward_and_statistics() 
             loss.backward()
             losses.append(loss.detach())
         gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-        return sum(losses), gradients, {name: norm.seen() for name, norm in model.norms.items()}
+        return sum(losses), gradients, {name: norm.take_mean() for name, norm in model.norms.items()}
 
     whole = run([slice(0, 8)])
     for parts in ([slice(0, 4), slice(4, 8)], [slice(0, 2), slice(2, 8)], [slice(i, i + 2) for i in range(0, 8, 2)]):
@@ -211,15 +213,15 @@ def test_statistics_are_torchs() -> None:
     norm = LaneNorm(nn.BatchNorm2d(5)).train()
     like = nn.BatchNorm2d(5, momentum=1.0).train()
     assert torch.allclose(norm(images), like(images), atol=1e-6)
-    assert torch.allclose(norm.seen(), torch.stack((like.running_mean, like.running_var)), atol=1e-6)
-    assert norm.taken == []
+    assert torch.allclose(norm.take_mean(), torch.stack((like.running_mean, like.running_var)), atol=1e-6)
+    assert norm.pending == []
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_batch_norm_in_bf16_keeps_its_statistics_in_fp32(precision: torch.dtype) -> None:
     norm = LaneNorm(nn.BatchNorm2d(5)).to(precision).train()
     norm(torch.randn(6, 5, 4, 3).to(precision)).sum().backward()
-    assert norm.seen().dtype == torch.float32
+    assert norm.take_mean().dtype == torch.float32
     assert norm.weight.grad is not None
 
 
@@ -287,12 +289,43 @@ def test_a_plan_counts_timms_own_models() -> None:
     [
         ({"growth": {"patches": "subset", "schedule": "automatic"}}, "growth.patches: subset, but the outlookers of"),
         ({"train": {"micro_batch": 8}}, "train.micro_batch: 8, but volo_d1_224 normalizes the 16 images of a lane"),
+        (
+            {"growth": {"stages": 8}},
+            r"growth: volo_d1_224 divides 9 layers as 2 \+ 7 and 10 layers as 4 \+ 6, so a group",
+        ),
         ({"model": {"name": "deit_tiny_patch16_224"}}, "augment.mix_token: deit_tiny_patch16_224 cannot mix tokens"),
     ],
 )
 def test_what_cannot_be_is_refused(groups: dict[str, dict[str, Any]], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         describe(recipe(**groups), 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resolution": 232}, "model.resolution: 232 is not a multiple of 16; use 224 or 240"),
+        ({"resolution": 60, "patch": 4}, "model.resolution: 60 is not a multiple of 8; use 56 or 64"),
+        ({"patch": 2}, "model.patch: VOLO has patches of 4, 8, 16 pixels, not 2"),
+        ({"init": "jax"}, "model.init: jax, but VOLO has one scheme"),
+    ],
+)
+def test_sizes_that_cannot_be(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        resolve_family(ModelSettings(name="volo_d1_224", **change))
+
+
+def test_a_batch_may_be_left_unmixed() -> None:
+    settings = AugmentSettings(mix_token=True, mix_probability=0.0)
+    _, inside = token_boxes(8, 6, lanes=range(2), of=2, seed=0, step=0, settings=settings)
+    assert not inside.any()
+
+
+def test_advice_keeps_lanes_whole() -> None:
+    few = recipe(train={"micro_batch": 40})
+    text = advice(few, ElasticVolo, Subnet(224, 18), 8)
+    assert "train.micro_batch=16 would save" in text, "two lanes of 16 are half of what is 32 at a time"
+    assert "micro_batch" not in advice(recipe(train={"micro_batch": 16}), ElasticVolo, Subnet(224, 18), 8)
 
 
 def test_mix_token_replaces_mixup() -> None:
