@@ -400,7 +400,7 @@ def _check_groups(recipe: Recipe, family: type[ElasticModel], ladder: Sequence[S
             both = ((few, before), (more, after))
             parts = (f"{depth} layers as {' + '.join(map(str, split))}" for depth, split in both)
             raise RecipeError(
-                f"growth: {recipe.model.name} divides {' and '.join(parts)}, so a group would lose layers; choose other "
+                f"growth: {recipe.model.name} divides {' and '.join(parts)}, so a group would shrink; choose other "
                 "growth.stages, growth.smallest, or depths"
             )
 
