@@ -21,7 +21,7 @@ class Settings:
     """What a cluster is brought up with."""
 
     nodes: int = 4
-    cpus: int = 4  # per node
+    cpus: int = 8  # per node
     gpus: int = 0  # per node, to be asked for; none is there
     user_signal: bool = True  # preemption sends the signal of sbatch --signal; otherwise SIGTERM
     grace: int = 10  # seconds from a preemption's first signal to the end
