@@ -63,7 +63,7 @@ def test_the_settings_that_a_refusal_names_work(worlds: Worlds, world: int) -> N
 def test_lanes_that_cannot_hold_a_batch() -> None:
     with pytest.raises(RecipeError, match=r"^data\.lanes: 1000 images in 64 lanes do not give .* whole .*lanes=50$"):
         Worlds(64, 1000).check(1)
-    with pytest.raises(RecipeError, match=r"an even number, as Mixup .*data\.lanes=2$"):
+    with pytest.raises(RecipeError, match=r"an even number, as Mixup.*data\.lanes=2$"):
         Worlds(4, 4, pairs=1).check_lanes()
     Worlds(4, 4).check_lanes()
 
@@ -73,7 +73,7 @@ def test_repeats_bound_the_lanes_of_a_batch_that_is_mixed() -> None:
     most = Worlds(128, 1024, pairs=3)
     most.check(128)
     with pytest.raises(
-        RecipeError, match=r"1024 images in 256 lanes .* of at least 6, as Mixup .*repeats=3; use data\.lanes=128$"
+        RecipeError, match=r"1024 images in 256 lanes .* of at least 6, as Mixup.*repeats=3; use data\.lanes=128$"
     ):
         Worlds(256, 1024, pairs=3).check_lanes()
     assert most.obstacle(512).endswith("data.lanes=512 train.batch=3072 (which changes the training)")
