@@ -46,8 +46,9 @@ test-gpu: install
 test-fast: install
 	$(PYTHON) -m pytest -n 2 -m "not process" tests/unit
 
-# N runs under random faults, drawn by SEED, each compared with the undisturbed run. ENGINE: fsdp, hsdp, or zero.
-chaos: N := 20
+# N runs under random faults drawn by SEED (22: one of each kind), each compared with the undisturbed run.
+# ENGINE: fsdp, hsdp, or zero.
+chaos: N := 22
 ENGINE := fsdp
 chaos: install
 	$(PYTHON) -m tests.chaos.harness --runs $(N) --seed $(SEED) --engine $(ENGINE) --out docs/results/chaos.md

@@ -253,7 +253,7 @@ def synchronizations(bench: Bench, model: Model, steps: int = 50, **sharding: An
     with tempfile.TemporaryDirectory() as folder:
         run: Any = SimpleNamespace(  # what train_step reads of a Run
             recipe=recipe,
-            plan=SimpleNamespace(schedule=schedule, order=SimpleNamespace(steps_per_epoch=1000)),
+            plan=SimpleNamespace(family=trainer.family, schedule=schedule, order=SimpleNamespace(steps_per_epoch=1000)),
             backend=trainer.backend,
             coordinator=bench.coordinator,
             reader=SimpleNamespace(lanes=range(recipe.data.lanes)),

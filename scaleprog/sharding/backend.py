@@ -237,7 +237,12 @@ class Backend(ABC):
     ) -> Any:
         """(B, C, H, W) images of this rank -> (B, classes) logits, or in training what the family's `loss` takes; see
         `ElasticModel.forward`."""
-        return self.network.forward(images, active, drop, kept, mixed)
+        active = active or self.network.model.all_active()
+        return self.network.forward(self.prepare_forward(images, active), active, drop, kept, mixed)
+
+    def prepare_forward(self, images: Tensor, active: Active) -> Tensor:
+        """Readies the engine for a forward pass through the layers `active`; returns the images that it takes."""
+        return images
 
     def step(self, lr: float, step: int) -> Tensor:
         """Takes one AdamW step on the gradients since the last step, then updates every EMA.

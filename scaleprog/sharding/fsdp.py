@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from scaleprog.models.elastic import Active, ElasticModel, TokenMix
+from scaleprog.models.elastic import Active, ElasticModel
 from scaleprog.ranks.coordinator import ranks_per_node
 from scaleprog.recipe.numbers import ceil_div
 from scaleprog.sharding.native import NativeBackend
@@ -56,20 +56,11 @@ class FsdpBackend(NativeBackend):
         rows = ceil_div(parameter.shape[0], dist.get_world_size(self.group))
         return Placement(parameter.numel(), max(1, rows * (parameter.numel() // parameter.shape[0])))
 
-    def forward(
-        self,
-        images: Tensor,
-        active: Active | None = None,
-        drop: Tensor | None = None,
-        kept: Tensor | None = None,
-        mixed: TokenMix | None = None,
-    ) -> Any:
-        model = self.network.model
-        active = active or model.all_active()
+    def prepare_forward(self, images: Tensor, active: Active) -> Tensor:
         if active != self._prefetched:
-            _prefetch(model, active)
+            _prefetch(self.network.model, active)
             self._prefetched = active
-        return super().forward(images, active, drop, kept, mixed)
+        return images
 
     def refresh_compute_weights(self, changed: bool = True) -> None:
         # after a forward without backward, FSDP keeps the root's parameters gathered

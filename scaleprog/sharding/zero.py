@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scaleprog.errors import RecipeError
-from scaleprog.models.elastic import Active, ElasticModel, TokenMix
+from scaleprog.models.elastic import Active, ElasticModel
 from scaleprog.sharding.backend import Backend, Network
 from scaleprog.sharding.optimizer import MOMENTS, adamw, alike, moments
 from scaleprog.sharding.placement import Placement
@@ -157,17 +157,10 @@ class ZeroBackend(Backend):
         parameter_offload.FWD_MODULE_STACK.clear()  # DeepSpeed would keep the model there
         _forget_releases()
 
-    def forward(
-        self,
-        images: Tensor,
-        active: Active | None = None,
-        drop: Tensor | None = None,
-        kept: Tensor | None = None,
-        mixed: TokenMix | None = None,
-    ) -> Any:
+    def prepare_forward(self, images: Tensor, active: Active) -> Tensor:
         if self.sharding.stage == 3:
-            self._retrace((active or self.network.model.all_active(), torch.is_grad_enabled()))
-        return super().forward(images.to(self._dtype), active, drop, kept, mixed)
+            self._retrace((active, torch.is_grad_enabled()))
+        return images.to(self._dtype)
 
     def _retrace(self, pass_: tuple[Active, bool]) -> None:
         """Makes DeepSpeed forget its prefetch order if `pass_` differs from the last pass."""

@@ -197,7 +197,7 @@ def put_section(path: Path, heading: str, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=len(KINDS + SLURM_KINDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=ENGINES, default="fsdp")
     parser.add_argument("--out", type=Path, help="a file with a section for each engine; this one's is replaced")

@@ -51,12 +51,13 @@ def test_a_run_under_a_fault_ends_as_the_undisturbed_one(
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_fault_and_moment_is_drawn(seed: int) -> None:
-    drawn = draw(20, seed)
+    runs = len(KINDS + SLURM_KINDS)
+    drawn = draw(runs, seed)
     assert {fault.kind for fault, _ in drawn} == {*KINDS, *SLURM_KINDS}
-    assert {fault.kind for fault, _ in draw(20, seed, slurm=False)} == set(KINDS)
+    assert {fault.kind for fault, _ in draw(runs, seed, slurm=False)} == set(KINDS)
     assert {fault.moment for fault, _ in drawn} == set(MOMENTS)
     assert all(0 <= fault.rank < ranks for fault, ranks in drawn)
-    assert drawn == draw(20, seed)
+    assert drawn == draw(runs, seed)
 
 
 def test_the_table_of_one_engine_leaves_those_of_others(tmp_path: Path) -> None:

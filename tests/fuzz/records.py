@@ -147,7 +147,7 @@ def complete(run: Path, step: int, networks: list[list[int]]) -> None:
     code.mkdir(parents=True)
     (code / "__init__.py").write_text("raise SystemExit('code of a stranger was run')\n")
     (run / "job.json").write_text(
-        json.dumps({"job": JOB, "name": "scaleprog-run", "code": f"code/{'0' * 12}", "log": "jobs/7.log"})
+        json.dumps({"job": JOB, "name": "scaleprog-run", "code": f"code/{'0' * 12}", "log": "jobs/7/run.log"})
     )
     row = {
         "time": now - 50,
