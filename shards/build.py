@@ -16,7 +16,7 @@ from scaleprog.data.manifest import NAME, Manifest, Shard
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import sync_folder
 from scaleprog.shards.pool import run_all
-from scaleprog.shards.samples import SourceSample, write_shard
+from scaleprog.shards.samples import Sample, write_shard
 
 STAGING = ".building"
 SPLITS = ("train", "val")
@@ -62,7 +62,7 @@ def build(
     out: Path,
     *,
     classes: Sequence[str],
-    splits: Mapping[str, Sequence[Iterable[SourceSample]]],
+    splits: Mapping[str, Sequence[Iterable[Sample]]],
     source: Mapping[str, Any],
     workers: int | None = None,
 ) -> Manifest:
@@ -107,7 +107,7 @@ def shard_files(out: Path) -> list[Path]:
     return [path for split in SPLITS for path in sorted(out.glob(f"{split}-*.tar"))]
 
 
-def _write(job: tuple[str, Path, Iterable[SourceSample]]) -> Shard:
+def _write(job: tuple[str, Path, Iterable[Sample]]) -> Shard:
     _, path, samples = job
     return write_shard(path, samples)
 

@@ -70,6 +70,29 @@ def csv(
     build(src, out, samples_per_shard=samples_per_shard, val_fraction=val_fraction, seed=seed, workers=workers)
 
 
+@app.command("token-labels")
+def token_labels(
+    shards: Annotated[Path, typer.Argument(help="Folder of the shards whose training images get labels.")],
+    out: Out,
+    teacher: Annotated[str, typer.Option(help="timm's name of a convolutional model, such as dm_nfnet_f6.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="File of the teacher's weights; default: timm's pretrained ones.")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Side of the teacher's images in pixels; default: timm's.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, max=100, help="Logits to keep of each place.")] = 5,
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="Images that the teacher sees at a time.")] = 32,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Number of processes; default: one per GPU, or one.")
+    ] = None,
+) -> None:
+    """Label every place of the training images with a teacher's logits, for VOLO's dense head (data.token_labels)."""
+    from scaleprog.shards.token_labels import build
+
+    build(shards, out, teacher, weights, resolution, top, batch, workers)
+
+
 @app.command("check")
 def check(
     out: Out,

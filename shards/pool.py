@@ -68,6 +68,11 @@ def run_all(
     return [results[index] for index in range(len(jobs))]
 
 
+def worker() -> int:
+    """The number of this worker among all that this program has started; 0 in the program itself."""
+    return int(multiprocessing.current_process().name.rpartition("-")[2]) if multiprocessing.parent_process() else 0
+
+
 def listed(problems: Sequence[str]) -> str:
     """The first MAX_LISTED problems, one per line, and how many more there are."""
     more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -30,6 +31,11 @@ class SourceSample:
     image: bytes
     label: int
 
+    def members(self) -> Mapping[str, bytes]:
+        """The files of the sample by extension."""
+        extension = self.extension.replace("jpeg", "jpg")  # others look for jpg, png, and webp
+        return {extension: self.image, "cls": b"%d" % self.label}
+
 
 @dataclass(frozen=True)
 class Pixels:
@@ -49,7 +55,18 @@ class Pixels:
             yield SourceSample(f"{self.split}-{index:05d}", "png", png.tobytes(), int(label))
 
 
-def write_shard(path: Path, samples: Iterable[SourceSample]) -> Shard:
+class Sample(Protocol):
+    """What a shard can hold."""
+
+    @property
+    def key(self) -> str: ...
+
+    def members(self) -> Mapping[str, bytes]:
+        """The files of the sample by extension."""
+        ...
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
     """Writes `samples` to a new tar at `path`. When this returns, the tar is on disk. Equal samples give equal bytes.
 
     Returns:
@@ -62,8 +79,7 @@ def write_shard(path: Path, samples: Iterable[SourceSample]) -> Shard:
     with open(path, "xb") as file:
         with TarWriter(file, encoder=False, mtime=0) as tar:
             for sample in samples:
-                extension = sample.extension.replace("jpeg", "jpg")  # others look for jpg, png, and webp
-                tar.write({"__key__": sample.key, extension: sample.image, "cls": b"%d" % sample.label})
+                tar.write({"__key__": sample.key, **sample.members()})
                 count += 1
         file.flush()
         os.fsync(file.fileno())

@@ -8,7 +8,7 @@ restores them afterwards, so that a batch depends on nothing else and the traini
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import groupby
@@ -25,6 +25,7 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter
 
 from scaleprog.data.decode import Box, decode
+from scaleprog.data.origin import IDENTITY, Located, Origin, after, of_crop
 from scaleprog.errors import DataError
 from scaleprog.recipe.keys import AugmentSettings
 
@@ -60,6 +61,7 @@ class BatchRequest:
     """Factor on the probability of random erasing (AdaReg)."""
 
 
+Policy = Callable[[Image.Image], tuple[Image.Image, Origin]]
 Encoded = tuple[memoryview, str]
 """An encoded image and its location (shard and key)."""
 
@@ -87,11 +89,15 @@ class Augmentation:
         self._std = torch.tensor(std).view(-1, 1, 1) * 255
 
     def lane(self, images: Iterable[Encoded], request: BatchRequest, lane: int) -> Tensor:
+        """The training images of one lane for one step, (n, C, r, r) float32; see `lane_with_origins`."""
+        return self.lane_with_origins(images, request, lane)[0]
+
+    def lane_with_origins(self, images: Iterable[Encoded], request: BatchRequest, lane: int) -> tuple[Tensor, Tensor]:
         """The training images of one lane for one step, in DeiT's order: crop, flip, color jitter or RandAugment,
         normalize, erase.
 
         Returns:
-            (n, C, r, r) float32.
+            images (n, C, r, r) and their origins (n, 2, 3), see `data/origin.py`; float32.
 
         Raises:
             DataError: an image cannot be decoded.
@@ -101,15 +107,18 @@ class Augmentation:
         images = list(images)
         uniform = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
         draws = uniform.random((len(images), _CROP + _FLIP)).tolist()
-        pixels = [self._crop_and_flip(image, request.resolution, row) for image, row in zip(images, draws)]
+        cropped = [self._crop_and_flip(image, request.resolution, row) for image, row in zip(images, draws)]
+        pixels, origins = [image for image, _ in cropped], [origin for _, origin in cropped]
         policy = self._policy(request)
-        if policy is None and erase == 0:
-            return self._normalize(pixels)
-        with _seeded(*entropy):
-            if policy is not None:
-                pixels = [self._recolor(image, policy) for image in pixels]
+        with _seeded(*entropy) if policy or erase else nullcontext():
+            if policy:
+                for i, image in enumerate(pixels):
+                    pixels[i], moved = self._vary(image, policy)
+                    origins[i] = after(origins[i], moved)
             batch = self._normalize(pixels)
-            return RandomErasing(erase, mode="pixel", device="cpu")(batch) if erase else batch
+            if erase:
+                batch = RandomErasing(erase, mode="pixel", device="cpu")(batch)
+        return batch, torch.from_numpy(np.stack(origins)).float()
 
     def evaluation(self, images: Iterable[Encoded], resolution: int) -> Tensor:
         """Evaluation images: the central square whose side is `eval_crop` of the shorter side, resized.
@@ -123,25 +132,34 @@ class Augmentation:
         box = partial(central_box, part=self.settings.eval_crop)
         return self._normalize([decode(data, where, self.channels, resolution, box) for data, where in images])
 
-    def _crop_and_flip(self, image: Encoded, resolution: int, draws: list[float]) -> np.ndarray:
-        """(r, r, C) uint8."""
+    def _crop_and_flip(self, image: Encoded, resolution: int, draws: list[float]) -> tuple[np.ndarray, Origin]:
+        """(r, r, C) uint8, and its origin."""
         data, where = image
-        box = partial(random_box, self.settings, draws=draws[:_CROP])
-        pixels = decode(data, where, self.channels, resolution, box)
-        return pixels[:, ::-1] if draws[_CROP] < self.settings.flip else pixels
+        flipped, origin = draws[_CROP] < self.settings.flip, IDENTITY
 
-    def _recolor(self, pixels: np.ndarray, policy: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-        """RandAugment or color jitter on (r, r, C) uint8."""
+        def crop(height: int, width: int) -> Box:
+            nonlocal origin
+            box = random_box(self.settings, height, width, draws[:_CROP])
+            origin = of_crop(box, height, width, flipped, self.settings.token_label_crop == "transposed")
+            return box
+
+        pixels = decode(data, where, self.channels, resolution, crop)
+        return pixels[:, ::-1] if flipped else pixels, origin
+
+    def _vary(self, pixels: np.ndarray, policy: Policy) -> tuple[np.ndarray, Origin]:
+        """RandAugment or color jitter on (r, r, C) uint8, and the origin of the result in `pixels`."""
         image = Image.fromarray(np.ascontiguousarray(pixels.squeeze(-1) if self.channels == 1 else pixels))
-        return np.asarray(policy(image)).reshape(pixels.shape)
+        varied, origin = policy(image)
+        return np.asarray(varied).reshape(pixels.shape), origin
 
-    def _policy(self, request: BatchRequest) -> Callable[[Image.Image], Image.Image] | None:
+    def _policy(self, request: BatchRequest) -> Policy | None:
         if self.settings.randaugment is not None:
             mean, _ = normalization(self.settings, self.channels)
             rounded = self.settings.round_magnitude
             return _rand_augment(self.settings.randaugment, request.resolution, request.magnitude, mean, rounded)
         if self.settings.color_jitter:
-            return ColorJitter(*(self.settings.color_jitter,) * 3)
+            jitter = ColorJitter(*(self.settings.color_jitter,) * 3)
+            return lambda image: (jitter(image), IDENTITY)
         return None
 
     def _normalize(self, pixels: list[np.ndarray]) -> Tensor:
@@ -300,9 +318,7 @@ def _seeded(*entropy: int) -> Iterator[None]:
 
 
 @lru_cache(maxsize=64)
-def _rand_augment(
-    config: str, resolution: int, magnitude: float, mean: tuple[float, ...], rounded: bool
-) -> Callable[[Image.Image], Image.Image]:
+def _rand_augment(config: str, resolution: int, magnitude: float, mean: tuple[float, ...], rounded: bool) -> Policy:
     """timm's RandAugment, set up as in timm's training transform, with its magnitude multiplied by `magnitude`, and
     rounded to a whole number if `rounded`."""
     fill = tuple(min(255, round(255 * value)) for value in mean)
@@ -318,7 +334,7 @@ def _rand_augment(
         op.magnitude = round(op.magnitude * magnitude) if rounded else op.magnitude * magnitude
         if op.aug_fn is posterize:
             op.level_fn = partial(_posterize_bits, op.level_fn)
-    return policy
+    return Located(policy)
 
 
 def _posterize_bits(level_fn: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:

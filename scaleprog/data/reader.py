@@ -16,6 +16,7 @@ from scaleprog.data.manifest import Manifest
 from scaleprog.data.order import Order
 from scaleprog.data.shard import Cursor, ShardReader, StoredSample
 from scaleprog.data.stream import Batch, Stream
+from scaleprog.data.token_labels import LabelShards, pack
 from scaleprog.errors import DataError
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
 from scaleprog.recipe.numbers import ceil_div
@@ -40,12 +41,19 @@ class DataSet:
         settings: workers, prefetch and cache.
         augment: the recipe's augmentation settings.
         channels: 1 or 3.
+        token_labels: of the training shards, if the recipe has them.
     """
 
     manifest: Manifest
     settings: DataSettings
     augment: AugmentSettings
     channels: int
+    token_labels: LabelShards | None = None
+
+    def identity(self) -> dict[str, str]:
+        """What tells this data set's contents from another's, wherever they lie: a line per part."""
+        labels = {"token_labels": self.token_labels.identity()} if self.token_labels else {}
+        return self.manifest.identity() | labels
 
 
 class TrainReader:
@@ -67,7 +75,9 @@ class TrainReader:
         self.lanes = order.lanes_of(rank, world)
         self.workers = min(self.data.workers, len(self.lanes))
         self._augmentation = Augmentation(data.augment, data.channels, seed)
-        self._shards = ShardReader(data.manifest, TRAIN, cache=self.data.cache * 2**20)
+        self._labels = data.token_labels
+        maps_of = self._labels.load if self._labels else None
+        self._shards = ShardReader(data.manifest, TRAIN, self.data.cache * 2**20, maps_of)
         if order.counts != tuple(shard.samples for shard in self._shards.shards):
             raise DataError(f"{data.manifest.root}: the shards of {TRAIN!r} do not match the order")
 
@@ -88,7 +98,8 @@ class TrainReader:
         self._shards.preload()
         rows = ceil_div(len(self.lanes), max(self.workers, 1)) * self.order.per_lane
         largest = (rows, self._augmentation.channels, resolution, resolution)
-        return Stream(partial(self._produce, requests), self.workers, self.data.prefetch, largest)
+        numbers = self._labels.numbers if self._labels else 0
+        return Stream(partial(self._produce, requests), self.workers, self.data.prefetch, largest, numbers)
 
     def memory(self, resolution: int) -> int:
         """The most memory that reading takes on the host, in bytes.
@@ -96,10 +107,11 @@ class TrainReader:
         That is the cached split, or else one shard per lane and two more for each worker that is reading a shard, plus
         the batches decoded ahead and the current one.
         """
-        shards = self._shards.shards
-        largest = max(shard.bytes for shard in shards)
+        per_map = self._labels.sample_bytes if self._labels else 0
+        sizes = [shard.bytes + shard.samples * per_map for shard in self._shards.shards]
+        largest = max(sizes)
         held = len(self.lanes) + 2 * max(self.workers, 1)
-        encoded = sum(shard.bytes for shard in shards) + 2 * largest if self._shards.fits else held * largest
+        encoded = sum(sizes) + 2 * largest if self._shards.fits else held * largest
         rows = len(self.lanes) * self.order.per_lane
         return encoded + decoded_bytes(rows, self._augmentation.channels, resolution, self.data)
 
@@ -108,13 +120,18 @@ class TrainReader:
         owned = self.lanes[len(self.lanes) * part // parts : len(self.lanes) * (part + 1) // parts]
         lanes = [_Lane(lane, self.order, self._shards) for lane in owned]
         for request in requests:
-            images, labels, ids = [], [], []
+            images, labels, ids, token_labels = [], [], [], []
             for lane in lanes:
                 samples = lane.take(request.epoch, request.step)
-                images.append(self._augmentation.lane([sample.image for sample in samples], request, lane.lane))
+                encoded = [sample.image for sample in samples]
+                pixels, origins = self._augmentation.lane_with_origins(encoded, request, lane.lane)
+                images.append(pixels)
                 labels += [sample.label for sample in samples]
                 ids += [sample.id for sample in samples]
-            yield Batch(torch.cat(images), torch.tensor(labels), torch.tensor(ids))
+                if maps := [sample.map for sample in samples if sample.map is not None]:
+                    token_labels.append(pack(maps, origins))
+            rows = torch.cat(token_labels) if token_labels else None
+            yield Batch(torch.cat(images), torch.tensor(labels), torch.tensor(ids), rows)
 
 
 class _Lane:

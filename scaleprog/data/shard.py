@@ -4,8 +4,8 @@ import errno
 import hashlib
 import io
 import os
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -19,6 +19,8 @@ from scaleprog.files.atomic import open_regular
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 EXTENSIONS = (*IMAGE_EXTENSIONS, "cls")
+MapsOf = Callable[[int, Sequence[str], bool], np.ndarray]
+"""(index of a shard, its keys, whether to verify the checksum) -> the samples' label maps, (samples, h, w, K)."""
 NO_FILE = (errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 """Errors for a path that is not a regular file; another attempt would fail, too."""
 
@@ -38,6 +40,8 @@ class LoadedShard:
     """(samples,) int64: where it ends."""
     labels: np.ndarray
     """(samples,) int64."""
+    maps: np.ndarray | None = None
+    """(samples, h, w, K), the samples' label maps, if there are token labels."""
 
     def image(self, index: int) -> Encoded:
         """The encoded image, without a copy, and its location."""
@@ -51,12 +55,13 @@ class ShardReader:
     verifies size and checksum of a shard the first time that it reads the shard.
     """
 
-    def __init__(self, manifest: Manifest, split: str, cache: int = 0) -> None:
-        """`cache`: a split of at most so many bytes stays in memory."""
+    def __init__(self, manifest: Manifest, split: str, cache: int = 0, maps_of: MapsOf | None = None) -> None:
+        """`cache`: a split of at most so many bytes stays in memory; `maps_of`: reads label maps."""
         self.manifest = manifest
         self.shards = manifest.split(split)
         self.fits = sum(shard.bytes for shard in self.shards) <= cache
         self._kept: list[LoadedShard] = []
+        self._maps_of = maps_of
         self._held: WeakValueDictionary[int, LoadedShard] = WeakValueDictionary()
         self._verified: set[int] = set()
 
@@ -76,11 +81,12 @@ class ShardReader:
         if loaded is None:
             shard = self.shards[index]
             path = self.manifest.path(shard)
-            content = _read(path, shard.bytes)
-            if index not in self._verified:
-                _verify(content, shard, path)
-                self._verified.add(index)
-            loaded = self._held[index] = _parse(content, shard, path, len(self.manifest.classes))
+            verify = index not in self._verified
+            loaded = _parse(read_shard(path, shard, verify), shard, path, len(self.manifest.classes))
+            if self._maps_of is not None:
+                loaded = replace(loaded, maps=self._maps_of(index, loaded.keys, verify))
+            self._verified.add(index)
+            self._held[index] = loaded
         return loaded
 
 
@@ -91,6 +97,8 @@ class StoredSample(NamedTuple):
     label: int
     id: int
     """Position in the split: samples of earlier shards + index in its shard."""
+    map: np.ndarray | None = None
+    """(h, w, K), its label map, if there are token labels."""
 
 
 class Cursor:
@@ -108,12 +116,21 @@ class Cursor:
             self._shard = None  # frees the memory of the last shard before reading the next one
             self._shard, self._index = self._shards.load(shard), shard
         label, position = int(self._shard.labels[index]), int(self._offsets[shard]) + index
-        return StoredSample(self._shard.image(index), label, position)
+        found = None if self._shard.maps is None else self._shard.maps[index]
+        return StoredSample(self._shard.image(index), label, position, found)
 
     def at(self, position: int) -> StoredSample:
         """The sample at this position in the split. Raises like `ShardReader.load`."""
         shard = int(np.searchsorted(self._offsets, position, side="right")) - 1
         return self.sample(shard, position - int(self._offsets[shard]))
+
+
+def read_shard(path: str, shard: Shard, verify: bool) -> bytes:
+    """The bytes of a shard; `verify`: whether to compare size and checksum. Raises DataError, or Unavailable."""
+    content = _read(path, shard.bytes)
+    if verify:
+        _verify(content, shard, path)
+    return content
 
 
 def _read(path: str, size: int) -> bytes:

@@ -39,6 +39,8 @@ class Batch:
     """(B_local,) int64; -1 in rows that pad an evaluation batch."""
     ids: Tensor
     """(B_local,) int64: position in the split (samples of earlier shards + index in its shard); -1 in padding."""
+    token_labels: Tensor | None = None
+    """(B_local, numbers) float32, the rows of `token_labels.pack`; None if there are no token labels."""
 
 
 class Stream:
@@ -49,6 +51,7 @@ class Stream:
         workers: processes, one per part; with 0, this process produces the whole batches.
         prefetch: batches decoded ahead.
         largest: (rows, C, r, r), the largest shape of a part's images.
+        numbers: in a row of token labels; 0: there are none.
 
     Raises:
         Exception: while iterating: `produce` raised an exception of the same type.
@@ -61,10 +64,11 @@ class Stream:
         workers: int,
         prefetch: int,
         largest: tuple[int, int, int, int],
+        numbers: int = 0,
     ) -> None:
         self._pin = torch.cuda.is_available()
         self._alone = iter(()) if workers else produce(0, 1)
-        self._workers = [_Worker(produce, part, workers, prefetch, largest) for part in range(workers)]
+        self._workers = [_Worker(produce, part, workers, prefetch, largest, numbers) for part in range(workers)]
 
     def __iter__(self) -> Self:
         return self
@@ -74,14 +78,15 @@ class Stream:
             if not self._workers:
                 return next(self._alone)
             parts = [worker.take() for worker in self._workers]  # all parts end at the same batch
-            images = self._whole([images for images, _ in parts], 0)
-            labels, ids = self._whole([rows for _, rows in parts], 1)
+            images = self._whole([images for images, _, _ in parts], 0)
+            labels, ids = self._whole([rows for _, rows, _ in parts], 1)
+            token_labels = self._whole([rows for _, _, rows in parts], 0)
         except BaseException:
             self.close()
             raise
         for worker in self._workers:
             worker.give_back()
-        return Batch(images, labels, ids)
+        return Batch(images, labels, ids, token_labels if token_labels.numel() else None)
 
     def __enter__(self) -> Self:
         return self
@@ -116,12 +121,14 @@ class _Worker:
         parts: int,
         prefetch: int,
         largest: tuple[int, int, int, int],
+        numbers: int,
     ) -> None:
         self._produce, self._part, self._parts = produce, part, parts
         rows, self._channels, *_ = largest
         self._slots = prefetch
         self._images = _shared((prefetch, math.prod(largest)), torch.float32)
         self._rows = _shared((prefetch, 2, rows), torch.int64)  # labels, ids
+        self._token_labels = _shared((prefetch, rows, numbers), torch.float32)
         self._shapes = _shared((prefetch, 2), torch.int64).numpy()  # rows, resolution; 0 rows: the end or an error
         self._free = FORK.Semaphore(prefetch)
         self._filled = FORK.Semaphore(0)
@@ -136,8 +143,10 @@ class _Worker:
         self._forked = time.monotonic()
         errors.close()
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """The next part's images (B, C, r, r), and labels and IDs (2, B), in shared memory: copy, then `give_back`.
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The next part's images (B, C, r, r), labels and IDs (2, B), and token labels (B, numbers).
+
+        They are in shared memory: copy, then `give_back`.
 
         Raises:
             StopIteration: there are no more.
@@ -162,7 +171,8 @@ class _Worker:
         if not rows:
             raise self._errors.recv()
         shape = (rows, self._channels, resolution, resolution)
-        return self._images[self._next, : math.prod(shape)].view(shape), self._rows[self._next, :, :rows]
+        images = self._images[self._next, : math.prod(shape)].view(shape)
+        return images, self._rows[self._next, :, :rows], self._token_labels[self._next, :rows]
 
     def give_back(self) -> None:
         """Lets the worker fill the taken slot again."""
@@ -203,6 +213,8 @@ class _Worker:
                 self._images[slot, : batch.images.numel()] = batch.images.flatten()
                 self._rows[slot, 0, :rows] = batch.labels
                 self._rows[slot, 1, :rows] = batch.ids
+                if batch.token_labels is not None:
+                    self._token_labels[slot, :rows] = batch.token_labels
                 self._filled.release()
                 slot = (slot + 1) % self._slots
         except Exception as error:
@@ -217,7 +229,7 @@ class _Worker:
 def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Memory that forked processes share; anonymous, so that a small /dev/shm does not limit it."""
     memory = mmap.mmap(-1, max(1, math.prod(shape)) * dtype.itemsize)
-    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
+    return torch.frombuffer(memory, dtype=dtype)[: math.prod(shape)].view(shape)
 
 
 def _reset_signals(rank_process: int) -> None:

@@ -42,14 +42,16 @@ class Targets:
     Args:
         mixed: (B, classes) fp32, how much of each class is in each image, smoothed.
         own: likewise, without what images took from others.
+        tokens: likewise of each token of the grid, (B, tokens, classes); None: that of its image.
     """
 
     mixed: Tensor
     own: Tensor
+    tokens: Tensor | None = None
 
     def of(self, rows: slice) -> "Targets":
         """Those of some of the images."""
-        return Targets(self.mixed[rows], self.own[rows])
+        return Targets(self.mixed[rows], self.own[rows], None if self.tokens is None else self.tokens[rows])
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ class ElasticModel(nn.Module, ABC):
     """Whether the family can run on a subset of the patches, see `forward`."""
     mixes_tokens: ClassVar[bool] = False
     """Whether the family can mix tokens, see `TokenMix`."""
+    labels_tokens: ClassVar[bool] = False
+    """Whether the family learns labels of tokens, see `Targets`."""
     whole_lanes: ClassVar[bool] = False
     """Whether a micro-batch must hold whole lanes, because images of a lane depend on one another."""
 

@@ -31,7 +31,7 @@ class ElasticVolo(ElasticModel):
 
     layer_groups = ("network.0", "network.2")
     sees_subsets = False  # outlookers need the whole grid
-    mixes_tokens = whole_lanes = True
+    mixes_tokens = labels_tokens = whole_lanes = True
     net: VOLO
 
     @classmethod
@@ -133,9 +133,9 @@ class ElasticVolo(ElasticModel):
     @classmethod
     def loss(cls, output: Output, targets: Targets) -> Tensor:
         whole, dense = output
-        everywhere = targets.own.unsqueeze(1).expand_as(dense)
+        tokens = targets.own.unsqueeze(1).expand_as(dense) if targets.tokens is None else targets.tokens
         return functional.cross_entropy(whole.float(), targets.mixed) + DENSE * functional.cross_entropy(
-            dense.float().flatten(0, 1), everywhere.flatten(0, 1)
+            dense.float().flatten(0, 1), tokens.flatten(0, 1)
         )
 
     def plain(self, settings: ModelSettings) -> Plain:

@@ -15,6 +15,7 @@ from scaleprog.data.manifest import NAME as MANIFEST
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.order import Order
 from scaleprog.data.reader import DataSet, decoded_bytes
+from scaleprog.data.token_labels import LabelShards
 from scaleprog.errors import RecipeError
 from scaleprog.growth.policy import Budget, EqualStages, Price
 from scaleprog.growth.schedule import Schedule, ScheduleKind, rungs
@@ -46,7 +47,7 @@ class Plan:
 
     recipe: Recipe
     family: type[ElasticModel]
-    manifest: Manifest
+    data: DataSet
     order: Order
     schedule: Schedule
 
@@ -63,12 +64,15 @@ class Plan:
             )
         order = _order(recipe, manifest)
         family, schedule = outline(recipe, order.steps_per_epoch)
-        return cls(recipe, family, manifest, order, schedule)
+        folder = recipe.data.token_labels
+        labels = LabelShards.of(folder, manifest) if folder else None
+        data = DataSet(manifest, recipe.data, recipe.augment, recipe.model.channels, labels)
+        return cls(recipe, family, data, order, schedule)
 
     @property
-    def data(self) -> DataSet:
-        """The data set, as the recipe reads it."""
-        return DataSet(self.manifest, self.recipe.data, self.recipe.augment, self.recipe.model.channels)
+    def manifest(self) -> Manifest:
+        """The shards."""
+        return self.data.manifest
 
     @property
     def search_batches(self) -> int:
@@ -349,6 +353,10 @@ def _check_lanes_of(recipe: Recipe, family: type[ElasticModel]) -> None:
     name, micro_batch = recipe.model.name, recipe.train.micro_batch
     if recipe.augment.mix_token and not family.mixes_tokens:
         raise RecipeError(f"augment.mix_token: {name} cannot mix tokens; use augment.mixup or augment.cutmix")
+    if recipe.data.token_labels and not family.labels_tokens:
+        raise RecipeError(f"data.token_labels: {name} has no head for its tokens; leave it out, or use a VOLO")
+    if recipe.data.token_labels and (recipe.augment.mixup or recipe.augment.cutmix):
+        raise RecipeError("data.token_labels: Mixup and CutMix would leave the tokens' labels behind; use mix_token")
     lane = recipe.train.batch // recipe.data.lanes
     if family.whole_lanes and micro_batch is not None and micro_batch < lane:
         raise RecipeError(

@@ -87,6 +87,9 @@ class DataSettings(Settings):
 
     path: Folder
     """Folder of the shards and their manifest."""
+    token_labels: Folder | None = None
+    """Folder of the token labels that `scaleprog shards token-labels` made of these shards; default: every token has
+    the label of its image."""
     lanes: Ranks = 64
     """V, the number of lanes: a divisor of the batch, and a multiple of every number of ranks that may train it."""
     workers: Workers = 4
@@ -136,6 +139,9 @@ class AugmentSettings(Settings):
     divide data.lanes. Default: the largest divisor up to 4."""
     mix_token: bool = False
     """MixToken: whether images take a box of tokens from each other, behind the patch embedding (VOLO)."""
+    token_label_crop: Literal["correct", "transposed"] = "correct"
+    """Which part of a label map belongs to a crop. transposed: with x and y exchanged, as in TokenLabeling's code, so
+    that the labels are those of another part of the image."""
     smoothing: Momentum = 0.1
     """Label smoothing."""
     repeats: Few = 1

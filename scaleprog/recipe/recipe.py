@@ -34,6 +34,7 @@ FREE = (
     "train.accept_arithmetic",
     "train.micro_batch",
     "data.path",
+    "data.token_labels",
     "data.workers",
     "data.prefetch",
     "data.cache",

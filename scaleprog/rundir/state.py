@@ -209,7 +209,7 @@ class _StateValues(BaseModel):
     best_top1: Percent
     skipped: Some[Count]
     arithmetic: Annotated[int, Field(ge=1, le=10**6)]
-    data: Annotated[dict[Text, Text], Field(max_length=3)]
+    data: Annotated[dict[Text, Text], Field(max_length=4)]
 
 
 def _check(values: Mapping[str, Any]) -> None:

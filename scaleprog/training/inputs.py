@@ -1,5 +1,6 @@
 """What a step feeds to the network: images mixed with each other, layers dropped, patches left out, micro-batches."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from scaleprog.data.augment import low_pass, mix, token_boxes
 from scaleprog.data.stream import Batch
+from scaleprog.data.token_labels import targets as token_targets
+from scaleprog.data.token_labels import unpack
 from scaleprog.growth.phase import Phase
 from scaleprog.growth.space import View
 from scaleprog.models import resolve_family
@@ -28,16 +31,29 @@ def mixed_batch(run: Run, batch: Batch, view: View) -> tuple[Tensor, Targets, To
         "settings": recipe.augment,
     }
     mixed = None
-    if recipe.augment.mix_token:
-        side = view.pixels // resolve_family(recipe.model)[2]
-        partner, inside = (part.to(device, non_blocking=True) for part in token_boxes(len(labels), side, **drawn))
-        own = mixup_target(labels, recipe.model.classes, smoothing=recipe.augment.smoothing)
-        share = inside.flatten(1).float().mean(1, keepdim=True)
-        targets, mixed = Targets(own.lerp(own[partner], share), own), TokenMix(partner, inside)
-    else:
+    if recipe.augment.mixup or recipe.augment.cutmix:
         images, target = mix(images, labels, classes=recipe.model.classes, **drawn)
         targets = Targets(target, target)
+    else:
+        side = view.pixels // resolve_family(recipe.model)[2]
+        targets = _own_targets(run, batch, side)
+        if recipe.augment.mix_token:
+            partner, inside = (part.to(device, non_blocking=True) for part in token_boxes(len(labels), side, **drawn))
+            share, own = inside.flatten(1).float().mean(1, keepdim=True), targets.own
+            targets, mixed = replace(targets, mixed=own.lerp(own[partner], share)), TokenMix(partner, inside)
     return images if view.cutoff is None else low_pass(images, view.cutoff), targets, mixed
+
+
+def _own_targets(run: Run, batch: Batch, side: int) -> Targets:
+    """What a network with `side` x `side` tokens should answer to images that are not mixed."""
+    classes, smoothing, device = run.recipe.model.classes, run.recipe.augment.smoothing, run.backend.device
+    labels = run.plan.data.token_labels
+    if labels is None or batch.token_labels is None:
+        own = mixup_target(batch.labels.to(device, non_blocking=True), classes, smoothing=smoothing)
+        return Targets(own, own)
+    maps, origins = unpack(batch.token_labels.to(device, non_blocking=True), labels.grid)
+    own, tokens = token_targets(maps, origins, side, classes, smoothing)
+    return Targets(own, own, tokens)
 
 
 def micro_batches(rows: int, most: int | None, unit: int = 1) -> list[slice]:

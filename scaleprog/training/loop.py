@@ -95,7 +95,7 @@ def train(
     plan = plan_start(recipe, coordinator.world, ranks_per_node())
     rank, world = coordinator.rank, coordinator.world
     coordinator.verify("recipe", recipe.dump())
-    coordinator.verify("shards", [[s.name, s.sha256] for s in plan.manifest.split("train")])
+    coordinator.verify("shards", [plan.data.identity(), [[s.name, s.sha256] for s in plan.manifest.split("train")]])
     reader = TrainReader(plan.data, plan.order, recipe.seed, rank, world)
     lease = take_lease(folder, recipe, coordinator)
 

@@ -62,12 +62,12 @@ def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: Pr
         Unavailable: none of the checkpoints can be read now.
     """
     newest = checkpoints.newest(progress.say)
-    data = plan.manifest.identity()
+    data = plan.data.identity()
     if newest is None:
         return RunState(data=data)
     state = state_of(newest, plan)
     phases = plan.schedule.phases(state.choices)
-    check_data(newest, state, plan.manifest)
+    check_data(newest, state, plan.data)
     if state.step < phases[-1].stop:
         check_arithmetic(newest, state, plan.recipe)
     state.arithmetic, state.data = ARITHMETIC, data

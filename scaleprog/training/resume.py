@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scaleprog.data.manifest import Manifest
+from scaleprog.data.reader import DataSet
 from scaleprog.errors import CheckpointError, RecipeError
 from scaleprog.growth.space import Choice
 from scaleprog.models import resolve_family
@@ -111,14 +111,15 @@ def check_arithmetic(checkpoint: Path, state: RunState, recipe: Recipe) -> None:
         )
 
 
-def check_data(checkpoint: Path, state: RunState, manifest: Manifest) -> None:
+def check_data(checkpoint: Path, state: RunState, data: DataSet) -> None:
     """Raises CheckpointError if the data are not those that the run began with."""
-    data = manifest.identity()
-    if unlike := [name for name in state.data if data.get(name) != state.data[name]]:
-        told = "; ".join(f"{name}: {state.data[name]} then, {data.get(name, 'missing')} now" for name in unlike)
+    now = data.identity()
+    names = {**state.data, **now} if state.data else {}
+    if unlike := [name for name in names if now.get(name) != state.data.get(name)]:
+        told = "; ".join(f"{name}: {state.data.get(name, 'none')} then, {now.get(name, 'none')} now" for name in unlike)
         raise CheckpointError(
-            f"{checkpoint}: the run began with other data than there are in {manifest.root}: {told}. data.path may "
-            "change, the contents may not; point data.path at the old data, or start a new run"
+            f"{checkpoint}: the run began with other data than there are in {data.manifest.root}: {told}. Paths may "
+            "change, the contents may not; point data.path and data.token_labels at the old data, or start a new run"
         )
 
 

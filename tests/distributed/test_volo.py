@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -16,8 +17,9 @@ from scaleprog.models.elastic import Targets, TokenMix, drop_scales
 from scaleprog.ranks.coordinator import Coordinator, process_group
 from scaleprog.recipe.keys import AugmentSettings, ModelSettings
 from scaleprog.sharding import Backend
+from scaleprog.shards.token_labels import build
 from tests.compare import differences, final_tensors
-from tests.conftest import MakeRecipe, run
+from tests.conftest import CLASSES, MakeRecipe, run
 from tests.distributed.ranks import make
 
 MODEL = ModelSettings(name="volo_d1_224", classes=10, resolution=48, patch=4, width=32, depth=8, heads=2, drop_path=0.1)
@@ -118,8 +120,13 @@ def test_engines_train_what_one_process_trains(
         assert ours == pytest.approx(theirs, rel=5e-2 if rounded else 1e-5), (step, ENGINES[world][number])
 
 
-def test_a_run_resumes_bit_for_bit(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_a_run_with_token_labels_resumes_bit_for_bit(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    patterns = Path(make_recipe().data.path)
+    weights, labels = tmp_path / "teacher.pth", tmp_path / "labels"
+    torch.save(timm.create_model("test_byobnet", num_classes=CLASSES).state_dict(), weights)
+    build(patterns, labels, "test_byobnet", weights, 64, 3, 32, 1)
     recipe = make_recipe(
+        data={"token_labels": str(labels)},
         model={"name": "volo_d1_224", "patch": 4, "width": 32, "depth": 6, "heads": 2, "drop_path": 0.1},
         augment={"mix_token": True}, train={"batch": 16, "epochs": 6}, sharding={"engine": "fsdp"},
     )  # fmt: skip
