@@ -47,11 +47,12 @@ test-fast: install
 	$(PYTHON) -m pytest -n 2 -m "not process" tests/unit
 
 # N runs under random faults drawn by SEED (22: one of each kind), each compared with the undisturbed run.
-# ENGINE: fsdp, hsdp, or zero.
+# ENGINE: fsdp, hsdp, or zero; MODEL: vit or volo.
 chaos: N := 22
 ENGINE := fsdp
+MODEL := vit
 chaos: install
-	$(PYTHON) -m tests.chaos.harness --runs $(N) --seed $(SEED) --engine $(ENGINE) --out docs/results/chaos.md
+	$(PYTHON) -m tests.chaos.harness --runs $(N) --seed $(SEED) --engine $(ENGINE) --model $(MODEL) --out docs/results/chaos.md
 
 # N starts on randomly changed inputs, drawn by SEED; REAL of them also as separate processes.
 fuzz: N := 5000

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from ctypes import c_int
 from dataclasses import replace
 from multiprocessing import connection, resource_tracker
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
@@ -32,6 +32,7 @@ from scaleprog.ranks.rendezvous import Place
 from scaleprog.ranks.stop import SIGNALS
 from scaleprog.recipe.worlds import Worlds
 
+START_METHOD = "spawn"  # by its name in multiprocessing; tests fork ranks from a process that has imported torch
 GRACE_SECONDS = 30.0  # after a failure: time between TERM and KILL for the other ranks
 PR_SET_PDEATHSIG = 1
 
@@ -147,13 +148,13 @@ def _stopped(name: str, error: Exception) -> Preempted:
 
 def _launch_once(asked: c_int, ranks: int, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     """Starts the ranks once; returns when all of them have ended without an error."""
-    spawn = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(START_METHOD)
     with _memory() as (_, store), _memory() as (told, words), _threads_shared(ranks):
-        processes: list[SpawnProcess] = []
+        processes: list[BaseProcess] = []
         try:
             for rank in range(ranks):
                 place = Place(rank, ranks, rank, ranks, store)
-                process = spawn.Process(target=_rank, args=(asked, place, words, function, arguments))
+                process = context.Process(target=_rank, args=(asked, place, words, function, arguments))
                 try:
                     with interrupts_held():
                         process.start()
@@ -199,7 +200,7 @@ def _memory() -> Iterator[tuple[int, str]]:
         os.close(descriptor)
 
 
-def _watch(processes: Sequence[SpawnProcess], told: int) -> None:
+def _watch(processes: Sequence[BaseProcess], told: int) -> None:
     """Returns when all ranks have ended without an error.
 
     Raises:
@@ -216,7 +217,7 @@ def _watch(processes: Sequence[SpawnProcess], told: int) -> None:
                 raise _failure(rank, process.exitcode, os.pread(told, os.fstat(told).st_size, 0))
 
 
-def _end(processes: Sequence[SpawnProcess]) -> None:
+def _end(processes: Sequence[BaseProcess]) -> None:
     """Ends the ranks that still run: with TERM, then with KILL if they ignore it."""
     for process in processes:
         process.terminate()
@@ -234,7 +235,7 @@ def _passing_signals_on() -> Iterator[c_int]:
 
     Yields the number of the first signal (0 until one arrives), in memory that is shared with ranks that start later.
     """
-    asked = multiprocessing.get_context("spawn").RawValue(c_int, 0)
+    asked = multiprocessing.get_context(START_METHOD).RawValue(c_int, 0)
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return

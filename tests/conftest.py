@@ -1,6 +1,7 @@
 """What the tests share: a small data set of drawn patterns, recipes over it, runs on one or several ranks."""
 
 import json
+import multiprocessing
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: neighbours on the machine must not slow each other down
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from webdataset.writer import ShardWriter
 
+from scaleprog.launchers import local
 from scaleprog.launchers.local import launch
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.recorder import read_rows
@@ -120,6 +122,15 @@ def run(recipe: Recipe, folder: Path, ranks: int = 1, **changes: Any) -> dict[st
         launch(ranks, train_rank, recipe, folder)
         return {}
     return train_rank(recipe, folder)
+
+
+def fork_ranks(patch: pytest.MonkeyPatch) -> None:
+    """Makes `launch` fork ranks from a process that has imported torch; an import takes longer than many a run.
+
+    The ranks then have the environment that this process had at its first launch.
+    """
+    multiprocessing.set_forkserver_preload(["scaleprog.training.loop", "deepspeed"])
+    patch.setattr(local, "START_METHOD", "forkserver")
 
 
 def step_rows(folder: Path) -> dict[int, dict[str, Any]]:

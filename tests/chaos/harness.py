@@ -1,6 +1,6 @@
 """Runs under faults, compared with the undisturbed run.
 
-    python -m tests.chaos.harness [--runs 20] [--seed 0] [--engine fsdp] [--out docs/results/chaos.md]
+    python -m tests.chaos.harness [--runs 22] [--seed 0] [--engine fsdp] [--model vit] [--out docs/results/chaos.md]
 
 A run of `scaleprog train` is started as a user would: the same command again after each exit that says "try again" or
 each kill of all. A Slurm job comes back by itself. Jobs need root, for the cluster.
@@ -39,6 +39,13 @@ ENGINES: dict[Engine, str] = {
     "hsdp": "Two copies of the model, each sharded over half of the ranks",
     "zero": "Stage 3",
 }
+MODELS: dict[str, dict[str, dict[str, object]]] = {
+    "vit": {"model": {"drop_path": 0.2}, "augment": {"mixup": 0.8}},
+    "volo": {
+        "model": {"name": "volo_d1_224", "patch": 4, "width": 32, "depth": 6, "heads": 2, "drop_path": 0.2},
+        "augment": {"mix_token": True},
+    },
+}
 START_SECONDS = 900  # more than a start takes, even on a machine that has other things to do
 TOLD = ("checkpoint_failed", "preempted", "hurried")
 HEAD = (
@@ -68,9 +75,11 @@ class Outcome:
 class Chaos:
     """A folder with shards, runs of one recipe on one engine, and the undisturbed ones among them."""
 
-    def __init__(self, folder: Path, engine: Engine = "fsdp", cluster: Cluster | None = None) -> None:
-        """`cluster`: for faults of Slurm jobs, brought up as each needs it."""
-        self.folder, self.engine, self.cluster = folder, engine, cluster
+    def __init__(
+        self, folder: Path, engine: Engine = "fsdp", cluster: Cluster | None = None, model: str = "vit"
+    ) -> None:
+        """`cluster`: for faults of Slurm jobs, brought up as each needs it; `model`: one of MODELS."""
+        self.folder, self.engine, self.cluster, self.model = folder, engine, cluster, model
         self.shards = draw_patterns(folder / "shards")
 
     def recipe(self, ranks: int) -> Recipe:
@@ -80,8 +89,8 @@ class Chaos:
             sharding["shard"] = ranks // 2
         return short_recipe(
             self.shards,
-            model={"drop_path": 0.2},
-            augment={"crop": "resized", "scale": (0.4, 1.0), "mixup": 0.8, "eval_crop": 0.875},
+            model=MODELS[self.model]["model"],
+            augment={"crop": "resized", "scale": (0.4, 1.0), "eval_crop": 0.875, **MODELS[self.model]["augment"]},
             optimizer={"clip": 1.0},
             data={"trace": True, "workers": 1},
             checkpoint={"every_steps": SAVE_STEPS},
@@ -200,6 +209,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=len(KINDS + SLURM_KINDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=ENGINES, default="fsdp")
+    parser.add_argument("--model", choices=MODELS, default="vit")
     parser.add_argument("--out", type=Path, help="a file with a section for each engine; this one's is replaced")
     options = parser.parse_args()
     rows = [row(HEAD), row(["---"] * len(HEAD))]
@@ -212,7 +222,7 @@ def main() -> None:
         cluster = Cluster(stack.enter_context(own_number())) if slurm else None
         if cluster is not None:
             stack.callback(cluster.down)
-        chaos = Chaos(Path(folder), options.engine, cluster)
+        chaos = Chaos(Path(folder), options.engine, cluster, options.model)
         for number, (fault, ranks) in enumerate(draw(options.runs, options.seed, slurm)):
             began = time.monotonic()
             outcome = chaos.run(fault, ranks, f"run-{number}")
@@ -223,13 +233,13 @@ def main() -> None:
                              outcome.starts, outcome.lost, outcome.told, equal]))  # fmt: skip
             print(f"{rows[-1]} {time.monotonic() - began:.0f} s", flush=True)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    command = f"make chaos N={options.runs} SEED={options.seed} ENGINE={options.engine}"
+    command = f"make chaos N={options.runs} SEED={options.seed} ENGINE={options.engine} MODEL={options.model}"
     text = (
         f"{ENGINES[options.engine]}. {options.runs} runs by `{command}` of commit {commit or 'unknown'}, {failed} not "
         f"equal. A checkpoint every {SAVE_STEPS} steps; a signal that gave notice costs none."
     )
     if options.out:
-        put_section(options.out, options.engine, text + "\n\n" + "\n".join(rows))
+        put_section(options.out, f"{options.model}, {options.engine}", text + "\n\n" + "\n".join(rows))
     print(text)
     sys.exit(bool(failed))
 

@@ -14,13 +14,16 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from scaleprog.growth.operators import fresh, grow, keep
+from scaleprog.models.elastic import Active, Targets
 from scaleprog.ranks.coordinator import process_group
 from scaleprog.recipe.keys import ModelSettings
+from scaleprog.sharding import Backend
 from scaleprog.sharding.backend import Network
 from tests.distributed.ranks import Collectives, Trainer, make
 
 WIDE = ModelSettings(name="vit_tiny_patch16_224", classes=10, channels=1, resolution=28, patch=4, width=192, depth=8,
                      heads=3, drop_path=0.1)  # fmt: skip
+VOLO = ModelSettings(name="volo_d1_224", classes=10, resolution=32, patch=4, width=96, depth=8, heads=2)
 GROWTHS = 20
 
 
@@ -45,6 +48,37 @@ def grow_often(shardings: list[dict[str, Any]], out: Path) -> None:
             del backend, trainer
         if coordinator.rank == 0:
             out.write_text(json.dumps(told))
+
+
+def volo_grows_often(shardings: list[dict[str, Any]], out: Path) -> None:
+    """Like `grow_often`, of a network with batch norms and two layer groups, both of which grow."""
+    with process_group() as (coordinator, device):
+        told = []
+        for sharding in shardings:
+            backend = make(sharding, device, VOLO)
+            backend.lane = 4
+            gc.collect()
+            gc.freeze()
+            backend.regrow(fresh((1, 2)), inherit=False, may_skip_layers=False)
+            held = []
+            for turn in range(GROWTHS // 2):
+                backend.regrow(grow("mogrow", (1, 2), (2, 4)), inherit=turn % 2 == 0, may_skip_layers=True)
+                train_volo(backend, ((0, 1), (0, 2, 3)))
+                backend.regrow(keep(((0,), (0, 2))), inherit=True, may_skip_layers=False)
+                train_volo(backend, None)
+                held.append(holds())
+            told.append(held)
+            del backend
+        if coordinator.rank == 0:
+            out.write_text(json.dumps(told))
+
+
+def train_volo(backend: Backend, active: Active | None) -> None:
+    """A step on random images."""
+    own = torch.rand(4, VOLO.classes).softmax(-1)
+    output = backend.forward(torch.randn(4, 3, 32, 32), active)
+    backend.backward(backend.family.loss(output, Targets(own, own)))
+    backend.step(1e-3, 0)
 
 
 def outlived(shardings: list[dict[str, Any]], out: Path) -> None:

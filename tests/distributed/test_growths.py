@@ -15,15 +15,22 @@ from tests.conftest import SHARDINGS
 from tests.distributed import growths
 from tests.distributed.ranks import MODEL
 
+VOLO_SHARDINGS = ({"engine": "fsdp"}, {"engine": "zero", "stage": 3})
+
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, int]]]:
-    out = tmp_path_factory.mktemp("growths") / "out.json"
-    launch(2, growths.grow_often, list(SHARDINGS), out)
-    return json.loads(out.read_text())
+    vit, volo = (tmp_path_factory.mktemp("growths") / f"{name}.json" for name in ("vit", "volo"))
+    launch(2, growths.grow_often, list(SHARDINGS), vit)
+    launch(2, growths.volo_grows_often, list(VOLO_SHARDINGS), volo)
+    return json.loads(vit.read_text()) + json.loads(volo.read_text())
 
 
-@pytest.mark.parametrize("number", range(len(SHARDINGS)), ids=[str(s) for s in SHARDINGS])
+@pytest.mark.parametrize(
+    "number",
+    range(len(SHARDINGS) + len(VOLO_SHARDINGS)),
+    ids=[*map(str, SHARDINGS), *(f"volo {sharding}" for sharding in VOLO_SHARDINGS)],
+)
 def test_twenty_growths_leave_nothing_behind(number: int, told: list[list[dict[str, int]]]) -> None:
     held = told[number]
     assert len(held) == growths.GROWTHS // 2

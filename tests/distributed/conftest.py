@@ -1,0 +1,10 @@
+"""Ranks of these tests start fast."""
+
+import pytest
+
+from tests.conftest import fork_ranks
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_ranks(monkeypatch)
