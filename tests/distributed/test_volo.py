@@ -15,27 +15,35 @@ from scaleprog.growth.phase import active_layers
 from scaleprog.launchers.local import launch
 from scaleprog.models.elastic import Targets, TokenMix, drop_scales
 from scaleprog.ranks.coordinator import Coordinator, process_group
+from scaleprog.recipe import Recipe
 from scaleprog.recipe.keys import AugmentSettings, ModelSettings
 from scaleprog.sharding import Backend
 from scaleprog.shards.token_labels import build
 from tests.compare import differences, final_tensors
-from tests.conftest import CLASSES, MakeRecipe, run
+from tests.conftest import CLASSES, SHARDINGS, run, short_recipe, step_rows
 from tests.distributed.ranks import make
+from tests.numerics.whole_runs import train_all
 
 MODEL = ModelSettings(name="volo_d1_224", classes=10, resolution=48, patch=4, width=32, depth=8, heads=2, drop_path=0.1)
 BATCH, LANES = 32, 4
 ENGINES: dict[int, list[dict[str, Any]]] = {
     1: [{"engine": "replicated"}, {"engine": "fsdp"}],
     2: [
-        {"engine": "replicated"},
         {"engine": "fsdp", "recompute": True},
-        *({"engine": "zero", "stage": stage} for stage in (1, 2, 3)),
+        {"engine": "zero", "stage": 3},
         {"engine": "fsdp", "precision": "autocast"},
         {"engine": "fsdp", "precision": "bf16"},
         {"engine": "zero", "stage": 3, "precision": "bf16"},
     ],
-    4: [{"engine": "hsdp", "shard": 2}, {"engine": "replicated"}],
 }
+"""What lives the life of growths below."""
+WHOLE: dict[int, list[dict[str, Any]]] = {
+    1: [{"engine": "fsdp"}, {"engine": "zero", "stage": 2}],
+    2: list(SHARDINGS),
+    4: [{"engine": "hsdp", "shard": 2}, {"engine": "zero", "stage": 3}, {"engine": "replicated"}],
+}
+"""What trains whole runs, in micro-batches."""
+MICRO_BATCH = {1: 8, 2: 4, 4: 4}  # of 16, 8, and 4 rows in lanes of 4
 
 
 def lives(shardings: list[dict[str, Any]], out: Path) -> None:
@@ -120,18 +128,56 @@ def test_engines_train_what_one_process_trains(
         assert ours == pytest.approx(theirs, rel=5e-2 if rounded else 1e-5), (step, ENGINES[world][number])
 
 
-def test_a_run_with_token_labels_resumes_bit_for_bit(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    patterns = Path(make_recipe().data.path)
-    weights, labels = tmp_path / "teacher.pth", tmp_path / "labels"
-    torch.save(timm.create_model("test_byobnet", num_classes=CLASSES).state_dict(), weights)
-    build(patterns, labels, "test_byobnet", weights, 64, 3, 32, 1)
-    recipe = make_recipe(
-        data={"token_labels": str(labels)},
+# ---- whole runs, on token labels
+
+
+def whole_run(shards: Path, labels: Path, sharding: dict[str, Any], micro_batch: int | None, lr: float) -> Recipe:
+    return short_recipe(
+        shards,
         model={"name": "volo_d1_224", "patch": 4, "width": 32, "depth": 6, "heads": 2, "drop_path": 0.1},
-        augment={"mix_token": True}, train={"batch": 16, "epochs": 4}, sharding={"engine": "fsdp"},
+        data={"token_labels": str(labels)},
+        augment={"crop": "resized", "scale": (0.4, 1.0), "mix_token": True, "erase": 0.25},
+        train={"batch": 16, "epochs": 3, "micro_batch": micro_batch},
+        optimizer={"lr": lr, "clip": 1.0}, sharding=sharding,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def labels(patterns: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("labels")
+    torch.save(timm.create_model("test_byobnet", num_classes=CLASSES).state_dict(), folder / "teacher.pth")
+    build(patterns, folder / "labels", "test_byobnet", folder / "teacher.pth", 64, 3, 32, 1)
+    return folder / "labels"
+
+
+@pytest.fixture(scope="module")
+def runs(patterns: Path, labels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directories: `reference`, and WORLD/NUMBER of each of WHOLE."""
+    folder, calm = tmp_path_factory.mktemp("runs"), 5e-5  # AdamW amplifies rounding with the learning rate
+    run(whole_run(patterns, labels, {"engine": "replicated"}, None, calm), folder / "reference")
+    for world, shardings in WHOLE.items():
+        recipes = [whole_run(patterns, labels, sharding, MICRO_BATCH[world], calm) for sharding in shardings]
+        train_all(world, [(recipe, folder / f"{world}/{i}") for i, recipe in enumerate(recipes)])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("world", "number"), [pytest.param(w, i, id=f"{w} {s}") for w, all_ in WHOLE.items() for i, s in enumerate(all_)]
+)
+def test_a_whole_run_trains_what_one_unsharded_process_trains(world: int, number: int, runs: Path) -> None:
+    reference, rows = step_rows(runs / "reference"), step_rows(runs / f"{world}/{number}")
+    assert reference.keys() == rows.keys() == set(range(1, 31))
+    assert {row["phase"] for row in reference.values()} == {"supernet", "train"}
+    for step, row in reference.items():
+        assert rows[step]["loss"] == pytest.approx(row["loss"], rel=1e-5), f"step {step}"
+        assert rows[step]["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-3), f"step {step}"
+        assert all(rows[step][key] == row[key] for key in ("resolution", "depth", "lr"))
+
+
+def test_a_run_resumes_bit_for_bit(patterns: Path, labels: Path, tmp_path: Path) -> None:
+    recipe = whole_run(patterns, labels, {"engine": "fsdp"}, None, 5e-4)
     run(recipe, tmp_path / "straight", ranks=2)
-    for stop in (2, 8, 22):
+    for stop in (2, 8, 16):
         run(recipe, tmp_path / "resumed", ranks=2, max_steps=stop)
     run(recipe, tmp_path / "resumed", ranks=2)
     assert differences(recipe, tmp_path / "resumed", tmp_path / "straight") == []
