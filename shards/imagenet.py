@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from scaleprog.data import tar
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.shard import IMAGE_EXTENSIONS
-from scaleprog.data.tar import Member, members
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import open_regular
 from scaleprog.files.display import as_text
@@ -46,7 +46,7 @@ class Found(NamedTuple):
     wnid: str
     path: Path
     """The image file, or the tar that holds it."""
-    member: Member | None = None
+    member: tar.Member | None = None
     """Its place in the tar."""
 
 
@@ -100,15 +100,15 @@ def build(
     )
 
 
-def _tar_or_folder(src: Path, tar: str, folder: str) -> Path:
+def _tar_or_folder(src: Path, archive: str, folder: str) -> Path:
     """The tar in `src` if there is one, otherwise the folder. Raises DataError if there is neither."""
-    if (src / tar).exists():
+    if (src / archive).exists():
         if (src / folder).exists():
-            print(as_text(f"note: {src} has {tar}, so {folder}/ is left out"))
-        return src / tar
+            print(as_text(f"note: {src} has {archive}, so {folder}/ is left out"))
+        return src / archive
     if (src / folder).is_dir():
         return src / folder
-    raise DataError(f"{src}: has neither {tar} nor {folder}/; download the tar from image-net.org into this folder")
+    raise DataError(f"{src}: has neither {archive} nor {folder}/; download the tar from image-net.org into this folder")
 
 
 def _labeled(found: Iterable[Found], labels: Mapping[str, int]) -> list[Image]:
@@ -121,15 +121,16 @@ def _training_images(source: Path, workers: int | None) -> list[Found]:
     """The images in the tar of class tars, or in a folder of class folders."""
     if source.is_dir():
         return _in_class_folders(source)
-    tars = _members(source, rf"{WNID.pattern}\.tar")
-    jobs = [(source, rf"{Path(tar.name).stem}_[0-9]+\.JPEG", tar) for tar in tars]
-    contents = run_all(_class_members, jobs, label=f"{source}: class tars indexed", workers=workers)
-    return [Found(Path(tar.name).stem, source, image) for tar, images in zip(tars, contents) for image in images]
+    class_tars = _members(source, rf"{WNID.pattern}\.tar")
+    wnids = [class_tar.name.removesuffix(".tar") for class_tar in class_tars]
+    jobs = [(source, rf"{wnid}_[0-9]+\.JPEG", class_tar) for wnid, class_tar in zip(wnids, class_tars)]
+    images = run_all(_class_members, jobs, label=f"{source}: class tars indexed", workers=workers)
+    return [Found(wnid, source, image) for wnid, members in zip(wnids, images) for image in members]
 
 
 def _validation_images(src: Path, source: Path, val_labels: Path | None) -> list[Found]:
     """The images in the tar, in a folder of class folders, or in one folder."""
-    places: dict[str, tuple[Path, Member | None]]
+    places: dict[str, tuple[Path, tar.Member | None]]
     if not source.is_dir():
         members = _members(source, r"ILSVRC2012_val_[0-9]{8}\.JPEG")
         places = {Path(member.name).stem: (source, member) for member in members}
@@ -154,8 +155,8 @@ def _validation_labels(src: Path, source: Path, val_labels: Path | None, names: 
         without, absent = sorted(names - wnids.keys()), sorted(wnids.keys() - names)
         which = f"no label of {some(without)}" if without else f"no image {some(absent)}"
         raise DataError(
-            f"{source}: {len(names)} images, but {labels} has {len(wnids)} labels: {which}. Use the list that belongs to "
-            "these images, or download the images again."
+            f"{source}: {len(names)} images, but {labels} has {len(wnids)} labels: {which}. Use the list of these "
+            "images, or download the images again."
         )
     return wnids
 
@@ -171,13 +172,13 @@ def _in_class_folders(folder: Path) -> list[Found]:
     return [Found(wnid, path) for wnid, path in files]
 
 
-def _class_members(job: tuple[Path, str, Member]) -> list[Member]:
-    """The images in one class tar, named after it, too."""
-    path, pattern, tar = job
-    return [replace(image, name=f"{tar.name}/{image.name}") for image in _members(path, pattern, tar)]
+def _class_members(job: tuple[Path, str, tar.Member]) -> list[tar.Member]:
+    """The images in one class tar; their names begin with its name."""
+    path, pattern, class_tar = job
+    return [replace(image, name=f"{class_tar.name}/{image.name}") for image in _members(path, pattern, class_tar)]
 
 
-def _members(path: Path, pattern: str, inside: Member | None = None) -> list[Member]:
+def _members(path: Path, pattern: str, inside: tar.Member | None = None) -> list[tar.Member]:
     """The files in a tar, or in a tar that is a member `inside` it; reads only headers.
 
     Raises:
@@ -187,7 +188,7 @@ def _members(path: Path, pattern: str, inside: Member | None = None) -> list[Mem
     try:
         with open_regular(path) as file:
             begin, size = (inside.start, inside.size) if inside else (0, os.fstat(file.fileno()).st_size)
-            found = list(members(file, begin + size, begin))
+            found = list(tar.members(file, begin + size, begin))
     except (OSError, ValueError) as error:
         raise DataError(f"{where}: cannot be read as a tar: {error}. Download the tar again.") from error
     if foreign := [member.name for member in found if not re.fullmatch(pattern, member.name)]:
