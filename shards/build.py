@@ -27,6 +27,8 @@ STAGING = ".building"
 SOURCE = "source.json"
 """File in STAGING that says what the shards there are built from."""
 SPLITS = ("train", "val")
+Job = tuple[str, Path, Iterable[SourceSample]]
+"""The split of a shard, its path in STAGING, and its samples."""
 
 
 def finished(out: Path, source: Mapping[str, Any]) -> Manifest | None:
@@ -88,28 +90,17 @@ def build(
             resumes. Or a sample cannot be used: no shard is left behind.
         Unavailable: a sample cannot be read now, or a worker died; as with a full disk.
     """
-    staging = Path(out, STAGING)
     jobs = [
-        (split, staging / f"{split}-{index:06d}.tar", samples)
+        (split, Path(out, STAGING, f"{split}-{index:06d}.tar"), samples)
         for split, contents in splits.items()
         for index, samples in enumerate(contents)
     ]
     try:
         _prepare(out, source)
-        try:
-            shards = run_all(_write, jobs, label=f"{out}: shards written", workers=workers)
-        except WorkerDied:
-            raise
-        except DataError:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+        shards = _write_all(out, jobs, workers)
         written = {split: tuple(shard for job, shard in zip(jobs, shards) if job[0] == split) for split in splits}
         manifest = Manifest(str(out), tuple(classes), written, source)
-        try:
-            _publish(manifest)
-        except BaseException:
-            _withdraw(out)
-            raise
+        _publish(manifest)
     except OSError as error:
         raise DataError(
             f"{out}: cannot write shards: {error}. Fix this, then run the same command again; it keeps finished shards."
@@ -124,7 +115,18 @@ def shard_files(out: Path) -> list[Path]:
     return [path for split in SPLITS for path in sorted(out.glob(f"{split}-*.tar"))]
 
 
-def _write(job: tuple[str, Path, Iterable[SourceSample]]) -> Shard:
+def _write_all(out: Path, jobs: Sequence[Job], workers: int | None) -> list[Shard]:
+    """Writes the shards into STAGING. Removes all of them if a sample cannot be used: its source must change."""
+    try:
+        return run_all(_write, jobs, label=f"{out}: shards written", workers=workers)
+    except WorkerDied:
+        raise
+    except DataError:
+        shutil.rmtree(out / STAGING, ignore_errors=True)
+        raise
+
+
+def _write(job: Job) -> Shard:
     """Writes one shard into STAGING, and then its entry. An intact shard that has its entry stays as it is."""
     _, path, samples = job
     entry = path.with_suffix(".json")
@@ -141,11 +143,14 @@ def _write(job: tuple[str, Path, Iterable[SourceSample]]) -> Shard:
 def _prepare(out: Path, source: Mapping[str, Any]) -> None:
     """Creates OUT/.building, or resumes what the same build has left there; removes what another one has left."""
     staging, description = Path(out, STAGING), json.dumps(source, sort_keys=True)
-    with suppress(OSError, UnicodeDecodeError):
-        if read_text(staging / SOURCE) == description:
-            _withdraw(out)
-            print(f"{out}: resuming an interrupted build, of which {len(_entries(out))} shards are finished")
-            return
+    try:
+        same = read_text(staging / SOURCE) == description
+    except (OSError, UnicodeDecodeError):
+        same = False
+    if same:
+        _withdraw(out)
+        print(f"{out}: resuming an interrupted build, of which {len(_entries(out))} shards are finished")
+        return
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     write_whole(staging / SOURCE, description)
@@ -159,12 +164,16 @@ def _entries(out: Path) -> list[Path]:
 def _publish(manifest: Manifest) -> None:
     """Deletes the old manifest and shards, gives the staged shards their final names, and writes the manifest."""
     out = Path(manifest.root)
-    for old in [out / NAME, *shard_files(out)]:
-        old.unlink(missing_ok=True)
-    for shard in chain(*manifest.splits.values()):
-        Path(out, STAGING, shard.name).rename(out / shard.name)
-    sync_folder(out)
-    manifest.save()
+    try:
+        for old in [out / NAME, *shard_files(out)]:
+            old.unlink(missing_ok=True)
+        for shard in chain(*manifest.splits.values()):
+            Path(out, STAGING, shard.name).rename(out / shard.name)
+        sync_folder(out)
+        manifest.save()
+    except BaseException:
+        _withdraw(out)
+        raise
     shutil.rmtree(Path(out, STAGING), ignore_errors=True)
 
 

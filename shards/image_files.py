@@ -29,10 +29,8 @@ from scaleprog.shards.samples import SourceSample, sniff
 
 MOST_BYTES = 2**28
 """The largest image file that is read, in bytes."""
-
-
-GONE = (errno.ENOENT, errno.EACCES, errno.EPERM, *NO_FILE)
-"""Errors of reading an image that another attempt would meet, too."""
+REFUSED = (errno.EACCES, errno.EPERM, *NO_FILE)
+"""Errors of reading an image that the same command would meet again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,7 @@ class Files:
                 content = image.read()
                 kind = _kind(content)
             except OSError as error:
-                if error.errno not in GONE:
+                if error.errno not in REFUSED:
                     raise Unavailable(
                         f"{image}: cannot be read now: {error.strerror}; run the command again"
                     ) from error

@@ -108,7 +108,7 @@ def compare_classes(train: Path, classes: Iterable[str], val: Path, val_classes:
     """
     if unknown := sorted(set(val_classes) - set(classes)):
         raise DataError(
-            f"{val}: classes that are not in {train}: {some(unknown)}. Remove or rename them, or add training images."
+            f"{val}: classes that are not in {train}: {some(unknown)}. Add training images of them, or leave them out."
         )
     if missing := sorted(set(classes) - set(val_classes)):
         print(as_text(f"note: {val} has no images of {len(missing)} classes: {some(missing)}"))

@@ -19,19 +19,10 @@ from typing import NamedTuple
 
 from scaleprog.data import tar
 from scaleprog.data.manifest import Manifest
-from scaleprog.data.shard import IMAGE_EXTENSIONS
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import open_regular
 from scaleprog.files.display import as_text
-from scaleprog.shards.image_files import (
-    Image,
-    build_shards,
-    digest_of_labels,
-    extension_of,
-    fingerprint,
-    shuffled,
-    some,
-)
+from scaleprog.shards.image_files import Image, build_shards, digest_of_labels, fingerprint, shuffled, some
 from scaleprog.shards.image_folder import compare_classes, scan
 from scaleprog.shards.imagenet_labels import DEVKIT, WNID, from_devkit, from_list
 from scaleprog.shards.pool import run_all
@@ -86,8 +77,8 @@ def build(
         print(as_text(f"note: {train_source} holds {len(classes)} of the {CLASSES} classes of ImageNet"))
     labels = {wnid: label for label, wnid in enumerate(classes)}
     images = {
-        split: shuffled(_labeled(found, labels), [seed, index])
-        for index, (split, found) in enumerate({"train": train, "val": val}.items())
+        "train": shuffled(_labeled(train, labels), [seed, 0]),
+        "val": shuffled(_labeled(val, labels), [seed, 1]),
     }
     source = {
         "builder": "imagenet",
@@ -135,8 +126,7 @@ def _validation_images(src: Path, source: Path, val_labels: Path | None) -> list
         members = _members(source, r"ILSVRC2012_val_[0-9]{8}\.JPEG")
         places = {Path(member.name).stem: (source, member) for member in members}
     elif not any(path.is_dir() for path in source.glob("[!.]*")):
-        files = [path for path in source.glob("[!.]*") if extension_of(path) in IMAGE_EXTENSIONS]
-        places = {path.stem: (path, None) for path in files}
+        places = {path.stem: (path, None) for path in source.glob("[!.]*.JPEG")}
     elif val_labels is None:
         return _in_class_folders(source)
     else:

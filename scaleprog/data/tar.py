@@ -26,7 +26,7 @@ _COMPRESSED = {
 _PLAIN = (b"0", b"\0", b"7")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A plain file in a tar: its name, and the position of its bytes."""
 
