@@ -24,7 +24,7 @@ from scaleprog.data.shard import NO_FILE
 from scaleprog.errors import DataError, Unavailable
 from scaleprog.files.atomic import open_regular
 from scaleprog.shards.build import SPLITS, build, finished
-from scaleprog.shards.pool import MAX_LISTED, listed
+from scaleprog.shards.pool import listed
 from scaleprog.shards.samples import SourceSample, sniff
 
 MOST_BYTES = 2**28
@@ -186,8 +186,3 @@ def _kind(content: bytes) -> str:
 
 def extension_of(path: Path) -> str:
     return path.suffix.lower().lstrip(".")
-
-
-def some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more

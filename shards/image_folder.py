@@ -14,7 +14,8 @@ from pathlib import Path
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
 from scaleprog.files.display import as_text
-from scaleprog.shards.image_files import Image, build_shards, extension_of, fingerprint, shuffled, some, split_off
+from scaleprog.shards.image_files import Image, build_shards, extension_of, fingerprint, shuffled, split_off
+from scaleprog.shards.pool import some
 from scaleprog.shards.samples import IMAGE_EXTENSIONS
 
 

@@ -9,25 +9,20 @@ Nothing is extracted: a pass over the headers finds all images, and each shard t
 Tars and folders of the same images give the same shards. The images' bytes stay unchanged.
 """
 
-import os
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from scaleprog.data import tar
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
-from scaleprog.files.atomic import open_regular
 from scaleprog.files.display import as_text
-from scaleprog.shards.image_files import Image, build_shards, digest_of_labels, fingerprint, shuffled, some
+from scaleprog.shards.image_files import Image, build_shards, digest_of_labels, fingerprint, shuffled
 from scaleprog.shards.image_folder import compare_classes, scan
-from scaleprog.shards.imagenet_labels import DEVKIT, WNID, from_devkit, from_list
-from scaleprog.shards.pool import run_all
+from scaleprog.shards.imagenet_labels import DEVKIT, from_devkit, from_list
+from scaleprog.shards.imagenet_tars import TRAIN, VAL, WNID, training_members, validation_members
+from scaleprog.shards.pool import some
 
-TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 CLASSES = 1000
 
 
@@ -112,19 +107,14 @@ def _training_images(source: Path, workers: int | None) -> list[Found]:
     """The images in the tar of class tars, or in a folder of class folders."""
     if source.is_dir():
         return _in_class_folders(source)
-    class_tars = _members(source, rf"{WNID.pattern}\.tar")
-    wnids = [class_tar.name.removesuffix(".tar") for class_tar in class_tars]
-    jobs = [(source, rf"{wnid}_[0-9]+\.JPEG", class_tar) for wnid, class_tar in zip(wnids, class_tars)]
-    images = run_all(_class_members, jobs, label=f"{source}: class tars indexed", workers=workers)
-    return [Found(wnid, source, image) for wnid, members in zip(wnids, images) for image in members]
+    return [Found(wnid, source, member) for wnid, member in training_members(source, workers)]
 
 
 def _validation_images(src: Path, source: Path, val_labels: Path | None) -> list[Found]:
     """The images in the tar, in a folder of class folders, or in one folder."""
     places: dict[str, tuple[Path, tar.Member | None]]
     if not source.is_dir():
-        members = _members(source, r"ILSVRC2012_val_[0-9]{8}\.JPEG")
-        places = {Path(member.name).stem: (source, member) for member in members}
+        places = {Path(member.name).stem: (source, member) for member in validation_members(source)}
     elif not any(path.is_dir() for path in source.glob("[!.]*")):
         places = {path.stem: (path, None) for path in source.glob("[!.]*.JPEG")}
     elif val_labels is None:
@@ -160,31 +150,3 @@ def _in_class_folders(folder: Path) -> list[Found]:
             "rename them, or use `scaleprog shards image-folder`."
         )
     return [Found(wnid, path) for wnid, path in files]
-
-
-def _class_members(job: tuple[Path, str, tar.Member]) -> list[tar.Member]:
-    """The images in one class tar; their names begin with its name."""
-    path, pattern, class_tar = job
-    return [replace(image, name=f"{class_tar.name}/{image.name}") for image in _members(path, pattern, class_tar)]
-
-
-def _members(path: Path, pattern: str, inside: tar.Member | None = None) -> list[tar.Member]:
-    """The files in a tar, or in a tar that is a member `inside` it; reads only headers.
-
-    Raises:
-        DataError: the tar is damaged or empty, or holds a file twice or one whose name does not match the pattern.
-    """
-    where = f"{path}: {inside.name}" if inside else str(path)
-    try:
-        with open_regular(path) as file:
-            begin, size = (inside.start, inside.size) if inside else (0, os.fstat(file.fileno()).st_size)
-            found = list(tar.members(file, begin + size, begin))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{where}: cannot be read as a tar: {error}. Download the tar again.") from error
-    if foreign := [member.name for member in found if not re.fullmatch(pattern, member.name)]:
-        raise DataError(f"{where}: holds {some(foreign)}, but only {pattern} belongs here. Download the tar again.")
-    if twice := [name for name, times in Counter(member.name for member in found).items() if times > 1]:
-        raise DataError(f"{where}: holds {some(twice)} twice. Download the tar again.")
-    if not found:
-        raise DataError(f"{where}: is empty. Download the tar again.")
-    return found

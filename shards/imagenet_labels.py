@@ -21,10 +21,9 @@ import numpy as np
 from scaleprog.data import tar
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import open_regular, read_text
+from scaleprog.shards.imagenet_tars import WNID
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
-WNID = re.compile("n[0-9]{8}")
-"""A WordNet ID, the name of a class."""
 META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 """Files in the development kit: the WordNet ID of each ILSVRC2012_ID; the ILSVRC2012_ID of each validation image."""
 KAGGLE_HEADER = "ImageId,PredictionString"

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from scaleprog.shards.imagenet import TRAIN, VAL
 from scaleprog.shards.imagenet_labels import DEVKIT
+from scaleprog.shards.imagenet_tars import TRAIN, VAL
 
 KITS_FOLDER = "ILSVRC2012_devkit_t12/data"
 

@@ -22,8 +22,9 @@ from scaleprog.shards import build as shards_build
 from scaleprog.shards import cli
 from scaleprog.shards.build import STAGING, shard_files
 from scaleprog.shards.check import check
-from scaleprog.shards.imagenet import TRAIN, VAL, build
+from scaleprog.shards.imagenet import build
 from scaleprog.shards.imagenet_labels import DEVKIT
+from scaleprog.shards.imagenet_tars import TRAIN, VAL
 from scaleprog.shards.samples import read_label, read_members
 from tests.unit.imagenet_files import (
     SmallImageNet,
