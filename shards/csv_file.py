@@ -42,6 +42,7 @@ def build(
     Raises:
         DataError: `src` is not such a file, or names a file that is not an image; `out` holds something else or cannot
             be written.
+        Unavailable: an image cannot be read now. The same call resumes.
     """
     classes, images = _images_by_split(src, seed, val_fraction)
     source = {

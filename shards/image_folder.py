@@ -43,6 +43,7 @@ def build(
 
     Raises:
         DataError: `src` is not such a tree, or a file is not an image; `out` holds something else or cannot be written.
+        Unavailable: an image cannot be read now. The same call resumes.
     """
     if not 0 < val_fraction < 1:
         raise DataError(f"val fraction must be above 0 and below 1; got {val_fraction}")

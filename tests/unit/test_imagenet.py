@@ -1,13 +1,11 @@
 """Shards of ImageNet, from small tars of the official form."""
 
 import errno
-import gzip
 import io
 import multiprocessing
 import os
 import pkgutil
 import signal
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -32,7 +30,6 @@ from tests.unit.imagenet_files import (
     extract,
     packed,
     wnid_of,
-    write_devkit,
     write_imagenet,
     write_train,
 )
@@ -107,58 +104,6 @@ def test_the_seed_shuffles_all_classes_into_every_shard(files: SmallImageNet, tm
 
 def test_workers_do_not_change_the_shards(files: SmallImageNet, tmp_path: Path) -> None:
     assert build_in(tmp_path, "one").splits == build_in(tmp_path, "two", workers=2).splits
-
-
-# The classes of the validation images
-
-
-def named(files: SmallImageNet) -> str:
-    return "".join(f"val/{name} {wnid}\n" for name, wnid in reversed(files.val_wnids.items()))
-
-
-def kaggle(files: SmallImageNet) -> str:
-    rows = [f"{Path(name).stem},{wnid} 1 2 3 4 {wnid} 5 6 7 8 \n" for name, wnid in files.val_wnids.items()]
-    return "ImageId,PredictionString\n" + "".join(reversed(rows))
-
-
-def ordered(files: SmallImageNet) -> str:
-    return "".join(f"{wnid}\n" for wnid in files.val_wnids.values())
-
-
-@pytest.mark.parametrize("form", [ordered, named, kaggle])
-def test_a_list_of_labels_replaces_the_development_kit(
-    form: Callable[[SmallImageNet], str], files: SmallImageNet, tmp_path: Path
-) -> None:
-    by_devkit = build_in(tmp_path, "devkit")
-    (files.folder / DEVKIT).unlink()
-    (tmp_path / "labels").write_text(form(files))
-    assert build_in(tmp_path, "list", val_labels=tmp_path / "labels").splits == by_devkit.splits
-
-
-LISTS: dict[str, tuple[Callable[[str], str], str]] = {
-    "one too few": (lambda text: text.rpartition("\n")[0].rpartition("\n")[0], "6 images, .* 5 labels: no label of IL"),
-    "one too many": (lambda text: f"{text}n01440764\n", "6 images, but .* 7 labels: no image ILSVRC2012_val_00000007"),
-    "numbers": (lambda text: "65\n" * 6, "labels: image 1: '65' is not a WordNet ID .*Numbers of classes are not read"),
-    "a gap": (lambda text: text.replace("\n", "\n\n", 1), "labels: image 2: '' is not a WordNet ID"),
-    "two classes": (lambda text: "a.JPEG n01440764 n01440765", "labels: image 1: .* is not a WordNet ID"),
-    "an image twice": (lambda text: "a.JPEG n01440764\na.JPEG n01440764", "labels: image 2: a occurs twice"),
-    "a class without training images": (lambda text: text[:-2] + "9\n", rf"classes that are not in .*{TRAIN}: n\d+9"),
-    "not text": (lambda text: "\udcff", "labels: cannot be read"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", LISTS)
-def test_a_list_that_does_not_fit_is_refused(kind: str, files: SmallImageNet, tmp_path: Path) -> None:
-    change, message = LISTS[kind]
-    (tmp_path / "labels").write_text(change(ordered(files)), errors="surrogateescape")
-    with pytest.raises(DataError, match=message):
-        build_in(tmp_path, "out", val_labels=tmp_path / "labels")
-
-
-def test_the_development_kit_needs_scipy(files: SmallImageNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(DataError, match=rf"{DEVKIT}: SciPy is needed .* pip install scipy, or .*--val-labels"):
-        build_in(tmp_path, "out")
 
 
 # Resuming
@@ -355,22 +300,6 @@ BAD: dict[str, tuple[Callable[[SmallImageNet], object], str]] = {
         f"{VAL}: 7 images, but .*{DEVKIT} has 6 labels: no label of ILSVRC2012_val_00000007",
     ),
     "class folders of another data set": (lambda files: with_folder(files, "tench"), r"not WordNet IDs .*: tench\."),
-    "a development kit that is not compressed": (
-        lambda files: (files.folder / DEVKIT).write_bytes(packed({})), f"{DEVKIT}: cannot be read as {DEVKIT}",
-    ),
-    "a development kit without its files": (
-        lambda files: (files.folder / DEVKIT).write_bytes(gzip.compress(packed({"data/meta.mat": b"x"}))),
-        f"{DEVKIT}: .*it has no data/ILSVRC2012_validation_ground_truth.txt",
-    ),
-    "a damaged meta.mat": (
-        lambda files: (files.folder / DEVKIT).write_bytes(
-            gzip.compress(packed({"data/meta.mat": b"x" * 999, "data/ILSVRC2012_validation_ground_truth.txt": b"1"}))
-        ),
-        f"{DEVKIT}: data/meta.mat is damaged",
-    ),
-    "a truth about no class": (
-        lambda files: write_devkit(files.folder / DEVKIT, files.wnids, [9] * 6), "ground_truth.txt has '9', but",
-    ),
     "unreadable images": (
         lambda files: change_images(files, n01440764_3=b"<html>", n01442718_10=files.train["n01442718_10.JPEG"][:-300]),
         rf"(?s)(?=.*{TRAIN}: n01442718\.tar/n01442718_10\.JPEG: cannot decode the image .*; download the tar again)"
@@ -389,6 +318,24 @@ def test_what_is_not_imagenet_is_named(kind: str, files: SmallImageNet, tmp_path
     assert not (tmp_path / "out" / STAGING).exists()
 
 
+LISTS: dict[str, tuple[Callable[[list[str]], list[str]], str]] = {
+    "one too few": (
+        lambda wnids: wnids[:-1],
+        "6 images, but .*labels has 5 labels: no label of ILSVRC2012_val_00000006",
+    ),
+    "one too many": (lambda wnids: [*wnids, wnids[0]], "6 images, but .* 7 labels: no image ILSVRC2012_val_00000007"),
+    "an unknown class": (lambda wnids: [*wnids[:-1], "n09999999"], rf"classes that are not in .*{TRAIN}: n09999999\."),
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_labels_that_do_not_fit_the_images_are_refused(kind: str, files: SmallImageNet, tmp_path: Path) -> None:
+    change, message = LISTS[kind]
+    (tmp_path / "labels").write_text("\n".join(change([*files.val_wnids.values()])))
+    with pytest.raises(DataError, match=message):
+        build_in(tmp_path, "out", val_labels=tmp_path / "labels")
+
+
 def test_labels_of_class_folders_are_refused(files: SmallImageNet, tmp_path: Path) -> None:
     extract(files, files.folder, val_in_classes=True)
     (files.folder / VAL).unlink()
@@ -397,7 +344,7 @@ def test_labels_of_class_folders_are_refused(files: SmallImageNet, tmp_path: Pat
 
 
 def test_the_command(files: SmallImageNet, tmp_path: Path) -> None:
-    (tmp_path / "labels").write_text(ordered(files))
+    (tmp_path / "labels").write_text("\n".join(files.val_wnids.values()))
     words = [
         "imagenet",
         files.folder,
