@@ -10,12 +10,13 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from typer.testing import CliRunner
 
 from scaleprog.data.manifest import Manifest
-from scaleprog.errors import DataError, Unavailable
+from scaleprog.errors import DataError, Unavailable, WorkerDied
 from scaleprog.shards import build as shards_build
 from scaleprog.shards import cli
 from scaleprog.shards.build import STAGING, shard_files
@@ -212,6 +213,20 @@ def test_a_failure_that_may_go_away_keeps_finished_shards(
     kept = times(tmp_path / "out" / STAGING)["train-000000.tar"]
     assert build_in(tmp_path, "out").splits == build_in(tmp_path, "whole").splits
     assert times(tmp_path / "out")["train-000000.tar"] == kept
+
+
+def test_a_worker_that_dies_takes_no_finished_shard_with_it(
+    files: SmallImageNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_two(function: Callable[[object], object], jobs: list[object], **_: object) -> NoReturn:
+        for job in jobs[:2]:
+            function(job)
+        raise WorkerDied("a worker died")
+
+    monkeypatch.setattr(shards_build, "run_all", run_two)
+    with pytest.raises(WorkerDied):
+        build_in(tmp_path, "out")
+    assert list(times(tmp_path / "out" / STAGING)) == ["train-000000.tar", "train-000001.tar"]
 
 
 # What is not ImageNet
