@@ -1,25 +1,34 @@
-"""Builds a folder of shards once, completely or not at all.
+"""Builds a folder of shards, completely or not at all. An interrupted build is resumed.
 
-`build` writes shards into `OUT/.building`. When all shards are on disk, it moves them to their final names; it writes
-the manifest last. So a folder with shards and `.building`, but without a manifest, is an interrupted build, and the
-build starts again. Shards without a manifest and without `.building` are someone else's, and stay untouched.
+`build` writes shards into `OUT/.building`, and beside each finished shard its entry of the manifest. When all shards
+are on disk, it moves them to their final names; it writes the manifest last. So a folder with `.building`, but without
+a manifest, is an interrupted build: the same build keeps its finished shards, and another one starts over. Shards
+without a manifest and without `.building` are someone else's, and stay untouched.
 """
 
+import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from scaleprog.data.manifest import NAME, Manifest, Shard
-from scaleprog.errors import DataError
-from scaleprog.files.atomic import sync_folder
+from scaleprog.errors import DataError, WorkerDied
+from scaleprog.files.atomic import read_text, sync_folder, write_whole
 from scaleprog.shards.pool import run_all
 from scaleprog.shards.samples import Sample, write_shard
 
 STAGING = ".building"
+SOURCE = "source.json"
+"""File in STAGING that says what the shards there are built from."""
 SPLITS = ("train", "val")
+Job = tuple[str, Path, Iterable[Sample]]
+"""The split of a shard, its path in STAGING, and its samples."""
 
 
 def finished(out: Path, source: Mapping[str, Any]) -> Manifest | None:
@@ -77,8 +86,9 @@ def build(
         workers: number of processes; default: one per CPU.
 
     Raises:
-        DataError: `out` cannot be written (for example, a full disk), or a sample cannot be read. No shard is left
-            behind.
+        DataError: `out` cannot be written (for example, a full disk): finished shards are kept, and the same call
+            resumes. Or a sample cannot be used: no shard is left behind.
+        Unavailable: a sample cannot be read now, or a worker died; as with a full disk.
     """
     jobs = [
         (split, Path(out, STAGING, f"{split}-{index:06d}.tar"), samples)
@@ -86,17 +96,15 @@ def build(
         for index, samples in enumerate(contents)
     ]
     try:
-        with _staging(out):
-            shards = run_all(_write, jobs, label=f"{out}: shards written", workers=workers)
+        _prepare(out, source)
+        shards = _write_all(out, jobs, workers)
         written = {split: tuple(shard for job, shard in zip(jobs, shards) if job[0] == split) for split in splits}
         manifest = Manifest(str(out), tuple(classes), written, source)
-        try:
-            _publish(manifest)
-        except BaseException:
-            _withdraw(manifest)
-            raise
+        _publish(manifest)
     except OSError as error:
-        raise DataError(f"{out}: cannot write shards: {error}. Fix this, then run the same command again.") from error
+        raise DataError(
+            f"{out}: cannot write shards: {error}. Fix this, then run the same command again; it keeps finished shards."
+        ) from error
     counts = ", ".join(f"{manifest.samples(split)} {split} samples in {len(written[split])} shards" for split in splits)
     print(f"{out}: built {counts}, {len(classes)} classes")
     return manifest
@@ -107,43 +115,75 @@ def shard_files(out: Path) -> list[Path]:
     return [path for split in SPLITS for path in sorted(out.glob(f"{split}-*.tar"))]
 
 
-def _write(job: tuple[str, Path, Iterable[Sample]]) -> Shard:
-    _, path, samples = job
-    return write_shard(path, samples)
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[None]:
-    """Creates an empty OUT/.building, in place of one from an interrupted build; removes it again on failure."""
-    folder = Path(out, STAGING)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def _write_all(out: Path, jobs: Sequence[Job], workers: int | None) -> list[Shard]:
+    """Writes the shards into STAGING. Removes all of them if a sample cannot be used: its source must change."""
     try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        return run_all(_write, jobs, label=f"{out}: shards written", workers=workers)
+    except WorkerDied:
         raise
+    except DataError:
+        shutil.rmtree(out / STAGING, ignore_errors=True)
+        raise
+
+
+def _write(job: Job) -> Shard:
+    """Writes one shard into STAGING, and then its entry. An intact shard that has its entry stays as it is."""
+    _, path, samples = job
+    entry = path.with_suffix(".json")
+    with suppress(OSError, ValueError):
+        known = TypeAdapter(Shard).validate_json(read_text(entry))
+        if Shard.measure(path, known.samples) == known:
+            return known
+    path.unlink(missing_ok=True)
+    shard = write_shard(path, samples)
+    write_whole(entry, json.dumps(asdict(shard)))
+    return shard
+
+
+def _prepare(out: Path, source: Mapping[str, Any]) -> None:
+    """Creates OUT/.building, or resumes what the same build has left there; removes what another one has left."""
+    staging, description = Path(out, STAGING), json.dumps(source, sort_keys=True)
+    try:
+        same = read_text(staging / SOURCE) == description
+    except (OSError, UnicodeDecodeError):
+        same = False
+    if same:
+        _withdraw(out)
+        print(f"{out}: resuming an interrupted build, of which {len(_entries(out))} shards are finished")
+        return
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    write_whole(staging / SOURCE, description)
+
+
+def _entries(out: Path) -> list[Path]:
+    """The entries of finished shards in OUT/.building."""
+    return [path for path in Path(out, STAGING).glob("*.json") if path.name != SOURCE]
 
 
 def _publish(manifest: Manifest) -> None:
     """Deletes the old manifest and shards, gives the staged shards their final names, and writes the manifest."""
     out = Path(manifest.root)
-    for old in [out / NAME, *shard_files(out)]:
-        old.unlink(missing_ok=True)
-    for shard in chain(*manifest.splits.values()):
-        Path(out, STAGING, shard.name).rename(out / shard.name)
-    sync_folder(out)
-    manifest.save()
-    Path(out, STAGING).rmdir()
+    try:
+        for old in [out / NAME, *shard_files(out)]:
+            old.unlink(missing_ok=True)
+        for shard in chain(*manifest.splits.values()):
+            Path(out, STAGING, shard.name).rename(out / shard.name)
+        sync_folder(out)
+        manifest.save()
+    except BaseException:
+        _withdraw(out)
+        raise
+    shutil.rmtree(Path(out, STAGING), ignore_errors=True)
 
 
-def _withdraw(manifest: Manifest) -> None:
-    """Removes all shards of a build that has no manifest: the next build writes them again."""
-    out = Path(manifest.root)
-    for shard in chain(*manifest.splits.values()):
-        if not (out / NAME).exists():
-            (out / shard.name).unlink(missing_ok=True)
-    shutil.rmtree(out / STAGING, ignore_errors=True)
+def _withdraw(out: Path) -> None:
+    """Moves the shards of a build without a manifest back into OUT/.building, from where the same build resumes."""
+    if (out / NAME).exists():
+        return
+    for entry in _entries(out):
+        with suppress(FileNotFoundError):
+            Path(out, f"{entry.stem}.tar").rename(entry.with_suffix(".tar"))
 
 
 def _intact(manifest: Manifest, shard: Shard) -> bool:

@@ -13,8 +13,7 @@ from scaleprog.errors import DataError
 from scaleprog.files.display import as_text
 from scaleprog.recipe.numbers import MOST_CLASSES
 from scaleprog.shards.build import SPLITS, shard_files
-from scaleprog.shards.image_files import some
-from scaleprog.shards.pool import listed, run_all
+from scaleprog.shards.pool import listed, run_all, some
 from scaleprog.shards.samples import image_extension, read_label, read_members, why_incomplete
 
 

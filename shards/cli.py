@@ -55,6 +55,24 @@ def image_folder(
     build(src, out, samples_per_shard=samples_per_shard, val_fraction=val_fraction, seed=seed, workers=workers)
 
 
+@app.command("imagenet")
+def imagenet(
+    src: Annotated[Path, typer.Argument(help="Folder with the tars of ILSVRC2012, or with train/ and val/.")],
+    out: Out,
+    val_labels: Annotated[
+        Path | None,
+        typer.Option(help="WordNet IDs of the validation images, one per line; default: the development kit in SRC."),
+    ] = None,
+    samples_per_shard: SamplesPerShard = 1000,
+    seed: Seed = 0,
+    workers: Workers = None,
+) -> None:
+    """Build shards of ImageNet from its tars, without extracting them; image files are stored as they are."""
+    from scaleprog.shards.imagenet import build
+
+    build(src, out, val_labels=val_labels, samples_per_shard=samples_per_shard, seed=seed, workers=workers)
+
+
 @app.command("csv")
 def csv(
     src: Annotated[Path, typer.Argument(help="CSV file with the columns path, label, and optionally split.")],

@@ -6,8 +6,6 @@ photos/2.jpg,dog,val         without the column `split`, a part drawn by seed be
 """
 
 import csv
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import read_text
 from scaleprog.shards.build import SPLITS
-from scaleprog.shards.image_files import Image, build_shards, fingerprint, shuffled, split_off
+from scaleprog.shards.image_files import Image, build_shards, digest_of_labels, fingerprint, shuffled, split_off
 from scaleprog.shards.pool import listed
 
 MOST_BYTES = 2**30
@@ -44,15 +42,13 @@ def build(
     Raises:
         DataError: `src` is not such a file, or names a file that is not an image; `out` holds something else or cannot
             be written.
+        Unavailable: an image cannot be read now. The same call resumes.
     """
-    if samples_per_shard < 1:
-        raise DataError(f"samples per shard must be at least 1; got {samples_per_shard}")
     classes, images = _images_by_split(src, seed, val_fraction)
-    labels = {split: [image.label for image in images[split]] for split in SPLITS}
     source = {
         "builder": "csv",
         "files": fingerprint(src.parent, images),
-        "labels": hashlib.sha256(json.dumps([classes, labels]).encode()).hexdigest(),
+        "labels": digest_of_labels(classes, images),
         "seed": seed,
         "val_fraction": val_fraction,
     }

@@ -1,6 +1,11 @@
-"""Image files as samples of shards: shuffled once, cut into shards, and read when the shards are written."""
+"""Image files as samples of shards: shuffled once, cut into shards, and read when the shards are written.
 
+An image is a file of its own, or a part of a tar.
+"""
+
+import errno
 import hashlib
+import json
 import math
 import os
 import re
@@ -12,24 +17,50 @@ from typing import Any
 
 import numpy as np
 
+from scaleprog.data import tar
 from scaleprog.data.decode import problem_of
 from scaleprog.data.manifest import Manifest
-from scaleprog.errors import DataError
+from scaleprog.data.shard import NO_FILE
+from scaleprog.errors import DataError, Unavailable
 from scaleprog.files.atomic import open_regular
 from scaleprog.shards.build import SPLITS, build, finished
-from scaleprog.shards.pool import MAX_LISTED, listed
+from scaleprog.shards.pool import listed
 from scaleprog.shards.samples import SourceSample, sniff
 
 MOST_BYTES = 2**28
 """The largest image file that is read, in bytes."""
+REFUSED = (errno.EACCES, errno.EPERM, *NO_FILE)
+"""Errors of reading an image that the same command would meet again."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Image:
     """One image file and its class index."""
 
     path: Path
     label: int
+    member: tar.Member | None = None
+    """The image's place in the tar at `path`; None if the file itself is the image."""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.member.name}" if self.member else str(self.path)
+
+    @property
+    def name(self) -> str:
+        """The name of the file, without its folder and its extension."""
+        return Path(self.member.name if self.member else self.path).stem
+
+    def size(self) -> int:
+        """Bytes of the file. Raises OSError."""
+        return self.member.size if self.member else self.path.stat().st_size
+
+    def read(self) -> bytes:
+        """The bytes of the file. Raises OSError, or ValueError if it is too large or its tar has become shorter."""
+        with open_regular(self.path) as file:
+            member = self.member or tar.Member(self.path.name, 0, os.fstat(file.fileno()).st_size)
+            if member.size > MOST_BYTES:
+                raise ValueError(f"more than {MOST_BYTES} bytes")
+            return tar.read(file, member)
 
 
 @dataclass(frozen=True)
@@ -41,25 +72,27 @@ class Files:
     images: Sequence[Image]
 
     def __iter__(self) -> Iterator[SourceSample]:
-        """Raises DataError at the end if any files are not images, so that the error lists them all."""
+        """Raises DataError at the end if any files are not images, so that the error lists them all.
+
+        Raises Unavailable at once if a file cannot be read now.
+        """
         problems = []
         for place, image in enumerate(self.images, start=self.first):
+            remedy = "download the tar again" if image.member else "remove or replace it"
             try:
-                with open_regular(image.path) as file:
-                    content = file.read(MOST_BYTES + 1)
+                content = image.read()
+                kind = _kind(content)
             except OSError as error:
-                problems.append(f"{image.path}: cannot be read: {error.strerror}; remove or replace it")
-                continue
-            if len(content) > MOST_BYTES:
-                problems.append(f"{image.path}: more than {MOST_BYTES} bytes; remove or replace it")
-                continue
-            kind = sniff(content)
-            wrong = f"not a JPEG, PNG, or WebP image ({len(content)} bytes)" if kind is None else problem_of(content)
-            if kind is None or wrong:
-                problems.append(f"{image.path}: {wrong}; remove or replace it")
-                continue
-            stem = re.sub(r"[^A-Za-z0-9_-]", "_", image.path.stem)[:80]
-            yield SourceSample(f"{place:08d}-{stem}", kind, content, image.label)
+                if error.errno not in REFUSED:
+                    raise Unavailable(
+                        f"{image}: cannot be read now: {error.strerror}; run the command again"
+                    ) from error
+                problems.append(f"{image}: cannot be read: {error.strerror}; {remedy}")
+            except ValueError as error:
+                problems.append(f"{image}: {error}; {remedy}")
+            else:
+                stem = re.sub(r"[^A-Za-z0-9_-]", "_", image.name)[:80]
+                yield SourceSample(f"{place:08d}-{stem}", kind, content, image.label)
         if problems:
             raise DataError(listed(problems))
 
@@ -78,6 +111,8 @@ def build_shards(
     `images` lists the images of each split, in the order of the shards; `source` describes what the shards are built
     from, and every other option that changes them.
     """
+    if samples_per_shard < 1:
+        raise DataError(f"samples per shard must be at least 1; got {samples_per_shard}")
     description = {**source, "samples_per_shard": samples_per_shard}
     if manifest := finished(out, description):
         return manifest
@@ -114,10 +149,10 @@ def cut(images: Sequence[Image], samples_per_shard: int) -> list[Files]:
     return [Files(begin, images[begin:end]) for begin, end in pairwise(edges)]
 
 
-def fingerprint(src: Path, images: dict[str, list[Image]]) -> str:
+def fingerprint(src: Path, images: Mapping[str, Sequence[Image]]) -> str:
     """A SHA-256 digest of the files' paths relative to `src`, their sizes, and their splits, in hexadecimal.
 
-    It does not cover labels: a builder whose labels do not follow from the paths adds them to its `source`.
+    It does not cover labels: a builder whose labels do not follow from the paths adds `digest_of_labels`.
 
     Raises:
         DataError: a file cannot be read.
@@ -126,17 +161,28 @@ def fingerprint(src: Path, images: dict[str, list[Image]]) -> str:
     for split, content in images.items():
         for image in content:
             try:
-                size = image.path.stat().st_size
+                size = image.size()
             except OSError as error:
-                raise DataError(f"{image.path}: cannot be read: {error.strerror}; remove or replace it") from error
-            digest.update(os.fsencode(f"{split}\0{os.path.relpath(image.path, src)}\0{size}\0"))
+                raise DataError(f"{image}: cannot be read: {error.strerror}; remove or replace it") from error
+            digest.update(os.fsencode(f"{split}\0{os.path.relpath(str(image), src)}\0{size}\0"))
     return digest.hexdigest()
+
+
+def digest_of_labels(classes: Sequence[str], images: Mapping[str, Sequence[Image]]) -> str:
+    """A SHA-256 digest of the names of the classes and of the labels of all images, in hexadecimal."""
+    labels = {split: [image.label for image in content] for split, content in images.items()}
+    return hashlib.sha256(json.dumps([classes, labels]).encode()).hexdigest()
+
+
+def _kind(content: bytes) -> str:
+    """The format of an image's bytes. Raises ValueError unless they are an image that training can use."""
+    kind = sniff(content)
+    if kind is None:
+        raise ValueError(f"not a JPEG, PNG, or WebP image ({len(content)} bytes)")
+    if wrong := problem_of(content):
+        raise ValueError(wrong)
+    return kind
 
 
 def extension_of(path: Path) -> str:
     return path.suffix.lower().lstrip(".")
-
-
-def some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
-    return ", ".join(names[:MAX_LISTED]) + more

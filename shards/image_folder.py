@@ -8,13 +8,14 @@ at any depth, and so is what other programs leave behind. Every image counts onc
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
 from scaleprog.files.display import as_text
-from scaleprog.shards.image_files import Image, build_shards, extension_of, fingerprint, shuffled, some, split_off
+from scaleprog.shards.image_files import Image, build_shards, extension_of, fingerprint, shuffled, split_off
+from scaleprog.shards.pool import some
 from scaleprog.shards.samples import IMAGE_EXTENSIONS
 
 
@@ -42,12 +43,10 @@ def build(
 
     Raises:
         DataError: `src` is not such a tree, or a file is not an image; `out` holds something else or cannot be written.
+        Unavailable: an image cannot be read now. The same call resumes.
     """
-    if samples_per_shard < 1 or not 0 < val_fraction < 1:
-        raise DataError(
-            "samples per shard must be at least 1, and val fraction above 0 and below 1; "
-            f"got {samples_per_shard}, {val_fraction}"
-        )
+    if not 0 < val_fraction < 1:
+        raise DataError(f"val fraction must be above 0 and below 1; got {val_fraction}")
     if out.resolve().is_relative_to(src.resolve()):
         raise DataError(f"{out}: lies inside {src} and would look like a class folder; choose a folder outside it")
     classes, images = _images_by_split(src, seed, val_fraction)
@@ -89,22 +88,32 @@ def _split_folders(src: Path) -> tuple[Path, Path | None]:
 def _images_by_split(src: Path, seed: int, val_fraction: float) -> tuple[list[str], dict[str, list[Image]]]:
     """The class names, and the images of each split in the order of the shards."""
     train_folder, val_folder = _split_folders(src)
-    classes, train = _scan(train_folder)
+    classes, train = scan(train_folder)
     labels = {name: label for label, name in enumerate(classes)}
     images = {"train": shuffled(_labeled(train, labels), [seed, 0])}
     if val_folder is not None:
-        val_classes, val = _scan(val_folder)
+        val_classes, val = scan(val_folder)
         _check_apart(train, val)
-        if unknown := sorted(set(val_classes) - set(classes)):
-            raise DataError(f"{val_folder}: classes that are not in train/: {some(unknown)}. Remove or rename them.")
-        if missing := sorted(set(classes) - set(val_classes)):
-            print(as_text(f"note: {val_folder} has no images of {len(missing)} classes: {some(missing)}"))
+        compare_classes(train_folder, classes, val_folder, val_classes)
         images["val"] = shuffled(_labeled(val, labels), [seed, 1])
         return classes, images
     images = split_off(images["train"], val_fraction, src)
     count = len(images["val"])
     print(f"note: {src} has no val/ folder; {count} of {len(train)} images are split off for validation")
     return classes, images
+
+
+def compare_classes(train: Path, classes: Iterable[str], val: Path, val_classes: Iterable[str]) -> None:
+    """Raises DataError for classes of validation images without training images; notes those without validation images.
+
+    `train` and `val` are the files or folders that hold the images.
+    """
+    if unknown := sorted(set(val_classes) - set(classes)):
+        raise DataError(
+            f"{val}: classes that are not in {train}: {some(unknown)}. Add training images of them, or leave them out."
+        )
+    if missing := sorted(set(classes) - set(val_classes)):
+        print(as_text(f"note: {val} has no images of {len(missing)} classes: {some(missing)}"))
 
 
 def _check_apart(train: Sequence[tuple[str, Path]], val: Sequence[tuple[str, Path]]) -> None:
@@ -118,7 +127,7 @@ def _labeled(files: Sequence[tuple[str, Path]], labels: Mapping[str, int]) -> li
     return [Image(path, labels[name]) for name, path in files]
 
 
-def _scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
+def scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
     """The class names in a folder of class folders, and (class name, file) for each image; both sorted.
 
     Files in subfolders belong to the class of the top folder.

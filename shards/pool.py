@@ -79,6 +79,12 @@ def listed(problems: Sequence[str]) -> str:
     return "\n".join([*problems[:MAX_LISTED], *more])
 
 
+def some(names: Sequence[str]) -> str:
+    """The first MAX_LISTED names on one line, and how many more there are."""
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
+
+
 @contextmanager
 def _executor(workers: int) -> Iterator[Executor]:
     """A pool of spawned processes, or a thread if one worker is enough. An exception cancels the jobs that wait."""

@@ -26,7 +26,7 @@ _COMPRESSED = {
 _PLAIN = (b"0", b"\0", b"7")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A plain file in a tar: its name, and the position of its bytes."""
 
@@ -47,7 +47,7 @@ def samples(file: BinaryIO, size: int) -> Iterator[tuple[str, dict[str, Member]]
     """
     current: str | None = None
     files: dict[str, Member] = {}
-    for member in _members(file, size):
+    for member in members(file, size):
         folder, slash, name = member.name.rpartition("/")
         stem, dot, extension = name.partition(".")
         if not stem or not dot or member.name.startswith("__"):
@@ -108,22 +108,29 @@ def label(text: bytes) -> int | None:
     return int(text) if digits.isdigit() and len(digits) <= len(str(MOST_CLASSES)) else None
 
 
-def _members(file: BinaryIO, size: int) -> Iterator[Member]:
-    """The plain files of a tar, in order. Skips folders; raises ValueError for anything else."""
-    at, name, pax = 0, "", dict[bytes, bytes]()
+def members(file: BinaryIO, end: int, begin: int = 0) -> Iterator[Member]:
+    """The plain files of the tar in bytes `begin` to `end` of a file, in order; positions count from the file's start.
+
+    Skips folders.
+
+    Raises:
+        ValueError: the bytes are not a whole plain tar of plain files.
+        OSError: they cannot be read.
+    """
+    at, name, pax = begin, "", dict[bytes, bytes]()
     while True:
         file.seek(at)
-        header = file.read(BLOCK)
+        header = file.read(min(BLOCK, end - at))
         if len(header) < BLOCK or (any(header) and not _sound(header)):
-            instead = _other_kind(header, size) if at == 0 else ""
+            instead = _other_kind(header, end - begin) if at == begin else ""
             raise ValueError(f"no end marker at byte {at}; {instead or 'truncated or damaged'}")
         if not any(header):
             break
         kind = header[156:157]
         length = _number(pax[b"size"] if b"size" in pax else header[124:136], 10 if b"size" in pax else 8)
         start, at = at + BLOCK, at + BLOCK + ceil_div(length, BLOCK) * BLOCK
-        if start + length > size:
-            raise ValueError(f"a file of {length} bytes at byte {start} of {size}; truncated or damaged")
+        if at > end:
+            raise ValueError(f"a file of {length} bytes at byte {start} of {end}; truncated or damaged")
         if kind in (b"x", b"g", b"L"):
             if length > (LONGEST_NAME if kind == b"L" else LONGEST_HEADER):
                 raise ValueError(f"a header of {length} bytes at byte {start}, which is too long")
@@ -140,13 +147,13 @@ def _members(file: BinaryIO, size: int) -> Iterator[Member]:
         name = _text(pax[b"path"]) if b"path" in pax else name or _own_name(header)
         if kind in _LEFT_OUT or (kind not in (*_PLAIN, b"5")) or any(key.startswith(b"GNU.sparse") for key in pax):
             what = _LEFT_OUT.get(kind, "a sparse or special file")
-            raise ValueError(f"{name!r} is {what}; a shard may hold only plain files")
+            raise ValueError(f"{name!r} is {what}; a tar may hold only plain files")
         if kind != b"5" and not name.endswith("/"):
             yield Member(name, start, length)
         name, pax = "", {}
-    while at < size:
+    while at < end:
         file.seek(at)
-        if not (rest := file.read(2**20)) or rest.strip(b"\0"):
+        if not (rest := file.read(min(2**20, end - at))) or rest.strip(b"\0"):
             raise ValueError(f"no end marker at byte {at}; truncated or damaged")
         at += len(rest)
 
