@@ -57,6 +57,13 @@ def test_a_base_is_found_from_the_file_that_names_it_and_may_have_a_base_itself(
     assert (recipe.train.epochs, recipe.train.batch) == (9, 64)
 
 
+def test_of_several_bases_each_is_laid_over_those_before_it(tmp_path: Path) -> None:
+    write(tmp_path, "all.yaml", LEAST | {"seed": 1, "optimizer": {"lr": 0.1, "clip": 1}})
+    write(tmp_path, "long.yaml", {"seed": 2, "optimizer": {"lr": 0.2}, "train": {"epochs": 9}})
+    recipe = Recipe.load(write(tmp_path, "mine.yaml", {"base": ["all.yaml", "long.yaml"], "optimizer": {"lr": 0.3}}))
+    assert (recipe.seed, recipe.optimizer.lr, recipe.optimizer.clip, recipe.train.epochs) == (2, 0.3, 1, 9)
+
+
 def test_a_list_replaces_the_list_below_it(tmp_path: Path) -> None:
     write(tmp_path, "below.yaml", LEAST | {"ema": {"momenta": [0.9, 0.99]}, "growth": {"schedule": "linear"}})
     above = {"ema": {"momenta": [0.5]}, "growth": {"schedule": [{"resolution": 224, "depth": 12}]}}
