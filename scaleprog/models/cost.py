@@ -58,8 +58,8 @@ def _flops(family: type[ElasticModel], model: ModelSettings, view: View, depths:
 
 
 def _by_layer(depths: tuple[int, ...], count: Callable[[tuple[int, ...]], int]) -> int:
-    """`count` of the network with `depths` layers in its groups. All layers of a group cost the same, so it extrapolates
-    from networks of one or two layers per group, because building a deep network takes seconds even without data."""
+    """`count` of the network with `depths` layers in its groups. Within a group, all layers cost the same. So it
+    extrapolates from networks of one or two layers per group: a deep one takes seconds to build, even without data."""
     ones = (1,) * len(depths)
     least = count(ones)
     more = (count((*ones[:g], 2, *ones[g + 1 :])) - least if depth > 1 else 0 for g, depth in enumerate(depths))

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scaleprog.errors import RecipeError
 from scaleprog.recipe import FREE, Recipe, reference
 from scaleprog.recipe.keys import Operator, SubnetSettings
+from tests.conftest import CONFIGS, RECIPES
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 LEAST = {"model": {"name": "vit_tiny_patch16_224"}, "data": {"path": "shards"}, "train": {"epochs": 4, "batch": 64}}
 
 NAMES = [repr(name) for name in get_args(Operator)]
@@ -43,7 +43,7 @@ def problems(path: Path, *overrides: str) -> list[str]:
 # ---- files
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_recipe_of_the_repository_loads_and_reloads_equal(path: Path, tmp_path: Path) -> None:
     recipe = Recipe.load(path)
     assert Recipe.load(write(tmp_path, "dumped.yaml", recipe.dump())) == recipe
