@@ -27,7 +27,7 @@ DENSE = 0.5
 def _named(name: str) -> nn.Module:
     """timm's model of this name, on meta, to look at: all callers get the same one."""
     with torch.device("meta"):
-        return cast(nn.Module, timm.create_model(name))
+        return timm.create_model(name)
 
 
 class ElasticVolo(ElasticModel):
