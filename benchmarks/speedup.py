@@ -76,7 +76,7 @@ def prog_table() -> list[str]:
         "long as it has layers, whatever their size, as if only issuing kernels counted. The paper lies between the "
         "two.",
         f"- So does an H100: DeiT-S's four networks take {', '.join(f'{ms:.1f}' for ms in H100_MS)} ms per step of 256 "
-        f"images ([gpu.md](gpu.md)), which makes Prog {measured:+.1f} % faster. The smallest network reaches 7.7 % of "
+        f"images ([gpu.md](gpu.md)), which makes Prog {measured:.1f} % faster. The smallest network reaches 7.7 % of "
         "the peak FLOP/s, the complete one 14.1 %.",
         "- VOLO's 10 cool-down epochs train the complete model. The paper does not say whether its runtime includes "
         "them; both columns are above it.",

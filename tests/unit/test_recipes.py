@@ -14,6 +14,8 @@ from scaleprog.planning.plan import describe, outline
 from scaleprog.recipe import Recipe
 from tests.conftest import CONFIGS, RECIPES
 
+pytestmark = pytest.mark.process  # counts some twenty networks
+
 AUTOPROG = ("autoprog", "autoprog_published")
 TABLE_2 = {
     ("deit_small", 100): ("original", "prog", *AUTOPROG),
@@ -34,7 +36,7 @@ LADDERS = {
     "volo_d2": [(128, 12), (160, 16), (192, 20), (224, 24)],
 }
 WIDTHS = {"deit_tiny": 192, "deit_small": 384}
-OUTLOOKERS = {7: 2, 9: 2, 11: 4, 12: 4, 14: 4, 15: 4, 16: 4, 18: 4, 20: 4, 24: 6}
+OUTLOOKERS = {7: 2, 9: 2, 11: 4, 12: 4, 14: 4, 15: 4, 16: 4, 18: 4, 20: 6, 24: 6}
 """In a VOLO of so many layers, by the authors' code."""
 VOLOS = {
     "volo_d1_224": {"embed_dims": (192, 384, 384, 384), "num_heads": (6, 12, 12, 12)},
