@@ -52,6 +52,7 @@ FREE = (
     "search.budget",
 )
 MOST_BASES = 20
+"""Of one recipe, those of its bases included."""
 MOST_PROBLEMS, LONGEST_SHOWN = 50, 200
 """In one message."""
 
