@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._C._profiler import _ExtraFields_Allocation
 from torch.profiler import ProfilerActivity, profile
 
 from scaleprog.growth.operators import fresh, grow
@@ -116,7 +115,7 @@ def live(
     of.barrier()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         backend.regrow(grow("mogrow", (before,), (after,)), inherit=False, may_skip_layers=False)
-    growth = most_held(profiler)
+    growth = ranks.most_held(profiler)
     del profiler
     gc.collect()
     new = given_out() - nothing
@@ -134,24 +133,6 @@ def backpropagate(backend: Backend, model: ModelSettings, device: torch.device) 
     pixels = resolve_family(model)[1].resolution
     logits = backend.forward(torch.randn(2, model.channels, pixels, pixels, device=device))
     backend.backward(F.cross_entropy(logits.float(), torch.zeros(2, dtype=torch.long, device=device)))
-
-
-def most_held(profiler: profile) -> int:
-    """The most bytes that were held at any moment under the profiler, of those allocated under it."""
-    events, nodes = [], profiler.profiler.kineto_results.experimental_event_tree()
-    while nodes:
-        node = nodes.pop()
-        nodes += node.children
-        if isinstance(node.extra_fields, _ExtraFields_Allocation):
-            events.append((node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size))
-    held, now, most = dict[int, int](), 0, 0
-    for _, address, size in sorted(events):
-        now -= held.pop(address, 0)
-        if size > 0:
-            held[address] = size
-            now += size
-        most = max(most, now)
-    return most
 
 
 class _Mallinfo(ctypes.Structure):

@@ -48,6 +48,9 @@ WITHIN_A_BUDGET: dict[str, Any] = {
 }
 """The default search and ours on top of it, over `short_recipe`, which searches as published."""
 MakeRecipe = Callable[..., Recipe]
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "bases")
+"""The recipes of the repository; those in bases/ are only parts of one."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

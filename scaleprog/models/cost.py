@@ -23,32 +23,32 @@ Unit = tuple[tuple[int, ...], ...]
 def parameters(family: type[ElasticModel], model: ModelSettings, depth: int) -> int:
     """Number of parameters of the network of `depth` layers."""
     return _by_layer(
-        family, depth, lambda layers: sum(p.numel() for p in _on_paper(family, model, layers).parameters())
+        family.split(depth), lambda depths: sum(p.numel() for p in _on_paper(family, model, depths).parameters())
     )
 
 
 @cache
 def units(family: type[ElasticModel], model: ModelSettings, depth: int) -> tuple[Unit, ...]:
     """Parameter shapes of the network of `depth` layers: first those outside the layers, then those of each layer."""
-    built = 1 if _alike(family, depth) else depth
-    found: dict[tuple[int, int], list[tuple[int, ...]]] = {(-1, -1): []}
-    for name, parameter in _on_paper(family, model, built).named_parameters():
+    depths = family.split(depth)
+    root: list[tuple[int, ...]] = []
+    layers: list[list[tuple[int, ...]]] = [[] for _ in depths]  # one of each group: the others have the same shapes
+    for name, parameter in _on_paper(family, model, (1,) * len(depths)).named_parameters():
         place = family.locate(name)
-        found.setdefault((-1, -1) if place is None else place[:2], []).append(tuple(parameter.shape))
-    root, *layers = (tuple(found[place]) for place in sorted(found))
-    return root, *layers, *layers[-1:] * (depth - built)
+        (root if place is None else layers[place[0]]).append(tuple(parameter.shape))
+    return tuple(root), *(tuple(layer) for layer, d in zip(layers, depths, strict=True) for _ in range(d))
 
 
 @cache
 def gmacs(family: type[ElasticModel], model: ModelSettings, view: View, depth: int) -> float:
     """Billions of multiply-accumulates of one image's forward pass through `depth` layers, attention included."""
-    return _by_layer(family, depth, lambda d: _flops(family, model, view, d)) / 2e9
+    return _by_layer(family.split(depth), lambda depths: _flops(family, model, view, depths)) / 2e9
 
 
 @cache
-def _flops(family: type[ElasticModel], model: ModelSettings, view: View, depth: int) -> int:
+def _flops(family: type[ElasticModel], model: ModelSettings, view: View, depths: tuple[int, ...]) -> int:
     """Operations of one more image in a batch: position embeddings are resampled once per batch."""
-    network, counts = _on_paper(family, model, depth), []
+    network, counts = _on_paper(family, model, depths), []
     for images in (1, 2):
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             kept = None if view.patches is None else torch.empty(images, view.patches, dtype=torch.int64)
@@ -57,18 +57,13 @@ def _flops(family: type[ElasticModel], model: ModelSettings, view: View, depth: 
     return counts[1] - counts[0]
 
 
-def _alike(family: type[ElasticModel], depth: int) -> bool:
-    """Whether all layers are in one group, and therefore cost the same: a growth copies layers within a group."""
-    return len(family.split(depth)) == 1
-
-
-def _by_layer(family: type[ElasticModel], depth: int, count: Callable[[int], int]) -> int:
-    """`count` of the network of `depth` layers. If all layers cost the same, extrapolates from two shallow networks,
-    because building a deep network takes seconds even without data."""
-    if depth < 3 or not _alike(family, depth):
-        return count(depth)
-    one, two = count(1), count(2)
-    return one + (depth - 1) * (two - one)
+def _by_layer(depths: tuple[int, ...], count: Callable[[tuple[int, ...]], int]) -> int:
+    """`count` of the network with `depths` layers in its groups. Within a group, all layers cost the same. So it
+    extrapolates from networks of one or two layers per group: a deep one takes seconds to build, even without data."""
+    ones = (1,) * len(depths)
+    least = count(ones)
+    more = (count((*ones[:g], 2, *ones[g + 1 :])) - least if depth > 1 else 0 for g, depth in enumerate(depths))
+    return least + sum((depth - 1) * each for depth, each in zip(depths, more, strict=True))
 
 
 def activations(
@@ -105,7 +100,7 @@ def _kept(
     precision: Precision,
     recompute: bool,
 ) -> int:
-    network = _on_paper(family, model, subnet.depth)
+    network = _on_paper(family, model, family.split(subnet.depth))
     network.autocast = precision == "autocast"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     kept: dict[int, dict[int, torch.UntypedStorage]] = {-1: {}}  # by layer; -1 is everything outside the layers
@@ -151,6 +146,6 @@ def _kept(
     return outside + sum(inputs) + max(size - inputs[at] for at, size in sizes.items())
 
 
-def _on_paper(family: type[ElasticModel], model: ModelSettings, depth: int) -> ElasticModel:
+def _on_paper(family: type[ElasticModel], model: ModelSettings, depths: tuple[int, ...]) -> ElasticModel:
     with torch.device("meta"):
-        return family(model, Structure.plain(family.split(depth)))
+        return family(model, Structure.plain(depths))

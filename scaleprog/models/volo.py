@@ -1,6 +1,7 @@
 """VOLO: timm's Vision Outlooker, two layer groups (outlookers on a fine grid, transformers on a coarse one)."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, cast
 
 import timm
@@ -22,6 +23,13 @@ DENSE = 0.5
 """Weight of the dense loss, and of the best dense logits in evaluation (arXiv 2104.10858)."""
 
 
+@cache
+def _named(name: str) -> nn.Module:
+    """timm's model of this name, on meta, to look at: all callers get the same one."""
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
 class ElasticVolo(ElasticModel):
     """A timm VOLO with elastic depth and resolution.
 
@@ -36,16 +44,13 @@ class ElasticVolo(ElasticModel):
 
     @classmethod
     def create(cls, settings: ModelSettings, depths: tuple[int, ...] | None) -> nn.Module:
-        with torch.device("meta"):
-            plain = timm.create_model(settings.name)
-        if not cls._is_volo(plain):
+        if not cls._is_volo(plain := _named(settings.name)):
             return plain
         return VOLO(**cls.arguments(settings, depths))
 
     @classmethod
     def arguments(cls, settings: ModelSettings, depths: tuple[int, ...] | None) -> dict[str, Any]:
-        with torch.device("meta"):
-            plain = cast(VOLO, timm.create_model(settings.name))
+        plain = cast(VOLO, _named(settings.name))
         first, last = (cast(Any, plain.network.get_submodule(name)) for name in ("0.0", "2.0"))
         fine = cast(Any, plain.patch_embed)
         wide, heads = settings.width or plain.pos_embed.shape[-1], settings.heads or last.attn.num_heads
@@ -141,8 +146,7 @@ class ElasticVolo(ElasticModel):
     def plain(self, settings: ModelSettings) -> Plain:
         """Under the names of timm's own model if that has as many layers; timm's entry points build no others."""
         found = super().plain(settings)
-        with torch.device("meta"):
-            named = cast(VOLO, timm.create_model(settings.name))
+        named = cast(VOLO, _named(settings.name))
         sizes = ("patch", "width", "depth", "heads")
         if self._depths(named) != self.structure.depths or any(getattr(settings, key) for key in sizes):
             return Plain(found.tensors, "timm.models.volo.VOLO", found.arguments)

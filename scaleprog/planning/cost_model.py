@@ -28,7 +28,8 @@ class Memory:
     """Bytes on the device of rank 0, which is the fullest rank.
 
     `optimizer`: AdamW's moments and zero's separate fp32 weights; `buffers`: gathered parameters, and gradients that
-    are being reduced; `host`: bytes that an offload keeps in the host's memory instead.
+    are being reduced; `host`: bytes that an offload keeps in the host's memory instead; `in_turn`: whether a backward
+    frees activations while gradients come about, so that they are never all there together.
     """
 
     parameters: int
@@ -38,6 +39,7 @@ class Memory:
     buffers: int = 0
     activations: int = 0
     host: int = 0
+    in_turn: bool = False
 
     @property
     def state(self) -> int:
@@ -46,8 +48,10 @@ class Memory:
 
     @property
     def device(self) -> int:
-        """Bytes of everything on the device at the end of a forward."""
-        return self.state - self.host + self.buffers + self.activations
+        """The most bytes on the device in a step."""
+        passing = (self.activations, self.gradients)
+        lasting = self.state - self.host - self.gradients + self.buffers
+        return lasting + (max(passing) if self.in_turn else sum(passing))
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,7 @@ def predict(recipe: Recipe, family: type[ElasticModel], subnet: Subnet, world: i
     own = sum(map(_numel, network)) / sharding.shard_ranks(world, per_node)
     return Prediction(
         images=images,
-        memory=replace(memory, activations=kept),
+        memory=replace(memory, activations=kept, in_turn=passes == 1 and sharding.engine in ("fsdp", "hsdp")),
         traffic=moved,
         compute=work / (device.achieved * device.flops(sharding.precision)),
         update=FP32 * own * (7 + 3 * emas) / device.memory_bandwidth,
@@ -327,7 +331,8 @@ def assumptions(recipe: Recipe, device: Device) -> tuple[str, ...]:
         "Memory is that of the fullest rank. FSDP2 cuts first dimensions into equal parts, rounded up, so it holds and "
         "sends padding.",
         "Activations: what autograd keeps of one micro-batch with fused attention, counted by torch. For autocast, "
-        "torch counts with the CPU's; a GPU's keeps more in fp32.",
+        "torch counts with the CPU's; a GPU's keeps more in fp32. Under fsdp and hsdp, the gradients of a step's only "
+        "micro-batch take their place.",
         "Buffers, never counted: the root, two layers (or all, without reshard_after_forward) and a unit's gradients "
         "twice; replicated's flat gradients. Left out: allocator, kernels' workspace, batches, DeepSpeed's buckets.",
         "zero holds separate fp32 weights, even if the parameters are fp32. In zero 1 and 2, DeepSpeed 0.19 reduces "

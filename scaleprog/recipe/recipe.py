@@ -52,7 +52,8 @@ FREE = (
     "optimizer.most_skipped",
     "search.budget",
 )
-MOST_BASES = 10
+MOST_BASES = 20
+"""Of one recipe, those of its bases included."""
 MOST_PROBLEMS, LONGEST_SHOWN = 50, 200
 """In one message."""
 
@@ -77,7 +78,7 @@ class Recipe(Settings):
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Recipe":
         """Reads a recipe, the bases it names, and `key=value` overrides such as `growth.stages=3`."""
-        values = _read(Path(path), ())
+        values = _read(Path(path), (), [])
         for override in overrides:
             values = _merge(values, _override(override))
         return cls.of(values, str(path))
@@ -109,8 +110,11 @@ class Recipe(Settings):
         ]
 
 
-def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
-    """A recipe file merged over its `base` (a path relative to it)."""
+def _read(path: Path, parents: tuple[Path, ...], read: list[Path]) -> dict[str, Any]:
+    """A recipe file merged over its `base`: a path relative to it, or several, each merged over those before it.
+
+    `parents`: the files that have it as a base, from the first; `read`: all files read so far.
+    """
     of = f", the base of {parents[-1]}" if parents else ""
     try:
         values = read_mapping(path)
@@ -121,15 +125,20 @@ def _read(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"{path}: not readable as YAML: {error}{of}") from error
     resolved = path.resolve()
-    if resolved in parents or len(parents) == MOST_BASES:
-        what = "cannot be its own base" if resolved in parents else f"has more than {MOST_BASES} bases in a row"
+    read.append(resolved)
+    if resolved in parents or len(read) > MOST_BASES:
+        what = "cannot be its own base" if resolved in parents else f"has more than {MOST_BASES} bases"
         raise RecipeError(f"{path}: a recipe {what} ({' -> '.join(map(str, parents))})")
     base = values.pop("base", None)
     if base is None:
         return values
-    if not isinstance(base, str):
-        raise RecipeError(f"{path}: base: must be the path of a recipe, got {_shown(base)}")
-    return _merge(_read(path.parent / base, (*parents, resolved)), values)
+    bases = [base] if isinstance(base, str) else base
+    if not isinstance(bases, list) or not bases or not all(isinstance(each, str) for each in bases):
+        raise RecipeError(f"{path}: base: must be the path of a recipe, or a list of paths, got {_shown(base)}")
+    merged: dict[str, Any] = {}
+    for each in bases:
+        merged = _merge(merged, _read(path.parent / each, (*parents, resolved), read))
+    return _merge(merged, values)
 
 
 def _override(text: str) -> dict[str, Any]:

@@ -12,8 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._C._profiler import _ExtraFields_Allocation
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.profiler import profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -189,6 +191,24 @@ def live_tensors() -> int:
             if local is not None and local.device.type != "meta":
                 found[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
     return sum(found.values())
+
+
+def most_held(profiler: profile) -> int:
+    """The most bytes that were held at any moment under the profiler, of those allocated under it."""
+    events, nodes = [], profiler.profiler.kineto_results.experimental_event_tree()
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children
+        if isinstance(node.extra_fields, _ExtraFields_Allocation):
+            events.append((node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size))
+    held, now, most = dict[int, int](), 0, 0
+    for _, address, size in sorted(events):
+        now -= held.pop(address, 0)
+        if size > 0:
+            held[address] = size
+            now += size
+        most = max(most, now)
+    return most
 
 
 def count_step(sharding: dict[str, Any], model: ModelSettings, depth: int, device: torch.device) -> dict:

@@ -260,6 +260,22 @@ def test_micro_batches_bound_the_activations_and_repeat_the_gathers() -> None:
     assert quarter.compute == whole.compute
 
 
+@pytest.mark.parametrize(
+    ("changes", "in_turn"),
+    [
+        (("sharding.engine=fsdp",), True),
+        (("sharding.engine=fsdp", "train.micro_batch=32"), False),  # gradients of the first are there in the others
+        (("sharding.engine=zero",), False),
+    ],
+)
+def test_gradients_take_the_place_of_activations_where_nothing_keeps_them(
+    changes: tuple[str, ...], in_turn: bool
+) -> None:
+    memory = predict(recipe(*changes), ElasticViT, Subnet(224, 12), 8, H100).memory
+    passing = max(memory.activations, memory.gradients) if in_turn else memory.activations + memory.gradients
+    assert memory.device == memory.parameters + memory.optimizer + memory.ema + memory.buffers + passing
+
+
 def test_recomputing_costs_a_third_more_work() -> None:
     plain, again = (
         predict(recipe(f"sharding.recompute={value}"), ElasticViT, Subnet(224, 12), 8, H100)

@@ -119,7 +119,7 @@ def test_the_recipe_of_a_run_reads_no_other_file(tmp_path: Path) -> None:
         Recipe.of_run(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("base", ["[a.yaml]", "{a: 1}", "3", "true", "2020-01-01.5"])
+@pytest.mark.parametrize("base", ["[]", "[b.yaml, 1]", "{a: 1}", "3", "true", "2020-01-01.5"])
 def test_a_base_is_the_path_of_a_recipe(base: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(f"base: {base}\n{LEAST}")
     with pytest.raises(RecipeError, match=r"must be the path of a recipe|no such recipe"):
@@ -131,8 +131,12 @@ def test_bases_in_a_long_row(tmp_path: Path) -> None:
     for i in range(1, 30):
         (tmp_path / f"{i}.yaml").write_text(f"base: {i - 1}.yaml\nseed: {i}\n")
     assert Recipe.load(tmp_path / "9.yaml").seed == 9
-    with pytest.raises(RecipeError, match="more than 10 bases in a row"):
+    with pytest.raises(RecipeError, match="more than 20 bases"):
         Recipe.load(tmp_path / "29.yaml")
+    for i in range(1, 8):
+        (tmp_path / f"{i}.yaml").write_text(f"base: [{', '.join([f'{i - 1}.yaml'] * 10)}]\n")
+    with pytest.raises(RecipeError, match="more than 20 bases"):  # and not after reading ten million files
+        Recipe.load(tmp_path / "7.yaml")
 
 
 @pytest.mark.parametrize(

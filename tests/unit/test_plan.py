@@ -16,9 +16,7 @@ from scaleprog.growth.space import Choice, Subnet
 from scaleprog.planning.plan import Plan, describe, outline, plan_start
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.planned import read_plan, write_plan
-from tests.conftest import MakeRecipe
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+from tests.conftest import CONFIGS, MakeRecipe
 
 
 def deit(schedule: str, *overrides: str) -> Recipe:
@@ -341,16 +339,3 @@ def test_the_supernet_baseline_is_one_phase_of_the_whole_space() -> None:
     sizes = [(r, d) for r in (128, 160, 192, 224) for d in (6, 8, 10, 12)]
     mean = sum(deit_small_gmacs(*size) for size in sizes) / 16
     assert prediction["speedup"] == pytest.approx(deit_small_gmacs(224, 12) / mean - 1, rel=1e-9)
-
-
-RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.stem != "base")
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
-def test_every_recipe_of_the_repository_has_an_outlook_that_ends_in_the_complete_model(path: Path) -> None:
-    recipe = Recipe.load(path)
-    prediction = describe(recipe)
-    _, schedule = outline(recipe, 1000)
-    last = prediction["stages"][-1]
-    assert (last["resolution"], last["depth"]) == (schedule.full.resolution, schedule.full.depth)
-    assert prediction["speedup"] >= -1e-12

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scaleprog.errors import RecipeError
 from scaleprog.recipe import FREE, Recipe, reference
 from scaleprog.recipe.keys import Operator, SubnetSettings
+from tests.conftest import CONFIGS, RECIPES
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 LEAST = {"model": {"name": "vit_tiny_patch16_224"}, "data": {"path": "shards"}, "train": {"epochs": 4, "batch": 64}}
 
 NAMES = [repr(name) for name in get_args(Operator)]
@@ -43,7 +43,7 @@ def problems(path: Path, *overrides: str) -> list[str]:
 # ---- files
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_recipe_of_the_repository_loads_and_reloads_equal(path: Path, tmp_path: Path) -> None:
     recipe = Recipe.load(path)
     assert Recipe.load(write(tmp_path, "dumped.yaml", recipe.dump())) == recipe
@@ -55,6 +55,13 @@ def test_a_base_is_found_from_the_file_that_names_it_and_may_have_a_base_itself(
     recipe = Recipe.load(write(tmp_path, "runs/mine.yaml", {"base": "../family/small.yaml", "train": {"epochs": 9}}))
     assert (recipe.seed, recipe.optimizer.lr, recipe.optimizer.clip) == (2, 0.2, 1)
     assert (recipe.train.epochs, recipe.train.batch) == (9, 64)
+
+
+def test_of_several_bases_each_is_laid_over_those_before_it(tmp_path: Path) -> None:
+    write(tmp_path, "all.yaml", LEAST | {"seed": 1, "optimizer": {"lr": 0.1, "clip": 1}})
+    write(tmp_path, "long.yaml", {"seed": 2, "optimizer": {"lr": 0.2}, "train": {"epochs": 9}})
+    recipe = Recipe.load(write(tmp_path, "mine.yaml", {"base": ["all.yaml", "long.yaml"], "optimizer": {"lr": 0.3}}))
+    assert (recipe.seed, recipe.optimizer.lr, recipe.optimizer.clip, recipe.train.epochs) == (2, 0.3, 1, 9)
 
 
 def test_a_list_replaces_the_list_below_it(tmp_path: Path) -> None:

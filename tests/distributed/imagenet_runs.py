@@ -1,0 +1,136 @@
+"""Recipes for ImageNet at full model size on two ranks, for a few steps, on shards made from a few photographs."""
+
+import gc
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data as photographs
+from sklearn.datasets import load_sample_images
+from torch.profiler import ProfilerActivity, profile
+
+from scaleprog.launchers.local import launch
+from scaleprog.planning.devices import Device
+from scaleprog.planning.plan import forecast
+from scaleprog.recipe import Recipe
+from scaleprog.rundir.recorder import read_rows
+from scaleprog.shards import image_folder
+from scaleprog.training import loop
+from scaleprog.training.process import Run
+from tests.conftest import CONFIGS
+from tests.distributed.ranks import live_tensors, most_held
+
+ENGINES = {"fsdp": ("sharding.engine=fsdp",), "zero 3": ("sharding.engine=zero", "sharding.stage=3")}
+"""What a recipe is overridden with, by the engine's name in `forecast`."""
+RANKS, CLASSES, PER_SHARD = 2, 1000, 8
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a short run did: steps by stage and phase, and rank 0's largest memory, in bytes, measured and planned."""
+
+    steps: dict[str, int]
+    last: tuple[int, int]
+    finite: bool
+    peak: int
+    planned: int
+
+
+def draw_shards(out: Path, tree: Path) -> None:
+    """Builds shards of an image for each of 1,000 classes, from a tree of class folders that it writes."""
+    pictures = [jpeg(image) for image in photographs_cut(8, seed=0)]
+    for label in range(CLASSES):
+        for split in ("train", "val") if label < PER_SHARD else ("train",):
+            folder = tree / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            (folder / f"{folder.name}_{split}.JPEG").write_bytes(pictures[label % len(pictures)])
+    image_folder.build(tree, out, samples_per_shard=PER_SHARD, workers=1)
+
+
+def photographs_cut(count: int, seed: int) -> Iterator[Image.Image]:
+    """Random cuts of photographs that come with scikit-learn and scikit-image, of ImageNet-like sizes."""
+    sources = [*load_sample_images().images, photographs.astronaut(), photographs.coffee(), photographs.chelsea()]
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        image = Image.fromarray(sources[i % len(sources)])
+        width, height = rng.integers(240, 300, 2).tolist()
+        left, top = int(rng.integers(0, image.width - width)), int(rng.integers(0, image.height - height + 1))
+        yield image.crop((left, top, left + width, top + height))
+
+
+def jpeg(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+def shortened(name: str, engine: str, data: Path) -> Recipe:
+    """The recipe `name` with 3 steps an epoch, of which each search takes one epoch and each stage two.
+
+    A lane holds four images, or the six that Mixup needs with DeiT's repeated augmentation.
+    """
+    path = CONFIGS / "imagenet" / f"{name}.yaml"
+    whole = Recipe.load(path)
+    batch = RANKS * (4 if whole.augment.repeats == 1 else 6)
+    lengths = (
+        f"data.path={data}",
+        f"data.shards={-(-3 * batch // PER_SHARD)}",
+        f"data.lanes={RANKS}",
+        f"train.batch={batch}",
+        "train.epochs=8",
+        "optimizer.warmup_epochs=1",
+        f"optimizer.cooldown_epochs={min(0.34, whole.optimizer.cooldown_epochs)}",
+        "search.epochs=1",
+        "search.subset=16",
+        "search.complete_steps=3",
+        "evaluate.every=100",
+        "evaluate.batch=4",
+    )
+    return Recipe.load(path, [*lengths, *ENGINES[engine]])
+
+
+def run_short(name: str, engine: str, data: Path, folder: Path) -> Outcome:
+    """Trains the shortened recipe in the run directory `folder`."""
+    recipe = shortened(name, engine, data)
+    launch(RANKS, measured_rank, recipe, folder)
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+    _, planned = forecast(recipe, RANKS, Device.named("h100"))[f"{engine} *"]
+    return Outcome(
+        steps=dict(Counter(f"{row['stage']} {row['phase']}" for row in rows)),
+        last=(rows[-1]["resolution"], rows[-1]["depth"]),
+        finite=bool(np.isfinite([row["loss"] for row in rows]).all()),
+        peak=json.loads((folder / "peak.json").read_text()),
+        planned=planned,
+    )
+
+
+def measured_rank(recipe: Recipe, folder: Path) -> None:
+    """Trains as a rank, and records the most memory that tensors took on rank 0 in any growth or step."""
+    peaks: list[int] = []
+
+    def measured(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(run: Run, *arguments: Any) -> Any:
+            gc.collect()
+            copies = sum(copy.nbytes for copy in run.checkpoints._host.values())  # on a GPU, not in its memory
+            before = live_tensors() - copies
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+                result = call(run, *arguments)
+            peaks.append(before + most_held(profiler))
+            return result
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("enter", "train_step"):
+            patch.setattr(loop, name, measured(getattr(loop, name)))
+        loop.train_rank(recipe, folder)
+    if int(os.environ["RANK"]) == 0:
+        (folder / "peak.json").write_text(json.dumps(max(peaks)))
