@@ -18,6 +18,7 @@ from scaleprog.recipe.keys import (
     EmaSettings,
     EvaluateSettings,
     GrowthSettings,
+    InitSettings,
     ModelSettings,
     OptimizerSettings,
     SearchSettings,
@@ -62,6 +63,7 @@ class Recipe(Settings):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of initialization, of the order of samples and of augmentation."""
     model: ModelSettings
+    init: InitSettings = InitSettings()
     data: DataSettings
     augment: AugmentSettings = AugmentSettings()
     train: TrainSettings
@@ -195,7 +197,7 @@ def _keys_at(location: Sequence[str]) -> list[str]:
     for part in location:
         if not part.isdigit():  # an index: the groups of a list are alike
             group = _group_in(group.model_fields[part].annotation) or group
-    return list(group.model_fields)
+    return [field.alias or name for name, field in group.model_fields.items()]
 
 
 def _group_in(annotation: Any) -> type[BaseModel] | None:

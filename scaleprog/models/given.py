@@ -1,0 +1,119 @@
+"""Weights of plain timm's that a network begins with: each tensor is taken, resampled, or reported.
+
+A tensor that fits nothing is an error. The only exceptions are heads, which start anew for another number of classes.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scaleprog.errors import RecipeError
+from scaleprog.models.elastic import ElasticModel, Structure
+from scaleprog.recipe.keys import ModelSettings
+
+MOST_SHOWN = 8
+"""Misfits in one message."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Weights for a network of `depths` layers, and what became of every tensor.
+
+    Args:
+        depths: layers of each group.
+        tensors: whole fp32 tensors by full parameter name, and the (2, C) running statistics of each batch norm.
+        resampled: names and shapes of tensors that had another size.
+        new: names and shapes of parameters that start at random.
+        left: names and shapes of given tensors that are not used.
+    """
+
+    depths: tuple[int, ...]
+    tensors: Mapping[str, Tensor]
+    resampled: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+
+    @property
+    def taken(self) -> int:
+        """How many parameters and batch norms were taken as they are."""
+        return len(self.tensors) - len(self.resampled)
+
+    def report(self) -> str:
+        """What was taken, resampled, left, and new, in one line."""
+        layers = " + ".join(map(str, self.depths))
+        parts = [f"{layers} layers, {self.taken} tensors taken as they are"]
+        for what in ("resampled", "left", "new"):
+            parts.append(f"{what}: {', '.join(getattr(self, what)) or 'none'}")
+        return "; ".join(parts)
+
+
+def fit(family: type[ElasticModel], settings: ModelSettings, plain: Mapping[str, Tensor], where: str) -> Given:
+    """Fits the tensors of a plain timm model, of whatever depth, to an elastic model of the same depth.
+
+    Args:
+        family: the elastic family.
+        settings: the recipe's model; its depth does not matter.
+        plain: tensors under plain timm's names.
+        where: named in errors.
+
+    Raises:
+        RecipeError: a tensor is missing, unknown, or of a size that no resampling explains.
+    """
+    rest = family.elastic_names(plain)
+    depths = _depths(family, rest)
+    if not all(depths):
+        names = ", ".join(_shown(*item) for item in list(plain.items())[:MOST_SHOWN])
+        raise RecipeError(
+            f"{where}: these are not weights of {settings.name}, which has layers {' and '.join(family.layer_groups)}; "
+            f"there are {names or 'no tensors'}"
+        )
+    with torch.device("meta"):
+        model = family(settings, Structure.plain(depths))
+    tensors: dict[str, Tensor] = {}
+    resampled, new, left, misfits = list[str](), list[str](), list[str](), list[str]()
+    for full, parameter in model.named_parameters():
+        name = full.removeprefix("net.")
+        given = rest.pop(name, None)
+        head = name.rpartition(".")[0] in family.heads
+        fitted = None if given is None else model.resized(name, given.float())
+        if fitted is not None and fitted.shape == parameter.shape:
+            tensors[full] = fitted
+            if given is not None and given.shape != fitted.shape:
+                resampled.append(f"{_shown(name, given)} to {tuple(fitted.shape)}")
+        elif head:
+            new.append(_shown(name, parameter))
+            left += [] if given is None else [_shown(name, given)]
+        else:
+            found = "missing" if given is None else f"has {tuple(given.shape)}"
+            misfits.append(f"{name}: {found}, needs {tuple(parameter.shape)}")
+    for name, norm in model.norms.items():
+        statistics = [rest.pop(f"{name}.running_{what}", None) for what in ("mean", "var")]
+        rest.pop(f"{name}.num_batches_tracked", None)
+        fitting = [found.float() for found in statistics if found is not None and found.shape == (norm.num_features,)]
+        if len(fitting) == 2:
+            tensors[name] = torch.stack(fitting)
+        else:
+            misfits.append(f"{name}: needs running_mean and running_var of {(norm.num_features,)}")
+    misfits += [f"{name}: has {tuple(tensor.shape)}, but {settings.name} has none" for name, tensor in rest.items()]
+    if misfits:
+        more = len(misfits) - MOST_SHOWN
+        lines = [*misfits[:MOST_SHOWN], *([f"... and {more} more"] if more > 0 else [])]
+        raise RecipeError(
+            f"{where}: these are not weights of {settings.name} with the recipe's sizes:\n"
+            + "\n".join(f"  {line}" for line in lines)
+            + "\nset model.* as in the model that was trained, or give other weights"
+        )
+    return Given(depths, tensors, tuple(resampled), tuple(new), tuple(left))
+
+
+def _depths(family: type[ElasticModel], names: Iterable[str]) -> tuple[int, ...]:
+    """The layers of each group, counted up to the first that is missing."""
+    layers = [{m[1] for name in names if (m := re.match(rf"{group}\.(\d+)\.", name))} for group in family.layer_groups]
+    return tuple(next(depth for depth in range(len(found) + 1) if str(depth) not in found) for found in layers)
+
+
+def _shown(name: str, tensor: Tensor) -> str:
+    return f"{name} {tuple(tensor.shape)}"
