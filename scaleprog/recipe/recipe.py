@@ -78,10 +78,14 @@ class Recipe(Settings):
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Recipe":
         """Reads a recipe, the bases it names, and `key=value` overrides such as `growth.stages=3`."""
-        values = _read(Path(path), ())
+        return cls.overridden(_read(Path(path), ()), overrides, str(path))
+
+    @classmethod
+    def overridden(cls, values: Mapping[str, Any], overrides: Sequence[str], where: str) -> "Recipe":
+        """Validates plain values under `key=value` overrides; `where` is named in errors."""
         for override in overrides:
             values = _merge(values, _override(override))
-        return cls.of(values, str(path))
+        return cls.of(values, where)
 
     @classmethod
     def of_run(cls, run: Path) -> "Recipe":

@@ -1,30 +1,22 @@
 """Runs that begin with given weights: what is taken, resampled, new, or refused; growth from them; resumes."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
-from timm.models.volo import VOLO
 from torch import Tensor, nn
 
-from scaleprog.errors import CheckpointError, RecipeError
-from scaleprog.growth.operators import sources
 from scaleprog.models import resolve_family
 from scaleprog.models.elastic import Structure
-from scaleprog.models.given import fit
 from scaleprog.recipe import Recipe
-from scaleprog.recipe.keys import ModelSettings
 from scaleprog.rundir.reading import read_rows
 from scaleprog.rundir.storage import committed, read_manifest
-from scaleprog.training.export import export_run
-from tests.compare import differences, final_tensors
+from tests.compare import final_tensors
 from tests.conftest import CLASSES, SIDE, MakeRecipe, run
-from tests.unit.command import Command, is_mistake
 
 pytestmark = pytest.mark.process
 
