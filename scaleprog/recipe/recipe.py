@@ -28,12 +28,13 @@ from scaleprog.recipe.keys import (
 from scaleprog.recipe.numbers import Settings
 
 # Keys that may change between two starts of one run: they alter speed or bookkeeping, never the weights; but
-# search.budget, which is what the searches still to come may spend.
+# search.budget, which is what the searches still to come may spend. A run that has begun does not read `init` again.
 FREE = (
     "train.max_steps",
     "train.log_every",
     "train.accept_arithmetic",
     "train.micro_batch",
+    "init",
     "data.path",
     "data.workers",
     "data.prefetch",

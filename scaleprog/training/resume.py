@@ -154,11 +154,9 @@ def _impossible(state: RunState, step: int, recipe: Recipe, family: type[Elastic
         yield f"it is at step {state.step}, but its checkpoint is of step {step}"
     if state.phase < 0:
         yield f"its phase is {state.phase}"
-    most = (state.phase + 1) * (1 if recipe.init.source is None else 2)  # given weights may have to grow at once
+    most = (state.phase + 1) * (2 if state.weights else 1)  # given weights may have to grow at once
     if not 1 <= state.growths <= most:
         yield f"it built {state.growths} networks by phase {state.phase}"
-    if bool(state.weights) != (recipe.init.source is not None):
-        yield "only a run with init.from has a checksum of initial weights"
     layers = tuple(map(len, state.gated))
     if not (1 <= sum(layers) <= depth and layers == tuple(family.split(sum(layers)))):
         yield f"its layer groups have {layers} layers"
