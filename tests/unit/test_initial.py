@@ -18,6 +18,7 @@ from scaleprog.growth.operators import fresh, sources
 from scaleprog.models import resolve_family
 from scaleprog.models.elastic import Structure
 from scaleprog.models.given import fit
+from scaleprog.models.vit import ElasticViT
 from scaleprog.models.volo import ElasticVolo
 from scaleprog.ranks.coordinator import process_group
 from scaleprog.recipe import Recipe
@@ -36,6 +37,9 @@ pytestmark = pytest.mark.process
 STILL = {"lr": 1e-30, "weight_decay": 0.0, "warmup_epochs": 0, "warmup_lr": 0.0, "min_lr": 0.0}
 """AdamW settings under which a step changes nothing: the checkpoint of step 1 holds the initial weights."""
 ORIGINAL = {"schedule": "original"}
+SMALL = ModelSettings(
+    name="vit_tiny_patch16_224", classes=CLASSES, resolution=SIDE, patch=8, width=32, depth=4, heads=2
+)
 
 
 def timms(classes: int = CLASSES, **sizes: Any) -> nn.Module:
@@ -119,10 +123,8 @@ def test_another_head_and_another_size_are_reported(
 
 
 def test_color_becomes_gray_as_in_timm() -> None:
-    settings = ModelSettings(name="vit_tiny_patch16_224", classes=5, channels=1, resolution=32, patch=8, width=32,
-                             depth=2, heads=2)  # fmt: skip
-    family, net = resolve_family(settings)[0], timms(classes=5, depth=2)
-    given = fit(family, settings, net.state_dict(), "here")
+    net = timms()
+    given = fit(ElasticViT, SMALL.model_copy(update={"channels": 1}), net.state_dict(), "here")
     assert given.resampled == ("patch_embed.proj.weight (32, 3, 8, 8) to (32, 1, 8, 8)",)
     kernel = net.get_parameter("patch_embed.proj.weight").sum(1, keepdim=True)
     assert torch.allclose(given.tensors["net.patch_embed.proj.weight"], kernel)
@@ -252,20 +254,23 @@ def truncate(path: Path) -> None:
         (lambda path: saved(timms(embed_dim=48), path.parent), r"cls_token: has \(1, 1, 48\), needs \(1, 1, 32\)"),
         (lambda path: saved(timms(init_values=0.1), path.parent), r"blocks\.0\.ls1\.gamma: has \(32,\), but vit_tiny"),
         (lambda path: saved(timms(class_token=False, global_pool="avg"), path.parent), "cls_token: missing"),
-        (lambda path: saved(timms(depth=5), path.parent), "has 5 layers, more than the first network of the schedule"),
         (
             lambda path: saved(nn.Linear(2, 3), path.parent),
             r"has layers blocks; there are bias \(3,\), weight \(3, 2\)",
         ),
     ],
 )
-def test_weights_that_do_not_fit(
-    spoil: Callable[[Path], object], message: str, make_recipe: MakeRecipe, tmp_path: Path
-) -> None:
+def test_weights_that_do_not_fit(spoil: Callable[[Path], object], message: str, tmp_path: Path) -> None:
     path = Path(saved(timms(), tmp_path))
     spoil(path)
     with pytest.raises(RecipeError, match=message):
-        run(make_recipe(init={"from": str(path)}, growth=ORIGINAL), tmp_path / "run", max_steps=1)
+        fit(ElasticViT, SMALL, initial.read_tensors(path), "here")
+
+
+def test_more_layers_than_the_schedule_begins_with(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(init={"from": saved(timms(depth=5), tmp_path)}, growth=ORIGINAL)
+    with pytest.raises(RecipeError, match="has 5 layers, more than the first network of the schedule, 4; use growth"):
+        run(recipe, tmp_path / "run", max_steps=1)
 
 
 def test_a_place_that_holds_no_weights(make_recipe: MakeRecipe, tmp_path: Path) -> None:
