@@ -17,7 +17,7 @@ from scaleprog.errors import CheckpointError, RecipeError
 from scaleprog.files.atomic import open_regular
 from scaleprog.growth.operators import LayerMap, fresh, grow
 from scaleprog.models import resolve_family
-from scaleprog.models.given import fit
+from scaleprog.models.given import Given, fit
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.recipe import Recipe
 from scaleprog.training.export import read_saved
@@ -31,34 +31,17 @@ HUB_FILE = "model.safetensors"
 def build_initial(run: Run, layer_map: LayerMap, may_skip_layers: bool) -> None:
     """Builds a network that starts from scratch or, if the recipe says so, from given weights.
 
-    Given weights of fewer layers grow by the recipe's operator to the depth of `layer_map`. The run's state keeps their
-    checksum: a resume does not read them again, and a search that starts over may only read the same.
+    Given weights of fewer layers grow by the recipe's operator to the depth of `layer_map`.
 
     Raises:
         RecipeError: the weights are missing, damaged, or do not fit the recipe's model.
-        CheckpointError: there is no checkpoint to begin with, or the weights have changed since the run began.
+        CheckpointError: the run that should give them has no checkpoint, or they have changed since this run began.
     """
-    backend, state, init = run.backend, run.state, run.recipe.init
-    if init.source is None:
+    backend = run.backend
+    if run.recipe.init.source is None and not run.state.weights:
         backend.regrow(layer_map, inherit=False, may_skip_layers=may_skip_layers)
         return
-    where = f"init.from: {init.source}"
-    plain = read_plain(run.recipe, run.coordinator)
-    checksum = checksum_of(plain)
-    run.coordinator.verify("initial weights", checksum)
-    if state.weights not in ("", checksum):
-        raise CheckpointError(
-            f"{where}: its weights have changed since the run began: their checksum was {state.weights[:12]} and is "
-            f"{checksum[:12]}; put the old ones back, or start a new run"
-        )
-    state.weights = checksum
-    given = fit(run.plan.family, run.recipe.model, plain, where)
-    if any(old > new for old, new in zip(given.depths, layer_map.depths, strict=True)):
-        theirs, first = (" + ".join(map(str, depths)) for depths in (given.depths, layer_map.depths))
-        raise RecipeError(
-            f"{where}: has {theirs} layers, more than the first network of the schedule, {first}; use growth.schedule: "
-            "original, a larger growth.smallest, or weights of fewer layers"
-        )
+    given = _given(run, layer_map.depths)
     grows = given.depths != layer_map.depths
     backend.regrow(
         fresh(given.depths), inherit=False, may_skip_layers=may_skip_layers and not grows, given=given.tensors
@@ -66,17 +49,44 @@ def build_initial(run: Run, layer_map: LayerMap, may_skip_layers: bool) -> None:
     if grows:
         growth = grow(run.recipe.growth.operator, given.depths, layer_map.depths)
         backend.regrow(growth, inherit=False, may_skip_layers=may_skip_layers)
+
+
+def _given(run: Run, first: tuple[int, ...]) -> Given:
+    """The weights that a run begins with, reported; `first`: layers of each group of its first network.
+
+    The state keeps their checksum: a resume does not read them again, and a network that starts over takes no others.
+    """
+    source, state = run.recipe.init.source, run.state
+    where = f"init.from: {source}"
+    plain = read_plain(run.recipe, run.coordinator)
+    checksum = checksum_of(plain)
+    run.coordinator.verify("initial weights", checksum)
+    if state.weights not in ("", checksum):
+        raise CheckpointError(
+            f"{where}: the network starts over, but not with the weights that the run began with: their checksum was "
+            f"{state.weights[:12]} and is {checksum[:12]}; put the old ones back, or start a new run"
+        )
+    state.weights = checksum
+    given = fit(run.plan.family, run.recipe.model, plain, where)
+    if any(theirs > ours for theirs, ours in zip(given.depths, first, strict=True)):
+        theirs, ours = (" + ".join(map(str, depths)) for depths in (given.depths, first))
+        raise RecipeError(
+            f"{where}: has {theirs} layers, more than the first network of the schedule, {ours}; use growth.schedule: "
+            "original, a larger growth.smallest, or weights of fewer layers"
+        )
     run.recorder.event(
-        "init", step=state.step, source=init.source, sha256=checksum, depths=given.depths,
-        taken=given.taken, resampled=given.resampled, left=given.left, new=given.new,
+        "init", step=state.step, source=source, sha256=checksum, taken=given.taken,
+        depths=given.depths, resampled=given.resampled, left=given.left, new=given.new,
     )  # fmt: skip
     run.progress.say(f"{where}: {given.report()}")
+    return given
 
 
 def read_plain(recipe: Recipe, coordinator: Coordinator) -> Mapping[str, Tensor]:
     """The tensors that a recipe names, on every rank, under plain timm's names; raises what `build_initial` raises."""
     source = recipe.init.source
-    assert source is not None
+    if source is None:
+        raise RecipeError("init.from: the run began with given weights and starts over from them; name them again")
     if source == "timm":
         return read_tensors(Path(coordinator.on_rank_0("timm's weights", lambda: _from_hub(recipe.model.name))))
     if source.endswith(SUFFIX):
