@@ -1,10 +1,10 @@
 """Weights of plain timm's that a network begins with: each tensor is taken, resampled, or reported.
 
-A tensor that fits nothing is an error. The only exceptions are heads, which start anew for another number of classes.
+A tensor that fits nothing is an error, except those of a head: for another number of classes, it starts at random.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,24 +43,31 @@ class Given:
 
     def report(self) -> str:
         """What was taken, resampled, left, and new, in one line."""
-        layers = " + ".join(map(str, self.depths))
-        parts = [f"{layers} layers, {self.taken} tensors taken as they are"]
+        parts = [f"{_sum(self.depths)} layers, {self.taken} tensors taken as they are"]
         for what in ("resampled", "left", "new"):
             parts.append(f"{what}: {', '.join(getattr(self, what)) or 'none'}")
         return "; ".join(parts)
 
 
-def fit(family: type[ElasticModel], settings: ModelSettings, plain: Mapping[str, Tensor], where: str) -> Given:
-    """Fits the tensors of a plain timm model, of whatever depth, to an elastic model of the same depth.
+def fit(
+    family: type[ElasticModel],
+    settings: ModelSettings,
+    first: Sequence[int],
+    plain: Mapping[str, Tensor],
+    where: str,
+) -> Given:
+    """Fits the tensors of a plain timm model to an elastic model of the same depth.
 
     Args:
         family: the elastic family.
         settings: the recipe's model; its depth does not matter.
+        first: layers of each group of the first network, the most that the plain model may have.
         plain: tensors under plain timm's names.
         where: named in errors.
 
     Raises:
-        RecipeError: a tensor is missing, unknown, or of a size that no resampling explains.
+        RecipeError: a tensor is missing, unknown, or of a size that no resampling explains, or there are too many
+            layers.
     """
     rest = family.elastic_names(plain)
     depths = _depths(family, rest)
@@ -69,6 +76,11 @@ def fit(family: type[ElasticModel], settings: ModelSettings, plain: Mapping[str,
         raise RecipeError(
             f"{where}: these are not weights of {settings.name}, which has layers {' and '.join(family.layer_groups)}; "
             f"there are {names or 'no tensors'}"
+        )
+    if any(theirs > ours for theirs, ours in zip(depths, first, strict=True)):
+        raise RecipeError(
+            f"{where}: has {_sum(depths)} layers, more than the first network of the schedule, {_sum(first)}; use "
+            "growth.schedule: original, a larger growth.smallest, or weights of fewer layers"
         )
     with torch.device("meta"):
         model = family(settings, Structure.plain(depths))
@@ -99,13 +111,7 @@ def fit(family: type[ElasticModel], settings: ModelSettings, plain: Mapping[str,
             misfits.append(f"{name}: needs running_mean and running_var of {(norm.num_features,)}")
     misfits += [f"{name}: has {tuple(tensor.shape)}, but {settings.name} has none" for name, tensor in rest.items()]
     if misfits:
-        more = len(misfits) - MOST_SHOWN
-        lines = [*misfits[:MOST_SHOWN], *([f"... and {more} more"] if more > 0 else [])]
-        raise RecipeError(
-            f"{where}: these are not weights of {settings.name} with the recipe's sizes:\n"
-            + "\n".join(f"  {line}" for line in lines)
-            + "\nset model.* as in the model that was trained, or give other weights"
-        )
+        raise _refusal(misfits, settings.name, where)
     return Given(depths, tensors, tuple(resampled), tuple(new), tuple(left))
 
 
@@ -113,6 +119,19 @@ def _depths(family: type[ElasticModel], names: Iterable[str]) -> tuple[int, ...]
     """The layers of each group, counted up to the first that is missing."""
     layers = [{m[1] for name in names if (m := re.match(rf"{group}\.(\d+)\.", name))} for group in family.layer_groups]
     return tuple(next(depth for depth in range(len(found) + 1) if str(depth) not in found) for found in layers)
+
+
+def _refusal(misfits: Sequence[str], model: str, where: str) -> RecipeError:
+    lines = [f"{where}: these are not weights of {model} with the recipe's sizes:"]
+    lines += [f"  {line}" for line in misfits[:MOST_SHOWN]]
+    if len(misfits) > MOST_SHOWN:
+        lines.append(f"  ... and {len(misfits) - MOST_SHOWN} more")
+    lines.append("set model.* as in the model that was trained, or give other weights")
+    return RecipeError("\n".join(lines))
+
+
+def _sum(depths: Sequence[int]) -> str:
+    return " + ".join(map(str, depths))
 
 
 def _shown(name: str, tensor: Tensor) -> str:

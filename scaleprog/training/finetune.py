@@ -29,7 +29,7 @@ TRANSFER: dict[str, dict[str, Any]] = {
 """DeiT's transfer to CIFAR-10 with AdamW, as its first author gave it: 768 images, 1,000 epochs, a learning rate of
 7.5e-6 * 768 / 512, the weight decay and augmentation of ImageNet (facebookresearch/dino issue 81), but neither random
 erasing nor stochastic depth (facebookresearch/deit issue 45). `min_lr` is ours: with DeiT's 1e-5 the rate would hardly
-fall. configs/transfer/base.yaml says the same."""
+fall. configs/transfer/cifar10.yaml says the same."""
 
 
 def transfer_recipe(source: Path, data: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -67,13 +67,7 @@ def _given(run: Run, first: tuple[int, ...]) -> Given:
             f"{state.weights[:12]} and is {checksum[:12]}; put the old ones back, or start a new run"
         )
     state.weights = checksum
-    given = fit(run.plan.family, run.recipe.model, plain, where)
-    if any(theirs > ours for theirs, ours in zip(given.depths, first, strict=True)):
-        theirs, ours = (" + ".join(map(str, depths)) for depths in (given.depths, first))
-        raise RecipeError(
-            f"{where}: has {theirs} layers, more than the first network of the schedule, {ours}; use growth.schedule: "
-            "original, a larger growth.smallest, or weights of fewer layers"
-        )
+    given = fit(run.plan.family, run.recipe.model, first, plain, where)
     run.recorder.event(
         "init", step=state.step, source=source, sha256=checksum, taken=given.taken,
         depths=given.depths, resampled=given.resampled, left=given.left, new=given.new,

@@ -32,7 +32,7 @@ def begin(shardings: list[dict[str, Any]], out: Path) -> None:
             nn.init.normal_(parameter)
         for norm in model.norms.values():
             norm.running.uniform_(1, 2)
-        given = fit(ElasticVolo, MODEL, model.plain(MODEL).tensors, "here")
+        given = fit(ElasticVolo, MODEL, (2, 2), model.plain(MODEL).tensors, "here")
         reference, unlike = {}, []
         for sharding in reversed(shardings):
             backend, found = make(sharding, device, MODEL), []

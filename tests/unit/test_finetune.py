@@ -28,7 +28,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_configs_say_what_the_command_does() -> None:
-    base = yaml.safe_load((CONFIGS / "base.yaml").read_text())
+    base = yaml.safe_load((CONFIGS / "cifar10.yaml").read_text())
     assert {name: base[name] for name in TRANSFER} == TRANSFER
     for name, classes, lr in (("cifar10", 10, 1.125e-5), ("cifar100", 100, 7.5e-6)):
         recipe = Recipe.load(CONFIGS / f"{name}.yaml")

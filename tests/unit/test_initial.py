@@ -124,7 +124,7 @@ def test_another_head_and_another_size_are_reported(
 
 def test_color_becomes_gray_as_in_timm() -> None:
     net = timms()
-    given = fit(ElasticViT, SMALL.model_copy(update={"channels": 1}), net.state_dict(), "here")
+    given = fit(ElasticViT, SMALL.model_copy(update={"channels": 1}), (4,), net.state_dict(), "here")
     assert given.resampled == ("patch_embed.proj.weight (32, 3, 8, 8) to (32, 1, 8, 8)",)
     kernel = net.get_parameter("patch_embed.proj.weight").sum(1, keepdim=True)
     assert torch.allclose(given.tensors["net.patch_embed.proj.weight"], kernel)
@@ -137,7 +137,7 @@ def test_volo_takes_transformers_of_several_stages_and_running_statistics() -> N
     for name, buffer in net.named_buffers():
         if "running" in name:
             buffer.uniform_(0.5, 1.5)
-    given = fit(ElasticVolo, MICRO, net.state_dict(), "here")
+    given = fit(ElasticVolo, MICRO, (2, 4), net.state_dict(), "here")
     assert (given.depths, given.left, given.new) == ((2, 4), (), ())
     assert given.resampled == ("pos_embed (1, 8, 8, 32) to (1, 6, 6, 32)",)
     model = ElasticVolo(MICRO, Structure.plain(given.depths)).eval()
@@ -264,13 +264,7 @@ def test_weights_that_do_not_fit(spoil: Callable[[Path], object], message: str, 
     path = Path(saved(timms(), tmp_path))
     spoil(path)
     with pytest.raises(RecipeError, match=message):
-        fit(ElasticViT, SMALL, initial.read_tensors(path), "here")
-
-
-def test_more_layers_than_the_schedule_begins_with(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe(init={"from": saved(timms(depth=5), tmp_path)}, growth=ORIGINAL)
-    with pytest.raises(RecipeError, match="has 5 layers, more than the first network of the schedule, 4; use growth"):
-        run(recipe, tmp_path / "run", max_steps=1)
+        fit(ElasticViT, SMALL, (4,), initial.read_tensors(path), "here")
 
 
 def test_a_place_that_holds_no_weights(make_recipe: MakeRecipe, tmp_path: Path) -> None:
