@@ -22,7 +22,7 @@ from scaleprog.recipe.keys import ModelSettings
 from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.checkpoint import Checkpoints
 from scaleprog.rundir.state import RunState
-from scaleprog.rundir.storage import load_tensors
+from scaleprog.rundir.storage import load_tensors, read_manifest
 from scaleprog.sharding.placement import LocalSlice
 from scaleprog.training.evaluate import evaluate
 from scaleprog.training.process import load_network, make_backend
@@ -145,6 +145,9 @@ def read_saved(run: Path, weights: Weights, coordinator: Coordinator) -> Saved:
     model, of = family(recipe.model, Structure(state.gated)), "online" if ema is None else f"ema.{ema}"
     parts = {f"{of}/{name}": LocalSlice.whole(parameter) for name, parameter in model.named_parameters()}
     parts |= {f"{of}.statistics/{name}": LocalSlice.whole(norm.running) for name, norm in model.norms.items()}
+    saved = {name for name in read_manifest(newest).tensors if name.startswith((f"{of}/", f"{of}.statistics/"))}
+    if unlike := saved - parts.keys():
+        raise CheckpointError(f"{newest}: does not fit this run: {min(unlike)} is not in the network")
     load_tensors(newest, parts, subset=True)
     model.fold_gates()
     depth = sum(map(len, state.gated))
