@@ -40,6 +40,18 @@ def digits(out: Out, seed: Seed = 0) -> None:
     build(out, seed=seed)
 
 
+@app.command("cifar")
+def cifar(
+    src: Annotated[Path, typer.Argument(help="Folder of the extracted binary version, e.g. cifar-10-batches-bin.")],
+    out: Out,
+    seed: Seed = 0,
+) -> None:
+    """Build shards of CIFAR-10 or CIFAR-100 (50,000 + 10,000 color images of 32 x 32, 10 or 100 classes)."""
+    from scaleprog.shards.cifar import build
+
+    build(src, out, seed=seed)
+
+
 @app.command("image-folder")
 def image_folder(
     src: Annotated[Path, typer.Argument(help="Folder with train/CLASS/ and val/CLASS/ (ImageNet), or with CLASS/.")],

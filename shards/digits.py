@@ -36,10 +36,7 @@ def build(out: Path, *, seed: int = 0) -> Manifest:
     images, labels = _enlarged()
     order = np.random.default_rng(seed).permutation(len(images))
     places = {"train": order[VALIDATION:], "val": order[:VALIDATION]}
-    splits = {
-        split: [Pixels(split, part, images[part], labels[part]) for part in np.array_split(places[split], count)]
-        for split, count in SHARDS.items()
-    }
+    splits = {split: Pixels.shards(split, places[split], images, labels, count) for split, count in SHARDS.items()}
     return build_shards(out, classes=list("0123456789"), splits=splits, source=description, workers=1)
 
 

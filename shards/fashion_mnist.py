@@ -63,8 +63,7 @@ def _shuffled(folder: Path, split: str, limit: int | None, seed: int) -> list[Pi
             f"{folder}: {len(images)} images but {len(labels)} labels for {split}; download the files again"
         )
     order = np.random.default_rng([seed, list(PREFIX).index(split)]).permutation(len(images))[:limit]
-    parts = np.array_split(order, min(SHARDS[split], len(order)))
-    return [Pixels(split, part, images[part], labels[part]) for part in parts]
+    return Pixels.shards(split, order, images, labels, SHARDS[split])
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -39,19 +39,26 @@ class SourceSample:
 
 @dataclass(frozen=True)
 class Pixels:
-    """The samples of one shard as gray images in memory. Iterating encodes them as PNG."""
+    """The samples of one shard as images in memory. Iterating encodes them as PNG."""
 
     split: str
     indices: np.ndarray
     """Places in the original data set, (N,)."""
     images: np.ndarray
-    """(N, H, W) uint8."""
+    """(N, H, W) uint8, gray, or (N, H, W, 3), RGB."""
     labels: np.ndarray
     """(N,) uint8."""
 
+    @classmethod
+    def shards(
+        cls, split: str, order: np.ndarray, images: np.ndarray, labels: np.ndarray, count: int
+    ) -> "list[Pixels]":
+        """A split in the order of the places `order` (M,), cut into at most `count` shards as evenly as possible."""
+        return [cls(split, part, images[part], labels[part]) for part in np.array_split(order, min(count, len(order)))]
+
     def __iter__(self) -> Iterator[SourceSample]:
         for index, image, label in zip(self.indices, self.images, self.labels):
-            _, png = cv2.imencode(".png", image)
+            _, png = cv2.imencode(".png", image if image.ndim == 2 else image[..., ::-1])  # OpenCV takes BGR
             yield SourceSample(f"{self.split}-{index:05d}", "png", png.tobytes(), int(label))
 
 

@@ -1,7 +1,7 @@
 """What "elastic" means: a model in layer groups, run at any resolution with any of its layers active."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -9,6 +9,8 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import timm
 import torch
+from timm.layers import resample_patch_embed
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -134,6 +136,7 @@ class ElasticModel(nn.Module, ABC):
     """
 
     layer_groups: ClassVar[tuple[str, ...]]  # submodule of `net` that holds each group's layers
+    heads: ClassVar[tuple[str, ...]]  # submodules of `net` that classify
     sees_subsets: ClassVar[bool] = True
     """Whether the family can run on a subset of the patches, see `forward`."""
     mixes_tokens: ClassVar[bool] = False
@@ -207,6 +210,15 @@ class ElasticModel(nn.Module, ABC):
             tensors[f"{name}.num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
         return Plain(tensors, "timm.create_model", self.arguments(settings, self.structure.depths))
 
+    @classmethod
+    def elastic_names(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A network of plain timm's, under the names that its tensors have in `net`; the inverse of `plain`."""
+        return dict(tensors)
+
+    @abstractmethod
+    def resized(self, name: str, tensor: Tensor) -> Tensor:
+        """A position or patch embedding of another size, resampled to that of `net`; other tensors as they are."""
+
     def forward(
         self,
         images: Tensor,
@@ -276,6 +288,16 @@ def resampled(positions: Tensor, old: int, new: int, antialias: bool) -> Tensor:
         grids = torch.eye(old * old, device=device).view(-1, 1, old, old)
         resized = functional.interpolate(grids, size=(new, new), mode="bicubic", antialias=antialias)
         return (resized.flatten(1).T @ positions.float()).to(positions.dtype)
+
+
+def resized_kernel(kernel: Tensor, shape: torch.Size) -> Tensor:
+    """A convolution's (O, C, H, W) kernel for the channels and patches of `shape`: from 3 channels to any number, and
+    between sizes of patches as FlexiViT does (arXiv 2212.08013)."""
+    if kernel.ndim != 4:
+        return kernel
+    if kernel.shape[1] == 3:
+        kernel = adapt_input_conv(shape[1], kernel)
+    return resample_patch_embed(kernel, list(shape[2:]))
 
 
 def drop_scales(rates: Tensor, batch: int, seed: int, step: int) -> Tensor | None:

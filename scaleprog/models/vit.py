@@ -1,15 +1,17 @@
 """DeiT and ViT: timm's VisionTransformer family, one layer group."""
 
+import math
 from typing import Any
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet
-from scaleprog.models.elastic import Active, ElasticModel, TokenMix, resampled, residuals
+from scaleprog.models.elastic import Active, ElasticModel, TokenMix, resampled, residuals, resized_kernel
 from scaleprog.recipe.keys import ModelSettings
 
 
@@ -17,6 +19,7 @@ class ElasticViT(ElasticModel):
     """A timm VisionTransformer with elastic depth and resolution; positional encodings are interpolated on the fly."""
 
     layer_groups = ("blocks",)
+    heads = ("head", "head_dist")
     net: VisionTransformer
 
     @classmethod
@@ -78,6 +81,17 @@ class ElasticViT(ElasticModel):
         for position in active[0]:
             tokens = self.run_layer(net.blocks[position], tokens)
         return net.forward_head(net.norm(tokens))
+
+    def resized(self, name: str, tensor: Tensor) -> Tensor:
+        net = self.net
+        if name == "patch_embed.proj.weight":
+            return resized_kernel(tensor, net.patch_embed.proj.weight.shape)
+        if name == "pos_embed" and tensor.ndim == 3:
+            prefix = 0 if net.no_embed_class else net.num_prefix_tokens
+            side = math.isqrt(max(0, tensor.shape[1] - prefix))
+            if side and side * side == tensor.shape[1] - prefix:
+                return resample_abs_pos_embed(tensor, net.patch_embed.grid_size, num_prefix_tokens=prefix)
+        return tensor
 
     @torch.no_grad()
     def fold_gates(self) -> None:

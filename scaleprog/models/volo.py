@@ -1,6 +1,7 @@
 """VOLO: timm's Vision Outlooker, two layer groups (outlookers on a fine grid, transformers on a coarse one)."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -13,7 +14,17 @@ from torch.nn import functional
 
 from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet
-from scaleprog.models.elastic import Active, ElasticModel, Output, Plain, Targets, TokenMix, resampled, residuals
+from scaleprog.models.elastic import (
+    Active,
+    ElasticModel,
+    Output,
+    Plain,
+    Targets,
+    TokenMix,
+    resampled,
+    residuals,
+    resized_kernel,
+)
 from scaleprog.recipe.keys import ModelSettings
 
 OUTLOOKERS = 0.23
@@ -38,6 +49,7 @@ class ElasticVolo(ElasticModel):
     """
 
     layer_groups = ("network.0", "network.2")
+    heads = ("head", "aux_head")
     sees_subsets = False  # outlookers need the whole grid
     mixes_tokens = labels_tokens = whole_lanes = True
     net: VOLO
@@ -165,6 +177,26 @@ class ElasticVolo(ElasticModel):
             "num_classes": settings.classes,
         }
         return Plain(tensors, "timm.create_model", arguments)
+
+    @classmethod
+    def elastic_names(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Puts the transformers of all stages into one."""
+        found = {name: re.fullmatch(r"network\.([2-9])\.(\d{1,3})\.(.+)", name) for name in tensors}
+        layers = sorted({(int(match[1]), int(match[2])) for match in found.values() if match})
+        return {
+            f"network.2.{layers.index((int(match[1]), int(match[2])))}.{match[3]}" if match else name: tensors[name]
+            for name, match in found.items()
+        }
+
+    def resized(self, name: str, tensor: Tensor) -> Tensor:
+        net = self.net
+        if name in ("patch_embed.conv.0.weight", "patch_embed.proj.weight"):
+            return resized_kernel(tensor, net.get_parameter(name).shape)
+        if name == "pos_embed" and tensor.ndim == 4 and tensor.shape[1] == tensor.shape[2]:
+            side = net.pos_embed.shape[1]
+            positions = resampled(tensor.flatten(1, 2), tensor.shape[1], side, antialias=False)
+            return positions.view(1, side, side, -1)
+        return tensor
 
     @torch.no_grad()
     def fold_gates(self) -> None:

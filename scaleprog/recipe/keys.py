@@ -15,10 +15,10 @@ from scaleprog.recipe.numbers import (
     Deviation,
     Epochs,
     Few,
-    Folder,
     Images,
     Index,
     Layers,
+    LocalPath,
     Margin,
     Mebibytes,
     Minutes,
@@ -79,15 +79,27 @@ class ModelSettings(Settings):
     drop_path: Momentum = 0.0
     """Stochastic-depth rate of the last layer; it rises linearly from 0 at the first."""
     init: Literal["jax", "jax_nlhb", "moco"] | None = None
-    """timm's scheme of initialization; default: the model's own."""
+    """timm's scheme of random initialization; default: the model's own."""
+
+
+class InitSettings(Settings):
+    """The weights that the first network begins with."""
+
+    source: LocalPath | None = Field(default=None, alias="from")
+    """timm: those that timm has for `model.name`, through huggingface's cache; a .safetensors file, as `scaleprog
+    export` or timm writes it; or the directory of another run, for its newest checkpoint. Position embedding and patch
+    embedding are resampled to the model's sizes, a head of another number of classes starts at random, and a model of
+    fewer layers than the first network grows by `growth.operator`. Default: random weights."""
+    weights: Literal["best", "online", "ema"] = "best"
+    """Which weights of a run; best: the better ones in its last evaluation."""
 
 
 class DataSettings(Settings):
     """Where the samples come from, and how they are read."""
 
-    path: Folder
+    path: LocalPath
     """Folder of the shards and their manifest."""
-    token_labels: Folder | None = None
+    token_labels: LocalPath | None = None
     """Folder of the token labels that `scaleprog shards token-labels` made of these shards; default: every token has
     the label of its image."""
     lanes: Ranks = 64

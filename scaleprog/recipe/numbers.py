@@ -20,7 +20,12 @@ class Settings(BaseModel):
     """Base of every settings group: unknown keys are errors, values are checked, nothing changes afterwards."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        serialize_by_alias=True,
     )
 
 
@@ -36,11 +41,11 @@ def printable(text: str) -> str:
     return text
 
 
-def _folder(path: str) -> str:
+def _local(path: str) -> str:
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", path):
         raise PydanticCustomError(
-            "folder",
-            "Input should be a folder: scaleprog does not read URLs or pipes (write ./ before a name with a colon)",
+            "local",
+            "Input should be a path: scaleprog does not read URLs or pipes (write ./ before a name with a colon)",
         )
     return path
 
@@ -52,7 +57,7 @@ Number = Annotated[float, _Number]
 Index = Annotated[int, _Number]
 
 Text = Annotated[str, StringConstraints(max_length=200), AfterValidator(printable)]
-Folder = Annotated[str, StringConstraints(max_length=4096), AfterValidator(printable), AfterValidator(_folder)]
+LocalPath = Annotated[str, StringConstraints(max_length=4096), AfterValidator(printable), AfterValidator(_local)]
 
 Pixels = Annotated[int, Field(ge=1, le=MOST_PIXELS), _Number]
 Layers = Annotated[int, Field(ge=1, le=256), _Number]

@@ -18,6 +18,7 @@ from scaleprog.recipe.keys import (
     EmaSettings,
     EvaluateSettings,
     GrowthSettings,
+    InitSettings,
     ModelSettings,
     OptimizerSettings,
     SearchSettings,
@@ -27,12 +28,13 @@ from scaleprog.recipe.keys import (
 from scaleprog.recipe.numbers import Settings
 
 # Keys that may change between two starts of one run: they alter speed or bookkeeping, never the weights; but
-# search.budget, which is what the searches still to come may spend.
+# search.budget, which is what the searches still to come may spend. A run that has begun does not read `init` again.
 FREE = (
     "train.max_steps",
     "train.log_every",
     "train.accept_arithmetic",
     "train.micro_batch",
+    "init",
     "data.path",
     "data.token_labels",
     "data.workers",
@@ -64,6 +66,7 @@ class Recipe(Settings):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of initialization, of the order of samples and of augmentation."""
     model: ModelSettings
+    init: InitSettings = InitSettings()
     data: DataSettings
     augment: AugmentSettings = AugmentSettings()
     train: TrainSettings
@@ -78,10 +81,14 @@ class Recipe(Settings):
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Recipe":
         """Reads a recipe, the bases it names, and `key=value` overrides such as `growth.stages=3`."""
-        values = _read(Path(path), (), [])
+        return cls.overridden(_read(Path(path), (), []), overrides, str(path))
+
+    @classmethod
+    def overridden(cls, values: Mapping[str, Any], overrides: Sequence[str], where: str) -> "Recipe":
+        """Validates plain values under `key=value` overrides; `where` is named in errors."""
         for override in overrides:
             values = _merge(values, _override(override))
-        return cls.of(values, str(path))
+        return cls.of(values, where)
 
     @classmethod
     def of_run(cls, run: Path) -> "Recipe":
@@ -205,7 +212,7 @@ def _keys_at(location: Sequence[str]) -> list[str]:
     for part in location:
         if not part.isdigit():  # an index: the groups of a list are alike
             group = _group_in(group.model_fields[part].annotation) or group
-    return list(group.model_fields)
+    return [field.alias or name for name, field in group.model_fields.items()]
 
 
 def _group_in(annotation: Any) -> type[BaseModel] | None:

@@ -41,6 +41,7 @@ class RunState:
     best_top1: float = 0.0
     skipped: list[int] = field(default_factory=list)  # steps whose update was not finite
     arithmetic: int = ARITHMETIC  # version of what the run computes
+    weights: str = ""  # SHA-256 of the given weights that it began with; empty: random ones
     data: dict[str, str] = field(default_factory=dict)  # `Manifest.identity` of what it trains on; empty: not known
 
     @property
@@ -209,6 +210,7 @@ class _StateValues(BaseModel):
     best_top1: Percent
     skipped: Some[Count]
     arithmetic: Annotated[int, Field(ge=1, le=10**6)]
+    weights: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
     data: Annotated[dict[Text, Text], Field(max_length=4)]
 
 

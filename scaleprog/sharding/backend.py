@@ -129,7 +129,9 @@ class Backend(ABC):
         """The current network's structure."""
         return self.network.model.structure
 
-    def regrow(self, layer_map: LayerMap, *, inherit: bool, may_skip_layers: bool) -> None:
+    def regrow(
+        self, layer_map: LayerMap, *, inherit: bool, may_skip_layers: bool, given: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Replaces the network with the one that `layer_map` describes, and frees the memory of the old one.
 
         The new online weights come from the layers and weights that the map names; every EMA grows from itself by the
@@ -139,13 +141,15 @@ class Backend(ABC):
             layer_map: of the growth; must be entirely fresh if there is no network yet.
             inherit: whether AdamW takes over the moments of each layer's source; if not, it starts from scratch.
             may_skip_layers: whether training steps may skip layers, the same ones on all ranks.
+            given: values in place of fresh ones: whole tensors on the host, by the full names of parameters and the
+                names of running statistics; the same on all ranks.
         """
-        self._grow(layer_map, inherit, may_skip_layers)
+        self._grow(layer_map, inherit, may_skip_layers, given or {})
         gc.collect()  # engines form reference cycles, and training has disabled garbage collection
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # the old network's blocks do not fit the new one's sizes
 
-    def _grow(self, layer_map: LayerMap, inherit: bool, may_skip_layers: bool) -> None:
+    def _grow(self, layer_map: LayerMap, inherit: bool, may_skip_layers: bool, given: Mapping[str, Tensor]) -> None:
         old = self._network
         structure = old.model.structure.after(layer_map) if old else Structure.plain(layer_map.depths)
         self.growths += 1
@@ -156,6 +160,7 @@ class Backend(ABC):
             steps = {n: float(old.moments[o.source]["step"]) for n, o in origins.items() if o.source is not None}
         new = self._replace(model, steps, may_skip_layers)
         fresh = self._fresh(structure) if any(o.source is None and not o.closed for o in origins.values()) else {}
+        fresh |= given
         for name, origin in origins.items():
             targets = [new.weights[name], *(ema.weights[name] for ema in new.emas)]
             if origin.closed:
@@ -171,6 +176,9 @@ class Backend(ABC):
                     sources += [old.moments[source][key] for key in MOMENTS]
                     targets += [new.moments[name][key] for key in MOMENTS]
                 move(sources, old.placements[source], targets, new.placements[name], self.group)
+        for name in given.keys() & new.statistics.keys():
+            for statistics in (new.statistics, *(ema.statistics for ema in new.emas)):
+                statistics[name].copy_(given[name])
         if old and layer_map.rest != "fresh":
             rest = old.emas[self.ema.grow_from].statistics if layer_map.rest == "ema" else old.statistics
             grown = zip(
@@ -219,11 +227,11 @@ class Backend(ABC):
     def _rank(self) -> int:
         return 0 if self.group is None else dist.get_rank(self.group)
 
-    def _fresh(self, structure: Structure) -> Mapping[str, Tensor]:
+    def _fresh(self, structure: Structure) -> dict[str, Tensor]:
         """timm's own initialization of a whole network on the host, the same on every rank."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 1_000_003 + self.growths)
-            return dict(self.family(self.model, structure).named_parameters())
+            return dict[str, Tensor](self.family(self.model, structure).named_parameters())
 
     # ---- one step
 
@@ -329,28 +337,6 @@ class Backend(ABC):
             state |= {f"{key}/{name}": part(name, moments[key]) for key in MOMENTS}
             state[f"step/{name}"] = LocalSlice.whole(moments["step"])
         return state
-
-    def gather(self, ema: int | None) -> dict[str, Tensor]:
-        """The whole weights of EMA number `ema` (None: online) in rank 0's host memory; empty on other ranks.
-
-        Rank 0 gathers one parameter at a time, to save memory on its device.
-        """
-        network = self.network
-        source = network.weights if ema is None else network.emas[ema].weights
-        if self.group is not None and 0 not in dist.get_process_group_ranks(self.group):
-            return {}  # this rank's copy of the network is not rank 0's
-        gathered = {}
-        for name, shape in network.shapes.items():
-            placement, first = network.placements[name], self._rank == 0
-            whole = source[name].new_empty(placement.numel if first else 0)
-            move([source[name]], placement, [whole], Placement.whole(placement.numel), self.group)
-            if dist.get_rank() == 0:
-                gathered[name] = whole.view(shape).cpu()
-        return gathered
-
-    def statistics(self, ema: int | None) -> dict[str, Tensor]:
-        """The running statistics of batch norms that go with the weights of EMA number `ema` (None: online)."""
-        return self.network.statistics if ema is None else self.network.emas[ema].statistics
 
 
 class _Unwritten(TorchFunctionMode):

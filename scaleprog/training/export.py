@@ -1,6 +1,7 @@
 """After training: the accuracy of a run's newest checkpoint, and its weights for timm."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,19 +14,24 @@ from scaleprog.errors import CheckpointError, DataError, RecipeError, ScaleprogE
 from scaleprog.files.atomic import replaced
 from scaleprog.files.display import as_text
 from scaleprog.models import resolve_family
+from scaleprog.models.elastic import Plain, Structure
 from scaleprog.planning.plan import Plan, check_size
 from scaleprog.ranks.coordinator import Coordinator, process_group
 from scaleprog.recipe import Recipe
+from scaleprog.recipe.keys import ModelSettings
 from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.checkpoint import Checkpoints
 from scaleprog.rundir.state import RunState
-from scaleprog.sharding import Backend
+from scaleprog.rundir.storage import load_tensors, read_manifest
+from scaleprog.sharding.placement import LocalSlice
 from scaleprog.training.evaluate import evaluate
 from scaleprog.training.process import load_network, make_backend
 from scaleprog.training.resume import owner_of, read_run_state, state_of
 
 Weights = Literal["ema", "online", "best"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+MODEL = "model"
+"""The key of a file's metadata with the settings of its model, as JSON."""
 
 
 def evaluate_run(run: Path, resolution: int | None, weights: Weights) -> tuple[float, str]:
@@ -47,7 +53,10 @@ def evaluate_run(run: Path, resolution: int | None, weights: Weights) -> tuple[f
     recipe = Recipe.of_run(run)
     with process_group() as (coordinator, device):
         plan = Plan.of(recipe)
-        backend, state = _restored(run, recipe, coordinator, device, plan)
+        newest = _newest(run, recipe, coordinator)
+        state = state_of(newest, plan)
+        backend = make_backend("replicated", recipe, plan.family, device)
+        load_network(newest, state, backend, may_skip_layers=False)
         classes = plan.manifest.identity()["classes"]
         if state.data.get("classes", classes) != classes:
             raise DataError(
@@ -77,17 +86,9 @@ def export_run(run: Path, out: Path, weights: Weights = "best", dtype: Dtype = "
             recipe cannot have written the checkpoint.
         ScaleprogError: `out` cannot be written.
     """
-    recipe = Recipe.of_run(run)
-    with process_group() as (coordinator, device):
-        backend, state = _restored(run, recipe, coordinator, device)
-        ema, chosen = _chosen(state, len(recipe.ema.momenta), weights)
-        whole, statistics = backend.gather(ema), backend.statistics(ema)
-    model = backend.family(recipe.model, backend.structure)
-    model.load_state_dict(whole)
-    for name, norm in model.norms.items():
-        norm.running = statistics[name]
-    model.fold_gates()
-    plain, shown = model.plain(recipe.model), preprocessing(recipe)
+    with process_group() as (coordinator, _):
+        saved = read_saved(run, weights, coordinator)
+    plain, shown = saved.plain, preprocessing(saved.recipe)
     arguments = dict(plain.arguments)
     if plain.builder == "timm.create_model":  # only that knows it
         arguments["pretrained_cfg_overlay"] = shown
@@ -96,7 +97,8 @@ def export_run(run: Path, out: Path, weights: Weights = "best", dtype: Dtype = "
         name: (tensor.to(to) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in plain.tensors.items()
     }
-    about = {"timm": json.dumps(arguments), "weights": chosen, "step": str(state.step)}
+    about = {"timm": json.dumps(arguments), "weights": saved.weights, "step": str(saved.step)}
+    about |= {MODEL: saved.model.model_dump_json()}
     about |= {key: json.dumps(value) for key, value in shown.items()}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,9 +108,51 @@ def export_run(run: Path, out: Path, weights: Weights = "best", dtype: Dtype = "
         raise ScaleprogError(f"{out}: cannot write it: {error}") from error
     keywords = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     return (
-        f"{out}: {chosen} weights of step {state.step}, {dtype}\n"
+        f"{out}: {saved.weights} weights of step {saved.step}, {dtype}\n"
         f"load with: {plain.builder}({keywords}).load_state_dict(safetensors.torch.load_file({str(out)!r}))"
     )
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The network of a run's newest checkpoint, for plain timm.
+
+    Args:
+        recipe: the run's.
+        model: what builds a complete model of the network's size.
+        plain: the network, with its gates folded.
+        weights: "online" or "ema".
+        step: of the checkpoint.
+    """
+
+    recipe: Recipe
+    model: ModelSettings
+    plain: Plain
+    weights: str
+    step: int
+
+
+def read_saved(run: Path, weights: Weights, coordinator: Coordinator) -> Saved:
+    """Reads the weights of a run's newest checkpoint that verifies, on every rank; see `export_run` for what it raises.
+
+    `weights`: "best" takes those with the higher accuracy in the last evaluation.
+    """
+    recipe = Recipe.of_run(run)
+    newest = _newest(run, recipe, coordinator)
+    family, full, _ = resolve_family(recipe.model)
+    state = read_run_state(newest, recipe, family, full.depth)
+    ema, chosen = _chosen(state, len(recipe.ema.momenta), weights)
+    model, of = family(recipe.model, Structure(state.gated)), "online" if ema is None else f"ema.{ema}"
+    parts = {f"{of}/{name}": LocalSlice.whole(parameter) for name, parameter in model.named_parameters()}
+    parts |= {f"{of}.statistics/{name}": LocalSlice.whole(norm.running) for name, norm in model.norms.items()}
+    saved = {name for name in read_manifest(newest).tensors if name.startswith((f"{of}/", f"{of}.statistics/"))}
+    if unlike := saved - parts.keys():
+        raise CheckpointError(f"{newest}: does not fit this run: {min(unlike)} is not in the network")
+    load_tensors(newest, parts, subset=True)
+    model.fold_gates()
+    depth = sum(map(len, state.gated))
+    own = recipe.model if depth == full.depth else recipe.model.model_copy(update={"depth": depth})
+    return Saved(recipe, own, model.plain(recipe.model), chosen, state.step)
 
 
 def preprocessing(recipe: Recipe) -> dict[str, Any]:
@@ -130,27 +174,22 @@ def _say(text: str) -> None:
     print(as_text(text, lines=True))
 
 
-def _restored(
-    run: Path, recipe: Recipe, coordinator: Coordinator, device: torch.device, plan: Plan | None = None
-) -> tuple[Backend, RunState]:
-    """The network of a run's newest checkpoint, whole in this process. Raises CheckpointError if there is none.
-
-    `plan`: of the recipe; None needs no shards, but checks the state less strictly.
-    """
+def _newest(run: Path, recipe: Recipe, coordinator: Coordinator) -> Path:
+    """A run's newest checkpoint that verifies. Raises CheckpointError if there is none."""
     newest = Checkpoints(run / "checkpoints", coordinator, keep=1, owner=owner_of(recipe)).newest(_say)
     if newest is None:
         raise CheckpointError(f"{run}: no checkpoint yet; has the run trained?")
-    family, full, _ = resolve_family(recipe.model)
-    state = read_run_state(newest, recipe, family, full.depth) if plan is None else state_of(newest, plan)
-    backend = make_backend("replicated", recipe, family, device)
-    load_network(newest, state, backend, may_skip_layers=False)
-    return backend, state
+    return newest
 
 
 def _fitting(recipe: Recipe, resolution: int) -> int:
     stride = resolve_family(recipe.model)[2]
     if resolution < 1 or resolution % stride:
-        raise RecipeError(f"--resolution: {resolution} is not a multiple of the model's stride, {stride} pixels")
+        below = max(0, resolution // stride) * stride
+        near = f"{below} or {below + stride}" if below else f"{stride}"
+        raise RecipeError(
+            f"--resolution: {resolution} is not a multiple of the model's stride, {stride} pixels; use {near}"
+        )
     check_size(recipe, resolution, stride)
     return resolution
 

@@ -38,6 +38,7 @@ from scaleprog.rundir.records import Results
 from scaleprog.rundir.state import summary
 from scaleprog.sharding.optimizer import learning_rate
 from scaleprog.training.between_steps import after_step, measuring_steps, run_pending
+from scaleprog.training.initial import build_initial
 from scaleprog.training.inputs import drop_rows, micro_batches, mixed_batch, patches_seen
 from scaleprog.training.process import (
     Run,
@@ -253,7 +254,11 @@ def enter(run: Run, phases: list[Phase], index: int) -> None:
             before = run.checkpoints.at(entry.rewind_to)
             load_network(before, state_of(before, run.plan), backend, may_skip_layers=False)
             backend.growths = state.growths
-        backend.regrow(layer_map, inherit=growth.optimizer == "inherit", may_skip_layers=phase.kind == "supernet")
+        skips = phase.kind == "supernet"
+        if layer_map.rest == "fresh":
+            build_initial(run, layer_map, may_skip_layers=skips)
+        else:
+            backend.regrow(layer_map, inherit=growth.optimizer == "inherit", may_skip_layers=skips)
         sources = [[o.source for o in group] for group in layer_map.groups]
         run.recorder.event(
             "growth",

@@ -155,7 +155,8 @@ def _impossible(state: RunState, step: int, recipe: Recipe, family: type[Elastic
         yield f"it is at step {state.step}, but its checkpoint is of step {step}"
     if state.phase < 0:
         yield f"its phase is {state.phase}"
-    if not 1 <= state.growths <= state.phase + 1:
+    most = (state.phase + 1) * (2 if state.weights else 1)  # given weights may have to grow at once
+    if not 1 <= state.growths <= most:
         yield f"it built {state.growths} networks by phase {state.phase}"
     layers = tuple(map(len, state.gated))
     if not (1 <= sum(layers) <= depth and layers == tuple(family.split(sum(layers)))):

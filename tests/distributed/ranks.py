@@ -117,8 +117,19 @@ def whole_timeline(backend: Backend, coordinator: Coordinator) -> dict[str, Any]
         trainer.train(2, actives, 20)
     backend.regrow(keep(actives[0]), inherit=True, may_skip_layers=False)
     trainer.train(2, [None], 28)
-    sums = {name: float(w.double().abs().sum()) for name, w in backend.gather(1).items()}
-    return {"record": trainer.record, "ema": sums}
+    return {"record": trainer.record, "ema": sums_of_ema(backend, 1)}
+
+
+def sums_of_ema(backend: Backend, number: int) -> dict[str, float]:
+    """The sum of the absolute weights of each tensor of an EMA."""
+    sums = {}
+    for name, part in backend.state().items():
+        if name.startswith(f"ema.{number}/"):
+            total = part.tensor.double().abs().sum()
+            if backend.group is not None:
+                dist.all_reduce(total, group=backend.group)
+            sums[name] = float(total)
+    return sums
 
 
 def regrow_traffic(out: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaleprog import models
-from scaleprog.cli import rank_counts
+from scaleprog.cli.planning import rank_counts
 from scaleprog.errors import DataError, RecipeError, ScaleprogError
 from scaleprog.models import resolve_family
 from scaleprog.planning.plan import Plan, describe, plan_start

@@ -107,7 +107,7 @@ def test_what_is_no_command_says_how_to_find_out(arguments: tuple[str, ...], com
 def test_help_names_the_commands(command: Command) -> None:
     told = command("--help")
     assert told.code == 0
-    assert all(name in told.out for name in ("plan", "train", "evaluate", "export", "report", "shards"))
+    assert all(name in told.out for name in ("plan", "train", "finetune", "evaluate", "export", "report", "shards"))
 
 
 def test_help_need_not_wait_for_torch() -> None:

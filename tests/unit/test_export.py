@@ -9,9 +9,11 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from timm.data import create_transform, resolve_model_data_config
+from timm.models.volo import VOLO
 from torch import Tensor, nn
 
 from scaleprog.data.augment import Augmentation
@@ -131,9 +133,33 @@ def test_a_stage_is_evaluated_at_its_own_resolution_or_at_the_complete_one(
 
 def test_a_resolution_that_patches_do_not_fill_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     run(make_recipe(growth={"schedule": "original"}), tmp_path, max_steps=1)
-    for resolution in (0, -8, 4, 30, 33):
-        with pytest.raises(RecipeError, match=rf"--resolution: {resolution} is not a multiple of .* stride, 8 pixels"):
+    for resolution, near in ((0, "8"), (-8, "8"), (4, "8"), (30, "24 or 32"), (33, "32 or 40")):
+        with pytest.raises(
+            RecipeError, match=rf"--resolution: {resolution} is not a multiple of .* stride, 8 pixels; use {near}$"
+        ):
             evaluate_run(tmp_path, resolution, "best")
+
+
+def test_volo_is_evaluated_at_another_resolution_with_positions_interpolated_without_antialias(
+    make_recipe: MakeRecipe, patterns: Path, tmp_path: Path
+) -> None:
+    sizes = {"name": "volo_d1_224", "patch": 4, "width": 32, "depth": 3, "heads": 2}
+    recipe = make_recipe(model=sizes, growth={"schedule": "original"}, train={"batch": 16}, optimizer={"lr": 3e-3})
+    run(recipe, tmp_path / "run", max_steps=6)
+    export_run(tmp_path / "run", tmp_path / "model.safetensors", "online")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        plain = VOLO(**json.loads(file.metadata()["timm"]))
+    plain.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"), strict=True)
+    positions = F.interpolate(plain.pos_embed.permute(0, 3, 1, 2), size=(6, 6), mode="bicubic")
+    plain.pos_embed = nn.Parameter(positions.permute(0, 2, 3, 1))
+    held_out = [pair for path in sorted(patterns.glob("val-*.tar")) for pair in read_members(path)]
+    encoded = [(memoryview(members["png"]), key) for key, members in held_out]
+    labels = torch.tensor([read_label(members) for _, members in held_out])
+    with torch.no_grad():
+        right = plain.eval()(Augmentation(recipe.augment, 3).evaluation(encoded, 48)).argmax(1) == labels
+    assert evaluate_run(tmp_path / "run", 48, "online")[0] == pytest.approx(100 * right.float().mean().item())
+    with pytest.raises(RecipeError, match="--resolution: 36 is not a multiple of the model's stride, 8 pixels; use 32"):
+        evaluate_run(tmp_path / "run", 36, "online")
 
 
 def test_timm_shows_the_exported_network_its_images_as_the_run_did(

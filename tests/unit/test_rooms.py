@@ -44,6 +44,7 @@ def test_a_room_imports_only_what_its_row_names() -> None:
     rules = allowed()
     assert rules.pop("cli") == {"all"}
     folders = {path.name for path in HOUSE.iterdir() if (path / "__init__.py").exists() and not path.is_symlink()}
+    folders.remove("cli")
     assert rules.keys() == {*folders, "errors", "version", "api"}, "every room has a row"
     for name, may in rules.items():
         files = (HOUSE / name).rglob("*.py") if name in folders else [HOUSE / f"{name}.py"]
@@ -73,7 +74,7 @@ def test_launchers_and_shards_are_linked_from_the_top_level() -> None:
 
 def test_the_house_has_few_files_outside_its_rooms() -> None:
     assert {path.name for path in HOUSE.glob("*.py")} == {
-        "__init__.py", "__main__.py", "api.py", "cli.py", "errors.py", "version.py",
+        "__init__.py", "__main__.py", "api.py", "errors.py", "version.py",
     }  # fmt: skip
 
 

@@ -64,6 +64,7 @@ FIELDS = {
     "best_top1": percents,
     "skipped": st.lists(counts, max_size=3),
     "arithmetic": st.integers(1, 10**6),
+    "weights": st.just("") | st.text("0123456789abcdef", min_size=64, max_size=64),
     "data": st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3),
 }
 
@@ -118,6 +119,7 @@ NOTHING: dict[str, list[Any]] = {  # by key, values that it cannot have
     "best_top1": [-1, 100.5, math.nan, "100"],
     "skipped": [3, None, [-1], [0.5], ["3"], {}, [1] * 20_000],
     "arithmetic": [0, -1, 1.5, "1", None, True, 2**70],
+    "weights": [None, 3, "abc", "G" * 64, ["0" * 64]],
     "data": [[], None, {"train": 3}, {"train": None}, {"train": ["x"]}, {"train": "x" * 101}, {"x" * 101: ""},
              {str(i): "" for i in range(4)}],
 }  # fmt: skip

@@ -1,0 +1,147 @@
+"""What a recipe means, before anything is trained: plan · keys."""
+
+import json
+import re
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from scaleprog.cli.arguments import Overrides, RecipePath
+from scaleprog.errors import ScaleprogError
+from scaleprog.files.display import as_text
+from scaleprog.recipe.numbers import MOST_RANKS
+
+if TYPE_CHECKING:
+    from scaleprog.planning.devices import Device
+    from scaleprog.recipe import Recipe
+
+
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    nproc: Annotated[int, typer.Option(min=1, max=MOST_RANKS)] = 1,
+    world: Annotated[
+        str | None,
+        typer.Option(help="Numbers of ranks, e.g. 8,64,512: also show the cost of a step under each engine."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="The device that --world assumes: h100, a100 or cpu.")] = "h100",
+) -> None:
+    """Shows stages, parameters, GMACs, memory per rank and predicted speedup, without training."""
+    from scaleprog.planning.devices import Device
+    from scaleprog.planning.plan import describe
+    from scaleprog.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides or ())
+    worlds, described = rank_counts(world) if world is not None else (), Device.named(device)
+    prediction = describe(loaded, nproc)
+    table = Table("stage", "phase", "px", "layers", "parameters", "GMACs", "memory/rank", "epochs")
+    for row in prediction["stages"]:
+        table.add_row(
+            str(row["stage"]),
+            row["phase"],
+            str(row["resolution"]),
+            str(row["depth"]),
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['gmacs']:.3g}",
+            f"{row['bytes_per_rank'] / 2**20:.0f} MiB",
+            f"{row['epochs']:g}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"predicted speedup by GMACs: {prediction['speedup']:+.1%}; memory: weights, gradients, AdamW, EMA")
+    if prediction["short"]:
+        console.print(prediction["short"])
+    elif prediction["kind"] == "automatic":
+        console.print(
+            "a search will decide each stage; the table shows the equispaced schedule"
+            if prediction["budget"] is None
+            else f"a search spends {prediction['budget']:.1%} of Original's cost; the table keeps the smallest "
+            "network until the takeover"
+        )
+    if not prediction["counted"]:
+        unseen = f"{as_text(loaded.data.path)}: there are no shards yet, so their images are not counted"
+        console.print(unseen, markup=False, soft_wrap=True)
+    if worlds:
+        show_worlds(loaded, worlds, described, console)
+
+
+def keys(
+    group: Annotated[str | None, typer.Argument(help="A group of keys, e.g. search; default: all groups.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="The JSON schema, for editors.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The text of docs/recipe.md.")] = False,
+) -> None:
+    """Lists every key of a recipe: its values, default and meaning."""
+    from scaleprog.recipe import reference
+
+    if schema or markdown:
+        print(json.dumps(reference.schema(), indent=1) if schema else reference.markdown(), end="\n" if schema else "")
+        return
+    console = Console()
+    for name, (about, rows) in (reference.groups() if group is None else {group: reference.group(group)}).items():
+        table = Table("key", "takes", "default", "meaning", title=f"{name}: {about}", title_justify="left")
+        for key in rows:
+            table.add_row(key.name, key.takes, "required" if key.default is None else key.default, key.meaning)
+        console.print(table, markup=False)
+
+
+def rank_counts(text: str) -> tuple[int, ...]:
+    """Numbers of ranks from `8,64,512`. Raises ScaleprogError."""
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) > 32 or not all(re.fullmatch("0*[1-9][0-9]{0,5}", part) for part in parts):
+        raise ScaleprogError(
+            f"--world: {text[:100]!r} is not a list of at most 32 numbers of ranks from 1 to 999999, such as 8,64,512"
+        )
+    return tuple(map(int, parts))
+
+
+def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", console: Console) -> None:
+    """What a step of the complete model costs a rank, a table for every number of ranks; then what it rests on."""
+    from scaleprog.errors import RecipeError
+    from scaleprog.planning.cost_model import assumptions
+    from scaleprog.planning.plan import forecast
+
+    console.print(
+        f"\none step of {as_text(recipe.model.name)} at full size on {device.name}, per rank: memory and the run's "
+        "peak in MiB; collectives, MiB sent, MiB sent outside the node; modeled ms and efficiency",
+        markup=False,
+        highlight=False,
+    )
+    for world in worlds:
+        try:
+            found = forecast(recipe, world, device)
+        except RecipeError as error:
+            console.print(
+                as_text(f"\n{world} ranks: cannot run: {error}", lines=True),
+                soft_wrap=True,
+                markup=False,
+                highlight=False,
+            )
+            continue
+        console.print(f"\n{world} ranks, {next(iter(found.values()))[0].images} images each", highlight=False)
+        hosts = any(prediction.memory.host for prediction, _ in found.values())
+        titles = ["engine", "weights", "grads", "AdamW", "EMA", "activ.", "buffers", *(["host"] if hosts else [])]
+        titles += ["peak", "coll.", "sent", "outside", "step ms", "effic."]
+        table = Table(*titles, padding=(0, 0, 0, 1))
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, (prediction, peak) in found.items():
+            memory, traffic = prediction.memory, prediction.traffic
+            held = [memory.parameters, memory.gradients, memory.optimizer, memory.ema, memory.activations]
+            held += [memory.buffers, memory.host] if hosts else [memory.buffers]
+            mark = "!" if peak > device.memory else ""
+            table.add_row(
+                name,
+                *(f"{size / 2**20:.1f}" for size in held),
+                f"{peak / 2**20:.0f}{mark}",
+                str(traffic.count()),
+                f"{traffic.sent() / 2**20:.1f}",
+                f"{traffic.between_nodes(device) / 2**20:.1f}",
+                f"{1000 * prediction.step:.2f}",
+                f"{prediction.efficiency:.0%}",
+            )
+        console.print(table)
+    console.print("\n* the recipe's engine; ! more memory than the device has. Assumptions:")
+    for line in assumptions(recipe, device):
+        console.print(as_text(f"- {line}"), soft_wrap=True, markup=False, highlight=False)

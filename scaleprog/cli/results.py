@@ -1,0 +1,63 @@
+"""What a run has learned: evaluate · export · replay · report."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from scaleprog.cli.arguments import MOST_HERE, RunPath
+from scaleprog.files.display import as_text
+
+
+def evaluate(
+    run: RunPath,
+    resolution: Annotated[int | None, typer.Option(help="Pixels; default: the model's full size.")] = None,
+    weights: Annotated[Literal["ema", "online", "best"], typer.Option()] = "best",
+) -> None:
+    """Measures the top-1 accuracy of a run's newest checkpoint on the validation split."""
+    from scaleprog.training.export import evaluate_run
+
+    accuracy, chosen = evaluate_run(run, resolution, weights)
+    print(f"{as_text(run)}: top-1 {accuracy:.2f} % ({chosen} weights)")
+
+
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors")],
+    weights: Annotated[
+        Literal["best", "online", "ema"], typer.Option(help="best: the better ones in the last evaluation.")
+    ] = "best",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the numbers in the file.")
+    ] = "float32",
+) -> None:
+    """Writes a run's weights as a file that plain timm loads, with the mean, std and crop of its images."""
+    from scaleprog.training.export import export_run
+
+    print(as_text(export_run(run, out, weights, dtype), lines=True))
+
+
+def replay(
+    run: RunPath,
+    step: Annotated[int, typer.Argument(min=1, help="Number of the step, as in metrics.jsonl.")],
+    nproc: Annotated[
+        int | None, typer.Option(min=1, max=MOST_HERE, help="Ranks; default: as many as the run had at this step.")
+    ] = None,
+) -> None:
+    """Computes one step of a run again, and says where numbers stopped being finite."""
+    from scaleprog.launchers.local import launch
+    from scaleprog.training.replay import copied, replay_rank, result, summary
+
+    with copied(run, step) as (recipe, copy, ranks):
+        launch(nproc or ranks, replay_rank, recipe, copy)
+    print(as_text(summary(result(run, step)), lines=True))
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...")],
+    out: Annotated[Path, typer.Option(help="Folder for report.md and its pictures.")],
+) -> None:
+    """Compares runs: accuracy over time, schedules, search scores, a table. The first `original` is the baseline."""
+    from scaleprog.reporting.report import write_report
+
+    print(write_report(runs, out))
