@@ -25,6 +25,7 @@ class Device:
         inter_bandwidth: this rank's share of its node's network, in bytes/s in one direction.
         intra_latency, inter_latency: of one hop inside a node or between nodes, in seconds.
         ranks_per_node: ranks on each node.
+        watts: thermal design power.
         achieved: the fraction of peak FLOP/s that forward and backward are assumed to reach.
     """
 
@@ -39,6 +40,7 @@ class Device:
     intra_latency: float
     inter_latency: float
     ranks_per_node: int
+    watts: float
     achieved: float
 
     def flops(self, precision: Precision) -> float:
@@ -46,12 +48,12 @@ class Device:
         return self.fp32_flops if precision == "fp32" else self.bf16_flops
 
     @classmethod
-    def named(cls, name: str) -> "Device":
-        """The device of this name in `DEVICES`. Raises RecipeError if there is none."""
+    def named(cls, name: str, option: str = "--device") -> "Device":
+        """The device of this name in `DEVICES`, as given to `option`. Raises RecipeError if there is none."""
         if name not in DEVICES:
             near = difflib.get_close_matches(name, DEVICES, 1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise RecipeError(f"--device: unknown device {name!r}; {hint}known devices: {', '.join(DEVICES)}")
+            raise RecipeError(f"{option}: unknown device {name!r}; {hint}known devices: {', '.join(DEVICES)}")
         return DEVICES[name]
 
 
@@ -63,7 +65,7 @@ DEVICES = {
     for device in (
         Device(
             "h100",
-            "NVIDIA H100 SXM data sheet (989 TFLOP/s bf16, 67 fp32, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways); "
+            "NVIDIA H100 SXM data sheet (989 TFLOP/s bf16, 67 fp32, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways, 700 W); "
             "DGX H100: 8 GPUs, one 400 Gb/s adapter each",
             989e12,
             67e12,
@@ -73,12 +75,13 @@ DEVICES = {
             50e9,
             **NCCL_HOP,
             ranks_per_node=8,
+            watts=700,
             achieved=0.4,
         ),
         Device(
             "a100",
             "NVIDIA A100 80GB SXM data sheet (312 TFLOP/s bf16, 19.5 fp32, 80 GB at 2.04 TB/s, NVLink 600 GB/s both "
-            "ways); DGX A100: 8 GPUs, one 200 Gb/s adapter each",
+            "ways, 400 W); DGX A100: 8 GPUs, one 200 Gb/s adapter each",
             312e12,
             19.5e12,
             80e9,
@@ -87,12 +90,13 @@ DEVICES = {
             25e9,
             **NCCL_HOP,
             ranks_per_node=8,
+            watts=400,
             achieved=0.4,
         ),
         Device(
             "cpu",
             "one socket of two, Intel Xeon Platinum 8480+ (56 cores at 2.0 GHz, 64 fp32 FLOP a cycle by AVX-512, 1024 "
-            "bf16 by AMX, 8 channels of DDR5-4800, 4 UPI links of 16 GT/s); 256 GB and 100 Gb/s a node are assumed",
+            "bf16 by AMX, 8 channels of DDR5-4800, 4 UPI links of 16 GT/s, 350 W); 256 GB and 100 Gb/s a node are assumed",
             56 * 2.0e9 * 1024,
             56 * 2.0e9 * 64,
             256e9,
@@ -102,6 +106,7 @@ DEVICES = {
             intra_latency=5e-6,
             inter_latency=3e-5,
             ranks_per_node=2,
+            watts=350,
             achieved=0.4,
         ),
     )

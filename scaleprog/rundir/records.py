@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 from scaleprog.recipe.keys import CandidateRule
 
 METRICS, EVENTS, REQUEUES = "metrics.jsonl", "events.jsonl", "requeues.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 
 STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -93,6 +94,7 @@ class Began(_Event):
     event: Literal["start"]
     step: Count
     world: NotRequired[Size]
+    device: NotRequired[Name]
     startup_seconds: NotRequired[Seconds]
     repeated_steps: NotRequired[Count]
     repeated_seconds: NotRequired[Seconds]
@@ -279,6 +281,19 @@ class Owner(TypedDict):
     restart: Count
 
 
+# ---- evaluations.jsonl
+
+
+@with_config(STRICT)
+class EvaluatedAt(TypedDict):
+    """An evaluation by `scaleprog evaluate`: top-1 in percent of a checkpoint's weights, at `resolution` pixels."""
+
+    step: Count
+    resolution: Size
+    top1: Percent
+    top1_ema: Percent
+
+
 # ---- results of a run
 
 
@@ -356,5 +371,6 @@ class PlanFile(TypedDict):
 
 METRIC: TypeAdapter[Any] = TypeAdapter(Step | Evaluation)
 EVENT: TypeAdapter[Any] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
+EVALUATED_AT: TypeAdapter[Any] = TypeAdapter(EvaluatedAt)
 LEFT: TypeAdapter[Any] = TypeAdapter(Left)
 NUMBERED: TypeAdapter[Any] = TypeAdapter(Numbered)
