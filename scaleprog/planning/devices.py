@@ -25,7 +25,7 @@ class Device:
         inter_bandwidth: this rank's share of its node's network, in bytes/s in one direction.
         intra_latency, inter_latency: of one hop inside a node or between nodes, in seconds.
         ranks_per_node: ranks on each node.
-        watts: thermal design power.
+        watts: thermal design power, from the same data sheets.
         achieved: the fraction of peak FLOP/s that forward and backward are assumed to reach.
     """
 
@@ -65,7 +65,7 @@ DEVICES = {
     for device in (
         Device(
             "h100",
-            "NVIDIA H100 SXM data sheet (989 TFLOP/s bf16, 67 fp32, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways, 700 W); "
+            "NVIDIA H100 SXM data sheet (989 TFLOP/s bf16, 67 fp32, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways); "
             "DGX H100: 8 GPUs, one 400 Gb/s adapter each",
             989e12,
             67e12,
@@ -81,7 +81,7 @@ DEVICES = {
         Device(
             "a100",
             "NVIDIA A100 80GB SXM data sheet (312 TFLOP/s bf16, 19.5 fp32, 80 GB at 2.04 TB/s, NVLink 600 GB/s both "
-            "ways, 400 W); DGX A100: 8 GPUs, one 200 Gb/s adapter each",
+            "ways); DGX A100: 8 GPUs, one 200 Gb/s adapter each",
             312e12,
             19.5e12,
             80e9,
@@ -96,7 +96,7 @@ DEVICES = {
         Device(
             "cpu",
             "one socket of two, Intel Xeon Platinum 8480+ (56 cores at 2.0 GHz, 64 fp32 FLOP a cycle by AVX-512, 1024 "
-            "bf16 by AMX, 8 channels of DDR5-4800, 4 UPI links of 16 GT/s, 350 W); 256 GB and 100 Gb/s a node are assumed",
+            "bf16 by AMX, 8 channels of DDR5-4800, 4 UPI links of 16 GT/s); 256 GB and 100 Gb/s a node are assumed",
             56 * 2.0e9 * 1024,
             56 * 2.0e9 * 64,
             256e9,

@@ -1,8 +1,8 @@
 """The tables of the paper (Li et al., CVPR 2022, arXiv 2203.14509): their rows, and the numbers that it reports.
 
-Tables 2 and 4 to 8 compare training schemes. A run belongs to a scheme by what its recipe says. Its results stand beside
-those of the paper's model: of the same one if the recipe trains it at full size; otherwise a small model stands for DeiT-S
-or VOLO-D1, trained for 100 epochs.
+Tables 2 and 4 to 8 compare training schemes. A run belongs to a scheme by what its recipe says. Its results stand
+beside those of the paper's model: of the same one if the recipe trains it at full size; otherwise a small model stands
+for DeiT-S or VOLO-D1, trained for 100 epochs.
 """
 
 from collections.abc import Mapping

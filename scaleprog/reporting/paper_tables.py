@@ -35,10 +35,10 @@ TABLE_NUMBERS, FIGURE_NUMBERS = range(1, 9), (1, 4)
 ENLARGED, NEAR = 288 / 224, 0.05
 """The side of a test image over that of the training, and how far a small model's stride may move it."""
 ABOUT = (
-    f"paper: {SOURCE}. top-1: in percent, of the better of online and EMA weights. ±: the sample standard deviation over "
-    "the seeds; for Δ, the standard error of the mean difference between runs with the same seed. order: whether Δ has "
-    "the sign of the paper's; a Δ within two standard errors is too close to tell. Speedup: mean seconds of training, "
-    "searches included, of Original / those of the row - 1; in CPU time for runs on the CPU."
+    f"paper: {SOURCE}. top-1: in percent, of the better of online and EMA weights. ±: the sample standard deviation "
+    "over the seeds; for Δ, the standard error of the mean difference between runs of the same seed. order: whether Δ "
+    "has the sign of the paper's; a Δ within two standard errors is too close to tell. Speedup: mean seconds of "
+    "Original's training, searches included, / those of the row - 1; in CPU time for runs on the CPU."
 )
 AT_GROWTH = "top-1 @growth: after the first epoch of stage 2, whatever trains then."
 AT_288 = (
