@@ -117,6 +117,15 @@ class RunRecord:
         starts = self.timeline.starts if self.timeline else ()
         return sum((start.end - start.began) * start.world for start in starts) / 3600
 
+    @property
+    def joules(self) -> float | None:
+        """The measured energy of all starts; None unless every start measured it."""
+        measured = [event for event in self.events if event["event"] == "energy"]
+        starts = [event for event in self.events if event["event"] == "start"]
+        if {event.get("generation") for event in measured} != {event.get("generation") for event in starts}:
+            return None
+        return sum(event["gpu_joules"] + event["cpu_joules"] for event in measured)
+
     def says(self, key: str) -> Any:
         """What the recipe says for a dotted key; None if it has no such key."""
         value: Any = self.recipe

@@ -283,13 +283,12 @@ def _emissions(groups: Sequence[Group], energy: Energy, placed: set[str]) -> str
         for name, (pounds, top1) in EMISSIONS.items()
     ]
     for group in groups:
-        hours = mean(run.rank_hours for run in group.runs if run.finished)
-        kwh = None if energy.watts is None else hours * energy.watts / 1000
+        kwh, source = _kwh([run for run in group.runs if run.finished], energy.watts)
         kilograms = None if kwh is None else kwh * energy.co2
         rows.append(
             {
                 "run": f"{group.name}, {group.runs[0].schedule}",
-                "energy from": f"{hours:.3g} rank-hours" + ("" if kwh is None else f" x {energy.watts:g} W"),
+                "energy from": source,
                 "kWh": cell(kwh, ".3g"),
                 "CO2e kg": cell(kilograms, ".3g"),
                 "CO2e lbs": cell(None if kilograms is None else kilograms / POUND, ".3g"),
@@ -298,10 +297,22 @@ def _emissions(groups: Sequence[Group], energy: Energy, placed: set[str]) -> str
         )
         placed.update(run.name for run in group.runs if run.finished)
     about = (
-        "The energy of our runs is modeled, not measured: hours of all ranks, start-up and evaluations included, times "
-        f"an assumed power of a rank (`--power`); means over the seeds. {energy.co2:g} kg of CO2e per kWh."
+        "measured: by the counters of GPUs and CPUs, if zeus read them in every start. modeled: not measured, but the "
+        "hours of all ranks, start-up and evaluations included, times an assumed power of a rank (`--power`). Means "
+        f"over the seeds; {energy.co2:g} kg of CO2e per kWh."
     )
     return f"## Table 1: energy and emissions\n\n{markdown_table(rows)}\n\n{about}"
+
+
+def _kwh(runs: Sequence[RunRecord], watts: float | None) -> tuple[float | None, str]:
+    """The mean energy of runs in kWh, and where the figure comes from; None if it is neither measured nor assumed."""
+    measured = [run.joules for run in runs if run.joules is not None]
+    if len(measured) == len(runs):
+        return mean(measured) / 3.6e6, "measured"
+    hours = mean(run.rank_hours for run in runs)
+    if watts is None:
+        return None, f"not measured: {hours:.3g} rank-hours"
+    return hours * watts / 1000, f"modeled: {hours:.3g} rank-hours x {watts:g} W"
 
 
 def _transfer(groups: Sequence[Group], placed: set[str]) -> str:

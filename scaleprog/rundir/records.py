@@ -19,6 +19,7 @@ Size = Annotated[int, Field(ge=1, le=2**20)]
 Stage = Annotated[int, Field(ge=0, le=2**20)]
 Number = Annotated[float, Field(ge=-1e12, le=1e12)]
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
+Joules = Annotated[float, Field(ge=0, le=1e15)]
 Moment = Annotated[float, Field(ge=0, le=2**33)]
 """Seconds since 1970, until 2242."""
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -189,6 +190,15 @@ class NoCheckpoint(_Event):
 
 
 @with_config(STRICT)
+class Energy(_Event):
+    """What one rank measured of a start: the joules of its GPU, and on the first rank of a node of the node's CPUs."""
+
+    event: Literal["energy"]
+    gpu_joules: Joules
+    cpu_joules: Joules
+
+
+@with_config(STRICT)
 class Signal(_Event):
     """A signal that one rank received."""
 
@@ -230,6 +240,7 @@ Event = (
     | Evaluated
     | Checkpoint
     | NoCheckpoint
+    | Energy
     | Signal
     | Preempted
     | Failed

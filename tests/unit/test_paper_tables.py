@@ -1,4 +1,4 @@
-"""The paper's tables from run directories: which run belongs to which row, whose numbers stand beside it, and how much."""
+"""The paper's tables from run directories: which run belongs to which row, and whose numbers stand beside it."""
 
 import json
 from pathlib import Path
@@ -176,11 +176,31 @@ def test_top_1_at_288_is_that_at_about_9_sevenths_of_the_size(trained: Trained) 
 def test_emissions_follow_from_an_assumed_power_that_is_stated(trained: Trained) -> None:
     trained.run(**ORIGINAL)
     row = tables(trained.write(1, energy=Energy(co2=0.5, watts=250)))[0][-1]
-    assert row["energy from"] == "2 rank-hours x 250 W"
+    assert row["energy from"] == "modeled: 2 rank-hours x 250 W"
     assert (row["kWh"], row["CO2e kg"], row["CO2e lbs"]) == ("0.5", "0.25", "0.551")
     unknown = tables(trained.write(1))[0]
-    assert (unknown[-1]["kWh"], unknown[-1]["CO2e kg"]) == ("–", "–")
+    assert [unknown[-1][column] for column in ("energy from", "kWh", "CO2e kg")] == [
+        "not measured: 2 rank-hours",
+        "–",
+        "–",
+    ]
     assert (unknown[0]["run"], unknown[0]["CO2e kg"], unknown[0]["CO2e lbs"]) == ("ResNet-50", "121", "267")
+
+
+def test_measured_energy_counts_only_if_every_start_measured_it(trained: Trained) -> None:
+    folder = trained.run(**ORIGINAL)
+    once, again = (
+        [
+            {"time": 1e9 + generation, "event": "start", "step": 0, "world": 2, "generation": generation},
+            {"time": 2e9, "event": "energy", "rank": 0, "generation": generation, "gpu_joules": 3e6, "cpu_joules": 6e5},
+        ]
+        for generation in (1, 2)
+    )
+    write_lines(folder / "events.jsonl", [*once, *again])
+    row = tables(trained.write(1, energy=Energy(watts=250)))[0][-1]
+    assert (row["energy from"], row["kWh"]) == ("measured", "2")
+    write_lines(folder / "events.jsonl", [*once, again[0]])
+    assert tables(trained.write(1, energy=Energy(watts=250)))[0][-1]["energy from"].startswith("modeled")
 
 
 def test_transferred_runs_are_told_by_whose_weights_they_started_from(trained: Trained) -> None:
