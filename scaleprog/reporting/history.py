@@ -57,6 +57,7 @@ class _Search(TypedDict):
 @with_config(STRICT)
 class _Model(TypedDict):
     name: Name
+    classes: NotRequired[Size]
     resolution: NotRequired[Size | None]
 
 
@@ -108,8 +109,8 @@ class RunRecord:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether all starts whose device is recorded trained on the CPU."""
-        return {event.get("device", "cpu") for event in self.events if event["event"] == "start"} == {"cpu"}
+        """Whether every start trained on the CPU."""
+        return {event.get("device") for event in self.events if event["event"] == "start"} == {"cpu"}
 
     @property
     def rank_hours(self) -> float:

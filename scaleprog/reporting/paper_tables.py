@@ -31,6 +31,8 @@ from scaleprog.reporting.text_tables import cell, markdown_table, spread
 from scaleprog.rundir.reading import reason
 
 Rows = list[dict[str, str]]
+Section = tuple[str, list[Group]]
+"""Markdown, and the groups that it shows."""
 TABLE_NUMBERS, FIGURE_NUMBERS = range(1, 9), (1, 4)
 ENLARGED, NEAR = 288 / 224, 0.05
 """The side of a test image over that of the training, and how far a small model's stride may move it."""
@@ -89,19 +91,20 @@ def write_paper(runs: Sequence[Path], out: Path, tables: Iterable[int], figures:
     told, groups = read_groups(runs)
     finished = [group for group in groups if group.values("top1_best")]
     settings = _settings([group for group in finished if group.runs[0].says("init.from") is None])
-    placed: set[str] = set()
-    parts = [f"# The paper's tables\n\n{ABOUT}"]
+    sections: list[Section] = []
     for number in tables:
         if number == 1:
-            parts.append(_emissions(finished, energy, placed))
+            sections.append(_emissions(finished, energy))
         elif number == 3:
-            parts.append(_transfer(finished, placed))
+            sections.append(_transfer(finished))
         else:
-            parts.append(_schemes(number, settings, placed))
+            sections.append(_schemes(number, settings))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        parts += [_figure(number, settings, out, placed) for number in figures]
-        left_out = [f"{run.name}: {_why_left_out(run)}" for run in told if run.name not in placed]
+        sections += [_figure(number, settings, out) for number in figures]
+        shown = {run.name for _, members in sections for group in members for run in group.runs if run.finished}
+        left_out = [f"{run.name}: {_why_left_out(run)}" for run in told if run.name not in shown]
+        parts = [f"# The paper's tables\n\n{ABOUT}", *(text for text, _ in sections)]
         if left_out:
             parts.append("\n".join(["## Runs in no table", "", *(f"- {as_markdown(line)}" for line in left_out)]))
         write_whole(out / "paper.md", "\n\n".join(parts) + "\n")
@@ -156,22 +159,22 @@ def _model(run: RunRecord) -> str:
 # ---- Tables 2 and 4 to 8
 
 
-def _schemes(number: int, settings: Sequence[Setting], placed: set[str]) -> str:
+def _schemes(number: int, settings: Sequence[Setting]) -> Section:
     """A table that compares schemes, once for each setting with runs for it."""
-    table = TABLES[number]
+    table, shown = TABLES[number], list[Group]()
     parts = [f"## Table {number}: {table.title}"]
     for setting in settings:
         members = [group for scheme in table.rows for group in setting.of(scheme)]
         if not members:
             continue
-        placed.update(run.name for group in members for run in group.runs if run.finished)
+        shown += members
         title = f"### {as_markdown(setting.title)}\n\nBeside the paper's {setting.paper[0]}, {setting.paper[1]} epochs."
         parts += [title, markdown_table(_rows(table, setting))]
-    if len(parts) == 1:
+    if not shown:
         parts.append("No finished run belongs to this table.")
     parts += [AT_GROWTH] if table.at_growth else []
     parts += [AT_288] if table.at_288 else []
-    return "\n\n".join(parts)
+    return "\n\n".join(parts), shown
 
 
 def _rows(table: SchemeTable, setting: Setting) -> Rows:
@@ -269,7 +272,7 @@ def _order(paper: float | None, deltas: Sequence[float]) -> str:
 # ---- Tables 1 and 3
 
 
-def _emissions(groups: Sequence[Group], energy: Energy, placed: set[str]) -> str:
+def _emissions(groups: list[Group], energy: Energy) -> Section:
     """Table 1: the energy of a run and its emissions, below those that the paper cites."""
     rows: Rows = [
         {
@@ -295,13 +298,12 @@ def _emissions(groups: Sequence[Group], energy: Energy, placed: set[str]) -> str
                 "top-1": spread(group.values("top1_best"), ".2f"),
             }
         )
-        placed.update(run.name for run in group.runs if run.finished)
     about = (
         "measured: by the counters of GPUs and CPUs, if zeus read them in every start. modeled: not measured, but the "
         "hours of all ranks, start-up and evaluations included, times an assumed power of a rank (`--power`). Means "
         f"over the seeds; {energy.co2:g} kg of CO2e per kWh."
     )
-    return f"## Table 1: energy and emissions\n\n{markdown_table(rows)}\n\n{about}"
+    return f"## Table 1: energy and emissions\n\n{markdown_table(rows)}\n\n{about}", groups
 
 
 def _kwh(runs: Sequence[RunRecord], watts: float | None) -> tuple[float | None, str]:
@@ -315,28 +317,22 @@ def _kwh(runs: Sequence[RunRecord], watts: float | None) -> tuple[float | None, 
     return hours * watts / 1000, f"modeled: {hours:.3g} rank-hours x {watts:g} W"
 
 
-def _transfer(groups: Sequence[Group], placed: set[str]) -> str:
+def _transfer(groups: Sequence[Group]) -> Section:
     """Table 3: fine-tuned runs, by the scheme that trained the weights they started from."""
-    rows: Rows = []
-    for classes, (data, numbers) in TRANSFER.items():
+    found: dict[tuple[str, int, str], list[Group]] = {}
+    for group in groups:
+        run, source = group.runs[0], _pretrained(group.runs[0])
         for scheme in FIGURE_4:
-            for group in groups:
-                source = _pretrained(group.runs[0])
-                if source is None or group.runs[0].says("model.classes") != classes or not scheme.fits(source):
-                    continue
-                paper = scheme.of(numbers)
-                rows.append(
-                    {
-                        "run": f"{_title(group.runs[0])}, beside {data}",
-                        "scheme": f"from {scheme.name}",
-                        "seeds": str(len(group.values("top1_best"))),
-                        "top-1, paper": cell(paper.top1, ".2f"),
-                        "top-1": spread(group.values("top1_best"), ".2f"),
-                    }
-                )
-                placed.update(run.name for run in group.runs if run.finished)
-    found = markdown_table(rows) if rows else "No finished run started from another run's weights (`init.from`)."
-    return f"## Table 3: transfer\n\n{found}"
+            if source is not None and run.says("model.classes") in TRANSFER and scheme.fits(source):
+                found.setdefault((_title(run), run.says("model.classes"), scheme.name), []).append(group)
+    rows, schemes = Rows(), {scheme.name: scheme for scheme in FIGURE_4}
+    for (title, classes, name), members in sorted(found.items()):
+        data, numbers = TRANSFER[classes]
+        top1 = [value for group in members for value in group.values("top1_best")]
+        row = {"run": f"{title}, beside {data}", "scheme": f"from {name}", "seeds": str(len(top1))}
+        rows.append(row | _beside("top-1", schemes[name].of(numbers).top1, top1))
+    text = markdown_table(rows) if rows else "No finished run started from another run's weights (`init.from`)."
+    return f"## Table 3: transfer\n\n{text}", [group for members in found.values() for group in members]
 
 
 def _pretrained(run: RunRecord) -> RunRecord | None:
@@ -351,19 +347,20 @@ def _pretrained(run: RunRecord) -> RunRecord | None:
 # ---- figures
 
 
-def _figure(number: int, settings: Sequence[Setting], out: Path, placed: set[str]) -> str:
+def _figure(number: int, settings: Sequence[Setting], out: Path) -> Section:
     """Draws a figure: 1, models of several sizes; or 4, schemes in each setting. Raises OSError."""
     pictures: dict[str, list[tuple[str, RunRecord]]] = {}
+    shown = list[Group]()
     for setting in settings:
         for scheme in (ORIGINAL,) if number == 1 else FIGURE_4:
             for group in setting.of(scheme):
                 title = _data(group.runs[0]) if number == 1 else setting.title
                 label = _model(group.runs[0]) if number == 1 else scheme.name
+                shown.append(group)
                 pictures.setdefault(title, []).extend((label, run) for run in group.runs if run.finished)
     parts = [f"## Figure {number}: accuracy during training"]
     for place, (title, members) in enumerate(pictures.items(), 1):
         name = f"paper_figure_{number}_{place}.png"
         draw_accuracy(out / name, [curve(label, run) for label, run in members])
-        placed.update(run.name for _, run in members)
         parts.append(f"### {as_markdown(title)}\n\n![Top-1 over training seconds]({name})")
-    return "\n\n".join(parts if pictures else [*parts, "No finished run belongs to this figure."])
+    return "\n\n".join(parts if pictures else [*parts, "No finished run belongs to this figure."]), shown
