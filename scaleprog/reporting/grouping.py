@@ -49,8 +49,17 @@ def read_groups(runs: Sequence[Path]) -> tuple[list[RunRecord], list[Group]]:
 def curve(name: str, run: RunRecord) -> Curve:
     """A run's accuracy over its training time; `name` stands for its recipe."""
     begins = tuple(after.seconds for before, after in pairwise(run.segments) if after.stage != before.stage)
-    timed = [row for row in run.evaluations if "train_seconds" in row]
-    seconds = tuple(row["train_seconds"] for row in timed)
+    return _curve(name, run, "train_seconds", begins)
+
+
+def cpu_curve(name: str, run: RunRecord) -> Curve:
+    """A run's accuracy over the CPU time of its training, without the beginnings of its stages."""
+    return _curve(name, run, "train_cpu_seconds", ())
+
+
+def _curve(name: str, run: RunRecord, spent: str, begins: tuple[float, ...]) -> Curve:
+    timed = [row for row in run.evaluations if spent in row]
+    seconds = tuple(row[spent] for row in timed)
     top1 = tuple(Accuracies(row).best for row in timed)
     return Curve(name, seconds, top1, begins, run.finished)
 

@@ -10,7 +10,7 @@ from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files.atomic import write_whole
 from scaleprog.files.display import as_markdown, as_text
 from scaleprog.reporting.figures import draw_accuracy
-from scaleprog.reporting.grouping import Group, curve, read_groups
+from scaleprog.reporting.grouping import Group, cpu_curve, curve, read_groups
 from scaleprog.reporting.history import RunRecord, read_run
 from scaleprog.reporting.paper import (
     CO2_PER_KWH,
@@ -361,6 +361,8 @@ def _figure(number: int, settings: Sequence[Setting], out: Path) -> Section:
     parts = [f"## Figure {number}: accuracy during training"]
     for place, (title, members) in enumerate(pictures.items(), 1):
         name = f"paper_figure_{number}_{place}.png"
-        draw_accuracy(out / name, [curve(label, run) for label, run in members])
-        parts.append(f"### {as_markdown(title)}\n\n![Top-1 over training seconds]({name})")
+        on_cpu = all(run.on_cpu for _, run in members)
+        draw, spent = (cpu_curve, "CPU time of training (s)") if on_cpu else (curve, "training time (s)")
+        draw_accuracy(out / name, [draw(label, run) for label, run in members], spent)
+        parts.append(f"### {as_markdown(title)}\n\n![Top-1 over {spent}]({name})")
     return "\n\n".join(parts if pictures else [*parts, "No finished run belongs to this figure."]), shown

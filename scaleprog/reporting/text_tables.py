@@ -21,8 +21,8 @@ def spread(values: Sequence[float], spec: str) -> str:
 
 
 def _padded(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> list[list[str]]:
-    """Header and rows with cells of equal width."""
-    widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
+    """Header and rows with cells of equal width, of at least 2, so that Markdown has room to align a column."""
+    widths = {c: max(2, len(c), *(len(row[c]) for row in rows)) for c in columns}
     header = {column: column for column in columns}
     return [[r[c].ljust(widths[c]) if c in TEXT else r[c].rjust(widths[c]) for c in columns] for r in (header, *rows)]
 

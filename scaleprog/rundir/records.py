@@ -65,6 +65,7 @@ class Evaluation(TypedDict):
     top1: Percent
     top1_ema: Percent
     train_seconds: NotRequired[Seconds]
+    train_cpu_seconds: NotRequired[Seconds]
 
 
 @with_config(STRICT)
