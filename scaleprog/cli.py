@@ -341,7 +341,7 @@ def report(
 def numbers(option: str, text: str) -> list[int]:
     """Whole numbers from `2,4,5`; none from an empty text. Raises ScaleprogError."""
     if not re.fullmatch(r"([0-9]{1,3}(,[0-9]{1,3})*)?", text):
-        raise ScaleprogError(f"{option}: {text!r} is not a list of numbers such as 2,4,5")
+        raise ScaleprogError(f"{option}: {text[:100]!r} is not a list of numbers such as 2,4,5")
     return [int(number) for number in text.split(",") if number]
 
 

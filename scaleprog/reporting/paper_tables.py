@@ -124,7 +124,7 @@ def _known(what: str, numbers: Iterable[int], known: Sequence[int]) -> list[int]
 def _why_left_out(run: RunRecord) -> str:
     if not run.finished:
         return "it has not finished"
-    return f"{run.schedule}, and its other settings are those of no row"
+    return f"{run.schedule}; it belongs to no row, or there is nothing to compare it with"
 
 
 # ---- settings
@@ -160,12 +160,12 @@ def _model(run: RunRecord) -> str:
 
 
 def _schemes(number: int, settings: Sequence[Setting]) -> Section:
-    """A table that compares schemes, once for each setting with runs for it."""
+    """A table that compares schemes, once for each setting with runs for it, in an ablation beside those of Table 2."""
     table, shown = TABLES[number], list[Group]()
     parts = [f"## Table {number}: {table.title}"]
     for setting in settings:
         members = [group for scheme in table.rows for group in setting.of(scheme)]
-        if not members:
+        if not members or (number != 2 and all(map(_in_table_2, members))):
             continue
         shown += members
         title = f"### {as_markdown(setting.title)}\n\nBeside the paper's {setting.paper[0]}, {setting.paper[1]} epochs."
@@ -175,6 +175,10 @@ def _schemes(number: int, settings: Sequence[Setting]) -> Section:
     parts += [AT_GROWTH] if table.at_growth else []
     parts += [AT_288] if table.at_288 else []
     return "\n\n".join(parts), shown
+
+
+def _in_table_2(group: Group) -> bool:
+    return any(scheme.fits(group.runs[0]) for scheme in TABLES[2].rows)
 
 
 def _rows(table: SchemeTable, setting: Setting) -> Rows:
