@@ -6,7 +6,7 @@ for DeiT-S or VOLO-D1, trained for 100 epochs.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scaleprog.reporting.history import RunRecord
@@ -69,7 +69,7 @@ class SchemeTable:
 
     title: str
     rows: tuple[Scheme, ...]
-    numbers: Mapping[tuple[str, int], Mapping[str, Numbers]] = field(default_factory=dict)
+    numbers: Mapping[tuple[str, int], Mapping[str, Numbers]]
     at_288: bool = False
     at_growth: bool = False
 
