@@ -8,7 +8,7 @@ FASHION := /usr/share/datasets/fashion-mnist
 DEMO := runs/demo
 SEED := 0
 
-.PHONY: install demo test test-gpu test-fast format chaos fuzz lint cluster cluster-down clean
+.PHONY: install demo tables test test-gpu test-fast format chaos fuzz lint cluster cluster-down clean
 
 install: $(INSTALLED)
 
@@ -45,6 +45,14 @@ test-gpu: install
 # For daily work: unit tests that start no processes.
 test-fast: install
 	$(PYTHON) -m pytest -n 2 -m "not process" tests/unit
+
+# The paper's Tables 2 and 4 to 8 and Figure 4 at micro scale, on Fashion-MNIST: about 6 hours on two idle cores. It may be
+# stopped and started again. docs/results/paper.md gets what has finished.
+tables: install data/fashion_mnist
+	nice -n 10 $(PYTHON) -m benchmarks.paper
+
+data/fashion_mnist: | $(FASHION)
+	$(SCALEPROG) shards fashion-mnist $@
 
 # N runs under random faults drawn by SEED (22: one of each kind), each compared with the undisturbed run.
 # ENGINE: fsdp, hsdp, or zero; MODEL: vit or volo.

@@ -3,8 +3,9 @@
     python -m benchmarks.search_lab GRID.yaml [--recipe FILE] [--seeds 0 1 2] [--jobs 2] [--records FILE] [--runs DIR]
                                     [--out DIR] [--only-table]
 
-A grid names a recipe (`--recipe`: another) and cases, each some settings of it; `schedule: 4 * 16x3 + 4 * 28x6` is
-short for `growth.schedule`. `group` gives cases a common colour, `curve: true` draws a case's accuracy over its cost.
+A grid names a recipe (`--recipe`: another) and cases, each settings of it; `schedule: 4 * 16x3 + 4 * 28x6` is short for
+`growth.schedule`. A case with `only: FILE` is for that recipe. `group` gives cases a common colour, `curve: true`
+draws a case's accuracy over its cost.
 
 Runs are trained in niced processes of one thread each, interleaved (all cases of a seed before the next seed). One that
 was interrupted goes on. What is kept of a finished run is a line in the file of records, by which every grid knows it
@@ -42,8 +43,8 @@ from benchmarks.figures import draw_cloud
 from scaleprog.errors import ScaleprogError
 from scaleprog.recipe import Recipe
 from scaleprog.reporting.figures import COST, Curve, draw_accuracy, draw_schedules, draw_searches
-from scaleprog.reporting.report import RunRecord as Told
-from scaleprog.reporting.report import read_run
+from scaleprog.reporting.history import RunRecord as Told
+from scaleprog.reporting.history import read_run
 from scaleprog.reporting.timeline import still_told
 from scaleprog.rundir.recorder import read_rows
 from scaleprog.training.loop import train_rank
@@ -76,6 +77,8 @@ class Grid:
         recipe = recipe or values["recipe"]
         for name, settings in values["cases"].items():
             settings = {**common, **settings}
+            if settings.pop("only", recipe) != recipe:
+                continue
             group, curve = settings.pop("group", name), settings.pop("curve", False)
             if "schedule" in settings:
                 settings["growth.schedule"] = by_hand(settings.pop("schedule"))

@@ -1,11 +1,13 @@
 """What a run has learned: evaluate · export · replay · report."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from scaleprog.cli.arguments import MOST_HERE, RunPath
+from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text
 
 
@@ -55,9 +57,35 @@ def replay(
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...")],
-    out: Annotated[Path, typer.Option(help="Folder for report.md and its pictures.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.md (or paper.md) and its pictures.")],
+    table: Annotated[str, typer.Option(help="Instead, fill these tables of the paper, e.g. 2,4,5.")] = "",
+    figure: Annotated[str, typer.Option(help="Instead, draw these figures of the paper: 1, 4, or both.")] = "",
+    co2: Annotated[float, typer.Option(min=0, help="Table 1: kilograms of CO2e per kWh.")] = 0.429,
+    power: Annotated[
+        str | None, typer.Option(help="Table 1: the assumed power of a rank, in watts, or a device of `plan`: its TDP.")
+    ] = None,
 ) -> None:
     """Compares runs: accuracy over time, schedules, search scores, a table. The first `original` is the baseline."""
-    from scaleprog.reporting.report import write_report
+    if not table and not figure:
+        from scaleprog.reporting.report import write_report
 
-    print(write_report(runs, out))
+        print(write_report(runs, out))
+        return
+    from scaleprog.reporting.paper_tables import Energy, write_paper
+
+    energy = Energy(co2, None if power is None else watts_of(power))
+    print(write_paper(runs, out, numbers("--table", table), numbers("--figure", figure), energy))
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Whole numbers from `2,4,5`; none from an empty text. Raises ScaleprogError."""
+    if not re.fullmatch(r"([0-9]{1,3}(,[0-9]{1,3})*)?", text):
+        raise ScaleprogError(f"{option}: {text[:100]!r} is not a list of numbers such as 2,4,5")
+    return [int(number) for number in text.split(",") if number]
+
+
+def watts_of(text: str) -> float:
+    """A power from `350`, or the thermal design power of a device from `h100`. Raises ScaleprogError."""
+    from scaleprog.planning.devices import Device
+
+    return float(text) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) else Device.named(text, "--power").watts

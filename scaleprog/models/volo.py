@@ -67,6 +67,7 @@ class ElasticVolo(ElasticModel):
         fine = cast(Any, plain.patch_embed)
         wide, heads = settings.width or plain.pos_embed.shape[-1], settings.heads or last.attn.num_heads
         narrow = settings.width // 2 if settings.width else fine.proj.out_channels
+        stem = max(1, fine.conv[0].out_channels * wide // plain.pos_embed.shape[-1])
         few = max(1, settings.heads // 2) if settings.heads else first.attn.num_heads
         patch = settings.patch or fine.proj.kernel_size[0] * fine.conv[0].stride[0]
         if patch not in PATCHES:
@@ -85,7 +86,7 @@ class ElasticVolo(ElasticModel):
             "in_chans": settings.channels,
             "num_classes": settings.classes,
             "patch_size": patch,
-            "stem_hidden_dim": fine.conv[0].out_channels,
+            "stem_hidden_dim": stem,
             "embed_dims": (narrow, wide, wide, wide),
             "num_heads": (few, heads, heads, heads),
             "mlp_ratio": last.mlp.fc1.out_features / last.mlp.fc1.in_features,

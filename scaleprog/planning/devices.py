@@ -25,6 +25,7 @@ class Device:
         inter_bandwidth: this rank's share of its node's network, in bytes/s in one direction.
         intra_latency, inter_latency: of one hop inside a node or between nodes, in seconds.
         ranks_per_node: ranks on each node.
+        watts: thermal design power, from the same data sheets.
         achieved: the fraction of peak FLOP/s that forward and backward are assumed to reach.
     """
 
@@ -39,6 +40,7 @@ class Device:
     intra_latency: float
     inter_latency: float
     ranks_per_node: int
+    watts: float
     achieved: float
 
     def flops(self, precision: Precision) -> float:
@@ -46,12 +48,12 @@ class Device:
         return self.fp32_flops if precision == "fp32" else self.bf16_flops
 
     @classmethod
-    def named(cls, name: str) -> "Device":
-        """The device of this name in `DEVICES`. Raises RecipeError if there is none."""
+    def named(cls, name: str, option: str = "--device") -> "Device":
+        """The device of this name in `DEVICES`, as given to `option`. Raises RecipeError if there is none."""
         if name not in DEVICES:
             near = difflib.get_close_matches(name, DEVICES, 1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise RecipeError(f"--device: unknown device {name!r}; {hint}known devices: {', '.join(DEVICES)}")
+            raise RecipeError(f"{option}: unknown device {name!r}; {hint}known devices: {', '.join(DEVICES)}")
         return DEVICES[name]
 
 
@@ -73,6 +75,7 @@ DEVICES = {
             50e9,
             **NCCL_HOP,
             ranks_per_node=8,
+            watts=700,
             achieved=0.4,
         ),
         Device(
@@ -87,6 +90,7 @@ DEVICES = {
             25e9,
             **NCCL_HOP,
             ranks_per_node=8,
+            watts=400,
             achieved=0.4,
         ),
         Device(
@@ -102,6 +106,7 @@ DEVICES = {
             intra_latency=5e-6,
             inter_latency=3e-5,
             ranks_per_node=2,
+            watts=350,
             achieved=0.4,
         ),
     )

@@ -17,7 +17,20 @@ from scaleprog.reporting.figures import Search, Segment
 from scaleprog.reporting.timeline import Timeline, read_timeline, still_told
 from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.reading import checked, read, read_object
-from scaleprog.rundir.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, STRICT, Results
+from scaleprog.rundir.records import (
+    EVALUATED_AT,
+    EVALUATIONS,
+    EVENT,
+    EVENTS,
+    LEFT,
+    METRIC,
+    METRICS,
+    REQUEUES,
+    STRICT,
+    Name,
+    Results,
+    Size,
+)
 from scaleprog.rundir.state import decision_from_json, unpaired
 
 Row = dict[str, Any]
@@ -42,10 +55,24 @@ class _Search(TypedDict):
 
 
 @with_config(STRICT)
+class _Model(TypedDict):
+    name: Name
+    classes: NotRequired[Size]
+    resolution: NotRequired[Size | None]
+
+
+@with_config(STRICT)
+class _Data(TypedDict):
+    path: Name
+
+
+@with_config(STRICT)
 class _Recipe(TypedDict):
     """The keys of a recipe that the tables show."""
 
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)]
+    model: _Model
+    data: NotRequired[_Data]
     train: _Train
     growth: _Growth
     search: _Search
@@ -56,6 +83,8 @@ class RunRecord:
     """What one run directory records; times in seconds, accuracies in percent.
 
     `results` holds the keys of results.json that the tables show; for an unfinished run, their values so far.
+    `top1_at`: by resolution, what `scaleprog evaluate` measured last, of the better weights.
+    `top1_at_growth`: of the better weights after the first epoch of stage 2; None if the run was not evaluated then.
     `troubles`: a sentence on each file that could not be read completely.
     """
 
@@ -69,12 +98,41 @@ class RunRecord:
     events: Sequence[Row]
     timeline: Timeline | None
     epoch: float
+    top1_at: Mapping[int, float]
+    top1_at_growth: float | None
     troubles: Sequence[str] = ()
 
     @property
     def twins(self) -> str:
         """A text that is equal for runs whose recipes differ only in the seed."""
         return json.dumps({**self.recipe, "seed": None}, sort_keys=True)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether every start trained on the CPU."""
+        return {event.get("device") for event in self.events if event["event"] == "start"} == {"cpu"}
+
+    @property
+    def rank_hours(self) -> float:
+        """Hours of all ranks, from the beginning to the end of every start."""
+        starts = self.timeline.starts if self.timeline else ()
+        return sum((start.end - start.began) * start.world for start in starts) / 3600
+
+    @property
+    def joules(self) -> float | None:
+        """The measured energy of all starts; None unless every start measured it."""
+        measured = [event for event in self.events if event["event"] == "energy"]
+        starts = [event for event in self.events if event["event"] == "start"]
+        if {event.get("generation") for event in measured} != {event.get("generation") for event in starts}:
+            return None
+        return sum(event["gpu_joules"] + event["cpu_joules"] for event in measured)
+
+    def says(self, key: str) -> Any:
+        """What the recipe says for a dotted key; None if it has no such key."""
+        value: Any = self.recipe
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
 
     @property
     def schedule(self) -> str:
@@ -100,7 +158,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         raise CheckpointError(f"{folder}: no such run directory")
     recipe = plain_yaml.read_run(folder)
     checked(folder / plain_yaml.RECIPE, recipe, _Recipe)
-    files = (METRICS, METRIC), (EVENTS, EVENT), (REQUEUES, LEFT)
+    files = (METRICS, METRIC), (EVENTS, EVENT), (REQUEUES, LEFT), (EVALUATIONS, EVALUATED_AT)
     records = [read(folder / file, kind) for file, kind in files]
     troubles = [told.trouble for told in records if told.trouble]
     rows, events = records[0].rows, records[1].rows
@@ -121,6 +179,8 @@ def read_run(folder: Path, name: str) -> RunRecord:
         events,
         read_timeline(folder, name, rows, events),
         steps[-1].get("epoch", 0.0) if steps else 0.0,
+        {row["resolution"]: Accuracies(row).best for row in records[-1].rows},
+        _at_growth(steps, evaluations),
         troubles,
     )
 
@@ -141,6 +201,14 @@ def _so_far(steps: Sequence[Row], evaluations: Sequence[Row]) -> Row:
         "search_seconds": None,
         "wall_seconds": None,
     }
+
+
+def _at_growth(steps: Sequence[Row], evaluations: Sequence[Row]) -> float | None:
+    """`RunRecord.top1_at_growth`."""
+    stage = [row for row in steps if row["stage"] == 2 and "epoch" in row]
+    first = [row["step"] for row in stage if row["epoch"] < stage[0]["epoch"] + 1 - 1e-9]  # epochs are rounded
+    evaluated = {row["step"]: Accuracies(row).best for row in evaluations}
+    return evaluated.get(first[-1]) if first else None
 
 
 def _segments(steps: Sequence[Row]) -> list[Segment]:

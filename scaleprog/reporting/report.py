@@ -2,30 +2,27 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from scaleprog.errors import CheckpointError, ScaleprogError
+from scaleprog.errors import ScaleprogError
 from scaleprog.files.atomic import write_whole
 from scaleprog.files.display import as_markdown, as_text
 from scaleprog.reporting.figures import (
-    Curve,
     Segment,
     draw_accuracy,
     draw_schedules,
     draw_searches,
     draw_verdict,
 )
-from scaleprog.reporting.history import RunRecord, read_run, size_of
+from scaleprog.reporting.grouping import Group, curve, read_groups
+from scaleprog.reporting.history import RunRecord, size_of
+from scaleprog.reporting.text_tables import cell, markdown_table, plain_table, spread
 from scaleprog.reporting.timeline import Timeline, describe, table_row
 from scaleprog.reporting.timeline_figure import draw_timelines
-from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.reading import reason
 
-TEXT = ("run", "recipe", "schedule", "stages", "candidate")  # left-aligned columns
 RESULTS = {  # column -> key in results.json, format
     "top-1": ("top1", ".2f"),
     "top-1 EMA": ("top1_ema", ".2f"),
@@ -49,27 +46,6 @@ SCORES = (
 SHORT = ("run", "schedule", "stages", "top-1 best", "train s", "speedup", "wall s", "wall speedup")  # on a terminal
 
 
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ only in their seeds."""
-
-    name: str
-    runs: Sequence[RunRecord]
-
-    def values(self, key: str) -> list[float]:
-        """The values of one result in all finished runs."""
-        return [run.results[key] for run in self.runs if run.finished]
-
-    def mean(self, key: str) -> float:
-        """The mean of `values`."""
-        return mean(self.values(key))
-
-    @property
-    def timed(self) -> bool:
-        """Whether any run has finished, and all times are positive, so that they can be compared."""
-        return all(values and min(values) > 0 for values in map(self.values, ("train_seconds", "wall_seconds")))
-
-
 def write_report(runs: Sequence[Path], out: Path) -> str:
     """Writes report.md and its pictures into `out`, comparing finished and unfinished runs.
 
@@ -86,11 +62,7 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
         CheckpointError: `runs` is empty, or a directory holds no run.
         ScaleprogError: the report cannot be written.
     """
-    folders = list(dict.fromkeys(Path(run).resolve() for run in runs))
-    if not folders:
-        raise CheckpointError("no run directory given; name at least one")
-    told = [read_run(folder, name) for folder, name in zip(folders, _names(folders))]
-    groups = _groups(told)
+    told, groups = read_groups(runs)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -115,7 +87,7 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
         *map(as_markdown, verdicts),
         *(["![Seconds of training and final accuracy](verdict.png)"] if verdicts else []),
         _about_baseline(baseline, told),
-        _markdown(rows),
+        markdown_table(rows),
         "train s: forward, backward and optimizer of all training steps, supernets included; CPU s: CPU time of rank 0 "
         "during these steps; scoring s: measuring the candidates of the searches; wall s: everything.",
         *_means(groups, speedup),
@@ -123,7 +95,7 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
         "## Growth schedules\n\n![Resolution and depth over the steps](schedule.png)",
         *_searches([run for run in told if run.searches]),
         "## Timelines",
-        *([TIMELINES, _markdown([table_row(timeline) for timeline in timelines])] if timelines else []),
+        *([TIMELINES, markdown_table([table_row(timeline) for timeline in timelines])] if timelines else []),
         *(_what_happened(run) for run in told),
     ]
     report = out / "report.md"
@@ -132,12 +104,12 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
     except OSError as error:
         raise ScaleprogError(f"{report}: cannot write the report: {reason(error)}") from error
     left_out = [f"{run.name}: {trouble}" for run in told for trouble in run.troubles]
-    return "\n".join([_plain(rows, SHORT), "", *map(as_text, [*verdicts, *left_out, report])])
+    return "\n".join([plain_table(rows, SHORT), "", *map(as_text, [*verdicts, *left_out, report])])
 
 
 def _draw(told: Sequence[RunRecord], groups: Sequence[Group], out: Path) -> list[Timeline]:
     """Draws the pictures. Returns the timelines that it drew. Raises OSError."""
-    draw_accuracy(out / "accuracy_over_time.png", [_curve(group, run) for group in groups for run in group.runs])
+    draw_accuracy(out / "accuracy_over_time.png", [curve(group.name, run) for group in groups for run in group.runs])
     draw_schedules(out / "schedule.png", _schedules(groups))
     searches = {run.name: run.searches for run in told if run.searches}
     if searches:
@@ -146,30 +118,6 @@ def _draw(told: Sequence[RunRecord], groups: Sequence[Group], out: Path) -> list
     if timelines:
         draw_timelines(out / "timeline.png", timelines)
     return timelines
-
-
-# ---- naming and grouping
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that are all different."""
-    parts = 1
-    while len({folder.parts[-parts:] for folder in folders}) < len(folders):
-        parts += 1
-    return ["/".join(folder.parts[-parts:]) for folder in folders]
-
-
-def _groups(runs: Sequence[RunRecord]) -> list[Group]:
-    """Groups runs by recipe. A group's name is its first run's, without the seed unless another group has that name."""
-    twins: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        twins.setdefault(run.twins, []).append(run)
-    groups: dict[str, Group] = {}
-    for members in twins.values():
-        short = re.sub(r"[-_/]seed\d+$", "", members[0].name)
-        name = short if short not in groups else members[0].name
-        groups[name] = Group(name, members)
-    return list(groups.values())
 
 
 # ---- tables
@@ -222,10 +170,10 @@ def _row(
         "seed": str(run.recipe["seed"]),
         "stages": run.stages,
         "epochs": f"{epochs:g}" if run.finished else f"{run.epoch:.1f} of {epochs:g}",
-        **{column: _cell(results[key], spec) for column, (key, spec) in RESULTS.items()},
-        **{metric: _cell(_percent(results, metric), ".2f") for metric in metrics},
-        "speedup": _cell(speedup(results["train_seconds"]) if run.finished else None, "+.1%"),
-        "wall speedup": _cell(by_wall(results["wall_seconds"]) if run.finished else None, "+.1%"),
+        **{column: cell(results[key], spec) for column, (key, spec) in RESULTS.items()},
+        **{metric: cell(_percent(results, metric), ".2f") for metric in metrics},
+        "speedup": cell(speedup(results["train_seconds"]) if run.finished else None, "+.1%"),
+        "wall speedup": cell(by_wall(results["wall_seconds"]) if run.finished else None, "+.1%"),
     }
 
 
@@ -251,15 +199,14 @@ def _means(groups: Sequence[Group], speedup: Callable[[float], float | None]) ->
             continue
         row = {"recipe": group.name, "schedule": group.runs[0].schedule, "runs": str(len(seconds))}
         for column, (key, spec) in RESULTS.items():
-            values = group.values(key)
-            row[column] = f"{mean(values):{spec}} ± {stdev(values):{spec}}"
+            row[column] = spread(group.values(key), spec)
         own = [ratio for s in seconds if (ratio := speedup(s)) is not None]
-        row["speedup"] = f"{_cell(speedup(mean(seconds)), '+.1%')} ± {stdev(own):.1%}" if own else "–"
+        row["speedup"] = f"{cell(speedup(mean(seconds)), '+.1%')} ± {stdev(own):.1%}" if own else "–"
         rows.append(row)
     if not rows:
         return []
     note = "Mean ± sample standard deviation over the seeds; the speedup is that of the mean training seconds."
-    return ["## Over the seeds", _markdown(rows), note]
+    return ["## Over the seeds", markdown_table(rows), note]
 
 
 def _searches(runs: Sequence[RunRecord]) -> list[str]:
@@ -286,12 +233,12 @@ def _searches(runs: Sequence[RunRecord]) -> list[str]:
                         "candidate": size_of(subnet),
                         "loss": f"{loss:.4f}",
                         unit: f"{time * scale:.4g}",
-                        "score": _cell(score, ".4f"),
+                        "score": cell(score, ".4f"),
                         "chosen": "chosen" if subnet == decision.chosen else "",
                     }
                 )
         parts += [f"### {as_markdown(run.name)}", f"{as_markdown('; '.join(summary))}."]
-        parts += [_markdown(rows)] if rows else []
+        parts += [markdown_table(rows)] if rows else []
     return parts
 
 
@@ -301,40 +248,7 @@ def _what_happened(run: RunRecord) -> str:
     return "\n".join([f"### {as_markdown(run.name)}{'' if run.finished else ' (unfinished)'}", "", *lines])
 
 
-def _cell(value: float | None, spec: str) -> str:
-    return "–" if value is None else format(value, spec)
-
-
-def _padded(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> list[list[str]]:
-    """Header and rows with cells of equal width."""
-    widths = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
-    header = {column: column for column in columns}
-    return [[r[c].ljust(widths[c]) if c in TEXT else r[c].rjust(widths[c]) for c in columns] for r in (header, *rows)]
-
-
-def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """Rows with the same keys as a Markdown table."""
-    escaped = [{key: as_markdown(cell) for key, cell in row.items()} for row in rows]
-    header, *lines = _padded(escaped, list(rows[0]))
-    rule = ["-" * len(cell) if c in TEXT else "-" * (len(cell) - 1) + ":" for c, cell in zip(rows[0], header)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
-
-
-def _plain(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> str:
-    """Some columns of the rows for a terminal."""
-    shown = [{column: as_text(row[column]) for column in columns} for row in rows]
-    return "\n".join("  ".join(line).rstrip() for line in _padded(shown, columns))
-
-
 # ---- for the pictures
-
-
-def _curve(group: Group, run: RunRecord) -> Curve:
-    begins = tuple(after.seconds for before, after in pairwise(run.segments) if after.stage != before.stage)
-    timed = [row for row in run.evaluations if "train_seconds" in row]
-    seconds = tuple(row["train_seconds"] for row in timed)
-    top1 = tuple(Accuracies(row).best for row in timed)
-    return Curve(group.name, seconds, top1, begins, run.finished)
 
 
 def _schedules(groups: Sequence[Group]) -> list[tuple[str, Sequence[Segment]]]:

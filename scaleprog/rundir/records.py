@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 from scaleprog.recipe.keys import CandidateRule
 
 METRICS, EVENTS, REQUEUES = "metrics.jsonl", "events.jsonl", "requeues.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 
 STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -18,6 +19,7 @@ Size = Annotated[int, Field(ge=1, le=2**20)]
 Stage = Annotated[int, Field(ge=0, le=2**20)]
 Number = Annotated[float, Field(ge=-1e12, le=1e12)]
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
+Joules = Annotated[float, Field(ge=0, le=1e15)]
 Moment = Annotated[float, Field(ge=0, le=2**33)]
 """Seconds since 1970, until 2242."""
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -63,6 +65,7 @@ class Evaluation(TypedDict):
     top1: Percent
     top1_ema: Percent
     train_seconds: NotRequired[Seconds]
+    train_cpu_seconds: NotRequired[Seconds]
 
 
 @with_config(STRICT)
@@ -93,6 +96,7 @@ class Began(_Event):
     event: Literal["start"]
     step: Count
     world: NotRequired[Size]
+    device: NotRequired[Name]
     startup_seconds: NotRequired[Seconds]
     repeated_steps: NotRequired[Count]
     repeated_seconds: NotRequired[Seconds]
@@ -187,6 +191,15 @@ class NoCheckpoint(_Event):
 
 
 @with_config(STRICT)
+class Energy(_Event):
+    """What one rank measured of a start: the joules of its GPU, and on the first rank of a node of the node's CPUs."""
+
+    event: Literal["energy"]
+    gpu_joules: Joules
+    cpu_joules: Joules
+
+
+@with_config(STRICT)
 class Signal(_Event):
     """A signal that one rank received."""
 
@@ -228,6 +241,7 @@ Event = (
     | Evaluated
     | Checkpoint
     | NoCheckpoint
+    | Energy
     | Signal
     | Preempted
     | Failed
@@ -277,6 +291,19 @@ class Owner(TypedDict):
     generation: Count
     job: Name | None
     restart: Count
+
+
+# ---- evaluations.jsonl
+
+
+@with_config(STRICT)
+class EvaluatedAt(TypedDict):
+    """An evaluation by `scaleprog evaluate`: top-1 in percent of a checkpoint's weights, at `resolution` pixels."""
+
+    step: Count
+    resolution: Size
+    top1: Percent
+    top1_ema: Percent
 
 
 # ---- results of a run
@@ -356,5 +383,6 @@ class PlanFile(TypedDict):
 
 METRIC: TypeAdapter[Any] = TypeAdapter(Step | Evaluation)
 EVENT: TypeAdapter[Any] = TypeAdapter(Annotated[Event, Field(discriminator="event")])
+EVALUATED_AT: TypeAdapter[Any] = TypeAdapter(EvaluatedAt)
 LEFT: TypeAdapter[Any] = TypeAdapter(Left)
 NUMBERED: TypeAdapter[Any] = TypeAdapter(Numbered)

@@ -355,7 +355,8 @@ def evaluate_now(run: Run, phase: Phase) -> None:
         schedule.active(phase, network),
         between,
     )
-    run.recorder.evaluation(state.step, state.accuracies | {"train_seconds": state.train_seconds})
+    spent = {"train_seconds": state.train_seconds, "train_cpu_seconds": state.train_cpu_seconds}
+    run.recorder.evaluation(state.step, state.accuracies | spent)
     run.recorder.event("evaluation", step=state.step, seconds=time.perf_counter() - began, **state.accuracies)
     run.progress.say(
         f"step {state.step}: top-1 {state.accuracies['top1']:.2f} %, EMA {state.accuracies['top1_ema']:.2f} %"

@@ -1,6 +1,7 @@
 """After training: the accuracy of a run's newest checkpoint, and its weights for timm."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,8 @@ from scaleprog.recipe import Recipe
 from scaleprog.recipe.keys import ModelSettings
 from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.checkpoint import Checkpoints
+from scaleprog.rundir.reading import open_to_append, to_line
+from scaleprog.rundir.records import EVALUATIONS
 from scaleprog.rundir.state import RunState
 from scaleprog.rundir.storage import load_tensors, read_manifest
 from scaleprog.sharding.placement import LocalSlice
@@ -35,7 +38,7 @@ MODEL = "model"
 
 
 def evaluate_run(run: Path, resolution: int | None, weights: Weights) -> tuple[float, str]:
-    """Measures the top-1 accuracy of a run's newest checkpoint.
+    """Measures the top-1 accuracy of a run's newest checkpoint, and records it in the run's evaluations.jsonl.
 
     Args:
         run: the run directory.
@@ -65,8 +68,15 @@ def evaluate_run(run: Path, resolution: int | None, weights: Weights) -> tuple[f
             )
         size = plan.schedule.full.resolution if resolution is None else resolution
         found = evaluate(backend, coordinator, plan.data, recipe.evaluate.batch, _fitting(recipe, size))
+    _record(run, {"step": state.step, "resolution": size, "top1": found["top1"], "top1_ema": found["top1_ema"]})
     chosen = Accuracies(found).weights if weights == "best" else weights
     return found["top1" if chosen == "online" else "top1_ema"], chosen
+
+
+def _record(run: Path, evaluation: dict[str, Any]) -> None:
+    """Keeps an evaluation for `scaleprog report --table 2`, if the run directory can be written."""
+    with suppress(OSError), open_to_append(run / EVALUATIONS) as file:
+        file.write(to_line(evaluation))
 
 
 def export_run(run: Path, out: Path, weights: Weights = "best", dtype: Dtype = "float32") -> str:

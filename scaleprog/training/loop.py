@@ -38,6 +38,7 @@ from scaleprog.rundir.records import Results
 from scaleprog.rundir.state import summary
 from scaleprog.sharding.optimizer import learning_rate
 from scaleprog.training.between_steps import after_step, measuring_steps, run_pending
+from scaleprog.training.energy import metered
 from scaleprog.training.initial import build_initial
 from scaleprog.training.inputs import drop_rows, micro_batches, mixed_batch, patches_seen
 from scaleprog.training.process import (
@@ -136,7 +137,7 @@ def train(
         slurm_queue.end_of_job(os.environ.get("SLURM_JOB_ID"), deadline()) if rank == 0 else None,
     )
     run = Run(folder, recipe, plan, coordinator, lease, backend, reader, checkpoints, watch, recorder, progress, state)
-    hosts = [host for host, _ in groupby(coordinator.gather(os.uname().nodename))]
+    nodes = coordinator.gather(os.uname().nodename)
     if rank == 0:
         recorder.event(
             "start",
@@ -144,7 +145,7 @@ def train(
             world=world,
             engine=recipe.sharding.engine,
             device=str(device),
-            hosts=hosts,
+            hosts=[host for host, _ in groupby(nodes)],
             job=os.environ.get("SLURM_JOB_ID"),
             startup_seconds=process_seconds(),
             **recorder.lost,
@@ -158,7 +159,7 @@ def train(
     gc.disable()
     began = time.perf_counter() - state.wall_seconds
     try:
-        with watch:
+        with metered(recorder, device, nodes.index(nodes[rank]) == rank), watch:
             try:
                 train_phases(run, began)
                 wait_for_checkpoint(run)

@@ -246,12 +246,18 @@ def test_from_training_to_a_report(command: Command, write_recipe: WriteRecipe, 
     assert command("evaluate", run, "--resolution", 16, "--weights", "ema").out.endswith("% (ema weights)\n")
     assert is_mistake(command("evaluate", run, "--resolution", 30), "--resolution: 30 is not a multiple of", "8 pixels")
     assert is_mistake(command("evaluate", run, "--resolution", 0), "--resolution: 0 is not a multiple of")
+    evaluated = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert [(row["resolution"], max(row["top1"], row["top1_ema"]) == top1) for row in evaluated][:1] == [(32, True)]
+    assert evaluated[1]["resolution"] == 16
     told = command("export", run, tmp_path / "model.safetensors")
     assert (told.code, (tmp_path / "model.safetensors").exists()) == (0, True)
     assert "load with: timm.create_model(" in told.out
     told = command("report", run, "--out", tmp_path / "report")
     assert told.code == 0
     assert f"{tmp_path}/report/report.md" in told.out
+    told = command("report", run, "--out", tmp_path / "report", "--table", "1,2", "--co2", 0.5, "--power", "cpu")
+    assert (told.code, told.out.splitlines()[0]) == (0, f"{tmp_path}/report/paper.md")
+    assert "x 350 W" in (tmp_path / "report/paper.md").read_text()
 
 
 def test_a_baseline_gives_the_speedup(command: Command, write_recipe: WriteRecipe, tmp_path: Path) -> None:
@@ -266,6 +272,15 @@ def test_a_baseline_gives_the_speedup(command: Command, write_recipe: WriteRecip
     results = json.loads((run / "results.json").read_text())
     assert results["speedup"] == pytest.approx(1000 / results["train_seconds"] - 1)
     assert told.out.endswith(f", speedup {results['speedup']:+.1%}\n")
+
+
+def test_tables_that_are_none(command: Command, tmp_path: Path) -> None:
+    report = ("report", tmp_path, "--out", tmp_path / "out")
+    assert is_mistake(command(*report, "--table", "2-5"), "--table: '2-5' is not a list of numbers such as 2,4,5")
+    assert is_mistake(command(*report, "--table", "9"), "--table: there is no table 9; choose from 1, 2, 3")
+    assert is_mistake(command(*report, "--figure", "2"), "--figure: there is no figure 2; choose from 1, 4")
+    told = command(*report, "--table", "1", "--power", "h10")
+    assert is_mistake(told, "--power: unknown device 'h10'; did you mean h100?")
 
 
 def test_folders_that_are_no_runs(command: Command, write_recipe: WriteRecipe, tmp_path: Path) -> None:

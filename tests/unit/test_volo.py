@@ -61,6 +61,13 @@ def test_a_depth_is_divided_as_by_the_authors() -> None:
         ElasticVolo.split(1)
 
 
+def test_the_stem_is_as_narrow_as_the_layers() -> None:
+    def stem(width: int | None) -> int:
+        return ElasticVolo.arguments(MICRO.model_copy(update={"width": width}), None)["stem_hidden_dim"]
+
+    assert (stem(None), stem(384), stem(192), stem(2)) == (64, 64, 32, 1)
+
+
 @pytest.mark.parametrize("depths", [(2, 4), (1, 1), (3, 5)])
 def test_in_evaluation_it_is_timms_own(depths: tuple[int, int]) -> None:
     model = micro(depths).eval()

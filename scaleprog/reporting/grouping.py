@@ -1,0 +1,85 @@
+"""Runs to compare: read, named, and grouped by recipe."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+
+from scaleprog.errors import CheckpointError
+from scaleprog.reporting.figures import Curve
+from scaleprog.reporting.history import RunRecord, read_run
+from scaleprog.rundir.accuracies import Accuracies
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs whose recipes differ only in the seed."""
+
+    name: str
+    runs: Sequence[RunRecord]
+
+    def values(self, key: str) -> list[float]:
+        """The values of one result in all finished runs."""
+        return [run.results[key] for run in self.runs if run.finished]
+
+    def mean(self, key: str) -> float:
+        """The mean of `values`."""
+        return mean(self.values(key))
+
+    @property
+    def timed(self) -> bool:
+        """Whether any run has finished, and all times are positive, so that they can be compared."""
+        return all(values and min(values) > 0 for values in map(self.values, ("train_seconds", "wall_seconds")))
+
+
+def read_groups(runs: Sequence[Path]) -> tuple[list[RunRecord], list[Group]]:
+    """Reads run directories, and groups the runs by recipe.
+
+    Raises CheckpointError: no directory is given, or one of them holds no run.
+    """
+    folders = list(dict.fromkeys(Path(run).resolve() for run in runs))
+    if not folders:
+        raise CheckpointError("no run directory given; name at least one")
+    told = [read_run(folder, name) for folder, name in zip(folders, _names(folders))]
+    return told, _groups(told)
+
+
+def curve(name: str, run: RunRecord) -> Curve:
+    """A run's accuracy over its training time; `name` stands for its recipe."""
+    begins = tuple(after.seconds for before, after in pairwise(run.segments) if after.stage != before.stage)
+    return _curve(name, run, "train_seconds", begins)
+
+
+def cpu_curve(name: str, run: RunRecord) -> Curve:
+    """A run's accuracy over the CPU time of its training, without the beginnings of its stages."""
+    return _curve(name, run, "train_cpu_seconds", ())
+
+
+def _curve(name: str, run: RunRecord, spent: str, begins: tuple[float, ...]) -> Curve:
+    timed = [row for row in run.evaluations if spent in row]
+    seconds = tuple(row[spent] for row in timed)
+    top1 = tuple(Accuracies(row).best for row in timed)
+    return Curve(name, seconds, top1, begins, run.finished)
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that are all different."""
+    parts = 1
+    while len({folder.parts[-parts:] for folder in folders}) < len(folders):
+        parts += 1
+    return ["/".join(folder.parts[-parts:]) for folder in folders]
+
+
+def _groups(runs: Sequence[RunRecord]) -> list[Group]:
+    """Groups runs by recipe. A group's name is its first run's, without the seed unless another group has that name."""
+    twins: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        twins.setdefault(run.twins, []).append(run)
+    groups: dict[str, Group] = {}
+    for members in twins.values():
+        short = re.sub(r"[-_/]seed\d+$", "", members[0].name)
+        name = short if short not in groups else members[0].name
+        groups[name] = Group(name, members)
+    return list(groups.values())

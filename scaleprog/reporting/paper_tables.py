@@ -1,0 +1,372 @@
+"""Fills the paper's tables and figures from run directories: its own numbers beside ours, seeds, and spread."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from scaleprog.errors import CheckpointError, ScaleprogError
+from scaleprog.files.atomic import write_whole
+from scaleprog.files.display import as_markdown, as_text
+from scaleprog.reporting.figures import draw_accuracy
+from scaleprog.reporting.grouping import Group, cpu_curve, curve, read_groups
+from scaleprog.reporting.history import RunRecord, read_run
+from scaleprog.reporting.paper import (
+    CO2_PER_KWH,
+    EMISSIONS,
+    FIGURE_4,
+    ORIGINAL,
+    POUND,
+    SIZES,
+    SOURCE,
+    TABLES,
+    TRANSFER,
+    Numbers,
+    Scheme,
+    SchemeTable,
+    counterpart,
+)
+from scaleprog.reporting.text_tables import cell, markdown_table, spread
+from scaleprog.rundir.reading import reason
+
+Rows = list[dict[str, str]]
+Section = tuple[str, list[Group]]
+"""Markdown, and the groups that it shows."""
+TABLE_NUMBERS, FIGURE_NUMBERS = range(1, 9), (1, 4)
+ENLARGED, NEAR = 288 / 224, 0.05
+"""The side of a test image over that of the training, and how far a small model's stride may move it."""
+ABOUT = (
+    f"paper: {SOURCE}. top-1: in percent, of the better of online and EMA weights. ±: the sample standard deviation "
+    "over the seeds; for Δ, the standard error of the mean difference between runs of the same seed. order: whether Δ "
+    "has the sign of the paper's; a Δ within two standard errors is too close to tell. Speedup: mean seconds of "
+    "Original's training, searches included, / those of the row - 1; in CPU time for runs on the CPU."
+)
+AT_GROWTH = "top-1 @growth: after the first epoch of stage 2, whatever trains then."
+AT_288 = (
+    "top-1 @288: at 288 px without fine-tuning, as `scaleprog evaluate RUN --resolution 288` records it; for a smaller "
+    "model at about 9/7 of its size."
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Finished runs of different schemes and seeds. `paper`: the model and the epochs beside which they stand."""
+
+    title: str
+    paper: tuple[str, int]
+    groups: Sequence[Group]
+
+    def of(self, scheme: Scheme) -> list[Group]:
+        """The groups that belong to a scheme."""
+        return [group for group in self.groups if scheme.fits(group.runs[0])]
+
+
+@dataclass(frozen=True)
+class Energy:
+    """How energy becomes emissions: kilograms of CO2e per kWh, and the assumed power of a rank in watts, if any."""
+
+    co2: float = CO2_PER_KWH
+    watts: float | None = None
+
+
+def write_paper(runs: Sequence[Path], out: Path, tables: Iterable[int], figures: Iterable[int], energy: Energy) -> str:
+    """Writes some of the paper's tables and figures into `out`, as paper.md with its pictures.
+
+    Args:
+        runs: run directories.
+        out: folder, created if missing.
+        tables: numbers of tables, 1 to 8.
+        figures: numbers of figures, 1 or 4.
+        energy: what Table 1 assumes.
+
+    Returns:
+        The path of paper.md, and a sentence on each run that is in no table.
+
+    Raises:
+        CheckpointError: `runs` is empty, or a directory holds no run.
+        ScaleprogError: there is no such table or figure, or the files cannot be written.
+    """
+    tables, figures = _known("table", tables, TABLE_NUMBERS), _known("figure", figures, FIGURE_NUMBERS)
+    told, groups = read_groups(runs)
+    finished = [group for group in groups if group.values("top1_best")]
+    settings = _settings([group for group in finished if group.runs[0].says("init.from") is None])
+    sections: list[Section] = []
+    for number in tables:
+        if number == 1:
+            sections.append(_emissions(finished, energy))
+        elif number == 3:
+            sections.append(_transfer(finished))
+        else:
+            sections.append(_schemes(number, settings))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        sections += [_figure(number, settings, out) for number in figures]
+        shown = {run.name for _, members in sections for group in members for run in group.runs if run.finished}
+        left_out = [f"{run.name}: {_why_left_out(run)}" for run in told if run.name not in shown]
+        parts = [f"# The paper's tables\n\n{ABOUT}", *(text for text, _ in sections)]
+        if left_out:
+            parts.append("\n".join(["## Runs in no table", "", *(f"- {as_markdown(line)}" for line in left_out)]))
+        write_whole(out / "paper.md", "\n\n".join(parts) + "\n")
+    except OSError as error:
+        raise ScaleprogError(f"{error.filename or out}: cannot write the tables: {reason(error)}") from error
+    return "\n".join(map(as_text, [out / "paper.md", *left_out]))
+
+
+def _known(what: str, numbers: Iterable[int], known: Sequence[int]) -> list[int]:
+    """The numbers in order, each once. Raises ScaleprogError for one that is not known."""
+    chosen = sorted(set(numbers))
+    if wrong := [number for number in chosen if number not in known]:
+        raise ScaleprogError(f"--{what}: there is no {what} {wrong[0]}; choose from {', '.join(map(str, known))}")
+    return chosen
+
+
+def _why_left_out(run: RunRecord) -> str:
+    if not run.finished:
+        return "it has not finished"
+    return f"{run.schedule}; it belongs to no row, or there is nothing to compare it with"
+
+
+# ---- settings
+
+
+def _settings(groups: Sequence[Group]) -> list[Setting]:
+    """Collects the groups that train the same model equally long on the same data."""
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        run = group.runs[0]
+        model = {**run.recipe["model"], "drop_path": None}
+        key = [model, _data(run), *(run.says(k) for k in ("data.shards", "train.epochs", "train.batch"))]
+        found.setdefault(json.dumps(key, sort_keys=True), []).append(group)
+    return [Setting(_title(members[0].runs[0]), counterpart(members[0].runs[0]), members) for members in found.values()]
+
+
+def _data(run: RunRecord) -> str:
+    """The name of the folder of the shards."""
+    return Path(run.says("data.path") or "unknown data").name
+
+
+def _title(run: RunRecord) -> str:
+    return f"{_model(run)}, {run.says('train.epochs'):g} epochs of {_data(run)}"
+
+
+def _model(run: RunRecord) -> str:
+    """A model's name, and the sizes that the recipe sets."""
+    sizes = [f"{key.partition('.')[2]} {run.says(key)}" for key in ("model.resolution", *SIZES) if run.says(key)]
+    return f"{run.says('model.name')} ({', '.join(sizes)})" if sizes else str(run.says("model.name"))
+
+
+# ---- Tables 2 and 4 to 8
+
+
+def _schemes(number: int, settings: Sequence[Setting]) -> Section:
+    """A table that compares schemes, once for each setting with runs for it, in an ablation beside those of Table 2."""
+    table, shown = TABLES[number], list[Group]()
+    parts = [f"## Table {number}: {table.title}"]
+    for setting in settings:
+        members = [group for scheme in table.rows for group in setting.of(scheme)]
+        if not members or (number != 2 and all(map(_in_table_2, members))):
+            continue
+        shown += members
+        title = f"### {as_markdown(setting.title)}\n\nBeside the paper's {setting.paper[0]}, {setting.paper[1]} epochs."
+        parts += [title, markdown_table(_rows(table, setting))]
+    if not shown:
+        parts.append("No finished run belongs to this table.")
+    parts += [AT_GROWTH] if table.at_growth else []
+    parts += [AT_288] if table.at_288 else []
+    return "\n\n".join(parts), shown
+
+
+def _in_table_2(group: Group) -> bool:
+    return any(scheme.fits(group.runs[0]) for scheme in TABLES[2].rows)
+
+
+def _rows(table: SchemeTable, setting: Setting) -> Rows:
+    """A line for each group of each scheme; one without runs is shown where the paper has numbers for it."""
+    numbers = table.numbers.get(setting.paper, {})
+    schemes = {scheme.name: scheme for scheme in table.rows}
+    speedup = _speedup(setting)
+    rows = []
+    for scheme in table.rows:
+        paper, mine = scheme.of(numbers), setting.of(scheme)
+        rival = schemes.get(scheme.against or "")
+        theirs = setting.of(rival) if rival else []
+        gap = _difference(paper.top1, rival.of(numbers).top1 if rival else None)
+        for group in mine or ([Group(scheme.name, ())] if paper != Numbers() else []):
+            deltas = _paired(group, theirs[0]) if theirs else []
+            row = {
+                "scheme": f"{scheme.name} ({group.name})" if len(mine) > 1 else scheme.name,
+                "seeds": str(len(group.values("top1_best"))),
+                "top-1, paper": cell(paper.top1, ".2f"),
+                "top-1": spread(group.values("top1_best"), ".2f"),
+                "Δ, paper": cell(gap, "+.2f"),
+                "Δ": _with_error(deltas),
+                "order": _order(gap, deltas),
+                "speedup, paper": f"{paper.speedup:+.1f}%" if paper.speedup is not None else "–",
+                "speedup": cell(speedup(group), "+.1%"),
+            }
+            if table.at_growth:
+                found = [run.top1_at_growth for run in group.runs if run.finished]
+                row |= _beside("top-1 @growth", paper.at_growth, found)
+            if table.at_288:
+                row |= _beside("top-1 @288", paper.at_288, [_enlarged(run) for run in group.runs if run.finished])
+            rows.append(row)
+    return rows
+
+
+def _beside(column: str, paper: float | None, mine: Sequence[float | None]) -> dict[str, str]:
+    """Two cells: the paper's accuracy and ours, of the runs that have one."""
+    known = [value for value in mine if value is not None]
+    return {f"{column}, paper": cell(paper, ".2f"), column: spread(known, ".2f")}
+
+
+def _speedup(setting: Setting) -> Callable[[Group], float | None]:
+    """The speedup of a group over the setting's Original; None for Original itself and without one."""
+    baseline = next(iter(setting.of(ORIGINAL)), None)
+    on_cpu = all(run.on_cpu for group in setting.groups for run in group.runs)
+    key = "train_cpu_seconds" if on_cpu else "train_seconds"
+
+    def of(group: Group) -> float | None:
+        if baseline is None or group is baseline or not group.values(key) or not group.mean(key):
+            return None
+        return baseline.mean(key) / group.mean(key) - 1
+
+    return of
+
+
+def _enlarged(run: RunRecord) -> float | None:
+    """Top-1 at 9/7 of the full size, if it was measured."""
+    full = run.results["stages"][-1]["resolution"] if run.results["stages"] else 1
+    near = {abs(side / full - ENLARGED): top1 for side, top1 in run.top1_at.items()}
+    return near[min(near)] if near and min(near) < NEAR else None
+
+
+def _paired(mine: Group, theirs: Group) -> list[float]:
+    """The differences in top-1 between the runs of two groups with the same seed, in points."""
+    other = {run.recipe["seed"]: run.results["top1_best"] for run in theirs.runs if run.finished}
+    own = {run.recipe["seed"]: run.results["top1_best"] for run in mine.runs if run.finished}
+    return [own[seed] - other[seed] for seed in own if seed in other]
+
+
+def _error(deltas: Sequence[float]) -> float:
+    """The standard error of the mean of at least two values."""
+    return stdev(deltas) / len(deltas) ** 0.5
+
+
+def _with_error(deltas: Sequence[float]) -> str:
+    shown = cell(mean(deltas) if deltas else None, "+.2f")
+    return f"{shown} ± {_error(deltas):.2f}" if len(deltas) > 1 else shown
+
+
+def _difference(mine: float | None, theirs: float | None) -> float | None:
+    return None if mine is None or theirs is None else round(mine - theirs, 2)
+
+
+def _order(paper: float | None, deltas: Sequence[float]) -> str:
+    """Whether the paper's order of two rows shows in ours."""
+    if paper is None or len(deltas) < 2:
+        return "–"
+    apart = abs(mean(deltas)) > 2 * _error(deltas)
+    if paper and not apart:
+        return "too close to tell"
+    same = (mean(deltas) > 0) == (paper > 0) if paper else not apart
+    return "as in the paper" if same else "unlike the paper"
+
+
+# ---- Tables 1 and 3
+
+
+def _emissions(groups: list[Group], energy: Energy) -> Section:
+    """Table 1: the energy of a run and its emissions, below those that the paper cites."""
+    rows: Rows = [
+        {
+            "run": name,
+            "energy from": "the paper",
+            "kWh": "–",
+            "CO2e kg": f"{pounds * POUND:.3g}",
+            "CO2e lbs": f"{pounds}",
+            "top-1": cell(top1, ".2f"),
+        }
+        for name, (pounds, top1) in EMISSIONS.items()
+    ]
+    for group in groups:
+        kwh, source = _kwh([run for run in group.runs if run.finished], energy.watts)
+        kilograms = None if kwh is None else kwh * energy.co2
+        rows.append(
+            {
+                "run": f"{group.name}, {group.runs[0].schedule}",
+                "energy from": source,
+                "kWh": cell(kwh, ".3g"),
+                "CO2e kg": cell(kilograms, ".3g"),
+                "CO2e lbs": cell(None if kilograms is None else kilograms / POUND, ".3g"),
+                "top-1": spread(group.values("top1_best"), ".2f"),
+            }
+        )
+    about = (
+        "measured: by the counters of GPUs and CPUs, if zeus read them in every start. modeled: not measured, but the "
+        "hours of all ranks, start-up and evaluations included, times an assumed power of a rank (`--power`). Means "
+        f"over the seeds; {energy.co2:g} kg of CO2e per kWh."
+    )
+    return f"## Table 1: energy and emissions\n\n{markdown_table(rows)}\n\n{about}", groups
+
+
+def _kwh(runs: Sequence[RunRecord], watts: float | None) -> tuple[float | None, str]:
+    """The mean energy of runs in kWh, and where the figure comes from; None if it is neither measured nor assumed."""
+    measured = [run.joules for run in runs if run.joules is not None]
+    if len(measured) == len(runs):
+        return mean(measured) / 3.6e6, "measured"
+    hours = mean(run.rank_hours for run in runs)
+    if watts is None:
+        return None, f"not measured: {hours:.3g} rank-hours"
+    return hours * watts / 1000, f"modeled: {hours:.3g} rank-hours x {watts:g} W"
+
+
+def _transfer(groups: Sequence[Group]) -> Section:
+    """Table 3: fine-tuned runs, by the scheme that trained the weights they started from."""
+    found: dict[tuple[str, int, str], list[Group]] = {}
+    for group in groups:
+        run, source = group.runs[0], _pretrained(group.runs[0])
+        for scheme in FIGURE_4:
+            if source is not None and run.says("model.classes") in TRANSFER and scheme.fits(source):
+                found.setdefault((_title(run), run.says("model.classes"), scheme.name), []).append(group)
+    rows, schemes = Rows(), {scheme.name: scheme for scheme in FIGURE_4}
+    for (title, classes, name), members in sorted(found.items()):
+        data, numbers = TRANSFER[classes]
+        top1 = [value for group in members for value in group.values("top1_best")]
+        row = {"run": f"{title}, beside {data}", "scheme": f"from {name}", "seeds": str(len(top1))}
+        rows.append(row | _beside("top-1", schemes[name].of(numbers).top1, top1))
+    text = markdown_table(rows) if rows else "No finished run started from another run's weights (`init.from`)."
+    return f"## Table 3: transfer\n\n{text}", [group for members in found.values() for group in members]
+
+
+def _pretrained(run: RunRecord) -> RunRecord | None:
+    """The run whose weights a run started from; None if it did not, or if that run is not there."""
+    source = run.says("init.from")
+    try:
+        return read_run(Path(source), source) if isinstance(source, str) and Path(source).is_dir() else None
+    except (CheckpointError, OSError):
+        return None
+
+
+# ---- figures
+
+
+def _figure(number: int, settings: Sequence[Setting], out: Path) -> Section:
+    """Draws a figure: 1, models of several sizes; or 4, schemes in each setting. Raises OSError."""
+    pictures: dict[str, list[tuple[str, RunRecord]]] = {}
+    shown = list[Group]()
+    for setting in settings:
+        for scheme in (ORIGINAL,) if number == 1 else FIGURE_4:
+            for group in setting.of(scheme):
+                title = _data(group.runs[0]) if number == 1 else setting.title
+                label = _model(group.runs[0]) if number == 1 else scheme.name
+                shown.append(group)
+                pictures.setdefault(title, []).extend((label, run) for run in group.runs if run.finished)
+    parts = [f"## Figure {number}: accuracy during training"]
+    for place, (title, members) in enumerate(pictures.items(), 1):
+        name = f"paper_figure_{number}_{place}.png"
+        on_cpu = all(run.on_cpu for _, run in members)
+        draw, spent = (cpu_curve, "CPU time of training (s)") if on_cpu else (curve, "training time (s)")
+        draw_accuracy(out / name, [draw(label, run) for label, run in members], spent)
+        parts.append(f"### {as_markdown(title)}\n\n![Top-1 over {spent}]({name})")
+    return "\n\n".join(parts if pictures else [*parts, "No finished run belongs to this figure."]), shown
