@@ -78,9 +78,9 @@ class Located:
     """timm's RandAugment, which also tells the origin of its result."""
 
     def __init__(self, policy: RandAugment) -> None:
-        self._policy = policy
+        self._policy, self.ops = policy, policy.ops
         self._origin = IDENTITY
-        for op in policy.ops:
+        for op in self.ops:
             if op.aug_fn in _GEOMETRIC:
                 op.aug_fn = self._noting(op.aug_fn)
 

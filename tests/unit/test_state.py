@@ -121,7 +121,7 @@ NOTHING: dict[str, list[Any]] = {  # by key, values that it cannot have
     "arithmetic": [0, -1, 1.5, "1", None, True, 2**70],
     "weights": [None, 3, "abc", "G" * 64, ["0" * 64]],
     "data": [[], None, {"train": 3}, {"train": None}, {"train": ["x"]}, {"train": "x" * 101}, {"x" * 101: ""},
-             {str(i): "" for i in range(4)}],
+             {str(i): "" for i in range(5)}],
 }  # fmt: skip
 
 
