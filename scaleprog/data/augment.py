@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import posterize, rand_augment_transform
+from timm.data.auto_augment import RandAugment, posterize, rand_augment_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
@@ -156,7 +156,9 @@ class Augmentation:
         if self.settings.randaugment is not None:
             mean, _ = normalization(self.settings, self.channels)
             rounded = self.settings.round_magnitude
-            return _rand_augment(self.settings.randaugment, request.resolution, request.magnitude, mean, rounded)
+            return _located(
+                _rand_augment(self.settings.randaugment, request.resolution, request.magnitude, mean, rounded)
+            )
         if self.settings.color_jitter:
             jitter = ColorJitter(*(self.settings.color_jitter,) * 3)
             return lambda image: (jitter(image), IDENTITY)
@@ -317,8 +319,13 @@ def _seeded(*entropy: int) -> Iterator[None]:
         torch.default_generator.set_state(states[2])
 
 
+_located = lru_cache(maxsize=64)(Located)
+
+
 @lru_cache(maxsize=64)
-def _rand_augment(config: str, resolution: int, magnitude: float, mean: tuple[float, ...], rounded: bool) -> Policy:
+def _rand_augment(
+    config: str, resolution: int, magnitude: float, mean: tuple[float, ...], rounded: bool
+) -> RandAugment:
     """timm's RandAugment, set up as in timm's training transform, with its magnitude multiplied by `magnitude`, and
     rounded to a whole number if `rounded`."""
     fill = tuple(min(255, round(255 * value)) for value in mean)
@@ -334,7 +341,7 @@ def _rand_augment(config: str, resolution: int, magnitude: float, mean: tuple[fl
         op.magnitude = round(op.magnitude * magnitude) if rounded else op.magnitude * magnitude
         if op.aug_fn is posterize:
             op.level_fn = partial(_posterize_bits, op.level_fn)
-    return Located(policy)
+    return policy
 
 
 def _posterize_bits(level_fn: Callable[..., tuple[int]], level: float, hparams: dict[str, Any]) -> tuple[int]:

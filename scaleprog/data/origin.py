@@ -78,9 +78,9 @@ class Located:
     """timm's RandAugment, which also tells the origin of its result."""
 
     def __init__(self, policy: RandAugment) -> None:
-        self._policy, self.ops = policy, policy.ops
+        self._policy = policy
         self._origin = IDENTITY
-        for op in self.ops:
+        for op in policy.ops:
             if op.aug_fn in _GEOMETRIC:
                 op.aug_fn = self._noting(op.aug_fn)
 

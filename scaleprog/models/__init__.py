@@ -27,8 +27,8 @@ def resolve_family(settings: ModelSettings) -> tuple[type[ElasticModel], Subnet,
     plain, _, tag = settings.name.partition(".")
     if tag and re.fullmatch(r"\w+", tag) and timm.is_model(plain):
         raise RecipeError(
-            f"model.name: {settings.name} names pretrained weights ({tag}), but a run starts from scratch; use {plain}, "
-            "and init.from to start from weights"
+            f"model.name: {settings.name} names pretrained weights ({tag}), but a run starts from scratch; use "
+            f"{plain}, and init.from to start from weights"
         )
     # plain names only, because timm reads hf-hub:... from the network and local-dir:... from a folder
     if not re.fullmatch(r"\w+", settings.name) or not timm.is_model(settings.name):
