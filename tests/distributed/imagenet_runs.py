@@ -1,20 +1,18 @@
-"""Recipes for ImageNet at full model size on two ranks, for a few steps, on shards made from a few photographs."""
+"""Recipes for ImageNet at full model size on two ranks, for a few steps, on shards made from tars of the official form."""
 
 import gc
-import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
-from skimage import data as photographs
-from sklearn.datasets import load_sample_images
+import timm
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from scaleprog.launchers.local import launch
@@ -22,15 +20,16 @@ from scaleprog.planning.devices import Device
 from scaleprog.planning.plan import forecast
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.recorder import read_rows
-from scaleprog.shards import image_folder
+from scaleprog.shards import imagenet, token_labels
 from scaleprog.training import loop
 from scaleprog.training.process import Run
 from tests.conftest import CONFIGS
 from tests.distributed.ranks import live_tensors, most_held
+from tests.unit.imagenet_files import write_imagenet
 
 ENGINES = {"fsdp": ("sharding.engine=fsdp",), "zero 3": ("sharding.engine=zero", "sharding.stage=3")}
 """What a recipe is overridden with, by the engine's name in `forecast`."""
-RANKS, CLASSES, PER_SHARD = 2, 1000, 8
+RANKS, CLASSES, PER_SHARD, TEACHER = 2, 1000, 8, "test_byobnet"
 
 
 @dataclass(frozen=True)
@@ -44,32 +43,17 @@ class Outcome:
     planned: int
 
 
-def draw_shards(out: Path, tree: Path) -> None:
-    """Builds shards of an image for each of 1,000 classes, from a tree of class folders that it writes."""
-    pictures = [jpeg(image) for image in photographs_cut(8, seed=0)]
-    for label in range(CLASSES):
-        for split in ("train", "val") if label < PER_SHARD else ("train",):
-            folder = tree / split / f"n{label:08d}"
-            folder.mkdir(parents=True)
-            (folder / f"{folder.name}_{split}.JPEG").write_bytes(pictures[label % len(pictures)])
-    image_folder.build(tree, out, samples_per_shard=PER_SHARD, workers=1)
+def draw_shards(out: Path, source: Path) -> None:
+    """Builds shards of 1,000 classes from files of ImageNet's official form, and their token labels beside them."""
+    write_imagenet(source, classes=CLASSES, per_class=1, val_per_class=1, val_images=PER_SHARD, size=(240, 300))
+    imagenet.build(source, out, samples_per_shard=PER_SHARD, workers=1)
+    torch.save(timm.create_model(TEACHER, num_classes=CLASSES).state_dict(), source / "teacher.pth")
+    token_labels.build(out, labels_of(out), TEACHER, source / "teacher.pth", 64, 5, 32, 1)
 
 
-def photographs_cut(count: int, seed: int) -> Iterator[Image.Image]:
-    """Random cuts of photographs that come with scikit-learn and scikit-image, of ImageNet-like sizes."""
-    sources = [*load_sample_images().images, photographs.astronaut(), photographs.coffee(), photographs.chelsea()]
-    rng = np.random.default_rng(seed)
-    for i in range(count):
-        image = Image.fromarray(sources[i % len(sources)])
-        width, height = rng.integers(240, 300, 2).tolist()
-        left, top = int(rng.integers(0, image.width - width)), int(rng.integers(0, image.height - height + 1))
-        yield image.crop((left, top, left + width, top + height))
-
-
-def jpeg(image: Image.Image) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=90)
-    return stream.getvalue()
+def labels_of(data: Path) -> Path:
+    """The token labels of the shards in `data`."""
+    return data.with_name(f"{data.name}-token-labels")
 
 
 def shortened(name: str, engine: str, data: Path) -> Recipe:
@@ -82,6 +66,7 @@ def shortened(name: str, engine: str, data: Path) -> Recipe:
     batch = RANKS * (4 if whole.augment.repeats == 1 else 6)
     lengths = (
         f"data.path={data}",
+        *([f"data.token_labels={labels_of(data)}"] if whole.data.token_labels else []),
         f"data.shards={-(-3 * batch // PER_SHARD)}",
         f"data.lanes={RANKS}",
         f"train.batch={batch}",

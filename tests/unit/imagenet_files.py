@@ -41,12 +41,19 @@ def wnid_of(name: str) -> str:
 
 
 def write_imagenet(
-    folder: Path, *, classes: int = 3, per_class: int = 6, val_per_class: int = 2, size: tuple[int, int] = (40, 48)
+    folder: Path,
+    *,
+    classes: int = 3,
+    per_class: int = 6,
+    val_per_class: int = 2,
+    val_images: int | None = None,
+    size: tuple[int, int] = (40, 48),
 ) -> SmallImageNet:
     """Writes the two tars and the development kit into `folder`.
 
     As in the real ones, ILSVRC2012_ID and the order of the tars differ from the order of the WordNet IDs, one file
-    named .JPEG is a PNG, one is a CMYK JPEG, and one is gray. `size` is (height, width) in pixels.
+    named .JPEG is a PNG, one is a CMYK JPEG, and one is gray. `val_images`: the most in all; `size`: (height, width) in
+    pixels.
     """
     rng = np.random.default_rng(0)
     wnids = [f"n{1440764 + 977 * index:08d}" for index in reversed(range(classes))]
@@ -57,7 +64,7 @@ def write_imagenet(
     }
     odd = dict(zip(pixels, (("RGB", "PNG"), ("CMYK", "JPEG"), ("L", "JPEG"))))
     train = {name: _encoded(image, *odd.get(name, ("RGB", "JPEG"))) for name, image in pixels.items()}
-    shown = rng.permutation(np.repeat(np.arange(classes), val_per_class))
+    shown = rng.permutation(np.repeat(np.arange(classes), val_per_class))[:val_images]
     names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, len(shown) + 1)]
     val = {name: _encoded(_picture(label, size, rng), "RGB", "JPEG") for name, label in zip(names, shown)}
     files = SmallImageNet(folder, train, val, {name: wnids[label] for name, label in zip(names, shown)})

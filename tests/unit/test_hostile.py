@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.figures import draw_cloud
-from scaleprog import cli
+from scaleprog.cli.training import write_speedup
 from scaleprog.data.augment import BatchRequest
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files.display import as_text
@@ -390,5 +390,5 @@ def test_a_run_that_trained_in_no_time_has_no_speedup(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps(results))
     told = read_object(tmp_path / "results.json", Results)
     assert told is not None
-    cli.write_speedup(tmp_path / "results.json", told, 3.0)
+    write_speedup(tmp_path / "results.json", told, 3.0)
     assert json.loads((tmp_path / "results.json").read_text()) == results
