@@ -1,4 +1,4 @@
-"""Recipes for ImageNet at full model size on two ranks, for a few steps, on shards made from tars of the official form."""
+"""Recipes for ImageNet at full model size on two ranks, for a few steps, on shards from tars of the official form."""
 
 import gc
 import json
