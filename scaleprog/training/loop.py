@@ -168,6 +168,9 @@ def train(
             except OverBudget:
                 wait_for_checkpoint(run)
                 raise
+            except Diverged:  # on all ranks after the same step; a checkpoint that is being written is from before it
+                collect_commits(run, wait=True)
+                raise
         state.wall_seconds = time.perf_counter() - began
         if current_phase(run) is None:
             return finish(run)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from scaleprog.launchers.local import RankFailed, launch
 from scaleprog.models.elastic import ElasticModel
 from scaleprog.ranks.coordinator import process_group
 from scaleprog.recipe import Recipe
+from scaleprog.rundir.checkpoint import Checkpoints
 from scaleprog.rundir.recorder import read_rows
 from scaleprog.rundir.storage import committed, step_of
 from scaleprog.training.loop import train_rank
@@ -98,7 +100,12 @@ def poisoned_rank(recipe: Recipe, folder: Path, rank: int, steps: list[int], ins
                 patch.setattr(ElasticModel, "loss", lambda *a, of=ElasticModel.loss: of(*a) * math.inf)
             return original(run, *arguments)
 
+    def slowly(self: Checkpoints, *arguments: Any, of: Callable[..., Any] = Checkpoints._write) -> Any:
+        time.sleep(1)
+        return of(self, *arguments)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "_write", slowly)  # a checkpoint is still being written when the run stops
         patch.setattr(loop, "forward_and_backward", forward_and_backward)
         if "replay" in str(folder):
             import scaleprog.training.replay as replaying
