@@ -31,7 +31,7 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Rows with the same keys as a Markdown table."""
     escaped = [{key: as_markdown(cell) for key, cell in row.items()} for row in rows]
     header, *lines = _padded(escaped, list(rows[0]))
-    rule = ["-" * len(cell) if c in TEXT else "-" * (len(cell) - 1) + ":" for c, cell in zip(rows[0], header)]
+    rule = [("-" if c in TEXT else ":").rjust(len(cell), "-") for c, cell in zip(rows[0], header)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
 
 

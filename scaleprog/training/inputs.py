@@ -36,7 +36,7 @@ def mixed_batch(run: Run, batch: Batch, view: View) -> tuple[Tensor, Targets, To
         targets = Targets(target, target)
     else:
         side = view.pixels // resolve_family(recipe.model)[2]
-        targets = _own_targets(run, batch, side)
+        targets = _own_targets(run, labels, batch.token_labels, side)
         if recipe.augment.mix_token:
             partner, inside = (part.to(device, non_blocking=True) for part in token_boxes(len(labels), side, **drawn))
             share, own = inside.flatten(1).float().mean(1, keepdim=True), targets.own
@@ -44,14 +44,18 @@ def mixed_batch(run: Run, batch: Batch, view: View) -> tuple[Tensor, Targets, To
     return images if view.cutoff is None else low_pass(images, view.cutoff), targets, mixed
 
 
-def _own_targets(run: Run, batch: Batch, side: int) -> Targets:
-    """What a network with `side` x `side` tokens should answer to images that are not mixed."""
-    classes, smoothing, device = run.recipe.model.classes, run.recipe.augment.smoothing, run.backend.device
-    labels = run.plan.data.token_labels
-    if labels is None or batch.token_labels is None:
-        own = mixup_target(batch.labels.to(device, non_blocking=True), classes, smoothing=smoothing)
+def _own_targets(run: Run, labels: Tensor, token_labels: Tensor | None, side: int) -> Targets:
+    """What a network with `side` x `side` tokens should answer to images that are not mixed.
+
+    `labels`: on the device; `token_labels`: the batch's, see `Batch`.
+    """
+    classes, smoothing = run.recipe.model.classes, run.recipe.augment.smoothing
+    if token_labels is None:
+        own = mixup_target(labels, classes, smoothing=smoothing)
         return Targets(own, own)
-    maps, origins = unpack(batch.token_labels.to(device, non_blocking=True), labels.grid)
+    shards = run.plan.data.token_labels
+    assert shards is not None, "the batch has their rows"
+    maps, origins = unpack(token_labels.to(labels.device, non_blocking=True), shards.grid)
     own, tokens = token_targets(maps, origins, side, classes, smoothing)
     return Targets(own, own, tokens)
 
