@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import safetensors.torch
 import timm
 import torch
 from timm.data import resolve_model_data_config
@@ -30,6 +29,7 @@ from scaleprog.errors import DataError
 from scaleprog.shards.build import build as build_shards
 from scaleprog.shards.build import finished
 from scaleprog.shards.pool import worker
+from scaleprog.training.initial import SUFFIX, read_tensors
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -226,10 +226,10 @@ def _ahead(
 
 
 def _state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of weights; never unpickles anything else. Raises DataError."""
+    """The tensors of a file of weights; never unpickles anything else. Raises DataError or RecipeError."""
+    if path.suffix == SUFFIX:
+        return read_tensors(path)
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
         found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return dict(found.get("state_dict", found))
     except Exception as error:  # a file of a stranger raises anything

@@ -98,9 +98,10 @@ def read_plain(recipe: Recipe, coordinator: Coordinator) -> Mapping[str, Tensor]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises RecipeError."""
+    """The tensors of a safetensors file, sorted by name. Raises RecipeError."""
     with _legible(path), open_regular(path) as file:
-        return safetensors.torch.load(file.read())  # no memory map: the file system may fail, and the process must not
+        tensors = safetensors.torch.load(file.read())  # no memory map: if the file system fails, the process must not
+    return dict(sorted(tensors.items()))  # safetensors lists them in another order each time
 
 
 def read_metadata(path: Path) -> dict[str, str]:

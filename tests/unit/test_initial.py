@@ -238,6 +238,12 @@ def test_a_network_that_starts_over_takes_no_other_weights(make_recipe: MakeReci
         train(recipe, tmp_path / "run", coordinator, device, at_stop=start_over)
 
 
+def test_tensors_come_in_the_order_of_their_names(tmp_path: Path) -> None:
+    names = [f"layer_{i}" for i in range(9)]
+    save_file({name: torch.zeros(1) for name in reversed(names)}, tmp_path / "weights.safetensors")
+    assert list(initial.read_tensors(tmp_path / "weights.safetensors")) == names
+
+
 # ---- what is refused
 
 
