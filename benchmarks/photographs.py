@@ -7,6 +7,7 @@ brighter or darker.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -46,7 +47,9 @@ class Photographs:
             part = rng.uniform(0.8, 1.0) * min(width / WIDTH, height / HEIGHT)
             w, h = int(part * WIDTH), int(part * HEIGHT)
             top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-            pixels = cv2.resize(original[top : top + h, left : left + w], (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
+            pixels = cv2.resize(
+                original[top : top + h, left : left + w], (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC
+            )
             if rng.random() < 0.5:
                 pixels = pixels[:, ::-1]
             pixels = cv2.convertScaleAbs(pixels, alpha=rng.uniform(0.85, 1.15), beta=rng.uniform(0, 10))
@@ -60,6 +63,6 @@ def build_shards(out: Path, count: int, per_shard: int) -> Manifest:
     if manifest := finished(out, source):
         return manifest
     bounds = [*range(0, count, per_shard), count]
-    train = [Photographs("train", first, stop) for first, stop in zip(bounds, bounds[1:])]
+    train = [Photographs("train", first, stop) for first, stop in pairwise(bounds)]
     splits = {"train": train, "val": [Photographs("val", 0, 100)]}
     return build(out, classes=[str(label) for label in range(CLASSES)], splits=splits, source=source, workers=1)

@@ -171,7 +171,9 @@ def speed(
         table.add_row(*map(str, (size, f"{whole:.0f}", f"{decoded:.0f}", f"{whole / decoded:.0%}", "-")))
     console = Console()
     console.print(table)
-    console.print(f"medians of {repeats} measurements of {images} images, in CPU seconds of one thread", highlight=False)
+    console.print(
+        f"medians of {repeats} measurements of {images} images, in CPU seconds of one thread", highlight=False
+    )
 
 
 def _lines(path: Path) -> list[str]:

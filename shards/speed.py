@@ -21,6 +21,7 @@ from scaleprog.recipe import Recipe
 from scaleprog.recipe.keys import AugmentSettings
 from scaleprog.recipe.numbers import ceil_div
 
+
 @dataclass(frozen=True)
 class Speed:
     """Images per second of one thread's CPU time, by resolution in pixels, ascending.
@@ -74,9 +75,7 @@ def _sample(recipe: Recipe, images: int) -> tuple[DataSet, Order]:
     shards = manifest.split(TRAIN)
     in_memory = {"workers": 0, "cache": ceil_div(sum(shard.bytes for shard in shards), 2**20)}
     labels = LabelShards.of(recipe.data.token_labels, manifest) if recipe.data.token_labels else None
-    data = DataSet(
-        manifest, recipe.data.model_copy(update=in_memory), recipe.augment, recipe.model.channels, labels
-    )
+    data = DataSet(manifest, recipe.data.model_copy(update=in_memory), recipe.augment, recipe.model.channels, labels)
     lane = max(1, min(recipe.train.batch // recipe.data.lanes, manifest.samples(TRAIN)))
     counts = tuple(shard.samples for shard in shards)
     return data, Order(counts, recipe.seed, lanes=1, batch=lane, repeats=recipe.augment.repeats)

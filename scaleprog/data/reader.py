@@ -4,8 +4,9 @@ Worker processes own contiguous parts of the rank's lanes and decode their part 
 parts. `order.py` and `augment.py` determine the content of a batch, no matter which process decodes it, or when.
 """
 
+import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -42,6 +43,7 @@ class DataSet:
         augment: the recipe's augmentation settings.
         channels: 1 or 3.
         token_labels: of the training shards, if the recipe has them.
+        cores: that this rank may use; default: all that this process may use.
     """
 
     manifest: Manifest
@@ -49,6 +51,12 @@ class DataSet:
     augment: AugmentSettings
     channels: int
     token_labels: LabelShards | None = None
+    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+
+    @property
+    def workers(self) -> int:
+        """Decoding processes of this rank, unless there is less to share out."""
+        return self.settings.processes(self.cores)
 
     def identity(self) -> dict[str, str]:
         """What tells this data set's contents from another's, wherever they lie: a line per part."""
@@ -73,7 +81,7 @@ class TrainReader:
         self.order = order
         self.data = data.settings
         self.lanes = order.lanes_of(rank, world)
-        self.workers = min(self.data.workers, len(self.lanes))
+        self.workers = min(data.workers, len(self.lanes))
         self._augmentation = Augmentation(data.augment, data.channels, seed)
         self._labels = data.token_labels
         maps_of = self._labels.load if self._labels else None
@@ -192,6 +200,6 @@ def evaluation_batches(data: DataSet, split: str, resolution: int, batch_local: 
             labels = torch.tensor([sample.label for sample in samples] + padding)
             yield Batch(images, labels, torch.tensor([sample.id for sample in samples] + padding))
 
-    workers = min(data.settings.workers, batch_local)
+    workers = min(data.workers, batch_local)
     rows = ceil_div(batch_local, max(workers, 1))
     return Stream(produce, workers, data.settings.prefetch, (rows, data.channels, resolution, resolution))

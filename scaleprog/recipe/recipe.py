@@ -204,7 +204,7 @@ def _shown(value: Any) -> str:
 
 def _location(parts: Sequence[str | int]) -> list[str]:
     """Keys and list indices; pydantic also names the alternative of a union that it tried, as in `tuple[...]`."""
-    return [str(part) for part in parts if not re.match(r"(literal|tuple)\[.*\]$", str(part))]
+    return [str(part) for part in parts if not re.match(r"(literal|tuple|function-before)\[.*\]$", str(part))]
 
 
 def _keys_at(location: Sequence[str]) -> list[str]:

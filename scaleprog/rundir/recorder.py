@@ -138,7 +138,8 @@ class Recorder:
         """Resolves the buffered steps on all ranks and writes them. Returns their rows, with mean losses.
 
         `step_seconds` are those of the fastest rank, because the others also wait for a rank whose batch comes late.
-        `images_per_second` is the rate since the first of these steps, by the clock on the wall.
+        `images_per_second` is the rate since the first of these steps, by the clock on the wall, and `data_wait_share`
+        the part of that time in which the rank that waited longest waited for data.
         """
         if not self._pending:
             return []
@@ -158,6 +159,7 @@ class Recorder:
                 "grad_norm": norm,
                 "step_seconds": least,
                 "images_per_second": rate,
+                "data_wait_share": waiting,
                 "cpu_seconds": step.timer.cpu_seconds,
             }
         self._name_ranks_of_nonfinite(steps, losses)
