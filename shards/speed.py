@@ -56,18 +56,18 @@ def measure(recipe: Recipe, images: int, repeats: int) -> Speed:
         DataError: the shards are missing, damaged, or hold too few images for one lane's part of a batch.
     """
     sizes = outline(recipe, None)[1].pixels
-    data, order = _sample(recipe, images)
-    kinds = {"whole": data, "decoded": replace(data, augment=_only_crops(data.augment))}
+    data, order = sample(recipe, images)
+    kinds = {"whole": data, "decoded": replace(data, augment=only_crops(data.augment))}
     readers = {kind: TrainReader(each, order, recipe.seed, 0, 1) for kind, each in kinds.items()}
     found: dict[tuple[str, int], list[float]] = {turn: [] for turn in product(kinds, sizes)}
-    with _one_thread():
+    with one_thread():
         for _, (kind, size) in product(range(repeats), found):
-            found[kind, size].append(_rate(readers[kind], size, ceil_div(images, order.batch)))
+            found[kind, size].append(rate(readers[kind], size, ceil_div(images, order.batch)))
     whole, decoded = ({size: median(found[kind, size]) for size in sizes} for kind in kinds)
     return Speed(whole, decoded)
 
 
-def _sample(recipe: Recipe, images: int) -> tuple[DataSet, Order]:
+def sample(recipe: Recipe, images: int) -> tuple[DataSet, Order]:
     """The first shards with so many images, to be kept in memory, and their order as one lane of the recipe's run."""
     manifest = Manifest.load(recipe.data.path)
     held = list(accumulate(shard.samples for shard in manifest.split(TRAIN)))
@@ -81,13 +81,13 @@ def _sample(recipe: Recipe, images: int) -> tuple[DataSet, Order]:
     return data, Order(counts, recipe.seed, lanes=1, batch=lane, repeats=recipe.augment.repeats)
 
 
-def _only_crops(settings: AugmentSettings) -> AugmentSettings:
+def only_crops(settings: AugmentSettings) -> AugmentSettings:
     """The same crops of the same images, without any other augmentation."""
     kept = ("crop", "scale", "ratio", "padding", "repeats", "mean", "std")
     return AugmentSettings(flip=0.0, **{key: getattr(settings, key) for key in kept})
 
 
-def _rate(reader: TrainReader, resolution: int, steps: int) -> float:
+def rate(reader: TrainReader, resolution: int, steps: int) -> float:
     """Images per second of this thread over `steps` batches, after one that also reads the shards."""
     order = reader.order
     requests = [BatchRequest(*divmod(step, order.steps_per_epoch), resolution) for step in range(steps + 1)]
@@ -100,7 +100,7 @@ def _rate(reader: TrainReader, resolution: int, steps: int) -> float:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Keeps torch and OpenCV from starting threads, as in a worker."""
     threads = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(1)

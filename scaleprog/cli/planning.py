@@ -238,7 +238,7 @@ def show_supply(
     console.print(
         "\nwaiting: the part of a phase's time in which ranks wait for images. Less of it: more cores, with "
         "data.workers (auto: all cores but one), smaller stored images (`shards ... --shorter-side`), or packed "
-        "shards (`shards pack`). Left out: launching kernels, which keeps small networks on fast devices from eating so much; "
-        "evaluation, checkpoints, growth, and reading the shards.",
+        "shards (`shards pack`). Left out: launching kernels, which keeps small networks on fast "
+        "devices from eating so much; evaluation, checkpoints, growth, and reading the shards.",
         highlight=False,
     )

@@ -1,0 +1,170 @@
+"""How fast the host prepares images, beside other libraries in the same run.
+
+    python -m benchmarks.loader [--parts transforms steps reader workers startup] [--out docs/results/loader.md]
+
+Photographs of 500 x 375 pixels, JPEGs of quality 92 (`benchmarks/photographs.py`), in DeiT's augmentation: random
+resized crop, flip, RandAugment m9-mstd0.5-inc1, erasing of 0.25. Every figure of a table comes from one run: all rows
+take turns on one thread, and the median of five turns of each counts, in CPU seconds of the process. `ours` is what a
+worker does: it reads a shard in memory and fills a batch with bytes, which the device normalizes and erases.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import loader_reader
+from benchmarks.loader_rivals import Prepare, rivals, timm_evaluation
+from benchmarks.photographs import build_shards
+from scaleprog.data.augment import Augmentation
+from scaleprog.data.manifest import Manifest
+from scaleprog.data.reader import TrainReader
+from scaleprog.data.shard import Cursor, ShardReader
+from scaleprog.recipe import Recipe
+from scaleprog.shards.speed import one_thread, only_crops, rate, sample
+
+SIZES = (224, 160, 128)
+RECIPE = "configs/imagenet/deit_small_prog_100.yaml"
+TURNS = 5
+
+
+def main() -> None:
+    parts = {"transforms": transforms, "steps": steps, **loader_reader.PARTS}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--images", type=int, default=240, help="in one turn")
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmarks/photographs"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/loader.md"))
+    options = parser.parse_args()
+    build_shards(options.folder / "few", 2 * options.images, options.images)
+    method = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip()
+    load = os.getloadavg()[0]
+    text = ["Written by `python -m benchmarks.loader`.", method, f"{machine()} Load average at the start: {load:.1f}."]
+    with one_thread():
+        text += [section for part in options.parts for section in parts[part](options.folder, options.images)]
+    options.out.write_text("\n\n".join(text) + "\n")
+    print(f"{options.out}: written")
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {versions}."
+
+
+def recipe(folder: Path, repeats: int = 1, **augment: Any) -> Recipe:
+    """DeiT-S's recipe on the shards in `folder`."""
+    settings = {"repeats": repeats, **augment}
+    overrides = [f"augment.{key}={json.dumps(value)}" for key, value in settings.items()]
+    return Recipe.load(RECIPE, [f"data.path={json.dumps(str(folder))}", *overrides])
+
+
+def in_turns(rows: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+    """The median of TURNS results of each row; the rows take turns, after one that warms up."""
+    found = [{name: run() for name, run in rows.items()} for _ in range(TURNS + 1)][1:]
+    return {name: statistics.median(turn[name] for turn in found) for name in rows}
+
+
+def timed(prepare: Prepare, images: int) -> Callable[[], float]:
+    """Images per CPU second of this process."""
+
+    def run() -> float:
+        began = time.process_time()
+        prepare()
+        return images / (time.process_time() - began)
+
+    return run
+
+
+def ours(recipe: Recipe, images: int, size: int, ceiling: bool = False) -> Callable[[], float]:
+    """Images per CPU second of a worker; `ceiling`: it only decodes, crops, and resizes."""
+    data, order = sample(recipe, images)
+    if ceiling:
+        data = replace(data, augment=only_crops(data.augment))
+    reader = TrainReader(data, order, recipe.seed, 0, 1)
+    return lambda: rate(reader, size, images // order.batch)
+
+
+# ---- ours beside others
+
+
+def transforms(folder: Path, images: int) -> list[str]:
+    folder = folder / "few"
+    manifest = Manifest.load(folder)
+    tar = Path(manifest.path(manifest.split("train")[0]))
+    cursor = Cursor(ShardReader(manifest, "train"))
+    encoded = [bytes(cursor.at(position).image[0]) for position in range(images)]
+    tables = ["## Whole transforms, images per CPU second"]
+    for size in SIZES:
+        others = rivals(size, encoded, tar)
+        rows = {
+            "ours": ours(recipe(folder), images, size),
+            "ours, 3 repeats of each image": ours(recipe(folder, repeats=3), images, size),
+            "ceiling: decode, crop, resize, copy": ours(recipe(folder), images, size, ceiling=True),
+            **{name: timed(prepare, images) for name, prepare in others.items() if prepare},
+        }
+        found = in_turns(rows)
+        lines = [
+            f"| {name} | {value:.0f} | {value / found['timm']:.2f} | {value / found[CEILING]:.0%} |"
+            for name, value in found.items()
+        ]
+        lines += [f"| {name} | not installed | | |" for name, prepare in others.items() if not prepare]
+        header = f"| {size} px | images/s | of timm | of the ceiling |\n|---|---|---|---|"
+        tables.append("\n".join([header, *lines]))
+    return [*tables, evaluation(folder, encoded)]
+
+
+CEILING = "ceiling: decode, crop, resize, copy"
+
+
+def evaluation(folder: Path, encoded: list[bytes]) -> str:
+    """The central crop at 224 px."""
+    augmentation = Augmentation(recipe(folder).augment, 3)
+    stored = [(memoryview(image), "photograph") for image in encoded]
+    found = in_turns(
+        {
+            "ours": timed(lambda: augmentation.evaluation(stored, 224), len(encoded)),
+            "timm": timed(timm_evaluation(224, encoded), len(encoded)),
+        }
+    )
+    lines = [f"| {name} | {value:.0f} | {value / found['timm']:.2f} |" for name, value in found.items()]
+    return "\n".join(["| evaluation, 224 px | images/s | of timm |\n|---|---|---|", *lines])
+
+
+# ---- where the time goes
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "decode, crop, resize, copy": {"flip": 0.0, "randaugment": None, "color_jitter": 0.0, "erase": 0.0},
+    "flip": {"randaugment": None, "color_jitter": 0.0, "erase": 0.0},
+    "RandAugment": {"erase": 0.0},
+    "draws of erasing": {},
+}
+"""What each step of the augmentation adds: the settings that leave out all later steps."""
+
+
+def steps(folder: Path, images: int) -> list[str]:
+    """Microseconds of each step: what a recipe with it takes longer than one without."""
+    tables = ["## Each step's share\n\nMicroseconds per image that a step adds to the steps above it."]
+    lines = dict.fromkeys(STEPS, "")
+    for size in SIZES:
+        rows = {name: ours(recipe(folder / "few", **off), images, size) for name, off in STEPS.items()}
+        spent = [1e6 / value for value in in_turns(rows).values()]
+        for name, before, after in zip(STEPS, [0.0, *spent], spent):
+            lines[name] += f" {after - before:.0f} | {(after - before) / spent[-1]:.0%} |"
+    header = "| step |" + "".join(f" {size} px | share |" for size in SIZES)
+    rule = "|---|" + "---|---|" * len(SIZES)
+    return [*tables, "\n".join([header, rule, *(f"| {name} |{line}" for name, line in lines.items())])]
+
+
+if __name__ == "__main__":
+    main()
