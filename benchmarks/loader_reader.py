@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -72,10 +73,11 @@ def reader(folder: Path, images: int) -> list[str]:
         spent, clock = (cpu_seconds() - used) / count, time.perf_counter() - began
         alone = alone or spent
         lines.append(f"| {workers} | {count / clock:.0f} | {1e3 * spent:.2f} | {spent / alone:.0%} |")
-    title = (
+    about = (
         f"## The whole reader, {SIZE} px\n\nOne epoch of {SHARDS} shards of about 100 MB in {LANES} lanes, read from "
+        "disk, verified, and decoded; CPU seconds of all processes."
     )
-    return [f"{title}disk, verified, and decoded; CPU seconds of all processes.", "\n".join(lines), *waits(folder)]
+    return [about, "\n".join(lines), *waits(folder)]
 
 
 def waits(folder: Path) -> list[str]:
@@ -110,8 +112,11 @@ def waits(folder: Path) -> list[str]:
         shares = "".join(f" {sum(wait < limit for wait in each) / len(each):.1%} |" for limit in limits)
         summary = f"{statistics.mean(each):.2f} | {statistics.median(each):.2f} | {max(each):.1f}"
         lines.append(f"| {name} | {len(each)} | {summary} |{shares}")
-    text = f"Waits for a batch over three epochs with one worker, where a step takes {1e3 * pace:.0f} ms, 1.5 times as long as"
-    return [f"{text} the worker needs for its batch:", "\n".join(lines)]
+    about = (
+        f"Waits for a batch over three epochs with one worker, where a step takes {1e3 * pace:.0f} ms, 1.5 times as "
+        "long as the worker needs for its batch:"
+    )
+    return [about, "\n".join(lines)]
 
 
 # ---- threads or processes
@@ -119,17 +124,33 @@ def waits(folder: Path) -> list[str]:
 
 def workers(folder: Path, images: int) -> list[str]:
     """The same producers in threads of one subprocess and in processes of their own."""
-    lines = ["| producers | images/s by the clock | CPU ms per image | PSS MiB | start ms |", "|---|---|---|---|---|"]
+    lines = ["| producers | images/s by the clock | CPU ms per image | PSS MiB | first batch after ms |"]
+    lines += ["|---|---|---|---|---|"]
     for count in (1, 2):
         for kind, start in (("threads", in_threads), ("processes", in_processes)):
-            rate, spent, memory, begun = start(folder / "few", count, images)
+            found = start(folder / "few", count, images)
             lines.append(
-                f"| {count} {kind} | {rate:.0f} | {1e3 * spent:.2f} | {memory / MIB:.0f} | {1e3 * begun:.0f} |"
+                f"| {count} {kind} | {found.rate:.0f} | {1e3 * found.cpu:.2f} | {found.memory / MIB:.0f} "
+                f"| {1e3 * found.begun:.0f} |"
             )
     about = (
-        "Each producer prepares its own lane. Threads run in one forked process, processes are forked from this one."
+        f"## Threads or processes, {SIZE} px\n\nEach producer prepares its own lane. Threads run in one forked "
+        "process; processes are each forked from this one."
     )
-    return [f"## Threads or processes, {SIZE} px\n\n{about}", "\n".join(lines)]
+    return [about, "\n".join(lines)]
+
+
+class Produced(NamedTuple):
+    """Images per second by the clock, CPU seconds per image, bytes (PSS), and seconds until all have a first batch."""
+
+    rate: float
+    cpu: float
+    memory: int
+    begun: float
+
+
+Job = Callable[[Callable[[], object]], None]
+"""Produces images; calls its argument when the first batch is there."""
 
 
 def produce(folder: Path, part: int, parts: int, images: int, ready: Callable[[], object]) -> None:
@@ -145,11 +166,11 @@ def produce(folder: Path, part: int, parts: int, images: int, ready: Callable[[]
             pass
 
 
-def in_threads(folder: Path, count: int, images: int) -> tuple[float, float, float, float]:
+def in_threads(folder: Path, count: int, images: int) -> Produced:
     return _run([partial(_threads, folder, count, images)], count, images)
 
 
-def in_processes(folder: Path, count: int, images: int) -> tuple[float, float, float, float]:
+def in_processes(folder: Path, count: int, images: int) -> Produced:
     return _run([partial(produce, folder, part, count, images) for part in range(count)], count, images)
 
 
@@ -164,10 +185,8 @@ def _threads(folder: Path, count: int, images: int, ready: Callable[[], object])
         thread.join()
 
 
-def _run(
-    jobs: list[Callable[[Callable[[], object]], None]], count: int, images: int
-) -> tuple[float, float, float, float]:
-    """Runs each job in a process. Returns images per second, CPU seconds per image, bytes (PSS), seconds of start-up."""
+def _run(jobs: list[Job], count: int, images: int) -> Produced:
+    """Runs each job in a process; they count from when all of them have a first batch."""
     began = time.perf_counter()
     pairs = [FORK.Pipe() for _ in jobs]
     processes = [FORK.Process(target=_job, args=(job, theirs)) for job, (_, theirs) in zip(jobs, pairs)]
@@ -176,15 +195,17 @@ def _run(
     for ours, _ in pairs:
         ours.recv()
     begun = time.perf_counter() - began
-    used = [ours.recv() for ours, _ in pairs if ours.send(None) is None]
+    for ours, _ in pairs:
+        ours.send(None)
+    used = [ours.recv() for ours, _ in pairs]
     clock = time.perf_counter() - began - begun
     for process in processes:
         process.join()
     done = count * (images // 16) * 16
-    return done / clock, sum(cpu for cpu, _ in used) / done, sum(memory for _, memory in used), begun
+    return Produced(done / clock, sum(cpu for cpu, _ in used) / done, sum(memory for _, memory in used), begun)
 
 
-def _job(job: Callable[[Callable[[], object]], None], pipe: Connection) -> None:
+def _job(job: Job, pipe: Connection) -> None:
     started = 0.0
 
     def ready() -> None:
@@ -209,7 +230,7 @@ IMAGENET, IMAGENET_SHARDS, RANKS = 1_281_167, 1300, 8
 
 
 def startup(folder: Path, images: int) -> list[str]:
-    """Planning and the reader of each of 8 ranks, forked at the same time, on shards of the right sizes without data."""
+    """Planning and the reader of each of 8 ranks, forked at the same time, on shards that have only their sizes."""
     root = folder / "sparse"
     sparse(root)
     recipe = Recipe.load(RECIPE, [f"data.path={json.dumps(str(root))}", "model.classes=1000"])

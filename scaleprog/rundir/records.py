@@ -231,7 +231,7 @@ class Failed(_Event):
 class Happened(_Event):
     """An event without details."""
 
-    event: Literal["init", "hurried", "stopped_early", "finish", "compiled", "nonfinite", "data_wait"]
+    event: Literal["init", "hurried", "stopped_early", "finish", "compiled", "nonfinite", "data_wait", "workers"]
     step: NotRequired[Count]
 
 
