@@ -41,10 +41,13 @@ def rivals(size: int, images: Images, tar: Path) -> dict[str, Prepare | None]:
 
 
 def timm_transform(size: int, prefetcher: bool) -> Any:
-    """timm's training transform with DeiT's settings; `prefetcher`: leaves normalizing and erasing to the device."""
-    from timm.data import create_transform
+    """timm's training transform with DeiT's settings; `prefetcher`: leaves normalizing and erasing to the device.
 
-    return create_transform(
+    At the end of its scale timm's Posterize keeps 0 bits, which Pillow 13 refuses; here it keeps 1.
+    """
+    from timm.data import auto_augment, create_transform
+
+    transform = create_transform(
         size,
         is_training=True,
         use_prefetcher=prefetcher,
@@ -55,6 +58,15 @@ def timm_transform(size: int, prefetcher: bool) -> Any:
         mean=MEAN,
         std=STD,
     )
+    (policy,) = (each for each in transform.transforms if isinstance(each, auto_augment.RandAugment))
+    for operation in policy.ops:
+        if operation.aug_fn is auto_augment.posterize:
+            operation.level_fn = partial(_bits, operation.level_fn)
+    return transform
+
+
+def _bits(level_fn: Callable[..., tuple[int]], level: float, settings: dict[str, Any]) -> tuple[int]:
+    return (max(1, level_fn(level, settings)[0]),)
 
 
 def timm_floats(size: int, images: Images) -> Prepare:
