@@ -15,25 +15,28 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import loader_reader
 from benchmarks.loader_rivals import Prepare, rivals, timm_evaluation
 from benchmarks.photographs import build_shards
-from scaleprog.data.augment import Augmentation
+from scaleprog.data.augment import Augmentation, BatchRequest
 from scaleprog.data.manifest import Manifest
-from scaleprog.data.reader import TrainReader
+from scaleprog.data.reader import DataSet, TrainReader
 from scaleprog.data.shard import Cursor, ShardReader
 from scaleprog.recipe import Recipe
-from scaleprog.shards.speed import one_thread, only_crops, rate, sample
+from scaleprog.shards.speed import ceiling, one_thread, rate, sample
 
 SIZES = (224, 160, 128)
 RECIPE = "configs/imagenet/deit_small_prog_100.yaml"
 TURNS = 5
+CEILING = "ceiling: decode, crop, resize, copy"
+Turn = Callable[[], float]
+"""Measures images per CPU second once."""
 
 
 def main() -> None:
@@ -68,13 +71,13 @@ def recipe(folder: Path, repeats: int = 1, **augment: Any) -> Recipe:
     return Recipe.load(RECIPE, [f"data.path={json.dumps(str(folder))}", *overrides])
 
 
-def in_turns(rows: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+def in_turns(rows: Mapping[str, Turn]) -> dict[str, float]:
     """The median of TURNS results of each row; the rows take turns, after one that warms up."""
     found = [{name: run() for name, run in rows.items()} for _ in range(TURNS + 1)][1:]
     return {name: statistics.median(turn[name] for turn in found) for name in rows}
 
 
-def timed(prepare: Prepare, images: int) -> Callable[[], float]:
+def timed(prepare: Prepare, images: int) -> Turn:
     """Images per CPU second of this process."""
 
     def run() -> float:
@@ -85,13 +88,29 @@ def timed(prepare: Prepare, images: int) -> Callable[[], float]:
     return run
 
 
-def ours(recipe: Recipe, images: int, size: int, ceiling: bool = False) -> Callable[[], float]:
-    """Images per CPU second of a worker; `ceiling`: it only decodes, crops, and resizes."""
+def ours(recipe: Recipe, images: int, size: int, change: Callable[[DataSet], DataSet] = lambda data: data) -> Turn:
+    """Images per CPU second of a worker; `change`: of what it does to an image."""
     data, order = sample(recipe, images)
-    if ceiling:
-        data = replace(data, augment=only_crops(data.augment))
+    data = change(data)
     reader = TrainReader(data, order, recipe.seed, 0, 1)
     return lambda: rate(reader, size, images // order.batch)
+
+
+def finished(recipe: Recipe, images: int, size: int) -> Turn:
+    """Images per CPU second if this thread also does what the device does: it normalizes and erases."""
+    data, order = sample(recipe, images)
+    reader, cpu = TrainReader(data, order, recipe.seed, 0, 1), torch.device("cpu")
+    steps = range(images // order.batch + 1)
+    requests = [BatchRequest(*divmod(step, order.steps_per_epoch), size) for step in steps]
+
+    def run() -> float:
+        with reader.stream(requests, size) as batches:
+            next(batches)
+            began = time.process_time()
+            count = sum(len(data.images(batch, cpu)) for batch in batches)
+            return count / (time.process_time() - began)
+
+    return run
 
 
 # ---- ours beside others
@@ -108,8 +127,9 @@ def transforms(folder: Path, images: int) -> list[str]:
         others = rivals(size, encoded, tar)
         rows = {
             "ours": ours(recipe(folder), images, size),
+            "ours, normalized and erased by the same thread": finished(recipe(folder), images, size),
             "ours, 3 repeats of each image": ours(recipe(folder, repeats=3), images, size),
-            "ceiling: decode, crop, resize, copy": ours(recipe(folder), images, size, ceiling=True),
+            CEILING: ours(recipe(folder), images, size, ceiling),
             **{name: timed(prepare, images) for name, prepare in others.items() if prepare},
         }
         found = in_turns(rows)
@@ -123,16 +143,14 @@ def transforms(folder: Path, images: int) -> list[str]:
     return [*tables, evaluation(folder, encoded)]
 
 
-CEILING = "ceiling: decode, crop, resize, copy"
-
-
 def evaluation(folder: Path, encoded: list[bytes]) -> str:
     """The central crop at 224 px."""
     augmentation = Augmentation(recipe(folder).augment, 3)
     stored = [(memoryview(image), "photograph") for image in encoded]
+    batch = np.empty((len(encoded), 224, 224, 3), np.uint8)
     found = in_turns(
         {
-            "ours": timed(lambda: augmentation.evaluation(stored, 224), len(encoded)),
+            "ours": timed(lambda: augmentation.evaluation(stored, batch), len(encoded)),
             "timm": timed(timm_evaluation(224, encoded), len(encoded)),
         }
     )

@@ -167,8 +167,8 @@ def speed(
         return
     table = Table("px", "images/s of a core", "without augmentation", "of that", "copies of ready batches")
     for size, whole in found.whole.items():
-        decoded = found.decoded[size]
-        table.add_row(*map(str, (size, f"{whole:.0f}", f"{decoded:.0f}", f"{whole / decoded:.0%}", "-")))
+        decoded, copied = found.decoded[size], found.copied[size]
+        table.add_row(str(size), f"{whole:.0f}", f"{decoded:.0f}", f"{whole / decoded:.0%}", f"{copied:.0f}")
     console = Console()
     console.print(table)
     console.print(

@@ -2,10 +2,10 @@
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate, product
+from itertools import accumulate
 from statistics import median
 
 import cv2
@@ -15,6 +15,7 @@ from scaleprog.data.augment import BatchRequest
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.order import Order
 from scaleprog.data.reader import TRAIN, DataSet, TrainReader
+from scaleprog.data.stream import Batch, Fill, Layout, Stream
 from scaleprog.data.token_labels import LabelShards
 from scaleprog.planning.plan import outline
 from scaleprog.recipe import Recipe
@@ -29,14 +30,20 @@ class Speed:
     Args:
         whole: everything that a worker does to an image.
         decoded: the ceiling of any augmentation: decoding the same crops and resizing them, nothing more.
+        copied: the ceiling of any decoder: copying batches that are ready.
     """
 
     whole: dict[int, float]
     decoded: dict[int, float]
+    copied: dict[int, float]
 
     def as_json(self) -> dict[str, dict[str, float]]:
         """What `scaleprog shards speed --json` prints."""
-        named = {"images_per_core_second": self.whole, "without_augmentation": self.decoded}
+        named = {
+            "images_per_core_second": self.whole,
+            "without_augmentation": self.decoded,
+            "copies_of_ready_batches": self.copied,
+        }
         return {name: {str(size): rate for size, rate in rates.items()} for name, rates in named.items()}
 
 
@@ -57,14 +64,17 @@ def measure(recipe: Recipe, images: int, repeats: int) -> Speed:
     """
     sizes = outline(recipe, None)[1].pixels
     data, order = sample(recipe, images)
-    kinds = {"whole": data, "decoded": replace(data, augment=only_crops(data.augment))}
-    readers = {kind: TrainReader(each, order, recipe.seed, 0, 1) for kind, each in kinds.items()}
-    found: dict[tuple[str, int], list[float]] = {turn: [] for turn in product(kinds, sizes)}
+    whole, decoded = (TrainReader(each, order, recipe.seed, 0, 1) for each in (data, ceiling(data)))
+    steps = ceil_div(images, order.batch)
+    kinds: tuple[Callable[[int], float], ...] = (
+        lambda size: rate(whole, size, steps),
+        lambda size: rate(decoded, size, steps),
+        lambda size: _copying(Layout(order.batch, size, data.channels), steps),
+    )
     with one_thread():
-        for _, (kind, size) in product(range(repeats), found):
-            found[kind, size].append(rate(readers[kind], size, ceil_div(images, order.batch)))
-    whole, decoded = ({size: median(found[kind, size]) for size in sizes} for kind in kinds)
-    return Speed(whole, decoded)
+        rounds = [{size: [kind(size) for kind in kinds] for size in sizes} for _ in range(repeats)]
+    found = {size: [median(rates) for rates in zip(*(each[size] for each in rounds))] for size in sizes}
+    return Speed(*({size: rates[kind] for size, rates in found.items()} for kind in range(len(kinds))))
 
 
 def sample(recipe: Recipe, images: int) -> tuple[DataSet, Order]:
@@ -81,22 +91,41 @@ def sample(recipe: Recipe, images: int) -> tuple[DataSet, Order]:
     return data, Order(counts, recipe.seed, lanes=1, batch=lane, repeats=recipe.augment.repeats)
 
 
-def only_crops(settings: AugmentSettings) -> AugmentSettings:
+def ceiling(data: DataSet) -> DataSet:
     """The same crops of the same images, without any other augmentation."""
     kept = ("crop", "scale", "ratio", "padding", "repeats", "mean", "std")
-    return AugmentSettings(flip=0.0, **{key: getattr(settings, key) for key in kept})
+    crops = AugmentSettings(flip=0.0, **{key: getattr(data.augment, key) for key in kept})
+    return replace(data, augment=crops, token_labels=None)
 
 
 def rate(reader: TrainReader, resolution: int, steps: int) -> float:
     """Images per second of this thread over `steps` batches, after one that also reads the shards."""
-    order = reader.order
-    requests = [BatchRequest(*divmod(step, order.steps_per_epoch), resolution) for step in range(steps + 1)]
-    with reader.stream(requests, resolution) as batches:
+    epoch = reader.order.steps_per_epoch
+    requests = [BatchRequest(*divmod(step, epoch), resolution) for step in range(steps + 1)]
+    return _taking(reader.stream(requests, resolution))
+
+
+def _copying(layout: Layout, steps: int) -> float:
+    """Images per second of this thread if it only copies them into batches."""
+    ready = torch.zeros(layout.rows, layout.resolution, layout.resolution, layout.channels, dtype=torch.uint8)
+
+    def fill(batch: Batch) -> None:
+        batch.images[:] = ready
+
+    def produce(units: range) -> Iterator[Fill]:
+        for _ in range(steps + 1):
+            yield layout.resolution, fill
+
+    return _taking(Stream(produce, units=1, workers=0, prefetch=1, layout=layout))
+
+
+def _taking(batches: Stream) -> float:
+    """Images per second of this thread in all batches but the first."""
+    with batches:
         next(batches)
         began = time.thread_time()
-        for _ in batches:
-            pass
-        return steps * order.batch / (time.thread_time() - began)
+        images = sum(len(batch.labels) for batch in batches)
+        return images / (time.thread_time() - began)
 
 
 @contextmanager
