@@ -15,12 +15,18 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import cv2
 import numpy as np
+import simplejpeg
 import torch
 
+import scaleprog.data.augment
+import scaleprog.data.decode
 from benchmarks import loader_reader
 from benchmarks.loader_rivals import Prepare, rivals, timm_evaluation
 from benchmarks.photographs import build_shards
@@ -34,6 +40,8 @@ from scaleprog.shards.speed import ceiling, one_thread, rate, sample
 SIZES = (224, 160, 128)
 RECIPE = "configs/imagenet/deit_small_prog_100.yaml"
 TURNS = 5
+BATCH = 16
+"""Images of a lane in a step of the recipe; a measurement has one more batch, which warms up."""
 CEILING = "ceiling: decode, crop, resize, copy"
 Turn = Callable[[], float]
 """Measures images per CPU second once."""
@@ -160,28 +168,53 @@ def evaluation(folder: Path, encoded: list[bytes]) -> str:
 
 # ---- where the time goes
 
-
-STEPS: dict[str, dict[str, Any]] = {
-    "decode, crop, resize, copy": {"flip": 0.0, "randaugment": None, "color_jitter": 0.0, "erase": 0.0},
-    "flip": {"randaugment": None, "color_jitter": 0.0, "erase": 0.0},
-    "RandAugment": {"erase": 0.0},
-    "draws of erasing": {},
+STEPS: dict[str, tuple[tuple[Any, str], ...]] = {
+    "draws": ((Augmentation, "draws"),),
+    "JPEG": ((simplejpeg, "decode_jpeg_header"), (simplejpeg, "decode_jpeg")),
+    "crop, resize": ((scaleprog.data.decode, "_resize"),),
+    "RandAugment": ((scaleprog.data.augment, "apply"),),
+    "flip": ((cv2, "flip"),),
 }
-"""What each step of the augmentation adds: the settings that leave out all later steps."""
+"""The functions that do each step; none of them calls another."""
+REST = "rest: labels, shard, loops"
 
 
 def steps(folder: Path, images: int) -> list[str]:
-    """Microseconds of each step: what a recipe with it takes longer than one without."""
-    tables = ["## Each step's share\n\nMicroseconds per image that a step adds to the steps above it."]
-    lines = dict.fromkeys(STEPS, "")
-    for size in SIZES:
-        rows = {name: ours(recipe(folder / "few", **off), images, size) for name, off in STEPS.items()}
-        spent = [1e6 / value for value in in_turns(rows).values()]
-        for name, before, after in zip(STEPS, [0.0, *spent], spent):
-            lines[name] += f" {after - before:.0f} | {(after - before) / spent[-1]:.0%} |"
+    """How long the functions of each step run, and what is left."""
+    columns = [shares(recipe(folder / "few"), images, size) for size in SIZES]
     header = "| step |" + "".join(f" {size} px | share |" for size in SIZES)
-    rule = "|---|" + "---|---|" * len(SIZES)
-    return [*tables, "\n".join([header, rule, *(f"| {name} |{line}" for name, line in lines.items())])]
+    lines = [header, "|---|" + "---|---|" * len(SIZES)]
+    for name in (*STEPS, REST):
+        cells = (f" {1e6 * column[name]:.0f} | {column[name] / sum(column.values()):.0%} |" for column in columns)
+        lines.append(f"| {name} |{''.join(cells)}")
+    return ["## Where the time goes\n\nMicroseconds per image of `ours`, timed step by step.", "\n".join(lines)]
+
+
+def shares(recipe: Recipe, images: int, size: int) -> dict[str, float]:
+    """CPU seconds per image by step, the medians of TURNS turns."""
+    spent = dict.fromkeys(STEPS, 0.0)
+
+    def timing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **options: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return function(*arguments, **options)
+            finally:
+                spent[name] += time.thread_time() - began
+
+        return timed
+
+    run, turns = ours(recipe, images, size), []
+    with ExitStack() as patched:
+        for name, functions in STEPS.items():
+            for owner, function in functions:
+                patched.enter_context(patch.object(owner, function, timing(name, getattr(owner, function))))
+        for _ in range(TURNS + 1):
+            spent.update(dict.fromkeys(STEPS, 0.0))
+            whole = 1 / run()
+            part = {name: seconds / (images + BATCH) for name, seconds in spent.items()}
+            turns.append({**part, REST: whole - sum(part.values())})
+    return {name: statistics.median(turn[name] for turn in turns[1:]) for name in turns[0]}
 
 
 if __name__ == "__main__":
