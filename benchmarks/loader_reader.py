@@ -55,6 +55,8 @@ def cpu_seconds() -> float:
 SHARDS, PER_SHARD = 4, 1900
 """Shards of about 100 MB."""
 LANES, BATCH = 4, 64
+WARM, PACED = 3, 10
+"""Steps that are not counted, and those that set the pace of the others."""
 EDGE_STEPS = 2
 """Steps from the one whose lane begins a shard that count as at its edge."""
 
@@ -92,19 +94,19 @@ def waits(folder: Path) -> list[str]:
             edges |= {epoch * order.steps_per_epoch + step + late for step in begins for late in range(EDGE_STEPS)}
     found: list[float] = []
     with TrainReader(data, order, 0, 0, 1).stream(requests_of(order, 3), SIZE) as batches:
-        for _ in range(3):
+        for _ in range(WARM):
             next(batches)
         began = time.perf_counter()
-        for _ in range(10):
+        for _ in range(PACED):
             next(batches)
-        pace = 1.5 * (time.perf_counter() - began) / 10
-        for _ in range(13, 3 * order.steps_per_epoch):
+        pace = 1.5 * (time.perf_counter() - began) / PACED
+        for _ in range(WARM + PACED, 3 * order.steps_per_epoch):
             time.sleep(pace)
             began = time.perf_counter()
             next(batches)
             found.append(1e3 * (time.perf_counter() - began))
-    at = [wait for step, wait in enumerate(found, 13) if step in edges]
-    elsewhere = [wait for step, wait in enumerate(found, 13) if step not in edges]
+    at = [wait for step, wait in enumerate(found, WARM + PACED) if step in edges]
+    elsewhere = [wait for step, wait in enumerate(found, WARM + PACED) if step not in edges]
     limits = (1, 5, 20, 100, 500)
     header = "| steps | count | mean ms | median | largest |" + "".join(f" < {limit} ms |" for limit in limits)
     lines = [header, "|---|---|---|---|---|" + "---|" * len(limits)]

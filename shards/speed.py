@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, product
 from statistics import median
 
 import cv2
@@ -28,7 +28,7 @@ class Speed:
     """Images per second of one thread's CPU time, by resolution in pixels, ascending.
 
     Args:
-        whole: everything that a worker does to an image.
+        whole: everything that a worker does to an image; with repeats, each view counts as an image.
         decoded: the ceiling of any augmentation: decoding the same crops and resizing them, nothing more.
         copied: the ceiling of any decoder: copying batches that are ready.
     """
@@ -47,7 +47,7 @@ class Speed:
         return {name: {str(size): rate for size, rate in rates.items()} for name, rates in named.items()}
 
 
-def measure(recipe: Recipe, images: int, repeats: int) -> Speed:
+def measure(recipe: Recipe, images: int, turns: int) -> Speed:
     """Measures one thread without workers on the first shards of `recipe`, at every resolution that its run may visit.
 
     Classes and batch of the recipe need not fit the shards. All resolutions take turns, so that a machine whose speed
@@ -56,7 +56,7 @@ def measure(recipe: Recipe, images: int, repeats: int) -> Speed:
     Args:
         recipe: whose images are prepared, from `data.path`.
         images: in one measurement.
-        repeats: measurements of each kind; the median counts.
+        turns: measurements of each kind; the median counts.
 
     Raises:
         RecipeError: the recipe cannot be run.
@@ -66,15 +66,14 @@ def measure(recipe: Recipe, images: int, repeats: int) -> Speed:
     data, order = sample(recipe, images)
     whole, decoded = (TrainReader(each, order, recipe.seed, 0, 1) for each in (data, ceiling(data)))
     steps = ceil_div(images, order.batch)
-    kinds: tuple[Callable[[int], float], ...] = (
-        lambda size: rate(whole, size, steps),
-        lambda size: rate(decoded, size, steps),
-        lambda size: _copying(Layout(order.batch, size, data.channels), steps),
-    )
+    kinds: dict[str, Callable[[int], float]] = {
+        "whole": lambda size: rate(whole, size, steps),
+        "decoded": lambda size: rate(decoded, size, steps),
+        "copied": lambda size: _copying(Layout(order.batch, size, data.channels), steps),
+    }
     with one_thread():
-        rounds = [{size: [kind(size) for kind in kinds] for size in sizes} for _ in range(repeats)]
-    found = {size: [median(rates) for rates in zip(*(each[size] for each in rounds))] for size in sizes}
-    return Speed(*({size: rates[kind] for size, rates in found.items()} for kind in range(len(kinds))))
+        rounds = [{(kind, size): kinds[kind](size) for kind, size in product(kinds, sizes)} for _ in range(turns)]
+    return Speed(**{kind: {size: median(each[kind, size] for each in rounds) for size in sizes} for kind in kinds})
 
 
 def sample(recipe: Recipe, images: int) -> tuple[DataSet, Order]:
