@@ -153,7 +153,7 @@ def speed(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Whose augmentation and sizes are measured.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     images: Annotated[int, typer.Option(min=1, max=10**6, help="Images in one measurement.")] = 256,
-    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Measurements; the median counts.")] = 5,
+    turns: Annotated[int, typer.Option(min=1, max=1000, help="Measurements of each kind; the median counts.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure how many images a second one core prepares for a recipe, at each size of its run; stores nothing."""
@@ -161,7 +161,7 @@ def speed(
     from scaleprog.shards.speed import measure
 
     loaded = Recipe.load(recipe, [*(overrides or ()), f"data.path={json.dumps(shards)}"])
-    found = measure(loaded, images, repeats)
+    found = measure(loaded, images, turns)
     if as_json:
         print(json.dumps(found.as_json()))
         return
@@ -171,9 +171,7 @@ def speed(
         table.add_row(str(size), f"{whole:.0f}", f"{decoded:.0f}", f"{whole / decoded:.0%}", f"{copied:.0f}")
     console = Console()
     console.print(table)
-    console.print(
-        f"medians of {repeats} measurements of {images} images, in CPU seconds of one thread", highlight=False
-    )
+    console.print(f"medians of {turns} measurements of {images} images, in CPU seconds of one thread", highlight=False)
 
 
 def _lines(path: Path) -> list[str]:

@@ -190,7 +190,7 @@ def core_rates(recipe: "Recipe", given: str | None) -> dict[int, float]:
             f"--cores: there are no shards in {recipe.data.path} to measure; build them, or give "
             "--images-per-core-second PX=N,... as `scaleprog shards speed` printed it elsewhere"
         )
-    return measure(recipe, images=128, repeats=3).whole
+    return measure(recipe, images=128, turns=3).whole
 
 
 def show_supply(

@@ -16,7 +16,7 @@ from tests.unit.command import Command, WriteRecipe, is_mistake
 
 def test_every_size_of_the_run_is_measured(make_recipe: MakeRecipe) -> None:
     threads = torch.get_num_threads(), cv2.getNumThreads()
-    found = measure(make_recipe(growth={"schedule": "linear"}), images=8, repeats=1)
+    found = measure(make_recipe(growth={"schedule": "linear"}), images=8, turns=1)
     for rates in (found.whole, found.decoded, found.copied):
         assert list(rates) == [16, 24, 32]
         assert min(rates.values()) > 0
@@ -45,12 +45,12 @@ def test_the_command_prints_json_and_a_table(
     command: Command, write_recipe: WriteRecipe, patterns: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_recipe(data={"path": "not/there"}, model={"classes": 7}, train={"batch": 4096})
-    told = command("shards", "speed", patterns, recipe, "growth.schedule=linear", "--images=8", "--repeats=1", "--json")
+    told = command("shards", "speed", patterns, recipe, "growth.schedule=linear", "--images=8", "--turns=1", "--json")
     rates = json.loads(told.out)["images_per_core_second"]
     assert list(rates) == ["16", "24", "32"]
     assert all(rate > 0 for rate in rates.values())
     monkeypatch.setenv("COLUMNS", "80")
-    table = command("shards", "speed", patterns, recipe, "--images=8", "--repeats=1").out
+    table = command("shards", "speed", patterns, recipe, "--images=8", "--turns=1").out
     assert [line.split("│")[1].strip() for line in table.splitlines() if "│" in line] == ["32"]
 
 
@@ -65,4 +65,4 @@ def test_a_damaged_shard_ends_the_measurement(make_recipe: MakeRecipe, patterns:
     shard = tmp_path / "train-000000.tar"
     shard.write_bytes(shard.read_bytes()[:-512] + b"x" * 512)
     with pytest.raises(DataError, match="the checksum differs"):
-        measure(make_recipe(data={"path": str(tmp_path)}), images=8, repeats=1)
+        measure(make_recipe(data={"path": str(tmp_path)}), images=8, turns=1)
