@@ -27,6 +27,7 @@ from scaleprog.recipe import Recipe
 RECIPE = "configs/imagenet/deit_small_prog_100.yaml"
 SIZE = 224
 MIB = 2**20
+TURNS = 5
 
 
 def data_set(folder: Path, workers: int) -> DataSet:
@@ -126,18 +127,21 @@ def waits(folder: Path) -> list[str]:
 
 def workers(folder: Path, images: int) -> list[str]:
     """The same producers in threads of one subprocess and in processes of their own."""
+    kinds = [(count, kind) for count in (1, 2) for kind in STARTS]
+    turns = [
+        {(count, kind): STARTS[kind](folder / "few", count, images) for count, kind in kinds} for _ in range(TURNS)
+    ]
     lines = ["| producers | images/s by the clock | CPU ms per image | PSS MiB | first batch after ms |"]
     lines += ["|---|---|---|---|---|"]
-    for count in (1, 2):
-        for kind, start in (("threads", in_threads), ("processes", in_processes)):
-            found = start(folder / "few", count, images)
-            lines.append(
-                f"| {count} {kind} | {found.rate:.0f} | {1e3 * found.cpu:.2f} | {found.memory / MIB:.0f} "
-                f"| {1e3 * found.begun:.0f} |"
-            )
+    for count, kind in kinds:
+        found = Produced(*(statistics.median(column) for column in zip(*(turn[count, kind] for turn in turns))))
+        lines.append(
+            f"| {count} {kind} | {found.rate:.0f} | {1e3 * found.cpu:.2f} | {found.memory / MIB:.0f} "
+            f"| {1e3 * found.begun:.0f} |"
+        )
     about = (
         f"## Threads or processes, {SIZE} px\n\nEach producer prepares its own lane. Threads run in one forked "
-        "process; processes are each forked from this one."
+        f"process; processes are each forked from this one. Medians of {TURNS} turns."
     )
     return [about, "\n".join(lines)]
 
@@ -147,7 +151,7 @@ class Produced(NamedTuple):
 
     rate: float
     cpu: float
-    memory: int
+    memory: float
     begun: float
 
 
@@ -174,6 +178,9 @@ def in_threads(folder: Path, count: int, images: int) -> Produced:
 
 def in_processes(folder: Path, count: int, images: int) -> Produced:
     return _run([partial(produce, folder, part, count, images) for part in range(count)], count, images)
+
+
+STARTS = {"threads": in_threads, "processes": in_processes}
 
 
 def _threads(folder: Path, count: int, images: int, ready: Callable[[], object]) -> None:
