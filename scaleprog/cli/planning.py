@@ -31,7 +31,7 @@ def plan(
     device: Annotated[str, typer.Option(help="The device that --world assumes: h100, a100 or cpu.")] = "h100",
     utilization: Annotated[
         float | None,
-        typer.Option(min=0.001, max=1, help="Part of its peak FLOP/s that the device reaches; default: as assumed."),
+        typer.Option(min=0.001, max=1, help="Part of its peak FLOP/s that the device reaches; default: 0.4."),
     ] = None,
     cores: Annotated[
         int | None,
@@ -178,7 +178,7 @@ def core_rates(recipe: "Recipe", given: str | None) -> dict[int, float]:
     from scaleprog.shards.speed import measure
 
     if given is not None:
-        found = re.findall(r"([0-9]{1,4})=([0-9]{1,9}(?:\.[0-9]{1,9})?)(?:,|$)", given)
+        found = re.findall(r"([0-9]{1,4})=([0-9]{1,9}(?:\.[0-9]{1,20})?)(?:,|$)", given)
         if ",".join(f"{size}={rate}" for size, rate in found) != given or not all(float(rate) for _, rate in found):
             raise ScaleprogError(
                 f"--images-per-core-second: {given[:100]!r} is not a list of resolutions with rates, such as "

@@ -88,7 +88,7 @@ def test_plan_says_which_stages_wait(
     arguments = ("plan", recipe, "--world=2", "--device=cpu", "--cores=3")
     told = command(*arguments, "--images-per-core-second=16=0.5,24=2e9", "data.workers=2")
     assert is_mistake(told, "--images-per-core-second: '16=0.5,24=2e9'", "224=300,160=450")
-    told = command(*arguments, "--images-per-core-second=16=0.5,24=200000000,32=1.5", "data.workers=2")
+    told = command(*arguments, "--images-per-core-second=16=0.5,24=200000000,32=1.50000000000000001", "data.workers=2")
     assert (told.code, told.err) == (0, "")
     assert max(map(len, told.out.splitlines())) <= 100
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told.out.splitlines() if "│" in line][3:]
