@@ -57,12 +57,13 @@ def main() -> None:
     options = parser.parse_args()
     build_shards(options.folder / "few", 2 * options.images, options.images)
     method = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip()
-    load = os.getloadavg()[0]
-    text = ["Written by `python -m benchmarks.loader`.", method, f"{machine()} Load average at the start: {load:.1f}."]
+    text = ["Written by `python -m benchmarks.loader`.", method, machine()]
     with one_thread():
-        text += [section for part in options.parts for section in parts[part](options.folder, options.images)]
-    options.out.write_text("\n\n".join(text) + "\n")
-    print(f"{options.out}: written")
+        for part in options.parts:
+            load = os.getloadavg()[0]
+            text += [*parts[part](options.folder, options.images), f"(Load average when this began: {load:.1f}.)"]
+            options.out.write_text("\n\n".join(text) + "\n")
+            print(f"{options.out}: {part} written", flush=True)
 
 
 def machine() -> str:

@@ -53,7 +53,7 @@ def cpu_seconds() -> float:
 
 # ---- the whole reader
 
-SHARDS, PER_SHARD = 4, 1900
+SHARDS, PER_SHARD = 5, 1900
 """Shards of about 100 MB."""
 LANES, BATCH = 4, 64
 WARM, PACED = 3, 10
