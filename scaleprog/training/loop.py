@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scaleprog.data.augment import BatchRequest
+from scaleprog.data.evaluation import VALIDATION, EvaluationReader
 from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
 from scaleprog.errors import Diverged, OverBudget, Preempted, ScaleprogError, Unavailable
@@ -99,6 +100,7 @@ def train(
     coordinator.verify("recipe", recipe.dump())
     coordinator.verify("shards", [plan.data.identity(), [[s.name, s.sha256] for s in plan.manifest.split("train")]])
     reader = TrainReader(plan.data, plan.order, recipe.seed, rank, world)
+    evaluation = EvaluationReader(plan.data, VALIDATION, recipe.evaluate.batch, rank, world)
     lease = take_lease(folder, recipe, coordinator)
 
     # ---- model
@@ -136,7 +138,21 @@ def train(
         recipe.checkpoint.every_minutes,
         slurm_queue.end_of_job(os.environ.get("SLURM_JOB_ID"), deadline()) if rank == 0 else None,
     )
-    run = Run(folder, recipe, plan, coordinator, lease, backend, reader, checkpoints, watch, recorder, progress, state)
+    run = Run(
+        folder,
+        recipe,
+        plan,
+        coordinator,
+        lease,
+        backend,
+        reader,
+        evaluation,
+        checkpoints,
+        watch,
+        recorder,
+        progress,
+        state,
+    )
     nodes = coordinator.gather(os.uname().nodename)
     if rank == 0:
         recorder.event(
@@ -159,7 +175,7 @@ def train(
     gc.disable()
     began = time.perf_counter() - state.wall_seconds
     try:
-        with metered(recorder, device, nodes.index(nodes[rank]) == rank), watch:
+        with closing(evaluation), metered(recorder, device, nodes.index(nodes[rank]) == rank), watch:
             try:
                 train_phases(run, began)
                 wait_for_checkpoint(run)
