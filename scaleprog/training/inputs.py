@@ -1,4 +1,4 @@
-"""What a step feeds to the network: batches, images mixed with each other, layers and patches left out, micro-batches."""
+"""What a step feeds to the network: batches, mixed images, layers and patches left out, micro-batches."""
 
 from collections.abc import Iterator
 from dataclasses import replace
