@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -65,7 +66,7 @@ def decode(data: bytes | memoryview, where: str, channels: int, resolution: int,
             f"{where}: cannot decode the image ({error or type(error).__name__}); "
             "remove or replace it and rebuild the shard"
         ) from error
-    return _resize(image, box, resolution).reshape(resolution, resolution, channels)
+    return _resize(image, box, resolution, resolution).reshape(resolution, resolution, channels)
 
 
 def problem_of(data: bytes) -> str:
@@ -75,6 +76,37 @@ def problem_of(data: bytes) -> str:
     except DataError as error:
         return str(error).removeprefix(": ").partition(";")[0]
     return ""
+
+
+class Whole(NamedTuple):
+    """A whole image, perhaps reduced."""
+
+    pixels: np.ndarray
+    """(H, W, 3) uint8, or (H, W, 1) if all three channels are equal."""
+    reduced: bool
+
+
+def whole(data: bytes | memoryview, shorter_side: int) -> Whole:
+    """Decodes a whole image. If its shorter side has more than `shorter_side` pixels, reduces it to them like `decode`.
+
+    Raises ValueError if the bytes are not a readable image.
+    """
+    height, width = 0, 0
+
+    def crop(*size: int) -> Box:
+        nonlocal height, width
+        height, width = size
+        return 0, 0, width, height
+
+    try:
+        pixels, box = _decode_jpeg(data, 3, shorter_side, crop) or _decode_other(data, 3, crop)
+    except Exception as error:  # decoders raise exceptions of any kind on damaged data
+        raise ValueError(f"cannot decode the image ({error or type(error).__name__})") from error
+    factor = shorter_side / min(height, width)
+    if reduced := factor < 1:
+        pixels = _resize(pixels, box, round(height * factor), round(width * factor))
+    gray = (pixels == pixels[..., :1]).all()
+    return Whole(np.ascontiguousarray(pixels[..., :1] if gray else pixels), reduced)
 
 
 def _decode_jpeg(
@@ -154,8 +186,8 @@ def _size(head: bytes) -> tuple[int, int]:
     return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
 
 
-def _resize(image: np.ndarray, box: ScaledBox, resolution: int) -> np.ndarray:
-    """Crops (H, W[, C]) to the box and resizes it to (r, r[, C]). The box may begin and end between pixels."""
+def _resize(image: np.ndarray, box: ScaledBox, rows: int, columns: int) -> np.ndarray:
+    """Crops (H, W[, C]) to the box and resizes it to (rows, columns[, C]). The box may begin and end between pixels."""
     height, width = image.shape[:2]
     left, top, right, bottom = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
     inside = image[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
@@ -168,9 +200,9 @@ def _resize(image: np.ndarray, box: ScaledBox, resolution: int) -> np.ndarray:
         inside = cv2.addWeighted(inside[:, :-1], 1 - across, inside[:, 1:], across, 0)
     if down:
         inside = cv2.addWeighted(inside[:-1], 1 - down, inside[1:], down, 0)
-    if inside.shape[:2] == (resolution, resolution) == (box[3] - box[1], box[2] - box[0]):
+    if inside.shape[:2] == (rows, columns) == (box[3] - box[1], box[2] - box[0]):
         return inside
     pixels = torch.from_numpy(np.atleast_3d(inside)).permute(2, 0, 1).unsqueeze(0)
-    scales = resolution / (box[3] - box[1]), resolution / (box[2] - box[0])  # interpolate() would take the window's
-    resized = torch.ops.aten._upsample_bicubic2d_aa(pixels, [resolution, resolution], False, *scales)
+    scales = rows / (box[3] - box[1]), columns / (box[2] - box[0])  # interpolate() would take the window's
+    resized = torch.ops.aten._upsample_bicubic2d_aa(pixels, [rows, columns], False, *scales)
     return resized[0].permute(1, 2, 0).numpy()
