@@ -141,6 +141,21 @@ def csv(
     )
 
 
+@app.command("pack")
+def pack(
+    shards: Annotated[Path, typer.Argument(help="Folder of the shards whose images are to be packed.")],
+    out: Out,
+    shorter_side: Annotated[
+        int, typer.Option(min=1, max=MOST_PIXELS, help="Reduce larger images to this shorter side in pixels.")
+    ] = 256,
+    workers: Workers = None,
+) -> None:
+    """Store the images of shards decoded, so that training reads pixels instead of decoding (ImageNet: 340 GB)."""
+    from scaleprog.shards.pack import build
+
+    build(shards, out, shorter_side=shorter_side, workers=workers)
+
+
 @app.command("token-labels")
 def token_labels(
     shards: Annotated[Path, typer.Argument(help="Folder of the shards whose training images get labels.")],

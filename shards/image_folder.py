@@ -13,12 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from scaleprog.data.manifest import Manifest
+from scaleprog.data.shard import ENCODED_EXTENSIONS
 from scaleprog.errors import DataError
 from scaleprog.files.display import as_text
 from scaleprog.shards.image_files import Image, build_shards, extension_of, fingerprint, shuffled, split_off
 from scaleprog.shards.pool import some
 from scaleprog.shards.reduction import Reduction
-from scaleprog.shards.samples import IMAGE_EXTENSIONS
 
 
 def build(
@@ -155,8 +155,8 @@ def scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
     empty = []
     for name in classes:
         found = _walk(folder / name)
-        images = [(name, path) for path in found if extension_of(path) in IMAGE_EXTENSIONS]
-        ignored += [str(path) for path in found if extension_of(path) not in IMAGE_EXTENSIONS]
+        images = [(name, path) for path in found if extension_of(path) in ENCODED_EXTENSIONS]
+        ignored += [str(path) for path in found if extension_of(path) not in ENCODED_EXTENSIONS]
         files += images
         if not images:
             empty.append(name)
@@ -164,7 +164,7 @@ def scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
         loose = " Move each loose image into a folder named after its class." if ignored else ""
         raise DataError(f"{folder}: no class folders; expected {folder}/CLASS/IMAGE.jpg.{loose}")
     if empty:
-        kinds = f".{', .'.join(IMAGE_EXTENSIONS)}"
+        kinds = f".{', .'.join(ENCODED_EXTENSIONS)}"
         raise DataError(f"{folder}: class folders without an image ({kinds}): {some(empty)}. Remove or fill them.")
     if ignored:
         note = f"note: left out {len(ignored)} files that are not images in class folders: {some(ignored)}"

@@ -26,6 +26,7 @@ from torchvision.transforms import ColorJitter
 
 from scaleprog.data.decode import Box, decode
 from scaleprog.data.origin import IDENTITY, Located, Origin, after, of_crop
+from scaleprog.data.packed import PackedImage
 from scaleprog.errors import DataError
 from scaleprog.recipe.keys import AugmentSettings
 
@@ -62,8 +63,8 @@ class BatchRequest:
 
 
 Policy = Callable[[Image.Image], tuple[Image.Image, Origin]]
-Encoded = tuple[memoryview, str]
-"""An encoded image and its location (shard and key)."""
+Encoded = tuple[memoryview | PackedImage, str]
+"""An encoded or packed image and its location (shard and key)."""
 
 
 class Augmentation:

@@ -108,7 +108,7 @@ class TrainReader:
         the batches decoded ahead and the current one.
         """
         per_map = self._labels.sample_bytes if self._labels else 0
-        sizes = [shard.bytes + shard.samples * per_map for shard in self._shards.shards]
+        sizes = [self._shards.resident_bytes(shard) + shard.samples * per_map for shard in self._shards.shards]
         largest = max(sizes)
         held = len(self.lanes) + 2 * max(self.workers, 1)
         encoded = sum(sizes) + 2 * largest if self._shards.fits else held * largest
