@@ -269,6 +269,15 @@ def test_damage_is_named_in_training_and_by_check(kind: str, out: Path) -> None:
         training_batches(out, 0)
 
 
+@given(st.sampled_from(("npy", "cls", "crc")), st.integers(0), st.integers(1, 255))
+def test_any_changed_byte_is_found(extension: str, place: int, change: int) -> None:
+    files = packed.encode(noise(1, 3, 4, 3), 12)
+    content = bytearray(files[extension])
+    content[place % len(content)] ^= change
+    assert packed.problem_of(files) == ""
+    assert packed.problem_of(files | {extension: bytes(content)})
+
+
 def test_a_packed_image_among_encoded_ones_is_named(encoded: Path, tmp_path: Path) -> None:
     path = tmp_path / "train-0.tar"
     path.write_bytes((encoded / "train-0.tar").read_bytes())
