@@ -9,11 +9,12 @@ Rows are read, not mapped into memory: a mapped file that is cut off, or whose s
 """
 
 import io
+import math
 import os
 import re
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -38,8 +39,6 @@ _HEADER = re.compile(
 _CRC = re.compile(rb"[0-9a-f]{8}")
 Shape = tuple[int, int, int]
 """Height, width, channels."""
-Read = Callable[[int, np.ndarray], None]
-"""(position, buffer): fills the buffer with a shard's bytes from that position on. Raises OSError, or EOFError."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ class PackedShard:
 
     path: str
     keys: tuple[str, ...]
-    read: Read
+    data: "memoryview | OpenFile"
+    """The whole tar."""
     checked: np.ndarray
     """(samples,) bool: the samples that this process has compared with their checksums; `PackedImage.rows` sets it."""
     labels: np.ndarray
@@ -67,10 +67,10 @@ class PackedShard:
         cls,
         path: str,
         file: BinaryIO,
-        read: Read,
+        data: "memoryview | OpenFile",
         samples: Iterable[tuple[str, Mapping[str, tar.Member], int]],
     ) -> "PackedShard":
-        """The index of the shard in `file`, from the keys, files, and labels of its samples.
+        """The index of the shard in `file`, from the keys, files, and labels of its samples; `data` has the same bytes.
 
         Raises:
             DataError: a sample has no pixels or no checksum.
@@ -91,7 +91,7 @@ class PackedShard:
             labels.append(label)
             starts.append(pixels.start)
         columns = [np.array(values, dtype=np.int64) for values in (labels, starts, shapes, checksums)]
-        return cls(path, tuple(keys), read, np.zeros(len(keys), bool), *columns)
+        return cls(path, tuple(keys), data, np.zeros(len(keys), bool), *columns)
 
     def image(self, index: int) -> tuple["PackedImage", str]:
         """The image with this index, none of which has been read yet, and its location."""
@@ -128,13 +128,33 @@ class PackedImage:
 
     def _read(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
         """The bytes of `KEY.npy` from `offset`, as an array of this shape."""
-        buffer = np.empty(shape, np.uint8)
+        start = int(self.shard.starts[self.index]) + offset
         try:
-            self.shard.read(int(self.shard.starts[self.index]) + offset, buffer)
+            content = self.shard.data[start : start + math.prod(shape)]
         except EOFError as error:
             raise DataError(f"{self.where}: truncated after it was opened; {HINT}") from error
         except OSError as error:
             raise Unavailable(f"{self.where}: cannot be read now: {error}") from error
+        array = np.frombuffer(content, np.uint8).reshape(shape)
+        return array if array.flags.writeable else array.copy()  # torch warns of arrays that are not writable
+
+
+class OpenFile:
+    """The bytes of a file that stays open, read where they are sliced. Forked processes can share it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        """Takes over the file, and closes it in the end."""
+        self._descriptor = file.fileno()
+        weakref.finalize(self, file.close)
+
+    def __getitem__(self, part: slice) -> memoryview:
+        """Raises OSError, or EOFError if the file has become shorter."""
+        buffer = np.empty(part.stop - part.start, np.uint8).data
+        left, start = buffer, part.start
+        while left:
+            if not (count := os.preadv(self._descriptor, [left], start)):
+                raise EOFError
+            left, start = left[count:], start + count
         return buffer
 
 
@@ -186,30 +206,6 @@ def is_packed(file: BinaryIO, size: int) -> bool:
         for _, files in tar.samples(file, size):
             return EXTENSION in files
     return False
-
-
-def read_file(file: BinaryIO) -> Read:
-    """Reads a file, which stays open as long as the result lives; does not move its position, which forks share."""
-    descriptor = file.fileno()
-
-    def read(start: int, buffer: np.ndarray) -> None:
-        left = buffer.data.cast("B")
-        while left:
-            if not (count := os.preadv(descriptor, [left], start)):
-                raise EOFError
-            left, start = left[count:], start + count
-
-    weakref.finalize(read, file.close)
-    return read
-
-
-def read_memory(content: bytes) -> Read:
-    """Reads a shard in memory."""
-
-    def read(start: int, buffer: np.ndarray) -> None:
-        buffer.data.cast("B")[:] = content[start : start + buffer.nbytes]
-
-    return read
 
 
 def _checksum(text: bytes) -> int:

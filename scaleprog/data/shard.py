@@ -172,9 +172,9 @@ def _open_packed(shard: Shard, path: str, classes: int) -> PackedShard | None:
     file = packed.opened(path)
     if file is None:
         return None
-    read = packed.read_file(file)
+    data = packed.OpenFile(file)
     _verify_size(os.fstat(file.fileno()).st_size, shard, path)
-    return PackedShard.index(path, file, read, _samples(file, shard.bytes, shard, path, classes))
+    return PackedShard.index(path, file, data, _samples(file, shard.bytes, shard, path, classes))
 
 
 def _verify(content: bytes, shard: Shard, path: str) -> None:
@@ -194,7 +194,7 @@ def _parse(content: bytes, shard: Shard, path: str, classes: int) -> LoadedShard
     file = io.BytesIO(content)
     samples = _samples(file, len(content), shard, path, classes)
     if packed.is_packed(file, len(content)):
-        return PackedShard.index(path, file, packed.read_memory(content), samples)
+        return PackedShard.index(path, file, memoryview(content), samples)
     for key, files, label in samples:
         if packed.EXTENSION in files:
             raise DataError(f"{path}: sample {key!r} is packed, but others are not; rebuild the shard")
