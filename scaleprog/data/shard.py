@@ -174,7 +174,10 @@ def _open_packed(shard: Shard, path: str, classes: int) -> PackedShard | None:
         return None
     data = packed.OpenFile(file)
     _verify_size(os.fstat(file.fileno()).st_size, shard, path)
-    return PackedShard.index(path, file, data, _samples(file, shard.bytes, shard, path, classes))
+    try:
+        return PackedShard.index(path, file, data, _samples(file, shard.bytes, shard, path, classes))
+    except OSError as error:
+        raise Unavailable(f"{path}: cannot read the shard now: {error}") from error
 
 
 def _verify(content: bytes, shard: Shard, path: str) -> None:
@@ -210,7 +213,12 @@ def _parse(content: bytes, shard: Shard, path: str, classes: int) -> LoadedShard
 def _samples(
     file: BinaryIO, size: int, shard: Shard, path: str, classes: int
 ) -> Iterator[tuple[str, dict[str, tar.Member], int]]:
-    """The key, files, and label of each sample in a tar of `size` bytes. Raises DataError unless all are sound."""
+    """The key, files, and label of each sample in a tar of `size` bytes.
+
+    Raises:
+        DataError: the samples are not sound.
+        OSError: they cannot be read.
+    """
     keys = set[str]()
 
     def explained(files: Collection[str]) -> str:
@@ -228,7 +236,7 @@ def _samples(
                 raise DataError(f"{where} occurs twice; rebuild the shard")
             keys.add(key)
             yield key, files, _label(tar.read(file, files["cls"]), classes, where)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise DataError(f"{path}: not a tar of samples ({error}); rebuild the shard") from error
     if len(keys) != shard.samples:
         raise DataError(
