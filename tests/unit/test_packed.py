@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from scaleprog.data import packed
+from scaleprog.data import packed, token_labels
 from scaleprog.data.decode import decode, whole
 from scaleprog.data.manifest import NAME, Manifest, Shard
 from scaleprog.data.order import Order
@@ -24,6 +24,7 @@ from scaleprog.data.packed import PackedShard
 from scaleprog.data.reader import BatchRequest, DataSet, TrainReader, evaluation_batches
 from scaleprog.data.shard import ShardReader
 from scaleprog.data.stream import Batch
+from scaleprog.data.token_labels import LabelShards
 from scaleprog.errors import DataError
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
 from scaleprog.shards import pack
@@ -66,7 +67,7 @@ def out(encoded: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def training_batches(folder: Path, workers: int, **augment: object) -> list[Batch]:
+def training_batches(folder: Path, workers: int, labels: Path | None = None, **augment: object) -> list[Batch]:
     """Two epochs."""
     manifest = Manifest.load(folder)
     order = Order(tuple(shard.samples for shard in manifest.split("train")), 5, lanes=2, batch=4)
@@ -75,6 +76,7 @@ def training_batches(folder: Path, workers: int, **augment: object) -> list[Batc
         DataSettings(path=str(folder), lanes=2, workers=workers),
         AugmentSettings.model_validate(augment),
         3,
+        LabelShards.of(str(labels), manifest) if labels else None,
     )
     reader = TrainReader(data, order, 11, 0, 1)
     with reader.stream([BatchRequest(t // 5, t % 5, (16, 12)[t % 2]) for t in range(10)], 16) as batches:
@@ -107,6 +109,24 @@ def test_batches_are_those_of_the_encoded_images(
     expected = training_batches(encoded, 0, **augment)
     assert same(training_batches(out, workers, **augment), expected)
     assert same(evaluated_batches(out), evaluated_batches(encoded))
+
+
+def test_token_labels_of_the_encoded_images_fit(encoded: Path, out: Path, tmp_path: Path) -> None:
+    manifest = Manifest.load(encoded)
+    reader, shards, folder = ShardReader(manifest, "train"), [], tmp_path / "labels"
+    folder.mkdir()
+    for index, shard in enumerate(manifest.split("train")):
+        with webdataset.TarWriter(str(folder / shard.name), encoder=False) as writer:
+            for row, key in enumerate(reader.load(index).keys):
+                classes = (np.arange(12).reshape(2, 3, 2) + row) % 4
+                writer.write({"__key__": key, "topk.npy": token_labels.encode(classes / 2, classes)})
+        shards.append(Shard.measure(folder / shard.name, shard.samples))
+    source = {"builder": token_labels.BUILDER, "rows": 2, "columns": 3, "top": 2}
+    Manifest(str(folder), manifest.classes, {"train": tuple(shards)}, source).save()
+    for a, b in zip(*(training_batches(each, 0, folder) for each in (encoded, out)), strict=True):
+        assert a.token_labels is not None
+        assert b.token_labels is not None
+        assert torch.equal(a.token_labels, b.token_labels)
 
 
 Sides = st.integers(1, 40)
