@@ -226,5 +226,6 @@ def _resize(image: np.ndarray, box: ScaledBox, rows: int, columns: int) -> np.nd
         return inside
     pixels = torch.from_numpy(np.atleast_3d(inside)).permute(2, 0, 1).unsqueeze(0)
     scales = rows / (box[3] - box[1]), columns / (box[2] - box[0])  # interpolate() would take the window's
-    resized = torch.ops.aten._upsample_bicubic2d_aa(pixels, [rows, columns], False, *scales)
+    resized = torch.empty(1, pixels.shape[1], rows, columns, dtype=torch.uint8, memory_format=torch.channels_last)
+    torch.ops.aten._upsample_bicubic2d_aa.out(pixels, [rows, columns], False, *scales, out=resized)
     return resized[0].permute(1, 2, 0).numpy()
