@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from scaleprog.data import packed, tar
-from scaleprog.data.decode import whole
+from scaleprog.data.decode import decode_whole
 from scaleprog.data.manifest import MOST_BYTES, Manifest
 from scaleprog.data.shard import ShardReader
 from scaleprog.errors import DataError
@@ -77,7 +77,7 @@ class _Packing:
         for row, (key, label) in enumerate(zip(shard.keys, shard.labels.tolist(), strict=True)):
             data, where = shard.image(row)
             try:
-                pixels = whole(data, self.shorter_side).pixels
+                pixels = decode_whole(data, self.shorter_side).pixels
             except ValueError as error:
                 problems.append(f"{where}: {error}; remove or replace the image and build its shard again")
                 continue

@@ -4,18 +4,20 @@ Worker processes own contiguous parts of the rank's lanes and decode their part 
 parts. `order.py` and `augment.py` determine the content of a batch, no matter which process decodes it, or when.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from scaleprog.data.augment import Augmentation, BatchRequest
+from scaleprog.data.augment import Augmentation, BatchRequest, normalization
 from scaleprog.data.manifest import Manifest
+from scaleprog.data.on_device import erase, normalize
 from scaleprog.data.order import Order
 from scaleprog.data.shard import Cursor, ShardReader, StoredSample
-from scaleprog.data.stream import Batch, Stream
+from scaleprog.data.stream import Batch, Fill, Layout, Stream, slots_of
 from scaleprog.data.token_labels import LabelShards, pack
 from scaleprog.errors import DataError
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
@@ -26,10 +28,9 @@ PADDING_LABEL = -1
 """Label of a row that only pads an evaluation batch; its ID is -1, too."""
 
 
-def decoded_bytes(rows: int, channels: int, resolution: int, data: DataSettings) -> int:
-    """Bytes on the host for batches of `rows` images: the batches decoded ahead, and two copies of the current one."""
-    ahead = data.prefetch if data.workers else 0
-    return rows * channels * resolution**2 * torch.float32.itemsize * (ahead + 2)
+def decoded_bytes(layout: Layout, data: DataSettings) -> int:
+    """Bytes on the host for decoded batches: the current one and those decoded ahead."""
+    return layout.bytes * (slots_of(data.prefetch) if data.workers else 1)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ class DataSet:
         """What tells this data set's contents from another's, wherever they lie: a line per part."""
         labels = {"token_labels": self.token_labels.identity()} if self.token_labels else {}
         return self.manifest.identity() | labels
+
+    def images(self, batch: Batch, device: torch.device) -> Tensor:
+        """The images of a batch on a device, normalized and erased: (B_local, C, r, r) float32."""
+        mean, std = normalization(self.augment, self.channels)
+        images = normalize(batch.images.to(device, non_blocking=True), mean, std)
+        erase(images, batch.erasing)
+        return images
 
 
 class TrainReader:
@@ -96,10 +104,8 @@ class TrainReader:
         if isinstance(requests, Iterator):
             raise TypeError("every worker iterates over the requests: pass a list or another re-iterable value")
         self._shards.preload()
-        rows = ceil_div(len(self.lanes), max(self.workers, 1)) * self.order.per_lane
-        largest = (rows, self._augmentation.channels, resolution, resolution)
-        numbers = self._labels.numbers if self._labels else 0
-        return Stream(partial(self._produce, requests), self.workers, self.data.prefetch, largest, numbers)
+        produce, layout = partial(self._produce, requests), self._layout(resolution)
+        return Stream(produce, len(self.lanes), self.workers, self.data.prefetch, layout)
 
     def memory(self, resolution: int) -> int:
         """The most memory that reading takes on the host, in bytes.
@@ -112,26 +118,31 @@ class TrainReader:
         largest = max(sizes)
         held = len(self.lanes) + 2 * max(self.workers, 1)
         encoded = sum(sizes) + 2 * largest if self._shards.fits else held * largest
-        rows = len(self.lanes) * self.order.per_lane
-        return encoded + decoded_bytes(rows, self._augmentation.channels, resolution, self.data)
+        return encoded + decoded_bytes(self._layout(resolution), self.data)
 
-    def _produce(self, requests: Iterable[BatchRequest], part: int, parts: int) -> Iterator[Batch]:
-        """One worker's part of every batch: a contiguous part of the rank's lanes."""
-        owned = self.lanes[len(self.lanes) * part // parts : len(self.lanes) * (part + 1) // parts]
-        lanes = [_Lane(lane, self.order, self._shards) for lane in owned]
+    def _layout(self, resolution: int) -> Layout:
+        numbers = self._labels.numbers if self._labels else 0
+        return Layout(len(self.lanes) * self.order.per_lane, resolution, self._augmentation.channels, numbers)
+
+    def _produce(self, requests: Iterable[BatchRequest], owned: range) -> Iterator[Fill]:
+        """Some of the rank's lanes in every batch, by their places among them."""
+        lanes = [_Lane(self.lanes[place], self.order, self._shards) for place in owned]
         for request in requests:
-            images, labels, ids, token_labels = [], [], [], []
-            for lane in lanes:
-                samples = lane.take(request.epoch, request.step)
-                encoded = [sample.image for sample in samples]
-                pixels, origins = self._augmentation.lane_with_origins(encoded, request, lane.lane)
-                images.append(pixels)
-                labels += [sample.label for sample in samples]
-                ids += [sample.id for sample in samples]
-                if maps := [sample.map for sample in samples if sample.map is not None]:
-                    token_labels.append(pack(maps, origins))
-            rows = torch.cat(token_labels) if token_labels else None
-            yield Batch(torch.cat(images), torch.tensor(labels), torch.tensor(ids), rows)
+            yield request.resolution, partial(self._fill, lanes, request)
+
+    def _fill(self, lanes: Sequence["_Lane"], request: BatchRequest, batch: Batch) -> None:
+        """Writes the rows of some lanes into a batch that has only those."""
+        count = self.order.per_lane
+        for place, lane in enumerate(lanes):
+            rows = batch.rows(slice(place * count, (place + 1) * count))
+            samples = lane.take(request.epoch, request.step)
+            encoded = [sample.image for sample in samples]
+            origins, erasing = self._augmentation.lane(encoded, request, lane.lane, rows.images.numpy())
+            rows.erasing[:] = torch.tensor(erasing)
+            rows.labels[:] = torch.tensor([sample.label for sample in samples])
+            rows.ids[:] = torch.tensor([sample.id for sample in samples])
+            if maps := [sample.map for sample in samples if sample.map is not None]:
+                rows.token_labels[:] = pack(maps, torch.from_numpy(origins).float())
 
 
 class _Lane:
@@ -178,20 +189,23 @@ def evaluation_batches(data: DataSet, split: str, resolution: int, batch_local: 
     start, stop = rank * share, min((rank + 1) * share, total)
     batches = ceil_div(share, batch_local)
 
-    def produce(part: int, parts: int) -> Iterator[Batch]:
-        above = batch_local * part // parts  # rows of a batch that earlier parts fill
-        rows = batch_local * (part + 1) // parts - above
+    def produce(rows: range) -> Iterator[Fill]:
+        """Some rows of every batch."""
         cursor = Cursor(shards)
-        for batch in range(batches):
-            first = start + above * batches + rows * batch
-            samples = [cursor.at(position) for position in range(first, min(first + rows, stop))]
-            padding = [PADDING_LABEL] * (rows - len(samples))
-            images = torch.zeros(rows, data.channels, resolution, resolution)
-            if samples:
-                images[: len(samples)] = augmentation.evaluation([sample.image for sample in samples], resolution)
-            labels = torch.tensor([sample.label for sample in samples] + padding)
-            yield Batch(images, labels, torch.tensor([sample.id for sample in samples] + padding))
+        for number in range(batches):
+            first = start + rows.start * batches + len(rows) * number  # earlier parts read the samples before
+            positions = range(first, min(first + len(rows), stop))
+            yield resolution, partial(fill, [cursor.at(position) for position in positions])
+
+    def fill(samples: list[StoredSample], batch: Batch) -> None:
+        batch.labels.fill_(PADDING_LABEL)
+        batch.ids.fill_(PADDING_LABEL)
+        batch.images[len(samples) :] = 0
+        if samples:
+            batch.labels[: len(samples)] = torch.tensor([sample.label for sample in samples])
+            batch.ids[: len(samples)] = torch.tensor([sample.id for sample in samples])
+            augmentation.evaluation([sample.image for sample in samples], batch.images[: len(samples)].numpy())
 
     workers = min(data.settings.workers, batch_local)
-    rows = ceil_div(batch_local, max(workers, 1))
-    return Stream(produce, workers, data.settings.prefetch, (rows, data.channels, resolution, resolution))
+    layout = Layout(batch_local, resolution, data.channels)
+    return Stream(produce, batch_local, workers, data.settings.prefetch, layout)

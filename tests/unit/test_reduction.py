@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from typer.testing import CliRunner
 
-from scaleprog.data.decode import whole
+from scaleprog.data.decode import decode_whole
 from scaleprog.data.manifest import NAME
 from scaleprog.errors import DataError
 from scaleprog.shards import image_files, image_folder
@@ -58,7 +58,7 @@ def test_a_larger_image_becomes_a_jpeg_of_the_shorter_side(
     reduced = Image.open(io.BytesIO(sample.image))
     assert (reduced.format, reduced.mode, reduced.size) == ("JPEG", "RGB", size)
     expected = Image.open(io.BytesIO(original)).convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    error = np.asarray(whole(original, shorter_side).pixels, float) - np.asarray(expected)
+    error = np.asarray(decode_whole(original, shorter_side).pixels, float) - np.asarray(expected)
     assert 10 * np.log10(255**2 / (error**2).mean()) > 35
 
 
