@@ -256,7 +256,7 @@ def _size(head: bytes) -> tuple[int, int]:
 
 
 def _resize(image: np.ndarray, box: ScaledBox, reflect: bool, out: np.ndarray) -> None:
-    """Crops (H, W, C) to the box and resizes it into `out`, (rows, columns, C). The box may begin and end between pixels."""
+    """Crops (H, W, C) to the box and resizes it into `out`, (h, w, C). The box may begin and end between pixels."""
     left, top, right, bottom = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
     height, width = image.shape[:2]
     margins = max(-top, 0), max(bottom - height, 0), max(-left, 0), max(right - width, 0)
