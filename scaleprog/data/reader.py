@@ -110,8 +110,8 @@ class TrainReader:
     def memory(self, resolution: int) -> int:
         """The most memory that reading takes on the host, in bytes.
 
-        That is the cached split, or else one shard (of packed ones, an index) per lane and two more for each worker that
-        is reading a shard, plus the batches decoded ahead and the current one.
+        That is the cached split, or else one shard (of packed ones, its index) per lane and two more for each worker
+        that is reading a shard, plus the batches decoded ahead and the current one.
         """
         per_map = self._labels.sample_bytes if self._labels else 0
         sizes = [self._shards.resident_bytes(shard) + shard.samples * per_map for shard in self._shards.shards]

@@ -99,7 +99,10 @@ class ShardReader:
             path = self.manifest.path(shard)
             verify = index not in self._verified
             classes = len(self.manifest.classes)
-            loaded = _open_packed(shard, path, classes) or _parse(read_shard(path, shard, verify), shard, path, classes)
+            loaded = _open_packed(shard, path, classes)
+            if loaded is None:
+                content = read_shard(path, shard, verify)
+                loaded = _parse(io.BytesIO(content), len(content), memoryview(content), shard, path, classes)
             if isinstance(loaded, PackedShard):
                 loaded = replace(loaded, checked=self._checked.setdefault(index, loaded.checked))
             if self._maps_of is not None:
@@ -167,15 +170,15 @@ def _read(path: str, size: int) -> bytes:
         raise Unavailable(f"{path}: cannot read the shard now: {error}") from error
 
 
-def _open_packed(shard: Shard, path: str, classes: int) -> PackedShard | None:
+def _open_packed(shard: Shard, path: str, classes: int) -> LoadedShard | PackedShard | None:
     """The index of the shard at `path`, which stays open; None if it is not packed."""
     file = packed.opened(path)
     if file is None:
         return None
-    data = packed.OpenFile(file)
-    _verify_size(os.fstat(file.fileno()).st_size, shard, path)
+    data, size = packed.OpenFile(file), os.fstat(file.fileno()).st_size
+    _verify_size(size, shard, path)
     try:
-        return PackedShard.index(path, file, data, _samples(file, shard.bytes, shard, path, classes))
+        return _parse(file, size, data, shard, path, classes)
     except OSError as error:
         raise Unavailable(f"{path}: cannot read the shard now: {error}") from error
 
@@ -192,12 +195,15 @@ def _verify_size(size: int, shard: Shard, path: str) -> None:
         raise DataError(f"{path}: {what}: {size} of {shard.bytes} bytes; {packed.HINT}")
 
 
-def _parse(content: bytes, shard: Shard, path: str, classes: int) -> LoadedShard | PackedShard:
+def _parse(
+    file: BinaryIO, size: int, data: memoryview | packed.OpenFile, shard: Shard, path: str, classes: int
+) -> LoadedShard | PackedShard:
+    """The samples of the tar in `file`, of `size` bytes; `data` holds the same bytes. Raises like `_samples`."""
+    samples = _samples(file, size, shard, path, classes)
+    if packed.is_packed(file, size):
+        return PackedShard.index(path, file, data, samples)
+    assert isinstance(data, memoryview), "only packed shards stay in their files"
     keys, starts, ends, labels = list[str](), list[int](), list[int](), list[int]()
-    file = io.BytesIO(content)
-    samples = _samples(file, len(content), shard, path, classes)
-    if packed.is_packed(file, len(content)):
-        return PackedShard.index(path, file, memoryview(content), samples)
     for key, files, label in samples:
         if packed.EXTENSION in files:
             raise DataError(f"{path}: sample {key!r} is packed, but others are not; rebuild the shard")
@@ -207,7 +213,7 @@ def _parse(content: bytes, shard: Shard, path: str, classes: int) -> LoadedShard
         ends.append(image.start + image.size)
         labels.append(label)
     begins, stops, classes_of = (np.array(values, dtype=np.int64) for values in (starts, ends, labels))
-    return LoadedShard(path, tuple(keys), memoryview(content), begins, stops, classes_of)
+    return LoadedShard(path, tuple(keys), data, begins, stops, classes_of)
 
 
 def _samples(
