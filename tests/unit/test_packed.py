@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 
 from scaleprog.data import packed, token_labels
 from scaleprog.data.decode import Box, decode, decode_whole, whole
+from scaleprog.data.evaluation import VALIDATION, EvaluationReader
 from scaleprog.data.manifest import NAME, Manifest, Shard
 from scaleprog.data.order import Order
 from scaleprog.data.packed import PackedShard
-from scaleprog.data.reader import BatchRequest, DataSet, TrainReader, evaluation_batches
+from scaleprog.data.reader import BatchRequest, DataSet, TrainReader
 from scaleprog.data.shard import ShardReader
 from scaleprog.data.stream import Batch
 from scaleprog.data.token_labels import LabelShards
@@ -86,7 +87,7 @@ def training_batches(folder: Path, workers: int, labels: Path | None = None, **a
 
 def evaluated_batches(folder: Path) -> list[Batch]:
     data = DataSet(Manifest.load(folder), DataSettings(path=str(folder), workers=0), AugmentSettings(), 3)
-    return [batch.clone() for batch in evaluation_batches(data, "val", 16, 4, 0, 1)]
+    return [batch.clone() for batch in EvaluationReader(data, VALIDATION, 4, 0, 1).batches(16)]
 
 
 def same(some: list[Batch], others: list[Batch]) -> bool:
