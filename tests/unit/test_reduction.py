@@ -85,28 +85,26 @@ def test_an_image_that_cannot_be_decoded_is_named_as_without_a_reduction(content
     assert messages[0] == messages[1]
 
 
-def test_shards_are_the_same_for_every_number_of_workers_and_after_an_interruption(
+def test_an_interrupted_build_resumes_and_another_one_is_refused(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def build(out: Path, workers: int, quality: int = 92) -> dict[str, bytes]:
-        reduction = Reduction(64, quality)
-        image_folder.build(tree, out, samples_per_shard=4, reduction=reduction, workers=workers)
+    def build(quality: int = 92) -> dict[str, bytes]:
+        image_folder.build(tree, out, samples_per_shard=4, reduction=Reduction(64, quality), workers=1)
         return {path.name: path.read_bytes() for path in out.iterdir()}
 
-    whole_build = build(tmp_path / "one", 1)
+    out = tmp_path / "out"
+    whole_build = build()
     assert "MB of images became" in capsys.readouterr().out
-    assert build(tmp_path / "two", 2) == whole_build
-    interrupted = tmp_path / "two"
-    (interrupted / NAME).unlink()
-    (interrupted / STAGING).mkdir()
-    for path in shard_files(interrupted)[1:]:
-        path.rename(interrupted / STAGING / path.name)
-    (interrupted / STAGING / "train-000001.tar").write_bytes(b"half")
-    assert build(interrupted, 1) == whole_build
+    (out / NAME).unlink()
+    (out / STAGING).mkdir()
+    for path in shard_files(out)[1:]:
+        path.rename(out / STAGING / path.name)
+    (out / STAGING / "train-000001.tar").write_bytes(b"half")
+    assert build() == whole_build
     with pytest.raises(DataError, match=r"another build \(quality: built with 92, requested 80\)"):
-        build(interrupted, 1, quality=80)
+        build(quality=80)
     with pytest.raises(DataError, match=r"another build \(.*shorter_side: built with 64, requested None\)"):
-        image_folder.build(tree, interrupted, samples_per_shard=4)
+        image_folder.build(tree, out, samples_per_shard=4)
 
 
 def test_command_line(tree: Path, tmp_path: Path) -> None:
