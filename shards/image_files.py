@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, pairwise
 from pathlib import Path
@@ -123,7 +124,8 @@ def build_shards(
     splits = {split: cut(images[split], samples_per_shard, reduction) for split in SPLITS}
     manifest = build(out, classes=classes, splits=splits, source=description, workers=workers)
     if reduction:
-        _print_savings(manifest, list(chain(*images.values())), reduction)
+        with suppress(OSError, ValueError):  # the build is finished, whatever becomes of the originals
+            _print_savings(manifest, list(chain(*images.values())), reduction)
     return manifest
 
 
