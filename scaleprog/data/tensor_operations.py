@@ -138,7 +138,7 @@ TABLES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 (k, 256, C) or a shape that expands to it."""
 
 
-def _looked_up(pixels: Tensor, turned: Sequence[Operation], numbers: Tensor, _: Tensor) -> Tensor:
+def _looked_up(pixels: Tensor, turned: Sequence[Operation], numbers: Tensor, background: Tensor) -> Tensor:
     flat = pixels.flatten(1, 2)
     tables = torch.empty(len(pixels), 256, pixels.shape[-1], dtype=torch.uint8, device=pixels.device)
     first = 0
@@ -148,14 +148,14 @@ def _looked_up(pixels: Tensor, turned: Sequence[Operation], numbers: Tensor, _: 
     return tables.gather(1, flat.long()).view_as(pixels)
 
 
-def _colored(pixels: Tensor, _: Sequence[Operation], numbers: Tensor, __: Tensor) -> Tensor:
+def _colored(pixels: Tensor, turned: Sequence[Operation], numbers: Tensor, background: Tensor) -> Tensor:
     return _blended(_gray(pixels), pixels, numbers[:, 0, None, None, None])
 
 
 # ---- neighborhoods
 
 
-def _sharpened(pixels: Tensor, _: Sequence[Operation], numbers: Tensor, __: Tensor) -> Tensor:
+def _sharpened(pixels: Tensor, turned: Sequence[Operation], numbers: Tensor, background: Tensor) -> Tensor:
     """Blends with Pillow's ImageFilter.SMOOTH; the pixels at the edges stay as they are."""
     whole, inner = pixels.short(), pixels[:, 1:-1, 1:-1]
     three = whole[:, :-2] + whole[:, 1:-1] + whole[:, 2:]
@@ -166,7 +166,7 @@ def _sharpened(pixels: Tensor, _: Sequence[Operation], numbers: Tensor, __: Tens
     return changed
 
 
-def _blurred(pixels: Tensor, _: Sequence[Operation], numbers: Tensor, __: Tensor) -> Tensor:
+def _blurred(pixels: Tensor, turned: Sequence[Operation], numbers: Tensor, background: Tensor) -> Tensor:
     """Blurs with a box that weighs pixels by their distance, several times, across and then down, as Pillow does."""
     weights = [weight[:, None, None, None] for weight in numbers[:, : _FARTHEST + 1].unbind(1)]
     for axis in (2, 1):
@@ -224,7 +224,7 @@ def _inside(place: Tensor, side: int) -> Tensor:
     return (place >= -0.5) & (place < side - 0.5)
 
 
-def _moved_across(pixels: Tensor, _: Sequence[Operation], numbers: Tensor, background: Tensor) -> Tensor:
+def _moved_across(pixels: Tensor, turned: Sequence[Operation], numbers: Tensor, background: Tensor) -> Tensor:
     """Moves the pixels of line y by numbers[:, 0] * y + numbers[:, 1]."""
     count, side, _, _ = pixels.shape
     line = torch.arange(side, device=pixels.device)
@@ -241,7 +241,7 @@ def _moved_down(pixels: Tensor, turned: Sequence[Operation], numbers: Tensor, ba
     return _moved_across(pixels.transpose(1, 2), turned, numbers, background).transpose(1, 2)
 
 
-def _rotated(pixels: Tensor, _: Sequence[Operation], numbers: Tensor, background: Tensor) -> Tensor:
+def _rotated(pixels: Tensor, turned: Sequence[Operation], numbers: Tensor, background: Tensor) -> Tensor:
     """Each pixel comes from where the matrices in numbers (k, 6) map it."""
     count, side, _, _ = pixels.shape
     line = torch.arange(side, device=pixels.device)

@@ -196,8 +196,8 @@ class AugmentSettings(Settings):
             raise ValueError("three_augment replaces randaugment: set one of them, not both")
         if self.device == "accelerator" and not self.operates:
             raise ValueError(
-                "device: accelerator moves the operations of randaugment, three_augment and color_jitter, which are all "
-                "off: turn one on, or use device: cpu"
+                "device: accelerator moves the operations of randaugment, three_augment and color_jitter, and all of "
+                "them are off: turn one on, or use device: cpu"
             )
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)

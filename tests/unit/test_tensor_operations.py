@@ -160,7 +160,7 @@ def test_the_drawn_operations_arrive(chosen: dict[str, object], channels: int) -
     drawn = here.draws(request, 3, len(images))
     assert there.draws(request, 3, len(images)) == drawn
     out = np.empty((len(images), 24, 24, channels), np.uint8)
-    origins, left, erasing = there.lane(images, request, 3, out)
+    _, left, erasing = there.lane(images, request, 3, out)
     assert left == [draw.operations for draw in drawn]
     assert there.left == max(map(len, left))
     indices, amounts = packed(left, there.left).unbind(-1)
