@@ -177,7 +177,7 @@ def operations(bench: Bench, model: Model) -> list[Row]:
         augmentation = Augmentation(recipe.augment.model_copy(update={**policy, "device": "accelerator"}), channels)
         drawn = [draw.operations for draw in augmentation.draws(BatchRequest(0, 0, side), 0, model.batch)]
         images = torch.randint(256, (model.batch, side, side, channels), dtype=torch.uint8, device=bench.device)
-        change = partial(operate, images, packed(drawn, augmentation.left), augmentation.fill)
+        change = partial(operate, images, packed(drawn, augmentation.deferred), augmentation.fill)
         repeat(change, bench.warm_up)
         bench.forget_peak()
         seconds, issued = [], []

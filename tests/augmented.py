@@ -22,8 +22,8 @@ def train_images_with_origins(
 ) -> tuple[torch.Tensor, np.ndarray]:
     """(n, C, r, r) float32, and their origins (n, 2, 3)."""
     pixels = np.empty((len(images), request.resolution, request.resolution, augmentation.channels), np.uint8)
-    origins, left, erasing = augmentation.lane(images, request, lane, pixels)
-    changed = operate(torch.from_numpy(pixels), packed(left, augmentation.left), augmentation.fill)
+    origins, deferred, erasing = augmentation.lane(images, request, lane, pixels)
+    changed = operate(torch.from_numpy(pixels), packed(deferred, augmentation.deferred), augmentation.fill)
     batch = normalize(changed, *normalization(augmentation.settings, augmentation.channels))
     erase(batch, torch.tensor(erasing))
     return batch, origins

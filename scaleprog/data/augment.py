@@ -102,8 +102,8 @@ class Augmentation:
         self.channels = channels
         self.seed = seed
         self.fill = fill_of(settings, channels)
-        self.left = policy_of(settings).most if settings.device == "accelerator" else 0
-        """The most operations that an image leaves to the device."""
+        self.deferred = policy_of(settings).most if settings.device == "accelerator" else 0
+        """The most operations of an image that are left to the device."""
 
     def draws(self, request: BatchRequest, lane: int, count: int) -> list[Draw]:
         """What happens to the images of one lane in one step."""
@@ -145,7 +145,7 @@ class Augmentation:
             decode(views[0][0], where, self.channels, side, crops, reflect=reflect, fast=True, out=target)
             for row in rows:
                 self._change(out[row], draws[row], origins[row])
-        return origins, [draw.operations if self.left else () for draw in draws], [draw.erasing for draw in draws]
+        return origins, [draw.operations if self.deferred else () for draw in draws], [draw.erasing for draw in draws]
 
     def evaluation(self, images: Sequence[Encoded], out: np.ndarray) -> None:
         """Evaluation images: the central square whose side is `eval_crop` of the shorter side, resized.
@@ -173,10 +173,10 @@ class Augmentation:
 
     def _change(self, pixels: np.ndarray, draw: Draw, origin: Origin) -> None:
         """Changes and flips one cropped image (r, r, C), and composes its origin, both in place."""
-        changed = pixels if self.left else reduce(partial(apply, fill=self.fill), draw.operations, pixels)
+        changed = pixels if self.deferred else reduce(partial(apply, fill=self.fill), draw.operations, pixels)
         moves = [MOVES[name](amount) for name, amount in draw.operations if name in MOVES]
         flips = [FLIP] if draw.flipped else []
-        origin[:] = reduce(after, flips + moves if self.left else moves + flips, origin)
+        origin[:] = reduce(after, flips + moves if self.deferred else moves + flips, origin)
         if draw.flipped:
             cv2.flip(changed, 1, dst=pixels)
         elif changed is not pixels:

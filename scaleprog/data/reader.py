@@ -126,7 +126,7 @@ class TrainReader:
     def _layout(self, resolution: int) -> Layout:
         numbers = self._labels.numbers if self._labels else 0
         rows, augmentation = len(self.lanes) * self.order.per_lane, self._augmentation
-        return Layout(rows, resolution, augmentation.channels, numbers, augmentation.left)
+        return Layout(rows, resolution, augmentation.channels, numbers, augmentation.deferred)
 
     def _produce(self, requests: Iterable[BatchRequest], owned: range) -> Iterator[Fill]:
         """Some of the rank's lanes in every batch, by their places among them."""
@@ -141,8 +141,8 @@ class TrainReader:
             rows = batch.rows(slice(place * count, (place + 1) * count))
             samples = lane.take(request.epoch, request.step)
             encoded = [sample.image for sample in samples]
-            origins, left, erasing = self._augmentation.lane(encoded, request, lane.lane, rows.images.numpy())
-            rows.operations[:] = packed(left, self._augmentation.left)
+            origins, deferred, erasing = self._augmentation.lane(encoded, request, lane.lane, rows.images.numpy())
+            rows.operations[:] = packed(deferred, self._augmentation.deferred)
             rows.erasing[:] = torch.tensor(erasing)
             rows.labels[:] = torch.tensor([sample.label for sample in samples])
             rows.ids[:] = torch.tensor([sample.id for sample in samples])

@@ -50,11 +50,11 @@ def operate(images: Tensor, operations: Tensor, fill: tuple[int, ...]) -> Tensor
         turned = [Operation(NAMES[int(index)], amount) for index, amount in turn[shown].tolist()]
         numbers = torch.tensor([_numbers(operation, side) for operation in turned]).to(device, non_blocking=True)
         first = 0
-        for kind, same in groupby(turned, key=lambda operation: KINDS.get(operation.name)):
+        for kernels, same in groupby(turned, key=lambda operation: KERNELS.get(operation.name)):
             stop = first + len(list(same))
-            if kind:
-                for rows in _parts(first, stop, WORKING // (kind.bytes * images[0].numel())):
-                    images[rows] = kind.change(images[rows], turned[rows], numbers[rows], background)
+            if kernels:
+                for rows in _parts(first, stop, WORKING // (kernels.bytes * images[0].numel())):
+                    images[rows] = kernels.change(images[rows], turned[rows], numbers[rows], background)
             first = stop
     return images[shown.argsort().to(device, non_blocking=True)]
 
@@ -260,8 +260,8 @@ def _rotated(pixels: Tensor, turned: Sequence[Operation], numbers: Tensor, backg
 # ---- all of them
 
 
-class _Kind(NamedTuple):
-    """Operations that the same kernels do.
+class _Kernels(NamedTuple):
+    """What changes the images of one operation, or of several that are alike.
 
     Args:
         change: pixels (k, r, r, C), their operations, their `_numbers` (k, 6), the fill (C,) -> the changed pixels.
@@ -272,17 +272,17 @@ class _Kind(NamedTuple):
     bytes: int
 
 
-KINDS: dict[str, _Kind] = {
-    **dict.fromkeys(TABLES, _Kind(_looked_up, 12)),
-    "color": _Kind(_colored, 16),
-    "sharpness": _Kind(_sharpened, 16),
-    "blur": _Kind(_blurred, 24),
-    **dict.fromkeys(("shear_x", "translate_x"), _Kind(_moved_across, 20)),
-    **dict.fromkeys(("shear_y", "translate_y"), _Kind(_moved_down, 20)),
-    "rotate": _Kind(_rotated, 100),
+KERNELS: dict[str, _Kernels] = {
+    **dict.fromkeys(TABLES, _Kernels(_looked_up, 12)),
+    "color": _Kernels(_colored, 16),
+    "sharpness": _Kernels(_sharpened, 16),
+    "blur": _Kernels(_blurred, 24),
+    **dict.fromkeys(("shear_x", "translate_x"), _Kernels(_moved_across, 20)),
+    **dict.fromkeys(("shear_y", "translate_y"), _Kernels(_moved_down, 20)),
+    "rotate": _Kernels(_rotated, 100),
 }
-"""Every operation of `operations.py`; neighbors of the same kind change together."""
-NAMES = ("", *KINDS)
+"""Every operation of `operations.py`; those with the same kernels change together."""
+NAMES = ("", *KERNELS)
 """The operation of each index; the first is none."""
 _INDEX = {name: index for index, name in enumerate(NAMES)}
 
@@ -295,6 +295,6 @@ def _numbers(operation: Operation, side: int) -> list[float]:
         found = _box(amount)
     elif name in MOVES:
         (a, b, c), (d, e, f) = pixels_of(MOVES[name](amount), side).tolist()
-        kind = KINDS[name].change
-        found = [b, c] if kind is _moved_across else [d, f] if kind is _moved_down else [a, b, c, d, e, f]
+        change = KERNELS[name].change
+        found = [b, c] if change is _moved_across else [d, f] if change is _moved_down else [a, b, c, d, e, f]
     return [*found, *[0.0] * (6 - len(found))]

@@ -17,7 +17,7 @@ from scaleprog.data import tensor_operations
 from scaleprog.data.augment import Augmentation, BatchRequest
 from scaleprog.data.operations import OPERATIONS, Operation, apply
 from scaleprog.data.origin import MOVES
-from scaleprog.data.tensor_operations import KINDS, NAMES, operate, packed
+from scaleprog.data.tensor_operations import KERNELS, NAMES, operate, packed
 from scaleprog.recipe.keys import AugmentSettings
 from tests.augmented import train_images_with_origins
 from tests.unit.test_augment import encoded
@@ -70,7 +70,7 @@ def test_pictures_are_timms(name: str, amount: float, channels: int, device: str
 
 
 def test_every_operation_is_there() -> None:
-    assert set(KINDS) == set(NAMES[1:]) == {*OPERATIONS, *MOVES}
+    assert set(KERNELS) == set(NAMES[1:]) == {*OPERATIONS, *MOVES}
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -108,13 +108,13 @@ def test_few_rows_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch, devi
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_working_memory_is_what_is_stated(name: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of eight images, two at a time may be changed."""
     amount = next(amount for known, amount, _ in CASES if known == name)
     images = torch.from_numpy(noise(8, 96, channels))
     operations = packed([[Operation(name, amount)]] * len(images), 1)
-    bound = KINDS[name].bytes * 2 * images[0].numel()
+    bound = KERNELS[name].bytes * 2 * images[0].numel()
     monkeypatch.setattr(tensor_operations, "WORKING", bound)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         operate(images, operations, FILL[-channels:])
@@ -160,17 +160,17 @@ def test_the_drawn_operations_arrive(chosen: dict[str, object], channels: int) -
     drawn = here.draws(request, 3, len(images))
     assert there.draws(request, 3, len(images)) == drawn
     out = np.empty((len(images), 24, 24, channels), np.uint8)
-    _, left, erasing = there.lane(images, request, 3, out)
-    assert left == [draw.operations for draw in drawn]
-    assert there.left == max(map(len, left))
-    indices, amounts = packed(left, there.left).unbind(-1)
+    _, deferred, erasing = there.lane(images, request, 3, out)
+    assert deferred == [draw.operations for draw in drawn]
+    assert there.deferred == max(map(len, deferred))
+    indices, amounts = packed(deferred, there.deferred).unbind(-1)
     for draw, names, numbers in zip(drawn, indices.int().tolist(), amounts):
         arrived = [NAMES[index] for index in names if index]
         assert arrived == [operation.name for operation in draw.operations]
         assert torch.equal(numbers[: len(arrived)], torch.tensor([amount for _, amount in draw.operations]))
     assert [draw.erasing for draw in drawn] == erasing
     _, none, _ = here.lane(images, request, 3, out)
-    assert (here.left, set(none)) == (0, {()})
+    assert (here.deferred, set(none)) == (0, {()})
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
