@@ -25,9 +25,11 @@ _FARTHEST = 2  # pixels that a box blur reaches: as far as a standard deviation 
 
 def packed(drawn: Sequence[Sequence[Operation]], most: int) -> Tensor:
     """The operations of each image as numbers: (n, `most`, 2) float32, an index of NAMES and the amount."""
-    none = [(0, 0.0)] * most
-    rows = [[*((_INDEX[name], amount) for name, amount in operations), *none][:most] for operations in drawn]
-    return torch.tensor(rows, dtype=torch.float32).view(len(drawn), most, 2)
+    rows = torch.zeros(len(drawn), most, 2)
+    for row, operations in zip(rows.numpy(), drawn):
+        for place, (name, amount) in enumerate(operations):
+            row[place] = _INDEX[name], amount
+    return rows
 
 
 def operate(images: Tensor, operations: Tensor, fill: tuple[int, ...]) -> Tensor:
