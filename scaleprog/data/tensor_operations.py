@@ -283,7 +283,7 @@ KERNELS: dict[str, _Kernels] = {
     **dict.fromkeys(("shear_y", "translate_y"), _Kernels(_moved_down, 20)),
     "rotate": _Kernels(_rotated, 100),
 }
-"""Every operation of `operations.py`; those with the same kernels change together."""
+"""Every operation of `operations.py`; neighbors with the same kernels change together."""
 NAMES = ("", *KERNELS)
 """The operation of each index; the first is none."""
 _INDEX = {name: index for index, name in enumerate(NAMES)}
