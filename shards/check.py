@@ -1,11 +1,12 @@
 """Checks a folder of shards against its manifest, and writes a manifest for WebDataset shards made elsewhere."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+from scaleprog.data import packed
 from scaleprog.data.decode import problem_of
 from scaleprog.data.manifest import NAME, SHARD_NAME, Manifest, Shard
 from scaleprog.data.shard import IMAGE_EXTENSIONS
@@ -38,6 +39,8 @@ class Contents:
 
     samples: int = 0
     labels: set[int] = field(default_factory=set)
+    packed: bool = False
+    """Whether the first image is packed."""
     problems: list[str] = field(default_factory=list)
     """One line per problem, with the shard and, if the problem is in one sample, its key."""
 
@@ -121,7 +124,7 @@ def read_contents(path: Path, classes: int | None) -> Contents:
         for key, members in read_members(path):
             contents.samples += 1
             try:
-                if wrong := problem_of(members[image_extension(members)]):
+                if wrong := _image_problem(members, contents):
                     contents.problems.append(f"{path}: key {key!r}: {wrong}; remove or replace the image")
                 label = read_label(members)
                 if label >= known:
@@ -141,6 +144,17 @@ def read_contents(path: Path, classes: int | None) -> Contents:
     except DataError as error:
         contents.problems.append(str(error))
     return contents
+
+
+def _image_problem(members: Mapping[str, bytes], contents: Contents) -> str:
+    """What is wrong with the image of the latest sample of `contents`; empty if nothing is. Raises ValueError."""
+    extension = image_extension(members)
+    packed_image = extension == packed.EXTENSION
+    if contents.samples == 1:
+        contents.packed = packed_image
+    if packed_image != contents.packed:
+        raise ValueError("the shard holds both packed and encoded images")
+    return packed.problem_of(members) if packed_image else problem_of(members[extension])
 
 
 def _compare(job: tuple[Path, Shard, int]) -> list[str]:

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scaleprog.data.augment import Augmentation, BatchRequest, normalization
+from scaleprog.data.augment import Augmentation, BatchRequest, fill_of, normalization
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.on_device import erase, normalize
 from scaleprog.data.order import Order
 from scaleprog.data.shard import Cursor, ShardReader, StoredSample
 from scaleprog.data.stream import Batch, Fill, Layout, Stream, slots_of
+from scaleprog.data.tensor_operations import operate, packed
 from scaleprog.data.token_labels import LabelShards, pack
 from scaleprog.errors import DataError
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
@@ -62,9 +63,11 @@ class DataSet:
         return self.manifest.identity() | labels
 
     def images(self, batch: Batch, device: torch.device) -> Tensor:
-        """The images of a batch on a device, normalized and erased: (B_local, C, r, r) float32."""
+        """The images of a batch on a device, changed, normalized, and erased: (B_local, C, r, r) float32."""
         mean, std = normalization(self.augment, self.channels)
-        images = normalize(batch.images.to(device, non_blocking=True), mean, std)
+        pixels = batch.images.to(device, non_blocking=True)
+        changed = operate(pixels, batch.operations, fill_of(self.augment, self.channels))
+        images = normalize(changed, mean, std)
         erase(images, batch.erasing)
         return images
 
@@ -115,11 +118,11 @@ class TrainReader:
     def memory(self, resolution: int) -> int:
         """The most memory that reading takes on the host, in bytes.
 
-        That is the cached split, or else one shard per lane and two more for each worker that is reading a shard, plus
-        the batches decoded ahead and the current one.
+        That is the cached split, or else one shard (of packed ones, its index) per lane and two more for each worker
+        that is reading a shard, plus the batches decoded ahead and the current one.
         """
         per_map = self._labels.sample_bytes if self._labels else 0
-        sizes = [shard.bytes + shard.samples * per_map for shard in self._shards.shards]
+        sizes = [self._shards.resident_bytes(shard) + shard.samples * per_map for shard in self._shards.shards]
         largest = max(sizes)
         held = len(self.lanes) + 2 * max(self.workers, 1)
         encoded = sum(sizes) + 2 * largest if self._shards.fits else held * largest
@@ -127,7 +130,8 @@ class TrainReader:
 
     def _layout(self, resolution: int) -> Layout:
         numbers = self._labels.numbers if self._labels else 0
-        return Layout(len(self.lanes) * self.order.per_lane, resolution, self._augmentation.channels, numbers)
+        rows, augmentation = len(self.lanes) * self.order.per_lane, self._augmentation
+        return Layout(rows, resolution, augmentation.channels, numbers, augmentation.deferred)
 
     def _produce(self, requests: Iterable[BatchRequest], owned: range) -> Iterator[Fill]:
         """Some of the rank's lanes in every batch, by their places among them."""
@@ -142,7 +146,8 @@ class TrainReader:
             rows = batch.rows(slice(place * count, (place + 1) * count))
             samples = lane.take(request.epoch, request.step)
             encoded = [sample.image for sample in samples]
-            origins, erasing = self._augmentation.lane(encoded, request, lane.lane, rows.images.numpy())
+            origins, deferred, erasing = self._augmentation.lane(encoded, request, lane.lane, rows.images.numpy())
+            rows.operations[:] = packed(deferred, self._augmentation.deferred)
             rows.erasing[:] = torch.tensor(erasing)
             rows.labels[:] = torch.tensor([sample.label for sample in samples])
             rows.ids[:] = torch.tensor([sample.id for sample in samples])

@@ -1,24 +1,27 @@
-"""One shard in memory: a file that is read whole, checked against the manifest and split into samples."""
+"""One shard: a file that is checked against the manifest and split into samples, and read whole unless it is packed."""
 
 import errno
 import hashlib
 import io
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import cached_property
+from typing import BinaryIO, NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
 
-from scaleprog.data import tar
+from scaleprog.data import packed, tar
 from scaleprog.data.augment import Encoded
 from scaleprog.data.manifest import MOST_BYTES, Manifest, Shard
+from scaleprog.data.packed import PackedShard
 from scaleprog.errors import DataError, Unavailable
 from scaleprog.files.atomic import open_regular
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-EXTENSIONS = (*IMAGE_EXTENSIONS, "cls")
+ENCODED_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = (*ENCODED_EXTENSIONS, packed.EXTENSION)
+EXTENSIONS = (*ENCODED_EXTENSIONS, "cls")
 MapsOf = Callable[[int, Sequence[str], bool], np.ndarray]
 """(index of a shard, its keys, whether to verify the checksum) -> the samples' label maps, (samples, h, w, K)."""
 NO_FILE = (errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
@@ -59,18 +62,31 @@ class ShardReader:
         """`cache`: a split of at most so many bytes stays in memory; `maps_of`: reads label maps."""
         self.manifest = manifest
         self.shards = manifest.split(split)
-        self.fits = sum(shard.bytes for shard in self.shards) <= cache
-        self._kept: list[LoadedShard] = []
+        self.fits = sum(shard.bytes for shard in self.shards) <= cache and not self.packed
+        self._kept: list[LoadedShard | PackedShard] = []
         self._maps_of = maps_of
-        self._held: WeakValueDictionary[int, LoadedShard] = WeakValueDictionary()
+        self._held: WeakValueDictionary[int, LoadedShard | PackedShard] = WeakValueDictionary()
         self._verified: set[int] = set()
+        self._checked: dict[int, np.ndarray] = {}
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether the first shard is packed, and so probably all. The file system caches these."""
+        file = packed.opened(self.manifest.path(self.shards[0])) if self.shards else None
+        if file:
+            file.close()
+        return file is not None
+
+    def resident_bytes(self, shard: Shard) -> int:
+        """Memory that a process takes to hold a shard."""
+        return shard.samples * packed.INDEX_BYTES if self.packed else shard.bytes
 
     def preload(self) -> None:
         """Fills the cache if the split fits. Call it before forking workers, so that they share it."""
         if self.fits and not self._kept:
             self._kept = [self.load(index) for index in range(len(self.shards))]
 
-    def load(self, index: int) -> LoadedShard:
+    def load(self, index: int) -> LoadedShard | PackedShard:
         """The shard with this index in the split.
 
         Raises:
@@ -82,7 +98,13 @@ class ShardReader:
             shard = self.shards[index]
             path = self.manifest.path(shard)
             verify = index not in self._verified
-            loaded = _parse(read_shard(path, shard, verify), shard, path, len(self.manifest.classes))
+            classes = len(self.manifest.classes)
+            loaded = _open_packed(shard, path, classes)
+            if loaded is None:
+                content = read_shard(path, shard, verify)
+                loaded = _parse(io.BytesIO(content), len(content), memoryview(content), shard, path, classes)
+            if isinstance(loaded, PackedShard):
+                loaded = replace(loaded, checked=self._checked.setdefault(index, loaded.checked))
             if self._maps_of is not None:
                 loaded = replace(loaded, maps=self._maps_of(index, loaded.keys, verify))
             self._verified.add(index)
@@ -107,7 +129,7 @@ class Cursor:
     def __init__(self, shards: ShardReader) -> None:
         self._shards = shards
         self._offsets = np.cumsum([0] + [shard.samples for shard in shards.shards])
-        self._shard: LoadedShard | None = None
+        self._shard: LoadedShard | PackedShard | None = None
         self._index = -1
 
     def sample(self, shard: int, index: int) -> StoredSample:
@@ -148,47 +170,85 @@ def _read(path: str, size: int) -> bytes:
         raise Unavailable(f"{path}: cannot read the shard now: {error}") from error
 
 
+def _open_packed(shard: Shard, path: str, classes: int) -> LoadedShard | PackedShard | None:
+    """The index of the shard at `path`, which stays open; None if it is not packed."""
+    file = packed.opened(path)
+    if file is None:
+        return None
+    data, size = packed.OpenFile(file), os.fstat(file.fileno()).st_size
+    _verify_size(size, shard, path)
+    try:
+        return _parse(file, size, data, shard, path, classes)
+    except OSError as error:
+        raise Unavailable(f"{path}: cannot read the shard now: {error}") from error
+
+
 def _verify(content: bytes, shard: Shard, path: str) -> None:
-    hint = "copy the shard again or rebuild it; `scaleprog shards check` finds every damaged one"
-    if len(content) != shard.bytes:
-        if len(content) < shard.bytes:
-            raise DataError(f"{path}: truncated: {len(content)} of {shard.bytes} bytes; {hint}")
-        raise DataError(f"{path}: too long: {os.stat(path).st_size} of {shard.bytes} bytes; {hint}")
+    _verify_size(len(content) if len(content) <= shard.bytes else os.stat(path).st_size, shard, path)
     if hashlib.sha256(content).hexdigest() != shard.sha256:
-        raise DataError(f"{path}: the checksum differs from the manifest's; {hint}")
+        raise DataError(f"{path}: the checksum differs from the manifest's; {packed.HINT}")
 
 
-def _parse(content: bytes, shard: Shard, path: str, classes: int) -> LoadedShard:
-    keys, starts, ends, labels = dict[str, None](), list[int](), list[int](), list[int]()
-    file = io.BytesIO(content)
+def _verify_size(size: int, shard: Shard, path: str) -> None:
+    if size != shard.bytes:
+        what = "truncated" if size < shard.bytes else "too long"
+        raise DataError(f"{path}: {what}: {size} of {shard.bytes} bytes; {packed.HINT}")
+
+
+def _parse(
+    file: BinaryIO, size: int, data: memoryview | packed.OpenFile, shard: Shard, path: str, classes: int
+) -> LoadedShard | PackedShard:
+    """The samples of the tar in `file`, of `size` bytes; `data` holds the same bytes. Raises like `_samples`."""
+    samples = _samples(file, size, shard, path, classes)
+    if packed.is_packed(file, size):
+        return PackedShard.index(path, file, data, samples)
+    assert isinstance(data, memoryview), "only packed shards stay in their files"
+    keys, starts, ends, labels = list[str](), list[int](), list[int](), list[int]()
+    for key, files, label in samples:
+        if packed.EXTENSION in files:
+            raise DataError(f"{path}: sample {key!r} is packed, but others are not; rebuild the shard")
+        [image] = [files[extension] for extension in ENCODED_EXTENSIONS if extension in files]
+        keys.append(key)
+        starts.append(image.start)
+        ends.append(image.start + image.size)
+        labels.append(label)
+    begins, stops, classes_of = (np.array(values, dtype=np.int64) for values in (starts, ends, labels))
+    return LoadedShard(path, tuple(keys), data, begins, stops, classes_of)
+
+
+def _samples(
+    file: BinaryIO, size: int, shard: Shard, path: str, classes: int
+) -> Iterator[tuple[str, dict[str, tar.Member], int]]:
+    """The key, files, and label of each sample in a tar of `size` bytes.
+
+    Raises:
+        DataError: the samples are not sound.
+        OSError: they cannot be read.
+    """
+    keys = set[str]()
 
     def explained(files: Collection[str]) -> str:
-        return tar.why_incomplete(io.BytesIO(content), len(content), key, files, EXTENSIONS) or "rebuild the shard"
+        return tar.why_incomplete(file, size, key, files, EXTENSIONS) or "rebuild the shard"
 
     try:
-        for key, files in tar.samples(file, len(content)):
+        for key, files in tar.samples(file, size):
             where = f"{path}: sample {key!r}"
-            images = [files[extension] for extension in IMAGE_EXTENSIONS if extension in files]
-            if len(images) != 1:
-                count = f"{len(images)} images" if images else "no image"
-                raise DataError(f"{where} has {count} ({', '.join(IMAGE_EXTENSIONS)}); {explained(files)}")
+            if (count := sum(extension in files for extension in IMAGE_EXTENSIONS)) != 1:
+                images = f"{count} images" if count else "no image"
+                raise DataError(f"{where} has {images} ({', '.join(IMAGE_EXTENSIONS)}); {explained(files)}")
             if "cls" not in files:
                 raise DataError(f"{where}: its label (.cls) is b'', because there is no such file; {explained(files)}")
             if key in keys:
                 raise DataError(f"{where} occurs twice; rebuild the shard")
-            keys[key] = None
-            starts.append(images[0].start)
-            ends.append(images[0].start + images[0].size)
-            labels.append(_label(tar.read(file, files["cls"]), classes, where))
-    except (ValueError, OSError) as error:
+            keys.add(key)
+            yield key, files, _label(tar.read(file, files["cls"]), classes, where)
+    except ValueError as error:
         raise DataError(f"{path}: not a tar of samples ({error}); rebuild the shard") from error
     if len(keys) != shard.samples:
         raise DataError(
             f"{path}: holds {len(keys)} samples, but the manifest says {shard.samples}; "
             "rewrite the manifest with `scaleprog shards check --write-manifest`"
         )
-    begins, stops, classes_of = (np.array(values, dtype=np.int64) for values in (starts, ends, labels))
-    return LoadedShard(path, tuple(keys), memoryview(content), begins, stops, classes_of)
 
 
 def _label(text: bytes, classes: int, where: str) -> int:

@@ -175,7 +175,8 @@ def train(
     gc.disable()
     began = time.perf_counter() - state.wall_seconds
     try:
-        with closing(evaluation), metered(recorder, device, nodes.index(nodes[rank]) == rank), watch:
+        # the workers of the evaluation end before the watch does, because they hold its sockets, too
+        with metered(recorder, device, nodes.index(nodes[rank]) == rank), watch, closing(evaluation):
             try:
                 train_phases(run, began)
                 wait_for_checkpoint(run)
