@@ -277,8 +277,8 @@ def _starved(run: RunRecord) -> str:
         return ""
     return (
         f"{run.name} waits for data in {longest.waiting:.0%} of stage {longest.stage} ({size_of(longest.network)}): "
-        "use more cores and data.workers (auto), store smaller images (`scaleprog shards ... --shorter-side`), or pack "
-        "the shards (`scaleprog shards pack`)."
+        "use more cores and data.workers (auto), store smaller images (--shorter-side of scaleprog shards), or "
+        "pack the shards (scaleprog shards pack)."
     )
 
 

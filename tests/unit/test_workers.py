@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -10,9 +11,10 @@ import pytest
 from scaleprog.data.reader import TrainReader
 from scaleprog.planning.plan import Plan
 from scaleprog.ranks.coordinator import Coordinator
+from scaleprog.rundir.recorder import read_rows
 from scaleprog.training import workers
 from scaleprog.training.process import Run
-from tests.conftest import MakeRecipe
+from tests.conftest import MakeRecipe, run
 
 HERE = os.uname().nodename
 
@@ -36,6 +38,23 @@ def test_cores_that_several_ranks_may_use_are_shared_out(
     ranks = cast(Coordinator, SimpleNamespace(gather=lambda value: [value, *everyones[1:]]))
     plan = workers.with_own_cores(Plan.of(make_recipe(data={"workers": "auto"})), ranks)
     assert (plan.data.cores, plan.data.workers) == (own, max(1, own - 1))
+
+
+@pytest.mark.process
+def test_a_run_with_as_many_workers_as_cores_ends_with_the_results_of_one_without(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """No split is cached, so that workers decode for the evaluation, too."""
+    losses, growth = {}, {"schedule": "linear", "stages": 2}
+    for count in ("auto", 0):
+        data, folder = {"workers": count, "cache": 0}, tmp_path / str(count)
+        recipe = make_recipe(data=data, growth=growth, sharding={"engine": "replicated"}, evaluate={"every": 0.5})
+        run(recipe, folder, epochs=1)
+        losses[count] = [row.get("loss", row.get("top1")) for row in read_rows(folder / "metrics.jsonl")]
+    assert losses["auto"] == losses[0]
+    events = read_rows(tmp_path / "auto" / "events.jsonl")
+    assert [event["step"] for event in events if event["event"] == "workers"] == [0, 10], "at the start of each stage"
+    assert all(event["workers"] >= 1 for event in events if event["event"] == "workers")
 
 
 def run_of(recipe: Any, cores: int, waiting: float) -> Run:
