@@ -35,6 +35,7 @@ from scaleprog.data.manifest import Manifest
 from scaleprog.data.reader import DataSet, TrainReader
 from scaleprog.data.shard import Cursor, ShardReader
 from scaleprog.recipe import Recipe
+from scaleprog.shards.pack import build as pack
 from scaleprog.shards.speed import ceiling, one_thread, rate, sample
 
 SIZES = (224, 160, 128)
@@ -126,7 +127,9 @@ def finished(recipe: Recipe, images: int, size: int) -> Turn:
 
 
 def transforms(folder: Path, images: int) -> list[str]:
-    folder = folder / "few"
+    """Tables of ours and of other libraries; `host part`: the device does the augmentation."""
+    packed, folder = folder / "packed", folder / "few"
+    pack(folder, packed, shorter_side=256, workers=1)
     manifest = Manifest.load(folder)
     tar = Path(manifest.path(manifest.split("train")[0]))
     cursor = Cursor(ShardReader(manifest, "train"))
@@ -138,6 +141,9 @@ def transforms(folder: Path, images: int) -> list[str]:
             "ours": ours(recipe(folder), images, size),
             "ours, normalized and erased by the same thread": finished(recipe(folder), images, size),
             "ours, 3 repeats of each image": ours(recipe(folder, repeats=3), images, size),
+            "ours, host part": ours(recipe(folder, device="accelerator"), images, size),
+            "ours, packed at 256 px": ours(recipe(packed), images, size),
+            "ours, packed at 256 px, host part": ours(recipe(packed, device="accelerator"), images, size),
             CEILING: ours(recipe(folder), images, size, ceiling),
             **{name: timed(prepare, images) for name, prepare in others.items() if prepare},
         }
