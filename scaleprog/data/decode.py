@@ -17,7 +17,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from scaleprog.errors import DataError
+from scaleprog.errors import DamagedSample, DataError, Unavailable
 
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels of the full image; pixels beyond the image are 0."""
@@ -71,16 +71,17 @@ def decode(
         (crops, r, r, channels) uint8.
 
     Raises:
-        DataError: the bytes are not a readable image.
+        DamagedSample: the bytes are not a readable image.
+        Unavailable: memory ran out.
     """
     out = np.empty((len(crops), resolution, resolution, channels), np.uint8) if out is None else out
     try:
         image, boxes = _decode_jpeg(data, channels, resolution, crops, fast) or _decode_other(data, channels, crops)
+    except MemoryError as error:  # says nothing about the image: another worker could have decoded it
+        raise Unavailable(f"{where}: memory ran out while decoding; lower data.workers or data.prefetch") from error
     except Exception as error:  # decoders raise exceptions of any kind on damaged data
-        raise DataError(
-            f"{where}: cannot decode the image ({error or type(error).__name__}); "
-            "remove or replace it and rebuild the shard"
-        ) from error
+        problem = f"cannot decode the image ({error or type(error).__name__})"
+        raise DamagedSample(f"{where}: {problem}; remove or replace it and rebuild the shard", where) from error
     for box, target in zip(boxes, out, strict=True):
         _resize(image, box, reflect, target)
     return out

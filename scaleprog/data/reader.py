@@ -4,22 +4,25 @@ Worker processes own contiguous parts of the rank's lanes and decode their part 
 parts. `order.py` and `augment.py` determine the content of a batch, no matter which process decodes it, or when.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scaleprog.data.augment import Augmentation, BatchRequest, normalization
+from scaleprog.data.augment import Augmentation, BatchRequest, Erasing, normalization
+from scaleprog.data.damaged import too_many, write_names
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.on_device import erase, normalize
 from scaleprog.data.order import Order
 from scaleprog.data.shard import Cursor, ShardReader, StoredSample
 from scaleprog.data.stream import Batch, Fill, Layout, Stream, slots_of
 from scaleprog.data.token_labels import LabelShards, pack
-from scaleprog.errors import DataError
+from scaleprog.errors import DamagedSample, DataError
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
 from scaleprog.recipe.numbers import ceil_div
 
@@ -85,6 +88,7 @@ class TrainReader:
         self._augmentation = Augmentation(data.augment, data.channels, seed)
         self._labels = data.token_labels
         maps_of = self._labels.load if self._labels else None
+        self._root = os.path.join(data.manifest.root, "")
         self._shards = ShardReader(data.manifest, TRAIN, self.data.cache * 2**20, maps_of)
         if order.counts != tuple(shard.samples for shard in self._shards.shards):
             raise DataError(f"{data.manifest.root}: the shards of {TRAIN!r} do not match the order")
@@ -135,14 +139,38 @@ class TrainReader:
         count = self.order.per_lane
         for place, lane in enumerate(lanes):
             rows = batch.rows(slice(place * count, (place + 1) * count))
-            samples = lane.take(request.epoch, request.step)
-            encoded = [sample.image for sample in samples]
-            origins, erasing = self._augmentation.lane(encoded, request, lane.lane, rows.images.numpy())
+            samples, origins, erasing = self._fill_images(lane, request, rows)
             rows.erasing[:] = torch.tensor(erasing)
             rows.labels[:] = torch.tensor([sample.label for sample in samples])
             rows.ids[:] = torch.tensor([sample.id for sample in samples])
             if maps := [sample.map for sample in samples if sample.map is not None]:
                 rows.token_labels[:] = pack(maps, torch.from_numpy(origins).float())
+
+    def _fill_images(
+        self, lane: "_Lane", request: BatchRequest, rows: Batch
+    ) -> tuple[list[StoredSample], np.ndarray, list[Erasing]]:
+        """Writes the images of one lane and the names of the damaged samples that they replace.
+
+        Returns:
+            The samples, and what `Augmentation.lane` returns about them.
+        """
+        names: dict[str, str] = {}  # of the samples that this step found damaged, by location; no other step matters
+        wanted = samples = lane.take(request.epoch, request.step)
+        while True:
+            try:
+                images = [sample.image for sample in samples]
+                origins, erasing = self._augmentation.lane(images, request, lane.lane, rows.images.numpy())
+                break
+            except DamagedSample as error:
+                if self.data.damaged == "stop":
+                    raise DataError(f"{error}; or let another take its place: data.damaged=replace") from error
+                names[error.where] = error.where.removeprefix(self._root)
+                if len(names) > self.data.most_damaged:
+                    raise too_many(names.values(), self.data.most_damaged) from error
+                samples = lane.take(request.epoch, request.step, names)
+        located = enumerate(sample.image[1] for sample in wanted)
+        write_names({row: names[where] for row, where in located if where in names}, rows.replaced)
+        return samples, origins, erasing
 
 
 class _Lane:
@@ -155,15 +183,36 @@ class _Lane:
         self._epoch: int | None = None
         self._rows = np.empty((0, 2), np.int64)
 
-    def take(self, epoch: int, step: int) -> list[StoredSample]:
-        """The samples that the lane contributes to any step of any epoch. Raises ValueError for an unknown step."""
+    def take(self, epoch: int, step: int, damaged: Collection[str] = ()) -> list[StoredSample]:
+        """The samples that the lane contributes to any step of any epoch.
+
+        Args:
+            epoch: the epoch.
+            step: the step within the epoch's order.
+            damaged: locations of samples; the next other sample of the lane in this epoch takes the place of each, and
+                after the last one comes the first.
+
+        Raises:
+            ValueError: there is no such step.
+            DataError: a shard does not fit, or all samples of the lane are damaged.
+        """
         if not 0 <= step < self._order.steps_per_epoch:
             raise ValueError(f"step {step} is not in an epoch of {self._order.steps_per_epoch} steps")
         if epoch != self._epoch:
             self._rows, self._epoch = self._order.lane(epoch, self.lane), epoch
         count = self._order.per_lane
-        rows = self._rows[step * count : (step + 1) * count].tolist()
-        return [self._cursor.sample(shard, index) for shard, index in rows]
+        return [self._next(row, damaged) for row in range(step * count, (step + 1) * count)]
+
+    def _next(self, first: int, damaged: Collection[str]) -> StoredSample:
+        """The first sample at row `first` or after it that is not among the `damaged`."""
+        for row in chain(range(first, len(self._rows)), range(first)):
+            sample = self._cursor.sample(*self._rows[row].tolist())
+            if sample.image[1] not in damaged:
+                return sample
+        raise DataError(
+            f"all samples of lane {self.lane} in epoch {self._epoch} are damaged, such as {min(damaged)}; remove or "
+            "replace them and rebuild their shards"
+        )
 
 
 def evaluation_batches(data: DataSet, split: str, resolution: int, batch_local: int, rank: int, world: int) -> Stream:

@@ -24,6 +24,7 @@ import cv2
 import torch
 from torch import Tensor
 
+from scaleprog.data.damaged import NAME_BYTES
 from scaleprog.errors import Unavailable
 
 FORK = multiprocessing.get_context("fork")  # shares the cached shards
@@ -45,6 +46,9 @@ class Batch:
     """(B_local, 5) int64: what is to be erased of each image, see `augment.Erasing`."""
     token_labels: Tensor
     """(B_local, numbers) float32, the rows of `token_labels.pack`; no numbers if there are no token labels."""
+    replaced: Tensor
+    """(B_local, NAME_BYTES) uint8: the name of the damaged sample that the row's sample replaces, see `damaged.py`; or
+    zeros."""
 
     def rows(self, rows: slice) -> "Batch":
         """Some rows of it, in the same memory."""
@@ -84,8 +88,8 @@ class Layout:
             stop = start + math.prod(shape) * dtype.itemsize
             tensors.append(memory[start:stop].view(dtype).view(shape))
             start = stop
-        labels, ids, erasing, token_labels, images = tensors
-        return Batch(images, labels, ids, erasing, token_labels)
+        labels, ids, erasing, token_labels, images, replaced = tensors
+        return Batch(images, labels, ids, erasing, token_labels, replaced)
 
     def _parts(self, resolution: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Shapes and types, the largest numbers first, so that all are aligned."""
@@ -95,6 +99,7 @@ class Layout:
             ((self.rows, 5), torch.int64),
             ((self.rows, self.numbers), torch.float32),
             ((self.rows, resolution, resolution, self.channels), torch.uint8),
+            ((self.rows, NAME_BYTES), torch.uint8),
         )
 
 
