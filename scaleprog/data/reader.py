@@ -154,8 +154,8 @@ class TrainReader:
         Returns:
             The samples, and what `Augmentation.lane` returns about them.
         """
-        names: dict[str, str] = {}  # of the samples that this step found damaged, by location; no other step matters
         wanted = samples = lane.take(request.epoch, request.step)
+        names: dict[str, str] = {}  # of damaged samples, by location; those of earlier steps do not count
         while True:
             try:
                 images = [sample.image for sample in samples]
@@ -163,11 +163,14 @@ class TrainReader:
                 break
             except DamagedSample as error:
                 if self.data.damaged == "stop":
-                    raise DataError(f"{error}; or let another take its place: data.damaged=replace") from error
+                    raise DataError(f"{error}; or let the next sample take its place: data.damaged=replace") from error
                 names[error.where] = error.where.removeprefix(self._root)
                 if len(names) > self.data.most_damaged:
                     raise too_many(names.values(), self.data.most_damaged) from error
-                samples = lane.take(request.epoch, request.step, names)
+                samples = [
+                    lane.instead(request.step, row, names) if sample.image[1] in names else sample
+                    for row, sample in enumerate(samples)
+                ]
         located = enumerate(sample.image[1] for sample in wanted)
         write_names({row: names[where] for row, where in located if where in names}, rows.replaced)
         return samples, origins, erasing
@@ -183,30 +186,24 @@ class _Lane:
         self._epoch: int | None = None
         self._rows = np.empty((0, 2), np.int64)
 
-    def take(self, epoch: int, step: int, damaged: Collection[str] = ()) -> list[StoredSample]:
-        """The samples that the lane contributes to any step of any epoch.
-
-        Args:
-            epoch: the epoch.
-            step: the step within the epoch's order.
-            damaged: locations of samples; the next other sample of the lane in this epoch takes the place of each, and
-                after the last one comes the first.
-
-        Raises:
-            ValueError: there is no such step.
-            DataError: a shard does not fit, or all samples of the lane are damaged.
-        """
+    def take(self, epoch: int, step: int) -> list[StoredSample]:
+        """The samples that the lane contributes to any step of any epoch. Raises ValueError for an unknown step."""
         if not 0 <= step < self._order.steps_per_epoch:
             raise ValueError(f"step {step} is not in an epoch of {self._order.steps_per_epoch} steps")
         if epoch != self._epoch:
             self._rows, self._epoch = self._order.lane(epoch, self.lane), epoch
         count = self._order.per_lane
-        return [self._next(row, damaged) for row in range(step * count, (step + 1) * count)]
+        rows = self._rows[step * count : (step + 1) * count].tolist()
+        return [self._cursor.sample(shard, index) for shard, index in rows]
 
-    def _next(self, first: int, damaged: Collection[str]) -> StoredSample:
-        """The first sample at row `first` or after it that is not among the `damaged`."""
-        for row in chain(range(first, len(self._rows)), range(first)):
-            sample = self._cursor.sample(*self._rows[row].tolist())
+    def instead(self, step: int, row: int, damaged: Collection[str]) -> StoredSample:
+        """The first sample after a row of a step of the current epoch that is not `damaged`; the lane is a circle.
+
+        `damaged`: locations. Raises DataError if they are those of all samples.
+        """
+        place = step * self._order.per_lane + row
+        for shard, index in (self._rows[i].tolist() for i in chain(range(place + 1, len(self._rows)), range(place))):
+            sample = self._cursor.sample(shard, index)
             if sample.image[1] not in damaged:
                 return sample
         raise DataError(

@@ -23,8 +23,10 @@ def count_damaged(run: Run) -> None:
     Raises DataError on every rank if there are more than `data.most_damaged`.
     """
     state, settings = run.state, run.recipe.data
+    if settings.damaged == "stop":
+        return
     found, run.damaged = sorted(run.damaged.difference(state.damaged)), set()
-    if settings.damaged == "stop" or not any(run.coordinator.maximum([len(found)])):
+    if not any(run.coordinator.maximum([len(found)])):
         return
     new = sorted(set(chain(*run.coordinator.gather(found))))
     state.damaged = sorted([*state.damaged, *new])
