@@ -114,7 +114,7 @@ class DataSettings(Settings):
     """What happens where a training image cannot be decoded. stop: the run ends; replace: the next other sample of its
     lane in the epoch's order takes its place, the same one for every number of ranks and workers. A damaged shard,
     label, label map, or evaluation image always ends the run. `scaleprog shards check --write-manifest --keep-damaged`
-    indexes such shards."""
+    indexes shards with such images."""
     most_damaged: Few = 100
     """replace: the most damaged samples that a run may meet; each counts once."""
     shards: Subset | None = None
