@@ -168,7 +168,7 @@ def _impossible(state: RunState, step: int, recipe: Recipe, family: type[Elastic
     if state.skipped != sorted(set(state.skipped)) or max(state.skipped, default=0) > state.step:
         yield f"it skipped the updates of steps {state.skipped[:8]}"
     if state.damaged != sorted(set(state.damaged)):
-        yield f"it counts a damaged sample twice, among {state.damaged[:8]}"
+        yield f"its damaged samples are {state.damaged[:8]}"
     if state.best_step > state.step:
         yield f"its best step is {state.best_step}, after step {state.step}"
 
