@@ -78,7 +78,7 @@ def decode(
     try:
         image, boxes = _decode_jpeg(data, channels, resolution, crops, fast) or _decode_other(data, channels, crops)
     except MemoryError as error:  # says nothing about the image: another worker could have decoded it
-        raise Unavailable(f"{where}: memory ran out while decoding; lower data.workers or data.prefetch") from error
+        raise Unavailable(f"{where}: memory ran out while decoding; use fewer workers") from error
     except Exception as error:  # decoders raise exceptions of any kind on damaged data
         problem = f"cannot decode the image ({error or type(error).__name__})"
         raise DamagedSample(f"{where}: {problem}; remove or replace it and rebuild the shard", where) from error

@@ -160,6 +160,7 @@ def describe(timeline: Timeline | None, events: Sequence[Row]) -> list[str]:
     still = still_told(events)
     growths = {(e["stage"], e["phase"]): e for e in still if e["event"] == "growth"}.values()
     damaged = [event for event in still if event["event"] == "damaged"]
+    names = "; ".join(_some([name for event in damaged for name in event["samples"]]))
     stops = (
         [mark for mark in timeline.marks if mark.kind in ("signal", "stop", "killed") and mark.text] if timeline else []
     )
@@ -175,7 +176,7 @@ def describe(timeline: Timeline | None, events: Sequence[Row]) -> list[str]:
         ),
         f"checkpoints: {len(checkpoints)} in {sum(e['seconds'] for e in checkpoints):.2f} s, "
         f"{sum(e['bytes'] for e in checkpoints) / 2**20:.1f} MiB in all",
-        *([_damaged(damaged)] if damaged else []),
+        *[f"damaged samples, replaced by others: {event['total']} ({names})" for event in damaged[-1:]],
         *_some([f"no checkpoint of step {e['step']}: {first_line(e['message'])}" for e in failed]),
         *([_listing("interruptions", [f"{m.text} after {span(m.seconds)}" for m in stops])] if stops else []),
         *_some([f"error{_at(e)} on rank {e.get('rank', 0)}: {first_line(e['message'])}" for e in errors]),
@@ -385,13 +386,6 @@ def _costs(
 def queued_from(before: Start, after: Start) -> float | None:
     """When a job went back into the queue between two starts; None if it did not, or if that was not recorded."""
     return None if before.requeued is None else min(max(before.requeued, before.end), after.began)
-
-
-def _damaged(events: Sequence[Row]) -> str:
-    """How many damaged samples were replaced, and some of them; each event names only some of those that were new."""
-    named, total = [name for event in events for name in event["samples"]][:MOST_NAMED], events[-1]["total"]
-    more = [f"{total - len(named)} more"] if total > len(named) else []
-    return f"damaged samples, replaced by others: {total} ({'; '.join([*named, *more])})"
 
 
 def _again(start: Row) -> str:

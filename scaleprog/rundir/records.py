@@ -192,12 +192,12 @@ class NoCheckpoint(_Event):
 
 @with_config(STRICT)
 class Damaged(_Event):
-    """Damaged samples that were replaced: how many different ones so far, and some of those that are new."""
+    """Damaged samples that were replaced: how many different ones so far, and the new ones among them."""
 
     event: Literal["damaged"]
     step: Count
     total: Count
-    samples: Annotated[list[Name], Field(max_length=100)]
+    samples: Annotated[list[Name], Field(max_length=1000)]
 
 
 @with_config(STRICT)

@@ -7,7 +7,7 @@ from scaleprog.data.stream import Batch
 from scaleprog.files.display import counted
 from scaleprog.training.process import Run
 
-MOST_NAMED = 20  # in an event
+MOST_NAMED = 1000  # in one event
 
 
 def note_damaged(run: Run, batch: Batch) -> None:
