@@ -11,9 +11,10 @@ import torch
 
 from scaleprog.data.damaged import NAME_BYTES, read_names, write_names
 from scaleprog.data.decode import decode, problem_of, whole
+from scaleprog.data.evaluation import EvaluationReader
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.order import SEARCH_EPOCH, Order
-from scaleprog.data.reader import BatchRequest, DataSet, TrainReader, evaluation_batches
+from scaleprog.data.reader import BatchRequest, DataSet, TrainReader
 from scaleprog.data.stream import Batch
 from scaleprog.errors import DataError, Unavailable
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
@@ -170,7 +171,7 @@ def test_a_lane_without_a_sound_sample_ends_the_run(tmp_path: Path, workers: int
 def test_a_damaged_image_for_evaluation_is_never_replaced(manifest: Manifest) -> None:
     data = DataSettings(path=manifest.root, workers=0, damaged="replace")
     with pytest.raises(DataError, match="cannot decode the image"):
-        list(evaluation_batches(DataSet(manifest, data, EXACT, 3), "train", 12, 16, 0, 1))
+        list(EvaluationReader(DataSet(manifest, data, EXACT, 3), "train", 16, 0, 1).batches(12))
 
 
 def test_memory_that_ran_out_is_no_damage(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
