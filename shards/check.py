@@ -43,6 +43,8 @@ class Contents:
     """Whether the first image is packed."""
     problems: list[str] = field(default_factory=list)
     """One line per problem, with the shard and, if the problem is in one sample, its key."""
+    damaged: list[str] = field(default_factory=list)
+    """One line per image that cannot be decoded, with the shard and the key."""
 
 
 def check(out: Path, *, workers: int | None = None) -> Report:
@@ -72,7 +74,9 @@ def check(out: Path, *, workers: int | None = None) -> Report:
     return _report(manifest)
 
 
-def write_manifest(out: Path, classes: Sequence[str] | None = None, *, workers: int | None = None) -> Report:
+def write_manifest(
+    out: Path, classes: Sequence[str] | None = None, *, keep_damaged: bool = False, workers: int | None = None
+) -> Report:
     """Indexes the train-*.tar and val-*.tar in `out`, and writes `out/manifest.json`.
 
     The tars may come from elsewhere, for example from `webdataset.ShardWriter`.
@@ -81,6 +85,7 @@ def write_manifest(out: Path, classes: Sequence[str] | None = None, *, workers: 
         out: the folder of the shards.
         classes: names of the classes; default: those of a manifest already in `out`, otherwise "0", "1", ... up to
             the largest label.
+        keep_damaged: whether training images that cannot be decoded are no problem, because `data.damaged` is replace.
         workers: number of processes; default: one per CPU.
 
     Raises:
@@ -97,7 +102,8 @@ def write_manifest(out: Path, classes: Sequence[str] | None = None, *, workers: 
         )
     if classes is None and Path(out, NAME).exists():
         classes = Manifest.load(out).classes
-    jobs = [(path, None if classes is None else len(classes)) for path in paths]
+    known = None if classes is None else len(classes)
+    jobs = [(path, known, keep_damaged and path.name.startswith("train-")) for path in paths]
     found = run_all(_index, jobs, label=f"{out}: shards indexed", workers=workers)
     if problems := list(chain(*(contents.problems for _, contents in found))):
         raise DataError(f"{out}: {len(problems)} problems, no {NAME} written\n{listed(problems)}")
@@ -112,6 +118,8 @@ def write_manifest(out: Path, classes: Sequence[str] | None = None, *, workers: 
         hint = "; if the labels count from 1, subtract 1 from each and build the shards again" if absent[0] == 0 else ""
         named = some([f"{label} ({names[label]})" if names[label] != str(label) else str(label) for label in absent])
         print(as_text(f"note: no training image has label {named}{hint}"))
+    if kept := [line for _, contents in found for line in contents.damaged]:
+        print(as_text(f"note: train with data.damaged=replace: {len(kept)} damaged images\n{listed(kept)}", lines=True))
     return _report(manifest)
 
 
@@ -125,7 +133,7 @@ def read_contents(path: Path, classes: int | None) -> Contents:
             contents.samples += 1
             try:
                 if wrong := _image_problem(members, contents):
-                    contents.problems.append(f"{path}: key {key!r}: {wrong}; remove or replace the image")
+                    contents.damaged.append(f"{path}: key {key!r}: {wrong}; remove or replace it, or see data.damaged")
                 label = read_label(members)
                 if label >= known:
                     raise ValueError(
@@ -176,13 +184,18 @@ def _compare(job: tuple[Path, Shard, int]) -> list[str]:
         problems.append(
             f"{path}: has {actual.samples} samples, but {NAME} says {indexed.samples}; use --write-manifest"
         )
-    return problems + contents.problems
+    return problems + contents.problems + contents.damaged
 
 
-def _index(job: tuple[Path, int | None]) -> tuple[Shard | None, Contents]:
-    """The manifest entry of a shard (None if the shard has problems), and its contents."""
-    path, classes = job
+def _index(job: tuple[Path, int | None, bool]) -> tuple[Shard | None, Contents]:
+    """The manifest entry of a shard (None if the shard has problems), and its contents.
+
+    `job`: the shard, the number of classes, and whether it may have damaged images.
+    """
+    path, classes, keep_damaged = job
     contents = read_contents(path, classes)
+    if not keep_damaged:
+        contents.problems += contents.damaged
     if not contents.samples and not contents.problems:
         contents.problems.append(f"{path}: holds no samples; remove it")
     if not re.search(SHARD_NAME, path.name) or not path.name.isprintable():

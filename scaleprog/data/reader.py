@@ -5,23 +5,26 @@ parts. `order.py` and `augment.py` determine the content of a batch, no matter w
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scaleprog.data.augment import Augmentation, BatchRequest, fill_of, normalization
+from scaleprog.data.augment import Augmentation, BatchRequest, Erasing, fill_of, normalization
+from scaleprog.data.damaged import too_many, write_names
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.on_device import erase, normalize
+from scaleprog.data.operations import Operation
 from scaleprog.data.order import Order
 from scaleprog.data.shard import Cursor, ShardReader, StoredSample
 from scaleprog.data.stream import Batch, Fill, Layout, Stream, slots_of
 from scaleprog.data.tensor_operations import operate, packed
 from scaleprog.data.token_labels import LabelShards, pack
-from scaleprog.errors import DataError
+from scaleprog.errors import DamagedSample, DataError
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
 
 TRAIN = "train"
@@ -93,6 +96,7 @@ class TrainReader:
         self._augmentation = Augmentation(data.augment, data.channels, seed)
         self._labels = data.token_labels
         maps_of = self._labels.load if self._labels else None
+        self._root = os.path.join(data.manifest.root, "")
         self._shards = ShardReader(data.manifest, TRAIN, self.data.cache * 2**20, maps_of)
         if order.counts != tuple(shard.samples for shard in self._shards.shards):
             raise DataError(f"{data.manifest.root}: the shards of {TRAIN!r} do not match the order")
@@ -144,15 +148,42 @@ class TrainReader:
         count = self.order.per_lane
         for place, lane in enumerate(lanes):
             rows = batch.rows(slice(place * count, (place + 1) * count))
-            samples = lane.take(request.epoch, request.step)
-            encoded = [sample.image for sample in samples]
-            origins, deferred, erasing = self._augmentation.lane(encoded, request, lane.lane, rows.images.numpy())
+            samples, origins, deferred, erasing = self._fill_images(lane, request, rows)
             rows.operations[:] = packed(deferred, self._augmentation.deferred)
             rows.erasing[:] = torch.tensor(erasing)
             rows.labels[:] = torch.tensor([sample.label for sample in samples])
             rows.ids[:] = torch.tensor([sample.id for sample in samples])
             if maps := [sample.map for sample in samples if sample.map is not None]:
                 rows.token_labels[:] = pack(maps, torch.from_numpy(origins).float())
+
+    def _fill_images(
+        self, lane: "_Lane", request: BatchRequest, rows: Batch
+    ) -> tuple[list[StoredSample], np.ndarray, list[tuple[Operation, ...]], list[Erasing]]:
+        """Writes the images of one lane and the names of the damaged samples that they replace.
+
+        Returns:
+            The samples, and what `Augmentation.lane` returns about them.
+        """
+        wanted = samples = lane.take(request.epoch, request.step)
+        names: dict[str, str] = {}  # of damaged samples, by location; those of earlier steps do not count
+        while True:
+            try:
+                images = [sample.image for sample in samples]
+                changes = self._augmentation.lane(images, request, lane.lane, rows.images.numpy())
+                break
+            except DamagedSample as error:
+                if self.data.damaged == "stop":
+                    raise DataError(f"{error}; or let the next sample take its place: data.damaged=replace") from error
+                names[error.where] = error.where.removeprefix(self._root)
+                if len(names) > self.data.most_damaged:
+                    raise too_many(names.values(), self.data.most_damaged) from error
+                samples = [
+                    lane.instead(request.step, row, names) if sample.image[1] in names else sample
+                    for row, sample in enumerate(samples)
+                ]
+        located = enumerate(sample.image[1] for sample in wanted)
+        write_names({row: names[where] for row, where in located if where in names}, rows.replaced)
+        return samples, *changes
 
 
 class _Lane:
@@ -174,3 +205,18 @@ class _Lane:
         count = self._order.per_lane
         rows = self._rows[step * count : (step + 1) * count].tolist()
         return [self._cursor.sample(shard, index) for shard, index in rows]
+
+    def instead(self, step: int, row: int, damaged: Collection[str]) -> StoredSample:
+        """The first sample after a row of a step of the current epoch that is not `damaged`; the lane is a circle.
+
+        `damaged`: locations. Raises DataError if they are those of all samples.
+        """
+        place = step * self._order.per_lane + row
+        for shard, index in (self._rows[i].tolist() for i in chain(range(place + 1, len(self._rows)), range(place))):
+            sample = self._cursor.sample(shard, index)
+            if sample.image[1] not in damaged:
+                return sample
+        raise DataError(
+            f"all samples of lane {self.lane} in epoch {self._epoch} are damaged, such as {min(damaged)}; remove or "
+            "replace them and rebuild their shards"
+        )
