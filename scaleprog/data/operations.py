@@ -69,25 +69,24 @@ def _margins(axis: int, before: int, after: int) -> tuple[int, int, int, int]:
     return (0, 0, before, after) if axis else (before, after, 0, 0)
 
 
-def _blended(base: float | np.ndarray, image: np.ndarray, factor: float) -> np.ndarray:
+def _blended(base: float, image: np.ndarray, factor: float | np.ndarray) -> np.ndarray:
     """Gray levels `base` + `factor` x (`image` - `base`), as uint8: Pillow's Image.blend."""
     return np.clip(base + factor * (image - base), 0, 255).astype(np.uint8)
 
 
 def _auto_contrast(pixels: np.ndarray, _: float) -> np.ndarray:
-    bounds = [cv2.minMaxLoc(channel)[:2] for channel in cv2.split(pixels)]
-    tables = [_blended(0, LEVELS - low, 255 / (high - low)) if high > low else LEVELS for low, high in bounds]
-    return _looked_up(pixels, tables)
+    low, high = np.array([cv2.minMaxLoc(channel)[:2] for channel in cv2.split(pixels)]).T[..., None]
+    stretched = _blended(0, LEVELS - low, 255 / np.maximum(high - low, 1))
+    return _looked_up(pixels, np.where(high > low, stretched, LEVELS))
 
 
 def _equalize(pixels: np.ndarray, _: float) -> np.ndarray:
-    total, tables = pixels.shape[0] * pixels.shape[1], []
-    for channel in range(pixels.shape[2]):
-        counts = cv2.calcHist([pixels], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
-        step = (total - int(counts[counts.nonzero()[0][-1]])) // 255
-        below = counts.cumsum() - counts
-        tables.append(((step // 2 + below) // step).clip(0, 255) if step else LEVELS)
-    return _looked_up(pixels, tables)
+    channels = range(pixels.shape[2])
+    counts = np.array([cv2.calcHist([pixels], [c], None, [256], [0, 256]) for c in channels], np.int64).reshape(-1, 256)
+    highest = 255 - (counts[:, ::-1] > 0).argmax(1)
+    step = (counts.sum(1) - counts[channels, highest])[:, None] // 255
+    below = counts.cumsum(1) - counts
+    return _looked_up(pixels, np.where(step, (step // 2 + below) // np.maximum(step, 1), LEVELS).clip(0, 255))
 
 
 def _contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
@@ -111,9 +110,9 @@ def _sharpness(pixels: np.ndarray, factor: float) -> np.ndarray:
     return changed
 
 
-def _looked_up(pixels: np.ndarray, tables: list[np.ndarray]) -> np.ndarray:
-    """Replaces each gray level by an entry of the table of its channel."""
-    return cv2.LUT(pixels, np.stack(tables, -1)[None].astype(np.uint8))
+def _looked_up(pixels: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """Replaces each gray level by an entry of the table of its channel; `tables`: (C, 256)."""
+    return cv2.LUT(pixels, tables.T[None].astype(np.uint8, order="C"))
 
 
 OPERATIONS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
