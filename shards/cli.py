@@ -125,8 +125,11 @@ def token_labels(
 
 @app.command("check")
 def check(
-    out: Out,
-    write_manifest: Annotated[bool, typer.Option("--write-manifest", help="Index train-*.tar and val-*.tar.")] = False,
+    out: Annotated[str, typer.Argument(help="Folder of the shards, a path or URL.")],
+    write_manifest: Annotated[bool, typer.Option("--write-manifest", help="Index the shards in the folder.")] = False,
+    manifest: Annotated[
+        str | None, typer.Option(help="Local file of the manifest; default: manifest.json in the folder.")
+    ] = None,
     classes: Annotated[
         Path | None, typer.Option(help="With --write-manifest: file of class names, one per line.")
     ] = None,
@@ -138,9 +141,10 @@ def check(
     if classes is not None and not write_manifest:
         raise DataError("--classes works only with --write-manifest; add it, or leave --classes out")
     if write_manifest:
-        report = shards_check.write_manifest(out, _lines(classes) if classes else None, workers=workers)
+        names = _lines(classes) if classes else None
+        report = shards_check.write_manifest(out, names, manifest=manifest, workers=workers)
     else:
-        report = shards_check.check(out, workers=workers)
+        report = shards_check.check(out, manifest=manifest, workers=workers)
     print(as_text(f"{out}: {report}", lines=True))
 
 

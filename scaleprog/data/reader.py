@@ -4,20 +4,25 @@ Worker processes own contiguous parts of the rank's lanes and decode their part 
 parts. `order.py` and `augment.py` determine the content of a batch, no matter which process decodes it, or when.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
+from scaleprog.data.ahead import AHEAD, ReadAhead
 from scaleprog.data.augment import Augmentation, BatchRequest
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.order import Order
-from scaleprog.data.shard import Cursor, ShardReader, StoredSample
+from scaleprog.data.shard import INDEX_BYTES, Cursor, LoadShard, ShardReader, StoredSample
+from scaleprog.data.store import Store
 from scaleprog.data.stream import Batch, Stream
 from scaleprog.data.token_labels import LabelShards, pack
+from scaleprog.data.transfer import BUFFERED
 from scaleprog.errors import DataError
+from scaleprog.files.location import local_path
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
 from scaleprog.recipe.numbers import ceil_div
 
@@ -77,7 +82,14 @@ class TrainReader:
         self._augmentation = Augmentation(data.augment, data.channels, seed)
         self._labels = data.token_labels
         maps_of = self._labels.load if self._labels else None
-        self._shards = ShardReader(data.manifest, TRAIN, self.data.cache * 2**20, maps_of)
+        self._shards = ShardReader(
+            data.manifest,
+            TRAIN,
+            self.data.cache * 2**20,
+            maps_of,
+            Store.of(self.data),
+            self._exceeds_memory(data.manifest),
+        )
         if order.counts != tuple(shard.samples for shard in self._shards.shards):
             raise DataError(f"{data.manifest.root}: the shards of {TRAIN!r} do not match the order")
 
@@ -104,21 +116,49 @@ class TrainReader:
     def memory(self, resolution: int) -> int:
         """The most memory that reading takes on the host, in bytes.
 
-        That is the cached split, or else one shard per lane and two more for each worker that is reading a shard, plus
-        the batches decoded ahead and the current one.
+        That is the cached split, or else what the lanes hold and each worker reads ahead, plus the batches decoded
+        ahead and the current one; from a URL, also the parts on their way.
         """
         per_map = self._labels.sample_bytes if self._labels else 0
-        sizes = [shard.bytes + shard.samples * per_map for shard in self._shards.shards]
-        largest = max(sizes)
-        held = len(self.lanes) + 2 * max(self.workers, 1)
-        encoded = sum(sizes) + 2 * largest if self._shards.fits else held * largest
+        whole = [shard.bytes + shard.samples * per_map for shard in self._shards.shards]
+        arriving = 0 if local_path(self._shards.manifest.root) is not None else max(self.workers, 1) * BUFFERED
+        if self._shards.fits:
+            encoded = sum(whole) + AHEAD * max(whole)
+        elif self._shards.on_disk:
+            index = max(shard.samples * (per_map + INDEX_BYTES) for shard in self._shards.shards)
+            encoded = self._held * index + (max(self.workers, 1) * max(whole) if arriving else 0)
+        else:
+            encoded = self._held * max(whole)
         rows = len(self.lanes) * self.order.per_lane
-        return encoded + decoded_bytes(rows, self._augmentation.channels, resolution, self.data)
+        return encoded + arriving + decoded_bytes(rows, self._augmentation.channels, resolution, self.data)
+
+    @property
+    def _held(self) -> int:
+        """The most shards that are in memory at a time: one per lane, and those that each worker reads ahead."""
+        return len(self.lanes) + AHEAD * max(self.workers, 1)
+
+    def _exceeds_memory(self, manifest: Manifest) -> bool:
+        """Whether whole shards would take more than `data.memory`."""
+        if self.data.memory is None:
+            return False
+        return self._held * max(shard.bytes for shard in manifest.split(TRAIN)) > self.data.memory * 2**20
 
     def _produce(self, requests: Iterable[BatchRequest], part: int, parts: int) -> Iterator[Batch]:
         """One worker's part of every batch: a contiguous part of the rank's lanes."""
         owned = self.lanes[len(self.lanes) * part // parts : len(self.lanes) * (part + 1) // parts]
-        lanes = [_Lane(lane, self.order, self._shards) for lane in owned]
+        with self._ahead(requests, owned) as load:
+            yield from self._batches(requests, [_Lane(lane, self.order, Cursor(self._shards, load)) for lane in owned])
+
+    @contextmanager
+    def _ahead(self, requests: Iterable[BatchRequest], lanes: Sequence[int]) -> Iterator[LoadShard]:
+        """What loads the shards of some lanes: a thread that reads ahead, unless the shards are in memory."""
+        if self._shards.fits:
+            yield self._shards.load
+            return
+        with ReadAhead(self._shards.load, _edges(self.order, requests, lanes)) as ahead:
+            yield ahead.take
+
+    def _batches(self, requests: Iterable[BatchRequest], lanes: Sequence["_Lane"]) -> Iterator[Batch]:
         for request in requests:
             images, labels, ids, token_labels = [], [], [], []
             for lane in lanes:
@@ -134,25 +174,47 @@ class TrainReader:
             yield Batch(torch.cat(images), torch.tensor(labels), torch.tensor(ids), rows)
 
 
-class _Lane:
-    """A reader of one lane, which holds the rows of the current epoch and the current shard."""
+class _Rows:
+    """The rows of one lane, shard and index in shard; holds those of the current epoch."""
 
-    def __init__(self, lane: int, order: Order, shards: ShardReader) -> None:
+    def __init__(self, lane: int, order: Order) -> None:
         self.lane = lane
         self._order = order
-        self._cursor = Cursor(shards)
         self._epoch: int | None = None
         self._rows = np.empty((0, 2), np.int64)
 
-    def take(self, epoch: int, step: int) -> list[StoredSample]:
-        """The samples that the lane contributes to any step of any epoch. Raises ValueError for an unknown step."""
+    def at(self, epoch: int, step: int) -> np.ndarray:
+        """The rows (per_lane, 2) of any step of any epoch. Raises ValueError for an unknown step."""
         if not 0 <= step < self._order.steps_per_epoch:
             raise ValueError(f"step {step} is not in an epoch of {self._order.steps_per_epoch} steps")
         if epoch != self._epoch:
             self._rows, self._epoch = self._order.lane(epoch, self.lane), epoch
         count = self._order.per_lane
-        rows = self._rows[step * count : (step + 1) * count].tolist()
-        return [self._cursor.sample(shard, index) for shard, index in rows]
+        return self._rows[step * count : (step + 1) * count]
+
+
+class _Lane:
+    """A reader of one lane."""
+
+    def __init__(self, lane: int, order: Order, cursor: Cursor) -> None:
+        self.lane = lane
+        self._rows = _Rows(lane, order)
+        self._cursor = cursor
+
+    def take(self, epoch: int, step: int) -> list[StoredSample]:
+        """The samples that the lane contributes to any step of any epoch. Raises ValueError for an unknown step."""
+        return [self._cursor.sample(shard, index) for shard, index in self._rows.at(epoch, step).tolist()]
+
+
+def _edges(order: Order, requests: Iterable[BatchRequest], lanes: Sequence[int]) -> Iterator[int]:
+    """The shards that `lanes` come to, one after the other, while they read the requested batches."""
+    rows, current = [_Rows(lane, order) for lane in lanes], [-1] * len(lanes)
+    for request in requests:
+        for place, lane in enumerate(rows):
+            for shard in lane.at(request.epoch, request.step)[:, 0].tolist():
+                if shard != current[place]:
+                    current[place] = shard
+                    yield shard
 
 
 def evaluation_batches(data: DataSet, split: str, resolution: int, batch_local: int, rank: int, world: int) -> Stream:
@@ -171,7 +233,7 @@ def evaluation_batches(data: DataSet, split: str, resolution: int, batch_local: 
     Raises:
         DataError: while iterating: a shard or sample is missing, damaged or does not fit.
     """
-    shards = ShardReader(data.manifest, split)
+    shards = ShardReader(data.manifest, split, store=Store.of(data.settings))
     augmentation = Augmentation(data.augment, data.channels)
     total = data.manifest.samples(split)
     share = ceil_div(total, world)

@@ -1,38 +1,61 @@
-"""One shard in memory: a file that is read whole, checked against the manifest and split into samples."""
+"""One shard: its samples found and checked once, its images in memory, or on disk where memory is short."""
 
-import errno
-import hashlib
 import io
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from mmap import mmap
 from typing import NamedTuple
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize
 
 import numpy as np
 
-from scaleprog.data import tar
+from scaleprog.data import labels, tar
 from scaleprog.data.augment import Encoded
-from scaleprog.data.manifest import MOST_BYTES, Manifest, Shard
+from scaleprog.data.labels import Numbering
+from scaleprog.data.manifest import Manifest
+from scaleprog.data.source import Content, Shard, source_of
+from scaleprog.data.store import Store
+from scaleprog.data.tar import Seekable
 from scaleprog.errors import DataError, Unavailable
-from scaleprog.files.atomic import open_regular
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 EXTENSIONS = (*IMAGE_EXTENSIONS, "cls")
+LoadShard = Callable[[int], "LoadedShard"]
+INDEX_BYTES = 512
+"""About what a sample takes in memory whose image stays on disk."""
 MapsOf = Callable[[int, Sequence[str], bool], np.ndarray]
 """(index of a shard, its keys, whether to verify the checksum) -> the samples' label maps, (samples, h, w, K)."""
-NO_FILE = (errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
-"""Errors for a path that is not a regular file; another attempt would fail, too."""
+
+
+class OnDisk:
+    """The bytes of an open file, read where they are sliced."""
+
+    def __init__(self, descriptor: int, path: str) -> None:
+        """Takes over the descriptor, and closes it at the end."""
+        self._descriptor, self._path = descriptor, path
+        finalize(self, os.close, descriptor)
+
+    def __getitem__(self, part: slice) -> memoryview:
+        """Raises Unavailable if they cannot be read, or are no longer there."""
+        size = part.stop - part.start
+        try:
+            content = os.pread(self._descriptor, size, part.start)
+        except OSError as error:
+            raise Unavailable(f"{self._path}: cannot read the shard now: {error}") from error
+        if len(content) != size:
+            raise Unavailable(f"{self._path}: was truncated while the run read it")
+        return memoryview(content)
 
 
 @dataclass(frozen=True)
 class LoadedShard:
-    """A shard in memory. It consists of few large objects, so that forked workers share its pages: the reference counts
-    of one object per image would make them copy every page."""
+    """A shard whose samples are known. It consists of few large objects, so that forked workers share its pages: the
+    reference counts of one object per image would make them copy every page."""
 
     path: str
     keys: tuple[str, ...]
-    data: memoryview
+    data: memoryview | OnDisk
     """The whole tar."""
     starts: np.ndarray
     """(samples,) int64: where each image begins in `data`."""
@@ -49,17 +72,36 @@ class LoadedShard:
 
 
 class ShardReader:
-    """Reads the shards of a split whole and checks them against the manifest.
+    """Reads the shards of a split and checks them against the manifest.
 
     A shard is not read again while any caller holds it, and never again if the split fits into the cache. A process
     verifies size and checksum of a shard the first time that it reads the shard.
     """
 
-    def __init__(self, manifest: Manifest, split: str, cache: int = 0, maps_of: MapsOf | None = None) -> None:
-        """`cache`: a split of at most so many bytes stays in memory; `maps_of`: reads label maps."""
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: str,
+        cache: int = 0,
+        maps_of: MapsOf | None = None,
+        store: Store | None = None,
+        on_disk: bool = False,
+    ) -> None:
+        """
+        Args:
+            manifest: lists the shards.
+            split: their split.
+            cache: a split of at most so many bytes stays in memory.
+            maps_of: reads label maps.
+            store: keeps shards that come from a URL.
+            on_disk: whether images stay in the files, and are read one by one.
+        """
         self.manifest = manifest
         self.shards = manifest.split(split)
         self.fits = sum(shard.bytes for shard in self.shards) <= cache
+        self._source = source_of(manifest.root, store)
+        self.on_disk = on_disk and not self.fits
+        self._numbering = Numbering(manifest.classes)
         self._kept: list[LoadedShard] = []
         self._maps_of = maps_of
         self._held: WeakValueDictionary[int, LoadedShard] = WeakValueDictionary()
@@ -79,15 +121,29 @@ class ShardReader:
         """
         loaded = self._held.get(index)
         if loaded is None:
-            shard = self.shards[index]
-            path = self.manifest.path(shard)
-            verify = index not in self._verified
-            loaded = _parse(read_shard(path, shard, verify), shard, path, len(self.manifest.classes))
+            shard, verify = self.shards[index], index not in self._verified
+            loaded = self._on_disk_now(shard, verify) if self.on_disk else None
+            if loaded is None:
+                content = self._source.read(shard, verify)
+                loaded = self._parsed(as_file(content), len(content), memoryview(content), shard)
             if self._maps_of is not None:
                 loaded = replace(loaded, maps=self._maps_of(index, loaded.keys, verify))
             self._verified.add(index)
             self._held[index] = loaded
         return loaded
+
+    def _on_disk_now(self, shard: Shard, verify: bool) -> LoadedShard | None:
+        """A shard whose images stay in its file; None if it cannot be stored on disk."""
+        file = self._source.open(shard, verify)
+        if file is None:
+            return None
+        with file:
+            size = os.fstat(file.fileno()).st_size
+            data = OnDisk(os.dup(file.fileno()), self._source.path(shard.name))
+            return self._parsed(file, size, data, shard)
+
+    def _parsed(self, file: Seekable, size: int, data: memoryview | OnDisk, shard: Shard) -> LoadedShard:
+        return _parse(file, size, data, shard, self._source.path(shard.name), self._numbering)
 
 
 class StoredSample(NamedTuple):
@@ -102,10 +158,15 @@ class StoredSample(NamedTuple):
 
 
 class Cursor:
-    """Reads samples and holds the current shard, so that a pass over the shards reads each of them once."""
+    """Reads samples and holds the current shard, so that a pass over the shards reads each of them once.
 
-    def __init__(self, shards: ShardReader) -> None:
-        self._shards = shards
+    Args:
+        shards: reads the split.
+        load: gives a shard, in place of `shards.load`.
+    """
+
+    def __init__(self, shards: ShardReader, load: LoadShard | None = None) -> None:
+        self._load = load or shards.load
         self._offsets = np.cumsum([0] + [shard.samples for shard in shards.shards])
         self._shard: LoadedShard | None = None
         self._index = -1
@@ -114,7 +175,7 @@ class Cursor:
         """The sample with this index in this shard of the split. Raises like `ShardReader.load`."""
         if self._shard is None or shard != self._index:
             self._shard = None  # frees the memory of the last shard before reading the next one
-            self._shard, self._index = self._shards.load(shard), shard
+            self._shard, self._index = self._load(shard), shard
         label, position = int(self._shard.labels[index]), int(self._offsets[shard]) + index
         found = None if self._shard.maps is None else self._shard.maps[index]
         return StoredSample(self._shard.image(index), label, position, found)
@@ -125,61 +186,35 @@ class Cursor:
         return self.sample(shard, position - int(self._offsets[shard]))
 
 
-def read_shard(path: str, shard: Shard, verify: bool) -> bytes:
-    """The bytes of a shard; `verify`: whether to compare size and checksum. Raises DataError, or Unavailable."""
-    content = _read(path, shard.bytes)
-    if verify:
-        _verify(content, shard, path)
-    return content
+def as_file(content: Content) -> Seekable:
+    """The content of a shard as a file; not a copy."""
+    return content if isinstance(content, mmap) else io.BytesIO(content)
 
 
-def _read(path: str, size: int) -> bytes:
-    """Reads a whole shard, up to `size` + 1 bytes, to detect one that is too long. Refuses all but regular files."""
-    if size > MOST_BYTES:
-        raise DataError(f"{path}: {size} bytes, but a shard may have at most {MOST_BYTES}; build smaller shards")
-    try:
-        with open_regular(path) as stream:
-            return stream.read(size + 1)
-    except (FileNotFoundError, ValueError) as error:
-        raise DataError(f"{path}: cannot read the shard ({error}); is data.path right and reachable?") from error
-    except OSError as error:
-        if error.errno in NO_FILE:
-            raise DataError(f"{path}: the shard is not a regular file; copy it again or rebuild it") from error
-        raise Unavailable(f"{path}: cannot read the shard now: {error}") from error
-
-
-def _verify(content: bytes, shard: Shard, path: str) -> None:
-    hint = "copy the shard again or rebuild it; `scaleprog shards check` finds every damaged one"
-    if len(content) != shard.bytes:
-        if len(content) < shard.bytes:
-            raise DataError(f"{path}: truncated: {len(content)} of {shard.bytes} bytes; {hint}")
-        raise DataError(f"{path}: too long: {os.stat(path).st_size} of {shard.bytes} bytes; {hint}")
-    if hashlib.sha256(content).hexdigest() != shard.sha256:
-        raise DataError(f"{path}: the checksum differs from the manifest's; {hint}")
-
-
-def _parse(content: bytes, shard: Shard, path: str, classes: int) -> LoadedShard:
-    keys, starts, ends, labels = dict[str, None](), list[int](), list[int](), list[int]()
-    file = io.BytesIO(content)
+def _parse(
+    file: Seekable, size: int, data: memoryview | OnDisk, shard: Shard, path: str, numbering: Numbering
+) -> LoadedShard:
+    keys, starts, ends, numbers = dict[str, None](), list[int](), list[int](), list[int]()
 
     def explained(files: Collection[str]) -> str:
-        return tar.why_incomplete(io.BytesIO(content), len(content), key, files, EXTENSIONS) or "rebuild the shard"
+        return tar.why_incomplete(file, size, key, files, EXTENSIONS) or "rebuild the shard"
 
     try:
-        for key, files in tar.samples(file, len(content)):
+        for key, files in tar.samples(file, size):
             where = f"{path}: sample {key!r}"
             images = [files[extension] for extension in IMAGE_EXTENSIONS if extension in files]
             if len(images) != 1:
                 count = f"{len(images)} images" if images else "no image"
                 raise DataError(f"{where} has {count} ({', '.join(IMAGE_EXTENSIONS)}); {explained(files)}")
-            if "cls" not in files:
+            kind = labels.kind_of(files)
+            if kind is None:
                 raise DataError(f"{where}: its label (.cls) is b'', because there is no such file; {explained(files)}")
             if key in keys:
                 raise DataError(f"{where} occurs twice; rebuild the shard")
             keys[key] = None
             starts.append(images[0].start)
             ends.append(images[0].start + images[0].size)
-            labels.append(_label(tar.read(file, files["cls"]), classes, where))
+            numbers.append(_number(kind, tar.read(file, files[kind]), numbering, where))
     except (ValueError, OSError) as error:
         raise DataError(f"{path}: not a tar of samples ({error}); rebuild the shard") from error
     if len(keys) != shard.samples:
@@ -187,17 +222,12 @@ def _parse(content: bytes, shard: Shard, path: str, classes: int) -> LoadedShard
             f"{path}: holds {len(keys)} samples, but the manifest says {shard.samples}; "
             "rewrite the manifest with `scaleprog shards check --write-manifest`"
         )
-    begins, stops, classes_of = (np.array(values, dtype=np.int64) for values in (starts, ends, labels))
-    return LoadedShard(path, tuple(keys), memoryview(content), begins, stops, classes_of)
+    begins, stops, classes = (np.array(values, dtype=np.int64) for values in (starts, ends, numbers))
+    return LoadedShard(path, tuple(keys), data, begins, stops, classes)
 
 
-def _label(text: bytes, classes: int, where: str) -> int:
-    label = tar.label(text)
-    if label is None:
-        raise DataError(f"{where}: its label (.cls) is {text[:20]!r}, not a number; rebuild the shard")
-    if not 0 <= label < classes:
-        raise DataError(
-            f"{where}: label {label} is outside 0-{classes - 1}, the manifest's {classes} classes; "
-            "add the missing classes to the manifest or rebuild the shard"
-        )
-    return label
+def _number(kind: str, content: bytes, numbering: Numbering, where: str) -> int:
+    try:
+        return numbering.number(labels.parse(kind, content))
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from scaleprog.data import tar
 from scaleprog.data.manifest import Manifest
-from scaleprog.data.shard import read_shard
+from scaleprog.data.shard import as_file
+from scaleprog.data.source import source_of
+from scaleprog.data.store import Store
 from scaleprog.errors import DataError
 from scaleprog.recipe.numbers import ceil_div
 
@@ -36,14 +38,19 @@ class LabelShards:
     Args:
         manifest: lists the label shards; `source` says how a teacher made them.
         grid: (h, w) cells, and K entries per cell.
+        store: keeps label shards that come from a URL.
     """
 
     manifest: Manifest
     grid: tuple[int, int, int]
+    store: Store | None = None
 
     @classmethod
-    def of(cls, folder: str, images: Manifest) -> "LabelShards":
-        """Those in `folder`. Raises DataError if they do not belong to the training shards that `images` lists."""
+    def of(cls, folder: str, images: Manifest, store: Store | None = None) -> "LabelShards":
+        """Those in `folder`, a path or URL.
+
+        Raises DataError if they do not belong to the training shards that `images` lists.
+        """
         labels = Manifest.load(folder)
         labels.verify_sizes(SPLIT)
         grid = _grid(labels)
@@ -59,7 +66,7 @@ class LabelShards:
                 f"has {images.samples(SPLIT)} in {len(theirs)}; {HINT}"
             )
         splits = {SPLIT: ours[: len(theirs)]}
-        return cls(Manifest(labels.root, labels.classes, splits, labels.source), grid)
+        return cls(Manifest(labels.root, labels.classes, splits, labels.source), grid, store)
 
     def load(self, index: int, keys: Sequence[str], verify: bool) -> np.ndarray:
         """The maps (samples, h, w, K) of ENTRY of the training shard `index`, in the order of its `keys`.
@@ -67,10 +74,10 @@ class LabelShards:
         `verify`: whether to compare the checksum. Raises DataError, or Unavailable if the shard cannot be read now.
         """
         shard = self.manifest.split(SPLIT)[index]
-        path = self.manifest.path(shard)
-        content = read_shard(path, shard, verify)
+        source = source_of(self.manifest.root, self.store)
+        path, content = source.path(shard.name), source.read(shard, verify)
         rows = {key: row for row, key in enumerate(keys)}
-        maps, file = np.empty((len(keys), *self.grid), ENTRY), io.BytesIO(content)
+        maps, file = np.empty((len(keys), *self.grid), ENTRY), as_file(content)
         try:
             for key, files in tar.samples(file, len(content)):
                 if (row := rows.pop(key, None)) is None or EXTENSION not in files:

@@ -15,8 +15,10 @@ from scaleprog.data.manifest import NAME as MANIFEST
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.order import Order
 from scaleprog.data.reader import DataSet, decoded_bytes
+from scaleprog.data.store import Store
 from scaleprog.data.token_labels import LabelShards
 from scaleprog.errors import RecipeError
+from scaleprog.files.location import local_path
 from scaleprog.growth.policy import Budget, EqualStages, Price
 from scaleprog.growth.schedule import Schedule, ScheduleKind, rungs
 from scaleprog.growth.space import Subnet
@@ -54,7 +56,7 @@ class Plan:
     @classmethod
     def of(cls, recipe: Recipe) -> "Plan":
         """Checks a recipe against its model and its shards. Raises RecipeError or DataError."""
-        manifest = Manifest.load(recipe.data.path).first("train", recipe.data.shards)
+        manifest = _manifest(recipe)
         for split in ("train", "val"):
             manifest.verify_sizes(split)
             manifest.verify_counts(split)
@@ -65,7 +67,7 @@ class Plan:
         order = _order(recipe, manifest)
         family, schedule = outline(recipe, order.steps_per_epoch)
         folder = recipe.data.token_labels
-        labels = LabelShards.of(folder, manifest) if folder else None
+        labels = LabelShards.of(folder, manifest, Store.of(recipe.data)) if folder else None
         data = DataSet(manifest, recipe.data, recipe.augment, recipe.model.channels, labels)
         return cls(recipe, family, data, order, schedule)
 
@@ -284,9 +286,19 @@ def _gmacs(recipe: Recipe, family: type[ElasticModel], schedule: Schedule, subne
 
 def steps_per_epoch(recipe: Recipe) -> int | None:
     """Steps in an epoch of the recipe's shards; None if there are no shards yet. Raises DataError."""
-    if not os.path.lexists(Path(recipe.data.path, MANIFEST)):
+    folder = local_path(recipe.data.path)
+    file = recipe.data.manifest or (folder is not None and Path(folder, MANIFEST))
+    if file and not os.path.lexists(file):
         return None
-    return _order(recipe, Manifest.load(recipe.data.path).first("train", recipe.data.shards)).steps_per_epoch
+    return _order(recipe, _manifest(recipe)).steps_per_epoch
+
+
+def _manifest(recipe: Recipe) -> Manifest:
+    """The manifest of the shards that a recipe trains on. Raises RecipeError, DataError, or Unavailable."""
+    data = recipe.data
+    if data.memory is not None and data.store is None and local_path(data.path) is None:
+        raise RecipeError("data.memory: images are read one by one from a local disk only; add data.store: FOLDER")
+    return Manifest.load(data.path, data.manifest).first("train", data.shards)
 
 
 def _order(recipe: Recipe, manifest: Manifest) -> Order:
