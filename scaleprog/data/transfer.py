@@ -31,7 +31,7 @@ PATIENCE_SECONDS = 120.0
 ANSWER_SECONDS, CONNECT_SECONDS = 60.0, 10.0
 """How long one answer, and the connection before it, may take."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 8.0
-TRIES = 4
+TRIES = 7
 """Attempts at a file that arrives, but is too short or damaged."""
 _EXTRAS = {"s3": "s3", "gs": "gs", "http": "http", "https": "http"}
 _RETRIED_STATUS = (408, 425, 429)
@@ -58,7 +58,7 @@ def fetch(url: str, size: int) -> mmap.mmap:
         stop = min(start + PART_BYTES, size)
 
         async def attempt() -> bytes:
-            received: bytes = await files._cat_file(path, start, stop)
+            received: bytes = await files._cat_file(path, start=start, end=stop)
             if len(received) != stop - start and (start or len(received) != size):  # a server may send all of a file
                 raise _Short(f"{len(received)} bytes in place of {stop - start}")
             return received
@@ -91,7 +91,7 @@ def fetch_text(url: str, limit: int) -> str:
     """
 
     async def all_of_it(files: AsyncFileSystem, path: str) -> bytes:
-        return await _persist(lambda: files._cat_file(path, 0, limit + 1), url, missing=FileNotFoundError(url))
+        return await _persist(lambda: files._cat_file(path, start=0, end=limit + 1), url, missing=FileNotFoundError(url))
 
     content = _run(url, all_of_it)
     if len(content) > limit:
@@ -158,11 +158,13 @@ async def _persist(attempt: Callable[[], Awaitable[Result]], url: str, missing: 
     for failures in count():
         try:
             return await asyncio.wait_for(attempt(), ANSWER_SECONDS)
-        except (DataError, Unavailable):
-            raise
-        except FileNotFoundError as error:
-            raise missing or DataError(f"{url}: no such file; copy it there, or index the shards again") from error
-        except Exception as error:  # each library has its own errors of a connection
+        except Exception as raised:  # each library has its own errors of a connection
+            error = _underlying(raised)
+            if isinstance(error, DataError):
+                raise error from None
+            if isinstance(error, FileNotFoundError):
+                missing = missing or DataError(f"{url}: no such file; copy it there, or index the shards again")
+                raise missing from error
             short += _is_short(error)
             if short >= TRIES:
                 raise DataError(f"{url}: truncated: {_plain(error)}; copy the shard again or rebuild it") from error
@@ -177,7 +179,14 @@ async def _persist(attempt: Callable[[], Awaitable[Result]], url: str, missing: 
     raise AssertionError("unreachable")
 
 
-def _status(error: Exception) -> int | None:
+def _underlying(error: Exception) -> Exception:
+    """The error itself, or what made fsspec say that a web server has no such file: that may be anything."""
+    cause = error.__cause__
+    web = isinstance(cause, DataError) or (type(cause).__module__.startswith("aiohttp") and _status(cause) != 404)
+    return cause if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and web else error
+
+
+def _status(error: BaseException | None) -> int | None:
     """The HTTP status of aiohttp's errors, and of those of Google and huggingface."""
     for source in (error, getattr(error, "response", None)):
         for name in ("status", "status_code", "code"):

@@ -214,8 +214,8 @@ def test_a_cached_split_is_read_once(manifest: Manifest, straight: list[Batch], 
 
 
 URLS = ["pipe:touch ruined; cat", "file:.", "file://host/a", "sftp://nowhere", "ais://nowhere", "htgs://nowhere",
-        "zip://a::http://127.0.0.1:9", "http://127.0.0.1:9::pipe:", "s3:bucket", "http://user:secret@127.0.0.1:9"]  # fmt: skip
-"""What webdataset or fsspec would open: by a shell, by a program that it starts in one, or from one place in another."""
+        "zip://a::http://127.0.0.1:9", "http://127.0.0.1:9::pipe:", "s3:bucket", "http://a:b@127.0.0.1"]  # fmt: skip
+"""What webdataset or fsspec would open: by a shell, by a program that it starts in one, or one place by another."""
 
 
 @pytest.mark.parametrize("url", URLS)
