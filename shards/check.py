@@ -14,7 +14,7 @@ from scaleprog.data import labels, tar
 from scaleprog.data.decode import problem_of
 from scaleprog.data.labels import Numbering
 from scaleprog.data.manifest import NAME, Manifest, split_of
-from scaleprog.data.shard import EXTENSIONS, IMAGE_EXTENSIONS, as_file
+from scaleprog.data.shard import EXTENSIONS, IMAGE_EXTENSIONS
 from scaleprog.data.source import SHARD_NAME, Folder, Shard, Source, source_of
 from scaleprog.errors import DataError
 from scaleprog.files.display import as_text
@@ -142,7 +142,7 @@ def read_contents(source: Source, name: str, classes: Sequence[str] | None) -> C
     try:
         path, shard = source.path(name), source.fetch(name)
         contents.bytes, contents.sha256 = len(shard), hashlib.sha256(shard).hexdigest()
-        for key, members in members_of(as_file(shard), len(shard), path):
+        for key, members in members_of(shard, len(shard), path):
             contents.samples += 1
             try:
                 if wrong := problem_of(members[image_extension(members)]):
@@ -165,7 +165,7 @@ def read_contents(source: Source, name: str, classes: Sequence[str] | None) -> C
                 contents.labels.add(label)
             except ValueError as error:
                 complete = labels.kind_of(members) and any(extension in members for extension in IMAGE_EXTENSIONS)
-                why = "" if complete else tar.why_incomplete(as_file(shard), len(shard), key, members, EXTENSIONS)
+                why = "" if complete else tar.why_incomplete(shard, len(shard), key, members, EXTENSIONS)
                 contents.problems.append(f"{path}: key {key!r}: {error}{': ' if why else ''}{why}")
                 if why:
                     return contents  # the other samples have the same problem

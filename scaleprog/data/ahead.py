@@ -22,7 +22,7 @@ class ReadAhead(Generic[Loaded]):
 
     def __init__(self, load: Callable[[int], Loaded], sequence: Iterable[int]) -> None:
         self._load, self._sequence = load, sequence
-        self._loaded: SimpleQueue[tuple[int, Loaded | None, BaseException | None]] = SimpleQueue()
+        self._loaded: SimpleQueue[tuple[int, Loaded | BaseException]] = SimpleQueue()
         self._room = threading.Semaphore(AHEAD)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True, name="read-ahead")
@@ -37,14 +37,15 @@ class ReadAhead(Generic[Loaded]):
         self._thread.join(_END_SECONDS)
 
     def take(self, index: int) -> Loaded:
-        """The next shard of the sequence, which must be `index`. Raises what `load` raised for it."""
-        found, loaded, error = self._loaded.get()
-        self._room.release()
-        if error is not None:
-            raise error
-        if found != index or loaded is None:
+        """The next shard of the sequence, which must be `index`. Raises what `load` raised for it, from then on."""
+        found, result = self._loaded.get()
+        if isinstance(result, BaseException):
+            self._loaded.put((found, result))
+            raise result
+        if found != index:
             raise RuntimeError(f"shard {index} was asked for, but {found} was read ahead")
-        return loaded
+        self._room.release()
+        return result
 
     def _work(self) -> None:
         index = -1
@@ -55,7 +56,7 @@ class ReadAhead(Generic[Loaded]):
                         return
                 if self._ended.is_set():
                     return
-                self._loaded.put((index, self._load(index), None))
+                self._loaded.put((index, self._load(index)))
             raise RuntimeError(f"no shard was to follow shard {index}")
         except BaseException as error:
-            self._loaded.put((index, None, error))
+            self._loaded.put((index, error))

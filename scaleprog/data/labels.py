@@ -44,7 +44,8 @@ class Numbering:
         number = self._numbers.get(label) if isinstance(label, str) else label
         if number is None:
             raise ValueError(
-                f"label {label!r} is not one of the {self.count} class names of the manifest; add it there"
+                f"label {label!r} is not one of the {self.count} class names that occur once in the manifest; "
+                "add it there"
             )
         if not 0 <= number < self.count:
             raise ValueError(

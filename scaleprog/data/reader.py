@@ -4,19 +4,18 @@ Worker processes own contiguous parts of the rank's lanes and decode their part 
 parts. `order.py` and `augment.py` determine the content of a batch, no matter which process decodes it, or when.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 
-from scaleprog.data.ahead import AHEAD, ReadAhead
+from scaleprog.data.ahead import AHEAD
 from scaleprog.data.augment import Augmentation, BatchRequest
+from scaleprog.data.lanes import lane_samples
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.order import Order
-from scaleprog.data.shard import INDEX_BYTES, Cursor, LoadShard, ShardReader, StoredSample
+from scaleprog.data.shard import INDEX_BYTES, Cursor, ShardReader
 from scaleprog.data.store import Store
 from scaleprog.data.stream import Batch, Stream
 from scaleprog.data.token_labels import LabelShards, pack
@@ -146,25 +145,13 @@ class TrainReader:
     def _produce(self, requests: Iterable[BatchRequest], part: int, parts: int) -> Iterator[Batch]:
         """One worker's part of every batch: a contiguous part of the rank's lanes."""
         owned = self.lanes[len(self.lanes) * part // parts : len(self.lanes) * (part + 1) // parts]
-        with self._ahead(requests, owned) as load:
-            yield from self._batches(requests, [_Lane(lane, self.order, Cursor(self._shards, load)) for lane in owned])
-
-    @contextmanager
-    def _ahead(self, requests: Iterable[BatchRequest], lanes: Sequence[int]) -> Iterator[LoadShard]:
-        """What loads the shards of some lanes: a thread that reads ahead, unless the shards are in memory."""
-        if self._shards.fits:
-            yield self._shards.load
-            return
-        with ReadAhead(self._shards.load, _edges(self.order, requests, lanes)) as ahead:
-            yield ahead.take
-
-    def _batches(self, requests: Iterable[BatchRequest], lanes: Sequence["_Lane"]) -> Iterator[Batch]:
+        samples_of_lanes = lane_samples(self.order, requests, owned, self._shards)
         for request in requests:
             images, labels, ids, token_labels = [], [], [], []
-            for lane in lanes:
-                samples = lane.take(request.epoch, request.step)
+            for lane in owned:
+                samples = next(samples_of_lanes)
                 encoded = [sample.image for sample in samples]
-                pixels, origins = self._augmentation.lane_with_origins(encoded, request, lane.lane)
+                pixels, origins = self._augmentation.lane_with_origins(encoded, request, lane)
                 images.append(pixels)
                 labels += [sample.label for sample in samples]
                 ids += [sample.id for sample in samples]
@@ -172,49 +159,6 @@ class TrainReader:
                     token_labels.append(pack(maps, origins))
             rows = torch.cat(token_labels) if token_labels else None
             yield Batch(torch.cat(images), torch.tensor(labels), torch.tensor(ids), rows)
-
-
-class _Rows:
-    """The rows of one lane, shard and index in shard; holds those of the current epoch."""
-
-    def __init__(self, lane: int, order: Order) -> None:
-        self.lane = lane
-        self._order = order
-        self._epoch: int | None = None
-        self._rows = np.empty((0, 2), np.int64)
-
-    def at(self, epoch: int, step: int) -> np.ndarray:
-        """The rows (per_lane, 2) of any step of any epoch. Raises ValueError for an unknown step."""
-        if not 0 <= step < self._order.steps_per_epoch:
-            raise ValueError(f"step {step} is not in an epoch of {self._order.steps_per_epoch} steps")
-        if epoch != self._epoch:
-            self._rows, self._epoch = self._order.lane(epoch, self.lane), epoch
-        count = self._order.per_lane
-        return self._rows[step * count : (step + 1) * count]
-
-
-class _Lane:
-    """A reader of one lane."""
-
-    def __init__(self, lane: int, order: Order, cursor: Cursor) -> None:
-        self.lane = lane
-        self._rows = _Rows(lane, order)
-        self._cursor = cursor
-
-    def take(self, epoch: int, step: int) -> list[StoredSample]:
-        """The samples that the lane contributes to any step of any epoch. Raises ValueError for an unknown step."""
-        return [self._cursor.sample(shard, index) for shard, index in self._rows.at(epoch, step).tolist()]
-
-
-def _edges(order: Order, requests: Iterable[BatchRequest], lanes: Sequence[int]) -> Iterator[int]:
-    """The shards that `lanes` come to, one after the other, while they read the requested batches."""
-    rows, current = [_Rows(lane, order) for lane in lanes], [-1] * len(lanes)
-    for request in requests:
-        for place, lane in enumerate(rows):
-            for shard in lane.at(request.epoch, request.step)[:, 0].tolist():
-                if shard != current[place]:
-                    current[place] = shard
-                    yield shard
 
 
 def evaluation_batches(data: DataSet, split: str, resolution: int, batch_local: int, rank: int, world: int) -> Stream:

@@ -1,10 +1,8 @@
 """One shard: its samples found and checked once, its images in memory, or on disk where memory is short."""
 
-import io
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from mmap import mmap
 from typing import NamedTuple
 from weakref import WeakValueDictionary, finalize
 
@@ -14,7 +12,7 @@ from scaleprog.data import labels, tar
 from scaleprog.data.augment import Encoded
 from scaleprog.data.labels import Numbering
 from scaleprog.data.manifest import Manifest
-from scaleprog.data.source import Content, Shard, source_of
+from scaleprog.data.source import Shard, source_of
 from scaleprog.data.store import Store
 from scaleprog.data.tar import Seekable
 from scaleprog.errors import DataError, Unavailable
@@ -125,7 +123,7 @@ class ShardReader:
             loaded = self._on_disk_now(shard, verify) if self.on_disk else None
             if loaded is None:
                 content = self._source.read(shard, verify)
-                loaded = self._parsed(as_file(content), len(content), memoryview(content), shard)
+                loaded = self._parsed(content, len(content), memoryview(content), shard)
             if self._maps_of is not None:
                 loaded = replace(loaded, maps=self._maps_of(index, loaded.keys, verify))
             self._verified.add(index)
@@ -184,11 +182,6 @@ class Cursor:
         """The sample at this position in the split. Raises like `ShardReader.load`."""
         shard = int(np.searchsorted(self._offsets, position, side="right")) - 1
         return self.sample(shard, position - int(self._offsets[shard]))
-
-
-def as_file(content: Content) -> Seekable:
-    """The content of a shard as a file; not a copy."""
-    return content if isinstance(content, mmap) else io.BytesIO(content)
 
 
 def _parse(

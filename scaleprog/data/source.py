@@ -56,9 +56,6 @@ class Shard:
             return cls(os.path.basename(path), samples, file.tell(), digest)
 
 
-Content = bytes | mmap
-
-
 class Source(Protocol):
     """A folder of shards, wherever it lies."""
 
@@ -81,10 +78,10 @@ class Source(Protocol):
     def files(self) -> list[str]:
         """The names of all files in the folder and in the folders in it, sorted. Raises DataError or Unavailable."""
 
-    def fetch(self, name: str) -> Content:
+    def fetch(self, name: str) -> mmap:
         """The bytes of a shard of which nothing is known. Raises DataError or Unavailable."""
 
-    def read(self, shard: Shard, verify: bool) -> Content:
+    def read(self, shard: Shard, verify: bool) -> mmap:
         """The bytes of a shard. `verify`: whether to compare the checksum.
 
         Raises:
@@ -128,33 +125,34 @@ class Folder:
         root = Path(self.root)
         return sorted(path.relative_to(root).as_posix() for glob in ("*", "*/*") for path in root.glob(glob))
 
-    def fetch(self, name: str) -> Content:
+    def fetch(self, name: str) -> mmap:
         try:
-            return self._content(name, os.stat(self.path(name)).st_size)
+            size = os.stat(self.path(name)).st_size
         except OSError as error:
             raise DataError(f"{self.path(name)}: cannot be read: {error}") from error
+        with self._opened(name, size) as file:
+            return self._content(file, size)
 
-    def read(self, shard: Shard, verify: bool) -> Content:
-        content = self._content(shard.name, shard.bytes)
-        if verify:
-            self._compare(shard, len(content), hashlib.sha256(content).hexdigest())
+    def read(self, shard: Shard, verify: bool) -> mmap:
+        with self._opened(shard.name, shard.bytes) as file:
+            self._check_size(file, shard)
+            content = self._content(file, shard.bytes)
+        if verify and hashlib.sha256(content).hexdigest() != shard.sha256:
+            raise _other_content(self.path(shard.name))
         return content
 
     def open(self, shard: Shard, verify: bool) -> BufferedReader:
         file = self._opened(shard.name, shard.bytes)
-        if verify:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            self._compare(shard, file.tell(), digest)
+        self._check_size(file, shard)
+        if verify and hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            raise _other_content(self.path(shard.name))
         return file
 
-    def _content(self, name: str, size: int) -> bytes:
-        """Up to `size` + 1 bytes of a shard, to detect one that is too long."""
-        path = self.path(name)
-        with self._opened(name, size) as stream:
-            try:
-                return stream.read(size + 1)
-            except OSError as error:
-                raise Unavailable(f"{path}: cannot read the shard now: {error}") from error
+    def _content(self, file: BufferedReader, size: int) -> mmap:
+        try:
+            return _read_whole(file, size)
+        except OSError as error:
+            raise Unavailable(f"{file.name}: cannot read the shard now: {error}") from error
 
     def _opened(self, name: str, size: int) -> BufferedReader:
         path = self.path(name)
@@ -168,14 +166,12 @@ class Folder:
                 raise DataError(f"{path}: the shard is not a regular file; copy it again or rebuild it") from error
             raise Unavailable(f"{path}: cannot read the shard now: {error}") from error
 
-    def _compare(self, shard: Shard, size: int, digest: str) -> None:
-        path = self.path(shard.name)
+    def _check_size(self, file: BufferedReader, shard: Shard) -> None:
+        path, size = self.path(shard.name), os.fstat(file.fileno()).st_size
         if size < shard.bytes:
             raise DataError(f"{path}: truncated: {size} of {shard.bytes} bytes; {HINT}")
         if size > shard.bytes:
-            raise DataError(f"{path}: too long: {os.stat(path).st_size} of {shard.bytes} bytes; {HINT}")
-        if digest != shard.sha256:
-            raise _other_content(path)
+            raise DataError(f"{path}: too long: {size} of {shard.bytes} bytes; {HINT}")
 
 
 @dataclass(frozen=True)
@@ -199,13 +195,13 @@ class Remote:
     def files(self) -> list[str]:
         return sorted(transfer.listing(self.root))
 
-    def fetch(self, name: str) -> Content:
+    def fetch(self, name: str) -> mmap:
         url = self.path(name)
         size = transfer.size_of(url)
         _check_limit(url, size)
         return transfer.fetch(url, size)
 
-    def read(self, shard: Shard, verify: bool) -> Content:
+    def read(self, shard: Shard, verify: bool) -> mmap:
         if self.store is None:
             return self._download(shard)
         if (content := self._stored(self.store, shard, verify)) is not None:
@@ -226,12 +222,15 @@ class Remote:
             file = self.store.held(shard.sha256, shard.bytes)
         return file
 
-    def _stored(self, store: Store, shard: Shard, verify: bool) -> bytes | None:
+    def _stored(self, store: Store, shard: Shard, verify: bool) -> mmap | None:
         file = store.held(shard.sha256, shard.bytes)
         if file is None:
             return None
         with file:
-            content = file.read(shard.bytes)
+            try:
+                content = _read_whole(file, shard.bytes)
+            except OSError:
+                return None
         if verify and hashlib.sha256(content).hexdigest() != shard.sha256:
             store.forget(shard.sha256)
             return None
@@ -245,6 +244,15 @@ class Remote:
             if hashlib.sha256(content).hexdigest() == shard.sha256:
                 return content
         raise _other_content(url)
+
+
+def _read_whole(file: BufferedReader, size: int) -> mmap:
+    """The first `size` bytes of a file. Raises OSError, also if it is shorter."""
+    content = transfer.memory(size)
+    with memoryview(content) as view:
+        if file.readinto(view[:size]) < size:
+            raise OSError("it became shorter while it was read")
+    return content
 
 
 def _check_limit(path: str, size: int) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from scaleprog.data import tar
 from scaleprog.data.manifest import Manifest
-from scaleprog.data.shard import as_file
 from scaleprog.data.source import source_of
 from scaleprog.data.store import Store
 from scaleprog.errors import DataError
@@ -77,12 +76,12 @@ class LabelShards:
         source = source_of(self.manifest.root, self.store)
         path, content = source.path(shard.name), source.read(shard, verify)
         rows = {key: row for row, key in enumerate(keys)}
-        maps, file = np.empty((len(keys), *self.grid), ENTRY), as_file(content)
+        maps = np.empty((len(keys), *self.grid), ENTRY)
         try:
-            for key, files in tar.samples(file, len(content)):
+            for key, files in tar.samples(content, len(content)):
                 if (row := rows.pop(key, None)) is None or EXTENSION not in files:
                     raise DataError(f"{path}: sample {key!r} is not in the training shard; {HINT}")
-                maps[row] = self._map(tar.read(file, files[EXTENSION]), f"{path}: sample {key!r}")
+                maps[row] = self._map(tar.read(content, files[EXTENSION]), f"{path}: sample {key!r}")
         except (ValueError, OSError) as error:
             raise DataError(f"{path}: not a tar of token labels ({error}); {HINT}") from error
         if rows:

@@ -44,14 +44,19 @@ class _Short(Exception):
     """An answer with too few bytes."""
 
 
+def memory(size: int) -> mmap.mmap:
+    """Memory for a shard, and a file at the same time; when it is freed, the system gets it back at once."""
+    return mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 def fetch(url: str, size: int) -> mmap.mmap:
-    """The first `size` bytes of the file at `url`; anonymous memory, so that the system gets it back when it is freed.
+    """The first `size` bytes of the file at `url`.
 
     Raises:
         DataError: there is no such file, the server refuses it, or it is shorter.
         Unavailable: the server has not answered for `PATIENCE_SECONDS`.
     """
-    content = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    content = memory(size)
     streams = asyncio.Semaphore(STREAMS)
 
     async def part(files: AsyncFileSystem, path: str, start: int) -> int:
@@ -91,7 +96,9 @@ def fetch_text(url: str, limit: int) -> str:
     """
 
     async def all_of_it(files: AsyncFileSystem, path: str) -> bytes:
-        return await _persist(lambda: files._cat_file(path, start=0, end=limit + 1), url, missing=FileNotFoundError(url))
+        return await _persist(
+            lambda: files._cat_file(path, start=0, end=limit + 1), url, missing=FileNotFoundError(url)
+        )
 
     content = _run(url, all_of_it)
     if len(content) > limit:
