@@ -59,8 +59,11 @@ def main() -> None:
 def in_memory(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
     plan = Plan.of(recipe)
     size = plan.schedule.full.resolution
-    batches = list(evaluation_batches(plan.data, "val", size, 500, 0, 1))
-    return torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches])
+    images, labels = [], []
+    for batch in evaluation_batches(plan.data, "val", size, 500, 0, 1):
+        images.append(plan.data.images(batch, torch.device("cpu")))
+        labels.append(batch.labels.clone())
+    return torch.cat(images), torch.cat(labels)
 
 
 def bare_loop(recipe: Recipe, images: torch.Tensor, labels: torch.Tensor) -> Iterator[None]:

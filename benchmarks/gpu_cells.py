@@ -235,6 +235,9 @@ def checkpoint(bench: Bench, model: Model, **sharding: Any) -> list[Row]:
 def synchronizations(bench: Bench, model: Model, steps: int = 50, **sharding: Any) -> list[Row]:
     """`train_step` of training/loop.py in the first stage, with Mixup, stochastic depth, and the recorder."""
     # decoders and TensorBoard, which nothing else here needs
+    from scaleprog.data.manifest import Manifest
+    from scaleprog.data.reader import DataSet
+    from scaleprog.data.stream import Layout
     from scaleprog.planning.plan import outline
     from scaleprog.rundir.recorder import Recorder
     from scaleprog.training.loop import train_step
@@ -245,15 +248,20 @@ def synchronizations(bench: Bench, model: Model, steps: int = 50, **sharding: An
     phase = schedule.phases(())[0]
     subnet = phase.candidates[0]
     trainer.grow(subnet)
-    images, labels = trainer.works[0].images.cpu(), trainer.labels.cpu()
-    if bench.cuda:
-        images, labels = images.pin_memory(), labels.pin_memory()
-    batch: Any = SimpleNamespace(images=images, labels=labels, ids=torch.arange(len(labels)))
+    layout = Layout(trainer.batch, subnet.resolution, recipe.model.channels)
+    batch = layout.batch(torch.zeros(layout.bytes, dtype=torch.uint8, pin_memory=bench.cuda), subnet.resolution)
+    batch.images.random_()
+    batch.labels[:] = trainer.labels
     active = schedule.active(phase, subnet)
     with tempfile.TemporaryDirectory() as folder:
         run: Any = SimpleNamespace(  # what train_step reads of a Run
             recipe=recipe,
-            plan=SimpleNamespace(family=trainer.family, schedule=schedule, order=SimpleNamespace(steps_per_epoch=1000)),
+            plan=SimpleNamespace(
+                family=trainer.family,
+                schedule=schedule,
+                order=SimpleNamespace(steps_per_epoch=1000),
+                data=DataSet(Manifest("", (), {}), recipe.data, recipe.augment, recipe.model.channels),
+            ),
             backend=trainer.backend,
             coordinator=bench.coordinator,
             reader=SimpleNamespace(lanes=range(recipe.data.lanes)),

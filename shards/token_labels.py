@@ -21,7 +21,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from scaleprog.data.decode import decode
+from scaleprog.data.decode import decode, whole
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.shard import ShardReader
 from scaleprog.data.token_labels import BUILDER, EXTENSION, GRID, MOST_CELLS, MOST_CLASSES, SPLIT, encode
@@ -164,7 +164,7 @@ class _Labels:
 
         def decoded(row: int) -> np.ndarray:
             data, where = shard.image(row)
-            return decode(data, where, 3, self.side, lambda height, width: (0, 0, width, height))
+            return decode(data, where, 3, self.side, [whole])[0]
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             pixels = _ahead(pool, decoded, range(len(shard.keys)), AHEAD * self.batch)

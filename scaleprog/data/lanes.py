@@ -1,6 +1,6 @@
 """The samples of lanes, in the order of the requested batches; a thread reads the shards ahead."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,7 +13,7 @@ from scaleprog.data.shard import Cursor, LoadShard, ShardReader, StoredSample
 
 def lane_samples(
     order: Order, requests: Iterable[BatchRequest], lanes: Sequence[int], shards: ShardReader
-) -> Iterator[list[StoredSample]]:
+) -> Generator[list[StoredSample]]:
     """For each request, the samples that each of `lanes` contributes to the batch.
 
     Args:

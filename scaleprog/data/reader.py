@@ -5,19 +5,22 @@ parts. `order.py` and `augment.py` determine the content of a batch, no matter w
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from scaleprog.data.ahead import AHEAD
-from scaleprog.data.augment import Augmentation, BatchRequest
+from scaleprog.data.augment import Augmentation, BatchRequest, normalization
 from scaleprog.data.lanes import lane_samples
 from scaleprog.data.manifest import Manifest
+from scaleprog.data.on_device import erase, normalize
 from scaleprog.data.order import Order
-from scaleprog.data.shard import INDEX_BYTES, Cursor, ShardReader
+from scaleprog.data.shard import INDEX_BYTES, Cursor, ShardReader, StoredSample
 from scaleprog.data.store import Store
-from scaleprog.data.stream import Batch, Stream
+from scaleprog.data.stream import Batch, Fill, Layout, Stream, slots_of
 from scaleprog.data.token_labels import LabelShards, pack
 from scaleprog.data.transfer import BUFFERED
 from scaleprog.errors import DataError
@@ -30,10 +33,9 @@ PADDING_LABEL = -1
 """Label of a row that only pads an evaluation batch; its ID is -1, too."""
 
 
-def decoded_bytes(rows: int, channels: int, resolution: int, data: DataSettings) -> int:
-    """Bytes on the host for batches of `rows` images: the batches decoded ahead, and two copies of the current one."""
-    ahead = data.prefetch if data.workers else 0
-    return rows * channels * resolution**2 * torch.float32.itemsize * (ahead + 2)
+def decoded_bytes(layout: Layout, data: DataSettings) -> int:
+    """Bytes on the host for decoded batches: the current one and those decoded ahead."""
+    return layout.bytes * (slots_of(data.prefetch) if data.workers else 1)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,13 @@ class DataSet:
         """What tells this data set's contents from another's, wherever they lie: a line per part."""
         labels = {"token_labels": self.token_labels.identity()} if self.token_labels else {}
         return self.manifest.identity() | labels
+
+    def images(self, batch: Batch, device: torch.device) -> Tensor:
+        """The images of a batch on a device, normalized and erased: (B_local, C, r, r) float32."""
+        mean, std = normalization(self.augment, self.channels)
+        images = normalize(batch.images.to(device, non_blocking=True), mean, std)
+        erase(images, batch.erasing)
+        return images
 
 
 class TrainReader:
@@ -107,10 +116,8 @@ class TrainReader:
         if isinstance(requests, Iterator):
             raise TypeError("every worker iterates over the requests: pass a list or another re-iterable value")
         self._shards.preload()
-        rows = ceil_div(len(self.lanes), max(self.workers, 1)) * self.order.per_lane
-        largest = (rows, self._augmentation.channels, resolution, resolution)
-        numbers = self._labels.numbers if self._labels else 0
-        return Stream(partial(self._produce, requests), self.workers, self.data.prefetch, largest, numbers)
+        produce, layout = partial(self._produce, requests), self._layout(resolution)
+        return Stream(produce, len(self.lanes), self.workers, self.data.prefetch, layout)
 
     def memory(self, resolution: int) -> int:
         """The most memory that reading takes on the host, in bytes.
@@ -128,8 +135,7 @@ class TrainReader:
             encoded = self._held * index + (max(self.workers, 1) * max(whole) if arriving else 0)
         else:
             encoded = self._held * max(whole)
-        rows = len(self.lanes) * self.order.per_lane
-        return encoded + arriving + decoded_bytes(rows, self._augmentation.channels, resolution, self.data)
+        return encoded + arriving + decoded_bytes(self._layout(resolution), self.data)
 
     @property
     def _held(self) -> int:
@@ -142,23 +148,29 @@ class TrainReader:
             return False
         return self._held * max(shard.bytes for shard in manifest.split(TRAIN)) > self.data.memory * 2**20
 
-    def _produce(self, requests: Iterable[BatchRequest], part: int, parts: int) -> Iterator[Batch]:
-        """One worker's part of every batch: a contiguous part of the rank's lanes."""
-        owned = self.lanes[len(self.lanes) * part // parts : len(self.lanes) * (part + 1) // parts]
-        samples_of_lanes = lane_samples(self.order, requests, owned, self._shards)
-        for request in requests:
-            images, labels, ids, token_labels = [], [], [], []
-            for lane in owned:
-                samples = next(samples_of_lanes)
-                encoded = [sample.image for sample in samples]
-                pixels, origins = self._augmentation.lane_with_origins(encoded, request, lane)
-                images.append(pixels)
-                labels += [sample.label for sample in samples]
-                ids += [sample.id for sample in samples]
-                if maps := [sample.map for sample in samples if sample.map is not None]:
-                    token_labels.append(pack(maps, origins))
-            rows = torch.cat(token_labels) if token_labels else None
-            yield Batch(torch.cat(images), torch.tensor(labels), torch.tensor(ids), rows)
+    def _layout(self, resolution: int) -> Layout:
+        numbers = self._labels.numbers if self._labels else 0
+        return Layout(len(self.lanes) * self.order.per_lane, resolution, self._augmentation.channels, numbers)
+
+    def _produce(self, requests: Iterable[BatchRequest], owned: range) -> Iterator[Fill]:
+        """Some of the rank's lanes in every batch, by their places among them."""
+        lanes = self.lanes[owned.start : owned.stop]
+        with closing(lane_samples(self.order, requests, lanes, self._shards)) as samples:
+            for request in requests:
+                yield request.resolution, partial(self._fill, lanes, samples, request)
+
+    def _fill(self, lanes: range, samples: Iterator[list[StoredSample]], request: BatchRequest, batch: Batch) -> None:
+        """Writes the rows of some lanes into a batch that has only those; takes the next of `samples` for each lane."""
+        count = self.order.per_lane
+        for place, lane in enumerate(lanes):
+            rows, taken = batch.rows(slice(place * count, (place + 1) * count)), next(samples)
+            encoded = [sample.image for sample in taken]
+            origins, erasing = self._augmentation.lane(encoded, request, lane, rows.images.numpy())
+            rows.erasing[:] = torch.tensor(erasing)
+            rows.labels[:] = torch.tensor([sample.label for sample in taken])
+            rows.ids[:] = torch.tensor([sample.id for sample in taken])
+            if maps := [sample.map for sample in taken if sample.map is not None]:
+                rows.token_labels[:] = pack(maps, torch.from_numpy(origins).float())
 
 
 def evaluation_batches(data: DataSet, split: str, resolution: int, batch_local: int, rank: int, world: int) -> Stream:
@@ -184,20 +196,23 @@ def evaluation_batches(data: DataSet, split: str, resolution: int, batch_local: 
     start, stop = rank * share, min((rank + 1) * share, total)
     batches = ceil_div(share, batch_local)
 
-    def produce(part: int, parts: int) -> Iterator[Batch]:
-        above = batch_local * part // parts  # rows of a batch that earlier parts fill
-        rows = batch_local * (part + 1) // parts - above
+    def produce(rows: range) -> Iterator[Fill]:
+        """Some rows of every batch."""
         cursor = Cursor(shards)
-        for batch in range(batches):
-            first = start + above * batches + rows * batch
-            samples = [cursor.at(position) for position in range(first, min(first + rows, stop))]
-            padding = [PADDING_LABEL] * (rows - len(samples))
-            images = torch.zeros(rows, data.channels, resolution, resolution)
-            if samples:
-                images[: len(samples)] = augmentation.evaluation([sample.image for sample in samples], resolution)
-            labels = torch.tensor([sample.label for sample in samples] + padding)
-            yield Batch(images, labels, torch.tensor([sample.id for sample in samples] + padding))
+        for number in range(batches):
+            first = start + rows.start * batches + len(rows) * number  # earlier parts read the samples before
+            positions = range(first, min(first + len(rows), stop))
+            yield resolution, partial(fill, [cursor.at(position) for position in positions])
+
+    def fill(samples: list[StoredSample], batch: Batch) -> None:
+        batch.labels.fill_(PADDING_LABEL)
+        batch.ids.fill_(PADDING_LABEL)
+        batch.images[len(samples) :] = 0
+        if samples:
+            batch.labels[: len(samples)] = torch.tensor([sample.label for sample in samples])
+            batch.ids[: len(samples)] = torch.tensor([sample.id for sample in samples])
+            augmentation.evaluation([sample.image for sample in samples], batch.images[: len(samples)].numpy())
 
     workers = min(data.settings.workers, batch_local)
-    rows = ceil_div(batch_local, max(workers, 1))
-    return Stream(produce, workers, data.settings.prefetch, (rows, data.channels, resolution, resolution))
+    layout = Layout(batch_local, resolution, data.channels)
+    return Stream(produce, batch_local, workers, data.settings.prefetch, layout)

@@ -1,8 +1,8 @@
 """Worker processes decode batches ahead of the step and hand them over in shared memory.
 
 torch's DataLoader sends every tensor as a file through a socket, which takes about a millisecond per tensor: a fifth of
-a small network's step. Here, a worker writes into memory slots that it shares with the rank, and two semaphores control
-whose turn it is.
+a small network's step. Here, all workers write into the same slots, which the rank shares with them, each slot a whole
+batch. So nothing is copied between a worker and the device, and two semaphores per worker control whose turn it is.
 """
 
 import math
@@ -13,8 +13,10 @@ import signal
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Self
 
@@ -34,41 +36,106 @@ class Batch:
     """One rank's part of a batch; in training its rows are lane-major: (lane, sample of the lane)."""
 
     images: Tensor
-    """(B_local, C, r, r) float32, normalized."""
+    """(B_local, r, r, C) uint8."""
     labels: Tensor
     """(B_local,) int64; -1 in rows that pad an evaluation batch."""
     ids: Tensor
     """(B_local,) int64: position in the split (samples of earlier shards + index in its shard); -1 in padding."""
-    token_labels: Tensor | None = None
-    """(B_local, numbers) float32, the rows of `token_labels.pack`; None if there are no token labels."""
+    erasing: Tensor
+    """(B_local, 5) int64: what is to be erased of each image, see `augment.Erasing`."""
+    token_labels: Tensor
+    """(B_local, numbers) float32, the rows of `token_labels.pack`; no numbers if there are no token labels."""
+
+    def rows(self, rows: slice) -> "Batch":
+        """Some rows of it, in the same memory."""
+        return Batch(*(tensor[rows] for tensor in vars(self).values()))
+
+    def clone(self) -> "Batch":
+        """A copy, in memory of its own."""
+        return Batch(*(tensor.clone() for tensor in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The size of a batch.
+
+    Args:
+        rows: B_local.
+        resolution: the largest r, in pixels.
+        channels: C.
+        numbers: in a row of token labels; 0: there are none.
+    """
+
+    rows: int
+    resolution: int
+    channels: int
+    numbers: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a batch at the largest resolution, rounded up to whole pages."""
+        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._parts(self.resolution))
+        return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+    def batch(self, memory: Tensor, resolution: int) -> Batch:
+        """The batch that lies in `bytes` bytes of memory, at one resolution."""
+        tensors, start = [], 0
+        for shape, dtype in self._parts(resolution):
+            stop = start + math.prod(shape) * dtype.itemsize
+            tensors.append(memory[start:stop].view(dtype).view(shape))
+            start = stop
+        labels, ids, erasing, token_labels, images = tensors
+        return Batch(images, labels, ids, erasing, token_labels)
+
+    def _parts(self, resolution: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shapes and types, the largest numbers first, so that all are aligned."""
+        return (
+            ((self.rows,), torch.int64),
+            ((self.rows,), torch.int64),
+            ((self.rows, 5), torch.int64),
+            ((self.rows, self.numbers), torch.float32),
+            ((self.rows, resolution, resolution, self.channels), torch.uint8),
+        )
+
+
+Fill = tuple[int, Callable[[Batch], None]]
+"""The resolution of a batch, and what writes the producer's rows into it."""
+Produce = Callable[[range], Iterator[Fill]]
+"""Produces some of the units that make up every batch (lanes, or rows), for one batch after another."""
 
 
 class Stream:
     """An iterator over batches that worker processes decode ahead, and a context manager that stops the workers.
 
+    A batch is in memory that is written again after the next one was asked for: clone what you keep. What was copied
+    from it to a GPU by then is safe.
+
     Args:
-        produce: (part, parts) -> that part of every batch, in order; all parts yield equally many.
-        workers: processes, one per part; with 0, this process produces the whole batches.
+        produce: fills its units of every batch, in order; for any units, equally many batches.
+        units: number of units, all of equally many rows.
+        workers: processes that share the units; with 0, this process produces the whole batches.
         prefetch: batches decoded ahead.
-        largest: (rows, C, r, r), the largest shape of a part's images.
-        numbers: in a row of token labels; 0: there are none.
+        layout: of the batches.
 
     Raises:
         Exception: while iterating: `produce` raised an exception of the same type.
         Unavailable: while iterating: a worker died.
     """
 
-    def __init__(
-        self,
-        produce: Callable[[int, int], Iterator[Batch]],
-        workers: int,
-        prefetch: int,
-        largest: tuple[int, int, int, int],
-        numbers: int = 0,
-    ) -> None:
-        self._pin = torch.cuda.is_available()
-        self._alone = iter(()) if workers else produce(0, 1)
-        self._workers = [_Worker(produce, part, workers, prefetch, largest, numbers) for part in range(workers)]
+    def __init__(self, produce: Produce, units: int, workers: int, prefetch: int, layout: Layout) -> None:
+        self._layout = layout
+        self._alone = iter(()) if workers else produce(range(units))
+        self._copies: deque[torch.cuda.Event] | None = deque() if torch.cuda.is_available() else None
+        self._count = slots_of(prefetch)
+        self._slots = _shared((self._count if workers else 0, layout.bytes), torch.uint8)
+        self._taken = 0
+        bounds = [units * part // workers for part in range(workers + 1)] if workers else []
+        each = layout.rows // units
+        self._workers = [
+            _Worker(produce, range(low, high), slice(low * each, high * each), layout, self._slots)
+            for low, high in pairwise(bounds)
+        ]
+        self._locked = self._copies is not None and bool(workers) and _page_locked(self._slots)
 
     def __iter__(self) -> Self:
         return self
@@ -76,17 +143,18 @@ class Stream:
     def __next__(self) -> Batch:
         try:
             if not self._workers:
-                return next(self._alone)
-            parts = [worker.take() for worker in self._workers]  # all parts end at the same batch
-            images = self._whole([images for images, _, _ in parts], 0)
-            labels, ids = self._whole([rows for _, rows, _ in parts], 1)
-            token_labels = self._whole([rows for _, _, rows in parts], 0)
+                resolution, fill = next(self._alone)
+                batch = self._layout.batch(torch.zeros(self._layout.bytes, dtype=torch.uint8), resolution)
+                fill(batch)
+                return batch
+            if self._taken:
+                self._give_back()
+            resolution, *_ = [worker.take() for worker in self._workers]  # all workers end at the same batch
         except BaseException:
             self.close()
             raise
-        for worker in self._workers:
-            worker.give_back()
-        return Batch(images, labels, ids, token_labels if token_labels.numel() else None)
+        self._taken += 1
+        return self._layout.batch(self._slots[(self._taken - 1) % self._count], resolution)
 
     def __enter__(self) -> Self:
         return self
@@ -101,36 +169,44 @@ class Stream:
             worker.terminate()
         while self._workers:
             self._workers.pop().join()
+        if self._locked:
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaHostUnregister(self._slots.data_ptr())
+            self._locked = False
 
-    def _whole(self, parts: list[Tensor], dim: int) -> Tensor:
-        """A copy of the parts as one tensor, in page-locked memory if there is a GPU."""
-        if not self._pin:
-            return torch.cat(parts, dim)
-        shape = list(parts[0].shape)
-        shape[dim] = sum(part.shape[dim] for part in parts)
-        return torch.cat(parts, dim, out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=True))
+    def _give_back(self) -> None:
+        """Lets the workers fill the last slot again; with a GPU the one before it, because copies may still run."""
+        if self._copies is not None:
+            self._copies.append(torch.cuda.Event())
+            self._copies[-1].record()
+            if len(self._copies) == 1:
+                return
+            self._copies.popleft().synchronize()
+        for worker in self._workers:
+            worker.give_back()
+
+
+def slots_of(prefetch: int) -> int:
+    """How many batches are in memory if `prefetch` of them are decoded ahead of the current one."""
+    return prefetch + (2 if torch.cuda.is_available() else 1)
 
 
 class _Worker:
-    """A process that fills a ring of `prefetch` slots with its part of the batches."""
+    """A process that fills its rows of every batch, in one slot after another.
 
-    def __init__(
-        self,
-        produce: Callable[[int, int], Iterator[Batch]],
-        part: int,
-        parts: int,
-        prefetch: int,
-        largest: tuple[int, int, int, int],
-        numbers: int,
-    ) -> None:
-        self._produce, self._part, self._parts = produce, part, parts
-        rows, self._channels, *_ = largest
-        self._slots = prefetch
-        self._images = _shared((prefetch, math.prod(largest)), torch.float32)
-        self._rows = _shared((prefetch, 2, rows), torch.int64)  # labels, ids
-        self._token_labels = _shared((prefetch, rows, numbers), torch.float32)
-        self._shapes = _shared((prefetch, 2), torch.int64).numpy()  # rows, resolution; 0 rows: the end or an error
-        self._free = FORK.Semaphore(prefetch)
+    Args:
+        produce: see `Stream`.
+        units: those that it produces.
+        rows: their rows in a batch.
+        layout: of the batches.
+        slots: (slots, bytes), shared memory.
+    """
+
+    def __init__(self, produce: Produce, units: range, rows: slice, layout: Layout, slots: Tensor) -> None:
+        self._produce, self._units, self._rows = produce, units, rows
+        self._layout, self._slots = layout, slots
+        self._resolutions = _shared((len(slots),), torch.int64).numpy()  # 0: the end, or an error
+        self._free = FORK.Semaphore(len(slots))
         self._filled = FORK.Semaphore(0)
         self._begun = _shared((1,), torch.int64).numpy()
         self._next = 0
@@ -143,10 +219,8 @@ class _Worker:
         self._forked = time.monotonic()
         errors.close()
 
-    def take(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The next part's images (B, C, r, r), labels and IDs (2, B), and token labels (B, numbers).
-
-        They are in shared memory: copy, then `give_back`.
+    def take(self) -> int:
+        """Waits until the rows in the next slot are there, and returns their resolution.
 
         Raises:
             StopIteration: there are no more.
@@ -167,16 +241,14 @@ class _Worker:
                     f"a decoding worker died (exit code {self._process.exitcode}); "
                     "if memory ran out, lower data.workers or data.prefetch"
                 )
-        rows, resolution = self._shapes[self._next].tolist()
-        if not rows:
+        resolution = int(self._resolutions[self._next])
+        if not resolution:
             raise self._errors.recv()
-        shape = (rows, self._channels, resolution, resolution)
-        images = self._images[self._next, : math.prod(shape)].view(shape)
-        return images, self._rows[self._next, :, :rows], self._token_labels[self._next, :rows]
+        self._next = (self._next + 1) % len(self._slots)
+        return resolution
 
     def give_back(self) -> None:
-        """Lets the worker fill the taken slot again."""
-        self._next = (self._next + 1) % self._slots
+        """Lets the worker fill a slot again."""
         self._free.release()
 
     def terminate(self) -> None:
@@ -197,7 +269,7 @@ class _Worker:
         rank_process = os.getppid()
         _reset_signals(rank_process)
         self._begun[0] = 1
-        slot = 0
+        slot, held = 0, False
 
         def await_slot() -> None:
             while not self._free.acquire(timeout=POLL_SECONDS):
@@ -206,24 +278,26 @@ class _Worker:
 
         end: BaseException = StopIteration()
         try:
-            for batch in self._produce(self._part, self._parts):
-                rows, _, resolution, _ = batch.images.shape
+            for resolution, fill in self._produce(self._units):
                 await_slot()
-                self._shapes[slot] = rows, resolution
-                self._images[slot, : batch.images.numel()] = batch.images.flatten()
-                self._rows[slot, 0, :rows] = batch.labels
-                self._rows[slot, 1, :rows] = batch.ids
-                if batch.token_labels is not None:
-                    self._token_labels[slot, :rows] = batch.token_labels
+                held = True
+                fill(self._layout.batch(self._slots[slot], resolution).rows(self._rows))
+                self._resolutions[slot] = resolution
                 self._filled.release()
-                slot = (slot + 1) % self._slots
+                slot, held = (slot + 1) % len(self._slots), False
         except Exception as error:
             error.add_note(f"in a decoding worker:\n{traceback.format_exc()}")
             end = error
         errors.send(end)
-        await_slot()
-        self._shapes[slot] = 0
+        if not held:
+            await_slot()
+        self._resolutions[slot] = 0
         self._filled.release()
+
+
+def _page_locked(memory: Tensor) -> bool:
+    """Locks memory so that a GPU copies from it while the host goes on; whether that could be done."""
+    return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0
 
 
 def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -16,6 +16,7 @@ from scaleprog.data.manifest import Manifest
 from scaleprog.data.order import Order
 from scaleprog.data.reader import DataSet, decoded_bytes
 from scaleprog.data.store import Store
+from scaleprog.data.stream import Layout
 from scaleprog.data.token_labels import LabelShards
 from scaleprog.errors import RecipeError
 from scaleprog.files.location import local_path
@@ -256,7 +257,7 @@ def check_decoded(recipe: Recipe, resolution: int, world: int) -> None:
     """Raises RecipeError if one of `world` ranks would hold more decoded images than `MOST_DECODED` allows."""
     batch = recipe.evaluate.batch
     for key, rows in (("train.batch", ceil_div(recipe.train.batch, world)), ("evaluate.batch", batch)):
-        size = decoded_bytes(rows, recipe.model.channels, resolution, recipe.data)
+        size = decoded_bytes(Layout(rows, resolution, recipe.model.channels), recipe.data)
         if size > MOST_DECODED:
             raise RecipeError(
                 f"{key}: {rows} images of {resolution} x {resolution} pixels per rank, with data.prefetch "

@@ -132,8 +132,10 @@ class AugmentSettings(Settings):
     """Augmentation of the training images, and the crop of the evaluation images; the defaults are only DeiT's
     cropping."""
 
-    crop: Literal["resized", "padded", "none"] = "resized"
-    """resized: RandomResizedCrop; padded: zeros around a small image, then a random window of its size; none: all."""
+    crop: Literal["resized", "simple", "padded", "none"] = "resized"
+    """resized: RandomResizedCrop; simple: DeiT III's, a random square as large as the shorter side, which may reach 4
+    pixels beyond the image, into its mirror; padded: zeros around a small image, then a random window of its size;
+    none: all."""
     scale: tuple[Number, Number] = (0.08, 1.0)
     """Range of a resized crop's area, as a fraction of the image's."""
     ratio: tuple[Aspect, Aspect] = (3 / 4, 4 / 3)
@@ -143,7 +145,10 @@ class AugmentSettings(Settings):
     flip: Share = 0.5
     """Probability of a horizontal flip."""
     color_jitter: Strength = 0.0
-    """Strength of random brightness, contrast and saturation; RandAugment replaces them, as in timm."""
+    """Strength of random brightness, contrast and saturation, in random order; RandAugment replaces them, as in
+    timm."""
+    three_augment: bool = False
+    """DeiT III's 3-Augment: every image turns gray, is solarized, or is blurred; then color_jitter."""
     randaugment: Text | None = None
     """timm's configuration string, e.g. rand-m9-mstd0.5-inc1."""
     round_magnitude: bool = False
@@ -190,6 +195,8 @@ class AugmentSettings(Settings):
     def _check(self) -> "AugmentSettings":
         if self.mix_token and (self.mixup or self.cutmix):
             raise ValueError("mix_token replaces mixup and cutmix: set them to 0, or mix_token to false")
+        if self.three_augment and self.randaugment is not None:
+            raise ValueError("three_augment replaces randaugment: set one of them, not both")
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 
-from scaleprog.data.augment import BatchRequest, low_pass
+from scaleprog.data.augment import BatchRequest
+from scaleprog.data.on_device import low_pass
 from scaleprog.data.order import SEARCH_EPOCH
 from scaleprog.errors import Diverged, OverBudget, ScaleprogError
 from scaleprog.files.atomic import write_whole
@@ -189,8 +190,8 @@ def measure(run: Run, phase: Phase) -> None:
     Raises:
         AskedToStop: the ranks have agreed to stop; the next start resumes after the batches measured so far.
     """
-    state, timer, stop = run.state, StepTimer(run.backend.device), None
-    schedule = run.plan.schedule
+    state, device, stop = run.state, run.backend.device, None
+    timer, schedule = StepTimer(device), run.plan.schedule
     targets = schedule.scoring_targets(phase)
     sizes = sorted({schedule.view(s).pixels for s in targets})
     requests = [BatchRequest(SEARCH_EPOCH, i, r, erase=0.0) for r in sizes for i in range(run.plan.search_batches)]
@@ -200,7 +201,7 @@ def measure(run: Run, phase: Phase) -> None:
     weights = scored % len(emas.momenta) if search.weights == "ema" else None
     with run.reader.stream(requests[done:], sizes[-1]) as batches, run.backend.weights(weights):
         for request, batch in zip(requests[done:], batches, strict=True):
-            images, labels = batch.images.to(run.backend.device), batch.labels.to(run.backend.device)
+            images, labels = run.plan.data.images(batch, device), batch.labels.to(device, non_blocking=True)
             for subnet in targets:
                 view = schedule.view(subnet)
                 if view.pixels != request.resolution:

@@ -42,7 +42,7 @@ def evaluate(
     for number, batch in enumerate(batches):
         if number:
             between()
-        images, labels = batch.images.to(backend.device), batch.labels.to(backend.device)
+        images, labels = data.images(batch, backend.device), batch.labels.to(backend.device)
         seen += int((labels >= 0).sum())
         for ema in networks:
             with backend.weights(ema):

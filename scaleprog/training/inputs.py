@@ -7,7 +7,8 @@ from typing import Any
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
-from scaleprog.data.augment import low_pass, mix, token_boxes
+from scaleprog.data.mixing import mix, token_boxes
+from scaleprog.data.on_device import low_pass
 from scaleprog.data.stream import Batch
 from scaleprog.data.token_labels import targets as token_targets
 from scaleprog.data.token_labels import unpack
@@ -22,7 +23,7 @@ from scaleprog.training.process import Run
 def mixed_batch(run: Run, batch: Batch, view: View) -> tuple[Tensor, Targets, TokenMix | None]:
     """This rank's part of a batch as a network of `view` sees it, and what the network should answer."""
     recipe, device = run.recipe, run.backend.device
-    images, labels = (part.to(device, non_blocking=True) for part in (batch.images, batch.labels))
+    images, labels = run.plan.data.images(batch, device), batch.labels.to(device, non_blocking=True)
     drawn: dict[str, Any] = {
         "lanes": run.reader.lanes,
         "of": recipe.data.lanes,
@@ -44,17 +45,16 @@ def mixed_batch(run: Run, batch: Batch, view: View) -> tuple[Tensor, Targets, To
     return images if view.cutoff is None else low_pass(images, view.cutoff), targets, mixed
 
 
-def _own_targets(run: Run, labels: Tensor, token_labels: Tensor | None, side: int) -> Targets:
+def _own_targets(run: Run, labels: Tensor, token_labels: Tensor, side: int) -> Targets:
     """What a network with `side` x `side` tokens should answer to images that are not mixed.
 
     `labels`: on the device; `token_labels`: the batch's, see `Batch`.
     """
     classes, smoothing = run.recipe.model.classes, run.recipe.augment.smoothing
-    if token_labels is None:
+    shards = run.plan.data.token_labels
+    if shards is None:
         own = mixup_target(labels, classes, smoothing=smoothing)
         return Targets(own, own)
-    shards = run.plan.data.token_labels
-    assert shards is not None, "the batch has their rows"
     maps, origins = unpack(token_labels.to(labels.device, non_blocking=True), shards.grid)
     own, tokens = token_targets(maps, origins, side, classes, smoothing)
     return Targets(own, own, tokens)

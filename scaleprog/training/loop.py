@@ -329,7 +329,7 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
     }
     if recipe.data.trace:
         trace(run, batch)
-    run.recorder.step(row, loss, grad_norm, timer, batch.ids)
+    run.recorder.step(row, loss, grad_norm, timer, batch.ids.clone())
     run.state.step += 1
     run.state.images += recipe.train.batch
 

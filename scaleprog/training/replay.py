@@ -84,10 +84,11 @@ def examine(run: Run) -> None:
     schedule, rank = run.plan.schedule, run.coordinator.rank
     subnet = phase.subnet(run.recipe.seed, run.state.step)
     with run.reader.stream(PhaseRequests(run, phase), schedule.view(phase.network).pixels) as batches:
-        batch = next(batches)
+        batch = next(batches).clone()
     found: list[str] = []
     with watched(run.backend.network.model, found):
         loss = forward_and_backward(run, phase, subnet, schedule.active(phase, subnet), batch)
+    images = run.plan.data.images(batch, torch.device("cpu"))
     gradients = [
         name
         for name, parameter in run.backend.network.model.named_parameters()
@@ -100,14 +101,14 @@ def examine(run: Run) -> None:
         "loss": str(loss.item()),
         "grad_norm": str(float(norm)),
         "samples": batch.ids.tolist(),
-        "images_finite": _finite(batch.images),
+        "images_finite": _finite(images),
         "layers": found[:MOST_NAMES],
         "gradients": gradients[:MOST_NAMES],
     }
     out = run.folder.parent
     (out / f"rank-{rank}.json").write_text(json.dumps(told, indent=1) + "\n")
     save_file(
-        {"images": batch.images.contiguous(), "labels": batch.labels, "ids": batch.ids},
+        {"images": images, "labels": batch.labels, "ids": batch.ids},
         out / f"rank-{rank}.safetensors",
     )
     run.coordinator.barrier()

@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from scaleprog.data.augment import token_boxes
+from scaleprog.data.mixing import token_boxes
 from scaleprog.growth.operators import fresh, grow, keep
 from scaleprog.growth.phase import active_layers
 from scaleprog.launchers.local import launch

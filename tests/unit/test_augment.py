@@ -16,11 +16,15 @@ from skimage import data
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.transforms import RandomResizedCrop
 
-from scaleprog.data import augment as augment_module
-from scaleprog.data.augment import Augmentation, BatchRequest, Encoded, central_box, low_pass, mix, random_box
+from scaleprog.data import mixing
+from scaleprog.data.augment import Augmentation, BatchRequest, Encoded, central_box, random_box
+from scaleprog.data.mixing import mix
+from scaleprog.data.on_device import low_pass
 from scaleprog.data.order import Order
+from scaleprog.data.policies import RandAugment
 from scaleprog.errors import DataError
 from scaleprog.recipe.keys import AugmentSettings
+from tests.augmented import evaluation_images, train_images
 
 DEIT = AugmentSettings(randaugment="rand-m9-mstd0.5-inc1", erase=0.25, color_jitter=0.3, mixup=0.8, cutmix=1.0)
 
@@ -46,7 +50,7 @@ def process_state() -> tuple[object, ...]:
 )
 def test_only_seed_epoch_step_and_lane_decide(chosen: AugmentSettings, channels: int) -> None:
     images, request = encoded(24, channels), BatchRequest(epoch=3, step=5, resolution=24)
-    first = Augmentation(chosen, channels, seed=1).lane(images, request, 2)
+    first = train_images(Augmentation(chosen, channels, seed=1), images, request, 2)
     assert first.shape == (24, channels, 24, 24)
     assert first.dtype == torch.float32
     assert first.is_contiguous()
@@ -54,21 +58,21 @@ def test_only_seed_epoch_step_and_lane_decide(chosen: AugmentSettings, channels:
     np.random.seed(123)
     torch.manual_seed(123)
     before = process_state()
-    again = Augmentation(chosen, channels, seed=1).lane(images, request, 2)
+    again = train_images(Augmentation(chosen, channels, seed=1), images, request, 2)
     assert torch.equal(first, again)
     assert process_state() == before, "the training process's own draws are left alone"
     others = [
-        Augmentation(chosen, channels, seed=2).lane(images, request, 2),
-        Augmentation(chosen, channels, seed=1).lane(images, BatchRequest(4, 5, 24), 2),
-        Augmentation(chosen, channels, seed=1).lane(images, BatchRequest(3, 6, 24), 2),
-        Augmentation(chosen, channels, seed=1).lane(images, request, 3),
+        train_images(Augmentation(chosen, channels, seed=2), images, request, 2),
+        train_images(Augmentation(chosen, channels, seed=1), images, BatchRequest(4, 5, 24), 2),
+        train_images(Augmentation(chosen, channels, seed=1), images, BatchRequest(3, 6, 24), 2),
+        train_images(Augmentation(chosen, channels, seed=1), images, request, 3),
     ]
     assert not any(torch.equal(first, other) for other in others)
 
 
 def test_the_states_are_put_back_after_an_error() -> None:
     before = process_state()
-    with suppress(RuntimeError), augment_module._seeded(1, 2):
+    with suppress(RuntimeError), mixing._seeded(1, 2):
         random.random()
         raise RuntimeError
     assert process_state() == before
@@ -79,19 +83,19 @@ def test_nothing_on_is_decoding_and_normalising() -> None:
     image = encoded(1, 3, side=24)
     pixels = np.asarray(Image.open(io.BytesIO(image[0][0]))) / 255
     expected = ((pixels - IMAGENET_DEFAULT_MEAN) / IMAGENET_DEFAULT_STD).transpose(2, 0, 1)
-    got = Augmentation(plain, 3).lane(image, BatchRequest(0, 0, 24), 0)[0]
+    got = train_images(Augmentation(plain, 3), image, BatchRequest(0, 0, 24), 0)[0]
     assert torch.allclose(got.double(), torch.from_numpy(expected), atol=1e-5)
-    grey = Augmentation(plain, 1).lane(encoded(1, 1, 24), BatchRequest(0, 0, 24), 0)
+    grey = train_images(Augmentation(plain, 1), encoded(1, 1, 24), BatchRequest(0, 0, 24), 0)
     assert grey.min() >= -1
     assert grey.max() <= 1
     own = Augmentation(AugmentSettings(crop="none", flip=0, mean=(0.0,), std=(1.0,)), 1)
-    assert torch.allclose(own.lane(encoded(1, 1, 24), BatchRequest(0, 0, 24), 0) * 2 - 1, grey, atol=1e-6)
+    assert torch.allclose(train_images(own, encoded(1, 1, 24), BatchRequest(0, 0, 24), 0) * 2 - 1, grey, atol=1e-6)
 
 
 def test_flip_is_as_often_as_asked() -> None:
     image = encoded(1, 1, 24) * 400
-    plain = Augmentation(AugmentSettings(crop="none", flip=0), 1).lane(image[:1], BatchRequest(0, 0, 24), 0)[0]
-    rows = Augmentation(AugmentSettings(crop="none", flip=0.25), 1).lane(image, BatchRequest(0, 0, 24), 0)
+    plain = train_images(Augmentation(AugmentSettings(crop="none", flip=0), 1), image[:1], BatchRequest(0, 0, 24), 0)[0]
+    rows = train_images(Augmentation(AugmentSettings(crop="none", flip=0.25), 1), image, BatchRequest(0, 0, 24), 0)
     flipped = sum(torch.equal(row, plain.flip(-1)) for row in rows)
     assert flipped + sum(torch.equal(row, plain) for row in rows) == 400
     assert 65 <= flipped <= 140
@@ -100,8 +104,8 @@ def test_flip_is_as_often_as_asked() -> None:
 def test_a_padded_crop_is_a_window_of_the_padded_image() -> None:
     image = encoded(1, 1, 12)
     chosen = AugmentSettings(crop="padded", padding=2, flip=0)
-    rows = Augmentation(chosen, 1).lane(image * 300, BatchRequest(0, 0, 12), 0)
-    whole = Augmentation(AugmentSettings(crop="none", flip=0), 1).lane(image, BatchRequest(0, 0, 12), 0)[0]
+    rows = train_images(Augmentation(chosen, 1), image * 300, BatchRequest(0, 0, 12), 0)
+    whole = train_images(Augmentation(AugmentSettings(crop="none", flip=0), 1), image, BatchRequest(0, 0, 12), 0)[0]
     padded = torch.nn.functional.pad(whole, (2, 2, 2, 2), value=-1.0)  # a pixel of 0 is -1 when normalised
     windows = {(y, x): padded[:, y : y + 12, x : x + 12] for y in range(5) for x in range(5)}
     found = [next(at for at, window in windows.items() if torch.equal(row, window)) for row in rows]
@@ -110,7 +114,7 @@ def test_a_padded_crop_is_a_window_of_the_padded_image() -> None:
 
 @given(st.integers(1, 900), st.integers(1, 900), st.lists(st.floats(0, 1, exclude_max=True), min_size=22, max_size=22))
 def test_a_resized_crop_lies_inside_the_image(height: int, width: int, draws: list[float]) -> None:
-    left, top, right, bottom = random_box(AugmentSettings(), height, width, draws)
+    left, top, right, bottom = random_box(AugmentSettings(), 24, height, width, draws)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
 
@@ -118,7 +122,7 @@ def test_a_resized_crop_lies_inside_the_image(height: int, width: int, draws: li
 def test_resized_crops_are_distributed_as_torchvisions() -> None:
     size = (375, 500)
     draws = np.random.default_rng(0).random((4000, 22)).tolist()
-    ours = np.array([random_box(AugmentSettings(), *size, row) for row in draws], dtype=float)
+    ours = np.array([random_box(AugmentSettings(), 224, *size, row) for row in draws], dtype=float)
     torch.manual_seed(0)
     image = torch.empty(1, *size)
     theirs = np.array(
@@ -134,24 +138,21 @@ def test_the_central_square() -> None:
     assert central_box(256, 256, 0.875) == (16, 16, 240, 240)
     assert central_box(1, 1, 0.875) == (0, 0, 1, 1)
     images = encoded(2, 3, 32)
-    assert Augmentation(AugmentSettings(), 3).evaluation(images, 16).shape == (2, 3, 16, 16)
+    assert evaluation_images(Augmentation(AugmentSettings(), 3), images, 16).shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize(("rounded", "magnitudes"), [(False, [4.5, 6, 7.5, 9]), (True, [4, 6, 8, 9])])
 def test_adareg_scales_the_magnitude_and_may_round_it(rounded: bool, magnitudes: list[float]) -> None:
-    policies = [
-        augment_module._rand_augment("rand-m9-mstd0.5-inc1", 24, factor, (0.5,), rounded)
-        for factor in (1 / 2, 2 / 3, 5 / 6, 1.0)
-    ]
-    assert [{op.magnitude for op in policy.ops} for policy in policies] == [{m} for m in magnitudes]
+    factors = (1 / 2, 2 / 3, 5 / 6, 1.0)
+    assert [RandAugment("rand-m9-mstd0.5-inc1", factor, rounded).magnitude for factor in factors] == magnitudes
 
 
 def test_adareg_changes_images_less_at_a_small_magnitude() -> None:
     images = encoded(64, 3, 32)
     chosen = AugmentSettings(crop="none", flip=0, randaugment="rand-m9-n2-p1.0-inc1")
-    plain = Augmentation(AugmentSettings(crop="none", flip=0), 3).lane(images, BatchRequest(0, 0, 32), 0)
+    plain = train_images(Augmentation(AugmentSettings(crop="none", flip=0), 3), images, BatchRequest(0, 0, 32), 0)
     changes = [
-        (Augmentation(chosen, 3).lane(images, BatchRequest(0, 0, 32, magnitude), 0) - plain).abs().mean()
+        (train_images(Augmentation(chosen, 3), images, BatchRequest(0, 0, 32, magnitude), 0) - plain).abs().mean()
         for magnitude in (0.25, 1.0)
     ]
     assert changes[0] < changes[1]
@@ -161,16 +162,18 @@ def test_adareg_changes_images_less_at_a_small_magnitude() -> None:
 def test_randaugment_survives_both_ends_of_its_scale(config: str) -> None:
     """timm asks Pillow for a posterisation to 0 bits there, which Pillow 13 refuses."""
     chosen = AugmentSettings(crop="none", randaugment=config)
-    Augmentation(chosen, 1).lane(encoded(1, 1, 16) * 200, BatchRequest(0, 0, 16), 0)
+    train_images(Augmentation(chosen, 1), encoded(1, 1, 16) * 200, BatchRequest(0, 0, 16), 0)
 
 
 def test_adareg_scales_how_often_is_erased() -> None:
     images = encoded(1, 1, 24) * 400
-    plain = Augmentation(AugmentSettings(crop="none", flip=0), 1).lane(images[:1], BatchRequest(0, 0, 24), 0)[0]
+    plain = train_images(Augmentation(AugmentSettings(crop="none", flip=0), 1), images[:1], BatchRequest(0, 0, 24), 0)[
+        0
+    ]
     augmentation = Augmentation(AugmentSettings(crop="none", flip=0, erase=0.5), 1)
     erased = {}
     for factor in (0.0, 0.5, 1.0):
-        rows = augmentation.lane(images, BatchRequest(0, 0, 24, erase=factor), 0)
+        rows = train_images(augmentation, images, BatchRequest(0, 0, 24, erase=factor), 0)
         erased[factor] = sum(not torch.equal(row, plain) for row in rows)
     assert erased[0.0] == 0
     assert 65 <= erased[0.5] <= 140

@@ -144,7 +144,7 @@ def test_a_model_is_named_and_nothing_is_fetched(name: str, monkeypatch: pytest.
 
 def test_what_a_rank_may_decode_depends_on_how_many_there_are(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(
-        train={"batch": 160}, data={"prefetch": 200, "workers": 1, "lanes": 4}, growth={"schedule": "original"},
+        train={"batch": 160}, data={"prefetch": 800, "workers": 1, "lanes": 4}, growth={"schedule": "original"},
         model={"resolution": 768, "patch": 64},
     )  # fmt: skip
     assert describe(recipe)

@@ -11,7 +11,7 @@ from PIL import Image
 from skimage import data
 
 from scaleprog.data import decode as decode_module
-from scaleprog.data.decode import Box, Crop, decode
+from scaleprog.data.decode import Box, Crop, decode, whole
 from scaleprog.errors import DataError
 
 WIDTH, HEIGHT = 500, 375
@@ -34,10 +34,6 @@ def pillow(data: bytes, channels: int, resolution: int, box: Box) -> np.ndarray:
     return pixels.reshape(resolution, resolution, channels)
 
 
-def whole(height: int, width: int) -> Box:
-    return 0, 0, width, height
-
-
 def at(box: Box) -> Crop:
     return lambda height, width: box
 
@@ -53,7 +49,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:
 @pytest.mark.parametrize(("resolution", "box"), [(224, (0, 0, WIDTH, HEIGHT)), (96, (31, 17, 240, 300))])
 def test_png_is_as_pillow_has_it(photo: Image.Image, channels: int, mode: str, resolution: int, box: Box) -> None:
     content = encode(photo.convert(mode), "PNG")
-    pixels = decode(content, "here", channels, resolution, lambda height, width: box)
+    pixels = decode(content, "here", channels, resolution, [at(box)])[0]
     assert pixels.shape == (resolution, resolution, channels)
     assert pixels.dtype == np.uint8
     mean, largest = difference(pixels, pillow(content, channels, resolution, box))
@@ -63,7 +59,9 @@ def test_png_is_as_pillow_has_it(photo: Image.Image, channels: int, mode: str, r
 
 def test_webp_is_as_pillow_has_it(photo: Image.Image) -> None:
     content = encode(photo, "WEBP", lossless=True)
-    assert difference(decode(content, "here", 3, 128, whole), pillow(content, 3, 128, (0, 0, WIDTH, HEIGHT)))[1] <= 2
+    assert (
+        difference(decode(content, "here", 3, 128, [whole])[0], pillow(content, 3, 128, (0, 0, WIDTH, HEIGHT)))[1] <= 2
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -82,7 +80,7 @@ def test_jpeg_is_close_to_pillow(
     photo: Image.Image, channels: int, mode: str, resolution: int, box: Box, tolerance: float
 ) -> None:
     content = encode(photo.convert(mode), "JPEG", quality=92)
-    pixels = decode(content, "here", channels, resolution, lambda height, width: box)
+    pixels = decode(content, "here", channels, resolution, [at(box)])[0]
     assert pixels.shape == (resolution, resolution, channels)
     assert difference(pixels, pillow(content, channels, resolution, box))[0] < tolerance
 
@@ -91,7 +89,7 @@ def test_a_scaled_crop_is_where_it_should_be(photo: Image.Image) -> None:
     """Off by a pixel of the scaled image would pass a loose tolerance; a shifted reference must be clearly worse."""
     content = encode(photo, "JPEG", quality=95)
     box = (60, 40, 460, 360)
-    pixels = decode(content, "here", 3, 64, lambda height, width: box)
+    pixels = decode(content, "here", 3, 64, [at(box)])[0]
     right = difference(pixels, pillow(content, 3, 64, box))[0]
     for shift in ((6, 0), (-6, 0), (0, 6), (0, -6)):
         moved = (box[0] + shift[0], box[1] + shift[1], box[2] + shift[0], box[3] + shift[1])
@@ -116,9 +114,9 @@ def test_a_scaled_crop_keeps_the_fractions_of_its_box(eighths: int) -> None:
         middle = (box[0] + 0.45 * side, box[1] + 0.53 * side)
         blob = 220 * np.exp(-((x - middle[0]) ** 2 + (y - middle[1]) ** 2) / (2 * (side / 9) ** 2))
         content = encode(Image.fromarray(blob.round().astype(np.uint8)), "JPEG", quality=98)
-        decoded, _ = decode_module._decode_jpeg(content, 1, resolution, at(box))
-        assert decoded.shape == (math.ceil(height * eighths / 8), math.ceil(width * eighths / 8))
-        pixels = decode(content, "here", 1, resolution, at(box))
+        decoded, _ = decode_module._decode_jpeg(content, 1, resolution, [at(box)], False)
+        assert decoded.shape[:2] == (math.ceil(height * eighths / 8), math.ceil(width * eighths / 8))
+        pixels = decode(content, "here", 1, resolution, [at(box)])[0]
         shift = center_of_mass(pixels) - center_of_mass(pillow(content, 1, resolution, box))
         assert np.abs(shift).max() < 0.02
 
@@ -129,7 +127,7 @@ def test_a_scaled_crop_of_a_photo_is_close_to_pillow(photo: Image.Image) -> None
     errors = []
     for step in range(16):
         box = (20 + step, 9 + 3 * step, 20 + step + 290 - 5 * step, 9 + 3 * step + 270 + step)
-        pixels = decode(content, "here", 3, 48, at(box))
+        pixels = decode(content, "here", 3, 48, [at(box)])[0]
         errors.append(np.square(pixels.astype(float) - pillow(content, 3, 48, box)).mean())
     assert 10 * math.log10(255**2 / np.mean(errors)) > 42
 
@@ -147,14 +145,14 @@ def test_every_box_of_every_size_gives_a_square(data: st.DataObject, width: int,
     left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     box = (left, top, data.draw(st.integers(left + 1, width)), data.draw(st.integers(top + 1, height)))
     content = encode(Image.new("L", (width, height), 255), "JPEG")
-    pixels = decode(content, "here", 1, resolution, at(box))
+    pixels = decode(content, "here", 1, resolution, [at(box)])[0]
     assert pixels.shape == (resolution, resolution, 1)
     assert pixels.min() == 255
 
 
 def test_the_crop_sees_the_full_size_even_where_the_decoder_scales(photo: Image.Image) -> None:
     seen = []
-    decode(encode(photo, "JPEG"), "here", 3, 16, lambda *size: seen.append(size) or (0, 0, WIDTH, HEIGHT))
+    decode(encode(photo, "JPEG"), "here", 3, 16, [lambda *size: seen.append(size) or (0, 0, WIDTH, HEIGHT)])
     assert seen == [(HEIGHT, WIDTH)]
 
 
@@ -162,21 +160,41 @@ def test_the_crop_sees_the_full_size_even_where_the_decoder_scales(photo: Image.
 def test_cmyk_jpeg(photo: Image.Image, channels: int) -> None:
     content = encode(photo.convert("CMYK"), "JPEG", quality=92)
     box = (0, 0, WIDTH, HEIGHT)
-    assert difference(decode(content, "here", channels, 128, whole), pillow(content, channels, 128, box))[1] <= 2
+    assert difference(decode(content, "here", channels, 128, [whole])[0], pillow(content, channels, 128, box))[1] <= 2
 
 
 def test_what_lies_beyond_the_image_is_zero() -> None:
     image = np.arange(1, 29, dtype=np.uint8).reshape(4, 7)
     content = encode(Image.fromarray(image[:, :4]), "PNG")
-    pixels = decode(content, "here", 1, 4, lambda height, width: (-1, 2, 3, 6))[..., 0]
+    pixels = decode(content, "here", 1, 4, [at((-1, 2, 3, 6))])[0][..., 0]
     assert pixels.tolist() == [[0, 15, 16, 17], [0, 22, 23, 24], [0, 0, 0, 0], [0, 0, 0, 0]]
-    pixels = decode(content, "here", 1, 4, lambda height, width: (2, -1, 6, 3))[..., 0]
+    pixels = decode(content, "here", 1, 4, [at((2, -1, 6, 3))])[0][..., 0]
     assert pixels.tolist() == [[0, 0, 0, 0], [3, 4, 0, 0], [10, 11, 0, 0], [17, 18, 0, 0]]
+
+
+def test_what_lies_beyond_the_image_may_mirror_it(photo: Image.Image) -> None:
+    image = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    content, box = encode(Image.fromarray(image), "PNG"), (-2, 1, 2, 5)
+    pixels = decode(content, "here", 1, 4, [at(box)], reflect=True)[0][..., 0]
+    assert pixels.tolist() == np.pad(image, 4, "reflect")[5:9, 2:6].tolist()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_views_of_an_image_are_decoded_once_and_are_what_each_is_alone(photo: Image.Image, kind: str) -> None:
+    """JPEGs, too, as long as the largest view needs the full size."""
+    content, boxes = encode(photo, kind), [(10, 20, 110, 120), (0, 0, WIDTH, HEIGHT), (300, 200, 480, 370)]
+    views = decode(content, "here", 3, 96, [at(box) for box in boxes])
+    alone = [decode(content, "here", 3, 96, [at(box), at((0, 0, 90, 90))])[0] for box in boxes]
+    assert np.array_equal(views, np.stack(alone))
+    out = np.zeros((5, 96, 96, 3), np.uint8)
+    decode(content, "here", 3, 96, [at(box) for box in boxes], out=out[1:4])
+    assert np.array_equal(out[1:4], views)
+    assert not out[[0, 4]].any()
 
 
 def test_a_jpeg_box_beyond_the_image(photo: Image.Image) -> None:
     content = encode(photo, "JPEG", quality=92)
-    pixels = decode(content, "here", 3, 64, lambda height, width: (-100, -100, width - 100, height - 100))
+    pixels = decode(content, "here", 3, 64, [at((-100, -100, WIDTH - 100, HEIGHT - 100))])[0]
     assert pixels[:10, :10].max() == 0
     reference = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     reference[100:, 100:] = np.asarray(Image.open(io.BytesIO(content)))[:-100, :-100]
@@ -188,14 +206,14 @@ def test_the_content_decides_not_the_name_and_rotation_tags_are_ignored(photo: I
     exif[0x0112] = 6
     for kind in ("PNG", "JPEG"):
         plain, tagged = encode(photo, kind), encode(photo, kind, exif=exif)
-        assert np.array_equal(decode(plain, "here", 3, 64, whole), decode(tagged, "here", 3, 64, whole))
+        assert np.array_equal(decode(plain, "here", 3, 64, [whole]), decode(tagged, "here", 3, 64, [whole]))
 
 
 def test_memoryviews_are_read_without_a_copy(photo: Image.Image) -> None:
     for kind in ("PNG", "JPEG"):
         content = encode(photo, kind)
         view = memoryview(b"before" + content + b"after")[6:-5]
-        assert np.array_equal(decode(view, "here", 3, 32, whole), decode(content, "here", 3, 32, whole))
+        assert np.array_equal(decode(view, "here", 3, 32, [whole]), decode(content, "here", 3, 32, [whole]))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -204,4 +222,4 @@ def test_what_cannot_be_decoded_is_named(photo: Image.Image, kind: str, damage: 
     content = encode(photo, kind)
     content = {"half": content[: len(content) // 2], "empty": b"", "text": b"no image at all"}[damage]
     with pytest.raises(DataError, match=r"a\.tar: sample '7': cannot decode.*rebuild the shard"):
-        decode(content, "a.tar: sample '7'", 3, 64, whole)
+        decode(content, "a.tar: sample '7'", 3, 64, [whole])

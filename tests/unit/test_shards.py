@@ -31,6 +31,7 @@ from scaleprog.shards.build import STAGING, shard_files
 from scaleprog.shards.check import check, write_manifest
 from scaleprog.shards.cli import app
 from scaleprog.shards.samples import read_label, read_members
+from tests.augmented import evaluation_images, train_images
 
 pytestmark = pytest.mark.process
 
@@ -274,8 +275,8 @@ def trains_on(image: bytes, channels: int) -> bool:
     try:
         for crop in ("none", "resized"):
             augmentation = Augmentation(AugmentSettings(crop=crop), channels)
-            augmentation.lane([(memoryview(image), "here")], BatchRequest(0, 0, 32), 0)
-        augmentation.evaluation([(memoryview(image), "here")], 224)
+            train_images(augmentation, [(memoryview(image), "here")], BatchRequest(0, 0, 32), 0)
+        evaluation_images(augmentation, [(memoryview(image), "here")], 224)
     except DataError:
         return False
     return True

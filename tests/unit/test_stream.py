@@ -1,4 +1,4 @@
-"""Streams: a worker that hangs in its fork is forked again."""
+"""Streams: whole batches in shared slots, errors in their place, and workers that hang in their fork."""
 
 import os
 import signal
@@ -9,17 +9,66 @@ import pytest
 import torch
 
 import scaleprog.data.stream
-from scaleprog.data.stream import Batch, Stream
+from scaleprog.data.stream import Batch, Fill, Layout, Stream
+from scaleprog.errors import DataError
 
 pytestmark = pytest.mark.process
 
-SHAPE = (2, 1, 4, 4)
+LAYOUT = Layout(rows=4, resolution=6, channels=1, numbers=3)
 
 
-def produce(part: int, parts: int) -> Iterator[Batch]:
+def produce(units: range) -> Iterator[Fill]:
+    """Five batches of 4 units, each a row that says its unit and the batch, at changing resolutions."""
     for number in range(5):
-        rows = torch.arange(2) + 10 * number + 100 * part
-        yield Batch(torch.full(SHAPE, float(number)), rows, rows)
+
+        def fill(batch: Batch, number: int = number) -> None:
+            for name, tensor in vars(batch).items():
+                rows = torch.tensor([10 * number + unit for unit in units])
+                tensor[:] = (rows + len(name)).view(-1, *(1,) * (tensor.ndim - 1))
+
+        yield 6 - number, fill
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3, 4])
+def test_batches_are_whole_for_any_number_of_workers(workers: int) -> None:
+    with Stream(produce, 4, workers, 2, LAYOUT) as batches:
+        found = [batch.clone() for batch in batches]
+    assert len(found) == 5
+    for number, batch in enumerate(found):
+        assert batch.images.shape == (4, 6 - number, 6 - number, 1)
+        assert batch.token_labels.shape == (4, 3)
+        for name, tensor in vars(batch).items():
+            rows = (torch.arange(4) + 10 * number + len(name)).view(-1, *(1,) * (tensor.ndim - 1))
+            assert torch.equal(tensor, rows.to(tensor.dtype).expand_as(tensor))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("at_fill", [False, True])
+def test_an_error_comes_after_the_batches_before_it(workers: int, at_fill: bool) -> None:
+    def failing(units: range) -> Iterator[Fill]:
+        for number, (resolution, fill) in enumerate(produce(units)):
+            if number == 4 and not at_fill:
+                raise DataError("no more")
+
+            def fail(batch: Batch) -> None:
+                raise DataError("no more")
+
+            yield resolution, fail if number == 4 else fill
+
+    with Stream(failing, 4, workers, 2, LAYOUT) as batches:
+        time.sleep(0.5 if workers else 0)  # the workers are at the error while no batch is taken
+        found = [next(batches).ids[0].item() for _ in range(4)]
+        with pytest.raises(DataError, match="no more"):
+            next(batches)
+    assert found == [3, 13, 23, 33]
+
+
+def test_a_batch_stays_until_the_next_one_is_asked_for() -> None:
+    with Stream(produce, 4, 1, 1, LAYOUT) as batches:
+        batch = next(batches)
+        before = batch.clone()
+        time.sleep(0.5)
+        assert torch.equal(batch.images, before.images)
 
 
 @pytest.fixture
@@ -39,9 +88,9 @@ def forks(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
 
 
 def test_a_worker_that_hangs_in_its_fork_is_forked_again(forks: torch.Tensor) -> None:
-    with Stream(produce, 1, 2, SHAPE) as batches:
-        ids = [batch.ids.tolist() for batch in batches]
-    assert ids == [[10 * number, 10 * number + 1] for number in range(5)]
+    with Stream(produce, 4, 1, 2, LAYOUT) as batches:
+        first = [batch.ids[0].item() for batch in batches]
+    assert first == [10 * number + 3 for number in range(5)]
     assert forks.tolist() == [2]
 
 
@@ -49,7 +98,7 @@ def test_a_stream_ends_while_its_worker_hangs(forks: torch.Tensor) -> None:
     told: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: told.append(os.getpid()))
     try:
-        Stream(produce, 1, 2, SHAPE).close()
+        Stream(produce, 4, 1, 2, LAYOUT).close()
     finally:
         signal.signal(signal.SIGTERM, before)
     assert not told

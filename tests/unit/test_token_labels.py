@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.ops import roi_align
 
 from scaleprog.data import token_labels
 from scaleprog.data.augment import Augmentation, BatchRequest
 from scaleprog.data.manifest import Manifest
+from scaleprog.data.operations import Operation, apply
 from scaleprog.data.order import Order
-from scaleprog.data.origin import IDENTITY, Located, after, of_crop
+from scaleprog.data.origin import FLIP, IDENTITY, MOVES, after, of_crop
 from scaleprog.data.reader import DataSet, TrainReader
 from scaleprog.data.shard import ShardReader
 from scaleprog.data.token_labels import LabelShards, aligned, dense_logits, encode, pack, targets, unpack
@@ -28,6 +27,7 @@ from scaleprog.errors import DataError
 from scaleprog.planning.plan import Plan
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
 from scaleprog.shards.token_labels import Teacher, build, place_logits
+from tests.augmented import train_images_with_origins
 from tests.conftest import CLASSES, MakeRecipe, draw_patterns
 from tests.unit.command import Command
 
@@ -58,21 +58,14 @@ def maps(count: int, classes: int, grid: tuple[int, int, int] = GRID, seed: int 
 
 
 @pytest.mark.parametrize(
-    "op", ["ShearX", "ShearY", "TranslateXRel", "TranslateYRel", "TranslateX", "TranslateY", "Rotate"]
+    ("name", "amount"), [("shear_x", 0.2), ("shear_y", 0.2), ("translate_x", 0.3), ("translate_y", 0.3), ("rotate", 21)]
 )
-def test_the_origin_of_a_geometric_operation_finds_the_object_that_it_moved(op: str) -> None:
-    policy = rand_augment_transform("rand-m7-n1", {"translate_const": 20, "img_mean": (0, 0, 0)})
-    policy.ops = [
-        timm.data.auto_augment.AugmentOp(
-            op, prob=1.0, magnitude=7, hparams={"translate_const": 20, "img_mean": (0, 0, 0)}
-        )
-    ]
-    located, shown = Located(policy), disk(120, 0.55, 0.4)
-    for _ in range(4):  # both signs
-        moved, origin = located(Image.fromarray(shown))
-        found = origin @ (*center(np.asarray(moved)), 1)
-        assert found == pytest.approx(center(shown), abs=0.01), op
-        assert not np.allclose(origin, IDENTITY)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_origin_of_a_move_finds_the_object_that_it_moved(name: str, amount: float, sign: int) -> None:
+    shown = disk(120, 0.55, 0.4)
+    moved, origin = apply(shown, Operation(name, sign * amount), (0, 0, 0)), MOVES[name](sign * amount)
+    assert origin @ (*center(moved), 1) == pytest.approx(center(shown), abs=0.002)
+    assert not np.allclose(origin, IDENTITY)
 
 
 def test_the_origin_of_a_whole_augmentation_finds_the_object() -> None:
@@ -80,9 +73,9 @@ def test_the_origin_of_a_whole_augmentation_finds_the_object() -> None:
     shown = cv2.resize(disk(200, 0.55, 0.45), (260, 200))
     png = memoryview(cv2.imencode(".png", shown)[1].tobytes())
     augmentation = Augmentation(chosen, 3, seed=1)
-    images, origins = augmentation.lane_with_origins([(png, "here")] * 80, BatchRequest(0, 0, 96), 0)
+    images, origins = train_images_with_origins(augmentation, [(png, "here")] * 80, BatchRequest(0, 0, 96), 0)
     moved, true = 0, center(shown)
-    for image, origin in zip(images, origins.double().numpy()):
+    for image, origin in zip(images, origins):
         pixels = ((image - image.min()) / (image.max() - image.min()) * 255).permute(1, 2, 0).numpy()
         x, y = np.linalg.solve(origin[:, :2], np.array(true) - origin[:, 2])
         if not (0.12 < x < 0.88 and 0.12 < y < 0.88):
@@ -95,7 +88,7 @@ def test_the_origin_of_a_whole_augmentation_finds_the_object() -> None:
 
 
 def test_origins_compose_in_the_order_of_the_operations() -> None:
-    crop, turn = of_crop((10, 20, 50, 40), 100, 100, True), np.array([[0.0, -1.0, 1.0], [1.0, 0.0, 0.0]])
+    crop, turn = after(of_crop((10, 20, 50, 40), 100, 100), FLIP), np.array([[0.0, -1.0, 1.0], [1.0, 0.0, 0.0]])
     point = np.array([0.2, 0.7, 1.0])
     inner = turn @ point
     assert after(crop, turn) @ point == pytest.approx(crop @ (*inner, 1.0))
@@ -111,7 +104,8 @@ def test_a_crop_is_aligned_as_by_roi_align(side: int, grid: tuple[int, int, int]
     rows = maps(6, classes, grid)
     corners = np.sort(rng.random((6, 2, 2)), axis=1)  # (from, to) x (x, y)
     crops = [(*(round(v * 1000) for v in a), *(round(v * 1000) + 1 for v in b)) for a, b in corners]
-    origins = torch.from_numpy(np.stack([of_crop(crop, 1000, 1000, flipped) for crop in crops])).float()
+    whole = [of_crop(crop, 1000, 1000) for crop in crops]
+    origins = torch.from_numpy(np.stack([after(crop, FLIP) if flipped else crop for crop in whole])).float()
     logits = dense_logits(unpack(pack(list(rows), origins), grid)[0], classes)
     scattered = torch.zeros(6, classes, *grid[:2])
     for i, y, x, k in np.ndindex(rows.shape):
@@ -128,7 +122,7 @@ def test_the_transposed_crop_is_that_of_token_labelings_code() -> None:
     """x1, y1, x2, y2 = top, left, bottom, right, half a cell back, with an operator that is not aligned."""
     rows, grid, classes = maps(4, 9, (10, 10, 4)), (10, 10, 4), 9
     boxes = [(100, 300, 500, 450), (0, 0, 1000, 1000), (600, 100, 990, 900), (400, 500, 800, 1000)]
-    origins = torch.from_numpy(np.stack([of_crop(box, 1000, 1000, False, transposed=True) for box in boxes])).float()
+    origins = torch.from_numpy(np.stack([of_crop(box, 1000, 1000, transposed=True) for box in boxes])).float()
     logits = dense_logits(unpack(pack(list(rows), origins), grid)[0], classes)
     theirs = torch.tensor([
         [i, *(v / 1000 * grid[0] - 0.5 for v in (top, left, bottom, right))]
@@ -144,14 +138,14 @@ def test_an_object_at_the_top_right_tells_the_two_crops_apart() -> None:
     found["class"] = (0, 1)
     found["logit"][0, :3, 5:, 1] = 30
     for transposed, share in ((False, 1.0), (True, 0.0)):
-        origin = torch.from_numpy(of_crop((125, 0, 200, 75), 200, 200, False, transposed)).float()[None]
+        origin = torch.from_numpy(of_crop((125, 0, 200, 75), 200, 200, transposed)).float()[None]
         whole, dense = targets(*unpack(pack(list(found), origin), (8, 8, 2)), 3, 2, 0.0)
         assert float(dense[0, :, 1].mean()) == pytest.approx(share if share else 0.5, abs=0.02), "0.5: no logits at all"
         assert (float(whole[0, 1]) > 0.99) == (not transposed)
 
 
 def test_targets_are_smoothed_softmax_over_all_classes() -> None:
-    rows, origins = maps(2, 7), torch.from_numpy(np.stack([IDENTITY, of_crop((0, 0, 5, 6), 10, 10, False)])).float()
+    rows, origins = maps(2, 7), torch.from_numpy(np.stack([IDENTITY, of_crop((0, 0, 5, 6), 10, 10)])).float()
     logits = dense_logits(unpack(pack(list(rows), origins), GRID)[0], 7)
     whole, dense = targets(*unpack(pack(list(rows), origins), GRID), 3, 7, 0.1)
     assert whole.shape == (2, 7)
@@ -246,7 +240,6 @@ def test_the_reader_joins_labels_by_key(images: Manifest, labels: Path, tmp_path
         )
         with reader.stream([BatchRequest(1, 0, 16), BatchRequest(1, 1, 32)], 32) as stream:
             for batch in stream:
-                assert batch.token_labels is not None
                 stored, origins = unpack(batch.token_labels, found.grid)
                 for row, sample in enumerate(batch.ids.tolist()):
                     shard, index = np.searchsorted(np.cumsum(order.counts), sample, "right"), sample

@@ -10,7 +10,7 @@ from scipy.stats import ks_2samp
 from timm.models.volo import VOLO, rand_bbox
 from torch import nn
 
-from scaleprog.data.augment import token_boxes
+from scaleprog.data.mixing import token_boxes
 from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet
 from scaleprog.models import resolve_family
