@@ -18,39 +18,40 @@ class FaultyServer:
     Args:
         folder: what it serves.
         ranges: whether it sends parts of files, or always the whole.
+        port: 0: any.
     """
 
-    def __init__(self, folder: Path, ranges: bool = True) -> None:
+    def __init__(self, folder: Path, ranges: bool = True, port: int = 0) -> None:
         self.folder, self.ranges = folder, ranges
         self.drops = self.cuts = self.delays = 0.0
         """Of all answers: the share that ends early, that is short without a sign, and that waits 20 ms."""
         self.redirect, self.status, self.dead = "", 200, False
         self.moved = ""
         """A folder whose files have moved to the top."""
+        self.dies: dict[int, float] = {}
+        """Seconds for which it breaks all connections, by the number of the GET with which that begins."""
         self.asked: list[str] = []
         """The paths of all GETs."""
         self._random = random.Random(0)
-        self._server = self._listen(0)
-        self._port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self._port}"
-
-    def _listen(self, port: int) -> ThreadingHTTPServer:
-        server = ThreadingHTTPServer(("127.0.0.1", port), partial(_Answer, self))
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        return server
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), partial(_Answer, self))
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def chance(self, share: float) -> bool:
         return self._random.random() < share
 
-    def die(self, seconds: float) -> None:
-        """Breaks all connections and refuses new ones, from now on and for some seconds."""
-        self.close()
-        threading.Timer(seconds, self._revive).start()
+    def count(self, path: str) -> None:
+        """Notes a GET, and dies with it if that is its turn."""
+        self.asked.append(path)
+        if seconds := self.dies.pop(len(self.asked), 0):
+            self.dead = True
+            threading.Timer(seconds, self._revive).start()
 
     def _revive(self) -> None:
-        self.dead, self._server = False, self._listen(self._port)
+        self.dead = False
 
     def close(self) -> None:
+        """Breaks all connections and refuses new ones."""
         self.dead = True
         self._server.shutdown()
         self._server.server_close()
@@ -76,7 +77,7 @@ class _Answer(BaseHTTPRequestHandler):
         self._answer(with_body=False)
 
     def do_GET(self) -> None:
-        self._faults.asked.append(self.path)
+        self._faults.count(self.path)
         self._answer(with_body=True)
 
     def _answer(self, with_body: bool) -> None:

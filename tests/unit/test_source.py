@@ -2,17 +2,19 @@
 
 import hashlib
 import shutil
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from scaleprog.data import transfer
 from scaleprog.data.manifest import NAME, Manifest
+from scaleprog.data.shard import OnDisk, ShardReader
 from scaleprog.data.source import Remote, Shard, source_of
+from scaleprog.data.store import Store
 from scaleprog.errors import DataError, RecipeError, Unavailable
 from scaleprog.files.location import check_location, local_path
 from scaleprog.planning.plan import Plan
@@ -74,10 +76,9 @@ def test_a_run_over_a_server_with_faults_ends_with_the_weights_of_one_from_disk(
 
     recipe = trained("disk")
     server.drops, server.cuts, server.delays = 0.05, 0.05, 0.05
-    dying = threading.Timer(0.5, server.die, (1.0,))
-    dying.start()
+    server.dies[40] = 1.0
     trained("web", path=server.url)
-    dying.join()
+    assert not server.dies
     assert differences(recipe, tmp_path / "web", tmp_path / "disk") == []
     parts = sum(path.stat().st_size for path in patterns.glob("*.tar")) // PART
     assert len(server.asked) > parts + 20, "there were faults"
@@ -174,6 +175,33 @@ def test_the_names_in_a_manifest_lead_nowhere_else(server: FaultyServer) -> None
         with pytest.raises(DataError, match="may have only letters, digits"):
             Remote(server.url).read(shard, verify=False)
         assert server.asked == []
+
+
+def test_images_one_by_one_from_a_store(server: FaultyServer, patterns: Path, tmp_path: Path) -> None:
+    manifest, local = Manifest.load(server.url), ShardReader(Manifest.load(patterns), "train")
+    for folder, kept in ((tmp_path / "store", True), (tmp_path / "file", False)):
+        (tmp_path / "file").touch()
+        reader = ShardReader(manifest, "train", store=Store(folder, 2**30), on_disk=True)
+        for index in (0, 1, 0):
+            mine, theirs = reader.load(index), local.load(index)
+            assert isinstance(mine.data, OnDisk) == kept, "where nothing can be stored, a shard is held whole"
+            assert (mine.keys, mine.labels.tolist()) == (theirs.keys, theirs.labels.tolist())
+            assert all(bytes(mine.image(i)[0]) == bytes(theirs.image(i)[0]) for i in range(len(mine.keys)))
+            del mine
+    assert server.asked.count("/train-000000.tar") > 1
+
+
+def test_a_library_without_coroutines(patterns: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of huggingface."""
+    root = "hf://datasets/user/set"
+    files = MemoryFileSystem()
+    for path in patterns.iterdir():
+        files.pipe_file(f"{root}/{path.name}", path.read_bytes())
+    monkeypatch.setattr(fsspec, "filesystem", lambda _: files)
+    manifest = Manifest.load(root)
+    assert manifest.splits == Manifest.load(patterns).splits
+    for shard in manifest.split("train"):
+        assert source_of(root).read(shard, verify=True)[:] == (patterns / shard.name).read_bytes()
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
