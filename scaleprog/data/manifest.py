@@ -67,7 +67,7 @@ class Manifest:
             text = Folder("").text(file) if file else source.text(NAME)
         except FileNotFoundError:
             raise DataError(_missing(source, os.fspath(root), file)) from None
-        stored = _parse(path, text)
+        stored = _parse(path, text, source.root)
         return cls(source.root, stored.classes, stored.splits, stored.source)
 
     def save(self, file: str | None = None) -> None:
@@ -217,18 +217,16 @@ class _Stored(Settings):
         return splits
 
 
-def _parse(path: str, text: str) -> _Stored:
+def _parse(path: str, text: str, root: str) -> _Stored:
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}: malformed, not JSON: {error}. Rewrite it: {_rewrite(os.path.dirname(path))}."
-        ) from None
+        raise DataError(f"{path}: malformed, not JSON: {error}. Rewrite it: {_rewrite(root)}.") from None
     ours = isinstance(value, dict) and value.get("kind") == "scaleprog-manifest"
     if ours and (value.get("version") != VERSION or type(value["version"]) is not int):
         raise DataError(
             f"{path}: format version {reprlib.repr(value.get('version'))}, but this scaleprog reads version {VERSION}. "
-            f"Use the scaleprog that wrote it, or rewrite it: {_rewrite(os.path.dirname(path))}."
+            f"Use the scaleprog that wrote it, or rewrite it: {_rewrite(root)}."
         )
     try:
         return _Stored.model_validate(value)
@@ -236,9 +234,7 @@ def _parse(path: str, text: str) -> _Stored:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the top level"
         where = where if where.isprintable() and len(where) <= 200 else reprlib.repr(where)
-        raise DataError(
-            f"{path}: malformed at {where}: {first['msg']}. Rewrite it: {_rewrite(os.path.dirname(path))}."
-        ) from None
+        raise DataError(f"{path}: malformed at {where}: {first['msg']}. Rewrite it: {_rewrite(root)}.") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

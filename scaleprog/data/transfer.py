@@ -40,8 +40,8 @@ _RANDOM = random.SystemRandom()  # leaves the process's random numbers alone
 Result = TypeVar("Result")
 
 
-class _Short(Exception):
-    """An answer with too few bytes."""
+class _OtherLength(Exception):
+    """An answer with too few bytes, or too many."""
 
 
 def memory(size: int) -> mmap.mmap:
@@ -65,7 +65,8 @@ def fetch(url: str, size: int) -> mmap.mmap:
         async def attempt() -> bytes:
             received: bytes = await files._cat_file(path, start=start, end=stop)
             if len(received) != stop - start and (start or len(received) != size):  # a server may send all of a file
-                raise _Short(f"{len(received)} bytes in place of {stop - start}")
+                what = "truncated" if len(received) < stop - start else "too long"
+                raise _OtherLength(f"{what}: {len(received)} bytes in place of {stop - start}")
             return received
 
         async with streams:
@@ -96,13 +97,19 @@ def fetch_text(url: str, limit: int) -> str:
     """
 
     async def all_of_it(files: AsyncFileSystem, path: str) -> bytes:
-        return await _persist(
-            lambda: files._cat_file(path, start=0, end=limit + 1), url, missing=FileNotFoundError(url)
-        )
+        size = await _size(files, path, url, FileNotFoundError(url))
+        if size is None or size > limit:
+            raise DataError(f"{url}: {size or 'an unknown number of'} bytes; it may have at most {limit}")
+
+        async def attempt() -> bytes:
+            received: bytes = await files._cat_file(path, start=0, end=size)
+            if len(received) != size:
+                raise _OtherLength(f"truncated: {len(received)} of {size} bytes")
+            return received
+
+        return await _persist(attempt, url)
 
     content = _run(url, all_of_it)
-    if len(content) > limit:
-        raise DataError(f"{url}: more than {limit} bytes")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -134,14 +141,16 @@ def listing(url: str) -> dict[str, int | None]:
 def size_of(url: str) -> int:
     """Bytes of the file at `url`. Raises DataError, or Unavailable."""
 
-    async def size(files: AsyncFileSystem, path: str) -> int | None:
-        found: int | None = (await _persist(lambda: files._info(path), url))["size"]
-        return found
-
-    found = _run(url, size)
+    found = _run(url, lambda files, path: _size(files, path, url))
     if found is None:
         raise DataError(f"{url}: the server does not say how long the file is; copy the shards to a local folder")
     return found
+
+
+async def _size(files: AsyncFileSystem, path: str, url: str, missing: Exception | None = None) -> int | None:
+    """Bytes of a file; None if the server does not say. `missing`: see `_persist`."""
+    size: int | None = (await _persist(lambda: files._info(path), url, missing))["size"]
+    return size
 
 
 def _run(url: str, work: Callable[[AsyncFileSystem, str], Coroutine[Any, Any, Result]]) -> Result:
@@ -161,7 +170,7 @@ def _run(url: str, work: Callable[[AsyncFileSystem, str], Coroutine[Any, Any, Re
 async def _persist(attempt: Callable[[], Awaitable[Result]], url: str, missing: Exception | None = None) -> Result:
     """The result of an attempt, repeated while it may yet succeed; `missing`: the error where there is no file."""
     clock = asyncio.get_running_loop().time
-    give_up, short = clock() + PATIENCE_SECONDS, 0
+    give_up, others = clock() + PATIENCE_SECONDS, 0
     for failures in count():
         try:
             return await asyncio.wait_for(attempt(), ANSWER_SECONDS)
@@ -172,9 +181,10 @@ async def _persist(attempt: Callable[[], Awaitable[Result]], url: str, missing: 
             if isinstance(error, FileNotFoundError):
                 missing = missing or DataError(f"{url}: no such file; copy it there, or index the shards again")
                 raise missing from error
-            short += _is_short(error)
-            if short >= TRIES:
-                raise DataError(f"{url}: truncated: {_plain(error)}; copy the shard again or rebuild it") from error
+            if _has_other_length(error):
+                others += 1
+                if others == TRIES:
+                    raise DataError(f"{url}: {_plain(error)}; copy the shard again or rebuild it") from error
             if _refused(error):
                 raise DataError(
                     f"{url}: the server refuses it ({_plain(error)}); are the URL and fsspec's credentials right?"
@@ -202,8 +212,13 @@ def _status(error: BaseException | None) -> int | None:
     return None
 
 
-def _is_short(error: Exception) -> bool:
-    return isinstance(error, _Short) or _status(error) == 416 or "InvalidRange" in str(error)
+def _has_other_length(error: Exception) -> bool:
+    return isinstance(error, _OtherLength) or _beyond_end(error)
+
+
+def _beyond_end(error: Exception) -> bool:
+    """Whether a part was asked for that begins behind the end of a file."""
+    return _status(error) == 416 or "InvalidRange" in str(error)
 
 
 def _refused(error: Exception) -> bool:
@@ -218,6 +233,7 @@ def _refused(error: Exception) -> bool:
 def _plain(error: Exception) -> str:
     """An error in a few words; without the query of a URL, which may be a signature."""
     text = re.sub(r"\?[^\s'\")]*", "", str(error) or type(error).__name__)
+    text = f"truncated: {text}" if _beyond_end(error) else text
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
