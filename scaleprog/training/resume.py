@@ -92,6 +92,12 @@ CHANGES = (
         "d1df4c6",
         lambda recipe: (recipe.sharding.engine, recipe.sharding.precision) == ("replicated", "bf16"),
     ),
+    Change(
+        3,
+        "crops, flips, color jitter, RandAugment, and erasing draw other numbers, and OpenCV applies them",
+        "1e66f85",
+        lambda recipe: True,
+    ),
 )
 
 

@@ -95,7 +95,7 @@ def test_the_best_of_several_momentum_networks_is_exported(make_recipe: MakeReci
         growth={"schedule": "original"},
         train={"epochs": 4},
         ema={"momenta": [0.999, 0.8, 0.99]},
-        optimizer={"lr": 1e-3},
+        optimizer={"lr": 5e-4},
     )
     results = run(recipe, tmp_path / "run")
     accuracies = [results[f"top1_ema_{i}"] for i in range(3)]
