@@ -95,12 +95,13 @@ class Source(Protocol):
 
 def source_of(location: str | os.PathLike[str], store: Store | None = None) -> Source:
     """The folder at a path or URL; `store`: keeps what comes from a URL. Raises DataError for other locations."""
+    if not isinstance(location, str):
+        return Folder(os.fspath(location))
     try:
-        text = check_location(os.fspath(location)) if isinstance(location, str) else os.fspath(location)
+        folder = local_path(check_location(location))
     except ValueError as error:
         raise DataError(f"the folder of shards: {error}") from None
-    folder = local_path(text)
-    return Remote(text.rstrip("/"), store) if folder is None else Folder(folder)
+    return Remote(location.rstrip("/"), store) if folder is None else Folder(folder)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ after a power failure a file may hold anything: whoever reads a file first in it
 import fcntl
 import mmap
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,8 @@ from scaleprog.recipe.keys import DataSettings
 LONGEST_DOWNLOAD_SECONDS = 1800.0
 """How long a process waits for another one on this node that downloads the same shard."""
 _POLL_SECONDS = 0.05
+_OWN = re.compile(r"([0-9a-f]{64})\.(tar|part)")
+"""Names of files that a store may remove: the folder may hold others, such as shards."""
 
 
 @dataclass(frozen=True)
@@ -112,27 +115,29 @@ class Store:
 
     def _make_room(self, size: int) -> None:
         """Removes what killed processes left, and then the files unused for longest, until `size` bytes more fit."""
-        files = []
+        total, finished = 0, []
         for entry in os.scandir(self.folder):
-            if entry.name.endswith(".part") and not self._being_written(entry.name):
+            own = _OWN.fullmatch(entry.name)
+            if own and own[2] == "part" and not self._being_written(own[1]):
                 self._unlink(entry.path)
-            elif entry.name.endswith((".part", ".tar")):
+            elif own:
                 with suppress(FileNotFoundError):
-                    files.append((entry.stat(follow_symlinks=False), entry))
-        total = sum(found.st_size for found, _ in files)
-        finished = [(found, entry) for found, entry in files if entry.name.endswith(".tar")]
-        for found, entry in sorted(finished, key=lambda pair: pair[0].st_mtime_ns):
+                    found = entry.stat(follow_symlinks=False)
+                    total += found.st_size
+                    if own[2] == "tar":
+                        finished.append((found.st_mtime_ns, found.st_size, entry.path))
+        for _, freed, path in sorted(finished):
             if total + size <= self.limit:
                 return
-            self._unlink(entry.path)
-            total -= found.st_size
+            self._unlink(path)
+            total -= freed
         if total + size > self.limit:
             raise OSError(f"no room within its {self.limit} bytes while other shards are being written")
 
-    def _being_written(self, part: str) -> bool:
+    def _being_written(self, sha256: str) -> bool:
         """Whether a process holds the lock of an unfinished file."""
         try:
-            with open_regular(self.folder / f"{part.removesuffix('.part')}.lock", "ab") as file:
+            with open_regular(self._path(sha256, "lock"), "ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 unlock(file)
                 return False

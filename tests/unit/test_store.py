@@ -67,12 +67,15 @@ def test_a_damaged_file_is_downloaded_again(damage: bytes | None, patterns: Path
 def test_the_shards_unused_for_longest_make_room(patterns: Path, tmp_path: Path) -> None:
     with serve(patterns) as server:
         first, second, third, *_ = shards = shards_of(server)
+        (tmp_path / "train-0.tar").write_bytes(b"of somebody else")
         source = Remote(server.url, Store(tmp_path, first.bytes + second.bytes + third.bytes // 2))
         for age, shard in enumerate((second, first)):
             source.read(shard, verify=True)
             os.utime(tmp_path / f"{shard.sha256}.tar", (age, age))
         source.read(second, verify=True)  # now the first is the one unused for longest
         source.read(third, verify=True)
+        assert (tmp_path / "train-0.tar").read_bytes() == b"of somebody else"
+        (tmp_path / "train-0.tar").unlink()
         assert stored(tmp_path).keys() == {second.sha256, third.sha256}
         assert downloads(server) == 3
         small = Remote(server.url, Store(tmp_path / "small", shards[0].bytes - 1))
