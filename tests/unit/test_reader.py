@@ -86,12 +86,13 @@ def make_reader(
     rank: int = 0,
     world: int = 1,
     cache: int = 0,
+    memory: int | None = None,
     augment: AugmentSettings = EVERYTHING,
     lanes: int = LANES,
     repeats: int = 1,
 ) -> TrainReader:
     order = Order(tuple(shard.samples for shard in manifest.split("train")), 5, lanes, BATCH, repeats)
-    data = DataSettings(path=manifest.root, lanes=lanes, workers=workers, cache=cache)
+    data = DataSettings(path=manifest.root, lanes=lanes, workers=workers, cache=cache, memory=memory)
     return TrainReader(DataSet(manifest, data, augment, 3), order, 11, rank, world)
 
 
@@ -214,6 +215,12 @@ def test_a_cached_split_is_read_once(manifest: Manifest, straight: list[Batch], 
     assert all(same(a, b) for a, b in zip(read(reader, requests(0, 20)), straight, strict=True))
     with pytest.raises(DataError, match="cannot read"):
         read(uncached, requests(0, 3))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_read_one_by_one_make_the_same_batches(manifest: Manifest, straight: list[Batch], workers: int) -> None:
+    one_by_one = read(make_reader(manifest, workers=workers, memory=0), requests(0, 20))
+    assert all(same(a, b) for a, b in zip(one_by_one, straight, strict=True))
 
 
 URLS = ["pipe:touch ruined; cat", "file:.", "file://host/a", "sftp://nowhere", "ais://nowhere", "htgs://nowhere",
