@@ -149,7 +149,7 @@ def read_contents(source: Source, name: str, classes: Sequence[str] | None) -> C
                     contents.problems.append(f"{path}: key {key!r}: {wrong}; remove or replace the image")
                 kind = labels.kind_of(members)
                 if kind is None:
-                    raise ValueError(f"no .cls member ({', '.join(members)})")
+                    raise ValueError(f"no .cls member, and no .json ({', '.join(members)})")
                 label = labels.parse(kind, members[kind])
                 if isinstance(label, str):
                     label = label if numbering is None else numbering.number(label)

@@ -18,7 +18,7 @@ from scaleprog.data.tar import Seekable
 from scaleprog.errors import DataError, Unavailable
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-EXTENSIONS = (*IMAGE_EXTENSIONS, "cls")
+EXTENSIONS = (*IMAGE_EXTENSIONS, *labels.KINDS)
 LoadShard = Callable[[int], "LoadedShard"]
 INDEX_BYTES = 512
 """About what a sample takes in memory whose image stays on disk."""

@@ -12,14 +12,12 @@ import re
 from collections.abc import Awaitable, Callable, Coroutine
 from itertools import count
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem, get_loop, sync
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
 from scaleprog.errors import DataError, Unavailable
-from scaleprog.files.location import PROTOCOLS
 
 PART_BYTES = 4 * 2**20
 STREAMS = 4
@@ -156,8 +154,6 @@ async def _size(files: AsyncFileSystem, path: str, url: str, missing: Exception 
 def _run(url: str, work: Callable[[AsyncFileSystem, str], Coroutine[Any, Any, Result]]) -> Result:
     """Runs a coroutine with the file system of `url` in fsspec's thread. fsspec makes both anew in a forked process."""
     protocol = url.partition(":")[0]
-    if protocol not in PROTOCOLS:
-        raise DataError(f"{url}: not a URL that scaleprog reads")
     try:
         files = fsspec.filesystem(protocol, **({"get_client": _session} if protocol.startswith("http") else {}))
     except ImportError as error:
@@ -240,15 +236,16 @@ def _plain(error: Exception) -> str:
 async def _session(**settings: Any) -> Any:
     """aiohttp's session: credentials from ~/.netrc, nothing decompressed, and no redirect to another server."""
     import aiohttp
+    from yarl import URL
 
     async def stay(_session: object, _context: object, redirect: aiohttp.TraceRequestRedirectParams) -> None:
-        target = str(redirect.response.headers.get("Location", ""))
-        there, here = urlsplit(target), urlsplit(str(redirect.url))
-        if there.netloc and (there.scheme or here.scheme, there.netloc) != (here.scheme, here.netloc):
-            host = there.netloc.rpartition("@")[2]
+        headers = redirect.response.headers
+        here = redirect.url.origin()
+        there = redirect.url.join(URL(headers.get("Location") or headers.get("URI") or "")).origin()
+        if there != here:
             raise DataError(
-                f"{redirect.url}: redirects to another server, {there.scheme}://{host}; give that server's URL itself, "
-                "or hf:// for a data set of huggingface.co"
+                f"{redirect.url}: redirects to another server, {there}; give that server's URL itself, or hf:// for a "
+                "data set of huggingface.co"
             )
 
     trace = aiohttp.TraceConfig()
