@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import scaleprog.training.loop
-from scaleprog.data.reader import evaluation_batches
+from scaleprog.data.evaluation import VALIDATION, EvaluationReader
 from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
 
@@ -60,7 +60,7 @@ def in_memory(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
     plan = Plan.of(recipe)
     size = plan.schedule.full.resolution
     images, labels = [], []
-    for batch in evaluation_batches(plan.data, "val", size, 500, 0, 1):
+    for batch in EvaluationReader(plan.data, VALIDATION, 500, 0, 1).batches(size):
         images.append(plan.data.images(batch, torch.device("cpu")))
         labels.append(batch.labels.clone())
     return torch.cat(images), torch.cat(labels)

@@ -18,7 +18,7 @@ from scaleprog.data.lanes import lane_samples
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.on_device import erase, normalize
 from scaleprog.data.order import Order
-from scaleprog.data.shard import INDEX_BYTES, Cursor, ShardReader, StoredSample
+from scaleprog.data.shard import INDEX_BYTES, ShardReader, StoredSample
 from scaleprog.data.store import Store
 from scaleprog.data.stream import Batch, Fill, Layout, Stream, slots_of
 from scaleprog.data.token_labels import LabelShards, pack
@@ -26,11 +26,8 @@ from scaleprog.data.transfer import BUFFERED
 from scaleprog.errors import DataError
 from scaleprog.files.location import local_path
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
-from scaleprog.recipe.numbers import ceil_div
 
 TRAIN = "train"
-PADDING_LABEL = -1
-"""Label of a row that only pads an evaluation batch; its ID is -1, too."""
 
 
 def decoded_bytes(layout: Layout, data: DataSettings) -> int:
@@ -171,48 +168,3 @@ class TrainReader:
             rows.ids[:] = torch.tensor([sample.id for sample in taken])
             if maps := [sample.map for sample in taken if sample.map is not None]:
                 rows.token_labels[:] = pack(maps, torch.from_numpy(origins).float())
-
-
-def evaluation_batches(data: DataSet, split: str, resolution: int, batch_local: int, rank: int, world: int) -> Stream:
-    """One rank's batches of a split: all ranks together get every sample exactly once, and equally many batches each.
-
-    Rows of zeros with label and ID -1 pad the batches; mask them. Ranks and workers read contiguous parts of the split.
-    The order of the rows depends on the number of ranks and workers; the set of IDs over all ranks does not.
-
-    Args:
-        data: the data set.
-        split: name of the split.
-        resolution: pixels per side.
-        batch_local: rows of every batch.
-        rank, world: this process's rank, and the number of ranks that share the split.
-
-    Raises:
-        DataError: while iterating: a shard or sample is missing, damaged or does not fit.
-    """
-    shards = ShardReader(data.manifest, split, store=Store.of(data.settings))
-    augmentation = Augmentation(data.augment, data.channels)
-    total = data.manifest.samples(split)
-    share = ceil_div(total, world)
-    start, stop = rank * share, min((rank + 1) * share, total)
-    batches = ceil_div(share, batch_local)
-
-    def produce(rows: range) -> Iterator[Fill]:
-        """Some rows of every batch."""
-        cursor = Cursor(shards)
-        for number in range(batches):
-            first = start + rows.start * batches + len(rows) * number  # earlier parts read the samples before
-            positions = range(first, min(first + len(rows), stop))
-            yield resolution, partial(fill, [cursor.at(position) for position in positions])
-
-    def fill(samples: list[StoredSample], batch: Batch) -> None:
-        batch.labels.fill_(PADDING_LABEL)
-        batch.ids.fill_(PADDING_LABEL)
-        batch.images[len(samples) :] = 0
-        if samples:
-            batch.labels[: len(samples)] = torch.tensor([sample.label for sample in samples])
-            batch.ids[: len(samples)] = torch.tensor([sample.id for sample in samples])
-            augmentation.evaluation([sample.image for sample in samples], batch.images[: len(samples)].numpy())
-
-    workers = min(data.settings.workers, batch_local)
-    layout = Layout(batch_local, resolution, data.channels)
-    return Stream(produce, batch_local, workers, data.settings.prefetch, layout)

@@ -350,8 +350,7 @@ def evaluate_now(run: Run, phase: Phase) -> None:
     state.accuracies = evaluate(
         run.backend,
         run.coordinator,
-        run.plan.data,
-        recipe.evaluate.batch,
+        run.evaluation,
         schedule.view(shown).pixels,
         schedule.active(phase, network),
         between,

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from itertools import product
 
-from scaleprog.data.reader import DataSet, evaluation_batches
+from scaleprog.data.evaluation import EvaluationReader
 from scaleprog.models.elastic import Active
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.sharding.backend import Backend
@@ -13,8 +13,7 @@ from scaleprog.training.metrics import METRICS
 def evaluate(
     backend: Backend,
     coordinator: Coordinator,
-    data: DataSet,
-    batch_local: int,
+    reader: EvaluationReader,
     resolution: int,
     active: Active | None = None,
     between: Callable[[], object] = lambda: None,
@@ -24,8 +23,7 @@ def evaluate(
     Args:
         backend: holds the network.
         coordinator: the ranks that share the work.
-        data: the data set.
-        batch_local: images of a rank in one forward pass.
+        reader: reads this rank's share of the validation split.
         resolution: pixels a side.
         active: the layers that run (None: all).
         between: called between two batches; it may raise to end the evaluation.
@@ -38,11 +36,10 @@ def evaluate(
     """
     networks: list[int | None] = [None, *range(len(backend.network.emas))]
     right, seen = dict.fromkeys(product(METRICS, networks), 0.0), 0
-    batches = evaluation_batches(data, "val", resolution, batch_local, coordinator.rank, coordinator.world)
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(reader.batches(resolution)):
         if number:
             between()
-        images, labels = data.images(batch, backend.device), batch.labels.to(backend.device)
+        images, labels = reader.data.images(batch, backend.device), batch.labels.to(backend.device)
         seen += int((labels >= 0).sum())
         for ema in networks:
             with backend.weights(ema):

@@ -1,7 +1,7 @@
 """After training: the accuracy of a run's newest checkpoint, and its weights for timm."""
 
 import json
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from scaleprog.data.augment import normalization
+from scaleprog.data.evaluation import VALIDATION, EvaluationReader
 from scaleprog.errors import CheckpointError, DataError, RecipeError, ScaleprogError
 from scaleprog.files.atomic import replaced
 from scaleprog.files.display import as_text
@@ -67,7 +68,9 @@ def evaluate_run(run: Path, resolution: int | None, weights: Weights) -> tuple[f
                 f"{classes} now), so an accuracy would mean nothing; point data.path at shards of the same classes"
             )
         size = plan.schedule.full.resolution if resolution is None else resolution
-        found = evaluate(backend, coordinator, plan.data, recipe.evaluate.batch, _fitting(recipe, size))
+        reader = EvaluationReader(plan.data, VALIDATION, recipe.evaluate.batch, coordinator.rank, coordinator.world)
+        with closing(reader):
+            found = evaluate(backend, coordinator, reader, _fitting(recipe, size))
     _record(run, {"step": state.step, "resolution": size, "top1": found["top1"], "top1_ema": found["top1_ema"]})
     chosen = Accuracies(found).weights if weights == "best" else weights
     return found["top1" if chosen == "online" else "top1_ema"], chosen

@@ -1,5 +1,6 @@
-"""What a step feeds to the network: images mixed with each other, layers dropped, patches left out, micro-batches."""
+"""What a step feeds to the network: batches, mixed images, layers and patches left out, micro-batches."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
+from scaleprog.data.augment import BatchRequest
 from scaleprog.data.mixing import mix, token_boxes
 from scaleprog.data.on_device import low_pass
 from scaleprog.data.stream import Batch
@@ -18,6 +20,21 @@ from scaleprog.models import resolve_family
 from scaleprog.models.elastic import Targets, TokenMix, draw_patches, drop_scales
 from scaleprog.recipe.numbers import ceil_div
 from scaleprog.training.process import Run
+
+
+class PhaseRequests:
+    """The batch requests of a phase, from the current step on; every worker iterates over them from the start."""
+
+    def __init__(self, run: Run, phase: Phase) -> None:
+        self._phase, self._first, self._seed = phase, run.state.step, run.recipe.seed
+        self._schedule, self._epoch = run.plan.schedule, run.plan.order.steps_per_epoch
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        strength = self._phase.regularization
+        for step in range(self._first, self._phase.stop):
+            epoch, within = divmod(self._phase.position_of(step), self._epoch)
+            pixels = self._schedule.view(self._phase.subnet(self._seed, step)).pixels
+            yield BatchRequest(epoch, within, pixels, strength.magnitude, strength.erase)
 
 
 def mixed_batch(run: Run, batch: Batch, view: View) -> tuple[Tensor, Targets, TokenMix | None]:

@@ -4,8 +4,8 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from collections.abc import Callable
+from contextlib import closing, nullcontext, suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaleprog.data.augment import BatchRequest
+from scaleprog.data.evaluation import VALIDATION, EvaluationReader
 from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
 from scaleprog.errors import Diverged, OverBudget, Preempted, ScaleprogError, Unavailable
@@ -40,7 +40,7 @@ from scaleprog.sharding.optimizer import learning_rate
 from scaleprog.training.between_steps import after_step, measuring_steps, run_pending
 from scaleprog.training.energy import metered
 from scaleprog.training.initial import build_initial
-from scaleprog.training.inputs import drop_rows, micro_batches, mixed_batch, patches_seen
+from scaleprog.training.inputs import PhaseRequests, drop_rows, micro_batches, mixed_batch, patches_seen
 from scaleprog.training.process import (
     Run,
     collect_commits,
@@ -99,6 +99,7 @@ def train(
     coordinator.verify("recipe", recipe.dump())
     coordinator.verify("shards", [plan.data.identity(), [[s.name, s.sha256] for s in plan.manifest.split("train")]])
     reader = TrainReader(plan.data, plan.order, recipe.seed, rank, world)
+    evaluation = EvaluationReader(plan.data, VALIDATION, recipe.evaluate.batch, rank, world)
     lease = take_lease(folder, recipe, coordinator)
 
     # ---- model
@@ -136,7 +137,21 @@ def train(
         recipe.checkpoint.every_minutes,
         slurm_queue.end_of_job(os.environ.get("SLURM_JOB_ID"), deadline()) if rank == 0 else None,
     )
-    run = Run(folder, recipe, plan, coordinator, lease, backend, reader, checkpoints, watch, recorder, progress, state)
+    run = Run(
+        folder,
+        recipe,
+        plan,
+        coordinator,
+        lease,
+        backend,
+        reader,
+        evaluation,
+        checkpoints,
+        watch,
+        recorder,
+        progress,
+        state,
+    )
     nodes = coordinator.gather(os.uname().nodename)
     if rank == 0:
         recorder.event(
@@ -159,7 +174,7 @@ def train(
     gc.disable()
     began = time.perf_counter() - state.wall_seconds
     try:
-        with metered(recorder, device, nodes.index(nodes[rank]) == rank), watch:
+        with closing(evaluation), metered(recorder, device, nodes.index(nodes[rank]) == rank), watch:
             try:
                 train_phases(run, began)
                 wait_for_checkpoint(run)
@@ -286,21 +301,6 @@ def enter(run: Run, phases: list[Phase], index: int) -> None:
 
 
 # ---- one step
-
-
-class PhaseRequests:
-    """The batch requests of a phase, from the current step on; every worker iterates over them from the start."""
-
-    def __init__(self, run: Run, phase: Phase) -> None:
-        self._phase, self._first, self._seed = phase, run.state.step, run.recipe.seed
-        self._schedule, self._epoch = run.plan.schedule, run.plan.order.steps_per_epoch
-
-    def __iter__(self) -> Iterator[BatchRequest]:
-        strength = self._phase.regularization
-        for step in range(self._first, self._phase.stop):
-            epoch, within = divmod(self._phase.position_of(step), self._epoch)
-            pixels = self._schedule.view(self._phase.subnet(self._seed, step)).pixels
-            yield BatchRequest(epoch, within, pixels, strength.magnitude, strength.erase)
 
 
 def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Batch, waited: float) -> None:

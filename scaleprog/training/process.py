@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from scaleprog.data.evaluation import EvaluationReader
 from scaleprog.data.reader import TrainReader
 from scaleprog.errors import EXIT_CODE, CheckpointError, OutOfMemory, Preempted
 from scaleprog.growth.phase import Phase
@@ -43,6 +44,7 @@ class Run:
     lease: Lease
     backend: Backend
     reader: TrainReader
+    evaluation: EvaluationReader
     checkpoints: Checkpoints
     watch: Watch
     recorder: Recorder

@@ -24,7 +24,8 @@ from scaleprog.rundir.checkpoint import RUN_ID
 from scaleprog.rundir.reading import read_rows
 from scaleprog.rundir.records import EVENTS
 from scaleprog.rundir.storage import committed, read_manifest, step_of
-from scaleprog.training.loop import PhaseRequests, enter_phase, forward_and_backward, train
+from scaleprog.training.inputs import PhaseRequests
+from scaleprog.training.loop import enter_phase, forward_and_backward, train
 from scaleprog.training.process import Run
 from scaleprog.version import ARITHMETIC
 

@@ -8,6 +8,7 @@ import random
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ import webdataset
 from PIL import Image
 from pydantic import ValidationError
 
+from scaleprog.data.augment import Augmentation
+from scaleprog.data.evaluation import EvaluationReader
 from scaleprog.data.manifest import Manifest, Shard
 from scaleprog.data.order import SEARCH_EPOCH, Order
-from scaleprog.data.reader import BatchRequest, DataSet, TrainReader, evaluation_batches
+from scaleprog.data.reader import BatchRequest, DataSet, TrainReader
 from scaleprog.data.shard import ShardReader
 from scaleprog.data.stream import Batch
 from scaleprog.errors import DataError, Unavailable
@@ -158,7 +161,7 @@ def test_ids_labels_and_pixels_belong_together(manifest: Manifest) -> None:
         seen += batch.ids.tolist()
     assert len(seen) == len(set(seen)) == 72
     by_id = read(reader, plan[:1])[0]
-    again = next(b for b in evaluation_batches(DataSet(manifest, reader.data, EXACT, 3), "train", 14, 100, 0, 1))
+    again = next(EvaluationReader(DataSet(manifest, reader.data, EXACT, 3), "train", 100, 0, 1).batches(14))
     table = dict(zip(again.ids.tolist(), again.images))
     for position, pixels in zip(by_id.ids.tolist(), by_id.images):
         # evaluation cuts the central square, training here squeezes the whole: the same sample, not another one
@@ -193,7 +196,7 @@ def test_the_process_random_numbers_are_left_alone(manifest: Manifest, workers: 
         for _ in batches:
             assert states() == before
     data = DataSet(manifest, DataSettings(path="", workers=workers), EVERYTHING, 3)
-    list(evaluation_batches(data, "val", 12, 16, 0, 1))
+    list(EvaluationReader(data, "val", 16, 0, 1).batches(12))
     assert states() == before
 
 
@@ -352,7 +355,7 @@ def test_damage_is_named(manifest: Manifest, tmp_path: Path, kind: str, workers:
     assert "Traceback" not in str(caught.value)
     data = DataSet(wrong, DataSettings(path="", workers=workers), EXACT, 3)
     with pytest.raises(DataError, match=DAMAGE[kind]):
-        list(evaluation_batches(data, "val", 12, 16, 0, 1))
+        list(EvaluationReader(data, "val", 16, 0, 1).batches(12))
 
 
 def test_batches_before_the_damage_still_come(manifest: Manifest, straight: list[Batch], tmp_path: Path) -> None:
@@ -431,7 +434,7 @@ def test_evaluation_sees_every_sample_once_and_ranks_stay_in_step(
 ) -> None:
     data = DataSet(manifest, DataSettings(path="", workers=workers), EXACT, 3)
     ranks = [
-        [batch.clone() for batch in evaluation_batches(data, "val", 14, batch_local, rank, world)]
+        [batch.clone() for batch in EvaluationReader(data, "val", batch_local, rank, world).batches(14)]
         for rank in range(world)
     ]
     assert len({len(batches) for batches in ranks}) == 1, "else a collective hangs"
@@ -450,7 +453,7 @@ def test_evaluation_sees_every_sample_once_and_ranks_stay_in_step(
 def test_evaluation_does_not_depend_on_who_reads(manifest: Manifest) -> None:
     def by_id(world: int, workers: int) -> dict[int, torch.Tensor]:
         data = DataSet(manifest, DataSettings(path="", workers=workers), EXACT, 3)
-        batches = [b.clone() for r in range(world) for b in evaluation_batches(data, "val", 12, 8, r, world)]
+        batches = [b.clone() for r in range(world) for b in EvaluationReader(data, "val", 8, r, world).batches(12)]
         every = rows(batches)
         return {position: pixels for position, pixels in zip(every.ids.tolist(), every.images) if position >= 0}
 
@@ -459,3 +462,39 @@ def test_evaluation_does_not_depend_on_who_reads(manifest: Manifest) -> None:
         other = by_id(world, workers)
         assert other.keys() == alone.keys()
         assert all(torch.equal(alone[position], other[position]) for position in alone)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cache", [0, 8])
+def test_evaluations_see_the_same_images_and_decode_them_once_if_they_fit(
+    manifest: Manifest, workers: int, cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataSet(manifest, DataSettings(path="", workers=workers, cache=cache), EXACT, 3)
+    reader = EvaluationReader(data, "val", 8, 1, 2)
+
+    def passed(resolution: int) -> Batch:
+        return rows([batch.clone() for batch in reader.batches(resolution)])
+
+    with closing(reader):
+        first = passed(14)
+        children = multiprocessing.active_children()
+        assert len(children) == (0 if cache else workers)
+        assert same(passed(14), first)
+        assert multiprocessing.active_children() == children, "the same workers"
+        monkeypatch.setattr(Augmentation, "evaluation", None)  # would fail in this process
+        if cache:
+            assert same(passed(14), first)
+        monkeypatch.undo()
+        larger = passed(18)
+        assert larger.images.shape[1] == 18
+        assert torch.equal(larger.ids, first.ids)
+        assert same(passed(14), first)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_evaluation_that_ends_early_does_not_shift_the_next(manifest: Manifest, workers: int) -> None:
+    data = DataSet(manifest, DataSettings(path="", workers=workers, cache=0), EXACT, 3)
+    with closing(EvaluationReader(data, "val", 8, 0, 1)) as reader:
+        first = next(reader.batches(14)).clone()
+        assert same(next(reader.batches(14)), first)

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,38 @@ def test_a_batch_stays_until_the_next_one_is_asked_for() -> None:
         before = batch.clone()
         time.sleep(0.5)
         assert torch.equal(batch.images, before.images)
+
+
+def test_with_a_gpu_a_batch_stays_until_its_copies_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch longer than without; the workers' memory is page-locked meanwhile."""
+    told: list[str] = []
+
+    class Event:
+        def record(self) -> None:
+            told.append("record")
+
+        def synchronize(self) -> None:
+            told.append("synchronize")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: told.append("synchronize all"))
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda start, size, flags: told.append("lock") or 0,
+        cudaHostUnregister=lambda start: told.append("unlock"),
+    )
+    monkeypatch.setattr("torch.cuda.cudart", lambda: runtime)
+    with Stream(produce, 4, 1, 1, LAYOUT) as batches:
+        first = next(batches)
+        before = first.clone()
+        next(batches)
+        time.sleep(0.5)
+        assert torch.equal(first.images, before.images)
+        assert told == ["lock", "record"]
+        numbers = [batch.ids[0].item() for batch in batches]
+    assert numbers == [23, 33, 43]
+    assert told[2:6] == ["record", "synchronize", "record", "synchronize"]
+    assert told[-2:] == ["synchronize all", "unlock"]
 
 
 @pytest.fixture
