@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn, Self
 from pydantic import FailFast, Field, ValidationError, field_validator, model_validator
 
 from scaleprog.data.source import MOST_BYTES, Folder, Shard, Source, source_of
+from scaleprog.data.store import Store
 from scaleprog.data.tar import SMALLEST_SAMPLE
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import sync_folder, write_whole
@@ -46,6 +47,8 @@ class Manifest:
     """Shards by split: "train", "val"."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """What the shards were built from, so that a builder recognizes its own finished work; empty if unknown."""
+    store: Store | None = field(default=None, compare=False)
+    """Keeps shards that come from a URL; not stored."""
 
     @classmethod
     def load(cls, root: str | os.PathLike[str], file: str | None = None) -> Self:

@@ -19,7 +19,6 @@ from scaleprog.data.manifest import Manifest
 from scaleprog.data.on_device import erase, normalize
 from scaleprog.data.order import Order
 from scaleprog.data.shard import INDEX_BYTES, ShardReader, StoredSample
-from scaleprog.data.store import Store
 from scaleprog.data.stream import Batch, Fill, Layout, Stream, slots_of
 from scaleprog.data.token_labels import LabelShards, pack
 from scaleprog.data.transfer import BUFFERED
@@ -87,14 +86,8 @@ class TrainReader:
         self._augmentation = Augmentation(data.augment, data.channels, seed)
         self._labels = data.token_labels
         maps_of = self._labels.load if self._labels else None
-        self._shards = ShardReader(
-            data.manifest,
-            TRAIN,
-            self.data.cache * 2**20,
-            maps_of,
-            Store.of(self.data),
-            self._exceeds_memory(data.manifest),
-        )
+        on_disk = self._exceeds_memory(data.manifest)
+        self._shards = ShardReader(data.manifest, TRAIN, self.data.cache * 2**20, maps_of, on_disk)
         if order.counts != tuple(shard.samples for shard in self._shards.shards):
             raise DataError(f"{data.manifest.root}: the shards of {TRAIN!r} do not match the order")
 

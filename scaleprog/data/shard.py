@@ -13,7 +13,6 @@ from scaleprog.data.augment import Encoded
 from scaleprog.data.labels import Numbering
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.source import Shard, source_of
-from scaleprog.data.store import Store
 from scaleprog.data.tar import Seekable
 from scaleprog.errors import DataError, Unavailable
 
@@ -82,7 +81,6 @@ class ShardReader:
         split: str,
         cache: int = 0,
         maps_of: MapsOf | None = None,
-        store: Store | None = None,
         on_disk: bool = False,
     ) -> None:
         """
@@ -91,13 +89,12 @@ class ShardReader:
             split: their split.
             cache: a split of at most so many bytes stays in memory.
             maps_of: reads label maps.
-            store: keeps shards that come from a URL.
             on_disk: whether images stay in the files, and are read one by one.
         """
         self.manifest = manifest
         self.shards = manifest.split(split)
         self.fits = sum(shard.bytes for shard in self.shards) <= cache
-        self._source = source_of(manifest.root, store)
+        self._source = source_of(manifest.root, manifest.store)
         self.on_disk = on_disk and not self.fits
         self._numbering = Numbering(manifest.classes)
         self._kept: list[LoadedShard] = []

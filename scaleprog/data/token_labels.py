@@ -18,7 +18,6 @@ from torch import Tensor
 from scaleprog.data import tar
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.source import source_of
-from scaleprog.data.store import Store
 from scaleprog.errors import DataError
 from scaleprog.recipe.numbers import ceil_div
 
@@ -37,15 +36,13 @@ class LabelShards:
     Args:
         manifest: lists the label shards; `source` says how a teacher made them.
         grid: (h, w) cells, and K entries per cell.
-        store: keeps label shards that come from a URL.
     """
 
     manifest: Manifest
     grid: tuple[int, int, int]
-    store: Store | None = None
 
     @classmethod
-    def of(cls, folder: str, images: Manifest, store: Store | None = None) -> "LabelShards":
+    def of(cls, folder: str, images: Manifest) -> "LabelShards":
         """Those in `folder`, a path or URL.
 
         Raises DataError if they do not belong to the training shards that `images` lists.
@@ -65,7 +62,7 @@ class LabelShards:
                 f"has {images.samples(SPLIT)} in {len(theirs)}; {HINT}"
             )
         splits = {SPLIT: ours[: len(theirs)]}
-        return cls(Manifest(labels.root, labels.classes, splits, labels.source), grid, store)
+        return cls(Manifest(labels.root, labels.classes, splits, labels.source, images.store), grid)
 
     def load(self, index: int, keys: Sequence[str], verify: bool) -> np.ndarray:
         """The maps (samples, h, w, K) of ENTRY of the training shard `index`, in the order of its `keys`.
@@ -73,7 +70,7 @@ class LabelShards:
         `verify`: whether to compare the checksum. Raises DataError, or Unavailable if the shard cannot be read now.
         """
         shard = self.manifest.split(SPLIT)[index]
-        source = source_of(self.manifest.root, self.store)
+        source = source_of(self.manifest.root, self.manifest.store)
         path, content = source.path(shard.name), source.read(shard, verify)
         rows = {key: row for row, key in enumerate(keys)}
         maps = np.empty((len(keys), *self.grid), ENTRY)

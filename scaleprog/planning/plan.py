@@ -68,7 +68,7 @@ class Plan:
         order = _order(recipe, manifest)
         family, schedule = outline(recipe, order.steps_per_epoch)
         folder = recipe.data.token_labels
-        labels = LabelShards.of(folder, manifest, Store.of(recipe.data)) if folder else None
+        labels = LabelShards.of(folder, manifest) if folder else None
         data = DataSet(manifest, recipe.data, recipe.augment, recipe.model.channels, labels)
         return cls(recipe, family, data, order, schedule)
 
@@ -299,7 +299,8 @@ def _manifest(recipe: Recipe) -> Manifest:
     data = recipe.data
     if data.memory is not None and data.store is None and local_path(data.path) is None:
         raise RecipeError("data.memory: images are read one by one from a local disk only; add data.store: FOLDER")
-    return Manifest.load(data.path, data.manifest).first("train", data.shards)
+    manifest = replace(Manifest.load(data.path, data.manifest), store=Store.of(data))
+    return manifest.first("train", data.shards)
 
 
 def _order(recipe: Recipe, manifest: Manifest) -> Order:

@@ -181,7 +181,7 @@ def test_images_one_by_one_from_a_store(server: FaultyServer, patterns: Path, tm
     manifest, local = Manifest.load(server.url), ShardReader(Manifest.load(patterns), "train")
     for folder, kept in ((tmp_path / "store", True), (tmp_path / "file", False)):
         (tmp_path / "file").touch()
-        reader = ShardReader(manifest, "train", store=Store(folder, 2**30), on_disk=True)
+        reader = ShardReader(replace(manifest, store=Store(folder, 2**30)), "train", on_disk=True)
         for index in (0, 1, 0):
             mine, theirs = reader.load(index), local.load(index)
             assert isinstance(mine.data, OnDisk) == kept, "where nothing can be stored, a shard is held whole"
@@ -226,7 +226,8 @@ def test_a_recipe_names_a_manifest_apart_from_the_shards(
     assert command("shards", "check", server.url, "--write-manifest", "--manifest", file, "--workers", 1).code == 0
     assert Manifest.load(server.url, str(file)).splits == Manifest.load(patterns).splits
     assert command("shards", "check", server.url, "--manifest", file, "--workers", 1).code == 0
-    plan = Plan.of(make_recipe(data={"path": server.url, "manifest": str(file)}))
+    plan = Plan.of(make_recipe(data={"path": server.url, "manifest": str(file), "store": "kept", "store_gib": 3}))
+    assert plan.manifest.store == Store(Path("kept"), 3 * 2**30)
     assert (plan.manifest.root, plan.manifest.samples("train")) == (server.url, 160)
     assert not (bare / NAME).exists()
 
