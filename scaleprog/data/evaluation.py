@@ -1,0 +1,99 @@
+"""Reads a split for evaluation, again and again: each image once, and as many batches on every rank."""
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+
+import torch
+
+from scaleprog.data.augment import Augmentation
+from scaleprog.data.reader import DataSet
+from scaleprog.data.shard import Cursor, ShardReader, StoredSample
+from scaleprog.data.stream import Batch, Fill, Layout, Stream
+from scaleprog.recipe.numbers import ceil_div
+
+VALIDATION = "val"
+PADDING = -1
+"""Label and ID of a row that only pads a batch."""
+
+
+class EvaluationReader:
+    """One rank's share of a split. All ranks together get every sample exactly once, and equally many batches each.
+
+    Rows of zeros with label and ID -1 pad the batches; mask them. Ranks and workers read contiguous parts of the split.
+    The order of the rows depends on the number of ranks and workers; the set of IDs over all ranks does not.
+
+    What is costly stays from one evaluation to the next: the decoded images, if all of them fit into `data.cache`, or
+    else the workers, which decode the first batches of the next evaluation while the network trains.
+
+    Args:
+        data: the data set.
+        split: name of the split.
+        batch_local: rows of every batch.
+        rank, world: this process's rank, and the number of ranks that share the split.
+    """
+
+    def __init__(self, data: DataSet, split: str, batch_local: int, rank: int, world: int) -> None:
+        self.data = data
+        self._shards = ShardReader(data.manifest, split)
+        self._augmentation = Augmentation(data.augment, data.channels)
+        self._rows = batch_local
+        total = data.manifest.samples(split)
+        share = ceil_div(total, world)
+        self._start, self._stop = rank * share, min((rank + 1) * share, total)
+        self.count = ceil_div(share, batch_local)
+        self._resolution = 0
+        self._stream: Stream | None = None
+        self._between_passes = True
+        self._kept: list[Batch] = []
+
+    def batches(self, resolution: int) -> Iterator[Batch]:
+        """The `count` batches at a resolution; each is valid until the next one is asked for.
+
+        Raises:
+            DataError: a shard or sample is missing, damaged or does not fit.
+            Unavailable: a worker died.
+        """
+        if resolution != self._resolution or not self._between_passes:
+            self.close()
+        self._resolution = resolution
+        if self._kept:
+            yield from self._kept
+            return
+        layout = Layout(self._rows, resolution, self.data.channels)
+        if self._stream is None:
+            settings, produce = self.data.settings, partial(self._produce, resolution)
+            self._stream = Stream(produce, self._rows, min(settings.workers, self._rows), settings.prefetch, layout)
+        keeps = self.count * layout.bytes <= self.data.settings.cache * 2**20
+        found, self._between_passes = list[Batch](), False
+        for batch in islice(self._stream, self.count):
+            found += [batch.clone()] if keeps else []
+            yield batch
+        self._between_passes = True
+        if keeps:
+            self.close()
+            self._resolution, self._kept = resolution, found
+
+    def close(self) -> None:
+        """Stops the workers, and frees the images."""
+        if self._stream is not None:
+            self._stream.close()
+        self._stream, self._kept, self._resolution, self._between_passes = None, [], 0, True
+
+    def _produce(self, resolution: int, rows: range) -> Iterator[Fill]:
+        """Some rows of every batch, pass after pass."""
+        while True:
+            cursor = Cursor(self._shards)
+            for number in range(self.count):
+                first = self._start + rows.start * self.count + len(rows) * number  # earlier parts read those before
+                positions = range(first, min(first + len(rows), self._stop))
+                yield resolution, partial(self._fill, [cursor.at(position) for position in positions])
+
+    def _fill(self, samples: list[StoredSample], batch: Batch) -> None:
+        count = len(samples)
+        batch.labels[count:] = batch.ids[count:] = PADDING
+        batch.images[count:] = 0
+        if samples:
+            batch.labels[:count] = torch.tensor([sample.label for sample in samples])
+            batch.ids[:count] = torch.tensor([sample.id for sample in samples])
+            self._augmentation.evaluation([sample.image for sample in samples], batch.images[:count].numpy())
