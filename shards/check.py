@@ -5,7 +5,7 @@ The folder may lie behind a URL; its shards are read there, and not copied.
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -135,7 +135,6 @@ def write_manifest(
 
 def read_contents(source: Source, name: str, classes: Sequence[str] | None) -> Contents:
     """Reads one shard from beginning to end. If `classes` is None, labels may be any names, or less than 10^6."""
-    known = MOST_CLASSES if classes is None else len(classes)
     numbering = None if classes is None else Numbering(classes)
     contents = Contents()
     keys: set[str] = set()
@@ -147,18 +146,7 @@ def read_contents(source: Source, name: str, classes: Sequence[str] | None) -> C
             try:
                 if wrong := problem_of(members[image_extension(members)]):
                     contents.problems.append(f"{path}: key {key!r}: {wrong}; remove or replace the image")
-                kind = labels.kind_of(members)
-                if kind is None:
-                    raise ValueError(f"no .cls member, and no .json ({', '.join(members)})")
-                label = labels.parse(kind, members[kind])
-                if isinstance(label, str):
-                    label = label if numbering is None else numbering.number(label)
-                elif label < 0:
-                    raise ValueError(f".{kind} is {members[kind].strip()[:20]!r}, expected a class index such as b'7'")
-                elif label >= known:
-                    raise ValueError(
-                        f"label {label} is out of range; with {known} classes, labels are 0 to {known - 1}"
-                    )
+                label = _label(members, numbering)
                 if key in keys:
                     raise ValueError("the key occurs twice")
                 keys.add(key)
@@ -172,6 +160,22 @@ def read_contents(source: Source, name: str, classes: Sequence[str] | None) -> C
     except DataError as error:
         contents.problems.append(str(error))
     return contents
+
+
+def _label(members: Mapping[str, bytes], numbering: Numbering | None) -> int | str:
+    """The label of a sample: a number, or a name if the classes are not known yet. Raises ValueError."""
+    kind = labels.kind_of(members)
+    if kind is None:
+        raise ValueError(f"no .cls member, and no .json ({', '.join(members)})")
+    label = labels.parse(kind, members[kind])
+    if isinstance(label, str):
+        return label if numbering is None else numbering.number(label)
+    if label < 0:
+        raise ValueError(f".{kind} is {members[kind].strip()[:20]!r}, expected a class index such as b'7'")
+    known = MOST_CLASSES if numbering is None else numbering.count
+    if label >= known:
+        raise ValueError(f"label {label} is out of range; with {known} classes, labels are 0 to {known - 1}")
+    return label
 
 
 def _shards_in(source: Source) -> dict[str, list[str]]:

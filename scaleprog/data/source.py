@@ -211,7 +211,7 @@ class Remote:
             if (content := self._stored(self.store, shard, verify)) is not None:
                 return content  # another process has downloaded it in the meantime
             downloaded = self._download(shard)
-            self.store.keep(shard.sha256, downloaded, shard.bytes)
+            self.store.keep(shard.sha256, downloaded)
             return downloaded
 
     def open(self, shard: Shard, verify: bool) -> BufferedReader | None:
@@ -251,12 +251,14 @@ def _read_whole(file: BufferedReader, size: int) -> mmap:
     """The first `size` bytes of a file. Raises OSError, also if it is shorter."""
     content = transfer.memory(size)
     with memoryview(content) as view:
-        if file.readinto(view[:size]) < size:
+        if file.readinto(view) < size:
             raise OSError("it became shorter while it was read")
     return content
 
 
 def _check_limit(path: str, size: int) -> None:
+    if not size:
+        raise DataError(f"{path}: the file is empty; {HINT}")
     if size > MOST_BYTES:
         raise DataError(f"{path}: {size} bytes, but a shard may have at most {MOST_BYTES}; build smaller shards")
 

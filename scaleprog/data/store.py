@@ -57,14 +57,15 @@ class Store:
             os.utime(path)
         return file
 
-    def keep(self, sha256: str, content: mmap.mmap, size: int) -> None:
-        """Stores the first `size` bytes of `content` if there is room. Call it within `alone`."""
+    def keep(self, sha256: str, content: mmap.mmap) -> None:
+        """Stores `content` if there is room. Call it within `alone`."""
+        size = len(content)
         part = self._path(sha256, "part")
         try:
             if size > self.limit:
                 raise OSError(f"a shard of {size} bytes is larger than the store, {self.limit} bytes")
             with self._reserved(part, size) as descriptor:
-                view = memoryview(content)[:size]
+                view = memoryview(content)
                 while view:
                     view = view[os.write(descriptor, view) :]
             os.replace(part, self._path(sha256))
@@ -103,8 +104,7 @@ class Store:
             self._make_room(size)
             descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
             try:
-                if size:
-                    os.posix_fallocate(descriptor, 0, size)
+                os.posix_fallocate(descriptor, 0, size)
             except OSError:
                 os.close(descriptor)
                 raise

@@ -43,8 +43,8 @@ class _OtherLength(Exception):
 
 
 def memory(size: int) -> mmap.mmap:
-    """Memory for a shard, and a file at the same time; when it is freed, the system gets it back at once."""
-    return mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Memory for a shard of at least a byte, and a file at the same time; freed, it is the system's again at once."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def fetch(url: str, size: int) -> mmap.mmap:
@@ -73,7 +73,7 @@ def fetch(url: str, size: int) -> mmap.mmap:
         return len(received)
 
     async def all_parts(files: AsyncFileSystem, path: str) -> None:
-        arrived = await part(files, path, 0) if size else 0  # alone, because it may turn out to be everything
+        arrived = await part(files, path, 0)  # alone, because it may turn out to be everything
         async with asyncio.TaskGroup() as group:
             for start in range(arrived, size, PART_BYTES):
                 group.create_task(part(files, path, start))
