@@ -162,6 +162,45 @@ def inputs(bench: Bench, model: Model, **sharding: Any) -> list[Row]:
     return rows
 
 
+def operations(bench: Bench, model: Model) -> list[Row]:
+    """What `augment.device: accelerator` leaves to the device, on bytes that are there: `tensor_operations.operate`."""
+    from scaleprog.data.augment import Augmentation, BatchRequest
+    from scaleprog.data.tensor_operations import operate, packed
+
+    recipe, rows = model.recipe(), list[Row]()
+    side, channels = resolve_family(recipe.model)[1].resolution, recipe.model.channels
+    policies = {
+        "RandAugment": {"randaugment": "rand-m9-mstd0.5-inc1"},
+        "3-Augment": {"three_augment": True, "color_jitter": 0.3, "randaugment": None},
+    }
+    for name, policy in policies.items():
+        augmentation = Augmentation(recipe.augment.model_copy(update={**policy, "device": "accelerator"}), channels)
+        drawn = [draw.operations for draw in augmentation.draws(BatchRequest(0, 0, side), 0, model.batch)]
+        images = torch.randint(256, (model.batch, side, side, channels), dtype=torch.uint8, device=bench.device)
+        change = partial(operate, images, packed(drawn, augmentation.deferred), augmentation.fill)
+        repeat(change, bench.warm_up)
+        bench.forget_peak()
+        seconds, issued = [], []
+        for _ in range(bench.windows):
+            seconds.append(bench.seconds(partial(repeat, change, bench.window)) / bench.window)
+            began = time.perf_counter()
+            change()
+            issued.append(time.perf_counter() - began)
+        places = Counter[str]()
+        with counted_synchronizations(bench, places):
+            change()
+        row = {
+            "px": side,
+            "operations": name,
+            "images": model.batch,
+            "images/s": model.batch / statistics.median(seconds),
+        }
+        row |= {"ms": 1e3 * statistics.median(seconds), "host ms": 1e3 * statistics.median(issued)}
+        waits = places.total() if bench.cuda else "–"
+        rows.append({**row, "GiB": bench.memory(peak=True), "synchronizations": waits})
+    return rows
+
+
 # ---- growth and checkpoints
 
 
@@ -361,13 +400,14 @@ class Cell:
     measure: Callable[[Bench], Sequence[Row]]
 
 
-TRAIN, GROW, SAVE, SYNC, PROFILE, INPUT = (
+TRAIN, GROW, SAVE, SYNC, PROFILE, INPUT, OPERATE = (
     "Training steps",
     "A growth",
     "A checkpoint",
     "Synchronizations",
     "Kernels",
     "Input",
+    "Operations of the augmentation",
 )
 
 
@@ -430,6 +470,7 @@ def cells(tiny: bool) -> list[Cell]:
         cell(PROFILE, small, 12, kernels, "smallest", **reference),
         cell(PROFILE, small, 12, kernels, "full", **reference),
         cell(INPUT, small, 22, inputs, **reference),
+        Cell(OPERATE, small.title, 5, lambda bench: operations(bench, small)),
         train(small, 10, "subset"),
         train(small, 18, layers="dynamic", **fsdp),
         train(small, 20, "supernet", "dynamic"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from scaleprog.data import labels, tar
+from scaleprog.data import labels, packed, tar
 from scaleprog.data.decode import problem_of
 from scaleprog.data.labels import Numbering
 from scaleprog.data.manifest import NAME, Manifest, split_of
@@ -49,6 +49,8 @@ class Contents:
     sha256: str = ""
     samples: int = 0
     labels: set[int | str] = field(default_factory=set)
+    packed: bool = False
+    """Whether the first image is packed."""
     problems: list[str] = field(default_factory=list)
     """One line per problem, with the shard and, if the problem is in one sample, its key."""
 
@@ -144,7 +146,7 @@ def read_contents(source: Source, name: str, classes: Sequence[str] | None) -> C
         for key, members in members_of(shard, len(shard), path):
             contents.samples += 1
             try:
-                if wrong := problem_of(members[image_extension(members)]):
+                if wrong := _image_problem(members, contents):
                     contents.problems.append(f"{path}: key {key!r}: {wrong}; remove or replace the image")
                 label = _label(members, numbering)
                 if key in keys:
@@ -160,6 +162,17 @@ def read_contents(source: Source, name: str, classes: Sequence[str] | None) -> C
     except DataError as error:
         contents.problems.append(str(error))
     return contents
+
+
+def _image_problem(members: Mapping[str, bytes], contents: Contents) -> str:
+    """What is wrong with the image of the latest sample of `contents`; empty if nothing is. Raises ValueError."""
+    extension = image_extension(members)
+    packed_image = extension == packed.EXTENSION
+    if contents.samples == 1:
+        contents.packed = packed_image
+    if packed_image != contents.packed:
+        raise ValueError("the shard holds both packed and encoded images")
+    return packed.problem_of(members) if packed_image else problem_of(members[extension])
 
 
 def _label(members: Mapping[str, bytes], numbering: Numbering | None) -> int | str:

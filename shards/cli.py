@@ -8,12 +8,20 @@ import typer
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import read_text
 from scaleprog.files.display import as_text
+from scaleprog.recipe.numbers import MOST_PIXELS
 
 app = typer.Typer(no_args_is_help=True, help="Build WebDataset shards, check them, and index shards made elsewhere.")
 
 Out = Annotated[Path, typer.Argument(help="Folder of the shards and their manifest.json.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the order of the samples.")]
 SamplesPerShard = Annotated[int, typer.Option(min=1, max=10**6, help="The most samples in a shard.")]
+ShorterSide = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=MOST_PIXELS, help="Reduce images to this shorter side, in pixels; smaller ones keep their bytes."
+    ),
+]
+Quality = Annotated[int | None, typer.Option(min=1, max=100, help="JPEG quality of reduced images; default: 92.")]
 Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Number of processes; default: one per CPU.")]
 
 
@@ -59,12 +67,23 @@ def image_folder(
     samples_per_shard: SamplesPerShard = 1000,
     val_fraction: Annotated[float, typer.Option(help="Fraction to split off if SRC has no val/.")] = 0.1,
     seed: Seed = 0,
+    shorter_side: ShorterSide = None,
+    quality: Quality = None,
     workers: Workers = None,
 ) -> None:
-    """Build shards from a tree of class folders, such as an extracted ImageNet; image files are stored as they are."""
+    """Build shards from a tree of class folders, such as an extracted ImageNet."""
     from scaleprog.shards.image_folder import build
+    from scaleprog.shards.reduction import Reduction
 
-    build(src, out, samples_per_shard=samples_per_shard, val_fraction=val_fraction, seed=seed, workers=workers)
+    build(
+        src,
+        out,
+        samples_per_shard=samples_per_shard,
+        val_fraction=val_fraction,
+        seed=seed,
+        reduction=Reduction.of(shorter_side, quality),
+        workers=workers,
+    )
 
 
 @app.command("imagenet")
@@ -77,12 +96,23 @@ def imagenet(
     ] = None,
     samples_per_shard: SamplesPerShard = 1000,
     seed: Seed = 0,
+    shorter_side: ShorterSide = None,
+    quality: Quality = None,
     workers: Workers = None,
 ) -> None:
-    """Build shards of ImageNet from its tars, without extracting them; image files are stored as they are."""
+    """Build shards of ImageNet from its tars, without extracting them."""
     from scaleprog.shards.imagenet import build
+    from scaleprog.shards.reduction import Reduction
 
-    build(src, out, val_labels=val_labels, samples_per_shard=samples_per_shard, seed=seed, workers=workers)
+    build(
+        src,
+        out,
+        val_labels=val_labels,
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+        reduction=Reduction.of(shorter_side, quality),
+        workers=workers,
+    )
 
 
 @app.command("csv")
@@ -92,12 +122,38 @@ def csv(
     samples_per_shard: SamplesPerShard = 1000,
     val_fraction: Annotated[float, typer.Option(help="Fraction to split off if SRC has no column split.")] = 0.1,
     seed: Seed = 0,
+    shorter_side: ShorterSide = None,
+    quality: Quality = None,
     workers: Workers = None,
 ) -> None:
-    """Build shards from the images that a CSV file names; image files are stored as they are."""
+    """Build shards from the images that a CSV file names."""
     from scaleprog.shards.csv_file import build
+    from scaleprog.shards.reduction import Reduction
 
-    build(src, out, samples_per_shard=samples_per_shard, val_fraction=val_fraction, seed=seed, workers=workers)
+    build(
+        src,
+        out,
+        samples_per_shard=samples_per_shard,
+        val_fraction=val_fraction,
+        seed=seed,
+        reduction=Reduction.of(shorter_side, quality),
+        workers=workers,
+    )
+
+
+@app.command("pack")
+def pack(
+    shards: Annotated[Path, typer.Argument(help="Folder of the shards whose images are to be packed.")],
+    out: Out,
+    shorter_side: Annotated[
+        int, typer.Option(min=1, max=MOST_PIXELS, help="Reduce larger images to this shorter side in pixels.")
+    ] = 256,
+    workers: Workers = None,
+) -> None:
+    """Store the images of shards decoded, so that training reads pixels instead of decoding (ImageNet: 340 GB)."""
+    from scaleprog.shards.pack import build
+
+    build(shards, out, shorter_side=shorter_side, workers=workers)
 
 
 @app.command("token-labels")

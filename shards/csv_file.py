@@ -1,4 +1,4 @@
-"""Builds shards from a CSV file of image paths and labels. The images' bytes stay unchanged.
+"""Builds shards from a CSV file of image paths and labels. Images keep their bytes, unless they are to be reduced.
 
 path,label,split             a header, and a row for each image; paths are relative to the CSV file's folder
 photos/1.jpg,cat,train       labels are names of classes; classes are numbered in sorted order
@@ -15,6 +15,7 @@ from scaleprog.files.atomic import read_text
 from scaleprog.shards.build import SPLITS
 from scaleprog.shards.image_files import Image, build_shards, digest_of_labels, fingerprint, shuffled, split_off
 from scaleprog.shards.pool import listed
+from scaleprog.shards.reduction import Reduction
 
 MOST_BYTES = 2**30
 """The largest CSV file that is read, in bytes."""
@@ -27,6 +28,7 @@ def build(
     samples_per_shard: int = 1000,
     seed: int = 0,
     val_fraction: float = 0.1,
+    reduction: Reduction | None = None,
     workers: int | None = None,
 ) -> Manifest:
     """Builds the shards in `out` from the images named in the rows of `src`. Shuffles each split once.
@@ -37,6 +39,7 @@ def build(
         samples_per_shard: the most samples in one shard.
         seed: seed of the order of the samples.
         val_fraction: fraction of the images to split off for validation (at least one) if there is no column `split`.
+        reduction: how to reduce large images; None: all images keep their bytes.
         workers: number of processes; default: one per CPU.
 
     Raises:
@@ -53,7 +56,13 @@ def build(
         "val_fraction": val_fraction,
     }
     return build_shards(
-        out, images, classes=classes, source=source, samples_per_shard=samples_per_shard, workers=workers
+        out,
+        images,
+        classes=classes,
+        source=source,
+        samples_per_shard=samples_per_shard,
+        reduction=reduction,
+        workers=workers,
     )
 
 

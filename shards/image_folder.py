@@ -1,10 +1,11 @@
-"""Builds shards from a tree of class folders, such as an extracted ImageNet. The images' bytes stay unchanged.
+"""Builds shards from a tree of class folders, such as an extracted ImageNet.
 
 SRC/train/CLASS/*.JPEG      SRC/val/CLASS/*.JPEG      the layout of ImageNet, or
 SRC/CLASS/*.jpg                                       a part drawn by seed becomes the validation split
 
 `training` may stand for `train`, and `validation`, `valid`, or `test` for `val`. Hidden files and folders are left out
-at any depth, and so is what other programs leave behind. Every image counts once, whatever links lead to it.
+at any depth, and so is what other programs leave behind. Every image counts once, whatever links lead to it. Images
+keep their bytes, unless they are to be reduced.
 """
 
 import os
@@ -12,11 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from scaleprog.data.manifest import Manifest
+from scaleprog.data.shard import ENCODED_EXTENSIONS
 from scaleprog.errors import DataError
 from scaleprog.files.display import as_text
 from scaleprog.shards.image_files import Image, build_shards, extension_of, fingerprint, shuffled, split_off
 from scaleprog.shards.pool import some
-from scaleprog.shards.samples import IMAGE_EXTENSIONS
+from scaleprog.shards.reduction import Reduction
 
 
 def build(
@@ -26,6 +28,7 @@ def build(
     samples_per_shard: int = 1000,
     seed: int = 0,
     val_fraction: float = 0.1,
+    reduction: Reduction | None = None,
     workers: int | None = None,
 ) -> Manifest:
     """Builds the shards in `out` from the images in `src`. Shuffles each split once.
@@ -39,6 +42,7 @@ def build(
         samples_per_shard: the most samples in one shard; 1,000 photographs of ImageNet are about 100 MB.
         seed: seed of the order of the samples.
         val_fraction: fraction of the images to split off for validation (at least one) if `src` has no val/ folder.
+        reduction: how to reduce large images; None: all images keep their bytes.
         workers: number of processes; default: one per CPU.
 
     Raises:
@@ -57,7 +61,13 @@ def build(
         "val_fraction": val_fraction,
     }
     return build_shards(
-        out, images, classes=classes, source=source, samples_per_shard=samples_per_shard, workers=workers
+        out,
+        images,
+        classes=classes,
+        source=source,
+        samples_per_shard=samples_per_shard,
+        reduction=reduction,
+        workers=workers,
     )
 
 
@@ -145,8 +155,8 @@ def scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
     empty = []
     for name in classes:
         found = _walk(folder / name)
-        images = [(name, path) for path in found if extension_of(path) in IMAGE_EXTENSIONS]
-        ignored += [str(path) for path in found if extension_of(path) not in IMAGE_EXTENSIONS]
+        images = [(name, path) for path in found if extension_of(path) in ENCODED_EXTENSIONS]
+        ignored += [str(path) for path in found if extension_of(path) not in ENCODED_EXTENSIONS]
         files += images
         if not images:
             empty.append(name)
@@ -154,7 +164,7 @@ def scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
         loose = " Move each loose image into a folder named after its class." if ignored else ""
         raise DataError(f"{folder}: no class folders; expected {folder}/CLASS/IMAGE.jpg.{loose}")
     if empty:
-        kinds = f".{', .'.join(IMAGE_EXTENSIONS)}"
+        kinds = f".{', .'.join(ENCODED_EXTENSIONS)}"
         raise DataError(f"{folder}: class folders without an image ({kinds}): {some(empty)}. Remove or fill them.")
     if ignored:
         note = f"note: left out {len(ignored)} files that are not images in class folders: {some(ignored)}"

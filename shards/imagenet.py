@@ -6,7 +6,7 @@ SRC/ILSVRC2012_devkit_t12.tar.gz    the development kit, or in a list (`imagenet
 
 In place of a tar, there may be a folder: SRC/train/WNID/*.JPEG and SRC/val/WNID/*.JPEG, or SRC/val/*.JPEG and a list.
 Nothing is extracted: a pass over the headers finds all images, and each shard then reads its own images where they are.
-Tars and folders of the same images give the same shards. The images' bytes stay unchanged.
+Tars and folders of the same images give the same shards. Images keep their bytes, unless they are to be reduced.
 """
 
 from collections.abc import Iterable, Mapping, Set
@@ -22,6 +22,7 @@ from scaleprog.shards.image_folder import compare_classes, scan
 from scaleprog.shards.imagenet_labels import DEVKIT, from_devkit, from_list
 from scaleprog.shards.imagenet_tars import TRAIN, VAL, WNID, training_members, validation_members
 from scaleprog.shards.pool import some
+from scaleprog.shards.reduction import Reduction
 
 CLASSES = 1000
 
@@ -43,6 +44,7 @@ def build(
     val_labels: Path | None = None,
     samples_per_shard: int = 1000,
     seed: int = 0,
+    reduction: Reduction | None = None,
     workers: int | None = None,
 ) -> Manifest:
     """Builds the shards in `out` from the tars or folders in `src`. Shuffles each split once.
@@ -56,6 +58,7 @@ def build(
         val_labels: the list of the classes of the validation images; default: the development kit in `src`.
         samples_per_shard: the most samples in one shard; 1,000 images are about 110 MB.
         seed: seed of the order of the samples.
+        reduction: how to reduce large images; None: all images keep their bytes.
         workers: number of processes; default: one per CPU.
 
     Raises:
@@ -82,7 +85,13 @@ def build(
         "seed": seed,
     }
     return build_shards(
-        out, images, classes=classes, source=source, samples_per_shard=samples_per_shard, workers=workers
+        out,
+        images,
+        classes=classes,
+        source=source,
+        samples_per_shard=samples_per_shard,
+        reduction=reduction,
+        workers=workers,
     )
 
 

@@ -1,5 +1,7 @@
 """Samples in shards. A sample is `KEY.{png|jpg|jpeg|webp}`, the image's bytes, and `KEY.cls`, the class index.
 
+In packed shards, the image is `KEY.npy` (`data/packed.py`).
+
 This is the WebDataset format, so other WebDataset tools can read these shards, and scaleprog can read theirs.
 """
 
@@ -26,7 +28,7 @@ class SourceSample:
 
     key: str
     extension: str
-    """One of IMAGE_EXTENSIONS."""
+    """One of ENCODED_EXTENSIONS."""
     image: bytes
     label: int
 

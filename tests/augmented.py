@@ -7,6 +7,7 @@ import torch
 
 from scaleprog.data.augment import Augmentation, BatchRequest, Encoded, normalization
 from scaleprog.data.on_device import erase, normalize
+from scaleprog.data.tensor_operations import operate, packed
 
 
 def train_images(
@@ -21,8 +22,9 @@ def train_images_with_origins(
 ) -> tuple[torch.Tensor, np.ndarray]:
     """(n, C, r, r) float32, and their origins (n, 2, 3)."""
     pixels = np.empty((len(images), request.resolution, request.resolution, augmentation.channels), np.uint8)
-    origins, erasing = augmentation.lane(images, request, lane, pixels)
-    batch = normalize(torch.from_numpy(pixels), *normalization(augmentation.settings, augmentation.channels))
+    origins, deferred, erasing = augmentation.lane(images, request, lane, pixels)
+    changed = operate(torch.from_numpy(pixels), packed(deferred, augmentation.deferred), augmentation.fill)
+    batch = normalize(changed, *normalization(augmentation.settings, augmentation.channels))
     erase(batch, torch.tensor(erasing))
     return batch, origins
 

@@ -2,13 +2,13 @@
 
 What happens to an image is drawn from (seed, epoch, step, lane) alone: uniform numbers, a row per image, decide crop,
 flip, operations and erasing. The host decodes, crops, changes and flips bytes; the device normalizes them and erases
-(`on_device.py`).
+(`on_device.py`). The operations, too, may be left to the device (`tensor_operations.py`).
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import groupby, islice
 
 import cv2
@@ -18,6 +18,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from scaleprog.data.decode import Box, decode
 from scaleprog.data.operations import Operation, apply
 from scaleprog.data.origin import FLIP, MOVES, Origin, after, of_crop
+from scaleprog.data.packed import PackedImage
 from scaleprog.data.policies import Policy, policy_of
 from scaleprog.errors import DataError
 from scaleprog.recipe.keys import AugmentSettings
@@ -44,6 +45,12 @@ def normalization(settings: AugmentSettings, channels: int) -> tuple[tuple[float
     return mean, std
 
 
+def fill_of(settings: AugmentSettings, channels: int) -> tuple[int, ...]:
+    """Gray level of each channel for places that lie outside an image. Raises DataError like `normalization`."""
+    mean, _ = normalization(settings, channels)
+    return tuple(min(255, round(255 * value)) for value in mean)
+
+
 @dataclass(frozen=True)
 class BatchRequest:
     """The batch that one step needs."""
@@ -59,8 +66,8 @@ class BatchRequest:
     """Factor on the probability of random erasing (AdaReg)."""
 
 
-Encoded = tuple[memoryview, str]
-"""An encoded image and its location (shard and key)."""
+Encoded = tuple[memoryview | PackedImage, str]
+"""An encoded or packed image and its location (shard and key)."""
 
 Erasing = tuple[int, int, int, int, int]
 """top, left, height, width in pixels of a box, and the seed of the noise in it; all 0: nothing is erased."""
@@ -95,8 +102,9 @@ class Augmentation:
         self.settings = settings
         self.channels = channels
         self.seed = seed
-        mean, _ = normalization(settings, channels)
-        self.fill = tuple(min(255, round(255 * value)) for value in mean)
+        self.fill = fill_of(settings, channels)
+        self.deferred = policy_of(settings).most if settings.device == "accelerator" else 0
+        """The most operations of an image that are left to the device."""
 
     def draws(self, request: BatchRequest, lane: int, count: int) -> list[Draw]:
         """What happens to the images of one lane in one step."""
@@ -108,8 +116,10 @@ class Augmentation:
 
     def lane(
         self, images: Sequence[Encoded], request: BatchRequest, lane: int, out: np.ndarray
-    ) -> tuple[np.ndarray, list[Erasing]]:
+    ) -> tuple[np.ndarray, list[tuple[Operation, ...]], list[Erasing]]:
         """Decodes, crops, changes and flips the training images of one lane for one step.
+
+        If the operations are left to the device, it only decodes, crops and flips them.
 
         Neighbors that are the same image (repeated augmentation) are decoded once.
 
@@ -120,7 +130,8 @@ class Augmentation:
             out: (n, r, r, C) uint8; receives the images.
 
         Returns:
-            The images' origins (n, 2, 3), see `data/origin.py`, and what is still to be erased of them.
+            The images' origins (n, 2, 3) when everything is done, see `data/origin.py`; the operations that are left
+            to the device; and what is still to be erased of them.
 
         Raises:
             DataError: an image cannot be decoded.
@@ -135,7 +146,7 @@ class Augmentation:
             decode(views[0][0], where, self.channels, side, crops, reflect=reflect, fast=True, out=target)
             for row in rows:
                 self._change(out[row], draws[row], origins[row])
-        return origins, [draw.erasing for draw in draws]
+        return origins, [draw.operations if self.deferred else () for draw in draws], [draw.erasing for draw in draws]
 
     def evaluation(self, images: Sequence[Encoded], out: np.ndarray) -> None:
         """Evaluation images: the central square whose side is `eval_crop` of the shorter side, resized.
@@ -163,14 +174,12 @@ class Augmentation:
 
     def _change(self, pixels: np.ndarray, draw: Draw, origin: Origin) -> None:
         """Changes and flips one cropped image (r, r, C), and composes its origin, both in place."""
-        changed = pixels
-        for operation in draw.operations:
-            changed = apply(changed, operation, self.fill)
-            if operation.name in MOVES:
-                origin[:] = after(origin, MOVES[operation.name](operation.amount))
+        changed = pixels if self.deferred else reduce(partial(apply, fill=self.fill), draw.operations, pixels)
+        moves = [MOVES[name](amount) for name, amount in draw.operations if name in MOVES]
+        flips = [FLIP] if draw.flipped else []
+        origin[:] = reduce(after, flips + moves if self.deferred else moves + flips, origin)
         if draw.flipped:
             cv2.flip(changed, 1, dst=pixels)
-            origin[:] = after(origin, FLIP)
         elif changed is not pixels:
             pixels[:] = changed
 

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -17,6 +18,7 @@ import simplejpeg
 import torch
 from PIL import Image
 
+from scaleprog.data.packed import PackedImage
 from scaleprog.errors import DataError
 
 Box = tuple[int, int, int, int]
@@ -27,6 +29,9 @@ ScaledBox = tuple[float, float, float, float]
 
 Crop = Callable[[int, int], Box]
 """(height, width) of the full image -> the box to resize."""
+
+Stored = bytes | memoryview | PackedImage
+"""An image in a shard: encoded, or pixels."""
 
 MOST_PIXELS = 2**26
 """The most pixels in an image; the largest image of ImageNet has fewer."""
@@ -41,7 +46,7 @@ _MARGIN = 2.0  # at twice the wanted size, the result looks like a bicubic resiz
 
 
 def decode(
-    data: bytes | memoryview,
+    data: Stored,
     where: str,
     channels: int,
     resolution: int,
@@ -57,7 +62,7 @@ def decode(
     times as fast. EXIF orientation is ignored, as in timm.
 
     Args:
-        data: the encoded image.
+        data: the image.
         where: shard and key, for error messages.
         channels: 1 or 3; converts between gray and color if the image has the other kind.
         resolution: r, side of the result in pixels.
@@ -71,16 +76,14 @@ def decode(
         (crops, r, r, channels) uint8.
 
     Raises:
-        DataError: the bytes are not a readable image.
+        DataError: the image cannot be decoded, or is damaged.
+        Unavailable: a packed image cannot be read now.
     """
     out = np.empty((len(crops), resolution, resolution, channels), np.uint8) if out is None else out
     try:
-        image, boxes = _decode_jpeg(data, channels, resolution, crops, fast) or _decode_other(data, channels, crops)
-    except Exception as error:  # decoders raise exceptions of any kind on damaged data
-        raise DataError(
-            f"{where}: cannot decode the image ({error or type(error).__name__}); "
-            "remove or replace it and rebuild the shard"
-        ) from error
+        image, boxes = _pixels(data, channels, resolution, crops, fast)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}; remove or replace it and rebuild the shard") from error
     for box, target in zip(boxes, out, strict=True):
         _resize(image, box, reflect, target)
     return out
@@ -95,9 +98,50 @@ def problem_of(data: bytes) -> str:
     return ""
 
 
+class Whole(NamedTuple):
+    """A whole image, perhaps reduced."""
+
+    pixels: np.ndarray
+    """(H, W, 3) uint8, or (H, W, 1) if all three channels are equal."""
+    reduced: bool
+
+
+def decode_whole(data: Stored, shorter_side: int) -> Whole:
+    """Decodes a whole image. If its shorter side has more than `shorter_side` pixels, reduces it to them like `decode`.
+
+    Raises ValueError if it cannot be decoded, and like `PackedImage.rows`.
+    """
+    height, width = 0, 0
+
+    def crop(*size: int) -> Box:
+        nonlocal height, width
+        height, width = size
+        return whole(height, width)
+
+    pixels, [box] = _pixels(data, 3, shorter_side, [crop], fast=False)
+    factor = shorter_side / min(height, width)
+    if factor < 1:
+        full, pixels = pixels, np.empty((round(height * factor), round(width * factor), 3), np.uint8)
+        _resize(full, box, False, pixels)
+    gray = (pixels == pixels[..., :1]).all()
+    return Whole(np.ascontiguousarray(pixels[..., :1] if gray else pixels), factor < 1)
+
+
 def whole(height: int, width: int) -> Box:
     """The box that leaves nothing out."""
     return 0, 0, width, height
+
+
+def _pixels(
+    data: Stored, channels: int, resolution: int, crops: Sequence[Crop], fast: bool
+) -> tuple[np.ndarray, Sequence[ScaledBox]]:
+    """(H, W, channels) uint8, and the boxes in it. Raises ValueError if encoded bytes are not a readable image."""
+    if isinstance(data, PackedImage):
+        return _read_packed(data, channels, crops)
+    try:
+        return _decode_jpeg(data, channels, resolution, crops, fast) or _decode_other(data, channels, crops)
+    except Exception as error:  # decoders raise exceptions of any kind on damaged data
+        raise ValueError(f"cannot decode the image ({error or type(error).__name__})") from error
 
 
 def _decode_jpeg(
@@ -176,6 +220,19 @@ def _decode_other(
     return np.atleast_3d(image), [crop(*image.shape[:2]) for crop in crops]
 
 
+def _read_packed(image: PackedImage, channels: int, crops: Sequence[Crop]) -> tuple[np.ndarray, Sequence[Box]]:
+    """The rows that the crops need, and the boxes in them; all rows if a crop may mirror them beyond the image."""
+    height, width, stored = image.shape
+    boxes = [crop(height, width) for crop in crops]
+    first, last = min(top for _, top, _, _ in boxes), max(bottom for _, _, _, bottom in boxes)
+    if first < 0 or last > height:
+        first, last = 0, height
+    pixels = image.rows(first, last)
+    if stored != channels:
+        pixels = np.atleast_3d(cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB if channels == 3 else cv2.COLOR_RGB2GRAY))
+    return pixels, [(left, top - first, right, bottom - first) for left, top, right, bottom in boxes]
+
+
 def _check_size(width: int, height: int) -> None:
     """Raises DataError for an image that would exhaust memory; to be called before decoding."""
     if width * height > MOST_PIXELS:
@@ -199,7 +256,7 @@ def _size(head: bytes) -> tuple[int, int]:
 
 
 def _resize(image: np.ndarray, box: ScaledBox, reflect: bool, out: np.ndarray) -> None:
-    """Crops (H, W, C) to the box and resizes it into `out`, (r, r, C). The box may begin and end between pixels."""
+    """Crops (H, W, C) to the box and resizes it into `out`, (h, w, C). The box may begin and end between pixels."""
     left, top, right, bottom = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
     height, width = image.shape[:2]
     margins = max(-top, 0), max(bottom - height, 0), max(-left, 0), max(right - width, 0)
@@ -216,5 +273,5 @@ def _resize(image: np.ndarray, box: ScaledBox, reflect: bool, out: np.ndarray) -
         out[:] = inside
         return
     source, target = (torch.from_numpy(part).permute(2, 0, 1)[None] for part in (inside, out))
-    scales = len(out) / (box[3] - box[1]), len(out) / (box[2] - box[0])  # interpolate() would take the window's
+    scales = out.shape[0] / (box[3] - box[1]), out.shape[1] / (box[2] - box[0])  # interpolate() would take the window's
     torch.ops.aten._upsample_bicubic2d_aa.out(source, out.shape[:2], False, *scales, out=target)

@@ -55,7 +55,7 @@ def _translated(pixels: np.ndarray, axis: int, by: float, fill: tuple[int, ...])
     if first >= last:
         return np.full_like(pixels, fill)
     away = abs(np.arange(-1, 3) - (by - whole))  # distances to the four pixels nearby
-    near, far = np.polyval((1.5, -2.5, 0, 1), away), np.polyval((-0.5, 2.5, -4, 2), away)  # Keys's cubic, a = -1/2
+    near, far = np.polyval((1, -2, 0, 1), away), np.polyval((-1, 5, -8, 4), away)  # Keys's cubic, a = -1, as in Pillow
     kernel = np.expand_dims(np.where(away <= 1, near, far), 1 - axis)
     padded = cv2.copyMakeBorder(pixels, *_margins(axis, 1, 1), cv2.BORDER_REPLICATE)
     anchor = (axis, 1 - axis)

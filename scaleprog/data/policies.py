@@ -26,6 +26,8 @@ class Policy(Protocol):
 
     numbers: int
     """The most uniform numbers that one draw takes."""
+    most: int
+    """The most operations in one draw."""
 
     def draw(self, uniform: Iterator[float]) -> tuple[Operation, ...]:
         """The operations on one image, in order, from numbers in [0, 1)."""
@@ -34,7 +36,7 @@ class Policy(Protocol):
 class Unchanged:
     """No operation."""
 
-    numbers = 0
+    numbers, most = 0, 0
 
     def draw(self, uniform: Iterator[float]) -> tuple[Operation, ...]:
         """None."""
@@ -53,8 +55,8 @@ class RandAugment:
     def __init__(self, config: str, factor: float = 1.0, rounded: bool = False) -> None:
         timms = rand_augment_transform(config)
         self.operations: list[AugmentOp] = timms.ops
-        self.count: int = timms.num_layers
-        self.numbers = 4 * self.count
+        self.most: int = timms.num_layers
+        self.numbers = 4 * self.most
         self._weights = timms.choice_weights
         magnitude = timms.ops[0].magnitude * factor
         self.magnitude = round(magnitude) if rounded else magnitude
@@ -71,10 +73,10 @@ class RandAugment:
     def _chosen(self, uniform: Iterator[float]) -> Iterator[AugmentOp]:
         """Draws with equal probability; if operations have weights, by them and without repetition."""
         if self._weights is None:
-            yield from (self.operations[int(next(uniform) * len(self.operations))] for _ in range(self.count))
+            yield from (self.operations[int(next(uniform) * len(self.operations))] for _ in range(self.most))
             return
         weights = np.array(self._weights)
-        for _ in range(min(self.count, len(weights))):
+        for _ in range(min(self.most, len(weights))):
             place = np.searchsorted(np.cumsum(weights), next(uniform) * weights.sum(), side="right")
             yield self.operations[place]
             weights[place] = 0
@@ -96,7 +98,7 @@ class ColorJitter:
         strength: each factor is uniform within 1 +- `strength`, but never negative.
     """
 
-    numbers = 6
+    numbers, most = 6, 3
 
     def __init__(self, strength: float) -> None:
         self._range = max(0.0, 1 - strength), 1 + strength
@@ -117,6 +119,7 @@ class ThreeAugment:
 
     def __init__(self, strength: float) -> None:
         self._jitter: Policy = ColorJitter(strength) if strength else Unchanged()
+        self.most = 1 + self._jitter.most
 
     def draw(self, uniform: Iterator[float]) -> tuple[Operation, ...]:
         kind, sigma = int(next(uniform) * 3), _between(*_BLUR, next(uniform))

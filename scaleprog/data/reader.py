@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from scaleprog.data.ahead import AHEAD
-from scaleprog.data.augment import Augmentation, BatchRequest, normalization
+from scaleprog.data.augment import Augmentation, BatchRequest, fill_of, normalization
 from scaleprog.data.lanes import lane_samples
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.on_device import erase, normalize
 from scaleprog.data.order import Order
-from scaleprog.data.shard import INDEX_BYTES, ShardReader, StoredSample
+from scaleprog.data.shard import ShardReader, StoredSample
 from scaleprog.data.stream import Batch, Fill, Layout, Stream, slots_of
+from scaleprog.data.tensor_operations import operate, packed
 from scaleprog.data.token_labels import LabelShards, pack
 from scaleprog.data.transfer import BUFFERED
 from scaleprog.errors import DataError
@@ -58,9 +59,11 @@ class DataSet:
         return self.manifest.identity() | labels
 
     def images(self, batch: Batch, device: torch.device) -> Tensor:
-        """The images of a batch on a device, normalized and erased: (B_local, C, r, r) float32."""
+        """The images of a batch on a device, changed, normalized, and erased: (B_local, C, r, r) float32."""
         mean, std = normalization(self.augment, self.channels)
-        images = normalize(batch.images.to(device, non_blocking=True), mean, std)
+        pixels = batch.images.to(device, non_blocking=True)
+        changed = operate(pixels, batch.operations, fill_of(self.augment, self.channels))
+        images = normalize(changed, mean, std)
         erase(images, batch.erasing)
         return images
 
@@ -112,20 +115,17 @@ class TrainReader:
     def memory(self, resolution: int) -> int:
         """The most memory that reading takes on the host, in bytes.
 
-        That is the cached split, or else what the lanes hold and each worker reads ahead, plus the batches decoded
-        ahead and the current one; from a URL, also the parts on their way.
+        That is the cached split, or else what the lanes hold and each worker reads ahead (whole shards, or the indices
+        of those that stay in their files), plus the batches decoded ahead and the current one; from a URL, also what
+        each worker is downloading.
         """
         per_map = self._labels.sample_bytes if self._labels else 0
-        whole = [shard.bytes + shard.samples * per_map for shard in self._shards.shards]
-        arriving = 0 if local_path(self._shards.manifest.root) is not None else max(self.workers, 1) * BUFFERED
-        if self._shards.fits:
-            encoded = sum(whole) + AHEAD * max(whole)
-        elif self._shards.on_disk:
-            index = max(shard.samples * (per_map + INDEX_BYTES) for shard in self._shards.shards)
-            encoded = self._held * index + (max(self.workers, 1) * max(whole) if arriving else 0)
-        else:
-            encoded = self._held * max(whole)
-        return encoded + arriving + decoded_bytes(self._layout(resolution), self.data)
+        sizes = [self._shards.resident_bytes(shard) + shard.samples * per_map for shard in self._shards.shards]
+        encoded = sum(sizes) + AHEAD * max(sizes) if self._shards.fits else self._held * max(sizes)
+        if local_path(self._shards.manifest.root) is None:
+            largest = max(shard.bytes for shard in self._shards.shards)
+            encoded += max(self.workers, 1) * (BUFFERED + (largest if self._shards.on_disk else 0))
+        return encoded + decoded_bytes(self._layout(resolution), self.data)
 
     @property
     def _held(self) -> int:
@@ -140,7 +140,8 @@ class TrainReader:
 
     def _layout(self, resolution: int) -> Layout:
         numbers = self._labels.numbers if self._labels else 0
-        return Layout(len(self.lanes) * self.order.per_lane, resolution, self._augmentation.channels, numbers)
+        rows, augmentation = len(self.lanes) * self.order.per_lane, self._augmentation
+        return Layout(rows, resolution, augmentation.channels, numbers, augmentation.deferred)
 
     def _produce(self, requests: Iterable[BatchRequest], owned: range) -> Iterator[Fill]:
         """Some of the rank's lanes in every batch, by their places among them."""
@@ -155,7 +156,8 @@ class TrainReader:
         for place, lane in enumerate(lanes):
             rows, taken = batch.rows(slice(place * count, (place + 1) * count)), next(samples)
             encoded = [sample.image for sample in taken]
-            origins, erasing = self._augmentation.lane(encoded, request, lane, rows.images.numpy())
+            origins, deferred, erasing = self._augmentation.lane(encoded, request, lane, rows.images.numpy())
+            rows.operations[:] = packed(deferred, self._augmentation.deferred)
             rows.erasing[:] = torch.tensor(erasing)
             rows.labels[:] = torch.tensor([sample.label for sample in taken])
             rows.ids[:] = torch.tensor([sample.id for sample in taken])

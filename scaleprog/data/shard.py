@@ -1,48 +1,29 @@
-"""One shard: its samples found and checked once, its images in memory, or on disk where memory is short."""
+"""One shard: its samples found and checked once; whole in memory, or in its file if it is packed or memory is short."""
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
-from weakref import WeakValueDictionary, finalize
+from weakref import WeakValueDictionary
 
 import numpy as np
 
-from scaleprog.data import labels, tar
+from scaleprog.data import labels, packed, tar
 from scaleprog.data.augment import Encoded
 from scaleprog.data.labels import Numbering
 from scaleprog.data.manifest import Manifest
-from scaleprog.data.source import Shard, source_of
+from scaleprog.data.packed import OpenFile, PackedShard
+from scaleprog.data.source import Shard, check_size, source_of
 from scaleprog.data.tar import Seekable
 from scaleprog.errors import DataError, Unavailable
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-EXTENSIONS = (*IMAGE_EXTENSIONS, *labels.KINDS)
-LoadShard = Callable[[int], "LoadedShard"]
-INDEX_BYTES = 512
-"""About what a sample takes in memory whose image stays on disk."""
+ENCODED_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = (*ENCODED_EXTENSIONS, packed.EXTENSION)
+EXTENSIONS = (*ENCODED_EXTENSIONS, *labels.KINDS)
+LoadShard = Callable[[int], "LoadedShard | PackedShard"]
 MapsOf = Callable[[int, Sequence[str], bool], np.ndarray]
 """(index of a shard, its keys, whether to verify the checksum) -> the samples' label maps, (samples, h, w, K)."""
-
-
-class OnDisk:
-    """The bytes of an open file, read where they are sliced."""
-
-    def __init__(self, descriptor: int, path: str) -> None:
-        """Takes over the descriptor, and closes it at the end."""
-        self._descriptor, self._path = descriptor, path
-        finalize(self, os.close, descriptor)
-
-    def __getitem__(self, part: slice) -> memoryview:
-        """Raises Unavailable if they cannot be read, or are no longer there."""
-        size = part.stop - part.start
-        try:
-            content = os.pread(self._descriptor, size, part.start)
-        except OSError as error:
-            raise Unavailable(f"{self._path}: cannot read the shard now: {error}") from error
-        if len(content) != size:
-            raise Unavailable(f"{self._path}: was truncated while the run read it")
-        return memoryview(content)
 
 
 @dataclass(frozen=True)
@@ -52,7 +33,7 @@ class LoadedShard:
 
     path: str
     keys: tuple[str, ...]
-    data: memoryview | OnDisk
+    data: memoryview | OpenFile
     """The whole tar."""
     starts: np.ndarray
     """(samples,) int64: where each image begins in `data`."""
@@ -64,8 +45,10 @@ class LoadedShard:
     """(samples, h, w, K), the samples' label maps, if there are token labels."""
 
     def image(self, index: int) -> Encoded:
-        """The encoded image, without a copy, and its location."""
-        return self.data[int(self.starts[index]) : int(self.ends[index])], f"{self.path}: sample {self.keys[index]!r}"
+        """The encoded image, without a copy if it is in memory, and its location."""
+        where = f"{self.path}: sample {self.keys[index]!r}"
+        with packed.explained(where):
+            return self.data[int(self.starts[index]) : int(self.ends[index])], where
 
 
 class ShardReader:
@@ -89,25 +72,38 @@ class ShardReader:
             split: their split.
             cache: a split of at most so many bytes stays in memory.
             maps_of: reads label maps.
-            on_disk: whether images stay in the files, and are read one by one.
+            on_disk: whether images stay in the files, and are read one by one, as those of packed shards always do.
         """
         self.manifest = manifest
         self.shards = manifest.split(split)
-        self.fits = sum(shard.bytes for shard in self.shards) <= cache
         self._source = source_of(manifest.root, manifest.store)
+        self.fits = sum(shard.bytes for shard in self.shards) <= cache and not self.packed
         self.on_disk = on_disk and not self.fits
         self._numbering = Numbering(manifest.classes)
-        self._kept: list[LoadedShard] = []
+        self._kept: list[LoadedShard | PackedShard] = []
         self._maps_of = maps_of
-        self._held: WeakValueDictionary[int, LoadedShard] = WeakValueDictionary()
+        self._held: WeakValueDictionary[int, LoadedShard | PackedShard] = WeakValueDictionary()
         self._verified: set[int] = set()
+        self._checked: dict[int, np.ndarray] = {}
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether the first shard is packed and local, and so probably all. The file system caches these."""
+        file = packed.opened(self._source.path(self.shards[0].name)) if self.shards else None
+        if file:
+            file.close()
+        return file is not None
+
+    def resident_bytes(self, shard: Shard) -> int:
+        """Memory that a process takes to hold a shard."""
+        return shard.samples * packed.INDEX_BYTES if self.packed or self.on_disk else shard.bytes
 
     def preload(self) -> None:
         """Fills the cache if the split fits. Call it before forking workers, so that they share it."""
         if self.fits and not self._kept:
             self._kept = [self.load(index) for index in range(len(self.shards))]
 
-    def load(self, index: int) -> LoadedShard:
+    def load(self, index: int) -> LoadedShard | PackedShard:
         """The shard with this index in the split.
 
         Raises:
@@ -117,27 +113,36 @@ class ShardReader:
         loaded = self._held.get(index)
         if loaded is None:
             shard, verify = self.shards[index], index not in self._verified
-            loaded = self._on_disk_now(shard, verify) if self.on_disk else None
+            loaded = self._in_file(shard, verify)
             if loaded is None:
                 content = self._source.read(shard, verify)
                 loaded = self._parsed(content, len(content), memoryview(content), shard)
+            if isinstance(loaded, PackedShard):
+                loaded = replace(loaded, checked=self._checked.setdefault(index, loaded.checked))
             if self._maps_of is not None:
                 loaded = replace(loaded, maps=self._maps_of(index, loaded.keys, verify))
             self._verified.add(index)
             self._held[index] = loaded
         return loaded
 
-    def _on_disk_now(self, shard: Shard, verify: bool) -> LoadedShard | None:
-        """A shard whose images stay in its file; None if it cannot be stored on disk."""
-        file = self._source.open(shard, verify)
+    def _in_file(self, shard: Shard, verify: bool) -> LoadedShard | PackedShard | None:
+        """A shard whose file stays open, because it is packed or `on_disk`; None if it is to be read whole."""
+        path = self._source.path(shard.name)
+        file = packed.opened(path)
+        if file is None and self.on_disk:
+            file = self._source.open(shard, verify)
         if file is None:
             return None
-        with file:
-            size = os.fstat(file.fileno()).st_size
-            data = OnDisk(os.dup(file.fileno()), self._source.path(shard.name))
+        data, size = OpenFile(file), os.fstat(file.fileno()).st_size
+        check_size(path, size, shard)
+        try:
             return self._parsed(file, size, data, shard)
+        except OSError as error:
+            raise Unavailable(f"{path}: cannot read the shard now: {error}") from error
 
-    def _parsed(self, file: Seekable, size: int, data: memoryview | OnDisk, shard: Shard) -> LoadedShard:
+    def _parsed(
+        self, file: Seekable, size: int, data: memoryview | OpenFile, shard: Shard
+    ) -> LoadedShard | PackedShard:
         return _parse(file, size, data, shard, self._source.path(shard.name), self._numbering)
 
 
@@ -163,7 +168,7 @@ class Cursor:
     def __init__(self, shards: ShardReader, load: LoadShard | None = None) -> None:
         self._load = load or shards.load
         self._offsets = np.cumsum([0] + [shard.samples for shard in shards.shards])
-        self._shard: LoadedShard | None = None
+        self._shard: LoadedShard | PackedShard | None = None
         self._index = -1
 
     def sample(self, shard: int, index: int) -> StoredSample:
@@ -182,9 +187,35 @@ class Cursor:
 
 
 def _parse(
-    file: Seekable, size: int, data: memoryview | OnDisk, shard: Shard, path: str, numbering: Numbering
-) -> LoadedShard:
-    keys, starts, ends, numbers = dict[str, None](), list[int](), list[int](), list[int]()
+    file: Seekable, size: int, data: memoryview | OpenFile, shard: Shard, path: str, numbering: Numbering
+) -> LoadedShard | PackedShard:
+    """The samples of the tar in `file`, of `size` bytes; `data` holds the same bytes. Raises like `_samples`."""
+    samples = _samples(file, size, shard, path, numbering)
+    if packed.is_packed(file, size):
+        return PackedShard.index(path, file, data, samples)
+    keys, starts, ends, numbers = list[str](), list[int](), list[int](), list[int]()
+    for key, files, number in samples:
+        if packed.EXTENSION in files:
+            raise DataError(f"{path}: sample {key!r} is packed, but others are not; rebuild the shard")
+        [image] = [files[extension] for extension in ENCODED_EXTENSIONS if extension in files]
+        keys.append(key)
+        starts.append(image.start)
+        ends.append(image.start + image.size)
+        numbers.append(number)
+    begins, stops, classes_of = (np.array(values, dtype=np.int64) for values in (starts, ends, numbers))
+    return LoadedShard(path, tuple(keys), data, begins, stops, classes_of)
+
+
+def _samples(
+    file: Seekable, size: int, shard: Shard, path: str, numbering: Numbering
+) -> Iterator[tuple[str, dict[str, tar.Member], int]]:
+    """The key, files, and label of each sample in a tar of `size` bytes.
+
+    Raises:
+        DataError: the samples are not sound.
+        OSError: they cannot be read.
+    """
+    keys = set[str]()
 
     def explained(files: Collection[str]) -> str:
         return tar.why_incomplete(file, size, key, files, EXTENSIONS) or "rebuild the shard"
@@ -192,28 +223,23 @@ def _parse(
     try:
         for key, files in tar.samples(file, size):
             where = f"{path}: sample {key!r}"
-            images = [files[extension] for extension in IMAGE_EXTENSIONS if extension in files]
-            if len(images) != 1:
-                count = f"{len(images)} images" if images else "no image"
-                raise DataError(f"{where} has {count} ({', '.join(IMAGE_EXTENSIONS)}); {explained(files)}")
+            if (count := sum(extension in files for extension in IMAGE_EXTENSIONS)) != 1:
+                images = f"{count} images" if count else "no image"
+                raise DataError(f"{where} has {images} ({', '.join(IMAGE_EXTENSIONS)}); {explained(files)}")
             kind = labels.kind_of(files)
             if kind is None:
                 raise DataError(f"{where}: its label (.cls) is b'', because there is no such file; {explained(files)}")
             if key in keys:
                 raise DataError(f"{where} occurs twice; rebuild the shard")
-            keys[key] = None
-            starts.append(images[0].start)
-            ends.append(images[0].start + images[0].size)
-            numbers.append(_number(kind, tar.read(file, files[kind]), numbering, where))
-    except (ValueError, OSError) as error:
+            keys.add(key)
+            yield key, files, _number(kind, tar.read(file, files[kind]), numbering, where)
+    except ValueError as error:
         raise DataError(f"{path}: not a tar of samples ({error}); rebuild the shard") from error
     if len(keys) != shard.samples:
         raise DataError(
             f"{path}: holds {len(keys)} samples, but the manifest says {shard.samples}; "
             "rewrite the manifest with `scaleprog shards check --write-manifest`"
         )
-    begins, stops, classes = (np.array(values, dtype=np.int64) for values in (starts, ends, numbers))
-    return LoadedShard(path, tuple(keys), data, begins, stops, classes)
 
 
 def _number(kind: str, content: bytes, numbering: Numbering, where: str) -> int:

@@ -17,6 +17,7 @@ from typing import Annotated, Protocol, Self
 from pydantic import AfterValidator, Field
 
 from scaleprog.data import transfer
+from scaleprog.data.packed import HINT
 from scaleprog.data.store import Store
 from scaleprog.errors import DataError, Unavailable
 from scaleprog.files.atomic import open_regular, read_text
@@ -31,7 +32,6 @@ NAME_IN_URL = r"^([A-Za-z0-9_][A-Za-z0-9_.,=+-]*/)?[A-Za-z0-9_][A-Za-z0-9_.,=+-]
 """What no server or library takes for anything but a name."""
 NO_FILE = (errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 """Errors for a path that is not a regular file; another attempt would fail, too."""
-HINT = "copy the shard again or rebuild it; `scaleprog shards check` finds every damaged one"
 _TRIES = 3
 """Downloads of a shard whose checksum differs."""
 
@@ -136,7 +136,7 @@ class Folder:
 
     def read(self, shard: Shard, verify: bool) -> mmap:
         with self._opened(shard.name, shard.bytes) as file:
-            self._check_size(file, shard)
+            check_size(file.name, os.fstat(file.fileno()).st_size, shard)
             content = self._content(file, shard.bytes)
         if verify and hashlib.sha256(content).hexdigest() != shard.sha256:
             raise _other_content(self.path(shard.name))
@@ -144,7 +144,7 @@ class Folder:
 
     def open(self, shard: Shard, verify: bool) -> BufferedReader:
         file = self._opened(shard.name, shard.bytes)
-        self._check_size(file, shard)
+        check_size(file.name, os.fstat(file.fileno()).st_size, shard)
         if verify and hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
             raise _other_content(self.path(shard.name))
         return file
@@ -166,13 +166,6 @@ class Folder:
             if error.errno in NO_FILE:
                 raise DataError(f"{path}: the shard is not a regular file; copy it again or rebuild it") from error
             raise Unavailable(f"{path}: cannot read the shard now: {error}") from error
-
-    def _check_size(self, file: BufferedReader, shard: Shard) -> None:
-        path, size = self.path(shard.name), os.fstat(file.fileno()).st_size
-        if size < shard.bytes:
-            raise DataError(f"{path}: truncated: {size} of {shard.bytes} bytes; {HINT}")
-        if size > shard.bytes:
-            raise DataError(f"{path}: too long: {size} of {shard.bytes} bytes; {HINT}")
 
 
 @dataclass(frozen=True)
@@ -254,6 +247,13 @@ def _read_whole(file: BufferedReader, size: int) -> mmap:
         if file.readinto(view) < size:
             raise OSError("it became shorter while it was read")
     return content
+
+
+def check_size(path: str, size: int, shard: Shard) -> None:
+    """Raises DataError if the file at `path` has another size than the manifest says."""
+    if size != shard.bytes:
+        what = "truncated" if size < shard.bytes else "too long"
+        raise DataError(f"{path}: {what}: {size} of {shard.bytes} bytes; {HINT}")
 
 
 def _check_limit(path: str, size: int) -> None:

@@ -43,6 +43,8 @@ class Batch:
     """(B_local,) int64: position in the split (samples of earlier shards + index in its shard); -1 in padding."""
     erasing: Tensor
     """(B_local, 5) int64: what is to be erased of each image, see `augment.Erasing`."""
+    operations: Tensor
+    """(B_local, operations, 2) float32: what the device does to each image, see `tensor_operations.packed`."""
     token_labels: Tensor
     """(B_local, numbers) float32, the rows of `token_labels.pack`; no numbers if there are no token labels."""
 
@@ -64,12 +66,14 @@ class Layout:
         resolution: the largest r, in pixels.
         channels: C.
         numbers: in a row of token labels; 0: there are none.
+        operations: the most that the device does to an image; 0: none.
     """
 
     rows: int
     resolution: int
     channels: int
     numbers: int = 0
+    operations: int = 0
 
     @property
     def bytes(self) -> int:
@@ -84,8 +88,8 @@ class Layout:
             stop = start + math.prod(shape) * dtype.itemsize
             tensors.append(memory[start:stop].view(dtype).view(shape))
             start = stop
-        labels, ids, erasing, token_labels, images = tensors
-        return Batch(images, labels, ids, erasing, token_labels)
+        labels, ids, erasing, operations, token_labels, images = tensors
+        return Batch(images, labels, ids, erasing, operations, token_labels)
 
     def _parts(self, resolution: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Shapes and types, the largest numbers first, so that all are aligned."""
@@ -93,6 +97,7 @@ class Layout:
             ((self.rows,), torch.int64),
             ((self.rows,), torch.int64),
             ((self.rows, 5), torch.int64),
+            ((self.rows, self.operations, 2), torch.float32),
             ((self.rows, self.numbers), torch.float32),
             ((self.rows, resolution, resolution, self.channels), torch.uint8),
         )

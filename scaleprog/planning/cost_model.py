@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from scaleprog.data.tensor_operations import WORKING
 from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet, View
 from scaleprog.models import resolve_family
@@ -316,6 +317,10 @@ def check_offload(recipe: Recipe, world: int, per_node: int, available: int | No
 def assumptions(recipe: Recipe, device: Device) -> tuple[str, ...]:
     """The assumptions behind the figures, in plain sentences."""
     precision = recipe.sharding.precision
+    operations = (
+        f"augment.device: accelerator takes at most {WORKING / 2**30:g} GiB of the device and three times the bytes of "
+        "a rank's images, before a forward, while there are no activations; neither these nor its time are counted.",
+    )
     peak = device.flops(precision)
     return (
         "Nothing here was timed: ms and efficiency come from a model, to compare engines and worlds, not to promise.",
@@ -341,4 +346,5 @@ def assumptions(recipe: Recipe, device: Device) -> tuple[str, ...]:
         "Peak: a step of the complete model, or a growth, when a rank holds the old and the new network together.",
         "Left out of the time: reading data, launching kernels, the engines' own work on the host, an offload's copies "
         "and AdamW, searches, evaluation, checkpoints.",
+        *(operations if recipe.augment.device == "accelerator" else ()),
     )

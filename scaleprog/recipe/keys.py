@@ -144,6 +144,10 @@ class AugmentSettings(Settings):
     """Width of the zeros on every side of a padded crop, in pixels of the stored image."""
     flip: Share = 0.5
     """Probability of a horizontal flip."""
+    device: Literal["cpu", "accelerator"] = "cpu"
+    """Where the operations of color_jitter, three_augment and randaugment run. cpu: in the decoding workers;
+    accelerator: on the device that trains, for a batch at a time. The draws are the same, but pictures differ a little,
+    and images are flipped before the operations, as in DeiT, in place of after them."""
     color_jitter: Strength = 0.0
     """Strength of random brightness, contrast and saturation, in random order; RandAugment replaces them, as in
     timm."""
@@ -187,6 +191,11 @@ class AugmentSettings(Settings):
         """Whether images are mixed."""
         return bool(self.mixup or self.cutmix or self.mix_token)
 
+    @property
+    def operates(self) -> bool:
+        """Whether operations change the colors of images, or move their pixels."""
+        return bool(self.randaugment is not None or self.three_augment or self.color_jitter)
+
     def groups(self, lanes: int) -> int:
         """The number of groups that `lanes` lanes form for mixing."""
         return self.mix_groups or max(groups for groups in range(1, 5) if lanes % groups == 0)
@@ -197,6 +206,11 @@ class AugmentSettings(Settings):
             raise ValueError("mix_token replaces mixup and cutmix: set them to 0, or mix_token to false")
         if self.three_augment and self.randaugment is not None:
             raise ValueError("three_augment replaces randaugment: set one of them, not both")
+        if self.device == "accelerator" and not self.operates:
+            raise ValueError(
+                "device: accelerator moves the operations of randaugment, three_augment and color_jitter, and all of "
+                "them are off: turn one on, or use device: cpu"
+            )
         for name in ("scale", "ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:

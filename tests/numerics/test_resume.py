@@ -68,7 +68,7 @@ def test_stopped_and_resumed_equals_straight(
 
 def test_a_run_within_a_budget_resumed_many_times(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     """Steps 0-26 the smallest network, 26-36 a supernet, then what it chose, then the complete model."""
-    recipe = make_recipe(**WITHIN_A_BUDGET, **HARD)
+    recipe = make_recipe(**WITHIN_A_BUDGET, **HARD | {"augment": HARD["augment"] | {"device": "accelerator"}})
     run(recipe, tmp_path / "straight")
     for stop in (3, 25, 26, 31, 35, 36, 40, 70):
         run(recipe, tmp_path / "run", max_steps=stop)

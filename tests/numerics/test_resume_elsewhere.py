@@ -31,7 +31,8 @@ LEGS: tuple[tuple[int | None, int, dict[str, Any]], ...] = (
 def test_engines_and_worlds_in_turn_train_what_one_process_trains(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe(
         model={"drop_path": 0.1}, data={"trace": True}, optimizer={"lr": 2e-4, "clip": 1.0},
-        growth={"operator": "rand_init", "optimizer": "inherit"}, augment={"mixup": 0.8, "erase": 0.25},
+        growth={"operator": "rand_init", "optimizer": "inherit"},
+        augment={"mixup": 0.8, "erase": 0.25, "randaugment": "rand-m9-mstd0.5-inc1", "device": "accelerator"},
     )  # fmt: skip
     run(recipe, tmp_path / "alone")
     for stop, ranks, sharding in LEGS:

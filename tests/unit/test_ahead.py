@@ -175,7 +175,7 @@ def test_a_file_that_shrinks_while_images_are_read_from_it(tmp_path: Path) -> No
     cursor = Cursor(ShardReader(manifest, "train", on_disk=True))
     assert bytes(cursor.sample(0, 3).image[0]) == b"image 3"
     (tmp_path / "train-0.tar").write_bytes(b"")
-    with pytest.raises(Unavailable, match=r"train-0\.tar: was truncated"):
+    with pytest.raises(DataError, match=r"train-0\.tar: sample '0004': truncated after it was opened"):
         cursor.sample(0, 4)
 
 

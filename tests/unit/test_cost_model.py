@@ -16,6 +16,7 @@ from scaleprog.models.elastic import Structure
 from scaleprog.models.vit import ElasticViT
 from scaleprog.planning.cost_model import (
     Prediction,
+    assumptions,
     check_offload,
     engines,
     host_memory_available,
@@ -366,3 +367,11 @@ def test_hsdp_without_groups_shards_within_a_node() -> None:
     check_offload(chosen, 16, 8, 8 * memory.host)
     with pytest.raises(RecipeError, match="of 8 ranks into this machine's memory"):
         check_offload(chosen, 16, 8, 8 * memory.host - 1)
+
+
+def test_what_the_operations_take_of_an_accelerator_is_said() -> None:
+    for count, device in enumerate(("cpu", "accelerator")):
+        recipe = Recipe.load(RECIPE, [f"augment.device={device}"])
+        said = [line for line in assumptions(recipe, H100) if line.startswith("augment.device")]
+        assert len(said) == count
+        assert all("at most 0.5 GiB" in line for line in said)

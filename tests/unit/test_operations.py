@@ -43,7 +43,7 @@ CASES = [
     *(("blur", sigma, 40) for sigma in (0.1, 0.7, 2.0)),
     *(("rotate", degrees, 30) for degrees in (-30, 5, 30)),
     *((name, part, 30) for name in ("shear_x", "shear_y") for part in (-0.3, 0.3)),
-    *((name, part, 30) for name in ("translate_x", "translate_y") for part in (-0.45, 0.1)),
+    *((name, part, 50) for name in ("translate_x", "translate_y") for part in (-0.45, 0.1)),
 ]
 """The name, the amount, and the least PSNR in decibels; infinity: every pixel is equal."""
 

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ pytestmark = pytest.mark.process
 CLASSES = 10
 SIZES = (13, 20, 9, 17, 14)  # samples per shard: 73
 EVERYTHING = AugmentSettings(randaugment="rand-m9-mstd0.5-inc1", erase=0.5)
+ON_THE_DEVICE = EVERYTHING.model_copy(update={"device": "accelerator"})
 EXACT = AugmentSettings(crop="none", flip=0, eval_crop=1.0)
 LANES, BATCH = 4, 8
 
@@ -143,6 +145,21 @@ def test_starting_in_the_middle_continues_the_straight_stream(
     resumed = read(make_reader(manifest, workers=workers), requests(start, 20))
     assert len(resumed) == 20 - start
     assert all(same(a, b) for a, b in zip(resumed, straight[start:]))
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 3), (2, 0), (4, 1)])
+def test_what_the_device_changes_is_the_same_for_every_world_size_and_start(
+    manifest: Manifest, world: int, workers: int
+) -> None:
+    data = DataSet(manifest, DataSettings(path=""), ON_THE_DEVICE, 3)
+    read_by = partial(make_reader, manifest, augment=ON_THE_DEVICE)
+    straight = read(read_by(), requests(0, 6))
+    assert straight[0].operations.shape == (BATCH, 2, 2)
+    ranks = [read(read_by(workers=workers, rank=rank, world=world), requests(3, 6)) for rank in range(world)]
+    for whole, *parts in zip(straight[3:], *ranks):
+        assert same(rows(parts), whole)
+        images = torch.cat([data.images(part, torch.device("cpu")) for part in parts])
+        assert torch.equal(data.images(whole, torch.device("cpu")), images)
 
 
 def test_ids_labels_and_pixels_belong_together(manifest: Manifest) -> None:

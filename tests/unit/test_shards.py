@@ -30,6 +30,7 @@ from scaleprog.shards import image_files, image_folder
 from scaleprog.shards.build import STAGING, shard_files
 from scaleprog.shards.check import check, write_manifest
 from scaleprog.shards.cli import app
+from scaleprog.shards.reduction import Reduction
 from scaleprog.shards.samples import read_label, read_members
 from tests.augmented import evaluation_images, train_images
 
@@ -121,8 +122,9 @@ def test_image_folder_laid_out_like_imagenet(tmp_path: Path, tree: Path, photogr
 
 
 def test_workers_do_not_change_the_shards(tmp_path: Path, tree: Path):
-    one = image_folder.build(tree, tmp_path / "one", samples_per_shard=8, workers=1)
-    two = image_folder.build(tree, tmp_path / "two", samples_per_shard=8, workers=2)
+    smaller = Reduction(48)
+    one = image_folder.build(tree, tmp_path / "one", samples_per_shard=8, reduction=smaller, workers=1)
+    two = image_folder.build(tree, tmp_path / "two", samples_per_shard=8, reduction=smaller, workers=2)
     assert one.splits == two.splits
 
 

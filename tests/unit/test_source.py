@@ -12,7 +12,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from scaleprog.data import transfer
 from scaleprog.data.manifest import NAME, Manifest
-from scaleprog.data.shard import OnDisk, ShardReader
+from scaleprog.data.packed import OpenFile
+from scaleprog.data.shard import ShardReader
 from scaleprog.data.source import Remote, Shard, source_of
 from scaleprog.data.store import Store
 from scaleprog.errors import DataError, RecipeError, Unavailable
@@ -184,7 +185,7 @@ def test_images_one_by_one_from_a_store(server: FaultyServer, patterns: Path, tm
         reader = ShardReader(replace(manifest, store=Store(folder, 2**30)), "train", on_disk=True)
         for index in (0, 1, 0):
             mine, theirs = reader.load(index), local.load(index)
-            assert isinstance(mine.data, OnDisk) == kept, "where nothing can be stored, a shard is held whole"
+            assert isinstance(mine.data, OpenFile) == kept, "where nothing can be stored, a shard is held whole"
             assert (mine.keys, mine.labels.tolist()) == (theirs.keys, theirs.labels.tolist())
             assert all(bytes(mine.image(i)[0]) == bytes(theirs.image(i)[0]) for i in range(len(mine.keys)))
             del mine

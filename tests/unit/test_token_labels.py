@@ -4,7 +4,7 @@ import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -68,8 +68,9 @@ def test_the_origin_of_a_move_finds_the_object_that_it_moved(name: str, amount: 
     assert not np.allclose(origin, IDENTITY)
 
 
-def test_the_origin_of_a_whole_augmentation_finds_the_object() -> None:
-    chosen = AugmentSettings(scale=(0.5, 1.0), flip=0.5, randaugment="rand-m6-mstd0.5-inc1")
+@pytest.mark.parametrize("device", ["cpu", "accelerator"])
+def test_the_origin_of_a_whole_augmentation_finds_the_object(device: Literal["cpu", "accelerator"]) -> None:
+    chosen = AugmentSettings(scale=(0.5, 1.0), flip=0.5, randaugment="rand-m6-mstd0.5-inc1", device=device)
     shown = cv2.resize(disk(200, 0.55, 0.45), (260, 200))
     png = memoryview(cv2.imencode(".png", shown)[1].tobytes())
     augmentation = Augmentation(chosen, 3, seed=1)
