@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scaleprog.errors import ScaleprogError
-from scaleprog.files.display import as_text, first_line
+from scaleprog.files.display import as_text, counted, first_line
 from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.space import Choice, Subnet
 from scaleprog.launchers.requeue import committed_step
@@ -63,6 +63,7 @@ class Status:
         top1_step: the step of that evaluation.
         images_per_second: the recent rate of training.
         seconds_left: expected training time left.
+        damaged: different damaged samples that were replaced so far.
         commit_step: the step of the newest checkpoint; 0 if there is none.
         commit_age: seconds since that checkpoint was written.
         restarts: every start after the first.
@@ -85,6 +86,7 @@ class Status:
     top1_step: int | None
     images_per_second: float | None
     seconds_left: float | None
+    damaged: int
     commit_step: int
     commit_age: float | None
     restarts: list[Restart]
@@ -102,6 +104,8 @@ class Status:
         if self.images_per_second is not None:
             left = "" if self.seconds_left is None else f"; about {_span(self.seconds_left)} of training left"
             lines.append(("rate", f"{self.images_per_second:.0f} images/s{left}"))
+        if self.damaged:
+            lines.append(("damaged", f"{counted(self.damaged, 'sample')}, replaced by others; events.jsonl has names"))
         if self.commit_age is None:
             lines.append(("checkpoint", "none yet"))
         else:
@@ -119,7 +123,8 @@ def status(run: Path) -> Status:
     records = [read(run / METRICS, METRIC, LAST_BYTES), read(run / EVENTS, EVENT), read(run / REQUEUES, LEFT)]
     rows, events, ends = (told.rows for told in records)
     trained = [row for row in rows if "loss" in row]
-    evaluated = [row for row in (*still_told(events), *rows) if row.keys() >= {"top1", "top1_ema"}]
+    still = still_told(events)
+    evaluated = [row for row in (*still, *rows) if row.keys() >= {"top1", "top1_ema"}]
     now = trained[-1] if trained else None
     commit = committed_step(run)
     step = max(commit, now["step"]) if now else commit
@@ -145,6 +150,7 @@ def status(run: Path) -> Status:
         top1_step=evaluated[-1]["step"] if evaluated else None,
         images_per_second=_finite(sum(row.get("images", 0) for row in recent) / seconds) if seconds else None,
         seconds_left=None if left is None else _finite(left),
+        damaged=next((event["total"] for event in reversed(still) if event["event"] == "damaged"), 0),
         commit_step=commit,
         commit_age=_age(run / "checkpoints" / f"step-{commit:08d}"),
         restarts=list(restarts(events, ends)),

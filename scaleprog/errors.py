@@ -29,6 +29,15 @@ class DataError(ScaleprogError):
     """Shards, manifest or samples that are missing, damaged or do not fit the recipe."""
 
 
+class DamagedSample(DataError):
+    """An image whose bytes no decoder can read, in a shard that is as the manifest says."""
+
+    def __init__(self, message: str, where: str = "") -> None:
+        """`where`: the location of the sample, as in `augment.Encoded`."""
+        super().__init__(message)
+        self.where = where
+
+
 class CheckpointError(ScaleprogError):
     """A checkpoint or run directory that is missing, damaged or of another recipe."""
 

@@ -53,6 +53,8 @@ class Contents:
     """Whether the first image is packed."""
     problems: list[str] = field(default_factory=list)
     """One line per problem, with the shard and, if the problem is in one sample, its key."""
+    damaged: list[str] = field(default_factory=list)
+    """One line per image that cannot be decoded, with the shard and the key."""
 
 
 def check(out: Path | str, *, manifest: str | None = None, workers: int | None = None) -> Report:
@@ -86,7 +88,12 @@ def check(out: Path | str, *, manifest: str | None = None, workers: int | None =
 
 
 def write_manifest(
-    out: Path | str, classes: Sequence[str] | None = None, *, manifest: str | None = None, workers: int | None = None
+    out: Path | str,
+    classes: Sequence[str] | None = None,
+    *,
+    manifest: str | None = None,
+    keep_damaged: bool = False,
+    workers: int | None = None,
 ) -> Report:
     """Indexes the shards in `out`, and writes `out/manifest.json`, or `manifest` in its place.
 
@@ -99,6 +106,7 @@ def write_manifest(
         classes: names of the classes; default: those of a manifest that is already there; otherwise the names that the
             labels are, or "0", "1", ... up to the largest label.
         manifest: file of the manifest; a URL needs one.
+        keep_damaged: whether training images that cannot be decoded are no problem, because `data.damaged` is replace.
         workers: number of processes; default: one per CPU.
 
     Raises:
@@ -113,7 +121,8 @@ def write_manifest(
     splits = _shards_in(source)
     if classes is None and Path(manifest or source.path(NAME)).exists():
         classes = Manifest.load(out, manifest).classes
-    jobs = [(source, name, None if classes is None else tuple(classes)) for name in chain(*splits.values())]
+    known = None if classes is None else tuple(classes)
+    jobs = [(source, name, known, keep_damaged and split == TRAIN) for split, found in splits.items() for name in found]
     contents = dict(
         zip(chain(*splits.values()), run_all(_index, jobs, label=f"{out}: shards indexed", workers=workers))
     )
@@ -132,6 +141,8 @@ def write_manifest(
         hint = "; if the labels count from 1, subtract 1 from each and build the shards again" if absent[0] == 0 else ""
         named = some([f"{label} ({names[label]})" if names[label] != str(label) else str(label) for label in absent])
         print(as_text(f"note: no training image has label {named}{hint}"))
+    if kept := [line for each in contents.values() for line in each.damaged]:
+        print(as_text(f"note: train with data.damaged=replace: {len(kept)} damaged images\n{listed(kept)}", lines=True))
     return _report(written)
 
 
@@ -147,7 +158,7 @@ def read_contents(source: Source, name: str, classes: Sequence[str] | None) -> C
             contents.samples += 1
             try:
                 if wrong := _image_problem(members, contents):
-                    contents.problems.append(f"{path}: key {key!r}: {wrong}; remove or replace the image")
+                    contents.damaged.append(f"{path}: key {key!r}: {wrong}; remove or replace it, or see data.damaged")
                 label = _label(members, numbering)
                 if key in keys:
                     raise ValueError("the key occurs twice")
@@ -249,13 +260,18 @@ def _compare(job: tuple[Source, Shard, Sequence[str]]) -> list[str]:
         problems.append(
             f"{path}: has {contents.samples} samples, but {NAME} says {indexed.samples}; use --write-manifest"
         )
-    return problems + contents.problems
+    return problems + contents.problems + contents.damaged
 
 
-def _index(job: tuple[Source, str, Sequence[str] | None]) -> Contents:
-    """The contents of a shard that is in no manifest yet."""
-    source, name, classes = job
+def _index(job: tuple[Source, str, Sequence[str] | None, bool]) -> Contents:
+    """The contents of a shard that is in no manifest yet.
+
+    `job`: the shard's source and name, the names of the classes, and whether it may have damaged images.
+    """
+    source, name, classes, keep_damaged = job
     contents = read_contents(source, name, classes)
+    if not keep_damaged:
+        contents.problems += contents.damaged
     if not contents.samples and not contents.problems:
         contents.problems.append(f"{source.path(name)}: holds no samples; remove it")
     if not name.isprintable():

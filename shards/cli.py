@@ -189,6 +189,13 @@ def check(
     classes: Annotated[
         Path | None, typer.Option(help="With --write-manifest: file of class names, one per line.")
     ] = None,
+    keep_damaged: Annotated[
+        bool,
+        typer.Option(
+            "--keep-damaged",
+            help="With --write-manifest: keep training images that cannot be decoded (data.damaged).",
+        ),
+    ] = False,
     workers: Workers = None,
 ) -> None:
     """Read every shard and check its size, checksum, number of samples, and labels; list the problems."""
@@ -196,9 +203,11 @@ def check(
 
     if classes is not None and not write_manifest:
         raise DataError("--classes works only with --write-manifest; add it, or leave --classes out")
+    if keep_damaged and not write_manifest:
+        raise DataError("--keep-damaged works only with --write-manifest; add it, or leave --keep-damaged out")
     if write_manifest:
         names = _lines(classes) if classes else None
-        report = shards_check.write_manifest(out, names, manifest=manifest, workers=workers)
+        report = shards_check.write_manifest(out, names, manifest=manifest, keep_damaged=keep_damaged, workers=workers)
     else:
         report = shards_check.check(out, manifest=manifest, workers=workers)
     print(as_text(f"{out}: {report}", lines=True))

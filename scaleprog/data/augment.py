@@ -134,7 +134,7 @@ class Augmentation:
             to the device; and what is still to be erased of them.
 
         Raises:
-            DataError: an image cannot be decoded.
+            DamagedSample: an image cannot be decoded; `out` is then undefined.
         """
         draws, origins = self.draws(request, lane, len(images)), np.empty((len(images), 2, 3))
         side, reflect, first = request.resolution, self.settings.crop == "simple", 0

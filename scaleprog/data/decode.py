@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from scaleprog.data.packed import PackedImage
-from scaleprog.errors import DataError
+from scaleprog.errors import DamagedSample, DataError, Unavailable
 
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels of the full image; pixels beyond the image are 0."""
@@ -76,14 +76,16 @@ def decode(
         (crops, r, r, channels) uint8.
 
     Raises:
-        DataError: the image cannot be decoded, or is damaged.
-        Unavailable: a packed image cannot be read now.
+        DamagedSample: the image cannot be decoded.
+        Unavailable: memory ran out, or a packed image cannot be read now.
     """
     out = np.empty((len(crops), resolution, resolution, channels), np.uint8) if out is None else out
     try:
         image, boxes = _pixels(data, channels, resolution, crops, fast)
+    except MemoryError as error:  # says nothing about the image: another worker could have decoded it
+        raise Unavailable(f"{where}: memory ran out while decoding; use fewer workers") from error
     except ValueError as error:
-        raise DataError(f"{where}: {error}; remove or replace it and rebuild the shard") from error
+        raise DamagedSample(f"{where}: {error}; remove or replace it and rebuild the shard", where) from error
     for box, target in zip(boxes, out, strict=True):
         _resize(image, box, reflect, target)
     return out
@@ -135,11 +137,16 @@ def whole(height: int, width: int) -> Box:
 def _pixels(
     data: Stored, channels: int, resolution: int, crops: Sequence[Crop], fast: bool
 ) -> tuple[np.ndarray, Sequence[ScaledBox]]:
-    """(H, W, channels) uint8, and the boxes in it. Raises ValueError if encoded bytes are not a readable image."""
+    """(H, W, channels) uint8, and the boxes in it.
+
+    Raises MemoryError; ValueError if encoded bytes are not a readable image; and like `PackedImage.rows`.
+    """
     if isinstance(data, PackedImage):
         return _read_packed(data, channels, crops)
     try:
         return _decode_jpeg(data, channels, resolution, crops, fast) or _decode_other(data, channels, crops)
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise exceptions of any kind on damaged data
         raise ValueError(f"cannot decode the image ({error or type(error).__name__})") from error
 

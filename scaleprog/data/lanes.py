@@ -1,7 +1,8 @@
 """The samples of lanes, in the order of the requested batches; a thread reads the shards ahead."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import numpy as np
 
@@ -9,29 +10,57 @@ from scaleprog.data.ahead import ReadAhead
 from scaleprog.data.augment import BatchRequest
 from scaleprog.data.order import Order
 from scaleprog.data.shard import Cursor, LoadShard, ShardReader, StoredSample
+from scaleprog.errors import DataError
 
 
-def lane_samples(
+class Lane:
+    """A reader of one lane."""
+
+    def __init__(self, lane: int, order: Order, shards: ShardReader, load: LoadShard) -> None:
+        self.lane = lane
+        self._shards, self._cursor, self._rows = shards, Cursor(shards, load), _Rows(lane, order)
+
+    def take(self, request: BatchRequest) -> list[StoredSample]:
+        """The samples that the lane contributes to a batch; of one requested batch after the other.
+
+        Raises:
+            ValueError: no epoch has the step.
+            DataError: a shard is missing, damaged, or does not fit; with the first sample of that shard.
+            Unavailable: a shard cannot be read now.
+        """
+        return [self._cursor.sample(shard, index) for shard, index in self._rows.at(request).tolist()]
+
+    def instead(self, step: int, row: int, damaged: Collection[str]) -> StoredSample:
+        """The first sample after a row of a step of the current epoch that is not `damaged`; the lane is a circle.
+
+        `damaged`: locations. Raises DataError if they are those of all samples.
+        """
+        rows, cursor = self._rows.of_epoch, Cursor(self._shards)  # what is read ahead stays as it is
+        place = step * self._rows.per_step + row
+        for shard, index in (rows[i].tolist() for i in chain(range(place + 1, len(rows)), range(place))):
+            sample = cursor.sample(shard, index)
+            if sample.image[1] not in damaged:
+                return sample
+        raise DataError(
+            f"all samples of lane {self.lane} in epoch {self._rows.epoch} are damaged, such as {min(damaged)}; remove "
+            "or replace them and rebuild their shards"
+        )
+
+
+@contextmanager
+def lanes_ahead(
     order: Order, requests: Iterable[BatchRequest], lanes: Sequence[int], shards: ShardReader
-) -> Generator[list[StoredSample]]:
-    """For each request, the samples that each of `lanes` contributes to the batch.
+) -> Iterator[list[Lane]]:
+    """Readers of lanes that all take the requested batches in order, one lane after the other.
 
     Args:
         order: of the samples.
-        requests: one per batch; iterated over twice, because the thread is ahead.
+        requests: one per batch; iterated over here, too, because the thread is ahead.
         lanes: those of one worker.
         shards: reads the split.
-
-    Raises:
-        ValueError: a request is for a step that no epoch has.
-        DataError: a shard is missing, damaged, or does not fit; with the first sample of that shard.
-        Unavailable: a shard cannot be read now.
     """
     with _loading(order, requests, lanes, shards) as load:
-        readers = [(_Rows(lane, order), Cursor(shards, load)) for lane in lanes]
-        for request in requests:
-            for rows, cursor in readers:
-                yield [cursor.sample(shard, index) for shard, index in rows.at(request).tolist()]
+        yield [Lane(lane, order, shards, load) for lane in lanes]
 
 
 class _Rows:
@@ -39,17 +68,17 @@ class _Rows:
 
     def __init__(self, lane: int, order: Order) -> None:
         self._lane, self._order = lane, order
-        self._epoch: int | None = None
-        self._rows = np.empty((0, 2), np.int64)
+        self.per_step = order.per_lane
+        self.epoch: int | None = None
+        self.of_epoch = np.empty((0, 2), np.int64)
 
     def at(self, request: BatchRequest) -> np.ndarray:
-        """The rows (per_lane, 2) of a batch: shard, index in shard. Raises ValueError for an unknown step."""
+        """The rows (per_step, 2) of a batch: shard, index in shard. Raises ValueError for an unknown step."""
         if not 0 <= request.step < self._order.steps_per_epoch:
             raise ValueError(f"step {request.step} is not in an epoch of {self._order.steps_per_epoch} steps")
-        if request.epoch != self._epoch:
-            self._rows, self._epoch = self._order.lane(request.epoch, self._lane), request.epoch
-        count = self._order.per_lane
-        return self._rows[request.step * count : (request.step + 1) * count]
+        if request.epoch != self.epoch:
+            self.of_epoch, self.epoch = self._order.lane(request.epoch, self._lane), request.epoch
+        return self.of_epoch[request.step * self.per_step : (request.step + 1) * self.per_step]
 
 
 @contextmanager

@@ -4,26 +4,29 @@ Worker processes own contiguous parts of the rank's lanes and decode their part 
 parts. `order.py` and `augment.py` determine the content of a batch, no matter which process decodes it, or when.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import closing
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from scaleprog.data.ahead import AHEAD
-from scaleprog.data.augment import Augmentation, BatchRequest, fill_of, normalization
-from scaleprog.data.lanes import lane_samples
+from scaleprog.data.augment import Augmentation, BatchRequest, Erasing, fill_of, normalization
+from scaleprog.data.damaged import too_many, write_names
+from scaleprog.data.lanes import Lane, lanes_ahead
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.on_device import erase, normalize
+from scaleprog.data.operations import Operation
 from scaleprog.data.order import Order
 from scaleprog.data.shard import ShardReader, StoredSample
 from scaleprog.data.stream import Batch, Fill, Layout, Stream, slots_of
 from scaleprog.data.tensor_operations import operate, packed
 from scaleprog.data.token_labels import LabelShards, pack
 from scaleprog.data.transfer import BUFFERED
-from scaleprog.errors import DataError
+from scaleprog.errors import DamagedSample, DataError
 from scaleprog.files.location import local_path
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
 
@@ -89,6 +92,7 @@ class TrainReader:
         self._augmentation = Augmentation(data.augment, data.channels, seed)
         self._labels = data.token_labels
         maps_of = self._labels.load if self._labels else None
+        self._root = os.path.join(data.manifest.root, "")
         on_disk = self._exceeds_memory(data.manifest)
         self._shards = ShardReader(data.manifest, TRAIN, self.data.cache * 2**20, maps_of, on_disk)
         if order.counts != tuple(shard.samples for shard in self._shards.shards):
@@ -146,20 +150,48 @@ class TrainReader:
     def _produce(self, requests: Iterable[BatchRequest], owned: range) -> Iterator[Fill]:
         """Some of the rank's lanes in every batch, by their places among them."""
         lanes = self.lanes[owned.start : owned.stop]
-        with closing(lane_samples(self.order, requests, lanes, self._shards)) as samples:
+        with lanes_ahead(self.order, requests, lanes, self._shards) as reading:
             for request in requests:
-                yield request.resolution, partial(self._fill, lanes, samples, request)
+                yield request.resolution, partial(self._fill, reading, request)
 
-    def _fill(self, lanes: range, samples: Iterator[list[StoredSample]], request: BatchRequest, batch: Batch) -> None:
-        """Writes the rows of some lanes into a batch that has only those; takes the next of `samples` for each lane."""
+    def _fill(self, lanes: Sequence[Lane], request: BatchRequest, batch: Batch) -> None:
+        """Writes the rows of some lanes into a batch that has only those."""
         count = self.order.per_lane
         for place, lane in enumerate(lanes):
-            rows, taken = batch.rows(slice(place * count, (place + 1) * count)), next(samples)
-            encoded = [sample.image for sample in taken]
-            origins, deferred, erasing = self._augmentation.lane(encoded, request, lane, rows.images.numpy())
+            rows = batch.rows(slice(place * count, (place + 1) * count))
+            samples, origins, deferred, erasing = self._fill_images(lane, request, rows)
             rows.operations[:] = packed(deferred, self._augmentation.deferred)
             rows.erasing[:] = torch.tensor(erasing)
-            rows.labels[:] = torch.tensor([sample.label for sample in taken])
-            rows.ids[:] = torch.tensor([sample.id for sample in taken])
-            if maps := [sample.map for sample in taken if sample.map is not None]:
+            rows.labels[:] = torch.tensor([sample.label for sample in samples])
+            rows.ids[:] = torch.tensor([sample.id for sample in samples])
+            if maps := [sample.map for sample in samples if sample.map is not None]:
                 rows.token_labels[:] = pack(maps, torch.from_numpy(origins).float())
+
+    def _fill_images(
+        self, lane: Lane, request: BatchRequest, rows: Batch
+    ) -> tuple[list[StoredSample], np.ndarray, list[tuple[Operation, ...]], list[Erasing]]:
+        """Writes the images of one lane and the names of the damaged samples that they replace.
+
+        Returns:
+            The samples, and what `Augmentation.lane` returns about them.
+        """
+        wanted = samples = lane.take(request)
+        names: dict[str, str] = {}  # of damaged samples, by location; those of earlier steps do not count
+        while True:
+            try:
+                images = [sample.image for sample in samples]
+                changes = self._augmentation.lane(images, request, lane.lane, rows.images.numpy())
+                break
+            except DamagedSample as error:
+                if self.data.damaged == "stop":
+                    raise DataError(f"{error}; or let the next sample take its place: data.damaged=replace") from error
+                names[error.where] = error.where.removeprefix(self._root)
+                if len(names) > self.data.most_damaged:
+                    raise too_many(names.values(), self.data.most_damaged) from error
+                samples = [
+                    lane.instead(request.step, row, names) if sample.image[1] in names else sample
+                    for row, sample in enumerate(samples)
+                ]
+        located = enumerate(sample.image[1] for sample in wanted)
+        write_names({row: names[where] for row, where in located if where in names}, rows.replaced)
+        return samples, *changes

@@ -116,7 +116,7 @@ class ShardReader:
             loaded = self._in_file(shard, verify)
             if loaded is None:
                 content = self._source.read(shard, verify)
-                loaded = self._parsed(content, len(content), memoryview(content), shard)
+                loaded = self._parsed(content, len(content), memoryview(content).toreadonly(), shard)
             if isinstance(loaded, PackedShard):
                 loaded = replace(loaded, checked=self._checked.setdefault(index, loaded.checked))
             if self._maps_of is not None:

@@ -24,6 +24,7 @@ import cv2
 import torch
 from torch import Tensor
 
+from scaleprog.data.damaged import NAME_BYTES
 from scaleprog.errors import Unavailable
 
 FORK = multiprocessing.get_context("fork")  # shares the cached shards
@@ -47,6 +48,9 @@ class Batch:
     """(B_local, operations, 2) float32: what the device does to each image, see `tensor_operations.packed`."""
     token_labels: Tensor
     """(B_local, numbers) float32, the rows of `token_labels.pack`; no numbers if there are no token labels."""
+    replaced: Tensor
+    """(B_local, NAME_BYTES) uint8: the name of the damaged sample that the row's sample replaces, see `damaged.py`; or
+    zeros."""
 
     def rows(self, rows: slice) -> "Batch":
         """Some rows of it, in the same memory."""
@@ -88,8 +92,8 @@ class Layout:
             stop = start + math.prod(shape) * dtype.itemsize
             tensors.append(memory[start:stop].view(dtype).view(shape))
             start = stop
-        labels, ids, erasing, operations, token_labels, images = tensors
-        return Batch(images, labels, ids, erasing, operations, token_labels)
+        labels, ids, erasing, operations, token_labels, images, replaced = tensors
+        return Batch(images, labels, ids, erasing, operations, token_labels, replaced)
 
     def _parts(self, resolution: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Shapes and types, the largest numbers first, so that all are aligned."""
@@ -100,6 +104,7 @@ class Layout:
             ((self.rows, self.operations, 2), torch.float32),
             ((self.rows, self.numbers), torch.float32),
             ((self.rows, resolution, resolution, self.channels), torch.uint8),
+            ((self.rows, NAME_BYTES), torch.uint8),
         )
 
 

@@ -122,6 +122,13 @@ class DataSettings(Settings):
     """Steps that each worker decodes ahead."""
     cache: Mebibytes = 256
     """Size in MiB up to which a split is read once and kept in memory."""
+    damaged: Literal["stop", "replace"] = "stop"
+    """What happens where a training image cannot be decoded. stop: the run ends; replace: the next other sample of its
+    lane in the epoch's order takes its place, the same one for every number of ranks and workers. A damaged shard,
+    label, label map, or evaluation image always ends the run. `scaleprog shards check --write-manifest --keep-damaged`
+    indexes shards with such images."""
+    most_damaged: Few = 100
+    """replace: the most damaged samples that a run may meet; each counts once."""
     shards: Subset | None = None
     """Number of shards to train on, from the first; default: all. Stored images are shuffled, so the part is random."""
     trace: bool = False

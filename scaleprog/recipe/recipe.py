@@ -44,6 +44,8 @@ FREE = (
     "data.workers",
     "data.prefetch",
     "data.cache",
+    "data.damaged",
+    "data.most_damaged",
     "data.trace",
     "sharding.engine",
     "sharding.stage",

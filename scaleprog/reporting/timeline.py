@@ -157,7 +157,10 @@ def describe(timeline: Timeline | None, events: Sequence[Row]) -> list[str]:
         [event for event in events if event["event"] == kind]
         for kind in ("start", "checkpoint", "checkpoint_failed", "error")
     )
-    growths = {(e["stage"], e["phase"]): e for e in still_told(events) if e["event"] == "growth"}.values()
+    still = still_told(events)
+    growths = {(e["stage"], e["phase"]): e for e in still if e["event"] == "growth"}.values()
+    damaged = [event for event in still if event["event"] == "damaged"]
+    names = "; ".join(_some([name for event in damaged for name in event["samples"]]))
     stops = (
         [mark for mark in timeline.marks if mark.kind in ("signal", "stop", "killed") and mark.text] if timeline else []
     )
@@ -173,6 +176,7 @@ def describe(timeline: Timeline | None, events: Sequence[Row]) -> list[str]:
         ),
         f"checkpoints: {len(checkpoints)} in {sum(e['seconds'] for e in checkpoints):.2f} s, "
         f"{sum(e['bytes'] for e in checkpoints) / 2**20:.1f} MiB in all",
+        *[f"damaged samples, replaced by others: {event['total']} ({names})" for event in damaged[-1:]],
         *_some([f"no checkpoint of step {e['step']}: {first_line(e['message'])}" for e in failed]),
         *([_listing("interruptions", [f"{m.text} after {span(m.seconds)}" for m in stops])] if stops else []),
         *_some([f"error{_at(e)} on rank {e.get('rank', 0)}: {first_line(e['message'])}" for e in errors]),

@@ -191,6 +191,16 @@ class NoCheckpoint(_Event):
 
 
 @with_config(STRICT)
+class Damaged(_Event):
+    """Damaged samples that were replaced: how many different ones so far, and the new ones among them."""
+
+    event: Literal["damaged"]
+    step: Count
+    total: Count
+    samples: Annotated[list[Name], Field(max_length=1000)]
+
+
+@with_config(STRICT)
 class Energy(_Event):
     """What one rank measured of a start: the joules of its GPU, and on the first rank of a node of the node's CPUs."""
 
@@ -241,6 +251,7 @@ Event = (
     | Evaluated
     | Checkpoint
     | NoCheckpoint
+    | Damaged
     | Energy
     | Signal
     | Preempted

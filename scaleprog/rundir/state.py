@@ -40,6 +40,7 @@ class RunState:
     best_step: int = 0  # step with the best top-1 of online or EMA weights
     best_top1: float = 0.0
     skipped: list[int] = field(default_factory=list)  # steps whose update was not finite
+    damaged: list[str] = field(default_factory=list)  # names of the damaged samples that were replaced, sorted
     arithmetic: int = ARITHMETIC  # version of what the run computes
     weights: str = ""  # SHA-256 of the given weights that it began with; empty: random ones
     data: dict[str, str] = field(default_factory=dict)  # `Manifest.identity` of what it trains on; empty: not known
@@ -57,6 +58,7 @@ class RunState:
             "data": dict(self.data),
             "pending": list(self.pending),
             "skipped": list(self.skipped),
+            "damaged": list(self.damaged),
             "gated": [list(group) for group in self.gated],
             "decisions": [decision_to_json(d) for d in self.decisions],
             "measured": [pairs(losses) for losses in self.measured],
@@ -209,6 +211,7 @@ class _StateValues(BaseModel):
     best_step: Count
     best_top1: Percent
     skipped: Some[Count]
+    damaged: Some[Annotated[str, Field(min_length=1, max_length=256)]]
     arithmetic: Annotated[int, Field(ge=1, le=10**6)]
     weights: Annotated[str, Field(pattern="^([0-9a-f]{64})?$")]
     data: Annotated[dict[Text, Text], Field(max_length=4)]

@@ -32,6 +32,7 @@ from scaleprog.rundir.reading import read_object
 from scaleprog.rundir.recorder import StepTimer
 from scaleprog.rundir.records import HalfMeasured
 from scaleprog.rundir.state import decision_from_json, decision_to_json, pairs
+from scaleprog.training.damaged import count_damaged, note_damaged
 from scaleprog.training.evaluate import evaluate
 from scaleprog.training.inputs import patches_seen
 from scaleprog.training.process import Run, collect_commits, save, stopped_early
@@ -113,7 +114,10 @@ def after_step(run: Run, phase: Phase, agreement: Agreement) -> None:
 
 
 def flush_metrics(run: Run) -> None:
-    """Resolves the recorded steps and adds their times to the state. Raises Diverged, see `skip`."""
+    """Resolves the recorded steps and adds their times to the state.
+
+    Raises Diverged, see `skip`, or DataError, see `count_damaged`.
+    """
     state = run.state
     collect_commits(run)
     if run.backend.compilations > run.compilations:
@@ -132,6 +136,7 @@ def flush_metrics(run: Run) -> None:
             if row["phase"] == "train":
                 del times[:-TIMED_STEPS]
         run.progress.update(row, max(run.plan.schedule.steps, run.plan.schedule.phases(state.choices)[-1].stop))
+    count_damaged(run)
 
 
 def skip(run: Run, row: Mapping[str, Any]) -> None:
@@ -210,6 +215,7 @@ def measure(run: Run, phase: Phase) -> None:
                 shown = images if view.cutoff is None else low_pass(images, view.cutoff)
                 logits = run.backend.forward(shown, schedule.active(phase, subnet), kept=kept)
                 found[subnet] += F.cross_entropy(logits.float(), labels, reduction="none").tolist()
+            note_damaged(run, batch)
             done += 1
             if done < len(requests) and (stop := run.watch.asked()):
                 break
@@ -217,6 +223,7 @@ def measure(run: Run, phase: Phase) -> None:
     state.search_seconds += timer.seconds()
     state.train_seconds += timer.seconds()  # the paper's time includes the scoring
     state.train_cpu_seconds += timer.cpu_seconds
+    count_damaged(run)
     if stop:
         _keep_half(run, done, found)
         raise AskedToStop(stop)

@@ -38,6 +38,7 @@ from scaleprog.rundir.records import Results
 from scaleprog.rundir.state import summary
 from scaleprog.sharding.optimizer import learning_rate
 from scaleprog.training.between_steps import after_step, measuring_steps, run_pending
+from scaleprog.training.damaged import note_damaged
 from scaleprog.training.energy import metered
 from scaleprog.training.initial import build_initial
 from scaleprog.training.inputs import PhaseRequests, drop_rows, micro_batches, mixed_batch, patches_seen
@@ -329,6 +330,7 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
     }
     if recipe.data.trace:
         trace(run, batch)
+    note_damaged(run, batch)
     run.recorder.step(row, loss, grad_norm, timer, batch.ids.clone())
     run.state.step += 1
     run.state.images += recipe.train.batch

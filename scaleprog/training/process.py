@@ -5,7 +5,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -51,6 +51,7 @@ class Run:
     progress: ProgressLine
     state: RunState
     compilations: int = 0  # as last recorded
+    damaged: set[str] = field(default_factory=set)  # names of the samples that this rank found since the last count
 
 
 # ---- resume

@@ -173,6 +173,8 @@ def _impossible(state: RunState, step: int, recipe: Recipe, family: type[Elastic
         yield f"its accuracies are {sorted(state.accuracies)}"
     if state.skipped != sorted(set(state.skipped)) or max(state.skipped, default=0) > state.step:
         yield f"it skipped the updates of steps {state.skipped[:8]}"
+    if state.damaged != sorted(set(state.damaged)):
+        yield f"its damaged samples are {state.damaged[:8]}"
     if state.best_step > state.step:
         yield f"its best step is {state.best_step}, after step {state.step}"
 

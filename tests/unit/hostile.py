@@ -26,6 +26,7 @@ EVENTS = [
     {"event": "evaluation", "seconds": 1.0, "top1": 50.0, "top1_ema": 51.0},
     {"event": "checkpoint", "seconds": 1.0, "stall": 0.1, "bytes": 1000},
     {"event": "checkpoint_failed", "message": "No space left", "stall": 0.1},
+    {"event": "damaged", "total": 3, "samples": ["train-000000.tar: sample 'a'"]},
     {"event": "signal", "signal": "SIGTERM", "rank": 0, "unsaved_steps": 1, "unsaved_seconds": 1.0},
     {"event": "hurried", "rank": 0}, {"event": "preempted", "reason": "SIGTERM"}, {"event": "stopped_early"},
     {"event": "error", "message": "rank 1: OSError: gone\\nmore", "rank": 0}, {"event": "finish", "top1_best": 50.0},

@@ -16,7 +16,7 @@ from webdataset.writer import TarWriter
 from scaleprog.data import ahead
 from scaleprog.data.ahead import AHEAD, ReadAhead
 from scaleprog.data.augment import BatchRequest
-from scaleprog.data.lanes import lane_samples
+from scaleprog.data.lanes import lanes_ahead
 from scaleprog.data.manifest import Manifest, Shard
 from scaleprog.data.order import SEARCH_EPOCH, Order
 from scaleprog.data.reader import DataSet, TrainReader
@@ -69,7 +69,8 @@ def test_every_way_of_reading_gives_the_same_samples(
             expected.append(taken([cursor.sample(shard, index) for shard, index in rows.tolist()]))
     for on_disk in (False, True):
         reader = ShardReader(manifest, "train", on_disk=on_disk)
-        assert list(map(taken, lane_samples(order, requests, range(lanes), reader))) == expected
+        with lanes_ahead(order, requests, range(lanes), reader) as reading:
+            assert [taken(lane.take(request)) for request in requests for lane in reading] == expected
 
 
 def test_shards_are_loaded_in_order_and_few_are_held() -> None:

@@ -130,6 +130,7 @@ IMPOSSIBLE: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "only one accuracy": ("end", state(accuracies={"top1": 3.0}), "its accuracies are"),
     "an end without accuracies": ("end", state(accuracies={}), "reached its end without an evaluation"),
     "a best step to come": ("end", state(best_step=21), "its best step is 21, after step 20"),
+    "a damaged sample counted twice": ("end", state(damaged=["a", "a"]), r"its damaged samples are \['a', 'a'\]"),
     "no number": ("end", state(train_seconds="soon"), "state: 'train_seconds': Input should be a valid number"),
     "a key more": ("end", state(moment=1), "state: 'moment' is unknown"),
 }

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import resource
 import shutil
 import tarfile
@@ -33,6 +34,7 @@ from scaleprog.shards.cli import app
 from scaleprog.shards.reduction import Reduction
 from scaleprog.shards.samples import read_label, read_members
 from tests.augmented import evaluation_images, train_images
+from tests.damage import write_shards
 
 pytestmark = pytest.mark.process
 
@@ -319,6 +321,20 @@ def test_builder_and_check_refuse_what_training_refuses_and_nothing_else(
             manifest.save()
         with pytest.raises(DataError, match=r"1 problems.*\n.*train-0\.tar: key 'doubtful': cannot decode the image"):
             check(shards, workers=1) if manifest else write_manifest(shards, workers=1)
+
+
+def test_damaged_training_images_are_indexed_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = write_shards(tmp_path, (8, 4), (3, 9))
+    written = Manifest.load(tmp_path)
+    (tmp_path / NAME).unlink()
+    with pytest.raises(DataError, match=rf"2 problems, no {NAME} written\n.*s00003.*see data\.damaged\n.*s00009"):
+        write_manifest(tmp_path, manifest.classes, workers=1)
+    write_manifest(tmp_path, manifest.classes, keep_damaged=True, workers=1)
+    assert Manifest.load(tmp_path) == written
+    assert re.search(r"data\.damaged=replace: 2 damaged images\n.*s00003.*\n.*s00009", capsys.readouterr().out)
+    os.rename(tmp_path / "train-000001.tar", tmp_path / "val-000001.tar")
+    with pytest.raises(DataError, match=r"1 problems, .*\n.*val-000001\.tar: key 's00009'"):
+        write_manifest(tmp_path, manifest.classes, keep_damaged=True, workers=1)
 
 
 # Once, and whole or not at all

@@ -173,6 +173,9 @@ def test_in_words(told: Told) -> None:
     told.start().train(2).checkpoint().event("checkpoint_failed", step=2, stall=0.5, message="disk full\nmore")
     lines = describe(told.timeline(), told.after(1).signal("SIGTERM", 0, 1).events)
     assert "no checkpoint of step 2: disk full" in lines
+    assert not any(line.startswith("damaged") for line in lines)
+    told.event("damaged", step=1, total=1, samples=["a"]).event("damaged", step=1, total=3, samples=["b", "c"])
+    assert "damaged samples, replaced by others: 3 (a; b; c)" in describe(told.timeline(), told.events)
     told.after(5).start(1)
     lines = describe(told.timeline(), told.events)
     assert lines[0] == "starts: 2 (at step 0, world size 2; at step 1, world size 2, 1 steps to retrain)"
