@@ -20,6 +20,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from scaleprog.data.augment import Augmentation
+from scaleprog.data.damaged import NAME_BYTES
 from scaleprog.data.evaluation import EvaluationReader
 from scaleprog.data.manifest import Manifest, Shard
 from scaleprog.data.order import SEARCH_EPOCH, Order
@@ -301,7 +302,7 @@ def test_an_order_of_other_shards_is_refused(manifest: Manifest) -> None:
 def test_memory_is_stated(manifest: Manifest) -> None:
     total = sum(shard.bytes for shard in manifest.split("train"))
     largest = max(shard.bytes for shard in manifest.split("train"))
-    batch = 4096 * ceil_div(BATCH * (3 * 16 * 16 + 7 * 8), 4096)
+    batch = 4096 * ceil_div(BATCH * (3 * 16 * 16 + 7 * 8 + NAME_BYTES), 4096)
     assert make_reader(manifest).memory(16) == (LANES + 2) * largest + batch
     assert make_reader(manifest, workers=2).memory(16) == (LANES + 4) * largest + 3 * batch
     assert make_reader(manifest, cache=1).memory(16) == total + 2 * largest + batch
