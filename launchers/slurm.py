@@ -193,9 +193,16 @@ def with_cores(recipe: Recipe, request: JobRequest) -> JobRequest:
     """Chooses the cores of each task, unless the user has: one per data worker and two for the rank itself.
 
     Raises:
-        ScaleprogError: the user has requested fewer.
+        ScaleprogError: the user has requested fewer, or must request some.
     """
     workers = recipe.data.workers
+    if workers == "auto":
+        if request.cpus_per_task is None and "cpus-per-gpu" not in request.further():
+            raise ScaleprogError(
+                "data.workers: auto starts as many decoding processes as a rank has cores for, and Slurm gives it one "
+                "core; add --cpus-per-task, or set data.workers to a number"
+            )
+        return request
     if request.cpus_per_task is None:
         by_gpu = "cpus-per-gpu" in request.further()  # sbatch takes only one of the two
         return request if by_gpu else replace(request, cpus_per_task=workers + RANK_CORES)

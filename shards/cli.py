@@ -1,9 +1,12 @@
 """The `scaleprog shards` command: builds shards, checks them, and indexes shards made elsewhere."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import read_text
@@ -211,6 +214,33 @@ def check(
     else:
         report = shards_check.check(out, manifest=manifest, workers=workers)
     print(as_text(f"{out}: {report}", lines=True))
+
+
+@app.command("speed")
+def speed(
+    shards: Annotated[str, typer.Argument(help="Folder of the shards; the first ones are measured.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Whose augmentation and sizes are measured.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    images: Annotated[int, typer.Option(min=1, max=10**6, help="Images in one measurement.")] = 256,
+    turns: Annotated[int, typer.Option(min=1, max=1000, help="Measurements of each kind; the median counts.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure how many images a second one core prepares for a recipe, at each size of its run; stores nothing."""
+    from scaleprog.recipe import Recipe
+    from scaleprog.shards.speed import measure
+
+    loaded = Recipe.load(recipe, [*(overrides or ()), f"data.path={json.dumps(shards)}"])
+    found = measure(loaded, images, turns)
+    if as_json:
+        print(json.dumps(found.as_json()))
+        return
+    table = Table("px", "images/s of a core", "without augmentation", "of that", "copies of ready batches")
+    for size, whole in found.whole.items():
+        decoded, copied = found.decoded[size], found.copied[size]
+        table.add_row(str(size), f"{whole:.0f}", f"{decoded:.0f}", f"{whole / decoded:.0%}", f"{copied:.0f}")
+    console = Console()
+    console.print(table)
+    console.print(f"medians of {turns} measurements of {images} images, in CPU seconds of one thread", highlight=False)
 
 
 def _lines(path: Path) -> list[str]:

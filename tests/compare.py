@@ -15,7 +15,7 @@ from scaleprog.rundir.storage import committed, read_manifest
 from scaleprog.training.process import load_network, make_backend
 
 CLOCK = (  # differ by nature
-    "step_seconds", "data_wait_seconds", "images_per_second", "cpu_seconds", "train_seconds",
+    "step_seconds", "data_wait_seconds", "data_wait_share", "images_per_second", "cpu_seconds", "train_seconds",
     "train_cpu_seconds", "time",
 )  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,6 +29,20 @@ def plan(
         typer.Option(help="Numbers of ranks, e.g. 8,64,512: also show the cost of a step under each engine."),
     ] = None,
     device: Annotated[str, typer.Option(help="The device that --world assumes: h100, a100 or cpu.")] = "h100",
+    utilization: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=1, help="Part of its peak FLOP/s that the device reaches; default: 0.4."),
+    ] = None,
+    cores: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=1024, help="CPU cores per rank of --world: show which stages wait for images, not the engines."
+        ),
+    ] = None,
+    images_per_core_second: Annotated[
+        str | None,
+        typer.Option(metavar="PX=N,...", help="As `shards speed` printed them; default: measured now, on the shards."),
+    ] = None,
 ) -> None:
     """Shows stages, parameters, GMACs, memory per rank and predicted speedup, without training."""
     from scaleprog.planning.devices import Device
@@ -35,6 +51,10 @@ def plan(
 
     loaded = Recipe.load(recipe, overrides or ())
     worlds, described = rank_counts(world) if world is not None else (), Device.named(device)
+    if cores is not None and not worlds:
+        raise ScaleprogError(f"--cores {cores}: add the numbers of ranks that have so many each, e.g. --world 8")
+    if utilization is not None:
+        described = replace(described, achieved=utilization)
     prediction = describe(loaded, nproc)
     table = Table("stage", "phase", "px", "layers", "parameters", "GMACs", "memory/rank", "epochs")
     for row in prediction["stages"]:
@@ -63,8 +83,10 @@ def plan(
     if not prediction["counted"]:
         unseen = f"{as_text(loaded.data.path)}: there are no shards yet, so their images are not counted"
         console.print(unseen, markup=False, soft_wrap=True)
-    if worlds:
+    if worlds and cores is None:
         show_worlds(loaded, worlds, described, console)
+    if cores is not None:
+        show_supply(loaded, worlds, described, cores, core_rates(loaded, images_per_core_second), console)
 
 
 def keys(
@@ -145,3 +167,78 @@ def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", con
     console.print("\n* the recipe's engine; ! more memory than the device has. Assumptions:")
     for line in assumptions(recipe, device):
         console.print(as_text(f"- {line}"), soft_wrap=True, markup=False, highlight=False)
+
+
+def core_rates(recipe: "Recipe", given: str | None) -> dict[int, float]:
+    """Images per second that a core prepares, by resolution: from `224=300,160=450`, or measured on the shards.
+
+    Raises ScaleprogError.
+    """
+    from scaleprog.planning.plan import steps_per_epoch
+    from scaleprog.shards.speed import measure
+
+    if given is not None:
+        found = re.findall(r"([0-9]{1,4})=([0-9]{1,9}(?:\.[0-9]{1,20})?)(?:,|$)", given)
+        if ",".join(f"{size}={rate}" for size, rate in found) != given or not all(float(rate) for _, rate in found):
+            raise ScaleprogError(
+                f"--images-per-core-second: {given[:100]!r} is not a list of resolutions with rates, such as "
+                "224=300,160=450"
+            )
+        return {int(size): float(rate) for size, rate in found}
+    if steps_per_epoch(recipe) is None:
+        raise ScaleprogError(
+            f"--cores: there are no shards in {recipe.data.path} to measure; build them, or give "
+            "--images-per-core-second PX=N,... as `scaleprog shards speed` printed it elsewhere"
+        )
+    return measure(recipe, images=128, turns=3).whole
+
+
+def show_supply(
+    recipe: "Recipe",
+    worlds: tuple[int, ...],
+    device: "Device",
+    cores: int,
+    rates: Mapping[int, float],
+    console: Console,
+) -> None:
+    """Which phases wait for images, a table for every number of ranks, and what is left of the speedup."""
+    from scaleprog.planning.supply import Supply
+
+    console.print(
+        f"\nimages/s of all ranks: eaten, as {device.name} would at {device.achieved:.0%} of its peak (an estimate "
+        "from a model, not a measurement), and prepared, at "
+        + ", ".join(f"{rate:.0f} of a core at {size} px" for size, rate in sorted(rates.items())),
+        highlight=False,
+    )
+    for world in worlds:
+        supply = Supply.of(recipe, world, device, cores, rates)
+        console.print(
+            f"\n{world} ranks, {cores} cores each, of which {supply.decoders} prepare images", highlight=False
+        )
+        table = Table("stage", "phase", "px", "layers", "eaten", "prepared", "waiting", "cores to keep up")
+        for column in table.columns[2:]:
+            column.justify = "right"
+        for phase in supply.phases:
+            table.add_row(
+                str(phase.stage),
+                phase.kind,
+                str(phase.network.resolution),
+                str(phase.network.depth),
+                f"{supply.rate(phase, supply.computing):.0f}",
+                f"{supply.rate(phase, supply.decoding):.0f}",
+                f"{supply.waiting(phase):.0%}",
+                str(supply.cores_needed(phase)),
+            )
+        console.print(table)
+        console.print(
+            f"predicted speedup over Original by the wall: {supply.speedup(supply.stepping):+.1%}; if no step waited: "
+            f"{supply.speedup(supply.computing):+.1%}",
+            highlight=False,
+        )
+    console.print(
+        "\nwaiting: the part of a phase's time in which ranks wait for images. Less of it: more cores, with "
+        "data.workers (auto: all cores but one), smaller stored images (`shards ... --shorter-side`), or packed "
+        "shards (`shards pack`). Left out: launching kernels, which keeps small networks on fast "
+        "devices from eating so much; evaluation, checkpoints, growth, and reading the shards.",
+        highlight=False,
+    )

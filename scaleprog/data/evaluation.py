@@ -62,8 +62,8 @@ class EvaluationReader:
             return
         layout = Layout(self._rows, resolution, self.data.channels)
         if self._stream is None:
-            settings, produce = self.data.settings, partial(self._produce, resolution)
-            self._stream = Stream(produce, self._rows, min(settings.workers, self._rows), settings.prefetch, layout)
+            workers, produce = min(self.data.workers, self._rows), partial(self._produce, resolution)
+            self._stream = Stream(produce, self._rows, workers, self.data.settings.prefetch, layout)
         keeps = self.count * layout.bytes <= self.data.settings.cache * 2**20
         found, self._between_passes = list[Batch](), False
         for batch in islice(self._stream, self.count):

@@ -6,7 +6,7 @@ parts. `order.py` and `augment.py` determine the content of a batch, no matter w
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -48,6 +48,7 @@ class DataSet:
         augment: the recipe's augmentation settings.
         channels: 1 or 3.
         token_labels: of the training shards, if the recipe has them.
+        cores: that this rank may use; default: all that this process may use.
     """
 
     manifest: Manifest
@@ -55,6 +56,12 @@ class DataSet:
     augment: AugmentSettings
     channels: int
     token_labels: LabelShards | None = None
+    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+
+    @property
+    def workers(self) -> int:
+        """Decoding processes of this rank, unless there is less to share out."""
+        return self.settings.processes(self.cores)
 
     def identity(self) -> dict[str, str]:
         """What tells this data set's contents from another's, wherever they lie: a line per part."""
@@ -88,7 +95,7 @@ class TrainReader:
         self.order = order
         self.data = data.settings
         self.lanes = order.lanes_of(rank, world)
-        self.workers = min(self.data.workers, len(self.lanes))
+        self.workers = min(data.workers, len(self.lanes))
         self._augmentation = Augmentation(data.augment, data.channels, seed)
         self._labels = data.token_labels
         maps_of = self._labels.load if self._labels else None

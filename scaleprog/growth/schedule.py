@@ -87,6 +87,11 @@ class Schedule:
         cutoff = subnet.resolution if self.curriculum else None
         return View(self.full.resolution, (subnet.resolution // self.patch) ** 2, cutoff)
 
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """Sides of the images that steps of this run may see, ascending."""
+        return tuple(sorted({self.view(Subnet(r, self.full.depth)).pixels for r in self.space.resolutions}))
+
     def scoring_targets(self, search: Phase) -> list[Subnet]:
         """The Subnets whose losses a search measures, ascending."""
         return sorted({self.policy.proxy(subnet) for subnet in search.candidates})

@@ -84,7 +84,7 @@ class Plan:
 
     def gmacs(self, subnet: Subnet) -> float:
         """Billions of multiply-accumulates in one image's forward pass through `subnet`."""
-        return _gmacs(self.recipe, self.family, self.schedule, subnet)
+        return gmacs_of(self.recipe, self.family, self.schedule, subnet)
 
 
 def plan_start(recipe: Recipe, world: int, per_node: int) -> Plan:
@@ -156,7 +156,7 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
         complete_steps=search.complete_steps if steps_per_epoch is not None else 0,
     )
     least = make(policy=frugal)
-    limit = _limit(recipe, least, partial(_gmacs, recipe, family, least))
+    limit = _limit(recipe, least, partial(gmacs_of, recipe, family, least))
     return family, make(policy=replace(frugal, limit=limit))
 
 
@@ -184,7 +184,7 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
         Plan.of(recipe)
     family, schedule = outline(recipe, known)
     epoch = known or SCALE
-    model, cost_of = recipe.model, partial(_gmacs, recipe, family, schedule)
+    model, cost_of = recipe.model, partial(gmacs_of, recipe, family, schedule)
     rows, phases = [], schedule.expected((), cost_of)
     for phase in phases:
         epochs = (phase.stop - phase.start) / epoch
@@ -228,7 +228,7 @@ def forecast(recipe: Recipe, world: int, device: Device) -> dict[str, tuple[Pred
     """
     Worlds.of(recipe).check(world, math.gcd(world, device.ranks_per_node))
     family, schedule = outline(recipe, steps_per_epoch(recipe))
-    phases = schedule.expected((), partial(_gmacs, recipe, family, schedule))
+    phases = schedule.expected((), partial(gmacs_of, recipe, family, schedule))
     found, per_node = {}, math.gcd(world, device.ranks_per_node)
     for name, variant in engines(recipe, world, device).items():
         held = []
@@ -280,7 +280,7 @@ def _check_model(recipe: Recipe, family: type[ElasticModel], full: Subnet, strid
         )
 
 
-def _gmacs(recipe: Recipe, family: type[ElasticModel], schedule: Schedule, subnet: Subnet) -> float:
+def gmacs_of(recipe: Recipe, family: type[ElasticModel], schedule: Schedule, subnet: Subnet) -> float:
     """Billions of multiply-accumulates in one image's forward pass through `subnet`."""
     return gmacs(family, recipe.model, schedule.view(subnet), subnet.depth)
 

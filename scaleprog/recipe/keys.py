@@ -116,8 +116,9 @@ class DataSettings(Settings):
     every token has the label of its image."""
     lanes: Ranks = 64
     """V, the number of lanes: a divisor of the batch, and a multiple of every number of ranks that may train it."""
-    workers: Workers = 4
-    """Decoding processes per rank; 0 decodes in the training process."""
+    workers: Workers | Literal["auto"] = 4
+    """Decoding processes per rank; 0 decodes in the training process. auto: one for each core that the rank may use but
+    one, which is the rank's own; also for that one if steps wait for data; fewer where memory is short."""
     prefetch: Few = 2
     """Steps that each worker decodes ahead."""
     cache: Mebibytes = 256
@@ -133,6 +134,10 @@ class DataSettings(Settings):
     """Number of shards to train on, from the first; default: all. Stored images are shuffled, so the part is random."""
     trace: bool = False
     """Whether each rank writes the ids of every step's samples into `samples-RANK.jsonl`."""
+
+    def processes(self, cores: int) -> int:
+        """Decoding processes of a rank that may use so many cores, before it has trained a step."""
+        return max(1, cores - 1) if self.workers == "auto" else self.workers
 
 
 class AugmentSettings(Settings):

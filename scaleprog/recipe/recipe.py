@@ -194,7 +194,10 @@ def _explain(error: ValidationError) -> Iterator[str]:
         elif problem["type"] == "value_error":  # our own checks across a group name keys and values themselves
             yield f"{key}: {problem['msg'].removeprefix('Value error, ')}"
         else:
-            yield f"{key}: {problem['msg']}, got {_shown(problem['input'])}"
+            forms = [other["msg"] for at, other in problems if at == location]  # of a value that may have several
+            if problem["msg"] == forms[0]:
+                alternatives = ", or ".join([forms[0], *(form.removeprefix("Input should be ") for form in forms[1:])])
+                yield f"{key}: {alternatives}, got {_shown(problem['input'])}"
     if error.error_count() > MOST_PROBLEMS:
         yield f"... and {error.error_count() - MOST_PROBLEMS} more problems"
 
@@ -210,7 +213,7 @@ def _shown(value: Any) -> str:
 
 def _location(parts: Sequence[str | int]) -> list[str]:
     """Keys and list indices; pydantic also names the alternative of a union that it tried, as in `tuple[...]`."""
-    return [str(part) for part in parts if not re.match(r"(literal|tuple)\[.*\]$", str(part))]
+    return [str(part) for part in parts if not re.match(r"(literal|tuple|function-before)\[.*\]$", str(part))]
 
 
 def _keys_at(location: Sequence[str]) -> list[str]:

@@ -83,6 +83,8 @@ def _takes(field: Mapping[str, Any], whole: Mapping[str, Any]) -> Iterator[str]:
                 yield from _takes(each, whole)
     elif "enum" in field:
         yield ", ".join(map(str, field["enum"]))
+    elif "const" in field:
+        yield str(field["const"])
     elif field.get("type") == "array":
         items = field.get("prefixItems")
         if items:

@@ -55,7 +55,7 @@ class Curve:
 @dataclass(frozen=True)
 class Segment:
     """The trained part of a phase: optimizer steps `start` to `stop`, its largest network, and `seconds`, the training
-    time before it."""
+    time before it. `waiting`: the fraction of its time in which it waited for data; None if that was not recorded."""
 
     stage: int
     phase: str
@@ -63,6 +63,7 @@ class Segment:
     stop: int
     network: Subnet
     seconds: float
+    waiting: float | None = None
 
 
 @dataclass(frozen=True)

@@ -218,8 +218,19 @@ def _segments(steps: Sequence[Row]) -> list[Segment]:
     for (stage, phase), group in groupby(enumerate(steps), lambda item: (item[1]["stage"], item[1]["phase"])):
         indices, rows = zip(*group)
         largest = Subnet(max(row["resolution"] for row in rows), max(row["depth"] for row in rows))
-        segments.append(Segment(stage, phase, rows[0]["step"] - 1, rows[-1]["step"], largest, before[indices[0]]))
+        span = rows[0]["step"] - 1, rows[-1]["step"]
+        segments.append(Segment(stage, phase, *span, largest, before[indices[0]], _waiting(rows)))
     return segments
+
+
+def _waiting(steps: Sequence[Row]) -> float | None:
+    """The fraction of the time of some steps in which they waited for data while the device was idle."""
+    if not all(row.get("images_per_second") and row.keys() >= {"images", "data_wait_share"} for row in steps):
+        return None
+    seconds = [row["images"] / row["images_per_second"] for row in steps]
+    waited = sum(row["data_wait_share"] * own for row, own in zip(steps, seconds))
+    idle = sum(seconds) - sum(row["step_seconds"] for row in steps)
+    return max(0.0, min(waited, idle)) / sum(seconds)
 
 
 def _read_searches(events: Sequence[Row], steps: Sequence[Row]) -> list[Search]:

@@ -43,6 +43,12 @@ SCORES = (
     "saved step of the complete model (–: a network that cannot save enough). When nothing more has to be saved, it "
     "chooses the complete model, which has no score."
 )
+WAITING = (
+    "The part of each phase's time in which steps waited for data and the device was idle, on the rank that waited "
+    "longest."
+)
+MOST_WAITING = 0.05
+"""Fraction of a phase that may wait for data without a sentence about it."""
 SHORT = ("run", "schedule", "stages", "top-1 best", "train s", "speedup", "wall s", "wall speedup")  # on a terminal
 
 
@@ -81,6 +87,7 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
         raise ScaleprogError(f"{error.filename or out}: cannot write the report: {reason(error)}") from error
     speedup, by_wall = (_speedup(baseline, key) for key in ("train_seconds", "wall_seconds"))
     metrics = _further_metrics(told)
+    starved = [sentence for run in told if (sentence := _starved(run))]
     rows = [_row(run, metrics, speedup, by_wall) for run in told]
     parts = [
         "# Comparison of runs",
@@ -94,6 +101,8 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
         "## Accuracy over training time\n\n![Top-1 against training seconds](accuracy_over_time.png)",
         "## Growth schedules\n\n![Resolution and depth over the steps](schedule.png)",
         *_searches([run for run in told if run.searches]),
+        *_waiting(told),
+        *map(as_markdown, starved),
         "## Timelines",
         *([TIMELINES, markdown_table([table_row(timeline) for timeline in timelines])] if timelines else []),
         *(_what_happened(run) for run in told),
@@ -104,7 +113,7 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
     except OSError as error:
         raise ScaleprogError(f"{report}: cannot write the report: {reason(error)}") from error
     left_out = [f"{run.name}: {trouble}" for run in told for trouble in run.troubles]
-    return "\n".join([plain_table(rows, SHORT), "", *map(as_text, [*verdicts, *left_out, report])])
+    return "\n".join([plain_table(rows, SHORT), "", *map(as_text, [*verdicts, *starved, *left_out, report])])
 
 
 def _draw(told: Sequence[RunRecord], groups: Sequence[Group], out: Path) -> list[Timeline]:
@@ -240,6 +249,37 @@ def _searches(runs: Sequence[RunRecord]) -> list[str]:
         parts += [f"### {as_markdown(run.name)}", f"{as_markdown('; '.join(summary))}."]
         parts += [markdown_table(rows)] if rows else []
     return parts
+
+
+def _waiting(runs: Sequence[RunRecord]) -> list[str]:
+    """How long each phase waited for data."""
+    rows = [
+        {
+            "run": run.name,
+            "stage": str(segment.stage),
+            "phase": segment.phase,
+            "network": size_of(segment.network),
+            "waiting": f"{segment.waiting:.1%}",
+        }
+        for run in runs
+        for segment in run.segments
+        if segment.waiting is not None
+    ]
+    if not rows:
+        return []
+    return ["## Waiting for data", WAITING, markdown_table(rows)]
+
+
+def _starved(run: RunRecord) -> str:
+    """A sentence about the phase of a run that waits longest for data; empty if none waits long."""
+    longest = max(run.segments, key=lambda segment: segment.waiting or 0.0, default=None)
+    if longest is None or (longest.waiting or 0.0) <= MOST_WAITING:
+        return ""
+    return (
+        f"{run.name} waits for data in {longest.waiting:.0%} of stage {longest.stage} ({size_of(longest.network)}): "
+        "use more cores and data.workers (auto), store smaller images (--shorter-side of scaleprog shards), or "
+        "pack the shards (scaleprog shards pack)."
+    )
 
 
 def _what_happened(run: RunRecord) -> str:

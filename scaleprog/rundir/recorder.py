@@ -106,7 +106,7 @@ class Recorder:
         self._pending: list[_Pending] = []
         self._generation, self._main = generation, coordinator.rank == 0
         self._samples: _Lines | None = None
-        self._waiting = False  # whether the last steps waited for data for too long
+        self.waiting = 0.0  # the share of the time of the last steps in which some rank waited for data
         self._samples_path = run / f"samples-{coordinator.rank}.jsonl"
         with _to_be_recorded(run):
             self._open(run, step, redo_evaluation)
@@ -138,7 +138,8 @@ class Recorder:
         """Resolves the buffered steps on all ranks and writes them. Returns their rows, with mean losses.
 
         `step_seconds` are those of the fastest rank, because the others also wait for a rank whose batch comes late.
-        `images_per_second` is the rate since the first of these steps, by the clock on the wall.
+        `images_per_second` is the rate since the first of these steps, by the clock on the wall, and `data_wait_share`
+        the part of that time in which the rank that waited longest waited for data.
         """
         if not self._pending:
             return []
@@ -158,6 +159,7 @@ class Recorder:
                 "grad_norm": norm,
                 "step_seconds": least,
                 "images_per_second": rate,
+                "data_wait_share": waiting,
                 "cpu_seconds": step.timer.cpu_seconds,
             }
         self._name_ranks_of_nonfinite(steps, losses)
@@ -187,12 +189,12 @@ class Recorder:
 
     def _warn_of_waiting(self, share: float, step: int) -> None:
         """Says so once, and writes an event, if the steps up to `step` waited for data during too large a `share`."""
-        if share > MOST_WAITING and not self._waiting and self._main:
+        if share > MOST_WAITING >= self.waiting and self._main:
             text = f"step {step}: waiting for data takes {share:.0%} of the time; raise data.workers or data.prefetch"
             with suppress(OSError):  # the log may be on a full disk
                 print(text, file=sys.stderr, flush=True)
             self.event("data_wait", step=step, share=share)
-        self._waiting = share > MOST_WAITING
+        self.waiting = share
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the accuracies (percent) after `step` steps as a separate row."""

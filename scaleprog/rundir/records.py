@@ -22,6 +22,7 @@ Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Joules = Annotated[float, Field(ge=0, le=1e15)]
 Moment = Annotated[float, Field(ge=0, le=2**33)]
 """Seconds since 1970, until 2242."""
+Share = Annotated[float, Field(ge=0, le=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Loss = Annotated[float, Field(allow_inf_nan=True)]
 """The only number that may be NaN or infinite: the loss of a step at which a run diverged."""
@@ -53,6 +54,7 @@ class Step(TypedDict):
     grad_norm: NotRequired[Loss]
     images: NotRequired[Count]
     images_per_second: NotRequired[Annotated[float, Field(ge=0)]]
+    data_wait_share: NotRequired[Share]
     cpu_seconds: NotRequired[Seconds]
     time: NotRequired[Moment]
 
@@ -239,7 +241,7 @@ class Failed(_Event):
 class Happened(_Event):
     """An event without details."""
 
-    event: Literal["init", "hurried", "stopped_early", "finish", "compiled", "nonfinite", "data_wait"]
+    event: Literal["init", "hurried", "stopped_early", "finish", "compiled", "nonfinite", "data_wait", "workers"]
     step: NotRequired[Count]
 
 

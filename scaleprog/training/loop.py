@@ -58,6 +58,7 @@ from scaleprog.training.process import (
     tell_signal,
 )
 from scaleprog.training.resume import owner_of, state_of
+from scaleprog.training.workers import adapt_workers, with_own_cores
 
 RESULTS = "results.json"
 
@@ -95,7 +96,7 @@ def train(
         Unavailable: something failed that may work at the next start, such as a full disk.
     """
     # ---- data
-    plan = plan_start(recipe, coordinator.world, ranks_per_node())
+    plan = with_own_cores(plan_start(recipe, coordinator.world, ranks_per_node()), coordinator)
     rank, world = coordinator.rank, coordinator.world
     coordinator.verify("recipe", recipe.dump())
     coordinator.verify("shards", [plan.data.identity(), [[s.name, s.sha256] for s in plan.manifest.split("train")]])
@@ -175,7 +176,8 @@ def train(
     gc.disable()
     began = time.perf_counter() - state.wall_seconds
     try:
-        with closing(evaluation), metered(recorder, device, nodes.index(nodes[rank]) == rank), watch:
+        # the workers of the evaluation end before the watch does, because they hold its sockets, too
+        with metered(recorder, device, nodes.index(nodes[rank]) == rank), watch, closing(evaluation):
             try:
                 train_phases(run, began)
                 wait_for_checkpoint(run)
@@ -223,7 +225,9 @@ def train_phases(run: Run, began: float) -> None:
     while current_phase(run) is not None and not stopped_early(run):
         phase = enter_phase(run)
         actives = {s: plan.schedule.active(phase, s) for s in phase.candidates}
-        with run.reader.stream(PhaseRequests(run, phase), plan.schedule.view(phase.network).pixels) as batches:
+        pixels = plan.schedule.view(phase.network).pixels
+        adapt_workers(run, pixels)
+        with run.reader.stream(PhaseRequests(run, phase), pixels) as batches:
             while state.step < phase.stop and not stopped_early(run):
                 waited = time.perf_counter()
                 batch = next(batches)

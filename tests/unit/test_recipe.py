@@ -224,7 +224,9 @@ def test_one_stray_letter_in_any_key_is_told_with_the_right_key(key: str, at: in
         ("model.name=3", "model.name: Input should be a valid string, got 3"),
         ("model.drop_path=1", "model.drop_path: Input should be less than 1, got 1"),
         ("data.lanes=0", "data.lanes: Input should be greater than or equal to 1, got 0"),
-        ("data.workers=-1", "data.workers: Input should be greater than or equal to 0, got -1"),
+        ("data.workers=-1", "data.workers: Input should be greater than or equal to 0, or 'auto', got -1"),
+        ("data.workers=some", "data.workers: Input should be a valid integer, unable to parse string as an integer, or "
+         "'auto', got 'some'"),
         ("growth.smallest=1.5", "growth.smallest: Input should be less than or equal to 1, got 1.5"),
         ("growth.recycle=maybe", "growth.recycle: Input should be a valid boolean, unable to interpret input, "
          "got 'maybe'"),

@@ -250,6 +250,7 @@ def test_times_are_those_of_the_fastest_rank_and_rates_those_of_the_clock(
     rows = record.flush()
     assert [row["step_seconds"] for row in rows] == [0.5, 0.25], "the first waited 1.5 s for the other rank"
     assert [row["images_per_second"] for row in rows] == pytest.approx([16 / 4.25] * 2)
+    assert [row["data_wait_share"] for row in rows] == [0.9] * 2, "the other rank's, which waited longer"
     assert "step 2: waiting for data takes 90% of the time" in capsys.readouterr().err
     (event,) = read_rows(tmp_path / "events.jsonl")
     assert (event["event"], event["step"], event["share"]) == ("data_wait", 2, 0.9)

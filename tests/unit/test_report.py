@@ -215,6 +215,28 @@ def test_what_the_searches_decided(markdown: str) -> None:
     }  # fmt: skip
 
 
+def test_a_phase_that_waits_for_data_is_named_with_what_helps(tmp_path: Path) -> None:
+    run = Writer(tmp_path / "hungry", "linear")
+    for phase in PROG[:3]:
+        run.train(*phase)
+    shares = {1: (0.5, 0.6), 2: (0.03, 1.0), 3: (0.2, 0.9)}
+    """By stage: the part of the time in which the host waits, and that in which the device works."""
+    for row in run.rows:
+        if "loss" in row:
+            waited, busy = shares[row["stage"]]
+            row |= {"images_per_second": 64 * busy / row["step_seconds"], "data_wait_share": waited}
+    text = write_report([run.save(finished=False)], tmp_path / "out")
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    (table,) = (each for each in tables(markdown) if "waiting" in each[0])
+    assert [(row["stage"], row["network"], row["waiting"]) for row in table] == [
+        ("1", "16x4", "40.0%"), ("2", "20x5", "0.0%"), ("3", "24x7", "10.0%")
+    ]  # fmt: skip
+    (told,) = (line for line in text.splitlines() if "waits for data" in line)
+    assert told.startswith("hungry waits for data in 40% of stage 1 (16x4): use more cores and data.workers")
+    run.rows = [row | {"data_wait_share": 0.04} for row in run.rows if "loss" in row]
+    assert "waits for data" not in write_report([run.save(finished=False)], tmp_path / "out")
+
+
 def test_the_pictures_show_something(told: tuple[str, Path], markdown: str) -> None:
     for name in ("accuracy_over_time.png", "schedule.png", "search.png", "timeline.png"):
         assert f"]({name})" in markdown

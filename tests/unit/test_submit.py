@@ -145,6 +145,14 @@ def test_each_rank_has_cores_for_its_workers_and_itself(
     assert "cpus-per-task" not in by_gpu, "sbatch takes only one of the two"
 
 
+def test_as_many_workers_as_cores_need_a_number_of_cores(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(data={"workers": "auto"})
+    with pytest.raises(ScaleprogError, match=r"data\.workers: auto .*add --cpus-per-task"):
+        slurm.script(recipe, tmp_path / "run", JobRequest())
+    assert "#SBATCH --cpus-per-task=9" in slurm.script(recipe, tmp_path / "run", JobRequest(cpus_per_task=9))
+    assert "cpus-per-task" not in slurm.script(recipe, tmp_path / "run", JobRequest(options=("cpus-per-gpu=3",)))
+
+
 def test_a_node_without_the_cores_is_named_before_the_queue(
     fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
