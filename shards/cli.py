@@ -184,8 +184,11 @@ def token_labels(
 
 @app.command("check")
 def check(
-    out: Out,
-    write_manifest: Annotated[bool, typer.Option("--write-manifest", help="Index train-*.tar and val-*.tar.")] = False,
+    out: Annotated[str, typer.Argument(help="Folder of the shards, a path or URL.")],
+    write_manifest: Annotated[bool, typer.Option("--write-manifest", help="Index the shards in the folder.")] = False,
+    manifest: Annotated[
+        str | None, typer.Option(help="Local file of the manifest; default: manifest.json in the folder.")
+    ] = None,
     classes: Annotated[
         Path | None, typer.Option(help="With --write-manifest: file of class names, one per line.")
     ] = None,
@@ -207,9 +210,9 @@ def check(
         raise DataError("--keep-damaged works only with --write-manifest; add it, or leave --keep-damaged out")
     if write_manifest:
         names = _lines(classes) if classes else None
-        report = shards_check.write_manifest(out, names, keep_damaged=keep_damaged, workers=workers)
+        report = shards_check.write_manifest(out, names, manifest=manifest, keep_damaged=keep_damaged, workers=workers)
     else:
-        report = shards_check.check(out, workers=workers)
+        report = shards_check.check(out, manifest=manifest, workers=workers)
     print(as_text(f"{out}: {report}", lines=True))
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from scaleprog.data import tar
 from scaleprog.data.decode import problem_of
 from scaleprog.data.manifest import Manifest
-from scaleprog.data.shard import NO_FILE
+from scaleprog.data.source import NO_FILE
 from scaleprog.errors import DataError, Unavailable
 from scaleprog.files.atomic import open_regular
 from scaleprog.shards.build import SPLITS, build, finished

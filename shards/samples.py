@@ -6,8 +6,7 @@ This is the WebDataset format, so other WebDataset tools can read these shards, 
 """
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,8 +16,8 @@ import numpy as np
 from webdataset.writer import TarWriter
 
 from scaleprog.data import tar
-from scaleprog.data.manifest import MOST_BYTES, Shard
-from scaleprog.data.shard import EXTENSIONS, IMAGE_EXTENSIONS
+from scaleprog.data.shard import IMAGE_EXTENSIONS
+from scaleprog.data.source import MOST_BYTES, Shard
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import open_regular
 
@@ -101,26 +100,26 @@ def read_members(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     Raises:
         DataError: the tar is missing, damaged, or ends before its end marker. The message names the last readable key.
     """
-    key = None
     try:
         with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MOST_BYTES:
-                raise ValueError(f"it has {size} bytes, but the limit is {MOST_BYTES}, because a shard is read whole")
-            for found, files in tar.samples(file, size):
-                key = found
-                yield key, {extension: tar.read(file, member) for extension, member in files.items()}
+            yield from members_of(file, os.fstat(file.fileno()).st_size, str(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot read this tar: {error.strerror or error}. Copy or build it again.") from error
+
+
+def members_of(file: tar.Seekable, size: int, where: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Like `read_members`, from an open file of `size` bytes; `where`: its path or URL."""
+    key = None
+    try:
+        if size > MOST_BYTES:
+            raise ValueError(f"it has {size} bytes, but the limit is {MOST_BYTES}, because a shard is read whole")
+        for found, files in tar.samples(file, size):
+            key = found
+            yield key, {extension: tar.read(file, member) for extension, member in files.items()}
     except (OSError, ValueError) as error:
-        where = f"after key {key!r}" if key else "at its first sample"
+        at = f"after key {key!r}" if key else "at its first sample"
         what = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise DataError(f"{path}: cannot read this tar {where}: {what}. Copy or build it again.") from error
-
-
-def why_incomplete(path: Path, key: str, extensions: Collection[str]) -> str:
-    """What explains that a sample of a shard lacks its image or its label; empty if nothing does."""
-    with suppress(OSError), open_regular(path) as file:
-        return tar.why_incomplete(file, os.fstat(file.fileno()).st_size, key, extensions, EXTENSIONS)
-    return ""
+        raise DataError(f"{where}: cannot read this tar {at}: {what}. Copy or build it again.") from error
 
 
 def image_extension(members: Mapping[str, bytes]) -> str:

@@ -45,7 +45,7 @@ def finetune(
     source: Annotated[
         Path, typer.Argument(metavar="RUN|FILE", help="A run directory, or weights from `scaleprog export`.")
     ],
-    data: Annotated[Path, typer.Option(help="Folder of the shards to fine-tune on.")],
+    data: Annotated[str, typer.Option(help="Folder of the shards to fine-tune on, a path or URL.")],
     overrides: Overrides = None,
     nproc: RanksHere = "1",
     run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/SOURCE-DATA-seedN.")] = None,
@@ -64,7 +64,7 @@ def finetune(
     if show_recipe:
         print(recipe.dump(), end="")
         return
-    folder = run_dir or Path("runs") / f"{source.resolve().stem}-{data.resolve().name}-seed{recipe.seed}"
+    folder = run_dir or Path("runs") / f"{source.resolve().stem}-{Path(data).resolve().name}-seed{recipe.seed}"
     say(f"fine-tuning in {folder}; to repeat it: scaleprog train {shlex.quote(str(folder / RECIPE))} --run-dir OTHER")
     run_here(recipe, folder, nproc, restarts)
 

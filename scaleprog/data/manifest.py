@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import reprlib
 import stat
 from collections.abc import Mapping
@@ -11,38 +12,26 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
 
-from pydantic import AfterValidator, FailFast, Field, ValidationError, field_validator, model_validator
+from pydantic import FailFast, Field, ValidationError, field_validator, model_validator
 
+from scaleprog.data.source import MOST_BYTES, Folder, Shard, Source, source_of
+from scaleprog.data.store import Store
 from scaleprog.data.tar import SMALLEST_SAMPLE
 from scaleprog.errors import DataError
-from scaleprog.files.atomic import open_regular, read_text, sync_folder, write_whole
-from scaleprog.recipe.numbers import MOST_CLASSES, Settings, printable
+from scaleprog.files.atomic import sync_folder, write_whole
+from scaleprog.recipe.numbers import MOST_CLASSES, Settings
 
 NAME = "manifest.json"
 VERSION = 1
-MOST_BYTES = 2**30
-"""The most bytes in a shard, because a shard is read whole."""
 MOST_KEYS = 100
-SHARD_NAME = r"^[^/\\:.-][^/\\:]*\.tar$"
+SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+"""Words in names of shards, and the splits that they mean."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One tar of samples."""
-
-    name: Annotated[str, Field(pattern=SHARD_NAME, max_length=255), AfterValidator(printable)]
-    """Name of a file in the manifest's folder. The pattern excludes paths, URLs and command-line options."""
-    samples: Annotated[int, Field(strict=True, ge=0, le=2**40)]
-    bytes: Annotated[int, Field(strict=True, ge=0, le=2**50)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """Checksum of the whole file, hexadecimal."""
-
-    @classmethod
-    def measure(cls, path: str | os.PathLike[str], samples: int) -> Self:
-        """The entry of the file at `path`, which holds `samples` samples. Reads the whole file; raises OSError."""
-        with open_regular(os.fspath(path)) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return cls(os.path.basename(path), samples, file.tell(), digest)
+def split_of(name: str) -> str | None:
+    """The split that the name of a shard says, by its first word that says one; None if no word does."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 
 @dataclass(frozen=True)
@@ -50,47 +39,47 @@ class Manifest:
     """All shards of one data set and its class names. The order of the shards affects the order of the data."""
 
     root: str
-    """The folder of the shards; not stored, so that the folder can be moved."""
+    """The folder of the shards, a path or URL; not stored, so that the folder can be moved, and so that no manifest
+    leads to a place that the user has not named."""
     classes: tuple[str, ...]
     """Class names; the index is the label."""
     splits: Mapping[str, tuple[Shard, ...]]
     """Shards by split: "train", "val"."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """What the shards were built from, so that a builder recognizes its own finished work; empty if unknown."""
+    store: Store | None = field(default=None, compare=False)
+    """Keeps shards that come from a URL; not stored."""
 
     @classmethod
-    def load(cls, root: str | os.PathLike[str]) -> Self:
-        """Read `root/manifest.json`.
+    def load(cls, root: str | os.PathLike[str], file: str | None = None) -> Self:
+        """Reads `root/manifest.json`, or a local `file` in its place.
 
         Raises:
             DataError: the folder or the manifest is missing or unreadable, or the manifest is malformed or has an
                 unknown version.
+            Unavailable: it cannot be read now.
         """
-        path = Path(root, NAME)
-        if not Path(root).is_dir():
+        source = source_of(root)
+        path = file or source.path(NAME)
+        if file is None and isinstance(source, Folder) and not Path(source.root).is_dir():
             raise DataError(
                 f"{root}: the folder of shards does not exist. Build it with `scaleprog shards image-folder SRC "
                 f"{root}` or, to try scaleprog, `scaleprog shards fashion-mnist {root}`."
             )
         try:
-            text = read_text(path)
+            text = Folder("").text(file) if file else source.text(NAME)
         except FileNotFoundError:
-            raise DataError(
-                f"{root}: the folder has no {NAME}. If a build was interrupted, run its command again. If it holds "
-                f"shards (train-*.tar, val-*.tar), index them with `scaleprog shards check {root} --write-manifest`; "
-                f"otherwise build them, for example with `scaleprog shards image-folder SRC {root}`."
-            ) from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read: {error}") from error
-        stored = _parse(path, text)
-        return cls(os.fspath(root), stored.classes, stored.splits, stored.source)
+            raise DataError(_missing(source, os.fspath(root), file)) from None
+        stored = _parse(path, text, source.root)
+        return cls(source.root, stored.classes, stored.splits, stored.source)
 
-    def save(self) -> None:
-        """Write `root/manifest.json` atomically: even a power failure cannot leave half a file.
+    def save(self, file: str | None = None) -> None:
+        """Writes `root/manifest.json`, or `file`, atomically: even a power failure cannot leave half a file.
 
         Raises:
-            DataError: the folder cannot be written.
+            DataError: it cannot be written.
         """
+        path = Path(file or os.path.join(self.root, NAME))
         stored = {
             "kind": "scaleprog-manifest",
             "version": VERSION,
@@ -99,10 +88,10 @@ class Manifest:
             "splits": {name: [asdict(shard) for shard in shards] for name, shards in self.splits.items()},
         }
         try:
-            write_whole(Path(self.root, NAME), json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
-            sync_folder(self.root)
+            write_whole(path, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
+            sync_folder(path.parent)
         except OSError as error:
-            raise DataError(f"{self.root}: cannot write {NAME}: {error}") from error
+            raise DataError(f"{path.parent}: cannot write {path.name}: {error}") from error
 
     def split(self, name: str) -> tuple[Shard, ...]:
         """The shards of split `name`. Raises DataError if the data set has no such split."""
@@ -143,15 +132,19 @@ class Manifest:
         return splits | {"classes": line(len(self.classes), "classes", list(self.classes))}
 
     def path(self, shard: Shard) -> str:
-        """The path of `shard`."""
-        return os.path.join(self.root, shard.name)
+        """The path or URL of `shard`."""
+        return source_of(self.root).path(shard.name)
 
     def verify_sizes(self, name: str) -> None:
-        """Checks that every shard of split `name` exists and has the right size, without reading any shard.
+        """Checks that every local shard of split `name` exists and has the right size, without reading any shard.
+
+        Shards behind a URL are checked when they are read.
 
         Raises:
             DataError: a shard is missing or has another size; the message names the first one and counts the others.
         """
+        if not isinstance(source_of(self.root), Folder):
+            return
         problems = [problem for shard in self.split(name) if (problem := self._size_problem(shard))]
         if problems:
             others = f" {len(problems) - 1} more shards of {name!r} have a similar problem." if problems[1:] else ""
@@ -167,7 +160,7 @@ class Manifest:
             if shard.samples * SMALLEST_SAMPLE > shard.bytes:
                 raise DataError(
                     f"{self.path(shard)}: {NAME} says {shard.samples} samples in {shard.bytes} bytes, which is "
-                    f"impossible. Rewrite {NAME}: {_rewrite(Path(self.root, NAME))}."
+                    f"impossible. Rewrite {NAME}: {_rewrite(self.root)}."
                 )
 
     def _size_problem(self, shard: Shard) -> str | None:
@@ -222,21 +215,21 @@ class _Stored(Settings):
             for before, shard in pairwise(shards):  # the order of the shards is that of the samples
                 if shard.name < before.name:
                     raise ValueError(f"split {split!r} lists {shard.name} after {before.name}")
-            if foreign := next((shard.name for shard in shards if not shard.name.startswith(f"{split}-")), None):
-                raise ValueError(f"split {split!r} lists {foreign}, whose name does not begin with {split}-")
+            if other := next((shard.name for shard in shards if split_of(shard.name) not in (split, None)), None):
+                raise ValueError(f"split {split!r} lists {other}, whose name says {split_of(other)!r}")
         return splits
 
 
-def _parse(path: Path, text: str) -> _Stored:
+def _parse(path: str, text: str, root: str) -> _Stored:
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: malformed, not JSON: {error}. Rewrite it: {_rewrite(path)}.") from None
+        raise DataError(f"{path}: malformed, not JSON: {error}. Rewrite it: {_rewrite(root)}.") from None
     ours = isinstance(value, dict) and value.get("kind") == "scaleprog-manifest"
     if ours and (value.get("version") != VERSION or type(value["version"]) is not int):
         raise DataError(
             f"{path}: format version {reprlib.repr(value.get('version'))}, but this scaleprog reads version {VERSION}. "
-            f"Use the scaleprog that wrote it, or rewrite it: {_rewrite(path)}."
+            f"Use the scaleprog that wrote it, or rewrite it: {_rewrite(root)}."
         )
     try:
         return _Stored.model_validate(value)
@@ -244,7 +237,7 @@ def _parse(path: Path, text: str) -> _Stored:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the top level"
         where = where if where.isprintable() and len(where) <= 200 else reprlib.repr(where)
-        raise DataError(f"{path}: malformed at {where}: {first['msg']}. Rewrite it: {_rewrite(path)}.") from None
+        raise DataError(f"{path}: malformed at {where}: {first['msg']}. Rewrite it: {_rewrite(root)}.") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -258,5 +251,24 @@ def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _rewrite(path: Path) -> str:
-    return f"remove {path.name}, then run `scaleprog shards check {path.parent} --write-manifest`"
+def _missing(source: Source, root: str, file: str | None) -> str:
+    """What to do where there is no manifest."""
+    if file:
+        return (
+            f"{file}: there is no such manifest. Write it with `scaleprog shards check {root} --write-manifest "
+            f"--manifest {file}`."
+        )
+    if isinstance(source, Folder):
+        return (
+            f"{root}: the folder has no {NAME}. If a build was interrupted, run its command again. If it holds shards "
+            f"(train-*.tar, val-*.tar), index them with `scaleprog shards check {root} --write-manifest`; otherwise "
+            f"build them, for example with `scaleprog shards image-folder SRC {root}`."
+        )
+    return (
+        f"{root}: the folder has no {NAME}. Copy it there, or index the shards with `scaleprog shards check {root} "
+        "--write-manifest --manifest FILE` and add data.manifest: FILE to the recipe."
+    )
+
+
+def _rewrite(root: str) -> str:
+    return f"remove it, then run `scaleprog shards check {root} --write-manifest`"

@@ -14,8 +14,8 @@ import os
 import re
 import weakref
 import zlib
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -66,7 +66,7 @@ class PackedShard:
     def index(
         cls,
         path: str,
-        file: BinaryIO,
+        file: tar.Seekable,
         data: "memoryview | OpenFile",
         samples: Iterable[tuple[str, Mapping[str, tar.Member], int]],
     ) -> "PackedShard":
@@ -80,6 +80,8 @@ class PackedShard:
             try:
                 if EXTENSION not in files or CHECKSUM not in files:
                     raise ValueError(f"it has .{', .'.join(files)}, but not both .{EXTENSION} and .{CHECKSUM}")
+                if "cls" not in files:
+                    raise ValueError("its label is not in a .cls file")
                 pixels = files[EXTENSION]
                 file.seek(pixels.start)
                 shapes.append(shape_of(file.read(HEADER_BYTES), pixels.size))
@@ -130,14 +132,21 @@ class PackedImage:
     def _read(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
         """The bytes of `KEY.npy` from `offset`, as an array of this shape."""
         start = int(self.shard.starts[self.index]) + offset
-        try:
+        with explained(self.where):
             content = self.shard.data[start : start + math.prod(shape)]
-        except EOFError as error:
-            raise DataError(f"{self.where}: truncated after it was opened; {HINT}") from error
-        except OSError as error:
-            raise Unavailable(f"{self.where}: cannot be read now: {error}") from error
         array = np.frombuffer(content, np.uint8).reshape(shape)
         return array if array.flags.writeable else array.copy()  # torch warns of arrays that are not writable
+
+
+@contextmanager
+def explained(where: str) -> Iterator[None]:
+    """Turns the errors of an `OpenFile` into DataError and Unavailable that say where."""
+    try:
+        yield
+    except EOFError as error:
+        raise DataError(f"{where}: truncated after it was opened; {HINT}") from error
+    except OSError as error:
+        raise Unavailable(f"{where}: cannot be read now: {error}") from error
 
 
 class OpenFile:
@@ -201,7 +210,7 @@ def opened(path: str) -> BinaryIO | None:
     return None
 
 
-def is_packed(file: BinaryIO, size: int) -> bool:
+def is_packed(file: tar.Seekable, size: int) -> bool:
     """Whether the first sample of a tar is a packed image."""
     with suppress(OSError, ValueError):
         for _, files in tar.samples(file, size):

@@ -5,26 +5,29 @@ parts. `order.py` and `augment.py` determine the content of a batch, no matter w
 """
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from scaleprog.data.ahead import AHEAD
 from scaleprog.data.augment import Augmentation, BatchRequest, Erasing, fill_of, normalization
 from scaleprog.data.damaged import too_many, write_names
+from scaleprog.data.lanes import Lane, lanes_ahead
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.on_device import erase, normalize
 from scaleprog.data.operations import Operation
 from scaleprog.data.order import Order
-from scaleprog.data.shard import Cursor, ShardReader, StoredSample
+from scaleprog.data.shard import ShardReader, StoredSample
 from scaleprog.data.stream import Batch, Fill, Layout, Stream, slots_of
 from scaleprog.data.tensor_operations import operate, packed
 from scaleprog.data.token_labels import LabelShards, pack
+from scaleprog.data.transfer import BUFFERED
 from scaleprog.errors import DamagedSample, DataError
+from scaleprog.files.location import local_path
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
 
 TRAIN = "train"
@@ -97,7 +100,8 @@ class TrainReader:
         self._labels = data.token_labels
         maps_of = self._labels.load if self._labels else None
         self._root = os.path.join(data.manifest.root, "")
-        self._shards = ShardReader(data.manifest, TRAIN, self.data.cache * 2**20, maps_of)
+        on_disk = self._exceeds_memory(data.manifest)
+        self._shards = ShardReader(data.manifest, TRAIN, self.data.cache * 2**20, maps_of, on_disk)
         if order.counts != tuple(shard.samples for shard in self._shards.shards):
             raise DataError(f"{data.manifest.root}: the shards of {TRAIN!r} do not match the order")
 
@@ -122,15 +126,28 @@ class TrainReader:
     def memory(self, resolution: int) -> int:
         """The most memory that reading takes on the host, in bytes.
 
-        That is the cached split, or else one shard (of packed ones, its index) per lane and two more for each worker
-        that is reading a shard, plus the batches decoded ahead and the current one.
+        That is the cached split, or else what the lanes hold and each worker reads ahead (whole shards, or the indices
+        of those that stay in their files), plus the batches decoded ahead and the current one; from a URL, also what
+        each worker is downloading.
         """
         per_map = self._labels.sample_bytes if self._labels else 0
         sizes = [self._shards.resident_bytes(shard) + shard.samples * per_map for shard in self._shards.shards]
-        largest = max(sizes)
-        held = len(self.lanes) + 2 * max(self.workers, 1)
-        encoded = sum(sizes) + 2 * largest if self._shards.fits else held * largest
+        encoded = sum(sizes) + AHEAD * max(sizes) if self._shards.fits else self._held * max(sizes)
+        if local_path(self._shards.manifest.root) is None:
+            largest = max(shard.bytes for shard in self._shards.shards)
+            encoded += max(self.workers, 1) * (BUFFERED + (largest if self._shards.on_disk else 0))
         return encoded + decoded_bytes(self._layout(resolution), self.data)
+
+    @property
+    def _held(self) -> int:
+        """The most shards that are in memory at a time: one per lane, and those that each worker reads ahead."""
+        return len(self.lanes) + AHEAD * max(self.workers, 1)
+
+    def _exceeds_memory(self, manifest: Manifest) -> bool:
+        """Whether whole shards would take more than `data.memory`."""
+        if self.data.memory is None:
+            return False
+        return self._held * max(shard.bytes for shard in manifest.split(TRAIN)) > self.data.memory * 2**20
 
     def _layout(self, resolution: int) -> Layout:
         numbers = self._labels.numbers if self._labels else 0
@@ -139,11 +156,12 @@ class TrainReader:
 
     def _produce(self, requests: Iterable[BatchRequest], owned: range) -> Iterator[Fill]:
         """Some of the rank's lanes in every batch, by their places among them."""
-        lanes = [_Lane(self.lanes[place], self.order, self._shards) for place in owned]
-        for request in requests:
-            yield request.resolution, partial(self._fill, lanes, request)
+        lanes = self.lanes[owned.start : owned.stop]
+        with lanes_ahead(self.order, requests, lanes, self._shards) as reading:
+            for request in requests:
+                yield request.resolution, partial(self._fill, reading, request)
 
-    def _fill(self, lanes: Sequence["_Lane"], request: BatchRequest, batch: Batch) -> None:
+    def _fill(self, lanes: Sequence[Lane], request: BatchRequest, batch: Batch) -> None:
         """Writes the rows of some lanes into a batch that has only those."""
         count = self.order.per_lane
         for place, lane in enumerate(lanes):
@@ -157,14 +175,14 @@ class TrainReader:
                 rows.token_labels[:] = pack(maps, torch.from_numpy(origins).float())
 
     def _fill_images(
-        self, lane: "_Lane", request: BatchRequest, rows: Batch
+        self, lane: Lane, request: BatchRequest, rows: Batch
     ) -> tuple[list[StoredSample], np.ndarray, list[tuple[Operation, ...]], list[Erasing]]:
         """Writes the images of one lane and the names of the damaged samples that they replace.
 
         Returns:
             The samples, and what `Augmentation.lane` returns about them.
         """
-        wanted = samples = lane.take(request.epoch, request.step)
+        wanted = samples = lane.take(request)
         names: dict[str, str] = {}  # of damaged samples, by location; those of earlier steps do not count
         while True:
             try:
@@ -184,39 +202,3 @@ class TrainReader:
         located = enumerate(sample.image[1] for sample in wanted)
         write_names({row: names[where] for row, where in located if where in names}, rows.replaced)
         return samples, *changes
-
-
-class _Lane:
-    """A reader of one lane, which holds the rows of the current epoch and the current shard."""
-
-    def __init__(self, lane: int, order: Order, shards: ShardReader) -> None:
-        self.lane = lane
-        self._order = order
-        self._cursor = Cursor(shards)
-        self._epoch: int | None = None
-        self._rows = np.empty((0, 2), np.int64)
-
-    def take(self, epoch: int, step: int) -> list[StoredSample]:
-        """The samples that the lane contributes to any step of any epoch. Raises ValueError for an unknown step."""
-        if not 0 <= step < self._order.steps_per_epoch:
-            raise ValueError(f"step {step} is not in an epoch of {self._order.steps_per_epoch} steps")
-        if epoch != self._epoch:
-            self._rows, self._epoch = self._order.lane(epoch, self.lane), epoch
-        count = self._order.per_lane
-        rows = self._rows[step * count : (step + 1) * count].tolist()
-        return [self._cursor.sample(shard, index) for shard, index in rows]
-
-    def instead(self, step: int, row: int, damaged: Collection[str]) -> StoredSample:
-        """The first sample after a row of a step of the current epoch that is not `damaged`; the lane is a circle.
-
-        `damaged`: locations. Raises DataError if they are those of all samples.
-        """
-        place = step * self._order.per_lane + row
-        for shard, index in (self._rows[i].tolist() for i in chain(range(place + 1, len(self._rows)), range(place))):
-            sample = self._cursor.sample(shard, index)
-            if sample.image[1] not in damaged:
-                return sample
-        raise DataError(
-            f"all samples of lane {self.lane} in epoch {self._epoch} are damaged, such as {min(damaged)}; remove or "
-            "replace them and rebuild their shards"
-        )

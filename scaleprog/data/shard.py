@@ -1,41 +1,39 @@
-"""One shard: a file that is checked against the manifest and split into samples, and read whole unless it is packed."""
+"""One shard: its samples found and checked once; whole in memory, or in its file if it is packed or memory is short."""
 
-import errno
-import hashlib
-import io
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
 
-from scaleprog.data import packed, tar
+from scaleprog.data import labels, packed, tar
 from scaleprog.data.augment import Encoded
-from scaleprog.data.manifest import MOST_BYTES, Manifest, Shard
-from scaleprog.data.packed import PackedShard
+from scaleprog.data.labels import Numbering
+from scaleprog.data.manifest import Manifest
+from scaleprog.data.packed import OpenFile, PackedShard
+from scaleprog.data.source import Shard, check_size, source_of
+from scaleprog.data.tar import Seekable
 from scaleprog.errors import DataError, Unavailable
-from scaleprog.files.atomic import open_regular
 
 ENCODED_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGE_EXTENSIONS = (*ENCODED_EXTENSIONS, packed.EXTENSION)
-EXTENSIONS = (*ENCODED_EXTENSIONS, "cls")
+EXTENSIONS = (*ENCODED_EXTENSIONS, *labels.KINDS)
+LoadShard = Callable[[int], "LoadedShard | PackedShard"]
 MapsOf = Callable[[int, Sequence[str], bool], np.ndarray]
 """(index of a shard, its keys, whether to verify the checksum) -> the samples' label maps, (samples, h, w, K)."""
-NO_FILE = (errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
-"""Errors for a path that is not a regular file; another attempt would fail, too."""
 
 
 @dataclass(frozen=True)
 class LoadedShard:
-    """A shard in memory. It consists of few large objects, so that forked workers share its pages: the reference counts
-    of one object per image would make them copy every page."""
+    """A shard whose samples are known. It consists of few large objects, so that forked workers share its pages: the
+    reference counts of one object per image would make them copy every page."""
 
     path: str
     keys: tuple[str, ...]
-    data: memoryview
+    data: memoryview | OpenFile
     """The whole tar."""
     starts: np.ndarray
     """(samples,) int64: where each image begins in `data`."""
@@ -47,22 +45,41 @@ class LoadedShard:
     """(samples, h, w, K), the samples' label maps, if there are token labels."""
 
     def image(self, index: int) -> Encoded:
-        """The encoded image, without a copy, and its location."""
-        return self.data[int(self.starts[index]) : int(self.ends[index])], f"{self.path}: sample {self.keys[index]!r}"
+        """The encoded image, without a copy if it is in memory, and its location."""
+        where = f"{self.path}: sample {self.keys[index]!r}"
+        with packed.explained(where):
+            return self.data[int(self.starts[index]) : int(self.ends[index])], where
 
 
 class ShardReader:
-    """Reads the shards of a split whole and checks them against the manifest.
+    """Reads the shards of a split and checks them against the manifest.
 
     A shard is not read again while any caller holds it, and never again if the split fits into the cache. A process
     verifies size and checksum of a shard the first time that it reads the shard.
     """
 
-    def __init__(self, manifest: Manifest, split: str, cache: int = 0, maps_of: MapsOf | None = None) -> None:
-        """`cache`: a split of at most so many bytes stays in memory; `maps_of`: reads label maps."""
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: str,
+        cache: int = 0,
+        maps_of: MapsOf | None = None,
+        on_disk: bool = False,
+    ) -> None:
+        """
+        Args:
+            manifest: lists the shards.
+            split: their split.
+            cache: a split of at most so many bytes stays in memory.
+            maps_of: reads label maps.
+            on_disk: whether images stay in the files, and are read one by one, as those of packed shards always do.
+        """
         self.manifest = manifest
         self.shards = manifest.split(split)
+        self._source = source_of(manifest.root, manifest.store)
         self.fits = sum(shard.bytes for shard in self.shards) <= cache and not self.packed
+        self.on_disk = on_disk and not self.fits
+        self._numbering = Numbering(manifest.classes)
         self._kept: list[LoadedShard | PackedShard] = []
         self._maps_of = maps_of
         self._held: WeakValueDictionary[int, LoadedShard | PackedShard] = WeakValueDictionary()
@@ -71,15 +88,15 @@ class ShardReader:
 
     @cached_property
     def packed(self) -> bool:
-        """Whether the first shard is packed, and so probably all. The file system caches these."""
-        file = packed.opened(self.manifest.path(self.shards[0])) if self.shards else None
+        """Whether the first shard is packed and local, and so probably all. The file system caches these."""
+        file = packed.opened(self._source.path(self.shards[0].name)) if self.shards else None
         if file:
             file.close()
         return file is not None
 
     def resident_bytes(self, shard: Shard) -> int:
         """Memory that a process takes to hold a shard."""
-        return shard.samples * packed.INDEX_BYTES if self.packed else shard.bytes
+        return shard.samples * packed.INDEX_BYTES if self.packed or self.on_disk else shard.bytes
 
     def preload(self) -> None:
         """Fills the cache if the split fits. Call it before forking workers, so that they share it."""
@@ -95,14 +112,11 @@ class ShardReader:
         """
         loaded = self._held.get(index)
         if loaded is None:
-            shard = self.shards[index]
-            path = self.manifest.path(shard)
-            verify = index not in self._verified
-            classes = len(self.manifest.classes)
-            loaded = _open_packed(shard, path, classes)
+            shard, verify = self.shards[index], index not in self._verified
+            loaded = self._in_file(shard, verify)
             if loaded is None:
-                content = read_shard(path, shard, verify)
-                loaded = _parse(io.BytesIO(content), len(content), memoryview(content), shard, path, classes)
+                content = self._source.read(shard, verify)
+                loaded = self._parsed(content, len(content), memoryview(content).toreadonly(), shard)
             if isinstance(loaded, PackedShard):
                 loaded = replace(loaded, checked=self._checked.setdefault(index, loaded.checked))
             if self._maps_of is not None:
@@ -110,6 +124,26 @@ class ShardReader:
             self._verified.add(index)
             self._held[index] = loaded
         return loaded
+
+    def _in_file(self, shard: Shard, verify: bool) -> LoadedShard | PackedShard | None:
+        """A shard whose file stays open, because it is packed or `on_disk`; None if it is to be read whole."""
+        path = self._source.path(shard.name)
+        file = packed.opened(path)
+        if file is None and self.on_disk:
+            file = self._source.open(shard, verify)
+        if file is None:
+            return None
+        data, size = OpenFile(file), os.fstat(file.fileno()).st_size
+        check_size(path, size, shard)
+        try:
+            return self._parsed(file, size, data, shard)
+        except OSError as error:
+            raise Unavailable(f"{path}: cannot read the shard now: {error}") from error
+
+    def _parsed(
+        self, file: Seekable, size: int, data: memoryview | OpenFile, shard: Shard
+    ) -> LoadedShard | PackedShard:
+        return _parse(file, size, data, shard, self._source.path(shard.name), self._numbering)
 
 
 class StoredSample(NamedTuple):
@@ -124,10 +158,15 @@ class StoredSample(NamedTuple):
 
 
 class Cursor:
-    """Reads samples and holds the current shard, so that a pass over the shards reads each of them once."""
+    """Reads samples and holds the current shard, so that a pass over the shards reads each of them once.
 
-    def __init__(self, shards: ShardReader) -> None:
-        self._shards = shards
+    Args:
+        shards: reads the split.
+        load: gives a shard, in place of `shards.load`.
+    """
+
+    def __init__(self, shards: ShardReader, load: LoadShard | None = None) -> None:
+        self._load = load or shards.load
         self._offsets = np.cumsum([0] + [shard.samples for shard in shards.shards])
         self._shard: LoadedShard | PackedShard | None = None
         self._index = -1
@@ -136,7 +175,7 @@ class Cursor:
         """The sample with this index in this shard of the split. Raises like `ShardReader.load`."""
         if self._shard is None or shard != self._index:
             self._shard = None  # frees the memory of the last shard before reading the next one
-            self._shard, self._index = self._shards.load(shard), shard
+            self._shard, self._index = self._load(shard), shard
         label, position = int(self._shard.labels[index]), int(self._offsets[shard]) + index
         found = None if self._shard.maps is None else self._shard.maps[index]
         return StoredSample(self._shard.image(index), label, position, found)
@@ -147,77 +186,28 @@ class Cursor:
         return self.sample(shard, position - int(self._offsets[shard]))
 
 
-def read_shard(path: str, shard: Shard, verify: bool) -> bytes:
-    """The bytes of a shard; `verify`: whether to compare size and checksum. Raises DataError, or Unavailable."""
-    content = _read(path, shard.bytes)
-    if verify:
-        _verify(content, shard, path)
-    return content
-
-
-def _read(path: str, size: int) -> bytes:
-    """Reads a whole shard, up to `size` + 1 bytes, to detect one that is too long. Refuses all but regular files."""
-    if size > MOST_BYTES:
-        raise DataError(f"{path}: {size} bytes, but a shard may have at most {MOST_BYTES}; build smaller shards")
-    try:
-        with open_regular(path) as stream:
-            return stream.read(size + 1)
-    except (FileNotFoundError, ValueError) as error:
-        raise DataError(f"{path}: cannot read the shard ({error}); is data.path right and reachable?") from error
-    except OSError as error:
-        if error.errno in NO_FILE:
-            raise DataError(f"{path}: the shard is not a regular file; copy it again or rebuild it") from error
-        raise Unavailable(f"{path}: cannot read the shard now: {error}") from error
-
-
-def _open_packed(shard: Shard, path: str, classes: int) -> LoadedShard | PackedShard | None:
-    """The index of the shard at `path`, which stays open; None if it is not packed."""
-    file = packed.opened(path)
-    if file is None:
-        return None
-    data, size = packed.OpenFile(file), os.fstat(file.fileno()).st_size
-    _verify_size(size, shard, path)
-    try:
-        return _parse(file, size, data, shard, path, classes)
-    except OSError as error:
-        raise Unavailable(f"{path}: cannot read the shard now: {error}") from error
-
-
-def _verify(content: bytes, shard: Shard, path: str) -> None:
-    _verify_size(len(content) if len(content) <= shard.bytes else os.stat(path).st_size, shard, path)
-    if hashlib.sha256(content).hexdigest() != shard.sha256:
-        raise DataError(f"{path}: the checksum differs from the manifest's; {packed.HINT}")
-
-
-def _verify_size(size: int, shard: Shard, path: str) -> None:
-    if size != shard.bytes:
-        what = "truncated" if size < shard.bytes else "too long"
-        raise DataError(f"{path}: {what}: {size} of {shard.bytes} bytes; {packed.HINT}")
-
-
 def _parse(
-    file: BinaryIO, size: int, data: memoryview | packed.OpenFile, shard: Shard, path: str, classes: int
+    file: Seekable, size: int, data: memoryview | OpenFile, shard: Shard, path: str, numbering: Numbering
 ) -> LoadedShard | PackedShard:
     """The samples of the tar in `file`, of `size` bytes; `data` holds the same bytes. Raises like `_samples`."""
-    samples = _samples(file, size, shard, path, classes)
+    samples = _samples(file, size, shard, path, numbering)
     if packed.is_packed(file, size):
         return PackedShard.index(path, file, data, samples)
-    assert isinstance(data, memoryview), "only packed shards stay in their files"
-    keys, starts, ends, labels = list[str](), list[int](), list[int](), list[int]()
-    for key, files, label in samples:
+    keys, starts, ends, numbers = list[str](), list[int](), list[int](), list[int]()
+    for key, files, number in samples:
         if packed.EXTENSION in files:
             raise DataError(f"{path}: sample {key!r} is packed, but others are not; rebuild the shard")
         [image] = [files[extension] for extension in ENCODED_EXTENSIONS if extension in files]
         keys.append(key)
         starts.append(image.start)
         ends.append(image.start + image.size)
-        labels.append(label)
-    begins, stops, classes_of = (np.array(values, dtype=np.int64) for values in (starts, ends, labels))
+        numbers.append(number)
+    begins, stops, classes_of = (np.array(values, dtype=np.int64) for values in (starts, ends, numbers))
     return LoadedShard(path, tuple(keys), data, begins, stops, classes_of)
 
 
 def _samples(
-    file: BinaryIO, size: int, shard: Shard, path: str, classes: int
+    file: Seekable, size: int, shard: Shard, path: str, numbering: Numbering
 ) -> Iterator[tuple[str, dict[str, tar.Member], int]]:
     """The key, files, and label of each sample in a tar of `size` bytes.
 
@@ -236,12 +226,13 @@ def _samples(
             if (count := sum(extension in files for extension in IMAGE_EXTENSIONS)) != 1:
                 images = f"{count} images" if count else "no image"
                 raise DataError(f"{where} has {images} ({', '.join(IMAGE_EXTENSIONS)}); {explained(files)}")
-            if "cls" not in files:
+            kind = labels.kind_of(files)
+            if kind is None:
                 raise DataError(f"{where}: its label (.cls) is b'', because there is no such file; {explained(files)}")
             if key in keys:
                 raise DataError(f"{where} occurs twice; rebuild the shard")
             keys.add(key)
-            yield key, files, _label(tar.read(file, files["cls"]), classes, where)
+            yield key, files, _number(kind, tar.read(file, files[kind]), numbering, where)
     except ValueError as error:
         raise DataError(f"{path}: not a tar of samples ({error}); rebuild the shard") from error
     if len(keys) != shard.samples:
@@ -251,13 +242,8 @@ def _samples(
         )
 
 
-def _label(text: bytes, classes: int, where: str) -> int:
-    label = tar.label(text)
-    if label is None:
-        raise DataError(f"{where}: its label (.cls) is {text[:20]!r}, not a number; rebuild the shard")
-    if not 0 <= label < classes:
-        raise DataError(
-            f"{where}: label {label} is outside 0-{classes - 1}, the manifest's {classes} classes; "
-            "add the missing classes to the manifest or rebuild the shard"
-        )
-    return label
+def _number(kind: str, content: bytes, numbering: Numbering, where: str) -> int:
+    try:
+        return numbering.number(labels.parse(kind, content))
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None

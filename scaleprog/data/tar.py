@@ -7,7 +7,7 @@ small file exhaust memory, and a shard needs none of them: it is a plain tar (us
 import unicodedata
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Protocol
 
 from scaleprog.recipe.numbers import MOST_CLASSES, ceil_div
 
@@ -26,6 +26,13 @@ _COMPRESSED = {
 _PLAIN = (b"0", b"\0", b"7")
 
 
+class Seekable(Protocol):
+    """A file in memory or on disk that can be read from any place."""
+
+    def seek(self, offset: int, /) -> object: ...
+    def read(self, size: int, /) -> bytes: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """A plain file in a tar: its name, and the position of its bytes."""
@@ -35,7 +42,7 @@ class Member:
     size: int
 
 
-def samples(file: BinaryIO, size: int) -> Iterator[tuple[str, dict[str, Member]]]:
+def samples(file: Seekable, size: int) -> Iterator[tuple[str, dict[str, Member]]]:
     """The consecutive files of each key, as (key, {lowercase extension: file}); names are KEY.EXTENSION, as in
     WebDataset.
 
@@ -64,7 +71,7 @@ def samples(file: BinaryIO, size: int) -> Iterator[tuple[str, dict[str, Member]]
         yield current, files
 
 
-def why_incomplete(file: BinaryIO, size: int, key: str, extensions: Collection[str], known: Collection[str]) -> str:
+def why_incomplete(file: Seekable, size: int, key: str, extensions: Collection[str], known: Collection[str]) -> str:
     """What explains that a sample lacks its image or its label, and what to do; empty if nothing does.
 
     Args:
@@ -92,7 +99,7 @@ def why_incomplete(file: BinaryIO, size: int, key: str, extensions: Collection[s
     return ""
 
 
-def read(file: BinaryIO, member: Member) -> bytes:
+def read(file: Seekable, member: Member) -> bytes:
     """The bytes of a member. Raises OSError, or ValueError if the file has been truncated in the meantime."""
     file.seek(member.start)
     content = file.read(member.size)
@@ -108,7 +115,7 @@ def label(text: bytes) -> int | None:
     return int(text) if digits.isdigit() and len(digits) <= len(str(MOST_CLASSES)) else None
 
 
-def members(file: BinaryIO, end: int, begin: int = 0) -> Iterator[Member]:
+def members(file: Seekable, end: int, begin: int = 0) -> Iterator[Member]:
     """The plain files of the tar in bytes `begin` to `end` of a file, in order; positions count from the file's start.
 
     Skips folders.

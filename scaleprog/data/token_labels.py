@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scaleprog.data import tar
 from scaleprog.data.manifest import Manifest
-from scaleprog.data.shard import read_shard
+from scaleprog.data.source import source_of
 from scaleprog.errors import DataError
 from scaleprog.recipe.numbers import ceil_div
 
@@ -43,7 +43,10 @@ class LabelShards:
 
     @classmethod
     def of(cls, folder: str, images: Manifest) -> "LabelShards":
-        """Those in `folder`. Raises DataError if they do not belong to the training shards that `images` lists."""
+        """Those in `folder`, a path or URL.
+
+        Raises DataError if they do not belong to the training shards that `images` lists.
+        """
         labels = Manifest.load(folder)
         labels.verify_sizes(SPLIT)
         grid = _grid(labels)
@@ -59,7 +62,7 @@ class LabelShards:
                 f"has {images.samples(SPLIT)} in {len(theirs)}; {HINT}"
             )
         splits = {SPLIT: ours[: len(theirs)]}
-        return cls(Manifest(labels.root, labels.classes, splits, labels.source), grid)
+        return cls(Manifest(labels.root, labels.classes, splits, labels.source, images.store), grid)
 
     def load(self, index: int, keys: Sequence[str], verify: bool) -> np.ndarray:
         """The maps (samples, h, w, K) of ENTRY of the training shard `index`, in the order of its `keys`.
@@ -67,15 +70,15 @@ class LabelShards:
         `verify`: whether to compare the checksum. Raises DataError, or Unavailable if the shard cannot be read now.
         """
         shard = self.manifest.split(SPLIT)[index]
-        path = self.manifest.path(shard)
-        content = read_shard(path, shard, verify)
+        source = source_of(self.manifest.root, self.manifest.store)
+        path, content = source.path(shard.name), source.read(shard, verify)
         rows = {key: row for row, key in enumerate(keys)}
-        maps, file = np.empty((len(keys), *self.grid), ENTRY), io.BytesIO(content)
+        maps = np.empty((len(keys), *self.grid), ENTRY)
         try:
-            for key, files in tar.samples(file, len(content)):
+            for key, files in tar.samples(content, len(content)):
                 if (row := rows.pop(key, None)) is None or EXTENSION not in files:
                     raise DataError(f"{path}: sample {key!r} is not in the training shard; {HINT}")
-                maps[row] = self._map(tar.read(file, files[EXTENSION]), f"{path}: sample {key!r}")
+                maps[row] = self._map(tar.read(content, files[EXTENSION]), f"{path}: sample {key!r}")
         except (ValueError, OSError) as error:
             raise DataError(f"{path}: not a tar of token labels ({error}); {HINT}") from error
         if rows:

@@ -15,9 +15,11 @@ from scaleprog.data.manifest import NAME as MANIFEST
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.order import Order
 from scaleprog.data.reader import DataSet, decoded_bytes
+from scaleprog.data.store import Store
 from scaleprog.data.stream import Layout
 from scaleprog.data.token_labels import LabelShards
 from scaleprog.errors import RecipeError
+from scaleprog.files.location import local_path
 from scaleprog.growth.policy import Budget, EqualStages, Price
 from scaleprog.growth.schedule import Schedule, ScheduleKind, rungs
 from scaleprog.growth.space import Subnet
@@ -55,7 +57,7 @@ class Plan:
     @classmethod
     def of(cls, recipe: Recipe) -> "Plan":
         """Checks a recipe against its model and its shards. Raises RecipeError or DataError."""
-        manifest = Manifest.load(recipe.data.path).first("train", recipe.data.shards)
+        manifest = _manifest(recipe)
         for split in ("train", "val"):
             manifest.verify_sizes(split)
             manifest.verify_counts(split)
@@ -285,9 +287,20 @@ def gmacs_of(recipe: Recipe, family: type[ElasticModel], schedule: Schedule, sub
 
 def steps_per_epoch(recipe: Recipe) -> int | None:
     """Steps in an epoch of the recipe's shards; None if there are no shards yet. Raises DataError."""
-    if not os.path.lexists(Path(recipe.data.path, MANIFEST)):
+    folder = local_path(recipe.data.path)
+    file = recipe.data.manifest or (folder is not None and Path(folder, MANIFEST))
+    if file and not os.path.lexists(file):
         return None
-    return _order(recipe, Manifest.load(recipe.data.path).first("train", recipe.data.shards)).steps_per_epoch
+    return _order(recipe, _manifest(recipe)).steps_per_epoch
+
+
+def _manifest(recipe: Recipe) -> Manifest:
+    """The manifest of the shards that a recipe trains on. Raises RecipeError, DataError, or Unavailable."""
+    data = recipe.data
+    if data.memory is not None and data.store is None and local_path(data.path) is None:
+        raise RecipeError("data.memory: images are read one by one from a local disk only; add data.store: FOLDER")
+    manifest = replace(Manifest.load(data.path, data.manifest), store=Store.of(data))
+    return manifest.first("train", data.shards)
 
 
 def _order(recipe: Recipe, manifest: Manifest) -> Order:

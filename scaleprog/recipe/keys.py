@@ -15,10 +15,12 @@ from scaleprog.recipe.numbers import (
     Deviation,
     Epochs,
     Few,
+    Gibibytes,
     Images,
     Index,
     Layers,
     LocalPath,
+    Location,
     Margin,
     Mebibytes,
     Minutes,
@@ -97,11 +99,21 @@ class InitSettings(Settings):
 class DataSettings(Settings):
     """Where the samples come from, and how they are read."""
 
-    path: LocalPath
-    """Folder of the shards and their manifest."""
-    token_labels: LocalPath | None = None
-    """Folder of the token labels that `scaleprog shards token-labels` made of these shards; default: every token has
-    the label of its image."""
+    path: Location
+    """Folder of the shards and their manifest: a local path, or a URL (s3, gs, http, https, hf); see docs/data.md."""
+    manifest: LocalPath | None = None
+    """File of the manifest, for shards behind a URL that has none; default: manifest.json in `data.path`."""
+    store: LocalPath | None = None
+    """Folder on a local disk that keeps shards from a URL, for all ranks of a node and for later runs; default: a shard
+    is downloaded whenever it is needed."""
+    store_gib: Gibibytes = 256
+    """The most GiB in `data.store`; the shards unused for longest make room."""
+    memory: Mebibytes | None = None
+    """The most MiB of shards that a rank holds in memory; where its lanes need more, it reads images from disk one by
+    one (from `data.store` if `data.path` is a URL). Default: each lane holds a whole shard."""
+    token_labels: Location | None = None
+    """Folder of the token labels that `scaleprog shards token-labels` made of these shards, a path or URL; default:
+    every token has the label of its image."""
     lanes: Ranks = 64
     """V, the number of lanes: a divisor of the batch, and a multiple of every number of ranks that may train it."""
     workers: Workers | Literal["auto"] = 4

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
+from scaleprog.files.location import check_location
+
 MOST_RANKS = 2**16
 MOST_CLASSES = 10**6
 MOST_PIXELS = 4096
@@ -59,6 +61,9 @@ Index = Annotated[int, _Number]
 Text = Annotated[str, StringConstraints(max_length=200), AfterValidator(printable)]
 LocalPath = Annotated[str, StringConstraints(max_length=4096), AfterValidator(printable), AfterValidator(_local)]
 
+Location = Annotated[str, StringConstraints(max_length=4096), AfterValidator(printable), AfterValidator(check_location)]
+"""A local path, or a URL of an allowed protocol."""
+
 Pixels = Annotated[int, Field(ge=1, le=MOST_PIXELS), _Number]
 Layers = Annotated[int, Field(ge=1, le=256), _Number]
 Width = Annotated[int, Field(ge=1, le=2**16), _Number]
@@ -73,6 +78,7 @@ Ranks = Annotated[int, Field(ge=1, le=MOST_RANKS), _Number]
 """Or lanes, of which each rank has one or more."""
 Workers = Annotated[int, Field(ge=0, le=256), _Number]
 Mebibytes = Annotated[int, Field(ge=0, le=2**24), _Number]
+Gibibytes = Annotated[int, Field(ge=1, le=2**20), _Number]
 Margin = Annotated[int, Field(ge=0, le=MOST_PIXELS), _Number]
 """Pixels around an image."""
 Few = Annotated[int, Field(ge=1, le=1000), _Number]

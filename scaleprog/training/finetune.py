@@ -32,13 +32,13 @@ erasing nor stochastic depth (facebookresearch/deit issue 45). `min_lr` is ours:
 fall. configs/transfer/cifar10.yaml says the same."""
 
 
-def transfer_recipe(source: Path, data: Path, overrides: Sequence[str] = ()) -> Recipe:
+def transfer_recipe(source: Path, data: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe for fine-tuning.
 
     Args:
         source: a run directory, or a file that `scaleprog export` wrote; another safetensors file needs the override
             `model.name` and, where its sizes are not timm's, more of them.
-        data: the folder of the shards, which say the number of classes.
+        data: the folder of the shards, a path or URL, which say the number of classes.
         overrides: `key=value`.
 
     Raises:

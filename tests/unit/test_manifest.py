@@ -109,6 +109,10 @@ def entry(**changes):
         (with_(splits={"train": [entry(samples=-1)]}), "malformed at splits.train.0.samples"),
         (with_(splits={"train": [entry(sha256="abc")]}), "malformed at splits.train.0.sha256"),
         (with_(splits={"train": [entry(name="../elsewhere.tar")]}), "malformed at splits.train.0.name"),
+        (with_(splits={"train": [entry(name="a/../elsewhere.tar")]}), "malformed at splits.train.0.name"),
+        (with_(splits={"train": [entry(name="a/.hidden/b.tar")]}), "malformed at splits.train.0.name"),
+        (with_(splits={"train": [entry(name="http://elsewhere/a.tar")]}), "malformed at splits.train.0.name"),
+        (with_(root="http://elsewhere", splits={}), "malformed at root"),
         (with_(splits={"train": [entry()], "val": [entry()]}), "listed twice"),
     ],
 )
@@ -165,5 +169,5 @@ def test_shards_out_of_order_and_of_another_split_are_refused(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"split 'train' lists train-000000\.tar after train-000001\.tar"):
         Manifest.load(tmp_path)
     Manifest(str(tmp_path), ("a",), {"train": (first,), "val": (second,)}, {}).save()
-    with pytest.raises(DataError, match=r"split 'val' lists train-000001\.tar, whose name does not begin with val-"):
+    with pytest.raises(DataError, match=r"split 'val' lists train-000001\.tar, whose name says 'train'"):
         Manifest.load(tmp_path)

@@ -92,12 +92,13 @@ def make_reader(
     rank: int = 0,
     world: int = 1,
     cache: int = 0,
+    memory: int | None = None,
     augment: AugmentSettings = EVERYTHING,
     lanes: int = LANES,
     repeats: int = 1,
 ) -> TrainReader:
     order = Order(tuple(shard.samples for shard in manifest.split("train")), 5, lanes, BATCH, repeats)
-    data = DataSettings(path=manifest.root, lanes=lanes, workers=workers, cache=cache)
+    data = DataSettings(path=manifest.root, lanes=lanes, workers=workers, cache=cache, memory=memory)
     return TrainReader(DataSet(manifest, data, augment, 3), order, 11, rank, world)
 
 
@@ -237,9 +238,15 @@ def test_a_cached_split_is_read_once(manifest: Manifest, straight: list[Batch], 
         read(uncached, requests(0, 3))
 
 
-URLS = ["pipe:touch ruined; cat", "file:.", "http://127.0.0.1:9", "https://127.0.0.1:9", "sftp://nowhere", "gs://nowhere",
-        "ais://nowhere", "hf://datasets/a/b", "htgs://nowhere"]  # fmt: skip
-"""What webdataset would open by a shell, or by a program that it starts in one."""
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_read_one_by_one_make_the_same_batches(manifest: Manifest, straight: list[Batch], workers: int) -> None:
+    one_by_one = read(make_reader(manifest, workers=workers, memory=0), requests(0, 20))
+    assert all(same(a, b) for a, b in zip(one_by_one, straight, strict=True))
+
+
+URLS = ["pipe:touch ruined; cat", "file:.", "file://host/a", "sftp://nowhere", "ais://nowhere", "htgs://nowhere",
+        "zip://a::http://127.0.0.1:9", "http://127.0.0.1:9::pipe:", "s3:bucket", "http://a:b@127.0.0.1"]  # fmt: skip
+"""What webdataset or fsspec would open: by a shell, by a program that it starts in one, or one place by another."""
 
 
 @pytest.mark.parametrize("url", URLS)
@@ -247,13 +254,13 @@ def test_no_path_is_anything_but_that_of_a_file(
     manifest: Manifest, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValidationError, match="scaleprog does not read URLs or pipes"):
+    with pytest.raises(ValidationError, match=r"scaleprog does not read|no chained URLs|may not hold a user"):
         DataSettings(path=url)
     (tmp_path / url).mkdir(parents=True)  # a manifest may lie in a folder of that name
-    for root in (url, f"./{url}"):
-        named = dataclasses.replace(manifest, root=root)
-        with pytest.raises(DataError, match=r"train-\d\.tar: cannot read the shard"):
-            ShardReader(named, "train").load(0)
+    with pytest.raises(DataError, match=r"scaleprog does not read|no chained URLs|may not hold a user"):
+        ShardReader(dataclasses.replace(manifest, root=url), "train")
+    with pytest.raises(DataError, match=r"train-\d\.tar: cannot read the shard"):
+        ShardReader(dataclasses.replace(manifest, root=f"./{url}"), "train").load(0)
     for name in (f"{url}.tar", "pipe:touch ruined; exit.tar", "-.tar", "|touch ruined.tar"):
         (tmp_path / "plain").mkdir(exist_ok=True)
         shards = tuple(dataclasses.replace(shard, name=name) for shard in manifest.split("train")[:1])
@@ -328,7 +335,8 @@ def damaged(manifest: Manifest, root: Path, kind: str) -> Manifest:
             "undecodable": {"png": b"\x89PNG no picture"},
             "label": {"cls": b"10"},
             "negative": {"cls": b"-1"},
-            "no number": {"cls": b"cat"},
+            "no number": {"cls": b"4.0"},
+            "no name": {"cls": b"cat"},
         }.get(kind, {})
         sample = {**wrong[6], **change}  # number 19 of the split, a PNG
         if kind == "no image":
@@ -349,7 +357,8 @@ DAMAGE = {
     "undecodable": r"train-1\.tar: sample 'train-0019': cannot decode",
     "label": r"train-1\.tar: sample 'train-0019': label 10 is outside 0-9",
     "negative": r"train-1\.tar: sample 'train-0019': label -1 is outside 0-9",
-    "no number": r"train-1\.tar: sample 'train-0019': its label \(\.cls\) is b'cat'",
+    "no number": r"train-1\.tar: sample 'train-0019': its label \(\.cls\) is b'4\.0'",
+    "no name": r"train-1\.tar: sample 'train-0019': label 'cat' is not one of the 10 class names",
     "no label": r"train-1\.tar: sample 'train-0019': its label \(\.cls\) is b''",
     "no image": r"train-1\.tar: sample 'train-0019' has no image",
 }

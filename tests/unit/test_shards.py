@@ -456,6 +456,13 @@ def test_check_lists_all_problems(built: Path):
     assert "train-000003.tar" not in found
 
 
+def test_an_empty_file_is_no_shard(built: Path) -> None:
+    os.truncate(built / "train-000000.tar", 0)
+    assert "train-000000.tar: the file is empty" in problems(built)
+    with pytest.raises(DataError, match=r"train-000000\.tar: truncated: 0 of"):
+        ShardReader(Manifest.load(built), "train").load(0)
+
+
 def test_check_finds_a_label_out_of_range(built: Path):
     manifest = Manifest.load(built)
     Manifest(manifest.root, manifest.classes[:1], manifest.splits).save()
