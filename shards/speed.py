@@ -12,12 +12,11 @@ import cv2
 import torch
 
 from scaleprog.data.augment import BatchRequest
-from scaleprog.data.manifest import Manifest
 from scaleprog.data.order import Order
 from scaleprog.data.reader import TRAIN, DataSet, TrainReader
 from scaleprog.data.stream import Batch, Fill, Layout, Stream
 from scaleprog.data.token_labels import LabelShards
-from scaleprog.planning.plan import outline
+from scaleprog.planning.plan import manifest_of, outline
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.keys import AugmentSettings
 from scaleprog.recipe.numbers import ceil_div
@@ -78,7 +77,7 @@ def measure(recipe: Recipe, images: int, turns: int) -> Speed:
 
 def sample(recipe: Recipe, images: int) -> tuple[DataSet, Order]:
     """The first shards with so many images, to be kept in memory, and their order as one lane of the recipe's run."""
-    manifest = Manifest.load(recipe.data.path)
+    manifest = manifest_of(recipe)
     held = list(accumulate(shard.samples for shard in manifest.split(TRAIN)))
     manifest = manifest.first(TRAIN, min(bisect_left(held, images) + 1, len(held)))
     shards = manifest.split(TRAIN)

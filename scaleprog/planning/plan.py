@@ -57,7 +57,7 @@ class Plan:
     @classmethod
     def of(cls, recipe: Recipe) -> "Plan":
         """Checks a recipe against its model and its shards. Raises RecipeError or DataError."""
-        manifest = _manifest(recipe)
+        manifest = manifest_of(recipe)
         for split in ("train", "val"):
             manifest.verify_sizes(split)
             manifest.verify_counts(split)
@@ -291,10 +291,10 @@ def steps_per_epoch(recipe: Recipe) -> int | None:
     file = recipe.data.manifest or (folder is not None and Path(folder, MANIFEST))
     if file and not os.path.lexists(file):
         return None
-    return _order(recipe, _manifest(recipe)).steps_per_epoch
+    return _order(recipe, manifest_of(recipe)).steps_per_epoch
 
 
-def _manifest(recipe: Recipe) -> Manifest:
+def manifest_of(recipe: Recipe) -> Manifest:
     """The manifest of the shards that a recipe trains on. Raises RecipeError, DataError, or Unavailable."""
     data = recipe.data
     if data.memory is not None and data.store is None and local_path(data.path) is None:
