@@ -15,7 +15,7 @@ from scaleprog.data.decode import problem_of
 from scaleprog.data.labels import Numbering
 from scaleprog.data.manifest import NAME, Manifest, split_of
 from scaleprog.data.shard import EXTENSIONS, IMAGE_EXTENSIONS
-from scaleprog.data.source import SHARD_NAME, Folder, Shard, Source, source_of
+from scaleprog.data.source import GZIPPED, SHARD_NAME, Folder, Shard, Source, inflated, source_of
 from scaleprog.errors import DataError
 from scaleprog.files.display import as_text
 from scaleprog.recipe.numbers import MOST_CLASSES
@@ -154,6 +154,7 @@ def read_contents(source: Source, name: str, classes: Sequence[str] | None) -> C
     try:
         path, shard = source.path(name), source.fetch(name)
         contents.bytes, contents.sha256 = len(shard), hashlib.sha256(shard).hexdigest()
+        shard = inflated(name, shard, path)
         for key, members in members_of(shard, len(shard), path):
             contents.samples += 1
             try:
@@ -207,14 +208,16 @@ def _shards_in(source: Source) -> dict[str, list[str]]:
     files = source.files()
     splits = _by_split(files)
     if not any(splits.values()):
-        packed = [name for name in files if re.search(r"\.tar\.[a-z0-9]+$|\.tgz$", name)]
-        hint = f"; {packed[0]} is compressed: unpack it to a plain tar" if packed else ""
+        compressed = [name for name in files if re.search(r"\.tar\.[a-z0-9]+$", name)]
+        hint = f"; {compressed[0]} is compressed: unpack it to a plain tar" if compressed else ""
         raise DataError(
             f"{source.root}: no shards named *.tar; give the folder that holds them, or rename them so that a word of "
             f"each name says train or val{hint}"
         )
     taken = set(chain(*splits.values()))
-    if left := [name for name in files if name.endswith(".tar") and not name.startswith(".") and name not in taken]:
+    if left := [
+        name for name in files if name.endswith((".tar", *GZIPPED)) and not name.startswith(".") and name not in taken
+    ]:
         print(as_text(f"note: left out, because their names say neither train nor val: {some(left)}"))
     return splits
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn, Self
 
 from pydantic import FailFast, Field, ValidationError, field_validator, model_validator
 
-from scaleprog.data.source import MOST_BYTES, Folder, Shard, Source, source_of
+from scaleprog.data.source import GZIPPED, MOST_BYTES, MOST_INFLATED, Folder, Shard, Source, source_of
 from scaleprog.data.store import Store
 from scaleprog.data.tar import SMALLEST_SAMPLE
 from scaleprog.errors import DataError
@@ -157,7 +157,8 @@ class Manifest:
             DataError: a shard is too small for the number of samples in the manifest.
         """
         for shard in self.split(name):
-            if shard.samples * SMALLEST_SAMPLE > shard.bytes:
+            most = shard.bytes * (MOST_INFLATED if shard.name.endswith(GZIPPED) else 1)
+            if shard.samples * SMALLEST_SAMPLE > most:
                 raise DataError(
                     f"{self.path(shard)}: {NAME} says {shard.samples} samples in {shard.bytes} bytes, which is "
                     f"impossible. Rewrite {NAME}: {_rewrite(self.root)}."

@@ -14,13 +14,14 @@ from scaleprog.data.augment import Encoded
 from scaleprog.data.labels import Numbering
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.packed import OpenFile, PackedShard
-from scaleprog.data.source import Shard, check_size, source_of
+from scaleprog.data.source import GZIPPED, Shard, check_size, inflated, source_of
 from scaleprog.data.tar import Seekable
 from scaleprog.errors import DataError, Unavailable
 
 ENCODED_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGE_EXTENSIONS = (*ENCODED_EXTENSIONS, packed.EXTENSION)
 EXTENSIONS = (*ENCODED_EXTENSIONS, *labels.KINDS)
+_INFLATED = 2  # assumed bytes in memory per byte of a gzipped shard; images hardly shrink
 LoadShard = Callable[[int], "LoadedShard | PackedShard"]
 MapsOf = Callable[[int, Sequence[str], bool], np.ndarray]
 """(index of a shard, its keys, whether to verify the checksum) -> the samples' label maps, (samples, h, w, K)."""
@@ -96,6 +97,8 @@ class ShardReader:
 
     def resident_bytes(self, shard: Shard) -> int:
         """Memory that a process takes to hold a shard."""
+        if shard.name.endswith(GZIPPED):
+            return _INFLATED * shard.bytes
         return shard.samples * packed.INDEX_BYTES if self.packed or self.on_disk else shard.bytes
 
     def preload(self) -> None:
@@ -115,7 +118,8 @@ class ShardReader:
             shard, verify = self.shards[index], index not in self._verified
             loaded = self._in_file(shard, verify)
             if loaded is None:
-                content = self._source.read(shard, verify)
+                path, stored = self._source.path(shard.name), self._source.read(shard, verify)
+                content = inflated(shard.name, stored, path)
                 loaded = self._parsed(content, len(content), memoryview(content).toreadonly(), shard)
             if isinstance(loaded, PackedShard):
                 loaded = replace(loaded, checked=self._checked.setdefault(index, loaded.checked))
@@ -128,6 +132,8 @@ class ShardReader:
     def _in_file(self, shard: Shard, verify: bool) -> LoadedShard | PackedShard | None:
         """A shard whose file stays open, because it is packed or `on_disk`; None if it is to be read whole."""
         path = self._source.path(shard.name)
+        if shard.name.endswith(GZIPPED):
+            return None
         file = packed.opened(path)
         if file is None and self.on_disk:
             file = self._source.open(shard, verify)

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import re
+import zlib
 from dataclasses import dataclass
 from io import BufferedReader
 from mmap import mmap
@@ -27,9 +28,13 @@ from scaleprog.recipe.numbers import printable
 MOST_BYTES = 2**30
 """The most bytes in a shard, because a shard is read whole."""
 LONGEST_TEXT = 16 * 2**20
-SHARD_NAME = r"^([^/\\:.-][^/\\:]*/)?[^/\\:.-][^/\\:]*\.tar$"
-NAME_IN_URL = r"^([A-Za-z0-9_][A-Za-z0-9_.,=+-]*/)?[A-Za-z0-9_][A-Za-z0-9_.,=+-]*\.tar$"
+SHARD_NAME = r"^([^/\\:.-][^/\\:]*/)?[^/\\:.-][^/\\:]*\.(tar|tar\.gz|tgz)$"
+NAME_IN_URL = r"^([A-Za-z0-9_][A-Za-z0-9_.,=+-]*/)?[A-Za-z0-9_][A-Za-z0-9_.,=+-]*\.(tar|tar\.gz|tgz)$"
 """What no server or library takes for anything but a name."""
+GZIPPED = (".tar.gz", ".tgz")
+"""Ends of the names of shards that are inflated in memory."""
+MOST_INFLATED = 1032
+"""The most bytes that a byte of gzip stands for."""
 NO_FILE = (errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 """Errors for a path that is not a regular file; another attempt would fail, too."""
 _TRIES = 3
@@ -176,7 +181,7 @@ class Remote:
     store: Store | None = None
 
     def path(self, name: str) -> str:
-        if name.endswith(".tar") and not re.search(NAME_IN_URL, name):
+        if name.endswith((".tar", *GZIPPED)) and not re.search(NAME_IN_URL, name):
             raise DataError(
                 f"{self.root}: {name}: behind a URL, the name of a shard may have only letters, digits, and _.,=+-; "
                 "rename it"
@@ -238,6 +243,31 @@ class Remote:
             if hashlib.sha256(content).hexdigest() == shard.sha256:
                 return content
         raise _other_content(url)
+
+
+def inflated(name: str, content: mmap, path: str) -> mmap:
+    """The bytes of the tar in a shard: `content` itself, unless its name says that it is gzipped.
+
+    Raises DataError if it cannot be inflated, or not to at most `MOST_BYTES`.
+    """
+    if not name.endswith(GZIPPED):
+        return content
+    rest, pieces, size = content[:], [], 0
+    try:
+        while rest:  # a gzip file may have several members
+            inflate = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            pieces.append(inflate.decompress(rest, MOST_BYTES + 1 - size))
+            size += len(pieces[-1])
+            if size > MOST_BYTES:
+                raise DataError(f"{path}: inflates to more than {MOST_BYTES} bytes; build smaller shards")
+            if not inflate.eof:
+                raise DataError(f"{path}: its gzip stream is cut off; {HINT}")
+            rest = inflate.unused_data
+    except zlib.error as error:
+        raise DataError(f"{path}: not gzip, although its name says so ({error}); {HINT}") from error
+    whole = transfer.memory(max(size, 1))
+    whole[:size] = b"".join(pieces)
+    return whole
 
 
 def _read_whole(file: BufferedReader, size: int) -> mmap:

@@ -1,9 +1,10 @@
 """Shards that other programs made are indexed and read where they lie, also behind a URL."""
 
+import gzip
 import io
 import json
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import cv2
@@ -173,3 +174,41 @@ def test_shards_of_other_splits_are_left_out_with_a_word(tmp_path: Path, capsys:
     (tmp_path / "x-train-0.tar").unlink()
     write_manifest(tmp_path, workers=1)
     assert [shard.name for shard in Manifest.load(tmp_path).split("train")] == ["backup.tar"]
+
+
+def test_gzipped_shards_hold_what_they_held_before(tmp_path: Path) -> None:
+    as_timm(tmp_path / "plain")
+    (tmp_path / "gzipped").mkdir()
+    for number, path in enumerate(sorted((tmp_path / "plain").iterdir())):
+        content, half = path.read_bytes(), path.stat().st_size // 2
+        parts = gzip.compress(content[:half]) + gzip.compress(content[half:])  # a gzip file may have several members
+        (tmp_path / "gzipped" / f"{path.stem}{'.tgz' if number else '.tar.gz'}").write_bytes(parts)
+    found = []
+    for name in ("plain", "gzipped"):
+        write_manifest(tmp_path / name, workers=1)
+        check(tmp_path / name, workers=1)
+        manifest = Manifest.load(tmp_path / name)
+        manifest.verify_counts("train")
+        shards = [ShardReader(manifest, "train", on_disk=True).load(index) for index in range(2)]
+        found.append([(shard.keys, shard.labels.tolist(), bytes(shard.image(5)[0])) for shard in shards])
+    assert sorted(found[0]) == sorted(found[1])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda whole: gzip.compress(whole)[:-20], "its gzip stream is cut off"),
+        (lambda whole: whole, "not gzip, although its name says so"),
+        (lambda whole: gzip.compress(bytes(2**21)), "inflates to more than 1048576 bytes"),
+    ],
+)
+def test_a_gzipped_shard_that_cannot_be_inflated(
+    content: Callable[[bytes], bytes], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scaleprog.data.source.MOST_BYTES", 2**20)
+    pack(tmp_path / "train-0.tar", [("a.jpg", images(1)[0]), ("a.cls", b"0")])
+    whole = (tmp_path / "train-0.tar").read_bytes()
+    (tmp_path / "train-0.tar").unlink()
+    (tmp_path / "train-0.tar.gz").write_bytes(content(whole))
+    with pytest.raises(DataError, match=rf"train-0\.tar\.gz: {message}"):
+        write_manifest(tmp_path, workers=1)
