@@ -306,6 +306,7 @@ def synchronizations(bench: Bench, model: Model, steps: int = 50, **sharding: An
             reader=SimpleNamespace(lanes=range(recipe.data.lanes)),
             recorder=Recorder(Path(folder), bench.coordinator, 1, 0, recipe.train.log_every),
             state=SimpleNamespace(step=0, images=0),
+            damaged=set(),
         )
 
         def take(count: int) -> None:
