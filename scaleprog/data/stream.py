@@ -5,6 +5,7 @@ a small network's step. Here, all workers write into the same slots, which the r
 batch. So nothing is copied between a worker and the device, and two semaphores per worker control whose turn it is.
 """
 
+import gc
 import math
 import mmap
 import multiprocessing
@@ -225,7 +226,11 @@ class _Worker:
     def _fork(self) -> None:
         self._errors, errors = FORK.Pipe(duplex=False)
         self._process = FORK.Process(target=self._fill, args=(errors,), daemon=True)
+        collects = gc.isenabled()
+        gc.disable()  # until the worker has set aside what it inherits
         self._process.start()
+        if collects:
+            gc.enable()
         self._forked = time.monotonic()
         errors.close()
 
@@ -317,11 +322,16 @@ def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _reset_signals(rank_process: int) -> None:
-    """Sets up the signal handlers and threads of a forked worker.
+    """Sets up the signal handlers, threads, and garbage collection of a forked worker.
+
+    What it inherits is never collected there: a process group of torch among it would wait for its threads, which a
+    forked process does not have, and the collector would copy every page that it looks at.
 
     Slurm and terminals signal every process of a job, and the rank still trains some steps after that. So a worker
     ignores SIGINT and SIGUSR2, and SIGTERM ends it only if the rank sent it. A worker whose rank is gone exits.
     """
+    gc.freeze()
+    gc.enable()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     if hasattr(os, "SCHED_BATCH"):  # otherwise a worker that wakes up can take the rank's CPU for some milliseconds

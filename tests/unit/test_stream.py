@@ -1,5 +1,6 @@
 """Streams: whole batches in shared slots, errors in their place, and workers that hang in their fork."""
 
+import gc
 import os
 import signal
 import time
@@ -70,6 +71,33 @@ def test_a_batch_stays_until_the_next_one_is_asked_for() -> None:
         before = batch.clone()
         time.sleep(0.5)
         assert torch.equal(batch.images, before.images)
+
+
+class Deadly:
+    """Garbage that may be destroyed only in the process that made it, like a process group of torch."""
+
+    def __init__(self) -> None:
+        self.itself, self.maker = self, os.getpid()
+
+    def __del__(self) -> None:
+        if os.getpid() != self.maker:
+            os._exit(1)
+
+
+def test_a_worker_does_not_collect_the_garbage_that_it_inherits() -> None:
+    def collecting(units: range) -> Iterator[Fill]:
+        gc.collect()
+        yield from produce(units)
+
+    gc.collect()
+    gc.disable()
+    try:
+        Deadly()
+        with Stream(collecting, 4, 2, 2, LAYOUT) as batches:
+            assert len(list(batches)) == 5
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 def test_with_a_gpu_a_batch_stays_until_its_copies_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
