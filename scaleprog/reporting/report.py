@@ -1,5 +1,6 @@
 """Compares runs: report.md with the paper's Table 2, what the searches decided, the runs' timelines, and pictures."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from scaleprog.reporting.history import RunRecord, size_of
 from scaleprog.reporting.text_tables import cell, markdown_table, plain_table, spread
 from scaleprog.reporting.timeline import Timeline, describe, table_row
 from scaleprog.reporting.timeline_figure import draw_timelines
+from scaleprog.rundir.accuracies import better, is_percentage
 from scaleprog.rundir.reading import reason
 
 RESULTS = {  # column -> key in results.json, format
@@ -159,10 +161,10 @@ def _further_metrics(runs: Sequence[RunRecord]) -> list[str]:
     return sorted(set.intersection(*named)) if named else []
 
 
-def _percent(results: Mapping[str, Any], metric: str) -> float | None:
-    """The accuracy (percent) of the better weights; None if the values are not percentages."""
-    found = [results[metric], results[f"{metric}_ema"]]
-    return max(found) if all(type(each) in (int, float) and 0 <= each <= 100 for each in found) else None
+def _better(results: Mapping[str, Any], metric: str) -> float | None:
+    """The accuracy (percent) or loss of the better weights; None if the values are neither."""
+    found, most = [results[metric], results[f"{metric}_ema"]], 100 if is_percentage(metric) else math.inf
+    return better(metric, found) if all(type(each) in (int, float) and 0 <= each <= most for each in found) else None
 
 
 def _row(
@@ -180,7 +182,7 @@ def _row(
         "stages": run.stages,
         "epochs": f"{epochs:g}" if run.finished else f"{run.epoch:.1f} of {epochs:g}",
         **{column: cell(results[key], spec) for column, (key, spec) in RESULTS.items()},
-        **{metric: cell(_percent(results, metric), ".2f") for metric in metrics},
+        **{metric: cell(_better(results, metric), ".2f") for metric in metrics},
         "speedup": cell(speedup(results["train_seconds"]) if run.finished else None, "+.1%"),
         "wall speedup": cell(by_wall(results["wall_seconds"]) if run.finished else None, "+.1%"),
     }

@@ -197,7 +197,7 @@ class Recorder:
         self.waiting = share
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the accuracies (percent) after `step` steps as a separate row."""
+        """Writes what an evaluation found after `step` steps as a separate row."""
         if self._main:
             self._metrics.write({"step": step, **values})
             self.curve(step, "evaluation", values)
@@ -395,9 +395,9 @@ def _truncate(path: Path, step: int, redo_evaluation: bool) -> dict[str, Any]:
             except ValidationError:
                 damaged += line.endswith(b"\n") and not line.isspace()
                 continue
-            if row["step"] < step or (row["step"] == step and ("loss" in row or not redo_evaluation)):
+            if row["step"] < step or (row["step"] == step and ("phase" in row or not redo_evaluation)):
                 yield line if line.endswith(b"\n") else line + b"\n"
-            elif row["step"] > step and "loss" in row:
+            elif row["step"] > step and "phase" in row:
                 lost.append(row)
 
     if path.is_symlink() or path.exists():
