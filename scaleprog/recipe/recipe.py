@@ -32,6 +32,7 @@ from scaleprog.recipe.numbers import Settings
 FREE = (
     "train.max_steps",
     "train.log_every",
+    "train.rank_curves",
     "train.accept_arithmetic",
     "train.micro_batch",
     "init",
