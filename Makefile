@@ -5,6 +5,7 @@ PYTHON := $(VENV)/bin/python
 SCALEPROG := $(VENV)/bin/scaleprog
 INSTALLED := $(VENV)/.installed
 FASHION := /usr/share/datasets/fashion-mnist
+CHROMIUM := /usr/bin/chromium
 DEMO := runs/demo
 SEED := 0
 
@@ -29,13 +30,16 @@ demo: install
 	@echo "next, with your own images: $(SCALEPROG) shards image-folder FOLDER data/mine"
 
 # Three files at a time, because the Slurm tests mostly wait.
-test: install $(FASHION)
+test: install $(FASHION) $(CHROMIUM)
 	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# Installs the Debian package that the tests of the Fashion-MNIST builder read, if root and apt are available.
-$(FASHION):
+# Installs a Debian package that some tests need, if root and apt are available: the images that the Fashion-MNIST builder
+# reads, and the browser that looks at TensorBoard.
+$(FASHION): PACKAGE := dataset-fashion-mnist
+$(CHROMIUM): PACKAGE := chromium
+$(FASHION) $(CHROMIUM):
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
-		(apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist) || echo "cannot install dataset-fashion-mnist: its tests skip"; \
+		(apt-get update -qq && apt-get install -y -qq $(PACKAGE)) || echo "cannot install $(PACKAGE): its tests skip"; \
 	fi
 
 # The tests that need a GPU; `make test` hides all GPUs, because it compares ranks on CPUs.

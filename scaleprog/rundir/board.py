@@ -66,7 +66,7 @@ class Board:
             for key, value in row.items()
             if key not in HIDDEN and (isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63))
         ]
-        self._add(step=row["step"], summary=Summary(value=points))
+        self._add(step=row["step"], summary=Summary(value=points), wall_time=row.get("time", time.time()))
 
     def tell(self, step: int, decision: Decision, unit: str) -> None:
         """Writes what a search found and chose as a text; `unit` is that of the candidates' times."""
@@ -86,7 +86,7 @@ class Board:
         self._appended.close()
 
     def _add(self, **event: Any) -> None:
-        self._records.write(Event(wall_time=time.time(), **event).SerializeToString())
+        self._records.write(Event(**{"wall_time": time.time(), **event}).SerializeToString())
 
 
 def group_of(key: str, row: Mapping[str, Any]) -> str:

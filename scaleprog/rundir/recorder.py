@@ -133,8 +133,10 @@ class Recorder:
             return
         self._board = Board(run, step=0)
         self._board.lay_out()
+        moment = 0.0  # evaluations do not have their own
         for row in each_row(run / METRICS):
-            self._draw(row)
+            moment = row.get("time", moment)
+            self._draw(row | {"time": moment})
         for event in read(run / EVENTS, EVENT).rows:
             if event["event"] == "choice" and event["step"] <= step:
                 self._board.tell(event["step"], decision_from_json(event), self._unit)

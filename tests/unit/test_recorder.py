@@ -16,6 +16,7 @@ from typing import Any, cast
 import pytest
 import torch
 from pydantic import ValidationError
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import scaleprog.rundir.recorder
 from scaleprog.growth.search import Decision
@@ -189,6 +190,12 @@ def test_a_run_that_an_earlier_version_drew_elsewhere_is_drawn_again_from_its_re
         assert event_files(old / "rank_1"), "cannot be drawn again"
     assert steps(tmp_path)["train/loss"] == [2, 4, 6, 8]
     assert len(event_files(tmp_path)) == 2
+    drawn = EventAccumulator(str(tmp_path)).Reload()
+    wall = {row["step"]: row["time"] for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row}
+    for tag in ("train/loss", "vitals/lr"):
+        assert {event.step: event.wall_time for event in drawn.Scalars(tag)} == {
+            step: wall[step] for step in (2, 4, 6, 8)
+        }
     assert texts(tmp_path).keys() == {"search/stage_2/text_summary"}
 
 
