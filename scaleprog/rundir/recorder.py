@@ -67,7 +67,8 @@ class _Pending:
 
 
 class Recorder:
-    """Writes the records of a run. Rank 0 writes what all ranks share; every rank writes its own events and curves.
+    """Writes the records of a run. Rank 0 writes what all ranks share; every rank writes its own events, and curves if
+    asked.
 
     Steps stay buffered on the device until `flush` reduces all of them at once.
     """
