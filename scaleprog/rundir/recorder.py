@@ -134,7 +134,7 @@ class Recorder:
             return
         self._board = Board(run, step=0)
         self._board.lay_out()
-        moment = 0.0  # evaluations do not have their own
+        moment = time.time()  # evaluations take that of the step before
         for row in each_row(run / METRICS):
             moment = row.get("time", moment)
             self._draw(row | {"time": moment})
