@@ -64,7 +64,7 @@ def main() -> None:
     if before is scaleprog._leave_quietly:
         signal.signal(signal.SIGINT, _interrupt)
     try:
-        app()
+        app(prog_name="scaleprog")  # also for python -m scaleprog: completion goes by this name
     except Preempted as error:
         say(f"{error}; the same command resumes from the last checkpoint")
         sys.exit(error.exit_code)

@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from scaleprog.cli.arguments import Overrides, RecipePath
+from scaleprog.cli.completion import group_words
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text, table
 from scaleprog.recipe.numbers import MOST_RANKS
@@ -103,7 +104,10 @@ def plan(
 
 
 def keys(
-    group: Annotated[str | None, typer.Argument(help="A group of keys, e.g. search; default: all groups.")] = None,
+    group: Annotated[
+        str | None,
+        typer.Argument(help="A group of keys, e.g. search; default: all groups.", autocompletion=group_words),
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="The JSON schema, for editors.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="The text of docs/recipe.md.")] = False,
 ) -> None:

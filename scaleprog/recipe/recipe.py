@@ -144,7 +144,7 @@ def _read(path: Path, parents: tuple[Path, ...], read: list[Path]) -> dict[str, 
         values = read_mapping(path)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 3)
-        near = near or difflib.get_close_matches(shipped.name_of(str(path)), shipped.recipes(), 3, cutoff=0.8)
+        near = near or difflib.get_close_matches(shipped.name_of(str(path)), shipped.recipes(), 1, cutoff=0.8)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise RecipeError(f"{path}: no such recipe{of}{hint}") from None
     except OSError as error:
