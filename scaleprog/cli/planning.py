@@ -80,7 +80,7 @@ def plan(
             f"{row['parameters'] / 1e6:.2f} M",
             f"{row['gmacs']:.3g}",
             f"{row['bytes_per_rank'] / 2**20:.0f} MiB",
-            f"{row['epochs']:g}",
+            f"{round(row['epochs'], 3):g}",
         )
     console = Console()
     console.print(stages)
@@ -119,10 +119,10 @@ def keys(
         return
     console = Console()
     for name, (about, rows) in (reference.groups() if group is None else {group: reference.group(group)}).items():
-        console.rule(f"{name}: {about}", align="left")
+        console.print(Text(f"{name}: {about}\n", style="bold"))
         for key in rows:
             default = "required" if key.default is None else f"default {key.default}"
-            console.print(f"{key.name}: {key.takes}; {default}", markup=False, soft_wrap=True)
+            console.print(f"{key.name}: {key.takes}; {default}", markup=False)
             console.print(Padding(Text(key.meaning), (0, 0, 1, 4)))
 
 

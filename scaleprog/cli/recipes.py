@@ -13,7 +13,6 @@ from rich.table import Table
 
 from scaleprog.cli.completion import shipped_words
 from scaleprog.errors import ScaleprogError
-from scaleprog.files.atomic import write_whole
 from scaleprog.files.display import as_text
 from scaleprog.recipe import shipped
 from scaleprog.recipe.recipe import files_of
@@ -23,7 +22,9 @@ def recipes(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME]...", help="Only these, or those in these folders; default: all.", autocompletion=shipped_words
+            metavar="[NAME]...",
+            help="Only these, or those in these folders; default: all.",
+            autocompletion=shipped_words,
         ),
     ] = None,
     to: Annotated[
@@ -70,7 +71,7 @@ def copy(files: Iterable[Path], folder: Path) -> list[Path]:
     try:
         for target, source in copies.items():
             if target.exists() and target.read_bytes() != source.read_bytes():
-                raise ScaleprogError(f"{target}: exists and differs from scaleprog's; move it away, or choose another --to")
+                raise ScaleprogError(f"{target}: exists and differs from scaleprog's; choose another --to")
         for target, source in copies.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)

@@ -29,7 +29,11 @@ def test_plan_prints_stages_and_the_predicted_speedup(command: Command, write_re
     recipe = write_recipe(growth={"schedule": "linear", "stages": 3}, data={"path": "not/there"})
     told = command("plan", recipe)
     assert (told.code, told.err) == (0, "")
-    assert [row[:4] for row in rows_of(told.out)] == [["1", "train", "16", "2"], ["2", "train", "24", "3"], ["3", "train", "32", "4"]]
+    assert [row[:4] for row in rows_of(told.out)] == [
+        ["1", "train", "16", "2"],
+        ["2", "train", "24", "3"],
+        ["3", "train", "32", "4"],
+    ]
     assert re.search(r"predicted speedup by GMACs: \+\d+\.\d%", told.out)
     assert "a search decides" not in told.out
     assert "a search will decide each stage" in command("plan", recipe, "growth.schedule=automatic").out
