@@ -17,7 +17,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     docs = ROOT / "docs"
     theme = [file for file in files if not Path(file.abs_src_path or "").is_relative_to(docs)]
     paths = {ROOT / page for page in PAGES}
-    paths |= {path for path in docs.rglob("*") if path.suffix in (".md", ".png", ".jsonl")}
+    paths |= {path for path in docs.rglob("*") if path.suffix in (".md", ".png", ".jsonl", ".css")}
     for page in [path for path in paths if path.suffix == ".md"]:
         paths |= set(linked(page))
     own = (File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)) for path in sorted(paths))
