@@ -102,4 +102,4 @@ cluster-down:
 	slurm/dev_cluster.sh down
 
 clean:
-	rm -rf runs data $(VENV)
+	rm -rf runs data build $(VENV)

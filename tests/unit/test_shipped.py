@@ -120,6 +120,7 @@ def test_bash_asks_for_completions(
     assert command().out.split() == words
 
 
+@pytest.mark.process
 def test_the_versions_need_no_torch() -> None:
     code = (
         "import sys; sys.argv = ['scaleprog', '--version']; from scaleprog import cli\n"
