@@ -6,15 +6,24 @@ from typing import Annotated
 
 import typer
 
+from scaleprog.cli.completion import key_words, recipe_words, run_words
 from scaleprog.files.display import as_text
 
 MOST_HERE = 1024
 """The most ranks that scaleprog starts on one machine."""
 RecipePath = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. configs/fashion_mnist/prog.yaml.")
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or the name of one that comes with scaleprog (`scaleprog recipes`).",
+        autocompletion=recipe_words,
+    ),
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.epochs=8")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.epochs=8", autocompletion=key_words),
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", autocompletion=run_words)]
 RanksHere = Annotated[
     str,
     typer.Option(
