@@ -17,12 +17,11 @@ from scaleprog.growth.space import Choice, Subnet
 from scaleprog.launchers.requeue import committed_step
 from scaleprog.launchers.snapshot import JOB, JobFile
 from scaleprog.recipe import Recipe
-from scaleprog.reporting.timeline import still_told
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.lease import ask_to_stop, is_alive, read_owner, runs
 from scaleprog.rundir.planned import read_plan
-from scaleprog.rundir.reading import read, read_object
+from scaleprog.rundir.reading import read, read_object, still_told
 from scaleprog.rundir.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, Results
 from scaleprog.rundir.state import decision_from_json
 
@@ -269,8 +268,8 @@ def time_left(
 
 def possible(schedule: Schedule, choices: Sequence[Choice]) -> list[Choice]:
     """The choices up to, but not including, the first one that no search of `schedule` can have made."""
-    made: list[Choice] = []
-    for choice in choices:
+    made = list(choices[: len(schedule.settled)])
+    for choice in choices[len(made) :]:
         search = schedule.phases(made)[-1]
         if not search.searched or choice.subnet not in search.candidates:
             break

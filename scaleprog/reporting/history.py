@@ -14,9 +14,9 @@ from scaleprog.errors import CheckpointError
 from scaleprog.files import plain_yaml
 from scaleprog.growth.space import Subnet
 from scaleprog.reporting.figures import Search, Segment
-from scaleprog.reporting.timeline import Timeline, read_timeline, still_told
+from scaleprog.reporting.timeline import Timeline, read_timeline
 from scaleprog.rundir.accuracies import Accuracies
-from scaleprog.rundir.reading import checked, read, read_object
+from scaleprog.rundir.reading import checked, read, read_object, still_told
 from scaleprog.rundir.records import (
     EVALUATED_AT,
     EVALUATIONS,

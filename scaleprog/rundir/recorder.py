@@ -117,7 +117,7 @@ class Recorder:
         self._own_board = _Board(board / f"rank_{self.coordinator.rank}", step) if world > 1 else None
         if not self._main:
             return
-        self.lost = _truncate(run / METRICS, step, redo_evaluation)
+        self.lost = truncate(run / METRICS, step, redo_evaluation)
         self._metrics = _Lines(run / METRICS)
         self._board = _Board(board, step - 1 if redo_evaluation else step)
         if redo_evaluation:
@@ -372,7 +372,7 @@ def _to_be_recorded(path: Path) -> Iterator[None]:
         raise Unavailable(f"{what}; fix that and start again") from error
 
 
-def _truncate(path: Path, step: int, redo_evaluation: bool) -> dict[str, Any]:
+def truncate(path: Path, step: int, redo_evaluation: bool) -> dict[str, Any]:
     """Drops rows after `step`, so that each step appears in the file once, no matter how often it was trained.
 
     With `redo_evaluation`, also drops the accuracies after that step. Drops lines that are not rows, and prints how
