@@ -5,7 +5,6 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError
@@ -31,17 +30,6 @@ def parse_source(text: str) -> tuple[Path, int | None]:
     """The run directory and the step in RUN or RUN@STEP; the step is None for the newest checkpoint."""
     found = re.fullmatch(r"(.+)@([0-9]{1,15})", text)
     return (Path(text), None) if found is None or Path(text).is_dir() else (Path(found[1]), int(found[2]))
-
-
-def fork_name(recipe: str, source: str) -> str:
-    """The name of a fork's run directory, without the seed; equal for equal commands.
-
-    Args:
-        recipe: the name of the recipe.
-        source: RUN or RUN@STEP.
-    """
-    run, step = parse_source(source)
-    return f"{recipe}-from-{run.resolve().name}" + ("" if step is None else f"@{step}")
 
 
 def fork(recipe: Recipe, source: str, folder: Path, dry_run: bool = False) -> Recipe:
