@@ -66,6 +66,7 @@ def submit(
         max_restarts,
         tuple(sbatch or ()),
     )
+    request.check()
     check_job(folder)
     loaded = begin(loaded, folder, source, dry_run)
     if dry_run:

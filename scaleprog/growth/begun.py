@@ -42,7 +42,7 @@ def begun_by(parent: ParentSettings | None) -> tuple[Phase, ...]:
     return tuple(
         Phase(
             phase.stage,
-            "supernet" if phase.searched else "train",
+            "supernet" if len(phase.resolutions) * len(phase.depths) > 1 else "train",
             start,
             stop,
             parent.position - (parent.step - start),

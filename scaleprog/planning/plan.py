@@ -116,9 +116,8 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
     growth, search = recipe.growth, recipe.search
     kind, ladder = rungs(growth, full, stride)
     begun = begun_by(recipe.parent)
-    _check_groups(
-        recipe, family, [begun[-1].network, *(s.at_least(begun[-1].network) for s in ladder)] if begun else ladder
-    )
+    present = [phase.network for phase in begun[-1:]]
+    _check_groups(recipe, family, [*present, *(s.at_least(p) for s in ladder for p in present or [s])])
     cooldown = recipe.optimizer.cooldown_steps(epoch)
     steps, search_steps = _lengths(recipe, kind, 1 if kind == "supernet" else len(ladder), epoch)
     scoring = search.measurements * _search_batches(recipe, epoch) / FORWARDS_PER_STEP

@@ -4,7 +4,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError
@@ -64,7 +65,8 @@ def fork(recipe: Recipe, source: str, folder: Path, dry_run: bool = False) -> Re
             manifest = read_manifest(checkpoint)
             continued = _continued(recipe, then, run, checkpoint, manifest)
             if not dry_run:
-                _write(folder, lambda to: write_fork(to, run, checkpoint, manifest, continued, uuid.uuid4().hex))
+                with _complete(folder) as new:
+                    write_fork(new, run, checkpoint, manifest, continued, uuid.uuid4().hex)
             return continued
         except CheckpointError as error:  # if the run trains, it may have replaced or deleted the checkpoint
             if checkpoint == failed:
@@ -149,8 +151,8 @@ def _continued(recipe: Recipe, then: Recipe, run: Path, checkpoint: Path, manife
     end = continued.schedule.phases(state.choices)[-1]
     if parent.position >= continued.schedule.steps or (not end.searched and end.stop <= state.step):
         raise RecipeError(
-            f"--from {run}@{state.step}: nothing is left to train: the recipe has {continued.schedule.steps} steps, and "
-            f"the parent is at step {parent.position} of them; raise train.epochs"
+            f"--from {run}@{state.step}: nothing is left to train: the recipe has {continued.schedule.steps} steps, "
+            f"and the parent is at step {parent.position} of them; raise train.epochs"
         )
     return continued.recipe
 
@@ -201,8 +203,8 @@ def _rescheduled(parent: ParentSettings, run: Path, state: RunState, then: Plan,
         )
     if now.schedule.budget and last.network != now.schedule.full and then.recipe.train.batch != now.recipe.train.batch:
         raise RecipeError(
-            f"train.batch: {now.recipe.train.batch} here, {then.recipe.train.batch} in {run}, but a budget counts steps "
-            "of one size; keep it, or use search.method=published or another growth.schedule"
+            f"train.batch: {now.recipe.train.batch} here, {then.recipe.train.batch} in {run}, but a budget counts "
+            "steps of one size; keep it, or use search.method=published or another growth.schedule"
         )
     scale = now.order.steps_per_epoch / then.order.steps_per_epoch
     return parent.model_copy(
@@ -217,16 +219,17 @@ def _rescheduled(parent: ParentSettings, run: Path, state: RunState, then: Plan,
 # ---- the new run directory
 
 
-def _write(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Makes a run directory that is complete or does not exist. Raises ScaleprogError if it cannot be written.
+@contextmanager
+def _complete(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder that then becomes the one at `folder`; if the block raises, nothing remains.
 
-    `fill`: writes the contents into a new folder.
+    Raises ScaleprogError if it cannot be written.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        fill(temporary)
+        yield temporary
         temporary.rename(folder)
     except OSError as error:
         raise ScaleprogError(f"{error.filename or folder}: cannot write a run directory: {reason(error)}") from error

@@ -44,8 +44,8 @@ def begin(recipe: Recipe, folder: Path, source: str | None = None, dry_run: bool
         parent = recipe.parent
         if run_of(Path(parent.run)) != parent.id:
             raise CheckpointError(
-                f"{parent.run}: not there, or not the run {parent.id[:8]} from which the recipe continues; say where it "
-                f"is with --from RUN@{parent.step}"
+                f"{parent.run}: not there, or not the run {parent.id[:8]} from which the recipe continues; say where "
+                f"it is with --from RUN@{parent.step}"
             )
         source = f"{parent.run}@{parent.step}"
     if source is not None:
