@@ -66,6 +66,7 @@ class Status:
         commit_step: the step of the newest checkpoint; 0 if there is none.
         commit_age: seconds since that checkpoint was written.
         restarts: every start after the first.
+        parent: the run that this one continues, and the step from which it does; None unless it is a fork.
         troubles: what could not be read in the run directory, in words.
 
     None means "not known (yet)" unless noted otherwise.
@@ -89,12 +90,14 @@ class Status:
     commit_step: int
     commit_age: float | None
     restarts: list[Restart]
+    parent: str | None
     troubles: list[str]
 
     def text(self) -> str:
         """The status as text for people."""
         of = "" if self.steps is None else f" of {self.steps} ({self.step / self.steps:.0%})"
         lines = [("state", f"{self.state}{self.detail and f' ({self.detail})'}"), ("step", f"{self.step}{of}")]
+        lines += [("continues", self.parent)] if self.parent else []
         if self.stage is not None:
             loss = "not finite" if self.loss is None else f"{self.loss:.3f}"
             lines.append(("stage", f"{self.stage}, {self.phase}, {self.network}, loss {loss}"))
@@ -118,7 +121,7 @@ class Status:
 
 def status(run: Path) -> Status:
     """The status of the run in a directory. Raises ScaleprogError if it holds no run, or a run of another version."""
-    Recipe.of_run(run)  # refuses a directory that is not a run directory
+    parent = Recipe.of_run(run).parent  # also refuses a directory that is not a run directory
     records = [read(run / METRICS, METRIC, LAST_BYTES), read(run / EVENTS, EVENT), read(run / REQUEUES, LEFT)]
     rows, events, ends = (told.rows for told in records)
     trained = [row for row in rows if "loss" in row]
@@ -153,6 +156,7 @@ def status(run: Path) -> Status:
         commit_step=commit,
         commit_age=_age(run / "checkpoints" / f"step-{commit:08d}"),
         restarts=list(restarts(events, ends)),
+        parent=parent and f"{parent.run}, step {parent.step}",
         troubles=troubles,
     )
 

@@ -359,6 +359,11 @@ def _limit(recipe: Recipe, frugal: Schedule, price: Price) -> float:
         raise RecipeError(
             f"search.budget: {asked} of Original's cost, but {frugal.budget.short}; lower it, or train longer"
         )
+    if frugal.begun:
+        raise RecipeError(
+            f"search.budget: {asked} of Original's cost; with what the run's parent has spent, the cheapest run costs "
+            f"{least:.3f}; raise search.budget, or fork an earlier checkpoint"
+        )
     raise RecipeError(
         f"search.budget: {asked} of Original's cost; the cheapest run, which trains {smallest} until the last of "
         f"{stages} stages, costs {least:.3f} with its searches; raise search.budget or growth.stages, or lower "

@@ -104,8 +104,10 @@ class RunRecord:
 
     @property
     def twins(self) -> str:
-        """A text that is equal for runs whose recipes differ only in the seed."""
-        return json.dumps({**self.recipe, "seed": None}, sort_keys=True)
+        """A text that is equal for runs whose recipes differ only in the seed and, if they are forks, the parent."""
+        parent = self.recipe.get("parent")
+        step = parent.get("step") if isinstance(parent, Mapping) else None
+        return json.dumps({**self.recipe, "seed": None, "parent": step}, sort_keys=True)
 
     @property
     def on_cpu(self) -> bool:

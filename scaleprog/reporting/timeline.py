@@ -145,6 +145,12 @@ def describe(timeline: Timeline | None, events: Sequence[Row]) -> list[str]:
         [mark for mark in timeline.marks if mark.kind in ("signal", "stop", "killed") and mark.text] if timeline else []
     )
     lines = [
+        *[f"continues {e['run']} from step {e['step']}" for e in events if e["event"] == "forked"],
+        *[
+            f"made longer at step {e['step']}: {e['epochs']:g} epochs in place of {e['before']:g}"
+            for e in events
+            if e["event"] == "lengthened"
+        ],
         _listing("starts", [f"at step {e['step']}, world size {e.get('world', 1)}{_again(e)}" for e in starts]),
         _listing(
             f"growths in {sum(e['seconds'] for e in growths):.2f} s",

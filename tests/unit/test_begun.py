@@ -3,17 +3,16 @@
 from dataclasses import replace
 from itertools import pairwise
 
-import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from scaleprog.growth.begun import begun_by, networks, to_settings, trained
+from scaleprog.growth.begun import begun_by, to_settings, trained
 from scaleprog.growth.phase import Phase
 from scaleprog.growth.schedule import Schedule
-from scaleprog.growth.space import Choice, Subnet
+from scaleprog.growth.space import Choice
 from scaleprog.recipe.keys import SubnetSettings
 from scaleprog.recipe.parent import ParentSettings
-from tests.unit.schedules import DEIT, Unrolled, budgeted, of, unroll
+from tests.unit.schedules import Unrolled, of
 
 STEPS = 400
 BY_HAND = (SubnetSettings(resolution=96, depth=5), SubnetSettings(resolution=224, depth=12))
@@ -63,7 +62,7 @@ def joined(schedule: Schedule, begun: tuple[Phase, ...], position: int | None = 
 def forks(draw: st.DrawFn) -> Unrolled:
     """A fork, under any schedule, of a run of any schedule that stopped where it trained one network."""
     parent, child = draw(schedules()), draw(schedules())
-    phases, choices = chosen(draw, parent, [])
+    phases, _ = chosen(draw, parent, [])
     stops = [step for p in phases if p.kind == "train" for step in (p.start + 1, p.stop) if p.start < step <= p.stop]
     stops = [step for step in stops if trained(phases, step)[-1].position_of(step) < child.steps]
     assume(stops)
