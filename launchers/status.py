@@ -17,6 +17,7 @@ from scaleprog.growth.space import Choice, Subnet
 from scaleprog.launchers.requeue import committed_step
 from scaleprog.launchers.snapshot import JOB, JobFile
 from scaleprog.recipe import Recipe
+from scaleprog.recipe.parent import ParentSettings
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.lease import ask_to_stop, is_alive, read_owner, runs
@@ -131,7 +132,7 @@ def status(run: Path) -> Status:
     commit = committed_step(run)
     step = max(commit, now["step"]) if now else commit
     recent = trained[-RECENT_STEPS:]
-    steps, left, trouble = time_left(run, events, step, recent)
+    steps, left, trouble = time_left(run, parent, events, step, recent)
     troubles = [*(told.trouble for told in records if told.trouble), *filter(None, [trouble])]
     state, detail, job = standing(run, troubles)
     if state == "finished":
@@ -156,7 +157,7 @@ def status(run: Path) -> Status:
         commit_step=commit,
         commit_age=_age(run / "checkpoints" / f"step-{commit:08d}"),
         restarts=list(restarts(events, ends)),
-        parent=parent and f"{parent.run}, step {parent.step}",
+        parent=None if parent is None else f"{parent.run}, step {parent.step}",
         troubles=troubles,
     )
 
@@ -235,7 +236,7 @@ def _cause(row: Row) -> str:
 
 
 def time_left(
-    run: Path, events: Sequence[Row], step: int, recent: Sequence[Row]
+    run: Path, parent: ParentSettings | None, events: Sequence[Row], step: int, recent: Sequence[Row]
 ) -> tuple[int | None, float | None, str]:
     """Estimates how much training is left, with `Schedule.expected` for stages without a choice.
 
@@ -243,6 +244,7 @@ def time_left(
 
     Args:
         run: the run directory.
+        parent: the run that it continues.
         events: the lines of `events.jsonl`.
         step: the current optimizer step.
         recent: the lines of `metrics.jsonl` for the recent steps; they give the rate.
@@ -252,7 +254,7 @@ def time_left(
         empty). The numbers are None if they are not known.
     """
     try:
-        planned = read_plan(run)
+        planned = read_plan(run, parent)
     except ScaleprogError as error:
         return None, None, str(error)
     if planned is None:  # the run has not started

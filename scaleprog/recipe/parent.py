@@ -37,5 +37,5 @@ class ParentSettings(Settings):
     """The position in this recipe's schedule from which the fork trains."""
     began: NoOrMoreSteps = 0
     """The position at which the weights were initialized; not 0 after a probe that found nothing learned."""
-    phases: Annotated[tuple[TrainedSettings, ...], Field(max_length=200)] = ()
+    phases: Annotated[tuple[TrainedSettings, ...], Field(max_length=64)] = ()
     """The phases that the parent trained up to `step`; empty if this recipe's own are the same."""

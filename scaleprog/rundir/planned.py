@@ -9,7 +9,7 @@ from scaleprog.growth.begun import begun_by
 from scaleprog.growth.policy import Budget, EqualStages, Policy
 from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.space import Subnet
-from scaleprog.recipe import Recipe
+from scaleprog.recipe.parent import ParentSettings
 from scaleprog.rundir.reading import read_object
 from scaleprog.rundir.records import PlanFile, PlannedSchedule
 
@@ -34,11 +34,11 @@ def write_plan(run: Path, schedule: Schedule, gmacs: Callable[[Subnet], float]) 
     write_whole(run / PLAN, json.dumps({"schedule": fields, "gmacs": costs}))
 
 
-def read_plan(run: Path) -> tuple[Schedule, dict[Subnet, float]] | None:
+def read_plan(run: Path, parent: ParentSettings | None = None) -> tuple[Schedule, dict[Subnet, float]] | None:
     """The schedule and GMACs that `write_plan` wrote; None without a file. Raises CheckpointError or Unavailable.
 
-    The schedule tells steps and costs; how a network grows is not in the file. The phases that a fork's parent trained
-    are in the recipe.
+    The schedule tells steps and costs; how a network grows is not in the file. `parent`: the run that it continues,
+    according to its recipe.
     """
     values = read_object(run / PLAN, PlanFile)
     if values is None:
@@ -60,7 +60,7 @@ def read_plan(run: Path) -> tuple[Schedule, dict[Subnet, float]] | None:
             subset=fields["patch"] is not None,
             cooldown=cooldown,
         )
-    begun = begun_by(Recipe.of_run(run).parent)
+    begun = begun_by(parent)
     named = {name: fields[name] for name in SCHEDULE}  # type: ignore[literal-required]
     schedule = Schedule(ladder=ladder, policy=policy, begun=begun, **named)
     return schedule, {Subnet(resolution, depth): cost for resolution, depth, cost in values["gmacs"]}

@@ -7,13 +7,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.growth.begun import networks, to_settings, trained
 from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
-from scaleprog.recipe.parent import ParentSettings
 from scaleprog.rundir.checkpoint import run_of
 from scaleprog.rundir.forked import write_fork
 from scaleprog.rundir.reading import reason
@@ -142,17 +142,18 @@ def _continued(recipe: Recipe, then: Recipe, run: Path, checkpoint: Path, manife
     known = run_of(run)
     if known not in (None, manifest.run):
         raise CheckpointError(f"{checkpoint}: a checkpoint of another run; move it to its own run directory")
-    parent = ParentSettings(run=str(run), id=manifest.run, step=state.step, position=position)
+    parent: dict[str, Any] = {"run": str(run), "id": manifest.run, "step": state.step, "position": position}
     if not same_so_far(state, before, now):
-        parent = _rescheduled(parent, run, state, before, now)
-    continued = Plan.of(recipe.model_copy(update={"parent": parent}))
+        parent |= _rescheduled(run, state, before, now)
+    values = recipe.model_dump(mode="json") | {"parent": parent}
+    continued = Plan.of(Recipe.of(values, f"--from {run}@{state.step}"))
     if why := next(misplaced(state, continued), None):
         raise RecipeError(f"--from {run}@{state.step}: the recipe cannot continue from there: {why}")
     end = continued.schedule.phases(state.choices)[-1]
-    if parent.position >= continued.schedule.steps or (not end.searched and end.stop <= state.step):
+    if parent["position"] >= continued.schedule.steps or (not end.searched and end.stop <= state.step):
         raise RecipeError(
             f"--from {run}@{state.step}: nothing is left to train: the recipe has {continued.schedule.steps} steps, "
-            f"and the parent is at step {parent.position} of them; raise train.epochs"
+            f"and the parent is at step {parent['position']} of them; raise train.epochs"
         )
     return continued.recipe
 
@@ -188,8 +189,8 @@ def same_so_far(state: RunState, then: Plan, now: Plan) -> bool:
     return networks(trained(mine, state.step)) == networks(trained(theirs, state.step))
 
 
-def _rescheduled(parent: ParentSettings, run: Path, state: RunState, then: Plan, now: Plan) -> ParentSettings:
-    """The parent of a fork whose schedule differs before the parent's step: with the phases up to there.
+def _rescheduled(run: Path, state: RunState, then: Plan, now: Plan) -> dict[str, Any]:
+    """What a recipe also says of a parent whose schedule was another one: its phases, and where the fork continues.
 
     The fork takes its place in the new schedule at the same epoch.
     """
@@ -207,13 +208,11 @@ def _rescheduled(parent: ParentSettings, run: Path, state: RunState, then: Plan,
             "steps of one size; keep it, or use search.method=published or another growth.schedule"
         )
     scale = now.order.steps_per_epoch / then.order.steps_per_epoch
-    return parent.model_copy(
-        update={
-            "position": round(parent.position * scale),
-            "began": round(last.began * scale),
-            "phases": to_settings(phases),
-        }
-    )
+    return {
+        "position": round(last.position_of(state.step) * scale),
+        "began": round(last.began * scale),
+        "phases": [phase.model_dump(mode="json") for phase in to_settings(phases)],
+    }
 
 
 # ---- the new run directory

@@ -15,7 +15,7 @@ from scaleprog.rundir.lease import held_idle
 from scaleprog.rundir.reading import is_torn, open_to_append, reason, to_line
 from scaleprog.rundir.records import EVENTS
 from scaleprog.rundir.state import RunState
-from scaleprog.rundir.storage import committed, rename_recipe, step_of
+from scaleprog.rundir.storage import committed, read_manifest, rename_recipe, step_of
 from scaleprog.sharding.optimizer import learning_rate
 from scaleprog.training.fork import fork, same_so_far
 from scaleprog.training.resume import state_of
@@ -40,7 +40,10 @@ def begin(recipe: Recipe, folder: Path, source: str | None = None, dry_run: bool
     Raises:
         ScaleprogError: as `fork` and `lengthen` do.
     """
-    if source is None and recipe.parent is not None and not (folder / RECIPE).exists():
+    there = (folder / RECIPE).exists()
+    if source is None and recipe.parent is None and there:
+        recipe = recipe.model_copy(update={"parent": Recipe.of_run(folder).parent})  # a fork knows its parent
+    elif source is None and recipe.parent is not None and not there:
         parent = recipe.parent
         if run_of(Path(parent.run)) != parent.id:
             raise CheckpointError(
@@ -77,7 +80,7 @@ def lengthen(recipe: Recipe, folder: Path, dry_run: bool = False) -> Recipe:
     if recipe.train.epochs <= shorter.epochs or before.differences(recipe.model_copy(update={"train": shorter})):
         return recipe  # a start says what else differs
     with held_idle(folder):
-        kept = committed(folder / "checkpoints")
+        kept = [path for path in committed(folder / "checkpoints") if _is_legible(path)]
         then, now = Plan.of(before.model_copy(update={"data": recipe.data})), Plan.of(recipe)
         if kept and (why := _difference(state_of(kept[-1], then), then, now)):
             raise CheckpointError(
@@ -100,6 +103,15 @@ def lengthen(recipe: Recipe, folder: Path, dry_run: bool = False) -> Recipe:
         except OSError as error:
             raise ScaleprogError(f"{error.filename or folder}: cannot be written: {reason(error)}") from error
     return recipe
+
+
+def _is_legible(checkpoint: Path) -> bool:
+    """Whether the manifest can be read; a resume skips a checkpoint whose manifest is damaged."""
+    try:
+        read_manifest(checkpoint)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _difference(state: RunState, then: Plan, now: Plan) -> str:

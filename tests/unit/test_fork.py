@@ -84,6 +84,7 @@ def test_the_same_command_resumes_though_the_parent_is_gone(done: tuple[Recipe, 
     assert made.parent.step == 20
     shutil.rmtree(parent)
     assert begin(recipe, tmp_path / "new", str(parent)) == made
+    assert begin(recipe, tmp_path / "new") == made
     with pytest.raises(CheckpointError, match=r"continues .*done@20 .*, not .*done@15; use another --run-dir"):
         begin(recipe, tmp_path / "new", f"{parent}@15")
     with pytest.raises(CheckpointError, match=r"not .*other; use another"):
