@@ -8,13 +8,19 @@ from scaleprog.planning.plan import Plan, describe
 from scaleprog.recipe import Recipe
 from scaleprog.reporting.history import RunRecord, read_run
 from scaleprog.training.export import Dtype, Weights, evaluate_run, export_run
+from scaleprog.training.longer import begin
 from scaleprog.training.loop import train_rank
 
 __all__ = ["Plan", "Recipe", "RunRecord", "describe", "evaluate", "export", "grow_model", "load_run", "train"]
 
 
-def train(recipe: Recipe, run: Path | str) -> dict[str, Any]:
+def train(recipe: Recipe, run: Path | str, parent: Path | str | None = None) -> dict[str, Any]:
     """Trains a recipe in this process, on one rank; resumes a run directory that exists.
+
+    Args:
+        recipe: what is trained.
+        run: the run directory.
+        parent: RUN or RUN@STEP, the run and the step of the checkpoint from which a new run continues.
 
     Returns:
         What results.json holds: accuracies in percent, times in seconds, and what every stage trained.
@@ -22,7 +28,8 @@ def train(recipe: Recipe, run: Path | str) -> dict[str, Any]:
     Raises:
         ScaleprogError: of a kind that says what the user can put right.
     """
-    return train_rank(recipe, Path(run))
+    run = Path(run)
+    return train_rank(begin(recipe, run, None if parent is None else str(parent)), run)
 
 
 def evaluate(run: Path | str, resolution: int | None = None, weights: Weights = "best") -> tuple[float, str]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from scaleprog.cli.arguments import Overrides, RecipePath, RunPath
+from scaleprog.cli.arguments import Overrides, RecipePath, RunPath, Source, default_folder
 from scaleprog.files.display import as_text
 
 
@@ -36,20 +36,23 @@ def submit(
     ] = 120,
     max_restarts: Annotated[int, typer.Option(min=0, max=10**6, help="Most restarts after crashes.")] = 20,
     sbatch: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other option for sbatch.")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-seedN.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE[-from-RUN]-seedN.")] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Follow the job until it ends, and exit with its exit code.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script without submitting it.")] = False,
+    source: Source = None,
 ) -> None:
     """Trains a recipe as a Slurm job that restarts by itself until the run is finished."""
     from scaleprog.launchers import slurm, status
+    from scaleprog.launchers.snapshot import check_job
     from scaleprog.launchers.world import Count
     from scaleprog.recipe import Recipe
+    from scaleprog.training.longer import begin
 
     count = Count.parse(nodes, "--nodes")
     loaded = Recipe.load(recipe, overrides or ())
-    folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
+    folder = run_dir or default_folder(recipe, loaded, source)
     request = slurm.JobRequest(
         count,
         gpus_per_node,
@@ -63,6 +66,9 @@ def submit(
         max_restarts,
         tuple(sbatch or ()),
     )
+    request.check()
+    check_job(folder)
+    loaded = begin(loaded, folder, source, dry_run)
     if dry_run:
         print(slurm.script(loaded, folder, request), end="")
         return

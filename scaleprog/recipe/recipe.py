@@ -27,6 +27,7 @@ from scaleprog.recipe.keys import (
     TrainSettings,
 )
 from scaleprog.recipe.numbers import Settings
+from scaleprog.recipe.parent import ParentSettings
 
 # Keys that may change between two starts of one run: they alter speed or bookkeeping, never the weights; but
 # search.budget, which is what the searches still to come may spend. A run that has begun does not read `init` again.
@@ -85,6 +86,8 @@ class Recipe(Settings):
     sharding: ShardingSettings = ShardingSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    parent: ParentSettings | None = None
+    """The run that this one continues, see docs/continue.md; `scaleprog train --from` writes it."""
 
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Recipe":

@@ -243,6 +243,25 @@ class Failed(_Event):
 
 
 @with_config(STRICT)
+class Forked(_Event):
+    """The beginning of a fork: the run that it continues, and the step of that run's checkpoint."""
+
+    event: Literal["forked"]
+    step: Count
+    run: Name
+
+
+@with_config(STRICT)
+class Lengthened(_Event):
+    """A change of `train.epochs` in place."""
+
+    event: Literal["lengthened"]
+    step: Count
+    before: Number
+    epochs: Number
+
+
+@with_config(STRICT)
 class Happened(_Event):
     """An event without details."""
 
@@ -263,6 +282,8 @@ Event = (
     | Signal
     | Preempted
     | Failed
+    | Forked
+    | Lengthened
     | Happened
 )
 
