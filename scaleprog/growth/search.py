@@ -1,5 +1,7 @@
 """The search's decision: losses and step times of the candidates -> the chosen Subnet, and how long it trains.
 
+numpy is imported where a search decides, because it starts a thread per core, which `status` on a login node must not.
+
 There are two methods. `published` (paper 4.1, 4.3) balances loss against time with a fitted exponent. `budget`, which
 is not in the paper, knows what the run may cost, and chooses the candidate that gives up the least loss per step saved.
 """
@@ -8,8 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, median_low
-
-import numpy as np
 
 from scaleprog.errors import OverBudget
 from scaleprog.growth.space import Choice, Subnet
@@ -124,6 +124,8 @@ def candidate_times(measured: Mapping[Subnet, float], costs: Mapping[Subnet, flo
 
 def balancing_exponent(losses: Sequence[float], times: Sequence[float]) -> float:
     """alpha >= 0, which balances the candidates' scores: fits loss ~ a * T^b in log-log space; alpha = max(-b, 0)."""
+    import numpy as np
+
     x, y = np.log(np.asarray(times, np.float64)), np.log(np.asarray(losses, np.float64))
     x = x - x.mean()
     spread = float(x @ x)
@@ -236,6 +238,8 @@ def _found(
     stage: int, measured: Sequence[Mapping[Subnet, float]], times: Mapping[Subnet, float]
 ) -> tuple[tuple[Subnet, ...], tuple[float, ...], tuple[float, ...]]:
     """The candidates in ascending order, their mean losses and their times. Raises ValueError."""
+    import numpy as np
+
     candidates = tuple(sorted(times))
     losses = tuple(float(np.mean([losses[c] for losses in measured])) for c in candidates)
     seconds = tuple(times[c] for c in candidates)
