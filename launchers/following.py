@@ -16,7 +16,7 @@ from rich.text import Text
 from scaleprog.files.display import as_text, clock
 from scaleprog.launchers.exits import CRASHED, FINISHED, STOPPED
 from scaleprog.launchers.snapshot import JobFile
-from scaleprog.launchers.status import cause_of, status
+from scaleprog.launchers.status import cause_of, standing, status
 from scaleprog.recipe import Recipe
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.lease import is_alive, read_owner
@@ -67,8 +67,8 @@ def follow(run: Path, in_place: bool = False, out: TextIO | None = None) -> int:
 
 def look(run: Path) -> Look:
     """What trains a run at the moment. Raises ScaleprogError as `follow` does."""
-    file, owner, job, text = JobFile.read(run), read_owner(run), None, "nothing trains it"
-    unheard = None
+    file, owner, job, unheard = JobFile.read(run), read_owner(run), None, None
+    text = "finished" if is_finished(run) else "nothing trains it"
     if file is not None:
         try:
             job = file.ask()
@@ -96,14 +96,17 @@ def exit_code(run: Path, job: slurm_queue.Job | None) -> int:
     if is_finished(run) or (job is not None and job.state == "COMPLETED"):
         return FINISHED
     file = JobFile.read(run)
-    kind, path = (EVENT, run / EVENTS) if file is None else (LEFT, run / REQUEUES)
-    ends = [row for row in read(path, kind).rows if file or row["event"] in ("error", "preempted")]
-    last = ends[-1] if ends and (file is None or ends[-1].get("job") == file.job) else None
-    if last is not None:
-        print(f"scaleprog: {as_text(cause_of(last), lines=True)}", file=sys.stderr)
-    if file is None:
-        return STOPPED if last is not None and last["event"] == "preempted" else CRASHED
-    return CRASHED if job is None else job.exit_code or CRASHED
+    if file is not None:
+        last = next(reversed(read(run / REQUEUES, LEFT).rows), None)
+        _say(last["cause"] if last is not None and last.get("job") == file.job else standing(run)[1])
+        return CRASHED if job is None else job.exit_code or CRASHED
+    ends = [event for event in read(run / EVENTS, EVENT).rows if event["event"] in ("error", "preempted")]
+    if not ends:
+        _say("it has not trained, or ended without notice")
+        return CRASHED
+    stopped = ends[-1]["event"] == "preempted"
+    _say(f"{'stopped: ' if stopped else ''}{cause_of(ends[-1])}")
+    return STOPPED if stopped else CRASHED
 
 
 @contextmanager
@@ -128,6 +131,10 @@ def _frame(run: Path, out: TextIO) -> Iterator[Callable[[Look], None]]:
     """Shows the whole status, each time in place of the last one."""
     with Live(console=Console(file=out), auto_refresh=False) as live:
         yield lambda _: live.update(Text(status(run).text()), refresh=True)
+
+
+def _say(text: str) -> None:
+    print(f"scaleprog: {as_text(text, lines=True)}", file=sys.stderr)
 
 
 def _now(job: slurm_queue.Job | None) -> str:

@@ -80,11 +80,11 @@ class JobFile:
             raise ValueError("time is not a time")
 
     def seen(self) -> str:
-        """For the error about something that a node does not have: says who has it. Empty if nobody has looked."""
+        """For the error about something that a node does not have: who has seen it. Empty if nobody has looked."""
         if not self.host:
             return ""
         return (
-            f"it was there on {self.host} when the job was submitted at {clock(self.time)}; is it on a file system "
+            f"it was seen on {self.host} when the job was submitted at {clock(self.time)}; is it on a file system "
             "that all nodes share?"
         )
 

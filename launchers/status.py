@@ -185,9 +185,16 @@ def standing(run: Path, troubles: list[str] | None = None) -> tuple[str, str, st
     ends = read(run / REQUEUES, LEFT).rows
     if file is not None and ends and ends[-1].get("job") == file.job and not ends[-1].get("requeue"):
         return "stopped", f"job {file.job}: {ends[-1]['cause']}", name
-    if job is not None:
-        return "stopped", f"job {job.id}: {job.state}", name
+    if job is not None and file is not None:
+        return "stopped", f"job {job.id}: {job.state}{no_log(run, file, job)}", name
     return "stopped", unknown or ("never started" if owner is None else ""), name
+
+
+def no_log(run: Path, file: JobFile, job: slurm_queue.Job) -> str:
+    """What it means if a job has failed without a log; empty if it has one."""
+    if job.state != "FAILED" or not file.log or not file.host or (run / file.log).exists():
+        return ""
+    return f" without a log: {job.nodes} may not have {run.absolute()}; {file.seen()}"
 
 
 def _told(ask: Callable[[], T], troubles: list[str]) -> T | None:

@@ -107,8 +107,8 @@ def submit(
         say(f"{folder} is finished; nothing was queued")
         if not as_json:
             show(results, folder)
-    elif wait:
-        follow(folder, in_place=False, out=sys.stderr if as_json else sys.stdout)
+    elif job is not None and wait:
+        follow(folder, f"job {job.job}", in_place=False, out=sys.stderr if as_json else sys.stdout)
 
 
 def as_values(
@@ -127,8 +127,8 @@ def as_values(
     }
 
 
-def follow(run: Path, in_place: bool, out: TextIO) -> NoReturn:
-    """Follows a run until it ends, and exits with its exit code; Ctrl-C ends only this."""
+def follow(run: Path, what: str, in_place: bool, out: TextIO) -> NoReturn:
+    """Follows a run, which messages call `what`, until it ends, and exits with its exit code; Ctrl-C ends only this."""
     from scaleprog.launchers.following import follow as follow_run
 
     try:
@@ -136,7 +136,7 @@ def follow(run: Path, in_place: bool, out: TextIO) -> NoReturn:
     except KeyboardInterrupt:
         quoted = shlex.quote(str(run))
         say(
-            f"{run} continues; to follow it again: scaleprog status {quoted} --follow; to end it: scaleprog cancel "
+            f"{what} continues; to follow it again: scaleprog status {quoted} --follow; to end it: scaleprog cancel "
             f"{quoted}"
         )
         code = INTERRUPTED_CODE
@@ -154,7 +154,7 @@ def show_status(
     if until_end:
         if as_json:
             raise ScaleprogError("--follow is for people; leave out --json")
-        follow(run, in_place=sys.stdout.isatty(), out=sys.stdout)
+        follow(run, str(run), in_place=sys.stdout.isatty(), out=sys.stdout)
     from scaleprog.launchers import status
 
     found = status.status(run)
