@@ -153,7 +153,7 @@ def _options(command: str, options: tuple[str, ...], reserved: Mapping[str, str 
         ScaleprogError: an option is malformed or reserved.
     """
     for option in options:
-        key, equals, value = option.lstrip("-").partition("=")
+        key, equals, value = option.removeprefix("--").partition("=")
         key = key.replace("_", "-")
         if not re.fullmatch(r"[a-z][a-z0-9-]*", key) or not value.isprintable() or "\\" in value:
             raise ScaleprogError(

@@ -192,7 +192,7 @@ def standing(run: Path, troubles: list[str] | None = None) -> tuple[str, str, st
 
 def no_log(run: Path, file: JobFile, job: slurm_queue.Job) -> str:
     """What it means if a job has failed without a log; empty if it has one."""
-    if job.state != "FAILED" or not file.log or not file.host or (run / file.log).exists():
+    if job.state != "FAILED" or not job.nodes or not file.log or not file.host or (run / file.log).exists():
         return ""
     return f" without a log: {job.nodes} may not have {run.absolute()}; {file.seen()}"
 

@@ -1,7 +1,5 @@
 """The search's decision: losses and step times of the candidates -> the chosen Subnet, and how long it trains.
 
-numpy is imported where a search decides, because it starts a thread per core, which `status` on a login node must not.
-
 There are two methods. `published` (paper 4.1, 4.3) balances loss against time with a fitted exponent. `budget`, which
 is not in the paper, knows what the run may cost, and chooses the candidate that gives up the least loss per step saved.
 """
@@ -124,7 +122,7 @@ def candidate_times(measured: Mapping[Subnet, float], costs: Mapping[Subnet, flo
 
 def balancing_exponent(losses: Sequence[float], times: Sequence[float]) -> float:
     """alpha >= 0, which balances the candidates' scores: fits loss ~ a * T^b in log-log space; alpha = max(-b, 0)."""
-    import numpy as np
+    import numpy as np  # starts a thread per core, which `status` on a login node must not
 
     x, y = np.log(np.asarray(times, np.float64)), np.log(np.asarray(losses, np.float64))
     x = x - x.mean()
