@@ -80,11 +80,15 @@ def submit(recipe: Recipe, run: Path, request: JobRequest) -> JobFile:
 
 
 def script(recipe: Recipe, run: Path, request: JobRequest) -> str:
-    """The batch script that `submit` would queue. Raises ScaleprogError as `submit` does, but works without Slurm."""
+    """The batch script that `submit` would queue.
+
+    Works without Slurm, and imports no torch. So it does not look at the cluster, the model, and the shards; apart from
+    that it raises ScaleprogError as `submit` does.
+    """
     run = run.absolute()
     check_name(run)
     request = with_cores(recipe, narrow(recipe, request))
-    check(recipe, run, request)
+    check_quickly(recipe, run, request)
     executor = make_executor(run, request)
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
@@ -150,13 +154,19 @@ def check_cores(request: JobRequest) -> None:
 
 def check(recipe: Recipe, run: Path, request: JobRequest) -> None:
     """Raises ScaleprogError for every error that the job would otherwise meet at its start."""
-    request.check()
-    check_free(recipe, run)
-    check_weights(recipe, run)
+    check_quickly(recipe, run, request)
     with one_thread():
-        from scaleprog.planning.plan import plan_start  # imports torch, so only after the quick checks
+        from scaleprog.planning.plan import plan_start
 
         plan_start(recipe, request.world, request.tasks)
+
+
+def check_quickly(recipe: Recipe, run: Path, request: JobRequest) -> None:
+    """Raises ScaleprogError for the errors that can be found without torch, which takes seconds to import."""
+    request.check()
+    Worlds.of(recipe).check(request.world, request.tasks)
+    check_free(recipe, run)
+    check_weights(recipe, run)
 
 
 def check_weights(recipe: Recipe, run: Path) -> None:
