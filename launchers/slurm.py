@@ -14,7 +14,7 @@ from scaleprog.errors import ScaleprogError
 from scaleprog.launchers import integrity
 from scaleprog.launchers.snapshot import JobFile, check_free, check_name, code_folder, take
 from scaleprog.launchers.world import Count, largest, usable
-from scaleprog.recipe import Recipe
+from scaleprog.recipe import Recipe, directories
 from scaleprog.recipe.worlds import Worlds
 from scaleprog.rundir import slurm_queue
 
@@ -234,7 +234,7 @@ def check(recipe: Recipe, run: Path, request: JobRequest) -> None:
     check_free(recipe, run)
     from scaleprog.planning.plan import plan_start  # imports torch, so only after the quick checks
 
-    plan_start(recipe, request.world, request.tasks)
+    plan_start(recipe.located(directories.to_train(run)), request.world, request.tasks)
 
 
 def check_cluster(request: JobRequest) -> None:

@@ -1,5 +1,6 @@
 """scaleprog from Python, see docs/python.md. `from scaleprog import ...` gives what is here."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,23 @@ from scaleprog.models.bare import grow_model
 from scaleprog.planning.plan import Plan, describe
 from scaleprog.recipe import Recipe
 from scaleprog.reporting.history import RunRecord, read_run
-from scaleprog.training.export import Dtype, Weights, evaluate_run, export_run
+from scaleprog.training.evaluate_run import Evaluation, Request, evaluate_run
+from scaleprog.training.export import Dtype, export_run
 from scaleprog.training.loop import train_rank
+from scaleprog.training.saved import Weights
 
-__all__ = ["Plan", "Recipe", "RunRecord", "describe", "evaluate", "export", "grow_model", "load_run", "train"]
+__all__ = [
+    "Evaluation",
+    "Plan",
+    "Recipe",
+    "RunRecord",
+    "describe",
+    "evaluate",
+    "export",
+    "grow_model",
+    "load_run",
+    "train",
+]
 
 
 def train(recipe: Recipe, run: Path | str) -> dict[str, Any]:
@@ -25,12 +39,27 @@ def train(recipe: Recipe, run: Path | str) -> dict[str, Any]:
     return train_rank(recipe, Path(run))
 
 
-def evaluate(run: Path | str, resolution: int | None = None, weights: Weights = "best") -> tuple[float, str]:
-    """Top-1 in percent of a run's newest checkpoint on the validation split, and whose weights they are.
+def evaluate(
+    run: Path | str,
+    resolution: int | None = None,
+    weights: Weights = "best",
+    *,
+    split: str = "val",
+    data: Path | str | None = None,
+    overrides: Sequence[str] = (),
+) -> Evaluation:
+    """Top-1, top-5, and loss of a run's newest checkpoint on a split, whole and by class.
 
-    `resolution` is in pixels; default: the model's full size.
+    Args:
+        run: the run directory.
+        resolution: pixels a side; default: the model's full size.
+        weights: "best" takes the weights with the higher top-1.
+        split: of the shards.
+        data: the folder of other shards, a path or URL; default: the run's own.
+        overrides: `key=value` over the run's recipe, for the keys that an evaluation reads.
     """
-    return evaluate_run(Path(run), resolution, weights)
+    shards = None if data is None else str(data)
+    return evaluate_run(Path(run), Request(resolution, weights, split, shards, tuple(overrides)))
 
 
 def export(run: Path | str, out: Path | str, weights: Weights = "best", dtype: Dtype = "float32") -> str:

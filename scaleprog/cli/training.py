@@ -76,6 +76,7 @@ def run_here(recipe: "Recipe", folder: Path, nproc: str, restarts: int | None, b
     from scaleprog.launchers.world import Count
     from scaleprog.planning.plan import plan_start
     from scaleprog.ranks.rendezvous import of_another_launcher
+    from scaleprog.recipe import directories
     from scaleprog.recipe.worlds import Worlds
     from scaleprog.rundir.storage import committed
     from scaleprog.training.loop import train_rank
@@ -93,7 +94,7 @@ def run_here(recipe: "Recipe", folder: Path, nproc: str, restarts: int | None, b
         )
     if ranks.fixed:
         check_devices(ranks.most)
-        plan_start(recipe, ranks.most, ranks.most)  # before any process is started
+        plan_start(recipe.located(directories.to_train(folder)), ranks.most, ranks.most)  # before any process
     if ranks.most == 1 and restarts == 0:
         train_rank(recipe, folder)
     else:
