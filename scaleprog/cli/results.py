@@ -75,18 +75,26 @@ def measured(run: Path, request: "Request", nproc: int) -> "Evaluation":
 
 def export(
     run: RunPath,
-    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A file, or a folder with --format hf.")],
     weights: Annotated[
         Literal["best", "online", "ema"], typer.Option(help="best: the better ones in the last evaluation.")
     ] = "best",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the numbers in the file.")
     ] = "float32",
+    form: Annotated[
+        Literal["safetensors", "hf"] | None,
+        typer.Option(
+            "--format",
+            help="safetensors: a file; hf: a Hugging Face folder with a model card. Default: safetensors if OUT ends "
+            "in .safetensors, else hf.",
+        ),
+    ] = None,
 ) -> None:
-    """Writes a run's weights as a file that plain timm loads, with the mean, std and crop of its images."""
-    from scaleprog.training.export import export_run
+    """Writes a run's weights for plain timm, with the mean, std and crop of its images."""
+    from scaleprog.api import export
 
-    print(as_text(export_run(run, out, weights, dtype), lines=True))
+    print(as_text(export(run, out, weights, dtype, form), lines=True))
 
 
 def replay(

@@ -49,7 +49,7 @@ def export_run(run: Path, out: Path, weights: Weights = "best", dtype: Dtype = "
         name: (tensor.to(to) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in plain.tensors.items()
     }
-    about = {"timm": json.dumps(arguments), "weights": saved.weights, "step": str(saved.step)}
+    about = {"timm": json.dumps(arguments), "weights": saved.weights, "step": str(saved.state.step)}
     about |= {MODEL: saved.model.model_dump_json()}
     about |= {key: json.dumps(value) for key, value in shown.items()}
     try:
@@ -60,7 +60,7 @@ def export_run(run: Path, out: Path, weights: Weights = "best", dtype: Dtype = "
         raise ScaleprogError(f"{out}: cannot write it: {error}") from error
     keywords = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     return (
-        f"{out}: {saved.weights} weights of step {saved.step}, {dtype}\n"
+        f"{out}: {saved.weights} weights of step {saved.state.step}, {dtype}\n"
         f"load with: {plain.builder}({keywords}).load_state_dict(safetensors.torch.load_file({str(out)!r}))"
     )
 

@@ -31,14 +31,14 @@ class Saved:
         model: what builds a complete model of the network's size.
         plain: the network, with its gates folded.
         weights: "online" or "ema".
-        step: of the checkpoint.
+        state: that of the checkpoint.
     """
 
     recipe: Recipe
     model: ModelSettings
     plain: Plain
     weights: str
-    step: int
+    state: RunState
 
 
 def read_saved(run: Path, weights: Weights, coordinator: Coordinator) -> Saved:
@@ -65,7 +65,7 @@ def read_saved(run: Path, weights: Weights, coordinator: Coordinator) -> Saved:
     model.fold_gates()
     depth = sum(map(len, state.gated))
     own = recipe.model if depth == full.depth else recipe.model.model_copy(update={"depth": depth})
-    return Saved(recipe, own, model.plain(recipe.model), chosen, state.step)
+    return Saved(recipe, own, model.plain(recipe.model), chosen, state)
 
 
 def newest_checkpoint(run: Path, recipe: Recipe, coordinator: Coordinator) -> Path:
