@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from scaleprog.cli.arguments import MOST_HERE, RunPath
-from scaleprog.errors import ScaleprogError
+from scaleprog.errors import INTERRUPTED_CODE, Preempted, ScaleprogError
 from scaleprog.files.display import as_text
 from scaleprog.reporting.text_tables import cell, plain_table
 
@@ -69,7 +69,10 @@ def measured(run: Path, request: "Request", nproc: int) -> "Evaluation":
     check_devices(nproc)
     with TemporaryDirectory(prefix="scaleprog-") as folder:
         out = Path(folder) / "evaluation.json"
-        launch(nproc, evaluate_rank, run, request, out)
+        try:
+            launch(nproc, evaluate_rank, run, request, out)
+        except Preempted:  # there is nothing to resume
+            raise typer.Exit(INTERRUPTED_CODE) from None
         return Evaluation.of(json.loads(out.read_text()))
 
 

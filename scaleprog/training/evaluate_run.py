@@ -137,6 +137,7 @@ def _evaluate(run: Path, request: Request, coordinator: Coordinator, device: tor
     progress = ProgressLine(reader.count, 0, coordinator.rank == 0, f"batches of {request.split}")
     with closing(progress), closing(reader):
         found = evaluate(backend, coordinator, reader, size, between=progress.advance)
+        progress.advance()
     if coordinator.rank == 0 and request.ordinary:
         _note(run, {"step": state.step, "resolution": size, **found.by_name()})
     return _evaluation(found, request, state.step, size, manifest)
