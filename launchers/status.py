@@ -122,7 +122,7 @@ def status(run: Path) -> Status:
     parent = Recipe.of_run(run).parent  # also refuses a directory that is not a run directory
     records = [read(run / METRICS, METRIC, LAST_BYTES), read(run / EVENTS, EVENT), read(run / REQUEUES, LEFT)]
     rows, events, ends = (told.rows for told in records)
-    trained = [row for row in rows if "phase" in row]
+    trained = [row for row in rows if "loss" in row]
     still = still_told(events)
     evaluated = [row for row in (*still, *rows) if row.keys() >= {"top1", "top1_ema"}]
     now = trained[-1] if trained else None
