@@ -16,6 +16,7 @@ from scaleprog.reporting.model_card import write_card
 from scaleprog.training.evaluate_run import Evaluation, Request, evaluate_run
 from scaleprog.training.export import Dtype, export_run
 from scaleprog.training.hub import is_export, write_model
+from scaleprog.training.longer import begin
 from scaleprog.training.loop import train_rank
 from scaleprog.training.saved import Weights
 
@@ -33,8 +34,13 @@ __all__ = [
 ]
 
 
-def train(recipe: Recipe, run: Path | str) -> dict[str, Any]:
+def train(recipe: Recipe, run: Path | str, parent: Path | str | None = None) -> dict[str, Any]:
     """Trains a recipe in this process, on one rank; resumes a run directory that exists.
+
+    Args:
+        recipe: what is trained.
+        run: the run directory.
+        parent: RUN or RUN@STEP, the run and the step of the checkpoint from which a new run continues.
 
     Returns:
         What results.json holds: accuracies in percent, times in seconds, and what every stage trained.
@@ -42,7 +48,8 @@ def train(recipe: Recipe, run: Path | str) -> dict[str, Any]:
     Raises:
         ScaleprogError: of a kind that says what the user can put right.
     """
-    return train_rank(recipe, Path(run))
+    run = Path(run)
+    return train_rank(begin(recipe, run, None if parent is None else str(parent)), run)
 
 
 def evaluate(

@@ -10,7 +10,7 @@ from scaleprog.files.display import as_markdown, as_text
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.reporting.figures import draw_accuracy
 from scaleprog.reporting.grouping import curve
-from scaleprog.reporting.history import RunRecord, read_run, size_of
+from scaleprog.reporting.history import RunRecord, read_run
 from scaleprog.reporting.text_tables import cell, markdown_table
 
 CARD, CURVE = "README.md", "accuracy_over_time.png"
@@ -81,7 +81,7 @@ def _schedule(told: RunRecord) -> list[str]:
         {
             "stage": str(segment.stage),
             "trained": "candidates of a search" if segment.phase == "supernet" else "one network",
-            "network": size_of(segment.network),
+            "network": segment.network.short,
             "steps": f"{segment.start + 1} to {segment.stop}",
         }
         for segment in told.segments

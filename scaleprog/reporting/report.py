@@ -18,7 +18,7 @@ from scaleprog.reporting.figures import (
     draw_verdict,
 )
 from scaleprog.reporting.grouping import Group, curve, read_groups
-from scaleprog.reporting.history import RunRecord, size_of
+from scaleprog.reporting.history import RunRecord
 from scaleprog.reporting.text_tables import cell, markdown_table, plain_table, spread
 from scaleprog.reporting.timeline import Timeline, describe, table_row
 from scaleprog.reporting.timeline_figure import draw_timelines
@@ -226,28 +226,15 @@ def _searches(runs: Sequence[RunRecord]) -> list[str]:
         return []
     parts = [f"## Searches\n\n{SCORES}\n\n![Losses and scores](search.png)"]
     for run in runs:
-        modelled = run.recipe["search"].get("times") == "modelled"
-        unit, scale = ("GMACs", 1.0) if modelled else ("step ms", 1e3)
+        unit = "GMACs" if run.recipe["search"].get("times") == "modelled" else "step ms"
         rows, summary = [], []
         for search in run.searches:
             decision = search.decision
             if decision is None:
                 summary.append(f"stage {search.stage} is not decided yet")
                 continue
-            summary.append(f"stage {search.stage} chose {size_of(decision.chosen)}, {decision.because}")
-            for subnet, loss, time, score in zip(
-                decision.candidates, decision.losses, decision.times, decision.scores, strict=True
-            ):
-                rows.append(
-                    {
-                        "stage": str(search.stage),
-                        "candidate": size_of(subnet),
-                        "loss": f"{loss:.4f}",
-                        unit: f"{time * scale:.4g}",
-                        "score": cell(score, ".4f"),
-                        "chosen": "chosen" if subnet == decision.chosen else "",
-                    }
-                )
+            summary.append(f"stage {search.stage} chose {decision.chosen.short}, {decision.because}")
+            rows += [{"stage": str(search.stage), **row} for row in decision.table(unit)]
         parts += [f"### {as_markdown(run.name)}", f"{as_markdown('; '.join(summary))}."]
         parts += [markdown_table(rows)] if rows else []
     return parts
@@ -260,7 +247,7 @@ def _waiting(runs: Sequence[RunRecord]) -> list[str]:
             "run": run.name,
             "stage": str(segment.stage),
             "phase": segment.phase,
-            "network": size_of(segment.network),
+            "network": segment.network.short,
             "waiting": f"{segment.waiting:.1%}",
         }
         for run in runs
@@ -278,7 +265,7 @@ def _starved(run: RunRecord) -> str:
     if longest is None or (longest.waiting or 0.0) <= MOST_WAITING:
         return ""
     return (
-        f"{run.name} waits for data in {longest.waiting:.0%} of stage {longest.stage} ({size_of(longest.network)}): "
+        f"{run.name} waits for data in {longest.waiting:.0%} of stage {longest.stage} ({longest.network.short}): "
         "use more cores and data.workers (auto), store smaller images (--shorter-side of scaleprog shards), or "
         "pack the shards (scaleprog shards pack)."
     )

@@ -189,6 +189,16 @@ def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
     return me.generation, me.nonce
 
 
+@contextmanager
+def held_idle(folder: Path) -> Iterator[None]:
+    """Inside, no start can take the run directory over. Raises CheckpointError if one trains there."""
+    with _lock(folder):
+        owner = read_owner(folder)
+        if owner is not None and is_alive(owner, folder):
+            raise CheckpointError(f"{folder} is in use by {owner}; wait for it, or cancel it")
+        yield
+
+
 def job_of(variables: Mapping[str, str] = os.environ) -> tuple[str | None, int, str | None]:
     """The job, its restart count, and the step of a process that Slurm started; (None, 0, None) for any other.
 
@@ -231,7 +241,7 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
 
 def check_folders(folder: Path) -> None:
     """Raises CheckpointError if a folder in a run directory is a symlink, because its files would lie elsewhere."""
-    for path in (folder / "checkpoints", folder / "tensorboard", *folder.glob("tensorboard/*")):
+    for path in (folder / "checkpoints", folder / "tensorboard", *folder.glob("rank_*")):
         if path.is_symlink():
             raise CheckpointError(
                 f"{path}: a symbolic link; a run directory needs folders of its own. To use another disk, link the "

@@ -206,7 +206,7 @@ def _evaluation(found: Measured, request: Request, step: int, resolution: int, m
     accuracies = Accuracies(found.by_name())
     weights = accuracies.weights if request.weights == "best" else request.weights
     network: Network = None if weights == "online" else accuracies.best_ema(len(found.sums) - 1)
-    top1, top5, loss = (found.mean(metric, network) for metric in ("top1", "top5", "loss"))
+    top1, top5, loss = (found.mean(metric, network) for metric in ("top1", "top5", "val_loss"))
     counts = found.images.int().tolist()
     rows = zip(manifest.classes, counts, found.accuracies(network), strict=True)
     return Evaluation(

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import Tensor
 
-from scaleprog.errors import CheckpointError, RecipeError
+from scaleprog.errors import AbsentWeights, CheckpointError, RecipeError
 from scaleprog.files.atomic import open_regular
 from scaleprog.growth.operators import LayerMap, fresh, grow
 from scaleprog.models import resolve_family
@@ -87,7 +87,7 @@ def read_plain(recipe: Recipe, coordinator: Coordinator) -> Mapping[str, Tensor]
     if source.endswith(SUFFIX):
         return read_tensors(Path(source))
     if not Path(source).is_dir():
-        raise RecipeError(f"init.from: {source} is neither timm, nor a {SUFFIX} file, nor the directory of a run")
+        raise AbsentWeights(f"init.from: {source} is neither timm, nor a {SUFFIX} file, nor the directory of a run")
     saved = read_saved(Path(source), recipe.init.weights, coordinator)
     theirs, ours = (resolve_family(model)[0] for model in (saved.model, recipe.model))
     if theirs is not ours:
@@ -116,7 +116,7 @@ def _legible(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file of weights") from None
+        raise AbsentWeights(f"{path}: no such file of weights") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:

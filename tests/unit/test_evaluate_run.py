@@ -39,7 +39,7 @@ def test_a_run_is_evaluated_from_another_directory(command: Command, home: Path,
     told = command("evaluate", folder, "--json", "--weights", "online")
     assert told.code == 0, told
     assert json.loads(told.out) == {
-        "run": str(folder), "top1": results["top1"], "top5": results["top5"], "loss": results["loss"],
+        "run": str(folder), "top1": results["top1"], "top5": results["top5"], "loss": results["val_loss"],
         "weights": "online", "step": 20, "resolution": 32, "split": "val", "images": 24, "data": str(home / "shards"),
     }  # fmt: skip
     assert Recipe.of_run(folder).data.path == "shards", "the run directory keeps what was typed"

@@ -114,7 +114,9 @@ def test_a_run_is_evaluated_to_the_number_in_its_results(make_recipe: MakeRecipe
     results = run(recipe, tmp_path)
     online, ema = (evaluate_run(tmp_path, Request(weights=weights)) for weights in ("online", "ema"))
     for found, ending in ((online, ""), (ema, "_ema")):
-        assert [found.top1, found.top5, found.loss] == [results[f"{name}{ending}"] for name in ("top1", "top5", "loss")]
+        assert [found.top1, found.top5, found.loss] == [
+            results[f"{name}{ending}"] for name in ("top1", "top5", "val_loss")
+        ]
     assert (online.weights, ema.weights, online.step, online.images) == ("online", "ema", 60, 24)
     assert evaluate_run(tmp_path, Request()).top1 == results["top1_best"]
     for resolution in (8, 24, 40):
