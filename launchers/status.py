@@ -125,7 +125,7 @@ def status(run: Path) -> Status:
     parent = Recipe.of_run(run).parent  # also refuses a directory that is not a run directory
     records = [read(run / METRICS, METRIC, LAST_BYTES), read(run / EVENTS, EVENT), read(run / REQUEUES, LEFT)]
     rows, events, ends = (told.rows for told in records)
-    trained = [row for row in rows if "loss" in row]
+    trained = [row for row in rows if "phase" in row]
     still = still_told(events)
     evaluated = [row for row in (*still, *rows) if row.keys() >= {"top1", "top1_ema"}]
     now = trained[-1] if trained else None
@@ -363,7 +363,7 @@ def _now(job: slurm_queue.Job | None) -> str:
 def _last_step(run: Path) -> str | None:
     """The last line of `metrics.jsonl` in words."""
     for row in reversed(read(run / METRICS, METRIC, last=2**14).rows):
-        if "loss" in row:
+        if "phase" in row:
             return f"step {row['step']}, stage {row['stage']} {row['phase']}, loss {row['loss']:.3f}"
     return None
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from scaleprog.cli.completion import key_words, recipe_words, run_words
 from scaleprog.files.display import as_text
 
 if TYPE_CHECKING:
@@ -14,14 +15,27 @@ if TYPE_CHECKING:
 MOST_HERE = 1024
 """The most ranks that scaleprog starts on one machine."""
 RecipePath = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. configs/fashion_mnist/prog.yaml.")
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or the name of one that comes with scaleprog (`scaleprog recipes`).",
+        autocompletion=recipe_words,
+    ),
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.epochs=8")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.epochs=8", autocompletion=key_words),
+]
 Source = Annotated[
     str | None,
-    typer.Option("--from", metavar="RUN[@STEP]", help="Continue a checkpoint of another run, by default its newest."),
+    typer.Option(
+        "--from",
+        metavar="RUN[@STEP]",
+        help="Continue a checkpoint of another run, by default its newest.",
+        autocompletion=run_words,
+    ),
 ]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", autocompletion=run_words)]
 RanksHere = Annotated[
     str,
     typer.Option(

@@ -22,13 +22,13 @@ class Subnet:
         """This Subnet, but in no dimension smaller than `other`."""
         return Subnet(max(self.resolution, other.resolution), max(self.depth, other.depth))
 
-    @property
-    def tag(self) -> str:
-        """A short name for curves and columns."""
-        return f"r{self.resolution}_l{self.depth}"
-
     def __str__(self) -> str:
         return f"{self.resolution} px, {self.depth} layers"
+
+    @property
+    def short(self) -> str:
+        """Pixels x layers, as in "16x4"."""
+        return f"{self.resolution}x{self.depth}"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from scaleprog.errors import RecipeError
 from scaleprog.files.plain_yaml import RECIPE, parse, read_mapping, read_run
+from scaleprog.recipe import shipped
 from scaleprog.recipe.keys import (
     AugmentSettings,
     CheckpointSettings,
@@ -33,6 +34,7 @@ from scaleprog.recipe.parent import ParentSettings
 FREE = (
     "train.max_steps",
     "train.log_every",
+    "train.rank_curves",
     "train.accept_arithmetic",
     "train.micro_batch",
     "init",
@@ -89,8 +91,11 @@ class Recipe(Settings):
 
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Recipe":
-        """Reads a recipe, the bases it names, and `key=value` overrides such as `growth.stages=3`."""
-        return cls.overridden(_read(Path(path), (), []), overrides, str(path))
+        """Reads a recipe, the bases it names, and `key=value` overrides such as `growth.stages=3`.
+
+        `path`: a file, or the name of a shipped recipe, see `shipped.locate`.
+        """
+        return cls.overridden(_read(shipped.locate(Path(path)), (), []), overrides, str(path))
 
     @classmethod
     def overridden(cls, values: Mapping[str, Any], overrides: Sequence[str], where: str) -> "Recipe":
@@ -126,6 +131,13 @@ class Recipe(Settings):
         ]
 
 
+def files_of(path: Path) -> list[Path]:
+    """A recipe's file and those of its bases, resolved. Raises RecipeError."""
+    files: list[Path] = []
+    _read(path, (), files)
+    return files
+
+
 def _read(path: Path, parents: tuple[Path, ...], read: list[Path]) -> dict[str, Any]:
     """A recipe file merged over its `base`: a path relative to it, or several, each merged over those before it.
 
@@ -136,6 +148,7 @@ def _read(path: Path, parents: tuple[Path, ...], read: list[Path]) -> dict[str, 
         values = read_mapping(path)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 3)
+        near = near or difflib.get_close_matches(shipped.name_of(str(path)), shipped.recipes(), 1, cutoff=0.8)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise RecipeError(f"{path}: no such recipe{of}{hint}") from None
     except OSError as error:

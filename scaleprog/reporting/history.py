@@ -150,7 +150,7 @@ class RunRecord:
         """The trained networks, as in "16x4 -> 28x8"; dots stand for those left out or still to come."""
         if self.finished:
             return " -> ".join(f"{s['resolution']}x{s['depth']}" for s in self.results["stages"][-MOST_STAGES:])
-        sizes = [size_of(s.network) for s in self.segments if s.phase == "train"]
+        sizes = [s.network.short for s in self.segments if s.phase == "train"]
         return " -> ".join([*(["..."] if len(sizes) > MOST_STAGES else []), *sizes[-MOST_STAGES:], "..."])
 
 
@@ -168,7 +168,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         why = ": ".join(["the run has not recorded anything yet", *troubles[:1]])
         raise CheckpointError(f"{folder}: metrics.jsonl is missing or empty; {why}")
     results = read_object(folder / "results.json", Results)
-    steps = _last_told(row for row in rows if "loss" in row)
+    steps = _last_told(row for row in rows if "phase" in row)
     evaluations = _last_told(row for row in rows if "top1" in row)
     return RunRecord(
         name,
@@ -256,7 +256,3 @@ def _losses(measured: Sequence[Row]) -> tuple[tuple[int, ...], dict[Subnet, tupl
     told = [(step, losses) for step, losses in all_told if losses.keys() == all_told[-1][1].keys()]
     losses = {subnet: tuple(each[subnet] for _, each in told) for subnet in (told[-1][1] if told else ())}
     return tuple(step for step, _ in told), losses
-
-
-def size_of(subnet: Subnet) -> str:
-    return f"{subnet.resolution}x{subnet.depth}"

@@ -96,7 +96,7 @@ def read_timeline(folder: Path, name: str, rows: Sequence[Row], events: Sequence
     begun = [events[i] for i in begins]
     begun_at = list(accumulate((event["time"] for event in begun), max))
     kept = [*list(accumulate((event["step"] for event in reversed(begun)), min))[::-1][1:], np.inf]
-    steps = sorted((row for row in rows if "loss" in row), key=lambda row: row["step"])
+    steps = sorted((row for row in rows if "phase" in row), key=lambda row: row["step"])
     ends = sorted(read(folder / REQUEUES, LEFT).rows, key=lambda row: row["time"])
     beyond = _beyond(begun, begun_at)
     zero = begun[0]["time"] - begun[0].get("startup_seconds", 0.0)

@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from scaleprog.errors import CheckpointError
 from scaleprog.files.atomic import open_regular, write_parts, write_whole
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.recipe import Recipe
+from scaleprog.rundir.appending import truncate
 from scaleprog.rundir.checkpoint import RUN_ID
 from scaleprog.rundir.reading import lines, still_told, to_line
-from scaleprog.rundir.recorder import EVENT_FILE, truncate
 from scaleprog.rundir.records import EVENT, EVENTS, METRICS
 from scaleprog.rundir.storage import Manifest, prepare, publish, verify
 
@@ -29,7 +26,7 @@ TAKEN = ("init", "growth", "measurement", "choice", "evaluation", "damaged", "no
 
 
 def write_fork(folder: Path, parent: Path, checkpoint: Path, manifest: Manifest, recipe: Recipe, run: str) -> None:
-    """Fills an empty folder with the run directory of a fork.
+    """Fills an empty folder with the run directory of a fork; its first start draws the curves.
 
     Args:
         folder: becomes the run directory.
@@ -57,8 +54,6 @@ def write_fork(folder: Path, parent: Path, checkpoint: Path, manifest: Manifest,
     _copy_metrics(parent, folder, manifest.step)
     forked = {"time": time.time(), "event": "forked", "generation": 0, "step": manifest.step, "run": str(parent)}
     write_parts(folder / EVENTS, map(to_line, [*_events(parent / EVENTS, manifest.step), forked]))
-    for path in filter(Path.is_file, (parent / "tensorboard").rglob(f"{EVENT_FILE}*")):
-        _copy_curves(path, folder / path.relative_to(parent), manifest.step)
     write_whole(folder / RUN_ID, run)
     write_whole(folder / RECIPE, recipe.dump())
 
@@ -98,13 +93,3 @@ def _events(path: Path, step: int) -> Iterator[dict[str, Any]]:
         begins = event["event"] == "growth"  # one at `step` belongs to the step after it
         if event["event"] in TAKEN and event.get("step", 0) <= step - begins:
             yield {**event, "generation": 0}
-
-
-def _copy_curves(source: Path, target: Path, step: int) -> None:
-    """Copies the points of a TensorBoard event file up to `step`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target, "xb") as file:
-        records = RecordWriter(file)
-        for record in RawEventFileLoader(str(source)).Load():
-            if Event.FromString(record).step <= step:
-                records.write(record)

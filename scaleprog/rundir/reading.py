@@ -69,15 +69,19 @@ def read(path: Path, kind: TypeAdapter[Any], last: int | None = None) -> Told:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """All JSON objects in a .jsonl file, whatever their keys; other lines are left out. Empty without a file."""
-    rows = []
+    return list(each_row(path))
+
+
+def each_row(path: Path) -> Iterator[dict[str, Any]]:
+    """Like `read_rows`, one by one."""
     if path.exists():
         for line in lines(path):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            rows += [row] if isinstance(row, dict) else []
-    return rows
+            if isinstance(row, dict):
+                yield row
 
 
 def still_told(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

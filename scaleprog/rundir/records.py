@@ -22,6 +22,7 @@ Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Joules = Annotated[float, Field(ge=0, le=1e15)]
 Moment = Annotated[float, Field(ge=0, le=2**33)]
 """Seconds since 1970, until 2242."""
+Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Loss = Annotated[float, Field(allow_inf_nan=True)]
@@ -61,11 +62,15 @@ class Step(TypedDict):
 
 @with_config(STRICT)
 class Evaluation(TypedDict):
-    """Accuracies after a step, in percent."""
+    """What an evaluation after a step found, accuracies in percent; early versions recorded top-1 only."""
 
     step: Count
     top1: Percent
     top1_ema: Percent
+    top5: NotRequired[Percent]
+    top5_ema: NotRequired[Percent]
+    loss: NotRequired[Amount]
+    loss_ema: NotRequired[Amount]
     train_seconds: NotRequired[Seconds]
     train_cpu_seconds: NotRequired[Seconds]
 
@@ -75,7 +80,7 @@ class Numbered(TypedDict):
     """The keys of any row of metrics.jsonl that a start needs to truncate the file."""
 
     step: Count
-    loss: NotRequired[Any]
+    phase: NotRequired[Any]
     step_seconds: NotRequired[Seconds]
     data_wait_seconds: NotRequired[Seconds]
     time: NotRequired[Moment]

@@ -234,9 +234,6 @@ def measure(run: Run, phase: Phase) -> None:
     run.recorder.event(
         "measurement", step=state.step, seconds=timer.seconds(), losses=pairs(losses), errors=pairs(state.errors)
     )
-    # a measurement before a phase's first step belongs to that step: the checkpoint of the step before lacks it
-    at = state.step + (state.step == phase.start)
-    run.recorder.curve(at, "search", {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()})
 
 
 def _means_and_errors(
@@ -313,14 +310,7 @@ def choose(run: Run, phase: Phase) -> None:
     decision = decision_from_json(run.coordinator.on_rank_0(what, lambda: decision_to_json(_decide(run, phase, times))))
     state.decisions.append(decision)
     run.recorder.event("choice", step=state.step, **decision_to_json(decision))
-    run.recorder.curve(
-        state.step,
-        "choice",
-        {name: value for name in ("alpha", "complete_from") if (value := getattr(decision, name)) is not None}
-        | {"resolution": decision.chosen.resolution, "depth": decision.chosen.depth}
-        | {f"score_{s.tag}": score for s, score in zip(decision.candidates, decision.scores) if score is not None}
-        | {f"time_{s.tag}": seconds for s, seconds in zip(decision.candidates, decision.times)},
-    )
+    run.recorder.choice(state.step, decision)
     run.progress.say(f"stage {phase.stage} chose {decision.chosen}, {decision.because}")
 
 

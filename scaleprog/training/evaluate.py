@@ -1,13 +1,20 @@
-"""Accuracy on the validation split: every image counts once, on any number of ranks."""
+"""Accuracy and loss on the validation split: every image counts once, on any number of ranks."""
 
+import math
 from collections.abc import Callable
 from itertools import product
+
+import torch
 
 from scaleprog.data.evaluation import EvaluationReader
 from scaleprog.models.elastic import Active
 from scaleprog.ranks.coordinator import Coordinator
+from scaleprog.rundir.accuracies import better, is_percentage
 from scaleprog.sharding.backend import Backend
 from scaleprog.training.metrics import METRICS
+
+DIGITS = 6
+"""Decimals of a loss."""
 
 
 def evaluate(
@@ -29,13 +36,14 @@ def evaluate(
         between: called between two batches; it may raise to end the evaluation.
 
     Returns:
-        Percent of the images that each metric counts as right, by the names that `Accuracies` describes.
+        Percent of the images that each metric counts as right, and the mean of each loss, by the names that
+        `Accuracies` describes. A loss that is not finite is left out.
 
     Raises:
         DataError: a shard or sample is missing, damaged, or does not fit the recipe.
     """
     networks: list[int | None] = [None, *range(len(backend.network.emas))]
-    right, seen = dict.fromkeys(product(METRICS, networks), 0.0), 0
+    found, seen = dict.fromkeys(product(METRICS, networks), 0.0), 0
     for number, batch in enumerate(reader.batches(resolution)):
         if number:
             between()
@@ -43,15 +51,20 @@ def evaluate(
         seen += int((labels >= 0).sum())
         for ema in networks:
             with backend.weights(ema):
-                logits = backend.forward(images, active)
+                logits = backend.forward(images, active).float()
             for name, metric in METRICS.items():
-                right[name, ema] += float(metric(logits, labels).sum())
-    *counts, total = coordinator.total([*right.values(), seen])
-    percent = {key: 100 * count / total for key, count in zip(right, counts)}
+                found[name, ema] += float(metric(logits, labels).sum(dtype=torch.float64))
+    *sums, total = coordinator.total([*found.values(), seen])
+    means = {key: _mean(key[0], value, total) for key, value in zip(found, sums)}
     result: dict[str, float] = {}
     for name in METRICS:
-        emas = [percent[name, ema] for ema in networks[1:]]
-        result |= {name: percent[name, None], f"{name}_ema": max(emas)}
+        emas = [means[name, ema] for ema in networks[1:]]
+        result |= {name: means[name, None], f"{name}_ema": better(name, emas)}
         if len(emas) > 1:
-            result |= {f"{name}_ema_{i}": found for i, found in enumerate(emas)}
-    return result
+            result |= {f"{name}_ema_{i}": mean for i, mean in enumerate(emas)}
+    return {name: value for name, value in result.items() if math.isfinite(value)}
+
+
+def _mean(metric: str, total: float, images: float) -> float:
+    """The mean of a metric, in percent or rounded, because sums of losses depend on the order of the images."""
+    return 100 * total / images if is_percentage(metric) else round(total / images, DIGITS)

@@ -130,7 +130,14 @@ def train(
             with suppress(OSError):  # only `status` reads it
                 write_plan(folder, plan.schedule, plan.gmacs)
         recorder = Recorder(
-            folder, coordinator, lease.generation, state.step, recipe.train.log_every, bool(state.pending)
+            folder,
+            coordinator,
+            lease.generation,
+            state.step,
+            recipe.train.log_every,
+            redo_evaluation=bool(state.pending),
+            rank_curves=recipe.train.rank_curves,
+            unit="GMACs" if recipe.search.times == "modelled" else "step ms",
         )
     watch = Watch(
         coordinator,
