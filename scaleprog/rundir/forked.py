@@ -90,6 +90,6 @@ def _events(path: Path, step: int) -> Iterator[dict[str, Any]]:
             continue
         known.append(json.loads(line))
     for event in still_told(known):
-        begins = event["event"] == "growth"  # one at `step` belongs to the step after it
-        if event["event"] in TAKEN and event.get("step", 0) <= step - begins:
+        last = step - 1 if event["event"] == "growth" else step  # a growth at `step` belongs to the step after it
+        if event["event"] in TAKEN and event.get("step", 0) <= last:
             yield {**event, "generation": 0}
