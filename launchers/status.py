@@ -2,7 +2,6 @@
 
 import math
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scaleprog.errors import ScaleprogError
-from scaleprog.files.display import as_text, counted, first_line
+from scaleprog.files.display import as_text, clock, counted, first_line
 from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.space import Choice, Subnet
 from scaleprog.launchers.requeue import committed_step
@@ -27,8 +26,6 @@ from scaleprog.rundir.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUE
 from scaleprog.rundir.state import decision_from_json
 
 RECENT_STEPS = 50
-POLL_SECONDS = 3.0
-TELL_SECONDS = 15.0  # between two lines of progress
 LAST_BYTES = 8 * 2**20  # read only the end of metrics.jsonl (thousands of steps); the file may be long
 MOST_RESTARTS = 50  # the most restarts shown
 Row = Mapping[str, Any]
@@ -115,7 +112,7 @@ class Status:
             lines.append(("checkpoint", f"step {self.commit_step}, {_span(self.commit_age)} ago"))
         more = len(self.restarts) - MOST_RESTARTS
         lines += [("restart", f"{more} earlier restarts")] if more > 0 else []
-        lines += [("restart", f"{_clock(r.time)} at step {r.step}: {r.cause}") for r in self.restarts[-MOST_RESTARTS:]]
+        lines += [("restart", f"{clock(r.time)} at step {r.step}: {r.cause}") for r in self.restarts[-MOST_RESTARTS:]]
         lines += [("left out", trouble) for trouble in self.troubles]
         return "\n".join([as_text(self.run), *(f"  {key:<11}{as_text(value)}" for key, value in lines)])
 
@@ -125,7 +122,7 @@ def status(run: Path) -> Status:
     parent = Recipe.of_run(run).parent  # also refuses a directory that is not a run directory
     records = [read(run / METRICS, METRIC, LAST_BYTES), read(run / EVENTS, EVENT), read(run / REQUEUES, LEFT)]
     rows, events, ends = (told.rows for told in records)
-    trained = [row for row in rows if "phase" in row]
+    trained = [row for row in rows if "loss" in row]
     still = still_told(events)
     evaluated = [row for row in (*still, *rows) if row.keys() >= {"top1", "top1_ema"}]
     now = trained[-1] if trained else None
@@ -192,9 +189,16 @@ def standing(run: Path, troubles: list[str] | None = None) -> tuple[str, str, st
     ends = read(run / REQUEUES, LEFT).rows
     if file is not None and ends and ends[-1].get("job") == file.job and not ends[-1].get("requeue"):
         return "stopped", f"job {file.job}: {ends[-1]['cause']}", name
-    if job is not None:
-        return "stopped", f"job {job.id}: {job.state}", name
+    if job is not None and file is not None:
+        return "stopped", f"job {job.id}: {job.state}{no_log(run, file, job)}", name
     return "stopped", unknown or ("never started" if owner is None else ""), name
+
+
+def no_log(run: Path, file: JobFile, job: slurm_queue.Job) -> str:
+    """What it means if a job has failed without a log; empty if it has one."""
+    if job.state != "FAILED" or not job.nodes or not file.log or not file.host or (run / file.log).exists():
+        return ""
+    return f" without a log: {job.nodes} may not have {run.absolute()}; {file.seen()}"
 
 
 def _told(ask: Callable[[], T], troubles: list[str]) -> T | None:
@@ -224,11 +228,11 @@ def restarts(events: Sequence[Row], ends: Sequence[Row]) -> Iterator[Restart]:
             ended = [e for e in own if e["event"] in ("error", "preempted")]
             words = [e for e in ends if before["time"] < e["time"] < start["time"]]
             told = [*signals[-1:], *ended[:1], *words[-1:]]
-            yield Restart(start["time"], _cause(told[-1]) if told else "ended without notice", start["step"])
+            yield Restart(start["time"], cause_of(told[-1]) if told else "ended without notice", start["step"])
         before = start
 
 
-def _cause(row: Row) -> str:
+def cause_of(row: Row) -> str:
     """Why a start ended, from a line of `requeues.jsonl` or from the event that ended it."""
     if "cause" in row:
         return first_line(row["cause"])
@@ -288,31 +292,6 @@ def possible(schedule: Schedule, choices: Sequence[Choice]) -> list[Choice]:
     return made
 
 
-def follow(run: Path, file: JobFile) -> int:
-    """Prints the progress of a queued run until it has ended; returns its exit code."""
-    said, told, ended, job = "", 0.0, 0, None
-    while ended < 2:  # Slurm may requeue a job that has just ended
-        try:
-            job = file.ask()
-            ended = ended + 1 if job is None or job.over else 0
-            now = f"job {file.job}: {_now(job)}"
-        except slurm_queue.NoAnswer as error:  # for example, Slurm's controller restarts
-            now = str(error)
-        if now != said:
-            said = now
-            print(f"{_clock(time.time())} {as_text(now)}", flush=True)
-        if time.monotonic() - told > TELL_SECONDS and (line := _last_step(run)) is not None:
-            told = time.monotonic()
-            print(f"{_clock(time.time())} {line}", flush=True)
-        time.sleep(POLL_SECONDS)
-    if (job is None and (run / "results.json").exists()) or (job is not None and job.state == "COMPLETED"):
-        return 0
-    last = next(reversed(read(run / REQUEUES, LEFT).rows), None)
-    if last is not None and last.get("job") == file.job:
-        print(f"scaleprog: {as_text(last['cause'], lines=True)}", file=sys.stderr)
-    return 1 if job is None else job.exit_code or 1
-
-
 def cancel(run: Path) -> str:
     """Ends the run in a directory: a queued or running Slurm job, or a process on this machine.
 
@@ -353,21 +332,6 @@ def cancel(run: Path) -> str:
     return f"{done}; checkpoint: {remains}; the same command resumes from there"
 
 
-def _now(job: slurm_queue.Job | None) -> str:
-    if job is None:
-        return "Slurm no longer knows it"
-    about = [job.state, job.nodes and f"on {job.nodes}", job.reason, f"restart {job.restarts}" if job.restarts else ""]
-    return ", ".join(filter(None, about))
-
-
-def _last_step(run: Path) -> str | None:
-    """The last line of `metrics.jsonl` in words."""
-    for row in reversed(read(run / METRICS, METRIC, last=2**14).rows):
-        if "phase" in row:
-            return f"step {row['step']}, stage {row['stage']} {row['phase']}, loss {row['loss']:.3f}"
-    return None
-
-
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -381,10 +345,6 @@ def _age(path: Path) -> float | None:
         return max(0.0, time.time() - path.stat().st_mtime)
     except OSError:
         return None
-
-
-def _clock(moment: float) -> str:
-    return time.strftime("%d %b %H:%M:%S", time.localtime(moment))
 
 
 def _span(seconds: float) -> str:

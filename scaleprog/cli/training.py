@@ -89,6 +89,7 @@ def run_here(
     from scaleprog.launchers.world import Count
     from scaleprog.planning.plan import plan_start
     from scaleprog.ranks.rendezvous import of_another_launcher
+    from scaleprog.recipe import directories
     from scaleprog.recipe.worlds import Worlds
     from scaleprog.rundir.storage import committed
     from scaleprog.training.longer import begin
@@ -108,7 +109,7 @@ def run_here(
         )
     if ranks.fixed:
         check_devices(ranks.most)
-        plan_start(recipe, ranks.most, ranks.most)  # before any process is started
+        plan_start(recipe.located(directories.to_train(folder)), ranks.most, ranks.most)  # before any process
     if ranks.most == 1 and restarts == 0:
         train_rank(recipe, folder)
     else:

@@ -1,14 +1,14 @@
 """The timeline of a run: its starts, what ended them and what they cost, derived from events, steps and requeues."""
 
+import math
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from scaleprog.files.display import first_line
 from scaleprog.growth.space import Subnet
@@ -95,8 +95,8 @@ def read_timeline(folder: Path, name: str, rows: Sequence[Row], events: Sequence
         return None
     begun = [events[i] for i in begins]
     begun_at = list(accumulate((event["time"] for event in begun), max))
-    kept = [*list(accumulate((event["step"] for event in reversed(begun)), min))[::-1][1:], np.inf]
-    steps = sorted((row for row in rows if "phase" in row), key=lambda row: row["step"])
+    kept = [*list(accumulate((event["step"] for event in reversed(begun)), min))[::-1][1:], math.inf]
+    steps = sorted((row for row in rows if "loss" in row), key=lambda row: row["step"])
     ends = sorted(read(folder / REQUEUES, LEFT).rows, key=lambda row: row["time"])
     beyond = _beyond(begun, begun_at)
     zero = begun[0]["time"] - begun[0].get("startup_seconds", 0.0)
@@ -109,7 +109,7 @@ def read_timeline(folder: Path, name: str, rows: Sequence[Row], events: Sequence
         own = [e for e in events[begins[i] : None if last else begins[i + 1]] if e["generation"] == event["generation"]]
         mine = steps[slice(*(bisect_right(steps, at, key=lambda row: row["step"]) for at in (event["step"], kept[i])))]
         points = _points(own, mine, beyond.get(i, ()), clock)
-        left = _between(ends, event["time"], np.inf if last else begun[i + 1]["time"])
+        left = _between(ends, event["time"], math.inf if last else begun[i + 1]["time"])
         ready = clock(event["time"])
         start = Start(
             began=min(max(ready - event.get("startup_seconds", 0.0), before), ready),
@@ -266,12 +266,15 @@ class _Progress:
     """Points of (seconds, steps), prepared for many look-ups."""
 
     def __init__(self, points: Sequence[tuple[float, int]]) -> None:
-        self._times, steps = map(np.asarray, zip(*points))
-        self._steps = np.maximum.accumulate(steps.astype(float))  # a clock that was set back puts them out of order
+        import numpy as np  # starts a thread per core, which `status` on a login node must not
+
+        times, steps = map(np.asarray, zip(*points))
+        ascending = np.maximum.accumulate(steps.astype(float))  # a clock that was set back puts them out of order
+        self._when = partial(np.interp, xp=ascending, fp=times)
 
     def when(self, step: float) -> float:
         """About when `step` steps were finished, in seconds."""
-        return float(np.interp(step, self._steps, self._times))
+        return float(self._when(step))
 
 
 def when(points: Sequence[tuple[float, int]], step: float) -> float:

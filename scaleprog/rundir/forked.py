@@ -1,4 +1,7 @@
-"""What the run directory of a fork takes over from its parent: one checkpoint, and the records up to its step."""
+"""What the run directory of a fork takes over from its parent: one checkpoint, and the records up to its step.
+
+The first start of the fork draws its curves in TensorBoard from the records.
+"""
 
 import json
 import os

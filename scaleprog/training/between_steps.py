@@ -352,7 +352,7 @@ def evaluate_now(run: Run, phase: Phase) -> None:
         schedule.view(shown).pixels,
         schedule.active(phase, network),
         between,
-    )
+    ).by_name()
     spent = {"train_seconds": state.train_seconds, "train_cpu_seconds": state.train_cpu_seconds}
     run.recorder.evaluation(state.step, state.accuracies | spent)
     run.recorder.event("evaluation", step=state.step, seconds=time.perf_counter() - began, **state.accuracies)

@@ -2,14 +2,13 @@
 
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError
+from scaleprog.files.atomic import new_folder
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.growth.begun import networks, to_settings, trained
 from scaleprog.planning.plan import Plan
@@ -65,9 +64,12 @@ def fork(recipe: Recipe, source: str, folder: Path, dry_run: bool = False) -> Re
             manifest = read_manifest(checkpoint)
             continued = _continued(recipe, then, run, checkpoint, manifest)
             if not dry_run:
-                with _complete(folder) as new:
+                with new_folder(folder, may_replace=lambda _: False) as new:
                     write_fork(new, run, checkpoint, manifest, continued, uuid.uuid4().hex)
             return continued
+        except OSError as error:
+            where = error.filename or folder
+            raise ScaleprogError(f"{where}: cannot write a run directory: {reason(error)}") from error
         except CheckpointError as error:  # if the run trains, it may have replaced or deleted the checkpoint
             if checkpoint == failed:
                 raise CheckpointError(f"{error}\nkept checkpoints of {run}: {_kept(run)}") from None
@@ -213,24 +215,3 @@ def _rescheduled(run: Path, state: RunState, then: Plan, now: Plan) -> dict[str,
         "began": round(last.began * scale),
         "phases": [phase.model_dump(mode="json") for phase in to_settings(phases)],
     }
-
-
-# ---- the new run directory
-
-
-@contextmanager
-def _complete(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder that then becomes the one at `folder`; if the block raises, nothing remains.
-
-    Raises ScaleprogError if it cannot be written.
-    """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(folder)
-    except OSError as error:
-        raise ScaleprogError(f"{error.filename or folder}: cannot write a run directory: {reason(error)}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -9,7 +9,7 @@ from scaleprog.files.atomic import write_whole
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.growth.begun import trained
 from scaleprog.planning.plan import Plan
-from scaleprog.recipe import Recipe
+from scaleprog.recipe import Recipe, directories
 from scaleprog.rundir.checkpoint import run_of
 from scaleprog.rundir.lease import held_idle
 from scaleprog.rundir.reading import is_torn, open_to_append, reason, to_line
@@ -81,7 +81,8 @@ def lengthen(recipe: Recipe, folder: Path, dry_run: bool = False) -> Recipe:
         return recipe  # a start says what else differs
     with held_idle(folder):
         kept = [path for path in committed(folder / "checkpoints") if _is_legible(path)]
-        then, now = Plan.of(before.model_copy(update={"data": recipe.data})), Plan.of(recipe)
+        found = recipe.located(directories.to_train(folder))
+        then, now = Plan.of(before.model_copy(update={"data": found.data})), Plan.of(found)
         if kept and (why := _difference(state_of(kept[-1], then), then, now)):
             raise CheckpointError(
                 f"{folder} cannot train to {recipe.train.epochs:g} epochs in place of {before.train.epochs:g}: {why}. "
