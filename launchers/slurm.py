@@ -19,7 +19,7 @@ from scaleprog.launchers.request import JobRequest
 from scaleprog.launchers.requeue import committed_step
 from scaleprog.launchers.snapshot import JobFile, check_free, check_name, code_folder, take
 from scaleprog.launchers.world import Count, largest, usable
-from scaleprog.recipe import Recipe
+from scaleprog.recipe import Recipe, directories
 from scaleprog.recipe.worlds import Worlds
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.lease import check_recipe
@@ -158,7 +158,7 @@ def check(recipe: Recipe, run: Path, request: JobRequest) -> None:
     with one_thread():
         from scaleprog.planning.plan import plan_start
 
-        plan_start(recipe, request.world, request.tasks)
+        plan_start(recipe.located(directories.to_train(run)), request.world, request.tasks)
 
 
 def check_quickly(recipe: Recipe, run: Path, request: JobRequest) -> None:
@@ -171,7 +171,7 @@ def check_quickly(recipe: Recipe, run: Path, request: JobRequest) -> None:
 
 def check_weights(recipe: Recipe, run: Path) -> None:
     """Raises AbsentWeights if the run has not begun, and the file or the run that `init.from` names is not there."""
-    source = recipe.init.source
+    source = recipe.located(directories.to_train(run)).init.source
     if source not in (None, "timm") and not committed_step(run) and not os.path.exists(source):
         raise AbsentWeights(f"init.from: {source}: no such file of weights, and no such run")
 

@@ -110,6 +110,8 @@ def take(recipe: "Recipe", run: Path) -> Path:
     Raises:
         ScaleprogError: `run` cannot be written, or holds something else where the code belongs.
     """
+    from scaleprog.recipe import directories
+
     sources = _sources()
     folder = run / "code" / integrity.digest(sources)
     try:
@@ -130,6 +132,7 @@ def take(recipe: "Recipe", run: Path) -> Path:
                 shutil.rmtree(temporary, ignore_errors=True)
         verify(folder)
         write_whole(run / "recipe.yaml", recipe.dump())
+        directories.note(run)
     except OSError as error:
         raise ScaleprogError(f"{run}: cannot be used as a run directory: {error}") from error
     return folder

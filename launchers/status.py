@@ -16,12 +16,12 @@ from scaleprog.growth.space import Choice, Subnet
 from scaleprog.launchers.requeue import committed_step
 from scaleprog.launchers.snapshot import JOB, JobFile
 from scaleprog.recipe import Recipe
-from scaleprog.reporting.timeline import still_told
+from scaleprog.recipe.parent import ParentSettings
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.lease import ask_to_stop, is_alive, read_owner, runs
 from scaleprog.rundir.planned import read_plan
-from scaleprog.rundir.reading import read, read_object
+from scaleprog.rundir.reading import read, read_object, still_told
 from scaleprog.rundir.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, Results
 from scaleprog.rundir.state import decision_from_json
 
@@ -64,6 +64,7 @@ class Status:
         commit_step: the step of the newest checkpoint; 0 if there is none.
         commit_age: seconds since that checkpoint was written.
         restarts: every start after the first.
+        parent: the run that this one continues, and the step from which it does; None unless it is a fork.
         troubles: what could not be read in the run directory, in words.
 
     None means "not known (yet)" unless noted otherwise.
@@ -87,12 +88,14 @@ class Status:
     commit_step: int
     commit_age: float | None
     restarts: list[Restart]
+    parent: str | None
     troubles: list[str]
 
     def text(self) -> str:
         """The status as text for people."""
         of = "" if self.steps is None else f" of {self.steps} ({self.step / self.steps:.0%})"
         lines = [("state", f"{self.state}{self.detail and f' ({self.detail})'}"), ("step", f"{self.step}{of}")]
+        lines += [("continues", self.parent)] if self.parent else []
         if self.stage is not None:
             loss = "not finite" if self.loss is None else f"{self.loss:.3f}"
             lines.append(("stage", f"{self.stage}, {self.phase}, {self.network}, loss {loss}"))
@@ -116,7 +119,7 @@ class Status:
 
 def status(run: Path) -> Status:
     """The status of the run in a directory. Raises ScaleprogError if it holds no run, or a run of another version."""
-    Recipe.of_run(run)  # refuses a directory that is not a run directory
+    parent = Recipe.of_run(run).parent  # also refuses a directory that is not a run directory
     records = [read(run / METRICS, METRIC, LAST_BYTES), read(run / EVENTS, EVENT), read(run / REQUEUES, LEFT)]
     rows, events, ends = (told.rows for told in records)
     trained = [row for row in rows if "loss" in row]
@@ -126,7 +129,7 @@ def status(run: Path) -> Status:
     commit = committed_step(run)
     step = max(commit, now["step"]) if now else commit
     recent = trained[-RECENT_STEPS:]
-    steps, left, trouble = time_left(run, events, step, recent)
+    steps, left, trouble = time_left(run, parent, events, step, recent)
     troubles = [*(told.trouble for told in records if told.trouble), *filter(None, [trouble])]
     state, detail, job = standing(run, troubles)
     if state == "finished":
@@ -151,6 +154,7 @@ def status(run: Path) -> Status:
         commit_step=commit,
         commit_age=_age(run / "checkpoints" / f"step-{commit:08d}"),
         restarts=list(restarts(events, ends)),
+        parent=None if parent is None else f"{parent.run}, step {parent.step}",
         troubles=troubles,
     )
 
@@ -236,7 +240,7 @@ def cause_of(row: Row) -> str:
 
 
 def time_left(
-    run: Path, events: Sequence[Row], step: int, recent: Sequence[Row]
+    run: Path, parent: ParentSettings | None, events: Sequence[Row], step: int, recent: Sequence[Row]
 ) -> tuple[int | None, float | None, str]:
     """Estimates how much training is left, with `Schedule.expected` for stages without a choice.
 
@@ -244,6 +248,7 @@ def time_left(
 
     Args:
         run: the run directory.
+        parent: the run that it continues.
         events: the lines of `events.jsonl`.
         step: the current optimizer step.
         recent: the lines of `metrics.jsonl` for the recent steps; they give the rate.
@@ -253,7 +258,7 @@ def time_left(
         empty). The numbers are None if they are not known.
     """
     try:
-        planned = read_plan(run)
+        planned = read_plan(run, parent)
     except ScaleprogError as error:
         return None, None, str(error)
     if planned is None:  # the run has not started
@@ -273,8 +278,8 @@ def time_left(
 
 def possible(schedule: Schedule, choices: Sequence[Choice]) -> list[Choice]:
     """The choices up to, but not including, the first one that no search of `schedule` can have made."""
-    made: list[Choice] = []
-    for choice in choices:
+    made = list(choices[: len(schedule.settled)])
+    for choice in choices[len(made) :]:
         search = schedule.phases(made)[-1]
         if not search.searched or choice.subnet not in search.candidates:
             break

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
 import typer
 
-from scaleprog.cli.arguments import Overrides, RecipePath, RunPath, say
+from scaleprog.cli.arguments import Overrides, RecipePath, RunPath, Source, default_folder, say
 from scaleprog.cli.training import show
 from scaleprog.errors import INTERRUPTED_CODE, ScaleprogError
 from scaleprog.files.display import as_text
@@ -52,22 +52,25 @@ def submit(
         str | None,
         typer.Option(metavar="PROGRAM", help="Runs the ranks: a container's Python, or a script that starts one."),
     ] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-seedN.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE[-from-RUN]-seedN.")] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Follow the job until it ends, and exit with its exit code.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script without submitting it.")] = False,
+    source: Source = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the job as JSON, and only that on stdout.")] = False,
 ) -> None:
     """Trains a recipe as a Slurm job that restarts by itself until the run is finished."""
     from scaleprog.launchers import slurm
     from scaleprog.launchers.request import JobRequest
+    from scaleprog.launchers.snapshot import check_job
     from scaleprog.launchers.world import Count
     from scaleprog.recipe import Recipe
+    from scaleprog.training.longer import begin
 
     count = Count.parse(nodes, "--nodes")
     loaded = Recipe.load(recipe, overrides or ())
-    folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
+    folder = run_dir or default_folder(recipe, loaded, source)
     request = JobRequest(
         count,
         gpus_per_node,
@@ -83,6 +86,9 @@ def submit(
         tuple(srun or ()),
         python,
     )
+    request.check()
+    check_job(folder)
+    loaded = begin(loaded, folder, source, dry_run)
     if dry_run:
         if as_json:
             raise ScaleprogError("--dry-run prints the batch script, which is no JSON; leave out --json")

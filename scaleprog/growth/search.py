@@ -43,8 +43,39 @@ class Decision:
     def because(self) -> str:
         """The details of the decision, as text."""
         if self.complete_from is None:
-            return f"alpha {self.alpha:.4f}"
-        return ": ".join(filter(None, (f"complete from schedule step {self.complete_from}", self.why)))
+            why = f"alpha {self.alpha:.4f}"
+        else:
+            why = ": ".join(filter(None, (f"complete from schedule step {self.complete_from}", self.why)))
+        return "; ".join(filter(None, (why, self._tie)))
+
+    @property
+    def _tie(self) -> str:
+        """What is said about candidates that score as well as the chosen one; empty if there are none."""
+        best = dict(zip(self.candidates, self.scores))[self.chosen]
+        if best is None:
+            return ""
+        tied = [score for score in self.scores if score is not None and abs(score - best) <= best * TIE]
+        if len(tied) < 2:
+            return ""
+        what = f"{len(tied)} candidates tie" if best else f"nothing is lost by {len(tied)} candidates"
+        return f"{what}: the {'cheaper' if len(tied) == 2 else 'cheapest'} one is taken"
+
+    def table(self, unit: str) -> list[dict[str, str]]:
+        """A row of text for each candidate, which is named by its pixels x layers.
+
+        `unit`: that of the times, "GMACs" or "step ms".
+        """
+        scale = 1e3 if unit == "step ms" else 1.0
+        return [
+            {
+                "candidate": subnet.short,
+                "loss": f"{loss:.4f}",
+                unit: f"{time * scale:.4g}",
+                "score": "–" if score is None else f"{score:.4f}",
+                "chosen": "chosen" if subnet == self.chosen else "",
+            }
+            for subnet, loss, time, score in zip(self.candidates, self.losses, self.times, self.scores, strict=True)
+        ]
 
     @property
     def choice(self) -> Choice:

@@ -12,7 +12,7 @@ from typing import Any
 
 from scaleprog.files.display import first_line
 from scaleprog.growth.space import Subnet
-from scaleprog.rundir.reading import read
+from scaleprog.rundir.reading import read, still_told, with_generations
 from scaleprog.rundir.records import LEFT, REQUEUES
 
 Row = Mapping[str, Any]
@@ -89,7 +89,7 @@ def read_timeline(folder: Path, name: str, rows: Sequence[Row], events: Sequence
         rows: rows of metrics.jsonl, in the order of the file.
         events: rows of events.jsonl, in the order of the file.
     """
-    events = _with_generations(events)
+    events = with_generations(events)
     begins = [i for i, event in enumerate(events) if event["event"] == "start"]
     if not begins:
         return None
@@ -131,26 +131,6 @@ def read_timeline(folder: Path, name: str, rows: Sequence[Row], events: Sequence
     return Timeline(name, zero, starts, marks, lost, _costs(starts, steps, rows, events))
 
 
-def still_told(events: Sequence[Row]) -> list[Row]:
-    """The events that still hold. A start cancels the events of earlier starts about steps beyond its own first step,
-    and all events that an earlier start writes after it."""
-    told: list[Row] = []
-    latest = -1
-    for event in _with_generations(events):
-        if event["event"] == "start":
-            latest = event["generation"]
-        if event["generation"] >= latest:
-            told.append(event)
-    kept: list[Row] = []
-    back_to: float = math.inf
-    for event in reversed(told):
-        if event.get("step", 0) <= back_to:
-            kept.append(event)
-        if event["event"] == "start":
-            back_to = min(back_to, event["step"])
-    return kept[::-1]
-
-
 def describe(timeline: Timeline | None, events: Sequence[Row]) -> list[str]:
     """Starts, growths, checkpoints and errors in words."""
     starts, checkpoints, failed, errors = (
@@ -165,6 +145,12 @@ def describe(timeline: Timeline | None, events: Sequence[Row]) -> list[str]:
         [mark for mark in timeline.marks if mark.kind in ("signal", "stop", "killed") and mark.text] if timeline else []
     )
     lines = [
+        *[f"continues {e['run']} from step {e['step']}" for e in events if e["event"] == "forked"],
+        *[
+            f"made longer at step {e['step']}: {e['epochs']:g} epochs in place of {e['before']:g}"
+            for e in events
+            if e["event"] == "lengthened"
+        ],
         _listing("starts", [f"at step {e['step']}, world size {e.get('world', 1)}{_again(e)}" for e in starts]),
         _listing(
             f"growths in {sum(e['seconds'] for e in growths):.2f} s",
@@ -211,17 +197,6 @@ def span(seconds: float) -> str:
 
 
 # ---- reading
-
-
-def _with_generations(events: Sequence[Row]) -> list[Row]:
-    """The events, each with its generation, which early versions recorded for start events at most."""
-    known: list[Row] = []
-    latest = 0
-    for event in events:
-        if event["event"] == "start":
-            latest = event.get("generation", latest + 1)
-        known.append({"generation": latest, **event})
-    return known
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from scaleprog.models import resolve_family
 from scaleprog.models.given import Given, fit
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.recipe import Recipe
-from scaleprog.training.export import read_saved
+from scaleprog.recipe.keys import TIMM
 from scaleprog.training.process import Run
+from scaleprog.training.saved import read_saved
 
 SUFFIX = ".safetensors"
 HUB_FILE = "model.safetensors"
@@ -81,7 +82,7 @@ def read_plain(recipe: Recipe, coordinator: Coordinator) -> Mapping[str, Tensor]
     source = recipe.init.source
     if source is None:
         raise RecipeError("init.from: the run began with given weights and starts over from them; name them again")
-    if source == "timm":
+    if source == TIMM:
         return read_tensors(Path(coordinator.on_rank_0("timm's weights", lambda: _from_hub(recipe.model.name))))
     if source.endswith(SUFFIX):
         return read_tensors(Path(source))

@@ -66,6 +66,11 @@ def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: Pr
     """
     newest = checkpoints.newest(progress.say)
     data = plan.data.identity()
+    if newest is None and (parent := plan.recipe.parent):
+        raise CheckpointError(
+            f"{checkpoints.folder}: no checkpoint of step {parent.step}, from which this fork continues; move the run "
+            f"directory away, and make it again with --from {parent.run}@{parent.step}"
+        )
     if newest is None:
         return RunState(data=data)
     state = state_of(newest, plan)
