@@ -13,6 +13,7 @@ from scaleprog.cli.arguments import Overrides, RecipePath, RunPath, Source, defa
 from scaleprog.cli.training import show
 from scaleprog.errors import INTERRUPTED_CODE, ScaleprogError
 from scaleprog.files.display import as_text
+from scaleprog.files.plain_yaml import RECIPE
 
 if TYPE_CHECKING:
     from scaleprog.launchers.request import JobRequest
@@ -66,7 +67,6 @@ def submit(
     from scaleprog.launchers.snapshot import check_job
     from scaleprog.launchers.world import Count
     from scaleprog.recipe import Recipe
-    from scaleprog.training.longer import begin
 
     count = Count.parse(nodes, "--nodes")
     loaded = Recipe.load(recipe, overrides or ())
@@ -88,7 +88,11 @@ def submit(
     )
     request.check()
     check_job(folder)
-    loaded = begin(loaded, folder, source, dry_run)
+    if source is not None or loaded.parent is not None or (folder / RECIPE).exists():
+        with slurm.one_thread():
+            from scaleprog.training.longer import begin  # imports torch
+
+            loaded = begin(loaded, folder, source, dry_run)
     if dry_run:
         if as_json:
             raise ScaleprogError("--dry-run prints the batch script, which is no JSON; leave out --json")
