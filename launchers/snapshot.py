@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import scaleprog
-from scaleprog.errors import CheckpointError, ScaleprogError
+from scaleprog.errors import CheckpointError, InUse, ScaleprogError
 from scaleprog.files.atomic import read_text, write_whole
 from scaleprog.files.display import as_text
 from scaleprog.launchers import integrity
@@ -39,6 +39,8 @@ class JobFile:
         name: the name of the job.
         code: the folder of the job's code, relative to the run directory.
         log: the job's log, relative to the run directory; empty if not known.
+
+    The runs of a sweep share one array, whose code and logs are in the folder of the sweep, `..`.
     """
 
     job: str
@@ -64,12 +66,17 @@ class JobFile:
 
     def _check(self) -> None:
         """Raises ValueError for a value that a job cannot have: anyone may have written the file."""
-        forms = {"job": JOB_ID, "code": r"code/[0-9a-z]+", "log": r"|jobs/[^/]+/[^/]+", "name": r".*"}
+        forms = {
+            "job": JOB_ID,
+            "code": r"(\.\./)?code/[0-9a-z]+",
+            "log": r"|(\.\./)?jobs/[^/]+/[^/]+",
+            "name": r".*",
+        }
         for key, form in forms.items():
             value = getattr(self, key)
             if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
                 raise ValueError(f"{key} is not printable text")
-            if not re.fullmatch(form, value) or "/../" in f"/{value}/":
+            if not re.fullmatch(form, value) or "/../" in f"/{value.removeprefix('../')}/":
                 raise ValueError(f"{key} cannot be {value[:100]!r}")
 
     def ask(self) -> slurm_queue.Job | None:
@@ -84,7 +91,23 @@ def code_folder(run: Path) -> Path:
 
 
 def take(recipe: "Recipe", run: Path) -> Path:
-    """Copies the current code and `recipe` into `run`.
+    """Copies the current code and `recipe` into `run`; see `take_code`."""
+    folder = take_code(run)
+    write_recipe(recipe, run)
+    return folder
+
+
+def write_recipe(recipe: "Recipe", run: Path) -> None:
+    """Writes `recipe` into `run`. Raises ScaleprogError."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_whole(run / "recipe.yaml", recipe.dump())
+    except OSError as error:
+        raise ScaleprogError(f"{run}: cannot be used as a run directory: {error}") from error
+
+
+def take_code(run: Path) -> Path:
+    """Copies the current code into `run`.
 
     If the folder of the code already exists, this compares it file by file, because anyone may have written it.
 
@@ -113,7 +136,6 @@ def take(recipe: "Recipe", run: Path) -> Path:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         verify(folder)
-        write_whole(run / "recipe.yaml", recipe.dump())
     except OSError as error:
         raise ScaleprogError(f"{run}: cannot be used as a run directory: {error}") from error
     return folder
@@ -151,7 +173,7 @@ def check_free(recipe: "Recipe", run: Path, mine: str | None = None) -> None:
     check_job(run)
     owner = read_owner(run)
     if owner is not None and (mine is None or owner.job != mine) and is_alive(owner, run):
-        raise CheckpointError(f"{run} is in use by process {owner.pid} on {owner.host}; use another --run-dir")
+        raise InUse(f"{run} is in use by process {owner.pid} on {owner.host}; use another --run-dir")
 
 
 def check_job(run: Path) -> None:
@@ -161,7 +183,7 @@ def check_job(run: Path) -> None:
         with suppress(slurm_queue.NoAnswer):
             job = last.ask()
     if job is not None and not job.over:
-        raise CheckpointError(
+        raise InUse(
             f"{run} belongs to job {job.id}, which is {job.state}; cancel it with `scaleprog cancel {run}`, or use "
             "another --run-dir"
         )

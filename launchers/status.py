@@ -102,17 +102,17 @@ class Status:
         if self.top1 is not None:
             lines.append(("top-1", f"{self.top1:.2f} % after step {self.top1_step}"))
         if self.images_per_second is not None:
-            left = "" if self.seconds_left is None else f"; about {_span(self.seconds_left)} of training left"
+            left = "" if self.seconds_left is None else f"; about {span(self.seconds_left)} of training left"
             lines.append(("rate", f"{self.images_per_second:.0f} images/s{left}"))
         if self.damaged:
             lines.append(("damaged", f"{counted(self.damaged, 'sample')}, replaced by others; events.jsonl has names"))
         if self.commit_age is None:
             lines.append(("checkpoint", "none yet"))
         else:
-            lines.append(("checkpoint", f"step {self.commit_step}, {_span(self.commit_age)} ago"))
+            lines.append(("checkpoint", f"step {self.commit_step}, {span(self.commit_age)} ago"))
         more = len(self.restarts) - MOST_RESTARTS
         lines += [("restart", f"{more} earlier restarts")] if more > 0 else []
-        lines += [("restart", f"{_clock(r.time)} at step {r.step}: {r.cause}") for r in self.restarts[-MOST_RESTARTS:]]
+        lines += [("restart", f"{clock(r.time)} at step {r.step}: {r.cause}") for r in self.restarts[-MOST_RESTARTS:]]
         lines += [("left out", trouble) for trouble in self.troubles]
         return "\n".join([as_text(self.run), *(f"  {key:<11}{as_text(value)}" for key, value in lines)])
 
@@ -290,15 +290,15 @@ def follow(run: Path, file: JobFile) -> int:
         try:
             job = file.ask()
             ended = ended + 1 if job is None or job.over else 0
-            now = f"job {file.job}: {_now(job)}"
+            now = f"job {file.job}: {in_words(job)}"
         except slurm_queue.NoAnswer as error:  # for example, Slurm's controller restarts
             now = str(error)
         if now != said:
             said = now
-            print(f"{_clock(time.time())} {as_text(now)}", flush=True)
-        if time.monotonic() - told > TELL_SECONDS and (line := _last_step(run)) is not None:
+            print(f"{clock(time.time())} {as_text(now)}", flush=True)
+        if time.monotonic() - told > TELL_SECONDS and (line := last_step(run)) is not None:
             told = time.monotonic()
-            print(f"{_clock(time.time())} {line}", flush=True)
+            print(f"{clock(time.time())} {line}", flush=True)
         time.sleep(POLL_SECONDS)
     if (job is None and (run / "results.json").exists()) or (job is not None and job.state == "COMPLETED"):
         return 0
@@ -321,7 +321,7 @@ def cancel(run: Path) -> str:
     file, owner = JobFile.read(run), read_owner(run)
     job = None if file is None else file.ask()
     if job is not None and not job.over:
-        if not job.names(run):
+        if not job.names(run.parent if "_" in job.id else run):  # the script of an array is in the sweep's folder
             raise ScaleprogError(
                 f"{run / JOB} names job {job.id}, but Slurm's record of its command does not name this run directory; "
                 f"nothing was canceled; if the job does train this run, use `scancel {job.id}`"
@@ -348,14 +348,15 @@ def cancel(run: Path) -> str:
     return f"{done}; checkpoint: {remains}; the same command resumes from there"
 
 
-def _now(job: slurm_queue.Job | None) -> str:
+def in_words(job: slurm_queue.Job | None) -> str:
+    """The state of a job, for one line."""
     if job is None:
         return "Slurm no longer knows it"
     about = [job.state, job.nodes and f"on {job.nodes}", job.reason, f"restart {job.restarts}" if job.restarts else ""]
     return ", ".join(filter(None, about))
 
 
-def _last_step(run: Path) -> str | None:
+def last_step(run: Path) -> str | None:
     """The last line of `metrics.jsonl` in words."""
     for row in reversed(read(run / METRICS, METRIC, last=2**14).rows):
         if "loss" in row:
@@ -378,11 +379,12 @@ def _age(path: Path) -> float | None:
         return None
 
 
-def _clock(moment: float) -> str:
+def clock(moment: float) -> str:
+    """A moment, in seconds since 1970, as local time."""
     return time.strftime("%d %b %H:%M:%S", time.localtime(moment))
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """A duration in words."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:

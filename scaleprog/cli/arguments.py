@@ -14,6 +14,7 @@ RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. configs/fashion_mnist/prog.yaml.")
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.epochs=8")]
+RunPaths = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of some.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 RanksHere = Annotated[
     str,

@@ -2,14 +2,22 @@
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scaleprog.cli.arguments import Overrides, RecipePath, RunPath
+from scaleprog.cli.arguments import Overrides, RecipePath, RunPath, RunPaths, say
+from scaleprog.cli.sweep import Sweep, sweep_runs, unfinished
+from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text
+from scaleprog.rundir.folders import runs_at
+
+if TYPE_CHECKING:
+    from scaleprog.launchers.slurm import JobRequest
+    from scaleprog.recipe import Recipe
 
 
 def submit(
@@ -41,6 +49,10 @@ def submit(
         bool, typer.Option("--wait", help="Follow the job until it ends, and exit with its exit code.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script without submitting it.")] = False,
+    sweep: Sweep = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, max=10**6, help="Runs of a sweep that train at the same time; default all.")
+    ] = None,
 ) -> None:
     """Trains a recipe as a Slurm job that restarts by itself until the run is finished."""
     from scaleprog.launchers import slurm, status
@@ -48,8 +60,6 @@ def submit(
     from scaleprog.recipe import Recipe
 
     count = Count.parse(nodes, "--nodes")
-    loaded = Recipe.load(recipe, overrides or ())
-    folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
     request = slurm.JobRequest(
         count,
         gpus_per_node,
@@ -63,6 +73,13 @@ def submit(
         max_restarts,
         tuple(sbatch or ()),
     )
+    if sweep:
+        submit_sweep(*sweep_runs(recipe, overrides or (), sweep, run_dir), request, jobs, wait, dry_run)
+        return
+    if jobs is not None:
+        raise ScaleprogError(f"--jobs {jobs}: only a sweep has several runs; add --sweep")
+    loaded = Recipe.load(recipe, overrides or ())
+    folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
     if dry_run:
         print(slurm.script(loaded, folder, request), end="")
         return
@@ -78,18 +95,61 @@ def submit(
         raise typer.Exit(status.follow(folder, job))
 
 
-def show_status(
-    run: RunPath, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with times in seconds.")] = False
+def submit_sweep(
+    folder: Path,
+    runs: Mapping[Path, "Recipe"],
+    request: "JobRequest",
+    at_once: int | None,
+    wait: bool,
+    dry_run: bool,
 ) -> None:
-    """Shows whether a run is queued, running or ended, its step, restarts, last checkpoint and time left."""
-    from scaleprog.launchers import status
+    """Submits the runs of a sweep that are not finished as one array. Raises typer.Exit and ScaleprogError."""
+    from scaleprog.launchers import array
 
-    found = status.status(run)
-    print(json.dumps(asdict(found), indent=1, allow_nan=False) if as_json else found.text())
+    left = unfinished(runs)
+    if not left:
+        print(f"nothing to submit: no run of {as_text(folder)} is left to train")
+        return
+    if dry_run:
+        print(array.script(left, folder, request, at_once), end="")
+        return
+    files = array.submit(left, folder, request, at_once)
+    first, *_ = files.values()
+    quoted = as_text(shlex.quote(str(folder)))
+    print(
+        f"job {first.job.partition('_')[0]}: an array of {len(files)} jobs, each of {request.nodes} x {request.tasks} "
+        f"ranks, for {len(files)} of {len(runs)} runs\n  directories    in {as_text(folder)}\n"
+        f"  watch          scaleprog status {quoted}\n  end            scaleprog cancel {quoted}",
+        flush=True,
+    )
+    if wait:
+        raise typer.Exit(array.follow(files))
+
+
+def show_status(
+    run: RunPaths, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with times in seconds.")] = False
+) -> None:
+    """Shows whether a run is queued, running or ended, its step, restarts, last checkpoint and time left.
+
+    Several runs, or a folder of runs such as a sweep's, become a table.
+    """
+    from scaleprog.launchers import status
+    from scaleprog.launchers.several import statuses, table
+
+    if len(run) == 1 and runs_at(run[0]) in ([], run):
+        only = status.status(run[0])
+        print(json.dumps(asdict(only), indent=1, allow_nan=False) if as_json else only.text())
+        return
+    found, left_out = statuses(run)
+    print(json.dumps([asdict(each) for each in found], indent=1, allow_nan=False) if as_json else table(found))
+    if left_out:
+        say(f"left out: {', '.join(left_out)}")
 
 
 def cancel(run: RunPath) -> None:
-    """Stops a queued or running run, under Slurm or on this machine, and reports what remains."""
-    from scaleprog.launchers import status
+    """Stops a queued or running run, or all of a sweep, under Slurm or on this machine, and reports what remains."""
+    from scaleprog.launchers.several import cancel_all
+    from scaleprog.launchers.status import cancel as cancel_one
 
-    print(as_text(status.cancel(run)))
+    runs = runs_at(run)
+    print(as_text(cancel_one(run) if runs in ([], [run]) else cancel_all(runs), lines=True))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scaleprog.cli.arguments import MOST_HERE, Overrides, RanksHere, RecipePath, Restarts, say
+from scaleprog.cli.sweep import Sweep, sweep_runs, train_sweep
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.atomic import write_whole
 from scaleprog.files.display import as_text
@@ -29,6 +30,10 @@ def train(
         Path | None, typer.Option(help="Run directory of the baseline, to compute the speedup.")
     ] = None,
     restarts: Restarts = None,
+    sweep: Sweep = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, max=MOST_HERE, help="Runs of a sweep that train at the same time; default 1.")
+    ] = None,
 ) -> None:
     """Trains a recipe, or resumes a run directory that exists.
 
@@ -36,6 +41,14 @@ def train(
     """
     from scaleprog.recipe import Recipe
 
+    if sweep:
+        if baseline is not None:
+            train_seconds(baseline)  # refuses a baseline that has not finished, before anything trains
+        train_one = partial(run_here, nproc=nproc, restarts=restarts, baseline=baseline)
+        train_sweep(sweep_runs(recipe, overrides or (), sweep, run_dir)[1], nproc, jobs or 1, train_one)
+        return
+    if jobs is not None:
+        raise ScaleprogError(f"--jobs {jobs}: only a sweep has several runs; add --sweep, or use --nproc for ranks")
     loaded = Recipe.load(recipe, overrides or ())
     folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
     run_here(loaded, folder, nproc, restarts, baseline)
