@@ -69,7 +69,7 @@ def sweep_runs(
 
 
 def unfinished(runs: Mapping[Path, "Recipe"]) -> dict[Path, "Recipe"]:
-    """The runs of a sweep that neither have finished nor are being trained; prints which are left out.
+    """The runs of a sweep that neither have finished nor are queued or in training; prints which are left out.
 
     Raises ScaleprogError: a run directory belongs to another recipe, or is damaged.
     """
@@ -77,17 +77,21 @@ def unfinished(runs: Mapping[Path, "Recipe"]) -> dict[Path, "Recipe"]:
     from scaleprog.rundir.lease import check_recipe
 
     left: dict[Path, Recipe] = {}
+    left_out: dict[str, list[str]] = {"finished": [], "queued or in training": []}
     for run, recipe in runs.items():
         check_recipe(run, recipe)
         if has_finished(run):
-            say(f"{run.name}: has finished")
+            left_out["finished"].append(run.name)
             continue
         try:
             check_free(recipe, run)
-        except InUse as error:
-            say(f"{run.name}: left out: {error}")
+        except InUse:
+            left_out["queued or in training"].append(run.name)
         else:
             left[run] = recipe
+    for why, names in left_out.items():
+        if names:
+            say(f"{why}, so left out: {', '.join(names)}")
     return left
 
 

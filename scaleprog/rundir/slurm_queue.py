@@ -95,7 +95,8 @@ def find(job: str) -> Job | None:
     told = _ask("scontrol", "-o", "show", "job", _checked(job))
     if told.code == 0 and told.out.strip():
         return _read(told.out, job)
-    if "Invalid job id" not in told.err:
+    # the second answer is for a task of an array that was canceled before it started
+    if "Invalid job id" not in told.err and f"Job {job} not found" not in told.out:
         raise NoAnswer(_last_line(told.err))
     return _accounted(job)
 
