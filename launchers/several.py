@@ -14,20 +14,21 @@ def statuses(paths: Sequence[Path]) -> tuple[list[Status], list[str]]:
     """The status of each run in `paths`: run directories, and folders of run directories.
 
     Returns:
-        The statuses, in the order of `paths`, and a sentence about each path that was left out.
+        The statuses, in the order of `paths`, and what was left out, in words.
 
     Raises:
         ScaleprogError: none of `paths` leads to a run.
     """
     found: list[Status] = []
-    left_out = [f"{path} (no run)" for path in paths if not runs_at(path)]
+    without = [str(path) for path in paths if not runs_at(path)]
+    left_out = [f"no run in {', '.join(without)}"] if without else []
     for run in {run.resolve(): run for path in paths for run in runs_at(path)}.values():
         try:
             found.append(status(run))
         except ScaleprogError as error:
-            left_out.append(f"{run} ({first_line(str(error))})")
+            left_out.append(first_line(str(error)))
     if not found:
-        raise CheckpointError(f"no run found: {', '.join(left_out)}")
+        raise CheckpointError("; ".join(left_out))
     return found, left_out
 
 

@@ -18,9 +18,9 @@ import torch
 
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text, first_line
+from scaleprog.launchers import local
 from scaleprog.launchers.exits import CRASHED, FINISHED, STOPPED, exit_by
 from scaleprog.launchers.local import (
-    START_METHOD,
     begin_process,
     interrupts_held,
     leave,
@@ -108,7 +108,10 @@ def train_all(tasks: Sequence[Task], places: Sequence[Slot]) -> dict[Path, Ended
             for each in [each for each in running if each.process.sentinel in ready]:
                 running.remove(each)
                 free.append(each.slot)
-                end = ended[each.task.run] = _end_of(each)
+                end = _end_of(each)
+                if asked.value and end.code != FINISHED:  # as `launch` does: perhaps it did not handle signals yet
+                    end = Ended(STOPPED, end.why)
+                ended[each.task.run] = end
                 _say(f"{each.task.run.name}: {first_line(end.why) or 'finished'}")
             if len(places) > 1 and time.monotonic() - shown > TELL_SECONDS:
                 shown = time.monotonic()
@@ -117,7 +120,7 @@ def train_all(tasks: Sequence[Task], places: Sequence[Slot]) -> dict[Path, Ended
 
 
 def _start(asked: c_int, task: Task, slot: Slot, logged: bool) -> _Running:
-    context: Any = multiprocessing.get_context(START_METHOD)
+    context: Any = multiprocessing.get_context(local.START_METHOD)
     told, telling = context.Pipe(duplex=False)
     process = context.Process(target=_train, args=(asked, task, slot, telling, logged))
     with interrupts_held():

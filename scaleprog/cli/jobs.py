@@ -143,7 +143,7 @@ def show_status(
     found, left_out = statuses(run)
     print(json.dumps([asdict(each) for each in found], indent=1, allow_nan=False) if as_json else table(found))
     if left_out:
-        say(f"left out: {', '.join(left_out)}")
+        say(f"left out: {'; '.join(left_out)}")
 
 
 def cancel(run: RunPath) -> None:

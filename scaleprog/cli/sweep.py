@@ -47,7 +47,7 @@ def repeated(words: Sequence[str]) -> list[str]:
         if word == "--":
             return [*told, *words[i:]]
         value = told[-1:] == [OPTION]
-        if sweeping and not value and re.match(f"{KEY}=", word):
+        if sweeping and not value and re.match(f"(?!-){KEY}=", word):
             told.append(OPTION)
         elif not value:
             sweeping = word == OPTION or word.startswith(f"{OPTION}=")

@@ -132,15 +132,20 @@ def run_name(keys: Sequence[str], values: Sequence[str]) -> str:
     """The name of a run, such as `lr=1e-3_seed0`: the last parts of the keys, or whole keys if two end alike."""
     ends = [key.rpartition(".")[2] for key in keys]
     parts = [
-        f"{end if ends.count(end) == 1 else key}={_plain(value, LONGEST_VALUE)}"
+        f"{end if ends.count(end) == 1 else key}={_plain(value)}"
         for key, end, value in zip(keys, ends, values)
         if key != SEED
     ]
-    seeds = [f"{SEED}{_plain(value, LONGEST_VALUE)}" for key, value in zip(keys, values) if key == SEED]
-    return "_".join(([_plain("_".join(parts), LONGEST_NAME)] if parts else []) + seeds)
+    seeds = [f"{SEED}{_plain(value)}" for key, value in zip(keys, values) if key == SEED]
+    named = "_".join(parts)
+    return "_".join(filter(None, [_apart(named, named[:LONGEST_NAME]), *seeds]))
 
 
-def _plain(text: str, most: int) -> str:
-    """Text of letters that any file name may have; if it is changed, a checksum keeps it apart from others."""
-    plain = re.sub(r"[^A-Za-z0-9.+=_-]+", "-", text)[:most]
-    return plain if plain == text else f"{plain.strip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+def _plain(value: str) -> str:
+    """A value in letters that any file name may have."""
+    return _apart(value, re.sub("[^A-Za-z0-9.+_-]+", "-", value)[:LONGEST_VALUE])
+
+
+def _apart(text: str, short: str) -> str:
+    """What stands for a text in a name: `short` with, unless that is all of the text, a checksum."""
+    return text if short == text else f"{short.strip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
