@@ -6,6 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from ctypes import c_int
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -108,10 +109,7 @@ def train_all(tasks: Sequence[Task], places: Sequence[Slot]) -> dict[Path, Ended
             for each in [each for each in running if each.process.sentinel in ready]:
                 running.remove(each)
                 free.append(each.slot)
-                end = _end_of(each)
-                if asked.value and end.code != FINISHED:  # as `launch` does: perhaps it did not handle signals yet
-                    end = Ended(STOPPED, end.why)
-                ended[each.task.run] = end
+                end = ended[each.task.run] = _end_of(each, bool(asked.value))
                 _say(f"{each.task.run.name}: {first_line(end.why) or 'finished'}")
             if len(places) > 1 and time.monotonic() - shown > TELL_SECONDS:
                 shown = time.monotonic()
@@ -129,20 +127,17 @@ def _start(asked: c_int, task: Task, slot: Slot, logged: bool) -> _Running:
     return _Running(task, slot, process, told)
 
 
-def _end_of(run: _Running) -> Ended:
+def _end_of(run: _Running, asked: bool) -> Ended:
+    """How a process has ended. `asked`: whether it was asked to stop, after which every failure counts as a stop."""
     run.process.join()
-    with run.told:
-        code = run.process.exitcode or FINISHED
-        if run.told.poll():
-            try:
-                return Ended(*run.told.recv())
-            except EOFError:  # it was killed, or left without a word
-                pass
-    if code == STOPPED:
-        return Ended(code, "stopped before training began")
+    code, why = run.process.exitcode or FINISHED, ""
+    with run.told, suppress(EOFError):  # it was killed, or had nothing to tell
+        code, why = run.told.recv()
+    if code != FINISHED and asked:
+        return Ended(STOPPED, why or "stopped before training began")
     if code < 0:
         return Ended(CRASHED, f"was killed by {signal_name(-code)}")
-    return Ended(code, f"exit code {code}" if code else "")
+    return Ended(code, why or (f"exit code {code}" if code else ""))
 
 
 def _train(asked: c_int, task: Task, slot: Slot, telling: Connection, logged: bool) -> None:
