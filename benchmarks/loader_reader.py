@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from benchmarks.photographs import build_shards
 from scaleprog.data.augment import BatchRequest
@@ -161,6 +162,7 @@ Job = Callable[[Callable[[], object]], None]
 
 def produce(folder: Path, part: int, parts: int, images: int, ready: Callable[[], object]) -> None:
     """Prepares `images` images of one of `parts` lanes; calls `ready` after the first batch."""
+    torch.set_num_threads(1)  # of this thread: a forked process cannot start OpenMP's anew
     data = data_set(folder, 0)
     data = replace(data, settings=data.settings.model_copy(update={"cache": 256}))
     order = order_of(data, parts, 16 * parts)

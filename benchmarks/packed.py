@@ -7,21 +7,17 @@ of five counts, in images per CPU second, and in parentheses its ratio to timm's
 """
 
 import argparse
-import io
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import median
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import create_transform
-from timm.data.auto_augment import RandAugment, posterize
 
+from benchmarks.loader_rivals import timm_floats
 from scaleprog.data.augment import Augmentation, BatchRequest, Encoded
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.packed import PackedShard
@@ -76,7 +72,7 @@ def measured(
             shard.checked[:] = False
         return packed
 
-    rows: dict[str, Turn] = {"timm": timm(size, [bytes(data) for data, _ in originals])}
+    rows: dict[str, Turn] = {"timm": timm_floats(size, [bytes(data) for data, _ in originals])}
     for name, settings in (("crops", CROPS), ("DeiT's augmentation", DEIT)):
         rows[f"{name}: JPEG"] = ours(size, settings, lambda: originals)
         rows[f"{name}: JPEG, shorter side {SIDE}"] = ours(size, settings, lambda: reduced)
@@ -103,32 +99,6 @@ def ours(size: int, settings: AugmentSettings, images: Callable[[], list[Encoded
         augmentation.lane(stored, BatchRequest(0, 0, size), 0, out[: len(stored)])
 
     return turn
-
-
-def timm(size: int, encoded: Sequence[bytes]) -> Turn:
-    transform = create_transform(
-        size,
-        is_training=True,
-        auto_augment=DEIT.randaugment,
-        interpolation="bicubic",
-        re_prob=DEIT.erase,
-        re_mode="pixel",
-    )
-    [policy] = [step for step in transform.transforms if isinstance(step, RandAugment)]
-    for operation in policy.ops:
-        if operation.aug_fn is posterize:
-            operation.level_fn = partial(bits, operation.level_fn)
-
-    def turn() -> None:
-        for content in encoded:
-            transform(Image.open(io.BytesIO(content)).convert("RGB"))
-
-    return turn
-
-
-def bits(level_fn: Callable[..., tuple[int]], *arguments: object) -> tuple[int]:
-    """At least 1 bit: timm may ask for 0, which Pillow 13 refuses."""
-    return (max(1, level_fn(*arguments)[0]),)
 
 
 if __name__ == "__main__":

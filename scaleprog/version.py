@@ -2,6 +2,6 @@
 
 VERSION = "0.1.0"
 
-ARITHMETIC = 3
+ARITHMETIC = 4
 """Grows whenever the same recipe would compute other numbers, beyond rounding; `training/resume.py` lists what has
 changed."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from scaleprog.data.origin import MOVES, pixels_of
+from scaleprog.data.origin import IDENTITY, MOVES, Origin, pixels_of
 
 LEVELS = np.arange(256)
 _GRAY = np.array([0.299, 0.587, 0.114])  # of red, green and blue, in Pillow's conversion
@@ -40,12 +40,29 @@ def apply(pixels: np.ndarray, operation: Operation, fill: tuple[int, ...]) -> np
     if name in _AXES:
         changed = _translated(pixels, _AXES[name], amount * len(pixels), fill)
     elif name in MOVES:
-        matrix = pixels_of(MOVES[name](amount), len(pixels))
-        flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
-        changed = cv2.warpAffine(pixels, matrix, pixels.shape[1::-1], flags=flags, borderValue=fill)
+        changed = _moved(pixels, MOVES[name](amount), fill)
     else:
         changed = OPERATIONS[name](pixels, amount)
     return changed.reshape(pixels.shape)
+
+
+def _moved(pixels: np.ndarray, origin: Origin, fill: tuple[int, ...]) -> np.ndarray:
+    """The image with this origin: cubic interpolation doubles the pixels along the axes on which it moves them, and
+    linear interpolation reads between those.
+
+    That is as close to Pillow as OpenCV's cubic warp, in less than half the time. OpenCV has no fast code for three
+    channels.
+    """
+    side, color = len(pixels), pixels.shape[2] == 3
+    finer = 1 + (origin != IDENTITY).any(1)  # along x and y
+    matrix = finer[:, None] * pixels_of(origin, side)
+    matrix[:, 2] += (finer - 1) / 2
+    source = cv2.resize(
+        cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA) if color else pixels, finer * side, interpolation=cv2.INTER_CUBIC
+    )
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    moved = cv2.warpAffine(source, matrix, (side, side), flags=flags, borderValue=fill)
+    return cv2.cvtColor(moved, cv2.COLOR_RGBA2RGB) if color else moved
 
 
 def _translated(pixels: np.ndarray, axis: int, by: float, fill: tuple[int, ...]) -> np.ndarray:
@@ -75,7 +92,10 @@ def _blended(base: float, image: np.ndarray, factor: float | np.ndarray) -> np.n
 
 
 def _auto_contrast(pixels: np.ndarray, _: float) -> np.ndarray:
-    low, high = np.array([cv2.minMaxLoc(channel)[:2] for channel in cv2.split(pixels)]).T[..., None]
+    rows = pixels.reshape(len(pixels), -1)  # down first: six times as fast as over all pixels of a channel
+    low, high = (
+        extreme(extreme(rows, 0).reshape(pixels.shape[1:]), 0)[:, None].astype(np.int64) for extreme in (np.min, np.max)
+    )
     stretched = _blended(0, LEVELS - low, 255 / np.maximum(high - low, 1))
     return _looked_up(pixels, np.where(high > low, stretched, LEVELS))
 

@@ -46,15 +46,22 @@ def transfer_recipe(source: Path, data: str | Path, overrides: Sequence[str] = (
         CheckpointError: `source` is a folder without a run.
         DataError: there are no shards.
     """
-    classes = len(Manifest.load(data).classes)
+    shards = _recipe(source, data, {"name": "any"}, {}, overrides).data  # an override may name a manifest
+    classes = len(Manifest.load(shards.path, shards.manifest).classes)
     model, shown = _of_run(source) if source.is_dir() else _of_file(source)
     if "name" not in model and not any(override.startswith("model.name=") for override in overrides):
         raise RecipeError(
             f"{source}: does not say which model it holds, as files of `scaleprog export` do; add model.name=NAME, a "
             "name of timm's"
         )
+    return _recipe(source, data, {**model, "classes": classes, "drop_path": 0.0}, shown, overrides)
+
+
+def _recipe(
+    source: Path, data: str | Path, model: Mapping[str, Any], shown: Mapping[str, Any], overrides: Sequence[str]
+) -> Recipe:
     values = TRANSFER | {
-        "model": {**model, "classes": classes, "drop_path": 0.0},
+        "model": model,
         "init": {"from": str(source)},
         "data": {"path": str(data)},
         "augment": {**TRANSFER["augment"], **shown},

@@ -98,6 +98,12 @@ CHANGES = (
         "1e66f85",
         lambda recipe: True,
     ),
+    Change(
+        4,
+        "RandAugment's rotations and shears interpolate in another way",
+        "f2bf154",
+        lambda recipe: recipe.augment.randaugment is not None and recipe.augment.device == "cpu",
+    ),
 )
 
 

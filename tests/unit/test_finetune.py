@@ -1,5 +1,6 @@
 """Fine-tuning: the recipe that it makes of a run, of a file and of a file of others, and training by it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import safetensors.torch
 import torch
 import yaml
 
+from scaleprog.data.manifest import NAME
 from scaleprog.errors import RecipeError
 from scaleprog.recipe import Recipe
 from scaleprog.training.export import export_run
@@ -54,6 +56,20 @@ def test_a_run_is_fine_tuned_and_its_recipe_repeats_it(
     (tmp_path / "again.yaml").write_text(printed.out)
     assert command("train", tmp_path / "again.yaml", "--run-dir", tmp_path / "again").code == 0
     assert differences(recipe, tmp_path / "again", tmp_path / "tuned") == []
+
+
+def test_classes_are_those_of_the_manifest_that_an_override_names(
+    command: Command, make_recipe: MakeRecipe, others: Path, tmp_path: Path
+) -> None:
+    run(make_recipe(growth={"schedule": "original"}, train={"epochs": 1}), tmp_path / "first")
+    copied, manifest = tmp_path / "copied", tmp_path / "manifest.json"
+    shutil.copytree(others, copied)
+    (copied / NAME).rename(manifest)
+    told = command("finetune", tmp_path / "first", "--data", copied, f"data.manifest={manifest}", "--print")
+    assert told.code == 0, told.err
+    assert yaml.safe_load(told.out)["model"]["classes"] == CLASSES
+    without = command("finetune", tmp_path / "first", "--data", copied, "--print")
+    assert is_mistake(without, str(copied))
 
 
 def test_a_file_says_which_model_it_holds(
