@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from scaleprog.errors import ScaleprogError
-from scaleprog.files.display import as_text
+from scaleprog.files.display import as_text, clock
 from scaleprog.launchers import slurm
 from scaleprog.launchers.slurm import JobRequest
 from scaleprog.launchers.snapshot import JobFile, check_name, code_folder, take_code, write_recipe
-from scaleprog.launchers.status import POLL_SECONDS, clock, in_words
+from scaleprog.launchers.status import standing
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.worlds import Worlds
 from scaleprog.rundir import slurm_queue
 
+POLL_SECONDS = 3.0
 COMMAND = f'{shlex.quote(sys.executable)} -u -m scaleprog.launchers.task "$RUN"'
 
 
@@ -118,11 +119,12 @@ def follow(files: Mapping[Path, JobFile]) -> int:
             try:
                 job = files[run].ask()
                 ended[run] = ended[run] + 1 if job is None or job.over else 0
-                now = in_words(job)
+                state, detail, _ = standing(run)
+                now = f"{state}{detail and f' ({detail})'}"
             except slurm_queue.NoAnswer as error:
                 now = str(error)
             if said.get(run) != now:
                 said[run] = now
-                print(f"{clock(time.time())} {as_text(f'{run.name}: job {files[run].job}: {now}')}", flush=True)
+                print(f"{clock(time.time())} {as_text(f'{run.name}: {now}')}", flush=True)
         time.sleep(POLL_SECONDS)
     return 0 if all((run / "results.json").exists() for run in files) else 1

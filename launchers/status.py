@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scaleprog.errors import ScaleprogError
-from scaleprog.files.display import as_text, counted, first_line
+from scaleprog.files.display import as_text, clock, counted, first_line
 from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.space import Choice, Subnet
 from scaleprog.launchers.requeue import committed_step
@@ -290,13 +290,13 @@ def follow(run: Path, file: JobFile) -> int:
         try:
             job = file.ask()
             ended = ended + 1 if job is None or job.over else 0
-            now = f"job {file.job}: {in_words(job)}"
+            now = f"job {file.job}: {_now(job)}"
         except slurm_queue.NoAnswer as error:  # for example, Slurm's controller restarts
             now = str(error)
         if now != said:
             said = now
             print(f"{clock(time.time())} {as_text(now)}", flush=True)
-        if time.monotonic() - told > TELL_SECONDS and (line := last_step(run)) is not None:
+        if time.monotonic() - told > TELL_SECONDS and (line := _last_step(run)) is not None:
             told = time.monotonic()
             print(f"{clock(time.time())} {line}", flush=True)
         time.sleep(POLL_SECONDS)
@@ -348,15 +348,14 @@ def cancel(run: Path) -> str:
     return f"{done}; checkpoint: {remains}; the same command resumes from there"
 
 
-def in_words(job: slurm_queue.Job | None) -> str:
-    """The state of a job, for one line."""
+def _now(job: slurm_queue.Job | None) -> str:
     if job is None:
         return "Slurm no longer knows it"
     about = [job.state, job.nodes and f"on {job.nodes}", job.reason, f"restart {job.restarts}" if job.restarts else ""]
     return ", ".join(filter(None, about))
 
 
-def last_step(run: Path) -> str | None:
+def _last_step(run: Path) -> str | None:
     """The last line of `metrics.jsonl` in words."""
     for row in reversed(read(run / METRICS, METRIC, last=2**14).rows):
         if "loss" in row:
@@ -377,11 +376,6 @@ def _age(path: Path) -> float | None:
         return max(0.0, time.time() - path.stat().st_mtime)
     except OSError:
         return None
-
-
-def clock(moment: float) -> str:
-    """A moment, in seconds since 1970, as local time."""
-    return time.strftime("%d %b %H:%M:%S", time.localtime(moment))
 
 
 def span(seconds: float) -> str:

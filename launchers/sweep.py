@@ -28,9 +28,10 @@ from scaleprog.launchers.local import (
     passing_signals_on,
     signal_name,
 )
-from scaleprog.launchers.status import TELL_SECONDS, last_step
+from scaleprog.launchers.status import status
 from scaleprog.launchers.world import Count
 
+TELL_SECONDS = 15.0  # between two lines of progress
 LOG = "log.txt"
 """What a run prints while others train at the same time, in its run directory."""
 Slot = Mapping[str, str]
@@ -114,7 +115,7 @@ def train_all(tasks: Sequence[Task], places: Sequence[Slot]) -> dict[Path, Ended
             if len(places) > 1 and time.monotonic() - shown > TELL_SECONDS:
                 shown = time.monotonic()
                 for each in running:
-                    _say(f"{each.task.run.name}: {last_step(each.task.run) or 'no step yet'}")
+                    _say(f"{each.task.run.name}: {_progress(each.task.run)}")
 
 
 def _start(asked: c_int, task: Task, slot: Slot, logged: bool) -> _Running:
@@ -158,6 +159,16 @@ def _train(asked: c_int, task: Task, slot: Slot, telling: Connection, logged: bo
             print(f"scaleprog: {as_text(end.text, lines=True)}", file=sys.stderr)
         leave(end.code)
     leave()
+
+
+def _progress(run: Path) -> str:
+    try:
+        now = status(run)
+    except ScaleprogError:  # it has not begun
+        return "no step yet"
+    loss = "" if now.loss is None else f", loss {now.loss:.3f}"
+    rate = "" if now.images_per_second is None else f", {now.images_per_second:.0f} images/s"
+    return f"step {now.step}{'' if now.steps is None else f' of {now.steps}'}{loss}{rate}"
 
 
 def _say(text: str) -> None:

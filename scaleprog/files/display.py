@@ -1,6 +1,7 @@
 """Shows untrusted text as plain text, no matter what it contains. Applied wherever text is printed or written."""
 
 import re
+import time
 import unicodedata
 
 MOST = 20_000  # characters; nobody reads more, and a file may hold millions
@@ -40,6 +41,11 @@ def first_line(message: str) -> str:
     """The first line of a message, which may be empty."""
     line = next(iter(message[: 2 * LINE].strip().splitlines()), "")
     return line if len(line) <= LINE else f"{line[: LINE - 3]}..."
+
+
+def clock(moment: float) -> str:
+    """A moment, given in seconds since 1970, as local time."""
+    return time.strftime("%d %b %H:%M:%S", time.localtime(moment))
 
 
 def counted(number: int, what: str) -> str:
