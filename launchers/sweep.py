@@ -63,7 +63,7 @@ class _Running:
 
 
 def slots(jobs: int, ranks: Count) -> list[Slot]:
-    """Divides this machine among `jobs` runs at a time: the CUDA devices or, without them, the threads.
+    """Divides the CUDA devices of this machine, if any, among `jobs` runs at a time.
 
     Raises:
         ScaleprogError: there are too few devices, or the number of a run's ranks is not fixed.
@@ -74,8 +74,7 @@ def slots(jobs: int, ranks: Count) -> list[Slot]:
         raise ScaleprogError(f"--jobs {jobs} --nproc {ranks}: for several runs at a time, give --nproc one number")
     each, devices = ranks.most, torch.cuda.device_count()
     if not devices:
-        threads = max(1, len(os.sched_getaffinity(0)) // (jobs * each))
-        return [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(threads)}] * jobs
+        return [{}] * jobs
     if devices < jobs * each:
         raise ScaleprogError(
             f"--jobs {jobs} --nproc {ranks}: each of {jobs * each} ranks needs a CUDA device of its own; CUDA devices "
@@ -132,8 +131,9 @@ def _end_of(run: _Running, asked: bool) -> Ended:
     """How a process has ended. `asked`: whether it was asked to stop, after which every failure counts as a stop."""
     run.process.join()
     code, why = run.process.exitcode or FINISHED, ""
-    with run.told, suppress(EOFError):  # it was killed, or had nothing to tell
-        code, why = run.told.recv()
+    with run.told, suppress(EOFError):  # it had nothing to tell
+        if run.told.poll():  # if it was killed, processes that it has started may keep the pipe open
+            code, why = run.told.recv()
     if code != FINISHED and asked:
         return Ended(STOPPED, why or "stopped before training began")
     if code < 0:

@@ -114,6 +114,7 @@ def train_sweep(
         ScaleprogError: a run cannot be trained; none has started.
     """
     from scaleprog.launchers.exits import FINISHED, STOPPED
+    from scaleprog.launchers.local import threads_shared
     from scaleprog.launchers.several import statuses, table
     from scaleprog.launchers.sweep import Task, slots, train_all
     from scaleprog.launchers.world import Count
@@ -125,7 +126,9 @@ def train_sweep(
     if ranks.fixed:
         for recipe in left.values():
             plan_start(recipe, ranks.most, ranks.most)  # before any process is started
-    ended = train_all([Task(run, partial(train_one, recipe, run)) for run, recipe in left.items()], places)
+    tasks = [Task(run, partial(train_one, recipe, run)) for run, recipe in left.items()]
+    with threads_shared(len(places) * ranks.most):
+        ended = train_all(tasks, places)
     begun = [run for run in runs if os.path.lexists(run / RECIPE)]
     if begun:
         print(table(statuses(begun)[0]))

@@ -24,8 +24,8 @@ def _parts(name: str) -> list[str]:
 
 
 def short_names(runs: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that are all different; the paths are absolute and differ."""
-    parts = 1
-    while len({run.parts[-parts:] for run in runs}) < len(runs):
+    """The shortest ends of absolute paths that are all different, and say more than a seed."""
+    parts = 2 if any(re.fullmatch("seed[0-9]+", run.name) for run in runs) else 1
+    while len({run.parts[-parts:] for run in runs}) < len(set(runs)):
         parts += 1
     return ["/".join(run.parts[-parts:]) for run in runs]

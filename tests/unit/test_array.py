@@ -104,7 +104,7 @@ def test_what_is_left_of_a_sweep_is_submitted(
     assert "RUNS=(seed1)\n" in told.out
     told = command("status", folder, fake.folder, folder / "seed0")
     assert [line.split()[:2] for line in told.out.splitlines()[1:]] == [
-        ["seed0", "running"], ["seed1", "stopped"], ["seed2", "finished"],
+        ["sweep/seed0", "running"], ["sweep/seed1", "stopped"], ["sweep/seed2", "finished"],
     ]  # fmt: skip
     assert f"left out: no run in {fake.folder}\n" in told.err
     assert is_mistake(command("cancel", folder), "seed0: ", "does not name this run directory")
