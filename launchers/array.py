@@ -3,7 +3,7 @@
 import os
 import shlex
 import shutil
-import sys
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text, clock
 from scaleprog.launchers import slurm
-from scaleprog.launchers.slurm import JobRequest
+from scaleprog.launchers.request import JobRequest
 from scaleprog.launchers.snapshot import JobFile, check_name, code_folder, take_code, write_recipe
 from scaleprog.launchers.status import standing
 from scaleprog.recipe import Recipe
@@ -20,7 +20,6 @@ from scaleprog.recipe.worlds import Worlds
 from scaleprog.rundir import slurm_queue
 
 POLL_SECONDS = 3.0
-COMMAND = f'{shlex.quote(sys.executable)} -u -m scaleprog.launchers.task "$RUN"'
 
 
 def submit(
@@ -41,8 +40,11 @@ def submit(
         ScaleprogError: a recipe, a run directory, or the cluster does not fit.
     """
     folder = folder.absolute()
-    request = check(runs, folder, request)
+    check_name(folder)
+    request = one_request(runs, request)
     slurm.check_cluster(request)
+    for run, recipe in runs.items():
+        slurm.check(recipe, run, request)
     new = [path for path in (folder, *runs) if not path.exists()]
     code = take_code(folder)
     for run, recipe in runs.items():
@@ -50,7 +52,7 @@ def submit(
     executor = make_executor(list(runs), folder, request, at_once)
     try:
         executor.folder.mkdir(parents=True, exist_ok=True)
-        job = executor._submit_command(COMMAND)
+        job = executor._submit_command(_command(executor))
     except RuntimeError as error:  # all of submitit's errors are RuntimeErrors
         for path in new:
             shutil.rmtree(path, ignore_errors=True)
@@ -59,27 +61,25 @@ def submit(
     for index, run in enumerate(runs):
         id_ = f"{job.job_id}_{index}"
         log = executor.folder / f"{id_}_0_log.out"
-        places = (os.path.relpath(path, run.absolute()) for path in (code, log))
-        files[run] = JobFile(id_, slurm.job_name(folder), *places)
+        code_here, log_here = (os.path.relpath(path, run.absolute()) for path in (code, log))
+        files[run] = JobFile(id_, slurm.job_name(folder), code_here, log_here, socket.gethostname(), time.time())
         files[run].write(run)
     return files
 
 
 def script(runs: Mapping[Path, Recipe], folder: Path, request: JobRequest, at_once: int | None = None) -> str:
-    """The batch script that `submit` would queue. Raises ScaleprogError as `submit` does, but works without Slurm."""
+    """The batch script that `submit` would queue; raises ScaleprogError as `slurm.script` does."""
     folder = folder.absolute()
-    request = check(runs, folder, request)
-    executor = make_executor(list(runs), folder, request, at_once)
-    return executor._make_submission_file_text(COMMAND, "")
-
-
-def check(runs: Mapping[Path, Recipe], folder: Path, request: JobRequest) -> JobRequest:
-    """Checks all runs, and chooses the nodes and cores of a job, which must be the same for all.
-
-    Raises:
-        ScaleprogError: a run cannot be trained, or runs need different nodes or cores.
-    """
     check_name(folder)
+    request = one_request(runs, request)
+    for run, recipe in runs.items():
+        slurm.check_quickly(recipe, run, request)
+    executor = make_executor(list(runs), folder, request, at_once)
+    return executor._make_submission_file_text(_command(executor), "")
+
+
+def one_request(runs: Mapping[Path, Recipe], request: JobRequest) -> JobRequest:
+    """Chooses the nodes and cores of each job. Raises ScaleprogError if the runs need different ones."""
     alike = {(Worlds.of(recipe), recipe.data.workers): recipe for recipe in runs.values()}
     requests = {slurm.with_cores(recipe, slurm.narrow(recipe, request)) for recipe in alike.values()}
     if len(requests) > 1:
@@ -88,10 +88,7 @@ def check(runs: Mapping[Path, Recipe], folder: Path, request: JobRequest) -> Job
             f"--sweep: the jobs of an array are alike, but these runs need {needs}; set --nodes to one number and "
             "--cpus-per-task, or submit them as several sweeps"
         )
-    (request,) = requests
-    for run, recipe in runs.items():
-        slurm.check(recipe, run, request)
-    return request
+    return requests.pop()
 
 
 def make_executor(runs: Sequence[Path], folder: Path, request: JobRequest, at_once: int | None) -> Any:
@@ -108,6 +105,10 @@ def make_executor(runs: Sequence[Path], folder: Path, request: JobRequest, at_on
     )
     executor.parameters["map_count"] = len(runs)
     return executor
+
+
+def _command(executor: Any) -> str:
+    return f'{executor.python} -u -m scaleprog.launchers.task "$RUN"'
 
 
 def follow(files: Mapping[Path, JobFile]) -> int:

@@ -7,6 +7,7 @@ start, and prints the folder of the code.
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import scaleprog
 from scaleprog.errors import CheckpointError, InUse, ScaleprogError
 from scaleprog.files.atomic import read_text, write_whole
-from scaleprog.files.display import as_text
+from scaleprog.files.display import as_text, clock
 from scaleprog.launchers import integrity
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.records import JOB_ID
@@ -39,6 +40,8 @@ class JobFile:
         name: the name of the job.
         code: the folder of the job's code, relative to the run directory.
         log: the job's log, relative to the run directory; empty if not known.
+        host: the machine where `scaleprog submit` found all that the recipe names; empty for a job of plain sbatch.
+        time: when it did, in seconds since 1970.
 
     The runs of a sweep share one array, whose code and logs are in the folder of the sweep, `..`.
     """
@@ -47,6 +50,8 @@ class JobFile:
     name: str
     code: str
     log: str = ""
+    host: str = ""
+    time: float = 0.0
 
     def write(self, run: Path) -> None:
         """Writes `job.json` into a run directory."""
@@ -71,6 +76,7 @@ class JobFile:
             "code": r"(\.\./)?code/[0-9a-z]+",
             "log": r"|(\.\./)?jobs/[^/]+/[^/]+",
             "name": r".*",
+            "host": r".*",
         }
         for key, form in forms.items():
             value = getattr(self, key)
@@ -78,6 +84,17 @@ class JobFile:
                 raise ValueError(f"{key} is not printable text")
             if not re.fullmatch(form, value) or "/../" in f"/{value.removeprefix('../')}/":
                 raise ValueError(f"{key} cannot be {value[:100]!r}")
+        if not isinstance(self.time, int | float) or not 0 <= self.time < slurm_queue.LAST_SECOND:
+            raise ValueError("time is not a time")
+
+    def seen(self) -> str:
+        """For the error about something that a node does not have: who has seen it. Empty if nobody has looked."""
+        if not self.host:
+            return ""
+        return (
+            f"it was seen on {self.host} when the job was submitted at {clock(self.time)}; is it on a file system "
+            "that all nodes share?"
+        )
 
     def ask(self) -> slurm_queue.Job | None:
         """Slurm's record of the job; None if Slurm no longer knows it. Raises NoAnswer."""
@@ -99,9 +116,12 @@ def take(recipe: "Recipe", run: Path) -> Path:
 
 def write_recipe(recipe: "Recipe", run: Path) -> None:
     """Writes `recipe` into `run`. Raises ScaleprogError."""
+    from scaleprog.recipe import directories  # a job that starts again does not need this import
+
     try:
         run.mkdir(parents=True, exist_ok=True)
         write_whole(run / "recipe.yaml", recipe.dump())
+        directories.note(run)
     except OSError as error:
         raise ScaleprogError(f"{run}: cannot be used as a run directory: {error}") from error
 
@@ -183,9 +203,10 @@ def check_job(run: Path) -> None:
         with suppress(slurm_queue.NoAnswer):
             job = last.ask()
     if job is not None and not job.over:
+        quoted = shlex.quote(str(run))
         raise InUse(
-            f"{run} belongs to job {job.id}, which is {job.state}; cancel it with `scaleprog cancel {run}`, or use "
-            "another --run-dir"
+            f"{run} belongs to job {job.id}, which is {job.state}; follow it with `scaleprog status {quoted} "
+            f"--follow`, cancel it with `scaleprog cancel {quoted}`, or use another --run-dir"
         )
 
 

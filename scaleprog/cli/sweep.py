@@ -32,6 +32,14 @@ Sweep = Annotated[
 ]
 
 
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=10**6, help="Runs of a sweep that train at the same time; default: 1 here, all under Slurm."
+    ),
+]
+
+
 class SweepCommand(TyperCommand):
     """A command whose `--sweep` takes several values."""
 
@@ -55,13 +63,21 @@ def repeated(words: Sequence[str]) -> list[str]:
     return told
 
 
+def check_no_sweep(jobs: int | None) -> None:
+    """Raises ScaleprogError if `--jobs` is given without a sweep."""
+    if jobs is not None:
+        raise ScaleprogError(f"--jobs {jobs}: only a sweep has several runs; add --sweep, or leave --jobs out")
+
+
 def sweep_runs(
-    recipe: Path, overrides: Sequence[str], swept: Sequence[str], run_dir: Path | None
+    recipe: Path, overrides: Sequence[str], swept: Sequence[str], run_dir: Path | None, source: str | None
 ) -> tuple[Path, dict[Path, "Recipe"]]:
-    """The folder of a sweep, and its runs. Raises ScaleprogError."""
+    """The folder of a sweep, and its runs. Raises ScaleprogError, also for a `source`: its runs are no forks."""
     from scaleprog.recipe import Recipe
     from scaleprog.recipe.sweep import members
 
+    if source is not None:
+        raise ScaleprogError(f"--from {source}: the runs of a sweep cannot be forks; fork one run at a time")
     folder = run_dir or Path("runs") / f"{recipe.stem}-sweep"
     if os.path.lexists(folder / RECIPE):
         raise CheckpointError(f"{folder} is the directory of one run; a sweep needs a folder: use another --run-dir")
@@ -119,13 +135,14 @@ def train_sweep(
     from scaleprog.launchers.sweep import Task, slots, train_all
     from scaleprog.launchers.world import Count
     from scaleprog.planning.plan import plan_start
+    from scaleprog.recipe import directories
 
     ranks = Count.parse(nproc, "--nproc")
     left = unfinished(runs)
     places = slots(min(jobs, max(1, len(left))), ranks)
     if ranks.fixed:
-        for recipe in left.values():
-            plan_start(recipe, ranks.most, ranks.most)  # before any process is started
+        for run, recipe in left.items():
+            plan_start(recipe.located(directories.to_train(run)), ranks.most, ranks.most)  # before any process
     tasks = [Task(run, partial(train_one, recipe, run)) for run, recipe in left.items()]
     with threads_shared(len(places) * ranks.most):
         ended = train_all(tasks, places)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from scaleprog.errors import ScaleprogError
-from scaleprog.launchers import array
+from scaleprog.launchers import array, slurm
+from scaleprog.launchers.request import JobRequest
 from scaleprog.launchers.requeue import Attempt
-from scaleprog.launchers.slurm import JobRequest
 from scaleprog.launchers.snapshot import JobFile
 from scaleprog.launchers.world import Count
 from scaleprog.recipe import Recipe
@@ -32,7 +32,7 @@ RESULTS = {
 
 def show_only(fake: FakeSlurm, job: str) -> None:
     """Makes Slurm know one job of an array, which is the sweep's; it has forgotten the others."""
-    known = f"sed s/scaleprog-a.b/scaleprog-sweep/ {fake.folder}/shown"
+    known = f"sed s/scaleprog-a.b/{slurm.job_name(Path('sweep'))}/ {fake.folder}/shown"
     fake.command("scontrol", f'case "$*" in *{job}) {known};; *) echo "Job ${{@: -1}} not found"; exit 1;; esac')
 
 
@@ -73,7 +73,7 @@ def test_the_array(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> 
     assert told.stdout.decode().strip() == str(folder / "lr=2_seed0")
     (srun,) = (line for line in text.splitlines() if line.startswith("srun"))
     assert shlex.split(srun)[-3:] == ["-m", "scaleprog.launchers.task", "$RUN"]
-    assert text.count('scaleprog.launchers.requeue "$RUN" "$1" 20') == 1
+    assert text.count('scaleprog.launchers.requeue "$RUN" "$1" 20 120') == 1
 
 
 def test_jobs_of_an_array_are_alike(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> None:
