@@ -62,7 +62,7 @@ class Board:
     def draw(self, row: Mapping[str, Any]) -> None:
         """Draws one point of each number in a row of metrics.jsonl."""
         points = [
-            Summary.Value(tag=f"{group_of(key, row)}/{key}", simple_value=value)
+            Summary.Value(tag=f"{_group(key, row)}/{key}", simple_value=value)
             for key, value in row.items()
             if key not in HIDDEN and (isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63))
         ]
@@ -89,7 +89,7 @@ class Board:
         self._records.write(Event(**{"wall_time": time.time(), **event}).SerializeToString())
 
 
-def group_of(key: str, row: Mapping[str, Any]) -> str:
+def _group(key: str, row: Mapping[str, Any]) -> str:
     """The group that shows the number `key` of a row of metrics.jsonl."""
     if "phase" in row:
         return "train" if key in IN_TRAIN else "vitals"
