@@ -148,7 +148,7 @@ class Record:
     def of(cls, run: Trial) -> "Record":
         results = json.loads((run.folder / "results.json").read_text())
         rows, events = read_rows(run.folder / "metrics.jsonl"), still_told(read_rows(run.folder / "events.jsonl"))
-        steps = [row for row in rows if "phase" in row]
+        steps = [row for row in rows if "loss" in row]
         seconds: dict[str, list[float]] = defaultdict(list)
         for row in steps:
             seconds[_kind(row)].append(row["cpu_seconds"])

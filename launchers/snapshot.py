@@ -7,6 +7,7 @@ start, and prints the folder of the code.
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import scaleprog
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files.atomic import read_text, write_whole
-from scaleprog.files.display import as_text
+from scaleprog.files.display import as_text, clock
 from scaleprog.launchers import integrity
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.records import JOB_ID
@@ -39,12 +40,16 @@ class JobFile:
         name: the name of the job.
         code: the folder of the job's code, relative to the run directory.
         log: the job's log, relative to the run directory; empty if not known.
+        host: the machine where `scaleprog submit` found all that the recipe names; empty for a job of plain sbatch.
+        time: when it did, in seconds since 1970.
     """
 
     job: str
     name: str
     code: str
     log: str = ""
+    host: str = ""
+    time: float = 0.0
 
     def write(self, run: Path) -> None:
         """Writes `job.json` into a run directory."""
@@ -64,13 +69,24 @@ class JobFile:
 
     def _check(self) -> None:
         """Raises ValueError for a value that a job cannot have: anyone may have written the file."""
-        forms = {"job": JOB_ID, "code": r"code/[0-9a-z]+", "log": r"|jobs/[^/]+/[^/]+", "name": r".*"}
+        forms = {"job": JOB_ID, "code": r"code/[0-9a-z]+", "log": r"|jobs/[^/]+/[^/]+", "name": r".*", "host": r".*"}
         for key, form in forms.items():
             value = getattr(self, key)
             if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
                 raise ValueError(f"{key} is not printable text")
             if not re.fullmatch(form, value) or "/../" in f"/{value}/":
                 raise ValueError(f"{key} cannot be {value[:100]!r}")
+        if not isinstance(self.time, int | float) or not 0 <= self.time < slurm_queue.LAST_SECOND:
+            raise ValueError("time is not a time")
+
+    def seen(self) -> str:
+        """For the error about something that a node does not have: who has seen it. Empty if nobody has looked."""
+        if not self.host:
+            return ""
+        return (
+            f"it was seen on {self.host} when the job was submitted at {clock(self.time)}; is it on a file system "
+            "that all nodes share?"
+        )
 
     def ask(self) -> slurm_queue.Job | None:
         """Slurm's record of the job; None if Slurm no longer knows it. Raises NoAnswer."""
@@ -94,6 +110,8 @@ def take(recipe: "Recipe", run: Path) -> Path:
     Raises:
         ScaleprogError: `run` cannot be written, or holds something else where the code belongs.
     """
+    from scaleprog.recipe import directories
+
     sources = _sources()
     folder = run / "code" / integrity.digest(sources)
     try:
@@ -114,6 +132,7 @@ def take(recipe: "Recipe", run: Path) -> Path:
                 shutil.rmtree(temporary, ignore_errors=True)
         verify(folder)
         write_whole(run / "recipe.yaml", recipe.dump())
+        directories.note(run)
     except OSError as error:
         raise ScaleprogError(f"{run}: cannot be used as a run directory: {error}") from error
     return folder
@@ -161,9 +180,10 @@ def check_job(run: Path) -> None:
         with suppress(slurm_queue.NoAnswer):
             job = last.ask()
     if job is not None and not job.over:
+        quoted = shlex.quote(str(run))
         raise CheckpointError(
-            f"{run} belongs to job {job.id}, which is {job.state}; cancel it with `scaleprog cancel {run}`, or use "
-            "another --run-dir"
+            f"{run} belongs to job {job.id}, which is {job.state}; follow it with `scaleprog status {quoted} "
+            f"--follow`, cancel it with `scaleprog cancel {quoted}`, or use another --run-dir"
         )
 
 

@@ -16,10 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from scaleprog.errors import ScaleprogError
+from scaleprog.errors import Absent, CheckpointError, ScaleprogError
 from scaleprog.files.display import as_text
 from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED, exit_by
 from scaleprog.launchers.requeue import Attempt, has_reported, report
+from scaleprog.launchers.snapshot import JobFile
 from scaleprog.ranks.rendezvous import INTERFACES, LOOPBACK, MEET_LIMIT, STORE
 from scaleprog.ranks.stop import SIGNALS
 from scaleprog.recipe import Recipe
@@ -56,7 +57,7 @@ def leave(run: Path, start: Attempt, rank: int, error: Exception) -> NoReturn:
 
     After a stop, ranks other than 0 wait up to LINGER_SECONDS for the report of rank 0 and write none of their own.
     """
-    end = exit_by(error)
+    end = exit_by(missing_here(run, error) if isinstance(error, Absent) else error)
     if end.code == STOPPED and rank > 0:  # the first task to exit ends them all, and rank 0 may still be writing
         give_up = time.monotonic() + LINGER_SECONDS
         while time.monotonic() < give_up and not has_reported(run, start, rank=0):
@@ -67,6 +68,23 @@ def leave(run: Path, start: Attempt, rank: int, error: Exception) -> NoReturn:
         time.sleep(end.delay)
     report(run, start, rank, end.code, end.cause, end.reason)
     _exit(end.code)
+
+
+def missing_here(run: Path, error: Absent) -> ScaleprogError:
+    """The error that something is not there, as this node's, with who has it; unchanged if nobody has looked for it."""
+    with suppress(CheckpointError):
+        file = JobFile.read(run)
+        if file is not None and (seen := file.seen()):
+            return ScaleprogError(f"{socket.gethostname()}: {error.what}; {seen}{_elsewhere()}")
+    return error
+
+
+def _elsewhere() -> str:
+    """Says that relative paths do not begin where the job was submitted; empty if they do."""
+    here, there = os.getcwd(), os.environ.get("SLURM_SUBMIT_DIR", "")
+    if not there or os.path.realpath(there) == here:
+        return ""
+    return f" (relative paths begin at {here} here, and began at {there} there)"
 
 
 def _exit(code: int) -> NoReturn:

@@ -138,7 +138,7 @@ def fork_ranks(patch: pytest.MonkeyPatch) -> None:
 
 def step_rows(folder: Path) -> dict[int, dict[str, Any]]:
     """The training steps of a run by number."""
-    return {row["step"]: row for row in read_rows(folder / "metrics.jsonl") if "phase" in row}
+    return {row["step"]: row for row in read_rows(folder / "metrics.jsonl") if "loss" in row}
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """Shows untrusted text as plain text, no matter what it contains, wherever text is printed or written; and tables."""
 
 import re
+import time
 import unicodedata
 
 from rich import box
@@ -43,6 +44,11 @@ def first_line(message: str) -> str:
     """The first line of a message, which may be empty."""
     line = next(iter(message[: 2 * LINE].strip().splitlines()), "")
     return line if len(line) <= LINE else f"{line[: LINE - 3]}..."
+
+
+def clock(moment: float) -> str:
+    """A moment, given in seconds since 1970, as local time."""
+    return time.strftime("%d %b %H:%M:%S", time.localtime(moment))
 
 
 def counted(number: int, what: str) -> str:

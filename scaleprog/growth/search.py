@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, median_low
 
-import numpy as np
-
 from scaleprog.errors import OverBudget
 from scaleprog.growth.space import Choice, Subnet
 
@@ -155,6 +153,8 @@ def candidate_times(measured: Mapping[Subnet, float], costs: Mapping[Subnet, flo
 
 def balancing_exponent(losses: Sequence[float], times: Sequence[float]) -> float:
     """alpha >= 0, which balances the candidates' scores: fits loss ~ a * T^b in log-log space; alpha = max(-b, 0)."""
+    import numpy as np  # starts a thread per core, which `status` on a login node must not
+
     x, y = np.log(np.asarray(times, np.float64)), np.log(np.asarray(losses, np.float64))
     x = x - x.mean()
     spread = float(x @ x)
@@ -267,6 +267,8 @@ def _found(
     stage: int, measured: Sequence[Mapping[Subnet, float]], times: Mapping[Subnet, float]
 ) -> tuple[tuple[Subnet, ...], tuple[float, ...], tuple[float, ...]]:
     """The candidates in ascending order, their mean losses and their times. Raises ValueError."""
+    import numpy as np
+
     candidates = tuple(sorted(times))
     losses = tuple(float(np.mean([losses[c] for losses in measured])) for c in candidates)
     seconds = tuple(times[c] for c in candidates)

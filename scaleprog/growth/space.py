@@ -18,6 +18,10 @@ class Subnet:
     resolution: int
     depth: int
 
+    def at_least(self, other: "Subnet") -> "Subnet":
+        """This Subnet, but in no dimension smaller than `other`."""
+        return Subnet(max(self.resolution, other.resolution), max(self.depth, other.depth))
+
     def __str__(self) -> str:
         return f"{self.resolution} px, {self.depth} layers"
 

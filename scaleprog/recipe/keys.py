@@ -59,6 +59,10 @@ _RANDAUGMENT = (  # timm ignores a section that it does not know, and runs as ma
 )
 
 
+TIMM = "timm"
+"""As `init.from`: the weights that timm has for the model."""
+
+
 class ModelSettings(Settings):
     """A timm model by name, and overrides of its sizes."""
 

@@ -1,6 +1,7 @@
 """One YAML file -> one validated, immutable Recipe. Unknown keys and bad values are errors that say what is valid."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,11 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from scaleprog.errors import RecipeError
+from scaleprog.files.location import local_path
 from scaleprog.files.plain_yaml import RECIPE, parse, read_mapping, read_run
 from scaleprog.recipe import shipped
 from scaleprog.recipe.keys import (
+    TIMM,
     AugmentSettings,
     CheckpointSettings,
     DataSettings,
@@ -27,6 +30,7 @@ from scaleprog.recipe.keys import (
     TrainSettings,
 )
 from scaleprog.recipe.numbers import Settings
+from scaleprog.recipe.parent import ParentSettings
 
 # Keys that may change between two starts of one run: they alter speed or bookkeeping, never the weights; but
 # search.budget, which is what the searches still to come may spend. A run that has begun does not read `init` again.
@@ -62,6 +66,8 @@ FREE = (
     "optimizer.most_skipped",
     "search.budget",
 )
+PATHS = (("init", "source"), ("data", "path"), ("data", "manifest"), ("data", "store"), ("data", "token_labels"))
+"""The settings that are paths, URLs, or `timm`."""
 MOST_BASES = 20
 """Of one recipe, those of its bases included."""
 MOST_PROBLEMS, LONGEST_SHOWN = 50, 200
@@ -85,6 +91,8 @@ class Recipe(Settings):
     sharding: ShardingSettings = ShardingSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    parent: ParentSettings | None = None
+    """The run that this one continues, see docs/continue.md; `scaleprog train --from` writes it."""
 
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Recipe":
@@ -113,6 +121,20 @@ class Recipe(Settings):
             return cls.model_validate(values)
         except ValidationError as error:
             raise RecipeError(f"{where}:\n" + "\n".join(f"  {line}" for line in _explain(error))) from None
+
+    def located(self, directories: Sequence[Path]) -> "Recipe":
+        """The recipe with absolute paths: a relative one leads from the first of `directories` in which it exists, or
+        else from the first; see `directories.py`."""
+        groups: dict[str, Settings] = {}
+        for group, field in PATHS:
+            settings = groups.get(group, getattr(self, group))
+            path = getattr(settings, field)
+            if path is None or (group, path) == ("init", TIMM) or os.path.isabs(local_path(path) or "/"):
+                continue
+            places = [os.path.join(directory, path) for directory in directories] or [path]
+            found = next(filter(os.path.exists, places), places[0])
+            groups[group] = settings.model_copy(update={field: found})
+        return self.model_copy(update=groups)
 
     def dump(self) -> str:
         """The resolved recipe as YAML."""

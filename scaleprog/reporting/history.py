@@ -14,9 +14,9 @@ from scaleprog.errors import CheckpointError
 from scaleprog.files import plain_yaml
 from scaleprog.growth.space import Subnet
 from scaleprog.reporting.figures import Search, Segment
-from scaleprog.reporting.timeline import Timeline, read_timeline, still_told
+from scaleprog.reporting.timeline import Timeline, read_timeline
 from scaleprog.rundir.accuracies import Accuracies
-from scaleprog.rundir.reading import checked, read, read_object
+from scaleprog.rundir.reading import checked, read, read_object, still_told
 from scaleprog.rundir.records import (
     EVALUATED_AT,
     EVALUATIONS,
@@ -104,8 +104,10 @@ class RunRecord:
 
     @property
     def twins(self) -> str:
-        """A text that is equal for runs whose recipes differ only in the seed."""
-        return json.dumps({**self.recipe, "seed": None}, sort_keys=True)
+        """A text that is equal for runs whose recipes differ only in the seed and, if they are forks, the parent."""
+        parent = self.recipe.get("parent")
+        step = parent.get("step") if isinstance(parent, Mapping) else None
+        return json.dumps({**self.recipe, "seed": None, "parent": step}, sort_keys=True)
 
     @property
     def on_cpu(self) -> bool:
@@ -166,7 +168,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         why = ": ".join(["the run has not recorded anything yet", *troubles[:1]])
         raise CheckpointError(f"{folder}: metrics.jsonl is missing or empty; {why}")
     results = read_object(folder / "results.json", Results)
-    steps = _last_told(row for row in rows if "phase" in row)
+    steps = _last_told(row for row in rows if "loss" in row)
     evaluations = _last_told(row for row in rows if "top1" in row)
     return RunRecord(
         name,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Weights = Literal["online", "ema"]
-LOSSES = ("loss",)
+LOSSES = ("val_loss",)
 """The metrics of which less is better: means over the images, from 0 up. All others are percentages."""
 
 

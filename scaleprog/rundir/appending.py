@@ -116,9 +116,9 @@ def truncate(path: Path, step: int, redo_evaluation: bool) -> dict[str, Any]:
             except ValidationError:
                 damaged += line.endswith(b"\n") and not line.isspace()
                 continue
-            if row["step"] < step or (row["step"] == step and ("phase" in row or not redo_evaluation)):
+            if row["step"] < step or (row["step"] == step and ("loss" in row or not redo_evaluation)):
                 yield line if line.endswith(b"\n") else line + b"\n"
-            elif row["step"] > step and "phase" in row:
+            elif row["step"] > step and "loss" in row:
                 lost.append(row)
 
     if path.is_symlink() or path.exists():

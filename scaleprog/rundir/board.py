@@ -91,7 +91,7 @@ class Board:
 
 def _group(key: str, row: Mapping[str, Any]) -> str:
     """The group that shows the number `key` of a row of metrics.jsonl."""
-    if "phase" in row:
+    if "loss" in row:
         return "train" if key in IN_TRAIN else "vitals"
     if key.endswith("_seconds"):
         return "vitals"

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from scaleprog.errors import CheckpointError, ScaleprogError, Superseded, Unavailable
 from scaleprog.files.atomic import lock, open_regular, read_text, unlock, write_whole
-from scaleprog.recipe import Recipe
+from scaleprog.recipe import Recipe, directories
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.records import JOB_ID
 
@@ -181,11 +181,22 @@ def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
         try:
             if not (folder / "recipe.yaml").exists():
                 write_whole(folder / "recipe.yaml", recipe.dump())
+            directories.note(folder)
             write_whole(folder / OWNER, json.dumps(asdict(me)))
             os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # never closed: `ask_to_stop` looks for it
         except OSError as error:
             raise Unavailable(f"{folder}: cannot write there: {error}") from error
     return me.generation, me.nonce
+
+
+@contextmanager
+def held_idle(folder: Path) -> Iterator[None]:
+    """Inside, no start can take the run directory over. Raises CheckpointError if one trains there."""
+    with _lock(folder):
+        owner = read_owner(folder)
+        if owner is not None and is_alive(owner, folder):
+            raise CheckpointError(f"{folder} is in use by {owner}; wait for it, or cancel it")
+        yield
 
 
 def job_of(variables: Mapping[str, str] = os.environ) -> tuple[str | None, int, str | None]:

@@ -69,8 +69,8 @@ class Evaluation(TypedDict):
     top1_ema: Percent
     top5: NotRequired[Percent]
     top5_ema: NotRequired[Percent]
-    loss: NotRequired[Amount]
-    loss_ema: NotRequired[Amount]
+    val_loss: NotRequired[Amount]
+    val_loss_ema: NotRequired[Amount]
     train_seconds: NotRequired[Seconds]
     train_cpu_seconds: NotRequired[Seconds]
 
@@ -80,7 +80,7 @@ class Numbered(TypedDict):
     """The keys of any row of metrics.jsonl that a start needs to truncate the file."""
 
     step: Count
-    phase: NotRequired[Any]
+    loss: NotRequired[Any]
     step_seconds: NotRequired[Seconds]
     data_wait_seconds: NotRequired[Seconds]
     time: NotRequired[Moment]
@@ -243,6 +243,25 @@ class Failed(_Event):
 
 
 @with_config(STRICT)
+class Forked(_Event):
+    """The beginning of a fork: the run that it continues, and the step of that run's checkpoint."""
+
+    event: Literal["forked"]
+    step: Count
+    run: Name
+
+
+@with_config(STRICT)
+class Lengthened(_Event):
+    """A change of `train.epochs` in place."""
+
+    event: Literal["lengthened"]
+    step: Count
+    before: Number
+    epochs: Number
+
+
+@with_config(STRICT)
 class Happened(_Event):
     """An event without details."""
 
@@ -263,6 +282,8 @@ Event = (
     | Signal
     | Preempted
     | Failed
+    | Forked
+    | Lengthened
     | Happened
 )
 

@@ -318,10 +318,11 @@ def _decide(run: Run, phase: Phase, times: dict[Subnet, float]) -> Decision:
     state, schedule = run.state, run.plan.schedule
     if schedule.budget is None:
         return decide(phase.stage, state.measured, times)
-    prices: dict[Subnet, float] = {}  # relative to the complete model's: the machines may change during a run
-    for subnets, seconds in (*((d.candidates, d.times) for d in state.decisions), (times.keys(), times.values())):
-        complete = dict(zip(subnets, seconds))[schedule.full]
-        prices |= {subnet: each / complete for subnet, each in zip(subnets, seconds)}
+    # relative to the complete model's: the machines may change during a run
+    prices = {subnet: run.plan.gmacs(subnet) / run.plan.gmacs(schedule.full) for subnet in schedule.networks}
+    for measured in (*(dict(zip(d.candidates, d.times)) for d in state.decisions), times):
+        if complete := measured.get(schedule.full):  # the published search of a fork's parent may not have timed it
+            prices |= {subnet: each / complete for subnet, each in measured.items()}
     budget = schedule.budget_state(schedule.phases(state.choices), prices.__getitem__, run.plan.gmacs)
     guessing = math.log(run.recipe.model.classes)
     return decide_within(budget, phase.stage, state.measured, times, state.errors, guessing)
@@ -351,7 +352,7 @@ def evaluate_now(run: Run, phase: Phase) -> None:
         schedule.view(shown).pixels,
         schedule.active(phase, network),
         between,
-    )
+    ).by_name()
     spent = {"train_seconds": state.train_seconds, "train_cpu_seconds": state.train_cpu_seconds}
     run.recorder.evaluation(state.step, state.accuracies | spent)
     run.recorder.event("evaluation", step=state.step, seconds=time.perf_counter() - began, **state.accuracies)

@@ -23,12 +23,12 @@ def top5(logits: Tensor, labels: Tensor) -> Tensor:
     return (highest == labels[:, None]).any(-1)
 
 
-def loss(logits: Tensor, labels: Tensor) -> Tensor:
+def val_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy with the label, not smoothed."""
     return F.cross_entropy(logits, labels, reduction="none", ignore_index=PADDING)
 
 
-METRICS: dict[str, Metric] = {"top1": top1, "top5": top5, "loss": loss}
+METRICS: dict[str, Metric] = {"top1": top1, "top5": top5, "val_loss": val_loss}
 """The metrics by their names in results, curves, and reports; top-1 decides which weights are better."""
 
 

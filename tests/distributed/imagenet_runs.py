@@ -86,7 +86,7 @@ def run_short(name: str, engine: str, data: Path, folder: Path) -> Outcome:
     """Trains the shortened recipe in the run directory `folder`."""
     recipe = shortened(name, engine, data)
     launch(RANKS, measured_rank, recipe, folder)
-    rows = [row for row in read_rows(folder / "metrics.jsonl") if "phase" in row]
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
     _, planned = forecast(recipe, RANKS, Device.named("h100"))[f"{engine} *"]
     return Outcome(
         steps=dict(Counter(f"{row['stage']} {row['phase']}" for row in rows)),

@@ -117,7 +117,7 @@ def make(folder: Path, server: ForkServer) -> Intact:
         for path in steps(folder / name / "checkpoints")[:-KEPT]:
             shutil.rmtree(path)
     rows = [json.loads(line) for line in (folder / "finished" / "metrics.jsonl").read_text().splitlines()]
-    intact.rows = {row["step"]: row for row in rows if "phase" in row}
+    intact.rows = {row["step"]: row for row in rows if "loss" in row}
     older = folder / "older"
     shutil.copytree(folder / "stopped", older / RUN)
     (older / SHARDS).symlink_to(folder / SHARDS)

@@ -214,7 +214,7 @@ def trained_as_before(work: Work, steps: range) -> Callable[[Told], bool]:
         rows: dict[Any, Any] = {}
         for line in (work.run / "metrics.jsonl").read_text(errors="replace").splitlines()[-2 * len(steps) :]:
             row = json.loads(line) if line.endswith("}") else {}
-            if isinstance(row, dict) and "phase" in row:
+            if isinstance(row, dict) and "loss" in row:
                 rows[row["step"]] = (row["loss"], row["grad_norm"], row["lr"])
         intact = work.intact.rows
         return all(rows.get(step) == tuple(intact[step][key] for key in ("loss", "grad_norm", "lr")) for step in steps)

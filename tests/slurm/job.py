@@ -166,7 +166,7 @@ class TrainingJob:
 
     def trained(self) -> int:
         """The last step that was written down."""
-        return max((row["step"] for row in read_rows(self.run / "metrics.jsonl") if "phase" in row), default=0)
+        return max((row["step"] for row in read_rows(self.run / "metrics.jsonl") if "loss" in row), default=0)
 
     def committed(self) -> int:
         """The step of the newest visible checkpoint."""

@@ -246,7 +246,7 @@ def test_from_training_to_a_report(command: Command, write_recipe: WriteRecipe, 
     assert re.fullmatch(rf"{run}: top-1 \d+\.\d\d %, \S+ s of training steps, \S+ s in all\n", told.out)
     assert "resuming" in told.err
     top1 = json.loads((run / "results.json").read_text())["top1_best"]
-    assert command("evaluate", run).out.startswith(f"{run}: top-1 {top1:.2f} % (")
+    assert command("evaluate", run).out.splitlines()[-1].startswith(f"{run}: top-1 {top1:.2f} % (")
     assert command("evaluate", run, "--resolution", 16, "--weights", "ema").out.endswith("% (ema weights)\n")
     assert is_mistake(command("evaluate", run, "--resolution", 30), "--resolution: 30 is not a multiple of", "8 pixels")
     assert is_mistake(command("evaluate", run, "--resolution", 0), "--resolution: 0 is not a multiple of")

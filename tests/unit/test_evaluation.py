@@ -29,7 +29,7 @@ def test_padding_counts_as_nothing(metric: str) -> None:
 
 
 def test_names_of_what_an_evaluation_finds() -> None:
-    assert names(1) == {"top1", "top1_ema", "top5", "top5_ema", "loss", "loss_ema"}
+    assert names(1) == {"top1", "top1_ema", "top5", "top5_ema", "val_loss", "val_loss_ema"}
     assert names(2) - names(1) == {f"{metric}_ema_{i}" for metric in METRICS for i in range(2)}
 
 
@@ -42,5 +42,7 @@ def test_the_better_weights() -> None:
 
 
 def test_less_is_better_of_a_loss_which_is_no_percentage() -> None:
-    assert (better("top1", [3.0, 4.0]), better("loss", [3.0, 4.0])) == (4.0, 3.0)
-    assert [is_percentage(name) for name in ("top1_ema", "loss", "loss_ema", "loss_ema_3")] == [True] + [False] * 3
+    assert (better("top1", [3.0, 4.0]), better("val_loss", [3.0, 4.0])) == (4.0, 3.0)
+    assert [is_percentage(name) for name in ("top1_ema", "val_loss", "val_loss_ema", "val_loss_ema_3")] == [True] + [
+        False
+    ] * 3

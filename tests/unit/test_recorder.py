@@ -123,7 +123,7 @@ def test_what_a_restart_has_lost(tmp_path: Path) -> None:
     record.evaluation(6, {"top1": 50.0})
     record.close()
     rows = read_rows(tmp_path / "metrics.jsonl")
-    lost = [row for row in rows if row["step"] > 4 and "phase" in row]
+    lost = [row for row in rows if row["step"] > 4 and "loss" in row]
     again = recorder(tmp_path, step=4, generation=2)
     assert again.lost == {
         "repeated_steps": 3,
@@ -269,7 +269,7 @@ def test_a_full_disk_stops_no_step_and_costs_no_point(
     assert steps(tmp_path)["validation/top1"] == [8]
     assert steps(tmp_path / "rank_0")["vitals/step_seconds"] == [2, 4, 6, 8, 10]
     rows = read_rows(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in rows if "phase" in row] == list(range(1, 11))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
     assert [row["step"] for row in read_rows(tmp_path / "samples-0.jsonl")] == [5, 6, 7, 8]
     failed = [row for row in read_rows(tmp_path / "events.jsonl") if row["event"] == "checkpoint_failed"]
     assert [row["step"] for row in failed] == [5, 6, 7, 8]

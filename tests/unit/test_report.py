@@ -222,7 +222,7 @@ def test_a_phase_that_waits_for_data_is_named_with_what_helps(tmp_path: Path) ->
     shares = {1: (0.5, 0.6), 2: (0.03, 1.0), 3: (0.2, 0.9)}
     """By stage: the part of the time in which the host waits, and that in which the device works."""
     for row in run.rows:
-        if "phase" in row:
+        if "loss" in row:
             waited, busy = shares[row["stage"]]
             row |= {"images_per_second": 64 * busy / row["step_seconds"], "data_wait_share": waited}
     text = write_report([run.save(finished=False)], tmp_path / "out")
@@ -233,7 +233,7 @@ def test_a_phase_that_waits_for_data_is_named_with_what_helps(tmp_path: Path) ->
     ]  # fmt: skip
     (told,) = (line for line in text.splitlines() if "waits for data" in line)
     assert told.startswith("hungry waits for data in 40% of stage 1 (16x4): use more cores and data.workers")
-    run.rows = [row | {"data_wait_share": 0.04} for row in run.rows if "phase" in row]
+    run.rows = [row | {"data_wait_share": 0.04} for row in run.rows if "loss" in row]
     assert "waits for data" not in write_report([run.save(finished=False)], tmp_path / "out")
 
 

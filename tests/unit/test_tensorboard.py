@@ -32,7 +32,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for rank in range(2):
             record = recorder(root / name, rank, world=2, rank_curves=False)
             train(record, *range(1, 9))
-            record.evaluation(8, {"top1": 50.0, "top5": 90.0, "loss": 1.5, "top1_ema": 60.0, "train_seconds": 2.0})
+            record.evaluation(8, {"top1": 50.0, "top5": 90.0, "val_loss": 1.5, "top1_ema": 60.0, "train_seconds": 2.0})
             if name == "autoprog":
                 record.choice(6, DECISION)
             record.close()
@@ -109,7 +109,7 @@ def test_the_groups_of_curves_sort_by_weight(address: str) -> None:
     for name, tags in fetch(address, "scalars/tags").items():
         groups = {tag.split("/")[0] for tag in tags}
         assert sorted(groups) == ["train", "validation", "validation_loss", "vitals"], name
-        assert {"train/loss", "train/images_per_second", "validation/top5", "validation_loss/loss"} <= tags.keys()
+        assert {"train/loss", "train/images_per_second", "validation/top5", "validation_loss/val_loss"} <= tags.keys()
         assert not {"step", "phase", "time", "images"} & {tag.split("/")[1] for tag in tags}
         assert len([tag for tag in tags if tag.startswith("train/")]) == 2
 
@@ -129,7 +129,7 @@ def test_custom_scalars_compare_what_belongs_together(address: str) -> None:
         ]
         drawn[chart["title"]] = sorted(tag for tags in found for tag in tags)
     assert drawn == {
-        "loss": ["train/loss", "validation_loss/loss"],
+        "loss": ["train/loss", "validation_loss/val_loss"],
         "top-1 (%), online and EMA": ["validation/top1", "validation/top1_ema"],
         "images per second": ["train/images_per_second"],
     }
