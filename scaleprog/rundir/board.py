@@ -19,7 +19,6 @@ from torch.utils.tensorboard.summary import custom_scalars, text
 
 from scaleprog.files.display import as_markdown
 from scaleprog.growth.search import Decision
-from scaleprog.rundir.accuracies import is_percentage
 from scaleprog.rundir.appending import Appended
 
 EVENT_FILE = "events.out.tfevents."
@@ -28,7 +27,7 @@ HIDDEN = ("step", "images", "time")  # numbers in a row that make no curve
 LAYOUT = custom_scalars(  # each chart shows the curves whose names begin with one of its patterns
     {
         "The run": {
-            "loss": ["Multiline", ["train/loss$", "validation_loss/"]],
+            "loss": ["Multiline", ["train/loss$", "validation/val_loss"]],
             "top-1 (%), online and EMA": ["Multiline", ["validation/top1"]],
             "images per second": ["Multiline", ["train/images_per_second$"]],
         }
@@ -93,9 +92,7 @@ def _group(key: str, row: Mapping[str, Any]) -> str:
     """The group that shows the number `key` of a row of metrics.jsonl."""
     if "loss" in row:
         return "train" if key in IN_TRAIN else "vitals"
-    if key.endswith("_seconds"):
-        return "vitals"
-    return "validation" if is_percentage(key) else "validation_loss"
+    return "vitals" if key.endswith("_seconds") else "validation"
 
 
 def event_files(folder: Path) -> list[Path]:
