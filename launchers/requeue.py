@@ -25,7 +25,7 @@ from scaleprog.files.display import as_text
 from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.reading import is_torn, open_to_append, read, read_object, to_line
-from scaleprog.rundir.records import EVENT, EVENTS, JOB_ID, LEFT, REQUEUES, Job, Measured, Owner, Report
+from scaleprog.rundir.records import EVENT, EVENTS, LEFT, REQUEUES, Job, Measured, Owner, Report
 
 INTERRUPTED, USR2, TERM = (128 + number for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM))
 """Exit codes of a task that gets a signal before the run handles signals."""
@@ -50,9 +50,10 @@ class Attempt:
     @classmethod
     def current(cls, variables: Mapping[str, str] = os.environ) -> "Attempt":
         """The start of this process, from its environment. Raises ScaleprogError outside a job."""
-        job = variables.get("SLURM_JOB_ID", "")
-        if not re.fullmatch(JOB_ID, job):
-            raise ScaleprogError(f"SLURM_JOB_ID is {as_text(job, most=60)!r}, so this is not a Slurm job")
+        job = slurm_queue.own_job(variables)
+        if job is None:
+            given = as_text(variables.get("SLURM_JOB_ID", ""), most=60)
+            raise ScaleprogError(f"SLURM_JOB_ID is {given!r}, so this is not a Slurm job")
         count = variables.get("SLURM_RESTART_COUNT", "")
         return cls(job, int(count) if re.fullmatch("[0-9]{1,9}", count) else 0)
 

@@ -31,6 +31,7 @@ STEP = (  # srun reads these variables, and starts that many tasks on that many 
     "export SLURM_JOB_NUM_NODES=$NODES SLURM_NNODES=$NODES SLURM_NTASKS_PER_NODE=$TASKS",
     "export SLURM_NTASKS=$((NODES * TASKS)) SLURM_NPROCS=$((NODES * TASKS))",
 )
+NO_ARRAY = "unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID  # a task of an array that submits a job hands them on"
 RANK_CORES = 2  # for a rank's own threads, besides its data workers
 SHOWN = 8
 """How many letters of a job's name squeue shows."""
@@ -246,23 +247,23 @@ def make_executor(run: Path, request: JobRequest) -> Any:
         qos=request.qos,
         wckey=None,
         stderr_to_stdout=True,
-        setup=setup(run, code_folder(run), request),
+        setup=[NO_ARRAY, *setup(shlex.quote(str(run)), code_folder(run), request)],
         srun_args=[*SRUN, *cpus, *request.step()],
         additional_parameters=further,
     )
     return executor
 
 
-def setup(run: Path, code: Path, request: JobRequest) -> list[str]:
+def setup(run: str, code: Path, request: JobRequest) -> list[str]:
     """The lines of the batch script before it starts the tasks; slurm/train.sbatch has the same commands.
 
     Args:
-        run: the run directory.
+        run: the run directory, as a word of the shell.
         code: the folder of the job's code, named by its digest.
         request: the job's request.
     """
-    requeue = shlex.join([sys.executable, "-m", "scaleprog.launchers.requeue", str(run)])
-    limits = f"{request.max_restarts} {request.signal_before}"
+    python = f"{shlex.quote(sys.executable)} -m"
+    requeue = f'{python} scaleprog.launchers.requeue {run} "$1" {request.max_restarts} {request.signal_before}'
     text = Path(integrity.__file__).read_text(encoding="utf-8")
     lines = [
         # before any code in the run directory runs, and before the trap that would requeue the job
@@ -271,14 +272,14 @@ def setup(run: Path, code: Path, request: JobRequest) -> list[str]:
         f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export SUBMITIT_PREEMPT_SIGNAL=USR2",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
-        f"after() {{ trap '' TERM INT USR2; {requeue} \"$1\" {limits}; exit $?; }}",
+        f"after() {{ trap '' TERM INT USR2; {requeue}; exit $?; }}",
         "trap : TERM INT USR2  # the tasks get these signals too; this shell waits for the tasks",
         "trap 'after $?' EXIT",
     ]
     if request.nodes.fixed:
         return lines
-    world = shlex.join([sys.executable, "-m", "scaleprog.launchers.world", str(run), str(request.nodes.least)])
-    return [*lines, f"TASKS={request.tasks}", f'NODES=$({world} "$TASKS") || exit', *STEP]
+    world = f'{python} scaleprog.launchers.world {run} {request.nodes.least} "$TASKS"'
+    return [*lines, f"TASKS={request.tasks}", f"NODES=$({world}) || exit", *STEP]
 
 
 def _program(python: str) -> str:

@@ -102,14 +102,14 @@ class Status:
         if self.top1 is not None:
             lines.append(("top-1", f"{self.top1:.2f} % after step {self.top1_step}"))
         if self.images_per_second is not None:
-            left = "" if self.seconds_left is None else f"; about {_span(self.seconds_left)} of training left"
+            left = "" if self.seconds_left is None else f"; about {span(self.seconds_left)} of training left"
             lines.append(("rate", f"{self.images_per_second:.0f} images/s{left}"))
         if self.damaged:
             lines.append(("damaged", f"{counted(self.damaged, 'sample')}, replaced by others; events.jsonl has names"))
         if self.commit_age is None:
             lines.append(("checkpoint", "none yet"))
         else:
-            lines.append(("checkpoint", f"step {self.commit_step}, {_span(self.commit_age)} ago"))
+            lines.append(("checkpoint", f"step {self.commit_step}, {span(self.commit_age)} ago"))
         more = len(self.restarts) - MOST_RESTARTS
         lines += [("restart", f"{more} earlier restarts")] if more > 0 else []
         lines += [("restart", f"{clock(r.time)} at step {r.step}: {r.cause}") for r in self.restarts[-MOST_RESTARTS:]]
@@ -305,7 +305,7 @@ def cancel(run: Path) -> str:
     file, owner = JobFile.read(run), read_owner(run)
     job = None if file is None else file.ask()
     if job is not None and not job.over:
-        if not job.names(run):
+        if not job.names(run.parent if "_" in job.id else run):  # the script of an array is in the sweep's folder
             raise ScaleprogError(
                 f"{run / JOB} names job {job.id}, but Slurm's record of its command does not name this run directory; "
                 f"nothing was canceled; if the job does train this run, use `scancel {job.id}`"
@@ -347,7 +347,7 @@ def _age(path: Path) -> float | None:
         return None
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """A duration in words."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:

@@ -44,7 +44,7 @@ def task(run: Path) -> dict[str, Any]:
         os.environ[STORE] = f"tcp:{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if rank == 0:
             tell_time_limit(start)
-            print(as_text(describe(os.environ)), flush=True)
+            print(as_text(describe(os.environ, start)), flush=True)
         results = train_rank(Recipe.of_run(run), run)
     except Exception as error:
         leave(run, start, rank, error)
@@ -118,7 +118,8 @@ def rank_variables(slurm: Mapping[str, str], start: Attempt) -> dict[str, str]:
 
 def port(start: Attempt) -> int:
     """The TCP port where the ranks meet. It differs at each start, so leftover processes cannot interfere."""
-    return PORTS[(7 * int(start.job) + start.restart) % len(PORTS)]
+    job, _, index = start.job.partition("_")  # in an array, the tasks' numbers follow that of the array
+    return PORTS[(7 * (int(job) + int(index or 0)) + start.restart) % len(PORTS)]
 
 
 def tasks_per_node(text: str) -> list[int]:
@@ -194,12 +195,12 @@ def interface(peer: str) -> str:
     return ""
 
 
-def describe(variables: Mapping[str, str]) -> str:
+def describe(variables: Mapping[str, str], start: Attempt) -> str:
     """One line that says which ranks run where, and how they meet."""
     nodes = variables.get("SLURM_STEP_NODELIST") or variables["SLURM_JOB_NODELIST"]
     by = [f"{kind} on {variables.get(f'{kind.upper()}_SOCKET_IFNAME', 'its own choice')}" for kind in ("gloo", "NCCL")]
     return (
-        f"job {variables['SLURM_JOB_ID']}: {variables['WORLD_SIZE']} ranks on {nodes}, "
+        f"job {start.job}: {variables['WORLD_SIZE']} ranks on {nodes}, "
         f"meeting at {variables['MASTER_ADDR']}:{variables['MASTER_PORT']} within {MEET_LIMIT.seconds // 60} min; "
         f"{', '.join(by)}"
     )

@@ -59,6 +59,10 @@ class CheckpointError(ScaleprogError):
     """A checkpoint or run directory that is missing, damaged or of another recipe."""
 
 
+class InUse(CheckpointError):
+    """A run directory in which another job or process trains, or is about to."""
+
+
 class OtherFormat(CheckpointError):
     """A sound checkpoint of another version of scaleprog; it must not be skipped like a damaged one."""
 

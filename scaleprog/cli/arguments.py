@@ -35,6 +35,9 @@ Source = Annotated[
         autocompletion=run_words,
     ),
 ]
+RunPaths = Annotated[
+    list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of some.", autocompletion=run_words)
+]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", autocompletion=run_words)]
 RanksHere = Annotated[
     str,

@@ -3,20 +3,25 @@
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
 import typer
 
-from scaleprog.cli.arguments import Overrides, RecipePath, RunPath, Source, default_folder, say
+from scaleprog.cli.arguments import Overrides, RecipePath, RunPath, RunPaths, Source, default_folder, say
+from scaleprog.cli.sweep import Jobs, Sweep, check_no_sweep, sweep_runs, unfinished
 from scaleprog.cli.training import show
 from scaleprog.errors import INTERRUPTED_CODE, ScaleprogError
 from scaleprog.files.display import as_text
+from scaleprog.files.plain_yaml import RECIPE
+from scaleprog.rundir.folders import runs_at
 
 if TYPE_CHECKING:
     from scaleprog.launchers.request import JobRequest
     from scaleprog.launchers.snapshot import JobFile
+    from scaleprog.recipe import Recipe
     from scaleprog.rundir.records import Results
 
 
@@ -59,6 +64,8 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the batch script without submitting it.")] = False,
     source: Source = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the job as JSON, and only that on stdout.")] = False,
+    sweep: Sweep = None,
+    jobs: Jobs = None,
 ) -> None:
     """Trains a recipe as a Slurm job that restarts by itself until the run is finished."""
     from scaleprog.launchers import slurm
@@ -66,11 +73,8 @@ def submit(
     from scaleprog.launchers.snapshot import check_job
     from scaleprog.launchers.world import Count
     from scaleprog.recipe import Recipe
-    from scaleprog.training.longer import begin
 
     count = Count.parse(nodes, "--nodes")
-    loaded = Recipe.load(recipe, overrides or ())
-    folder = run_dir or default_folder(recipe, loaded, source)
     request = JobRequest(
         count,
         gpus_per_node,
@@ -87,8 +91,21 @@ def submit(
         python,
     )
     request.check()
+    if sweep:
+        if as_json:
+            raise ScaleprogError("--json prints one job; leave it out for a sweep, and ask `scaleprog status`")
+        folder, runs = sweep_runs(recipe, overrides or (), sweep, run_dir, source)
+        submit_sweep(folder, runs, request, jobs, wait, dry_run)
+        return
+    check_no_sweep(jobs)
+    loaded = Recipe.load(recipe, overrides or ())
+    folder = run_dir or default_folder(recipe, loaded, source)
     check_job(folder)
-    loaded = begin(loaded, folder, source, dry_run)
+    if source is not None or loaded.parent is not None or (folder / RECIPE).exists():
+        with slurm.one_thread():
+            from scaleprog.training.longer import begin  # imports torch
+
+            loaded = begin(loaded, folder, source, dry_run)
     if dry_run:
         if as_json:
             raise ScaleprogError("--dry-run prints the batch script, which is no JSON; leave out --json")
@@ -149,26 +166,70 @@ def follow(run: Path, what: str, in_place: bool, out: TextIO) -> NoReturn:
     raise typer.Exit(code)
 
 
+def submit_sweep(
+    folder: Path,
+    runs: Mapping[Path, "Recipe"],
+    request: "JobRequest",
+    at_once: int | None,
+    wait: bool,
+    dry_run: bool,
+) -> None:
+    """Submits the runs of a sweep that are not finished as one array. Raises typer.Exit and ScaleprogError."""
+    from scaleprog.launchers import array
+
+    left = unfinished(runs)
+    if not left:
+        print(f"nothing to submit: no run of {as_text(folder)} is left to train")
+        return
+    if dry_run:
+        print(array.script(left, folder, request, at_once), end="")
+        return
+    files = array.submit(left, folder, request, at_once)
+    first, *_ = files.values()
+    quoted = as_text(shlex.quote(str(folder)))
+    print(
+        f"job {first.job.partition('_')[0]}: an array of {len(files)} jobs, each of {request.nodes} x {request.tasks} "
+        f"ranks, for {len(files)} of {len(runs)} runs\n  directories    in {as_text(folder)}\n"
+        f"  watch          scaleprog status {quoted}\n  end            scaleprog cancel {quoted}",
+        flush=True,
+    )
+    if wait:
+        raise typer.Exit(array.follow(files))
+
+
 def show_status(
-    run: RunPath,
+    run: RunPaths,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with times in seconds.")] = False,
     until_end: Annotated[
         bool, typer.Option("--follow", help="Refresh it until the run ends, and exit with the run's exit code.")
     ] = False,
 ) -> None:
-    """Shows whether a run is queued, running or ended, its step, restarts, last checkpoint and time left."""
-    if until_end:
-        if as_json:
-            raise ScaleprogError("--follow is for people; leave out --json")
-        follow(run, str(run), in_place=sys.stdout.isatty(), out=sys.stdout)
-    from scaleprog.launchers import status
+    """Shows whether a run is queued, running or ended, its step, restarts, last checkpoint and time left.
 
-    found = status.status(run)
-    print(json.dumps(asdict(found), indent=1, allow_nan=False) if as_json else found.text())
+    Several runs, or a folder of runs such as a sweep's, become a table.
+    """
+    one = run[0] if len(run) == 1 and runs_at(run[0]) in ([], run) else None
+    if until_end:
+        if as_json or one is None:
+            raise ScaleprogError("--follow shows one run, for people; leave out --json, and name one run directory")
+        follow(one, str(one), in_place=sys.stdout.isatty(), out=sys.stdout)
+    from scaleprog.launchers import status
+    from scaleprog.launchers.several import statuses, table
+
+    if one is not None:
+        only = status.status(one)
+        print(json.dumps(asdict(only), indent=1, allow_nan=False) if as_json else only.text())
+        return
+    found, left_out = statuses(run)
+    print(json.dumps([asdict(each) for each in found], indent=1, allow_nan=False) if as_json else table(found))
+    if left_out:
+        say(f"left out: {'; '.join(left_out)}")
 
 
 def cancel(run: RunPath) -> None:
-    """Stops a queued or running run, under Slurm or on this machine, and reports what remains."""
-    from scaleprog.launchers import status
+    """Stops a queued or running run, or all of a sweep, under Slurm or on this machine, and reports what remains."""
+    from scaleprog.launchers.several import cancel_all
+    from scaleprog.launchers.status import cancel as cancel_one
 
-    print(as_text(status.cancel(run)))
+    runs = runs_at(run)
+    print(as_text(cancel_one(run) if runs in ([], [run]) else cancel_all(runs), lines=True))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scaleprog.cli.arguments import MOST_HERE, Overrides, RanksHere, RecipePath, Restarts, Source, default_folder, say
+from scaleprog.cli.sweep import Jobs, Sweep, check_no_sweep, sweep_runs, train_sweep
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.atomic import write_whole
 from scaleprog.files.display import as_text
@@ -30,6 +31,8 @@ def train(
     ] = None,
     restarts: Restarts = None,
     source: Source = None,
+    sweep: Sweep = None,
+    jobs: Jobs = None,
 ) -> None:
     """Trains a recipe, or resumes a run directory that exists.
 
@@ -39,6 +42,13 @@ def train(
     """
     from scaleprog.recipe import Recipe
 
+    if sweep:
+        if baseline is not None:
+            train_seconds(baseline)  # refuses a baseline that has not finished, before anything trains
+        train_one = partial(run_here, nproc=nproc, restarts=restarts, baseline=baseline)
+        train_sweep(sweep_runs(recipe, overrides or (), sweep, run_dir, source)[1], nproc, jobs or 1, train_one)
+        return
+    check_no_sweep(jobs)
     loaded = Recipe.load(recipe, overrides or ())
     folder = run_dir or default_folder(recipe, loaded, source)
     run_here(loaded, folder, nproc, restarts, baseline, source)

@@ -72,6 +72,8 @@ MOST_BASES = 20
 """Of one recipe, those of its bases included."""
 MOST_PROBLEMS, LONGEST_SHOWN = 50, 200
 """In one message."""
+KEY = r"[\w-]+(\.[\w-]+)*"
+"""The form of a key in `key=value`."""
 
 
 class Recipe(Settings):
@@ -192,7 +194,7 @@ def _read(path: Path, parents: tuple[Path, ...], read: list[Path]) -> dict[str, 
 def _override(text: str) -> dict[str, Any]:
     """What `key=value` asks for, as a recipe that says nothing else."""
     key, equals, written = text.partition("=")
-    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key) or len(key) > LONGEST_SHOWN:
+    if not equals or not re.fullmatch(KEY, key) or len(key) > LONGEST_SHOWN:
         raise RecipeError(f"override {_shown(text)} is not of the form key=value")
     try:
         value = parse(written)

@@ -51,7 +51,7 @@ WAITING = (
 )
 MOST_WAITING = 0.05
 """Fraction of a phase that may wait for data without a sentence about it."""
-SHORT = ("run", "schedule", "stages", "top-1 best", "train s", "speedup", "wall s", "wall speedup")  # on a terminal
+SHORT = ("run", "schedule", "top-1 best", "train s", "speedup", "wall s")  # on a terminal
 
 
 def write_report(runs: Sequence[Path], out: Path) -> str:

@@ -29,7 +29,7 @@ TAKEN = ("init", "growth", "measurement", "choice", "evaluation", "damaged", "no
 
 
 def write_fork(folder: Path, parent: Path, checkpoint: Path, manifest: Manifest, recipe: Recipe, run: str) -> None:
-    """Fills an empty folder with the run directory of a fork.
+    """Fills an empty folder with the run directory of a fork; its first start draws the curves.
 
     Args:
         folder: becomes the run directory.
@@ -93,6 +93,6 @@ def _events(path: Path, step: int) -> Iterator[dict[str, Any]]:
             continue
         known.append(json.loads(line))
     for event in still_told(known):
-        begins = event["event"] == "growth"  # one at `step` belongs to the step after it
-        if event["event"] in TAKEN and event.get("step", 0) <= step - begins:
+        last = step - 1 if event["event"] == "growth" else step  # a growth at `step` belongs to the step after it
+        if event["event"] in TAKEN and event.get("step", 0) <= last:
             yield {**event, "generation": 0}

@@ -204,8 +204,8 @@ def job_of(variables: Mapping[str, str] = os.environ) -> tuple[str | None, int, 
 
     A shell of `salloc` has SLURM_JOB_ID, but only the processes that Slurm starts have SLURM_PROCID or a restart count.
     """
-    job, restart = variables.get("SLURM_JOB_ID"), variables.get("SLURM_RESTART_COUNT", "")
-    if not FITS["job"](job) or not ("SLURM_PROCID" in variables or restart):
+    job, restart = slurm_queue.own_job(variables), variables.get("SLURM_RESTART_COUNT", "")
+    if job is None or not ("SLURM_PROCID" in variables or restart):
         return None, 0, None
     step = variables.get("SLURM_STEP_ID")
     return (

@@ -21,7 +21,7 @@ from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.models import resolve_family
 from scaleprog.planning.plan import check_size, manifest_of
 from scaleprog.ranks.coordinator import Coordinator, process_group
-from scaleprog.recipe import Recipe, directories
+from scaleprog.recipe import FREE, Recipe, directories
 from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.progress import ProgressLine
 from scaleprog.rundir.reading import open_to_append, to_line
@@ -57,7 +57,8 @@ class Request:
     @property
     def ordinary(self) -> bool:
         """Whether the run itself would measure the same, apart from the resolution."""
-        return self.split == VALIDATION and self.data is None and not self.overrides
+        keys = {override.partition("=")[0] for override in self.overrides}
+        return self.split == VALIDATION and self.data is None and keys <= {*FREE} - {"data.path", "data.manifest"}
 
 
 @dataclass(frozen=True)

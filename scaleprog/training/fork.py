@@ -106,14 +106,14 @@ def _kept(run: Path) -> str:
     """The steps of the checkpoints that a run keeps, in words."""
     best, told = 0, []
     for path in reversed(committed(run / "checkpoints")):
-        marks = []
         try:
             manifest = read_manifest(path)
         except ScaleprogError:
             marks = ["unreadable"]
         else:
             best = best or manifest.state.get("best_step", 0)
-            marks = ["permanent"] * manifest.permanent + ["best"] * (manifest.step == best)
+            known = {"permanent": manifest.permanent, "best": manifest.step == best}
+            marks = [mark for mark, holds in known.items() if holds]
         told.append(f"{step_of(path)}" + (f" ({', '.join(marks)})" if marks else ""))
     return ", ".join(reversed(told)) or "none"
 

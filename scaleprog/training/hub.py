@@ -17,6 +17,7 @@ from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError, Unavailable
 from scaleprog.files.atomic import read_text
 from scaleprog.files.display import counted
+from scaleprog.files.location import local_path
 from scaleprog.ranks.coordinator import process_group
 from scaleprog.recipe import directories
 from scaleprog.training.export import Dtype, preprocessing
@@ -149,6 +150,8 @@ def _model(saved: Saved, shown: dict[str, Any], registered: bool) -> nn.Module:
 def _classes(run: Path, saved: Saved) -> list[str]:
     """The names of the classes that a run learned; none if its shards are not here, or are others now."""
     data = saved.recipe.located(directories.to_read(run)).data
+    if data.manifest is None and local_path(data.path) is None:
+        return []  # an export waits for no network
     with suppress(DataError, Unavailable):
         manifest = Manifest.load(data.path, data.manifest)
         now = manifest.identity()["classes"]

@@ -145,7 +145,7 @@ def train(
         partial(tell_signal, recorder, checkpoints, state),
         partial(leave_at_once, recorder),
         recipe.checkpoint.every_minutes,
-        slurm_queue.end_of_job(os.environ.get("SLURM_JOB_ID"), deadline()) if rank == 0 else None,
+        slurm_queue.end_of_job(slurm_queue.own_job(), deadline()) if rank == 0 else None,
     )
     run = Run(
         folder,
@@ -171,7 +171,7 @@ def train(
             engine=recipe.sharding.engine,
             device=str(device),
             hosts=[host for host, _ in groupby(nodes)],
-            job=os.environ.get("SLURM_JOB_ID"),
+            job=slurm_queue.own_job(),
             startup_seconds=process_seconds(),
             **recorder.lost,
             reader_bytes=reader.memory(plan.schedule.full.resolution),

@@ -70,7 +70,7 @@ def test_only_an_ordinary_evaluation_is_noted_for_the_report(command: Command, h
         told = command("evaluate", "run", *more)
         assert told.code == 0, told
     assert not (elsewhere / "run/evaluations.jsonl").exists()
-    told = command("evaluate", "run", "--resolution", 16, "--per-class")
+    told = command("evaluate", "run", "--resolution", 16, "--per-class", "evaluate.batch=5")
     assert told.out.splitlines()[0].split() == ["class", "images", "top-1"]
     assert f"24 images of val in {home}/shards, 16 px, step 20: loss " in told.out
     (noted,) = (elsewhere / "run/evaluations.jsonl").read_text().splitlines()

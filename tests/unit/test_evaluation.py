@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaleprog.rundir.accuracies import Accuracies, better, is_percentage
-from scaleprog.training.metrics import METRICS, loss, names, top1, top5
+from scaleprog.training.metrics import METRICS, names, top1, top5, val_loss
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 12), st.integers(1, 20))
@@ -20,7 +20,7 @@ def test_metrics_follow_the_order_of_the_logits(seed: int, classes: int, images:
     assert top5(logits, labels).tolist() == [rank < 5 for rank in ranks]
     shares = logits.double().softmax(1)
     expected = [0.0 if label < 0 else -shares[i, label].log().item() for i, label in enumerate(labels.tolist())]
-    assert loss(logits, labels).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert val_loss(logits, labels).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("metric", METRICS)

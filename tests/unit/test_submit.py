@@ -257,3 +257,19 @@ def test_submit_computes_with_one_thread_and_does_not_tell_the_job(monkeypatch: 
     with slurm.one_thread():
         assert (os.environ["OMP_NUM_THREADS"], os.environ["OPENBLAS_NUM_THREADS"]) == ("1", "1")
     assert (os.environ["OMP_NUM_THREADS"], os.environ.get("OPENBLAS_NUM_THREADS")) == ("5", None)
+
+
+def test_a_dry_run_imports_no_torch(write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    argv = ["scaleprog", "submit", str(write_recipe()), "--dry-run", "--run-dir", str(tmp_path / "run")]
+    check = f"""
+import sys
+from scaleprog.cli import main
+sys.argv = {argv!r}
+try:
+    main()
+finally:
+    print({{"torch", "numpy"}} & set(sys.modules))
+"""
+    told = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert told.stdout.startswith("#!/bin/bash\n")
+    assert told.stdout.endswith("\nset()\n")
