@@ -15,6 +15,7 @@ from scaleprog.cli.arguments import say
 from scaleprog.cli.jobs import cancel, show_status, submit
 from scaleprog.cli.planning import keys, plan
 from scaleprog.cli.results import evaluate, export, replay, report
+from scaleprog.cli.simulating import simulate
 from scaleprog.cli.training import finetune, train
 from scaleprog.errors import INTERRUPTED_CODE, Preempted, ScaleprogError
 from scaleprog.shards.cli import app as shards_app
@@ -23,6 +24,7 @@ app = typer.Typer(help="Progressive training of Vision Transformers.", no_args_i
 app.add_typer(shards_app, name="shards", help="Build and check WebDataset shards.")
 app.command()(plan)
 app.command()(keys)
+app.command()(simulate)
 app.command()(train)
 app.command()(finetune)
 app.command()(submit)

@@ -473,6 +473,9 @@ class CheckpointSettings(Settings):
     """When a run saves checkpoints, besides at the ends of phases and of the run and when it is asked to stop, and
     which ones it keeps."""
 
+    every: Literal["auto"] | None = None
+    """auto: the run chooses the time between two checkpoints from what saving costs and how often it has failed, in
+    place of every_steps and every_minutes; an event says which and why."""
     every_steps: Steps | None = None
     """Steps between two checkpoints; default: no limit."""
     every_minutes: Minutes | None = 10.0
