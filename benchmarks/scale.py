@@ -2,9 +2,10 @@
 
     python -m benchmarks.scale [--worlds 8,64,512,4096] [--threads 64] [--out docs/results/scale.md]
 
-For each number of ranks, one process pretends to be rank 0 of a DeiT-S under fsdp: its process group is torch's fake one,
-whose collectives return at once and nothing true, except that a gather returns what every rank would say. So this is the
-time and memory of rank 0 itself, without the network. The agreement is also timed on threads that do exchange values.
+For each number of ranks, one process pretends to be rank 0 of a DeiT-S under fsdp: its process group is torch's fake
+one, whose collectives return at once and nothing true, except that a gather returns what every rank would say. So this
+is the time and memory of rank 0 itself, without the network. The agreement is also timed on threads that do exchange
+values.
 """
 
 import os
@@ -88,7 +89,7 @@ def measure(world: int, folder: Path) -> dict[str, float]:
     dist.all_gather = crowd.all_gather
     coordinator = Coordinator()
     with clock("plan"):
-        family, schedule = outline(recipe, 1000)
+        family, _ = outline(recipe, 1000)
         forecast(recipe, world, Device.named("h100"))
     crowd.say([f"node-{rank // 8:05d}" for rank in range(world)])
     with clock("start"):
@@ -189,7 +190,7 @@ def agree_on_threads(threads: int) -> dict[str, float]:
             steps += 1
             if rank == threads - 1 and steps == 20:
                 watch._signal = 15  # as if the signal had come
-            if (agreement := watch.agree()) != Agreement():
+            if watch.agree() != Agreement():
                 break
         stopped[rank], seconds[rank] = steps, (time.perf_counter() - began) / steps
         dist.destroy_process_group()
@@ -240,8 +241,8 @@ def main() -> None:
     lines += [
         "",
         f"The agreement on {options.threads} threads, each a rank, of torch's threaded process group: "
-        f"{1000 * threads['seconds a step']:.3g} ms a step; one rank was asked to stop in step 20, and all ranks stopped "
-        f"after step {threads['steps until all stopped']}.",
+        f"{1000 * threads['seconds a step']:.3g} ms a step; one rank was asked to stop in step 20, and all ranks "
+        f"stopped after step {threads['steps until all stopped']}.",
     ]
     text = "\n".join(lines) + "\n"
     options.out.write_text(text)

@@ -134,7 +134,7 @@ def show(
     )
     if outcome.finished < 1:
         console.print(
-            f"{1 - outcome.finished:.0%} of the runs had not finished after {MOST_FAULTS} faults, where the simulation ends",
+            f"{1 - outcome.finished:.0%} of the runs had not finished after {MOST_FAULTS} faults, where they end",
             soft_wrap=True,
             highlight=False,
         )

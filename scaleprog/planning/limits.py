@@ -1,6 +1,7 @@
 """Which value of which input alone would break an effective training time that a run needs."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from scaleprog.planning.simulation import Scenario, simulate
 
@@ -39,7 +40,8 @@ def limit(scenario: Scenario, name: str, seed: int, target: float = TARGET) -> L
     short = replace(scenario, training=min(scenario.training, FAULTS * mtbf))
 
     def reaches(value: float) -> bool:
-        return simulate(replace(short, **{name: value}), RUNS, seed).mean >= target
+        changed: dict[str, Any] = {name: value}
+        return simulate(replace(short, **changed), RUNS, seed).mean >= target
 
     now, best = getattr(scenario, name), scenario.best_interval if name == "interval" else 0.0
     if reaches(now):

@@ -198,8 +198,8 @@ def _interval(recipe: Recipe, step: float, scenario: Scenario) -> Input:
     if settings.every == "auto":
         return Input("interval", scenario.best_interval, "s", "checkpoint.every: auto, by Young and Daly")
     limits = {
-        "checkpoint.every_minutes": 60 * settings.every_minutes if settings.every_minutes else None,
-        "checkpoint.every_steps": settings.every_steps * step if settings.every_steps else None,
+        "checkpoint.every_minutes": 60 * settings.minutes if settings.minutes else None,
+        "checkpoint.every_steps": settings.steps * step if settings.steps else None,
     }
     known = {key: value for key, value in limits.items() if value is not None}
     if not known:

@@ -486,3 +486,13 @@ class CheckpointSettings(Settings):
     """Whether each evaluation with a new best top-1 saves a checkpoint; the run keeps the best one."""
     keep_every_epochs: WholeEpochs | None = None
     """Epochs of the schedule between two checkpoints that the run keeps for good."""
+
+    @property
+    def minutes(self) -> float | None:
+        """Minutes between two checkpoints; with `every: auto`, until the first, which shows what saving costs."""
+        return 1.0 if self.every == "auto" else self.every_minutes
+
+    @property
+    def steps(self) -> int | None:
+        """Steps between two checkpoints."""
+        return None if self.every == "auto" else self.every_steps

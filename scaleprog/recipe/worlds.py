@@ -81,7 +81,7 @@ class Worlds:
         return batch % (lanes * self._unit) == 0 and batch >= lanes * 2 * self.pairs
 
     def fitted(self, world: int) -> tuple[int, int]:
-        """Lanes and batch with which `world` ranks can train: the most lanes for the batch or, if none, a larger batch."""
+        """Lanes and batch with which `world` ranks can train: the most lanes for the batch; if none, a larger batch."""
         unit = world * self._unit
         batch = max(ceil_div(self.batch, unit) * unit, world * 2 * self.pairs)
         return max(n for n in range(world, min(self.lanes, batch) + world, world) if self._fills(n, batch)), batch
