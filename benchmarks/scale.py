@@ -42,7 +42,7 @@ from scaleprog.rundir.recorder import Recorder, StepTimer
 from scaleprog.rundir.storage import MANIFEST, Manifest, Stored, load_tensors, publish, verify, write_tensors
 from scaleprog.rundir.tensorfile import NAMES
 from scaleprog.sharding import Backend
-from scaleprog.sharding.placement import LocalSlice, share_out
+from scaleprog.sharding.placement import LocalSlice, held_by, share_out
 from scaleprog.training.process import make_backend
 
 RECIPE = "configs/imagenet/deit_small_autoprog_100.yaml"
@@ -126,8 +126,9 @@ def checkpoint(
     temporary.mkdir()
     parts = backend.state()
     crowd.say([held(backend, parts, rank) for rank in range(world)])
-    with clock("save: who writes what"):
-        chunks = share_out(coordinator.gather(held(backend, parts, 0)))
+    with clock("first save: who writes what"):
+        sizes = {name: part.numel for name, part in parts.items()}
+        chunks = share_out(sizes, coordinator.gather(held_by(parts)))
     files = [write_tensors(temporary, rank, tensors) for rank, tensors in enumerate(tensors_of(parts, chunks, world))]
     crowd.say(files)
     with clock("save: manifest"):
@@ -146,13 +147,13 @@ def checkpoint(
     dist.destroy_process_group()
 
 
-def held(backend: Backend, parts: dict[str, LocalSlice], rank: int) -> dict[str, list[int]]:
-    """The stretch of each tensor that a rank holds: (elements of the whole tensor, first element, elements)."""
-    found = {}
+def held(backend: Backend, parts: dict[str, LocalSlice], rank: int) -> list[int]:
+    """What a rank holds, as `held_by` would say there."""
+    found: list[int] = []
     for name, part in parts.items():
         placement = backend.network.placements.get(name.partition("/")[2])
         own = range(part.numel) if name.startswith("step/") or placement is None else placement.local(rank)
-        found[name] = [part.numel, own.start, len(own)]
+        found += own.start, len(own)
     return found
 
 

@@ -146,9 +146,10 @@ def show(
     values = {each.name: each.value for each in found}
     title = f"\nUp to which value of one input alone the run stays at {TARGET:.0%} or more"
     table = Table("input", "now", "limit", title=title, title_justify="left")
-    for each in breaking:
-        known = "none is low enough" if not each.reached else "no value tried breaks it"
-        table.add_row(each.name, f"{values[each.name]:.4g}", known if each.value is None else f"{each.value:.3g}")
+    for broken in breaking:
+        known = "none is low enough" if not broken.reached else "no value tried breaks it"
+        limit = known if broken.value is None else f"{broken.value:.3g}"
+        table.add_row(broken.name, f"{values[broken.name]:.4g}", limit)
     console.print(table, markup=False)
     console.print(
         "Left out: faults of the nodes while they wait or ranks end, partial growth to other numbers of nodes, slow "

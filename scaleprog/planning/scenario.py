@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from scaleprog.models.cost import parameters
 from scaleprog.planning.cost_model import FP32, predict
@@ -97,7 +98,7 @@ def inputs(
 
 def scenario_of(found: list[Input], cluster: Cluster) -> Scenario:
     """The scenario of these inputs."""
-    values = {each.name: each.value for each in found if each.name not in ("step", "nodes", "spare_nodes")}
+    values: dict[str, Any] = {e.name: e.value for e in found if e.name not in ("step", "nodes", "spare_nodes")}
     return Scenario(nodes=cluster.nodes, spare_nodes=cluster.spare_nodes, in_job=cluster.in_job, **values)
 
 
