@@ -18,6 +18,7 @@ SECONDS = (
     "crash_detection",
     "hang_detection",
     "node_detection",
+    "leaving",
     "queue_least",
     "queue_mean",
     "start_up",
@@ -155,19 +156,19 @@ def _training(length: Length, step: Input) -> Input:
 
 
 def _reactions(cluster: Cluster) -> Iterator[Input]:
-    """From a fault until the ranks are launched again."""
-    yield Input(
-        "crash_detection", 30.0, "s", "assumed: the launcher ends ranks that hang after another's crash after 30 s"
-    )
-    yield Input("hang_detection", 600.0, "s", "assumed: ten minutes without a step")
-    yield Input(
-        "node_detection", 43.0, "s", "measured here: Slurm noticed lost nodes after 19 to 43 s (SlurmdTimeout 5 s)"
-    )
-    yield Input("queue_least", 121.0, "s", "Slurm's default: it holds a requeued job for cred_expire, docs/slurm.md")
-    yield Input("queue_mean", 600.0, "s", "assumed: the rest of the queue, exponentially distributed")
+    """From a fault until the first step of the next start."""
     start_up = 13.0 + 0.005 * cluster.world
-    yield Input("start_up", start_up, "s", "13 s measured here, docs/results/checkpoint.md; 5 ms a rank assumed")
-    yield Input("repair", DAY, "s", "assumed: until a lost node is a spare node again")
+    for name, value, origin in (
+        ("crash_detection", 30.0, "assumed: ranks that do not end after another's crash are killed by then"),
+        ("hang_detection", 600.0, "assumed: ten minutes without a step"),
+        ("node_detection", 43.0, "measured here: Slurm noticed lost nodes in 19 to 43 s (with SlurmdTimeout 5 s)"),
+        ("leaving", 3.2, "measured here, docs/results/checkpoint.md: from the signal to the exit"),
+        ("queue_least", 121.0, "Slurm's default: it holds a requeued job for cred_expire, docs/slurm.md"),
+        ("queue_mean", 600.0, "assumed: the rest of the queue, exponentially distributed"),
+        ("start_up", start_up, "13 s measured here, docs/results/checkpoint.md; 5 ms a rank assumed"),
+        ("repair", DAY, "assumed: until a lost node is a spare node again"),
+    ):
+        yield Input(name, value, "s", origin)
 
 
 def _checkpoints(recipe: Recipe, cluster: Cluster) -> Iterator[Input]:
@@ -175,22 +176,21 @@ def _checkpoints(recipe: Recipe, cluster: Cluster) -> Iterator[Input]:
     family, schedule = outline(recipe, None)
     state = FP32 * (3 + len(recipe.ema.momenta)) * parameters(family, recipe.model, schedule.full.depth)
     world = cluster.world
-    copied = state / recipe.sharding.shard_ranks(world, cluster.gpus)
-    own = state / world
-    yield Input(
-        "pause", 0.01 + copied / 50e9, "s", f"measured ({GPU}): 10 ms, {copied / 1e6:.3g} MB of a rank at 50 GB/s"
-    )
-    save = 0.1 + own / 450e6 + 0.001 * world
-    yield Input(
-        "save",
-        save,
-        "s",
-        f"measured ({GPU}): 0.1 s, {own / 1e6:.3g} MB of a rank at 450 MB/s; ({SCALE}): 1 ms a rank on rank 0",
-    )
-    reading = state / 1e9 + 0.001 * world
-    yield Input(
-        "reading", reading, "s", f"measured ({SCALE}): rank 0 verifies {state / 1e9:.3g} GB at 1 GB/s, 1 ms a file"
-    )
+    copied, own = state / recipe.sharding.shard_ranks(world, cluster.gpus), state / world
+    for name, value, origin in (
+        ("pause", 0.01 + copied / 50e9, f"measured, {GPU}: 10 ms and {copied / 1e6:.3g} MB of a rank at 50 GB/s"),
+        (
+            "save",
+            0.1 + own / 450e6 + 0.001 * world,
+            f"measured, {GPU}: {own / 1e6:.3g} MB of a rank at 450 MB/s; {SCALE}: 1 ms a rank; 0.1 s assumed",
+        ),
+        (
+            "reading",
+            state / 400e6 + 0.001 * world,
+            f"measured, {SCALE}: rank 0 verifies {state / 1e9:.3g} GB at 0.4 GB/s, and 1 ms a rank",
+        ),
+    ):
+        yield Input(name, value, "s", origin)
 
 
 def _interval(recipe: Recipe, step: float, scenario: Scenario) -> Input:

@@ -34,6 +34,7 @@ class Scenario:
         training: time that the run would take without faults and checkpoints.
         crash, hang, preemption, node: rates.
         crash_detection, hang_detection, node_detection: from the fault until all ranks have ended.
+        leaving: of a run that is asked to stop, until all ranks have ended, without the save.
         queue_least: until Slurm considers a requeued job at all.
         queue_mean: mean of the exponentially distributed rest of the wait.
         start_up: from the launch of the ranks until the first step, without `reading`.
@@ -56,6 +57,7 @@ class Scenario:
     crash_detection: float
     hang_detection: float
     node_detection: float
+    leaving: float
     queue_least: float
     queue_mean: float
     start_up: float
@@ -235,7 +237,7 @@ def _start(scenario: Scenario, until: Array, saved: Array, reached: Array) -> _S
 
 def _detection(scenario: Scenario, struck: NDArray[np.intp], worked: Array) -> Array:
     """Seconds from a fault until all ranks have ended; a run that is asked to stop saves first."""
-    leaving = np.where(worked > 0, scenario.pause + scenario.save, 0.0)
+    leaving = scenario.leaving + np.where(worked > 0, scenario.pause + scenario.save, 0.0)
     detection = np.array([scenario.crash_detection, scenario.hang_detection, 0.0, scenario.node_detection])
     return np.where(struck == PREEMPTION, leaving, detection[struck])
 

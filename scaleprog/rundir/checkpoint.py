@@ -312,7 +312,7 @@ class Checkpoints:
         return Commit(final, step, stall, time.monotonic() - began, size, error, poisoned)
 
     def _share_out(self, parts: Mapping[str, LocalSlice]) -> Chunks:
-        """Which rank saves what. The ranks tell each other what they hold only if it has changed since the last save."""
+        """Which rank saves what. The ranks tell each other what they hold only if it has changed since then."""
         group, holding = self._background, ({name: part.numel for name, part in parts.items()}, held_by(parts))
         if any(group.maximum([float(holding != self._holding)])):
             self._holding, self._chunks = holding, share_out(holding[0], group.gather(holding[1]))
