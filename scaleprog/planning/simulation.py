@@ -19,7 +19,7 @@ PARTS = ("detection", "queue", "start-up", "reading", "repeated steps")
 FIRST = len(CAUSES)
 """Stands for the first start among the causes of starts."""
 MOST_FAULTS = 5000
-"""Of one run, which then ends unfinished."""
+"""Of one run, unless a caller wants fewer; it then ends unfinished."""
 CRASH, HANG, PREEMPTION, NODE = range(len(CAUSES))
 DETECTION, QUEUE, START_UP, READING, REPEATED = range(len(PARTS))
 Array = NDArray[np.float64]
@@ -100,7 +100,7 @@ class Outcome:
 
     Args:
         wall: seconds from the first start until the end.
-        trained: seconds of training that counted; less than the scenario's if MOST_FAULTS ended the run.
+        trained: seconds of training that counted; less than the scenario's in a run that is unfinished.
         stalls: seconds of saves.
         finished: the part of the runs that trained to their end.
         costs: seconds by cause (the last one is the first start) and part: (runs, causes + 1, PARTS).
@@ -150,8 +150,8 @@ class Outcome:
         }
 
 
-def simulate(scenario: Scenario, runs: int, seed: int) -> Outcome:
-    """Simulates `runs` runs of a scenario."""
+def simulate(scenario: Scenario, runs: int, seed: int, most_faults: int = MOST_FAULTS) -> Outcome:
+    """Simulates `runs` runs of a scenario, each until it has trained to its end or met `most_faults` faults."""
     rng = np.random.default_rng(seed)
     total, up_to = scenario.rates.sum(), np.cumsum(scenario.rates)
     wall, stalls, faults = np.zeros(runs), np.zeros(runs), np.zeros((runs, len(CAUSES)))
@@ -159,7 +159,7 @@ def simulate(scenario: Scenario, runs: int, seed: int) -> Outcome:
     costs = np.zeros((runs, len(CAUSES) + 1, len(PARTS)))
     healthy_at = np.zeros((runs, scenario.spare_nodes))  # the wall time from which each spare node can be used
     cause, every, running = np.full(runs, FIRST), np.arange(runs), np.full(runs, True)
-    for _ in range(MOST_FAULTS):
+    for _ in range(most_faults):
         clock, which, waiting = rng.exponential(size=runs), rng.random(runs), rng.exponential(size=runs)
         start = _start(scenario, clock / total if total else np.full(runs, np.inf), saved, reached)
         struck = np.minimum(np.searchsorted(up_to, which * total, side="right"), len(CAUSES) - 1)
