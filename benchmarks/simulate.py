@@ -4,9 +4,9 @@
 
 Two ranks train a small network, whose steps are made a fifth of a second long by sleeping, so that other programs on
 the machine hardly lengthen them. While ranks run, faults come at random: one rank is killed, and the launcher starts
-both again; or the run is asked to stop, and the same command follows. Effective training time is the time of the steps
-that count, at their median length, by the wall time from the first command to the end. The prediction's inputs are the
-medians of a separate calibration run with two faults of each kind, and the rates at which faults came.
+both again; or the run is asked to stop, and is launched again at once. Effective training time is the time of the steps
+that count, at their median length, by the wall time from the first launch of ranks to the end. The prediction's inputs
+are the medians of a separate calibration run with two faults of each kind, and the rates at which faults came.
 """
 
 import os
@@ -14,6 +14,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
+import multiprocessing
 import random
 import signal
 import subprocess
@@ -24,14 +25,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import scaleprog.training.loop
-from scaleprog.errors import EXIT_CODE, Preempted
-from scaleprog.launchers.local import launch
+from scaleprog.errors import Preempted
+from scaleprog.launchers import local
 from scaleprog.planning.interval import DAY
 from scaleprog.planning.simulation import Scenario, simulate
 from scaleprog.recipe import Recipe
@@ -40,7 +41,7 @@ from tests.chaos.harness import put_section
 from tests.conftest import draw_patterns, short_recipe
 
 RANKS, STEP_SECONDS, POLL_SECONDS = 2, 0.2, 0.02
-STEPS_LOG = "steps.log"
+STEPS_LOG, RANKS_LOG = "steps.log", "ranks.log"
 Fault = tuple[float, str]
 """Seconds from the launch of the ranks, and the kind."""
 
@@ -77,7 +78,6 @@ class Measured:
     """A run under faults: its starts, the moments (of rank 0) at which each start's steps ended, and its events."""
 
     lives: list[Life]
-    began: float
     steps: int
     ticks: list[tuple[float, int]]
     events: list[dict[str, Any]]
@@ -90,7 +90,7 @@ class Measured:
     @property
     def effective(self) -> float:
         """Effective training time."""
-        return self.steps * self.step / (self.lives[-1].ended - self.began)
+        return self.steps * self.step / (self.lives[-1].ended - self.lives[0].launched)
 
     def count(self, kind: str) -> int:
         """How many faults of a kind there were."""
@@ -124,7 +124,8 @@ class Measured:
 
 def main() -> None:
     if sys.argv[1:2] == ["--train"]:
-        sys.exit(train(Path(sys.argv[2]), Path(sys.argv[3])))
+        train(Path(sys.argv[2]), Path(sys.argv[3]))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
@@ -135,7 +136,7 @@ def main() -> None:
         folder = Path(name)
         shards = draw_patterns(folder / "shards")
         kinds = iter(("crash", "preemption") * 2)
-        known = run(folder / "calibration", shards, 200, 25, lambda: next(((40.0, kind) for kind in kinds), (1e9, "")))
+        known = run(folder / "calibration", shards, 200, 25, lambda: next(((20.0, kind) for kind in kinds), (1e9, "")))
         print(known.scenario(25), flush=True)
         for number, case in enumerate(CASES):
             measured = run(folder / f"run-{number}", shards, options.steps, case.save_steps, partial(case.draw, rng))
@@ -195,71 +196,62 @@ def run(folder: Path, shards: Path, steps: int, save_steps: int, next_fault: Cal
     )
     file = folder.with_suffix(".yaml")
     file.write_text(recipe.dump())
-    began = time.time()
-    lives = list(lives_of([sys.executable, "-m", "benchmarks.simulate", "--train", str(file), str(folder)], next_fault))
+    command = [sys.executable, "-m", "benchmarks.simulate", "--train", str(file), str(folder)]
+    lives = list(lives_of(command, folder, next_fault))
     words = [line.split() for line in (folder / STEPS_LOG).read_text().splitlines()]
     ticks = [(float(at), int(step)) for at, step in words]
-    return Measured(lives, began, steps, ticks, read_rows(folder / "events.jsonl"))
+    return Measured(lives, steps, ticks, read_rows(folder / "events.jsonl"))
 
 
-def lives_of(command: list[str], next_fault: Callable[[], Fault]) -> Iterator[Life]:
-    """Runs a command, again and again while it asks for that, with a fault for each launch of its ranks."""
-    code = EXIT_CODE
-    while code == EXIT_CODE:
-        process = subprocess.Popen(command)
-        seen: set[int] = set()
-        while ranks := wait_for_ranks(process, seen):
-            seen |= set(ranks)
-            launched = time.time()
-            seconds, kind = next_fault()
-            while (now := time.time()) < launched + seconds and all(map(lives, ranks)):
-                time.sleep(POLL_SECONDS)
-            struck = now >= launched + seconds
-            if struck:
-                with suppress(ProcessLookupError):
-                    if kind == "crash":
-                        os.kill(random.choice(ranks), signal.SIGKILL)
-                    else:
-                        process.send_signal(signal.SIGTERM)
-            while any(map(lives, ranks)):
-                time.sleep(POLL_SECONDS)
-            yield Life(launched, now, kind if struck else None, time.time())
-        code = process.wait()
-    if code:
-        raise RuntimeError(f"{' '.join(command)} ended with exit code {code}")
+def lives_of(command: list[str], folder: Path, next_fault: Callable[[], Fault]) -> Iterator[Life]:
+    """Runs a command, with a fault for each launch of its ranks."""
+    process = subprocess.Popen(command)
+    for start in count(1):
+        if not (ranks := wait_for_ranks(process, folder, start)):
+            break
+        launched = time.time()
+        seconds, kind = next_fault()
+        while (now := time.time()) < launched + seconds and all(map(is_alive, ranks)):
+            time.sleep(POLL_SECONDS)
+        struck = now >= launched + seconds
+        if struck and kind == "crash":
+            os.kill(random.choice(ranks), signal.SIGKILL)
+        elif struck:
+            process.send_signal(signal.SIGTERM)
+        while any(map(is_alive, ranks)):
+            time.sleep(POLL_SECONDS)
+        yield Life(launched, now, kind if struck else None, time.time())
+    if process.wait():
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {process.returncode}")
 
 
-def wait_for_ranks(process: subprocess.Popen[bytes], seen: set[int]) -> list[int]:
-    """The processes of all ranks that the command has launched since those `seen`; empty once it has ended."""
+def wait_for_ranks(process: subprocess.Popen[bytes], folder: Path, start: int) -> list[int]:
+    """The processes of the ranks of a start, once all have begun; empty if the command has ended before."""
     while process.poll() is None:
-        with suppress(OSError):
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            ranks = [pid for pid in map(int, children) if pid not in seen and is_rank(pid)]
-            if len(ranks) == RANKS:
-                return ranks
+        with suppress(FileNotFoundError):
+            begun = list(map(int, (folder / RANKS_LOG).read_text().split()))
+            if len(begun) == start * RANKS:
+                return begun[-RANKS:]
         time.sleep(POLL_SECONDS)
     return []
 
 
-def is_rank(pid: int) -> bool:
-    """Whether a process is one that multiprocessing has spawned."""
-    return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-def lives(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Whether a process has not ended."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False
 
 
-def train(recipe: Path, folder: Path) -> int:
-    """What the command does. Returns its exit code."""
-    try:
-        launch(RANKS, train_rank, Recipe.load(recipe), folder, restarts=10**6)
-    except Preempted:
-        return EXIT_CODE
-    return 0
+def train(recipe: Path, folder: Path) -> None:
+    """What the command does: trains, and again after it was asked to stop. Ranks are forked: no import delays them."""
+    local.START_METHOD = "forkserver"
+    multiprocessing.set_forkserver_preload(["scaleprog.training.loop"])
+    folder.mkdir()
+    while True:
+        with suppress(Preempted):
+            local.launch(RANKS, train_rank, Recipe.load(recipe), folder, restarts=10**6)
+            return
 
 
 def train_rank(recipe: Recipe, folder: Path) -> None:
@@ -271,11 +263,16 @@ def train_rank(recipe: Recipe, folder: Path) -> None:
         original(run, *arguments)
         time.sleep(max(0.0, began + STEP_SECONDS - time.monotonic()))
         if run.coordinator.rank == 0:
-            with open(folder / STEPS_LOG, "a") as file:
-                file.write(f"{time.time()} {run.state.step}\n")
+            append(folder / STEPS_LOG, f"{time.time()} {run.state.step}")
 
+    append(folder / RANKS_LOG, str(os.getpid()))
     scaleprog.training.loop.train_step = slow_step
     scaleprog.training.loop.train_rank(recipe, folder)
+
+
+def append(path: Path, line: str) -> None:
+    with open(path, "a") as file:
+        file.write(f"{line}\n")
 
 
 if __name__ == "__main__":
