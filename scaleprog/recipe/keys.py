@@ -59,6 +59,10 @@ _RANDAUGMENT = (  # timm ignores a section that it does not know, and runs as ma
 )
 
 
+TIMM = "timm"
+"""As `init.from`: the weights that timm has for the model."""
+
+
 class ModelSettings(Settings):
     """A timm model by name, and overrides of its sizes."""
 
@@ -260,6 +264,8 @@ class TrainSettings(Settings):
     On the CPU that is always so."""
     log_every: Steps = 20
     """Steps between two points in TensorBoard, and between two reductions of the losses."""
+    rank_curves: bool = False
+    """Whether every rank also draws the seconds of its own steps, as a run of its own in TensorBoard."""
 
 
 class OptimizerSettings(Settings):

@@ -18,7 +18,7 @@ from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.planning.plan import Plan
 from scaleprog.planning.savings import advice
 from scaleprog.ranks.coordinator import Coordinator
-from scaleprog.ranks.stop import Watch
+from scaleprog.ranks.stop import TIME_LIMIT, Watch
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.keys import Engine
 from scaleprog.rundir.checkpoint import Checkpoints, Commit
@@ -67,6 +67,11 @@ def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: Pr
     """
     newest = checkpoints.newest(progress.say)
     data = plan.data.identity()
+    if newest is None and (parent := plan.recipe.parent):
+        raise CheckpointError(
+            f"{checkpoints.folder}: no checkpoint of step {parent.step}, from which this fork continues; move the run "
+            f"directory away, and make it again with --from {parent.run}@{parent.step}"
+        )
     if newest is None:
         return RunState(data=data)
     state = state_of(newest, plan)
@@ -146,7 +151,7 @@ def leave(run: Run, reason: str) -> None:
     collect_commits(run, wait=True)
     step, kept = run.state.step, run.checkpoints.newest_step
     run.recorder.event("preempted", step=step, reason=reason)
-    stopped = f"stopped by {reason} after step {step}"
+    stopped = f"{'reached its time limit' if reason == TIME_LIMIT else f'stopped by {reason}'} after step {step}"
     if kept < step:
         lost = f"the {step - kept} steps since step {kept} are lost"
         raise Preempted(f"{stopped} WITHOUT a checkpoint of it; {lost}", reason)

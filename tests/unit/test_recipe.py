@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from scaleprog.errors import RecipeError
 from scaleprog.recipe import FREE, Recipe, reference
 from scaleprog.recipe.keys import Operator, SubnetSettings
+from scaleprog.recipe.numbers import LocalPath, Location
+from scaleprog.recipe.recipe import PATHS
 from tests.conftest import CONFIGS, RECIPES
 
 LEAST = {"model": {"name": "vit_tiny_patch16_224"}, "data": {"path": "shards"}, "train": {"epochs": 4, "batch": 64}}
@@ -372,3 +374,18 @@ def test_the_schema_accepts_the_recipes_that_are_here() -> None:
     whole = reference.schema()
     assert whole["additionalProperties"] is False
     assert set(whole["required"]) == {"model", "data", "train"}
+
+
+def test_every_key_with_a_path_is_located() -> None:
+    def is_path(annotation: Any) -> bool:
+        return any(annotation in (kind, kind | None) for kind in (LocalPath, Location))
+
+    groups = [(name, get_args(field.annotation) or (field.annotation,)) for name, field in Recipe.model_fields.items()]
+    found = {
+        (name, key)
+        for name, kinds in groups
+        for kind in kinds
+        for key, annotation in getattr(kind, "__annotations__", {}).items()
+        if is_path(annotation)
+    }
+    assert found == set(PATHS)
