@@ -19,6 +19,7 @@ from scaleprog.cli.jobs import cancel, show_status, submit
 from scaleprog.cli.planning import keys, plan
 from scaleprog.cli.recipes import recipes
 from scaleprog.cli.results import evaluate, export, replay, report
+from scaleprog.cli.simulating import simulate
 from scaleprog.cli.sweep import SweepCommand
 from scaleprog.cli.training import finetune, train
 from scaleprog.errors import INTERRUPTED_CODE, Preempted, ScaleprogError
@@ -30,6 +31,7 @@ app.add_typer(shards_app, name="shards", help="Build and check WebDataset shards
 app.command()(recipes)
 app.command()(plan)
 app.command()(keys)
+app.command()(simulate)
 app.command(cls=SweepCommand)(train)
 app.command()(finetune)
 app.command(cls=SweepCommand)(submit)

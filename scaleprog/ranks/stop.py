@@ -112,6 +112,10 @@ class Watch:
         else:
             self._saved = time.monotonic()
 
+    def save_every(self, seconds: float) -> None:
+        """Changes the time between two agreements to save; only rank 0's counts."""
+        self._every = seconds
+
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._receiver, self._sender = socket.socketpair()

@@ -265,7 +265,9 @@ class Lengthened(_Event):
 class Happened(_Event):
     """An event without details."""
 
-    event: Literal["init", "hurried", "stopped_early", "finish", "compiled", "nonfinite", "data_wait", "workers"]
+    event: Literal[
+        "init", "hurried", "stopped_early", "finish", "compiled", "nonfinite", "data_wait", "workers", "interval"
+    ]
     step: NotRequired[Count]
 
 

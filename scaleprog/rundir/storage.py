@@ -31,7 +31,7 @@ from scaleprog.version import VERSION
 
 MANIFEST = "manifest.json"
 KIND, FORMAT = "scaleprog-checkpoint", 5
-MANIFEST_BYTES = 2**24  # as large as the manifest of a model of 24 layers on 1,000 ranks
+MANIFEST_BYTES = 2**26  # twice the manifest of a ViT-L on 4,096 ranks
 RANKS = TENSORS = 100_000  # the most that a manifest may name
 RUN = "[0-9a-f]{32}"
 

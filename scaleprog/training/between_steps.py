@@ -75,7 +75,7 @@ def what_follows(run: Run, phase: Phase, agreement: Agreement) -> Following:
         "evaluation": not searched and (last or every(recipe.evaluate.every)),
     }
     permanent = not searched and every(settings.keep_every_epochs)
-    by_steps = settings.every_steps is not None and step % settings.every_steps == 0
+    by_steps = settings.steps is not None and step % settings.steps == 0
     saving = permanent or by_steps or ended or stopped_early(run) or agreement.save or agreement.stop is not None
     judged = wanted["measurement"] or wanted["evaluation"]
     return Following(

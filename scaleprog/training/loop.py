@@ -42,6 +42,7 @@ from scaleprog.training.damaged import note_damaged
 from scaleprog.training.energy import metered
 from scaleprog.training.initial import build_initial
 from scaleprog.training.inputs import PhaseRequests, drop_rows, micro_batches, mixed_batch, patches_seen
+from scaleprog.training.interval import AutomaticInterval
 from scaleprog.training.process import (
     Run,
     collect_commits,
@@ -144,24 +145,13 @@ def train(
         coordinator,
         partial(tell_signal, recorder, checkpoints, state),
         partial(leave_at_once, recorder),
-        recipe.checkpoint.every_minutes,
+        recipe.checkpoint.minutes,
         slurm_queue.end_of_job(slurm_queue.own_job(), deadline()) if rank == 0 else None,
     )
     run = Run(
-        folder,
-        recipe,
-        plan,
-        coordinator,
-        lease,
-        backend,
-        reader,
-        evaluation,
-        checkpoints,
-        watch,
-        recorder,
-        progress,
+        folder, recipe, plan, coordinator, lease, backend, reader, evaluation, checkpoints, watch, recorder, progress,
         state,
-    )
+    )  # fmt: skip
     nodes = coordinator.gather(os.uname().nodename)
     if rank == 0:
         recorder.event(
@@ -176,6 +166,8 @@ def train(
             **recorder.lost,
             reader_bytes=reader.memory(plan.schedule.full.resolution),
         )
+        if recipe.checkpoint.every == "auto":
+            run.on_saved = AutomaticInterval(run, nodes=len(set(nodes))).saved
 
     if plan.schedule.budget and plan.schedule.budget.short:
         progress.say(plan.schedule.budget.short)

@@ -4,7 +4,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +51,7 @@ class Run:
     progress: ProgressLine
     state: RunState
     compilations: int = 0  # as last recorded
+    on_saved: Callable[[Commit], None] = lambda commit: None  # called for every checkpoint that is visible
     damaged: set[str] = field(default_factory=set)  # names of the samples that this rank found since the last count
 
 
@@ -133,6 +134,7 @@ def collect_commits(run: Run, wait: bool = False) -> Commit | None:
     for commit in run.checkpoints.finished():
         if commit.error is None:
             run.watch.saved(commit.seconds)
+            run.on_saved(commit)
             run.recorder.event(
                 "checkpoint", step=commit.step, seconds=commit.seconds, stall=commit.stall, bytes=commit.bytes
             )

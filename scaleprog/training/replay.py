@@ -59,7 +59,7 @@ def copied(run: Path, step: int) -> Iterator[tuple[Recipe, Path, int]]:
         shutil.copy(run / RUN_ID, copy)
     changes: dict[str, dict[str, Any]] = {
         "train": {"max_steps": step - 1, "accept_arithmetic": ARITHMETIC},  # 0: not even the first step
-        "checkpoint": {"every_steps": None, "every_minutes": None, "keep": len(saved) + 1},
+        "checkpoint": {"every": None, "every_steps": None, "every_minutes": None, "keep": len(saved) + 1},
         "optimizer": {"nonfinite": "skip", "most_skipped": step},
     }
     groups = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}

@@ -160,10 +160,11 @@ def test_an_override_whose_value_is_no_yaml(least: Path) -> None:
         ("growht.stages=3", "growht: unknown key; did you mean growth?"),
         ("growth.stagess=3", "growth.stagess: unknown key; did you mean growth.stages?"),
         ("train.maxsteps=3", "train.maxsteps: unknown key; did you mean train.max_steps?"),
-        ("checkpoint.every=3", "checkpoint.every: unknown key; did you mean checkpoint.every_steps?"),
+        ("checkpoint.every_step=3", "checkpoint.every_step: unknown key; did you mean checkpoint.every_steps?"),
+        ("checkpoint.every=3", "checkpoint.every: Input should be 'auto', got 3"),
         (
             "checkpoint.folder=3",
-            "checkpoint.folder: unknown key; valid here: every_steps, every_minutes, keep, keep_best, "
+            "checkpoint.folder: unknown key; valid here: every, every_steps, every_minutes, keep, keep_best, "
             "keep_every_epochs",
         ),
         ("train.batch.size=3", "train.batch: Input should be a valid integer, got {'size': 3}"),
