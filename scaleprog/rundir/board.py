@@ -19,7 +19,6 @@ from torch.utils.tensorboard.summary import custom_scalars, text
 
 from scaleprog.files.display import as_markdown
 from scaleprog.growth.search import Decision
-from scaleprog.rundir.accuracies import is_percentage
 from scaleprog.rundir.appending import Appended
 
 EVENT_FILE = "events.out.tfevents."
@@ -28,7 +27,7 @@ HIDDEN = ("step", "images", "time")  # numbers in a row that make no curve
 LAYOUT = custom_scalars(  # each chart shows the curves whose names begin with one of its patterns
     {
         "The run": {
-            "loss": ["Multiline", ["train/loss$", "validation_loss/"]],
+            "loss": ["Multiline", ["train/loss$", "validation/val_loss"]],
             "top-1 (%), online and EMA": ["Multiline", ["validation/top1"]],
             "images per second": ["Multiline", ["train/images_per_second$"]],
         }
@@ -62,7 +61,7 @@ class Board:
     def draw(self, row: Mapping[str, Any]) -> None:
         """Draws one point of each number in a row of metrics.jsonl."""
         points = [
-            Summary.Value(tag=f"{group_of(key, row)}/{key}", simple_value=value)
+            Summary.Value(tag=f"{_group(key, row)}/{key}", simple_value=value)
             for key, value in row.items()
             if key not in HIDDEN and (isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63))
         ]
@@ -89,13 +88,11 @@ class Board:
         self._records.write(Event(**{"wall_time": time.time(), **event}).SerializeToString())
 
 
-def group_of(key: str, row: Mapping[str, Any]) -> str:
+def _group(key: str, row: Mapping[str, Any]) -> str:
     """The group that shows the number `key` of a row of metrics.jsonl."""
     if "loss" in row:
         return "train" if key in IN_TRAIN else "vitals"
-    if key.endswith("_seconds"):
-        return "vitals"
-    return "validation" if is_percentage(key) else "validation_loss"
+    return "vitals" if key.endswith("_seconds") else "validation"
 
 
 def event_files(folder: Path) -> list[Path]:

@@ -108,8 +108,8 @@ def test_speed_loss_and_accuracy_are_seen_without_a_click(page: str) -> None:
 def test_the_groups_of_curves_sort_by_weight(address: str) -> None:
     for name, tags in fetch(address, "scalars/tags").items():
         groups = {tag.split("/")[0] for tag in tags}
-        assert sorted(groups) == ["train", "validation", "validation_loss", "vitals"], name
-        assert {"train/loss", "train/images_per_second", "validation/top5", "validation_loss/val_loss"} <= tags.keys()
+        assert sorted(groups) == ["train", "validation", "vitals"], name
+        assert {"train/loss", "train/images_per_second", "validation/top5", "validation/val_loss"} <= tags.keys()
         assert not {"step", "phase", "time", "images"} & {tag.split("/")[1] for tag in tags}
         assert len([tag for tag in tags if tag.startswith("train/")]) == 2
 
@@ -129,7 +129,7 @@ def test_custom_scalars_compare_what_belongs_together(address: str) -> None:
         ]
         drawn[chart["title"]] = sorted(tag for tags in found for tag in tags)
     assert drawn == {
-        "loss": ["train/loss", "validation_loss/val_loss"],
+        "loss": ["train/loss", "validation/val_loss"],
         "top-1 (%), online and EMA": ["validation/top1", "validation/top1_ema"],
         "images per second": ["train/images_per_second"],
     }
