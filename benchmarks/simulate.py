@@ -1,6 +1,6 @@
 """What `scaleprog simulate` predicts, held against runs under faults on this machine.
 
-    python -m benchmarks.simulate [--steps 700] [--seed 0] [--out docs/results/simulate.md]
+    python -m benchmarks.simulate [--steps 700] [--seed 0] [--cases 3] [--out docs/results/simulate.md]
 
 Two ranks train a small network, whose steps are made a fifth of a second long by sleeping, so that other programs on
 the machine hardly lengthen them. While ranks run, faults come at random: one rank is killed, and the launcher starts
@@ -41,6 +41,11 @@ from tests.chaos.harness import put_section
 from tests.conftest import draw_patterns, short_recipe
 
 RANKS, STEP_SECONDS, POLL_SECONDS = 2, 0.2, 0.02
+LLAMA3 = ["simulate", "configs/imagenet/deit_small_autoprog_100.yaml", "--nodes", "2048", "--faults", "llama3"]
+PRINTED = {
+    "Llama 3's rates on 16,384 GPUs": LLAMA3,
+    "The same, with spare nodes and automatic checkpoints": [*LLAMA3, "--spare-nodes", "8", "checkpoint.every=auto"],
+}
 STEPS_LOG, RANKS_LOG = "steps.log", "ranks.log"
 Fault = tuple[float, str]
 """Seconds from the launch of the ranks, and the kind."""
@@ -60,7 +65,7 @@ class Case:
         return min((rng.expovariate(1 / mean), kind) for kind, mean in waits.items() if mean is not None)
 
 
-CASES = (Case(60, None, 50), Case(60, None, 150), Case(120, 120, 50))
+CASES = (Case(60, None, 50), Case(120, 120, 50), Case(60, None, 150))
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, default=len(CASES), help="how many of them, from the first")
     parser.add_argument("--out", type=Path, default=Path("docs/results/simulate.md"))
     options = parser.parse_args()
     rng, rows = random.Random(options.seed), []
@@ -138,11 +144,13 @@ def main() -> None:
         kinds = iter(("crash", "preemption") * 2)
         known = run(folder / "calibration", shards, 200, 25, lambda: next(((20.0, kind) for kind in kinds), (1e9, "")))
         print(known.scenario(25), flush=True)
-        for number, case in enumerate(CASES):
+        for number, case in enumerate(CASES[: options.cases]):
             measured = run(folder / f"run-{number}", shards, options.steps, case.save_steps, partial(case.draw, rng))
             rows.append(row(case, known, measured))
             print(rows[-1], flush=True)
     put_section(options.out, "Held against runs on this machine", text(known.scenario(25), rows))
+    for heading, arguments in PRINTED.items():
+        put_section(options.out, heading, printed(arguments))
 
 
 def row(case: Case, known: Measured, measured: Measured) -> str:
@@ -182,6 +190,18 @@ def text(known: Scenario, rows: list[str]) -> str:
     )
 
 
+def printed(arguments: list[str]) -> str:
+    """What `scaleprog` prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "scaleprog", *arguments],
+        env=os.environ | {"COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return f"`scaleprog {' '.join(arguments)}`\n\n```text\n{done.stdout.strip()}\n```"
+
+
 # ---- a run
 
 
@@ -193,6 +213,7 @@ def run(folder: Path, shards: Path, steps: int, save_steps: int, next_fault: Cal
         train={"epochs": steps / 20, "log_every": 5},
         evaluate={"every": 1000},
         checkpoint={"every_steps": save_steps, "every_minutes": None},
+        sharding={"engine": "replicated"},
     )
     file = folder.with_suffix(".yaml")
     file.write_text(recipe.dump())
