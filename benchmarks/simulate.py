@@ -5,8 +5,8 @@
 Two ranks train a small network, whose steps are made a fifth of a second long by sleeping, so that other programs on
 the machine hardly lengthen them. While ranks run, faults come at random: one rank is killed, and the launcher starts
 both again; or the run is asked to stop, and is launched again at once. Effective training time is the time of the steps
-that count, at their median length, by the wall time from the first launch of ranks to the end. The prediction's inputs
-are the medians of the run itself (start-up, detection, save) and the rates at which its faults came, because other
+that count, at their mean length, by the wall time from the first launch of ranks to the last step. The prediction's inputs
+are means and medians of the run itself (start-up, detection, save) and the rates at which its faults came, because other
 programs change all of them from minute to minute. So the comparison checks the simulation, not its inputs.
 """
 
@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import scaleprog.training.loop
@@ -90,13 +90,13 @@ class Measured:
 
     @property
     def step(self) -> float:
-        """Median seconds of a step."""
-        return median(after - before for (before, i), (after, j) in pairwise(self.ticks) if j == i + 1)
+        """Mean seconds of a step, with those that other programs delayed."""
+        return mean(after - before for (before, i), (after, j) in pairwise(self.ticks) if j == i + 1)
 
     @property
     def effective(self) -> float:
         """Effective training time."""
-        return self.steps * self.step / (self.lives[-1].ended - self.lives[0].launched)
+        return self.steps * self.step / (self.ticks[-1][0] - self.lives[0].launched)
 
     def count(self, kind: str) -> int:
         """How many faults of a kind there were."""
@@ -120,7 +120,7 @@ class Measured:
             leaving=max(0.0, leaving - pause - save),
             queue_least=middle([after.launched - life.ended for life, after in again if life.kind == "preemption"]),
             queue_mean=0.0,
-            start_up=median(starts),
+            start_up=mean(starts),
             reading=0.0,  # a part of the start-up here
             interval=save_steps * self.step,
             pause=pause,
