@@ -7,7 +7,7 @@ the machine hardly lengthen them. While ranks run, faults come at random: one ra
 both again; or the run is asked to stop, and is launched again at once. Effective training time is the time of the steps
 that count, at their mean length, by the wall time from the first launch of ranks to the last step. The prediction's
 inputs are means and medians of the run itself (start-up, detection, save) and the rates at which its faults came,
-because other programs change all of them from minute to minute. So the comparison checks the simulation, not its inputs.
+because other programs change all of them from minute to minute. So this checks the simulation, not its inputs.
 """
 
 import os
