@@ -181,13 +181,13 @@ def _checkpoints(recipe: Recipe, cluster: Cluster) -> Iterator[Input]:
         ("pause", 0.01 + copied / 50e9, f"measured, {GPU}: 10 ms and {copied / 1e6:.3g} MB of a rank at 50 GB/s"),
         (
             "save",
-            0.1 + own / 450e6 + 0.001 * world,
-            f"measured, {GPU}: {own / 1e6:.3g} MB of a rank at 450 MB/s; {SCALE}: 1 ms a rank; 0.1 s assumed",
+            0.1 + own / 450e6 + 0.0001 * world,
+            f"measured, {GPU}: {own / 1e6:.3g} MB of a rank at 450 MB/s; {SCALE}: 0.1 ms a rank; 0.1 s assumed",
         ),
         (
             "reading",
-            state / 400e6 + 0.001 * world,
-            f"measured, {SCALE}: rank 0 verifies {state / 1e9:.3g} GB at 0.4 GB/s, and 1 ms a rank",
+            state / 1.2e9 + 0.0015 * world,
+            f"measured, {SCALE}: rank 0 verifies {state / 1e9:.3g} GB at 1.2 GB/s, and 1.5 ms a rank",
         ),
     ):
         yield Input(name, value, "s", origin)
