@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from itertools import product
 
+import torch
+
 from scaleprog.data.evaluation import EvaluationReader
 from scaleprog.models.elastic import Active
 from scaleprog.ranks.coordinator import Coordinator
@@ -26,7 +28,7 @@ def evaluate(
         reader: reads this rank's share of the validation split.
         resolution: pixels a side.
         active: the layers that run (None: all).
-        between: called between two batches; it may raise to end the evaluation.
+        between: called between two forward passes; it may raise to end the evaluation.
 
     Returns:
         Percent of the images that each metric counts as right, by the names that `Accuracies` describes.
@@ -35,18 +37,21 @@ def evaluate(
         DataError: a shard or sample is missing, damaged, or does not fit the recipe.
     """
     networks: list[int | None] = [None, *range(len(backend.network.emas))]
-    right, seen = dict.fromkeys(product(METRICS, networks), 0.0), 0
-    for number, batch in enumerate(reader.batches(resolution)):
-        if number:
-            between()
-        images, labels = reader.data.images(batch, backend.device), batch.labels.to(backend.device)
-        seen += int((labels >= 0).sum())
+    right = {key: torch.zeros((), dtype=torch.int64, device=backend.device) for key in product(METRICS, networks)}
+    images = passes = 0
+    for group in reader.groups(resolution):
         for ema in networks:
             with backend.weights(ema):
-                logits = backend.forward(images, active)
-            for name, metric in METRICS.items():
-                right[name, ema] += float(metric(logits, labels).sum())
-    *counts, total = coordinator.total([*right.values(), seen])
+                for batch in group:
+                    if passes:
+                        between()
+                    passes += 1
+                    images += int((batch.labels >= 0).sum()) if ema is None else 0
+                    labels = batch.labels.to(backend.device, non_blocking=True)
+                    logits = backend.forward(reader.data.images(batch, backend.device), active)
+                    for name, metric in METRICS.items():
+                        right[name, ema] += metric(logits, labels).sum()
+    *counts, total = coordinator.total([*torch.stack([*right.values()]).tolist(), images])
     percent = {key: 100 * count / total for key, count in zip(right, counts)}
     result: dict[str, float] = {}
     for name in METRICS:
