@@ -318,7 +318,9 @@ def synchronizations(bench: Bench, model: Model, steps: int = 50, **sharding: An
     ]
 
 
-def in_a_run(trainer: Trainer, phase: Phase, subnet: Subnet, folder: Path) -> tuple[Any, Callable[[Active | None], None]]:
+def in_a_run(
+    trainer: Trainer, phase: Phase, subnet: Subnet, folder: Path
+) -> tuple[Any, Callable[[Active | None], None]]:
     """A stand-in for a run that trains `trainer`'s network on random bytes, and `train_step` of it.
 
     `train_step` takes the layers that run; None: those of `subnet`.

@@ -85,7 +85,9 @@ def measure(engines: list[str], turns: int, folder: Path) -> None:
             (folder / name).mkdir(exist_ok=True)
             steps[name] = in_a_run(trainer, phase, phase.network, folder / name)[1]
         depth = trainer.depth
-        actives: dict[int, Active] = {layers: (tuple(range(0, depth, depth // layers)),) for layers in (depth, depth // 2)}
+        actives: dict[int, Active] = {
+            layers: (tuple(range(0, depth, depth // layers)),) for layers in (depth, depth // 2)
+        }
         gc.freeze()
         gc.disable()
         found: dict[tuple[str, int], list[list[Parts]]] = defaultdict(list)

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.search_lab import Grid, Records, Trial, attempt
 from scaleprog.reporting.paper_tables import Energy, write_paper
 from scaleprog.rundir.records import EVALUATIONS
-from scaleprog.training.export import evaluate_run
+from scaleprog.training.evaluate_run import Request, evaluate_run
 
 GRID = Path("benchmarks/grids/paper.yaml")
 RECIPES = ("configs/micro/deit.yaml", "configs/micro/volo.yaml")
@@ -41,7 +41,7 @@ def main() -> None:
             )
         for trial in trials:
             if trial in records and not (trial.folder / EVALUATIONS).exists():
-                evaluate_run(trial.folder, enlarged(trial), "best")
+                evaluate_run(trial.folder, Request(enlarged(trial)))
     print(write_paper([trial.folder for trial in trials if trial in records], options.out, TABLES, FIGURES, Energy()))
 
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -70,7 +70,7 @@ def launch(
         RankFailed: a rank failed. Has the error of the first rank that failed; the other ranks have ended by then.
         Preempted: the ranks were asked to stop, and did.
     """
-    with _passing_signals_on() as asked:
+    with passing_signals_on() as asked:
         left, before = restarts, progress()
         while True:
             try:
@@ -149,7 +149,7 @@ def _stopped(name: str, error: Exception) -> Preempted:
 def _launch_once(asked: c_int, ranks: int, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     """Starts the ranks once; returns when all of them have ended without an error."""
     context: Any = multiprocessing.get_context(START_METHOD)
-    with _memory() as (_, store), _memory() as (told, words), _threads_shared(ranks):
+    with _memory() as (_, store), _memory() as (told, words), threads_shared(ranks):
         processes: list[BaseProcess] = []
         try:
             for rank in range(ranks):
@@ -167,7 +167,7 @@ def _launch_once(asked: c_int, ranks: int, function: Callable[..., object], argu
 
 
 @contextmanager
-def _threads_shared(ranks: int) -> Iterator[None]:
+def threads_shared(ranks: int) -> Iterator[None]:
     """Processes that start inside share the cores: each has its part of the threads, unless OMP_NUM_THREADS is set."""
     if os.environ.get("OMP_NUM_THREADS"):
         yield
@@ -230,7 +230,7 @@ def _end(processes: Sequence[BaseProcess]) -> None:
 
 
 @contextmanager
-def _passing_signals_on() -> Iterator[c_int]:
+def passing_signals_on() -> Iterator[c_int]:
     """Inside this context, a signal that asks to stop goes to the ranks, and this process waits for them to end.
 
     Yields the number of the first signal (0 until one arrives), in memory that is shared with ranks that start later.
@@ -257,34 +257,36 @@ def _passing_signals_on() -> Iterator[c_int]:
 
 def _rank(asked: c_int, place: Place, words: str, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     """Runs one rank. Its error goes into the launcher's memory, so that it does not mix with other ranks' output."""
-    for number in SIGNALS:
-        signal.signal(number, _too_early)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked since `interrupts_held`
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)  # if the launcher dies, save a checkpoint and stop
-    if asked.value:
-        os._exit(STOPPED)
+    begin_process(asked)
     telling, store = os.open(words, os.O_WRONLY | os.O_APPEND), os.open(place.store, os.O_RDWR)
     try:
         os.environ |= replace(place, store=f"file:/proc/self/fd/{store}").variables()  # the launcher may be killed
         function(*arguments)
-        atexit.register(_leave)
+        atexit.register(leave)
     except Exception as error:
         end = exit_by(error)
         time.sleep(end.delay)
         with suppress(OSError):
             row = {"rank": place.rank, "code": end.code, "text": end.text, "reason": end.reason}
             os.write(telling, f"{json.dumps(row)}\n".encode())
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # no clean shutdown: a collective that waits for another rank would never return
-        os._exit(end.code)
+        leave(end.code)  # no clean shutdown: a collective that waits for another rank would never return
 
 
-def _leave() -> None:
-    """Ends a finished rank without the interpreter's teardown, in which gloo's threads sometimes abort."""
+def begin_process(asked: c_int) -> None:
+    """Prepares a process that was started inside `interrupts_held` and `passing_signals_on`, which yielded `asked`."""
+    for number in SIGNALS:
+        signal.signal(number, _too_early)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked since `interrupts_held`
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGINT)  # if the launcher dies, save a checkpoint and stop
+    if asked.value:
+        os._exit(STOPPED)
+
+
+def leave(code: int = 0) -> NoReturn:
+    """Ends this process without the interpreter's teardown, in which gloo's threads sometimes abort."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def _too_early(number: int, _: FrameType | None) -> None:
@@ -310,12 +312,13 @@ def _failure(rank: int, code: int, told: bytes) -> RankFailed | Preempted:
     if code == STOPPED:
         return Preempted("stopped by a signal")
     if code < 0:
-        how = f"was killed by {_signal_name(-code)}; the launcher stopped all other ranks"
+        how = f"was killed by {signal_name(-code)}; the launcher stopped all other ranks"
         return RankFailed(f"rank {rank} {how}", mistake=False)
     return RankFailed(f"rank {rank}: failed with exit code {code}", mistake=False)
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
+    """The name of a signal, such as SIGKILL."""
     try:
         return signal.Signals(number).name
     except ValueError:  # one of the real-time signals

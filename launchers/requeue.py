@@ -1,8 +1,9 @@
 """Decides whether a Slurm job starts again. The batch script runs this after the tasks have ended for any reason.
 
-`python -m scaleprog.launchers.requeue RUN CODE MAX_RESTARTS`, where CODE is srun's exit code. That code is not enough:
-if srun kills the other tasks, its exit code shows their signal and hides how the first task failed. So each task that
-exits for a known reason writes a report (`report`).
+`python -m scaleprog.launchers.requeue RUN CODE MAX_RESTARTS [SIGNAL_BEFORE]`, where CODE is srun's exit code. That code
+is not enough: if srun kills the other tasks, its exit code shows their signal and hides how the first task failed. So
+each task that exits for a known reason writes a report (`report`). SIGNAL_BEFORE says how many seconds before the time
+limit Slurm signals it.
 """
 
 import os
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,13 +25,14 @@ from scaleprog.files.display import as_text
 from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.reading import is_torn, open_to_append, read, read_object, to_line
-from scaleprog.rundir.records import EVENT, EVENTS, JOB_ID, LEFT, REQUEUES, Job, Measured, Owner, Report
+from scaleprog.rundir.records import EVENT, EVENTS, LEFT, REQUEUES, Job, Measured, Owner, Report
 
 INTERRUPTED, USR2, TERM = (128 + number for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM))
 """Exit codes of a task that gets a signal before the run handles signals."""
 FRUITLESS = 3  # after this many consecutive restarts without a new checkpoint, the cause is not bad luck
 PAUSES = (1, 1, 2, 4, 8, 15, 30, 60, 60)  # seconds before each retry; short at first: a grace time may be running
-MAX_RESTARTS = 20  # used if the batch script does not pass a number
+MAX_RESTARTS, SIGNAL_BEFORE = 20, 120  # used if the batch script does not pass a number
+EARLY_SECONDS = 60  # how much earlier than that Slurm may signal a time limit
 MOST_REPORTS = 100_000
 AGAIN = "submit it again to resume from the last checkpoint"
 
@@ -48,9 +50,10 @@ class Attempt:
     @classmethod
     def current(cls, variables: Mapping[str, str] = os.environ) -> "Attempt":
         """The start of this process, from its environment. Raises ScaleprogError outside a job."""
-        job = variables.get("SLURM_JOB_ID", "")
-        if not re.fullmatch(JOB_ID, job):
-            raise ScaleprogError(f"SLURM_JOB_ID is {as_text(job, most=60)!r}, so this is not a Slurm job")
+        job = slurm_queue.own_job(variables)
+        if job is None:
+            given = as_text(variables.get("SLURM_JOB_ID", ""), most=60)
+            raise ScaleprogError(f"SLURM_JOB_ID is {given!r}, so this is not a Slurm job")
         count = variables.get("SLURM_RESTART_COUNT", "")
         return cls(job, int(count) if re.fullmatch("[0-9]{1,9}", count) else 0)
 
@@ -128,6 +131,24 @@ def how_it_ended(code: int, reports: Sequence[Mapping[str, Any]], signals: Seque
     return End("crash", code, f"{'a task was killed, ' if code > 128 else ''}exit code {code}")
 
 
+def with_limit(end: End, job: slurm_queue.Job | None, ended: float, notice: int) -> End:
+    """The end of a start. If its signal came when Slurm signals a time limit, the cause names the limit instead.
+
+    Args:
+        end: how the start ended.
+        job: Slurm's current record of the job; None if there is none.
+        ended: when it ended, in seconds since 1970.
+        notice: how many seconds before its time limit Slurm signals a job.
+    """
+    if end.kind != "stopped" or job is None or job.end is None or job.preempted:
+        return end
+    if job.state not in ("RUNNING", "TIMEOUT") or job.end - ended > notice + EARLY_SECONDS:
+        return end
+    if end.cause.startswith("stopped at once by SIGUSR2"):
+        return replace(end, cause=f"reached its time limit: {end.cause}")
+    return replace(end, cause=end.cause.replace("stopped by SIGUSR2", "reached its time limit", 1))
+
+
 def _stop(cause: str, *reasons: str | None) -> End:
     return End("interrupted" if "SIGINT" in reasons else "stopped", STOPPED, cause)
 
@@ -180,13 +201,14 @@ def decide(
     return Verdict(True)
 
 
-def after(run: Path, code: int, limit: int) -> int:
+def after(run: Path, code: int, limit: int, notice: int = SIGNAL_BEFORE) -> int:
     """Decides whether the job starts again, requeues it or prints why not, and adds a line to `requeues.jsonl`.
 
     Args:
         run: the run directory.
         code: srun's exit code.
         limit: the most restarts after crashes.
+        notice: how many seconds before its time limit Slurm signals the job.
 
     Returns:
         The exit code for the batch script.
@@ -202,7 +224,7 @@ def after(run: Path, code: int, limit: int) -> int:
     files = list(islice(_reports(run).glob(f"{start.job}-{start.restart}-*.json"), MOST_REPORTS))
     reports = [row for path in files if (row := _object(path, Report)) is not None]
     ended = time.time()
-    end, verdict, preempted = _decide_and_requeue(run, start, code, reports, limit)
+    end, verdict, preempted = _decide_and_requeue(run, start, code, reports, limit, notice)
     line = {"time": ended, **asdict(start), **asdict(end), "step": step, "measured": measured, "preempted": preempted}
     line |= asdict(verdict)
     job = _object(run / "job.json", Job)
@@ -221,7 +243,7 @@ def after(run: Path, code: int, limit: int) -> int:
 
 
 def _decide_and_requeue(
-    run: Path, start: Attempt, code: int, reports: Sequence[Mapping[str, Any]], limit: int
+    run: Path, start: Attempt, code: int, reports: Sequence[Mapping[str, Any]], limit: int, notice: int
 ) -> tuple[End, Verdict, bool]:
     """Decides, and requeues the job if it starts again.
 
@@ -232,6 +254,7 @@ def _decide_and_requeue(
         How the start ended, the verdict, and whether Slurm has announced a preemption.
     """
     signals, earlier, progress = _hurried(run, start), _lines(run / REQUEUES, LEFT), progress_of(run)
+    ended = time.time()
     pauses = [*PAUSES] if shutil.which("scontrol") else []
     while True:
         job, unheard = None, ""
@@ -240,7 +263,7 @@ def _decide_and_requeue(
         except slurm_queue.NoAnswer as error:
             unheard = str(error)
         preempted = job is not None and job.preempted
-        end = how_it_ended(code, reports, signals, preempted)
+        end = with_limit(how_it_ended(code, reports, signals, preempted), job, ended, notice)
         verdict = decide(end, start, job, earlier, progress, limit, forgotten=job is None and not unheard)
         if verdict.requeue:
             try:
@@ -311,20 +334,25 @@ def _reports(run: Path) -> Path:
     return run / "jobs" / "reports"
 
 
-def _main(run: str, code: str, limit: str) -> int:
+def _main(run: str, code: str, limit: str, notice: str = str(SIGNAL_BEFORE)) -> int:
     """The entry point for the batch script. It always decides, whatever the run directory contains."""
     ended = int(code) if re.fullmatch("[0-9]{1,3}", code) else 1
     try:
-        most = int(limit) if re.fullmatch("[0-9]{1,9}", limit) else None
-        if most is None:
-            _say(f"MAX_RESTARTS {limit!r} is not a number; using {MAX_RESTARTS}")
-        return after(Path(run), ended, MAX_RESTARTS if most is None else most)
+        most = _number("MAX_RESTARTS", limit, MAX_RESTARTS)
+        return after(Path(run), ended, most, _number("SIGNAL_BEFORE", notice, SIGNAL_BEFORE))
     except Exception as error:  # nothing runs after this that could requeue the job
         _say(f"cannot decide whether the job restarts: {type(error).__name__}: {error}; {AGAIN}")
         return ended
 
 
+def _number(name: str, text: str, otherwise: int) -> int:
+    if re.fullmatch("[0-9]{1,9}", text):
+        return int(text)
+    _say(f"{name} {text!r} is not a number; using {otherwise}")
+    return otherwise
+
+
 if __name__ == "__main__":
     for ending in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(ending, signal.SIG_IGN)  # signals for the tasks, and Slurm's signal after a requeue
-    sys.exit(_main(*sys.argv[1:4]))
+    sys.exit(_main(*sys.argv[1:5]))

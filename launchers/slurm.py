@@ -1,130 +1,51 @@
 """`scaleprog submit`: makes a Slurm job from a recipe, with submitit. The job requeues itself until the run is done."""
 
-import math
+import os
 import re
 import shlex
 import shutil
+import socket
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from scaleprog.errors import ScaleprogError
+from scaleprog.errors import AbsentWeights, ScaleprogError
 from scaleprog.launchers import integrity
+from scaleprog.launchers.request import JobRequest
+from scaleprog.launchers.requeue import committed_step
 from scaleprog.launchers.snapshot import JobFile, check_free, check_name, code_folder, take
 from scaleprog.launchers.world import Count, largest, usable
-from scaleprog.recipe import Recipe
+from scaleprog.recipe import Recipe, directories
 from scaleprog.recipe.worlds import Worlds
 from scaleprog.rundir import slurm_queue
+from scaleprog.rundir.lease import check_recipe
+from scaleprog.rundir.reading import read_object
+from scaleprog.rundir.records import Results
 
-CHECKPOINT_SECONDS = 60  # least time between the end of a job's startup and the signal that stops the job
 SRUN = ("--kill-on-bad-exit=1", "--wait=60")  # if one task ends, end all: the others would wait for it forever
 STEP = (  # srun reads these variables, and starts that many tasks on that many of the job's nodes
     "export SLURM_JOB_NUM_NODES=$NODES SLURM_NNODES=$NODES SLURM_NTASKS_PER_NODE=$TASKS",
     "export SLURM_NTASKS=$((NODES * TASKS)) SLURM_NPROCS=$((NODES * TASKS))",
 )
-OWN_OPTIONS = {
-    "nodes": "--nodes",
-    "ntasks-per-node": "--tasks-per-node",
-    "gpus-per-node": "--gpus-per-node",
-    "time": "--time",
-    "cpus-per-task": "--cpus-per-task",
-    "partition": "--partition",
-    "account": "--account",
-    "qos": "--qos",
-    "signal": "--signal-before",
-    "job-name": "--run-dir",
-}
-ONE = Count(1, 1)
+NO_ARRAY = "unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID  # a task of an array that submits a job hands them on"
 RANK_CORES = 2  # for a rank's own threads, besides its data workers
-RESERVED = ("ntasks", "array", "requeue", "no-requeue", "open-mode", "output", "error", "chdir")
+SHOWN = 8
+"""How many letters of a job's name squeue shows."""
 
 
-@dataclass(frozen=True)
-class JobRequest:
-    """What a job asks Slurm for.
+def finished(recipe: Recipe, run: Path) -> Results | None:
+    """The results of a run of `recipe` that has finished; None if it has not, or if they are damaged.
 
-    Attributes:
-        nodes: number of nodes, or a range of it.
-        gpus_per_node: GPUs on each node, one task per GPU; None on nodes without GPUs.
-        tasks_per_node: tasks on each node without GPUs.
-        cpus_per_task: CPU cores for each task; None until `with_cores` has chosen it.
-        time: time limit of one start, in sbatch's format (see `seconds`).
-        partition: as in sbatch.
-        account: as in sbatch.
-        qos: as in sbatch.
-        signal_before: seconds before the time limit at which Slurm asks the job to stop.
-        max_restarts: the most restarts after crashes; requested stops do not count.
-        options: other options of sbatch, each KEY=VALUE or KEY.
+    Raises CheckpointError if `run` is the run directory of another recipe.
     """
-
-    nodes: Count = ONE
-    gpus_per_node: int | None = None
-    tasks_per_node: int | None = None
-    cpus_per_task: int | None = None
-    time: str | None = None
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    signal_before: int = 120
-    max_restarts: int = 20
-    options: tuple[str, ...] = ()
-
-    @property
-    def tasks(self) -> int:
-        """Tasks on each node; one per GPU if the nodes have GPUs."""
-        return self.gpus_per_node or self.tasks_per_node or 1
-
-    @property
-    def world(self) -> int:
-        """The largest number of ranks."""
-        return self.nodes.most * self.tasks
-
-    def further(self) -> dict[str, Any]:
-        """`options` in the form that submitit takes.
-
-        Raises:
-            ScaleprogError: an option is malformed, or scaleprog sets it itself.
-        """
-        found: dict[str, Any] = {}
-        for option in self.options:
-            key, equals, value = option.lstrip("-").partition("=")
-            key = key.replace("_", "-")
-            if not re.fullmatch(r"[a-z][a-z0-9-]*", key) or not value.isprintable() or "\\" in value:
-                raise ScaleprogError(f"--sbatch {option}: write KEY or KEY=VALUE, where KEY is a long option of sbatch")
-            if key in OWN_OPTIONS:
-                raise ScaleprogError(f"--sbatch {option}: use {OWN_OPTIONS[key]} instead")
-            if key in RESERVED:
-                raise ScaleprogError(
-                    f"--sbatch {option}: scaleprog sets {key} itself, to what the job needs; leave it out"
-                )
-            found[key] = value if equals else True
-        return found
-
-    def check(self) -> None:
-        """Raises ScaleprogError for a request that cannot work, as far as this can be seen without Slurm."""
-        if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
-            raise ScaleprogError(
-                f"--tasks-per-node {self.tasks_per_node}: each GPU gets one task, and --gpus-per-node is "
-                f"{self.gpus_per_node}; leave --tasks-per-node out"
-            )
-        for name in ("partition", "account", "qos"):
-            value = getattr(self, name) or ""
-            if "\n" in value:
-                raise ScaleprogError(f"--{name}: must be one line")
-            if not value.isprintable() or "\\" in value:
-                raise ScaleprogError(f"--{name} {value!r}: not a name that Slurm can read")
-        self.further()
-        if self.time is None:
-            return
-        least = self.signal_before + CHECKPOINT_SECONDS
-        if seconds(self.time) <= least:
-            raise ScaleprogError(
-                f"--time {self.time} leaves no time for training: Slurm asks the job to stop {self.signal_before} s "
-                "before its end (--signal-before), and a checkpoint takes time; request "
-                f"{math.ceil(least / 60) + 1} min or more, or lower --signal-before"
-            )
+    check_recipe(run, recipe)
+    with suppress(ScaleprogError):  # the run writes damaged results again
+        return read_object(run / "results.json", Results)
+    return None
 
 
 def submit(recipe: Recipe, run: Path, request: JobRequest) -> JobFile:
@@ -154,17 +75,21 @@ def submit(recipe: Recipe, run: Path, request: JobRequest) -> JobFile:
             shutil.rmtree(run)
         raise ScaleprogError(f"Slurm refuses the job: {str(error).strip()}") from error
     code, log = (str(path.relative_to(run)) for path in (code_folder(run), job.paths.stdout))
-    file = JobFile(job.job_id, job_name(run), code, log)
+    file = JobFile(job.job_id, job_name(run), code, log, socket.gethostname(), time.time())
     file.write(run)
     return file
 
 
 def script(recipe: Recipe, run: Path, request: JobRequest) -> str:
-    """The batch script that `submit` would queue. Raises ScaleprogError as `submit` does, but works without Slurm."""
+    """The batch script that `submit` would queue.
+
+    Works without Slurm, and imports no torch. So it does not look at the cluster, the model, and the shards; apart from
+    that it raises ScaleprogError as `submit` does.
+    """
     run = run.absolute()
     check_name(run)
     request = with_cores(recipe, narrow(recipe, request))
-    check(recipe, run, request)
+    check_quickly(recipe, run, request)
     executor = make_executor(run, request)
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
@@ -230,11 +155,44 @@ def check_cores(request: JobRequest) -> None:
 
 def check(recipe: Recipe, run: Path, request: JobRequest) -> None:
     """Raises ScaleprogError for every error that the job would otherwise meet at its start."""
-    request.check()
-    check_free(recipe, run)
-    from scaleprog.planning.plan import plan_start  # imports torch, so only after the quick checks
+    check_quickly(recipe, run, request)
+    with one_thread():
+        from scaleprog.planning.plan import plan_start
 
-    plan_start(recipe, request.world, request.tasks)
+        plan_start(recipe.located(directories.to_train(run)), request.world, request.tasks)
+
+
+def check_quickly(recipe: Recipe, run: Path, request: JobRequest) -> None:
+    """Raises ScaleprogError for the errors that can be found without torch, which takes seconds to import."""
+    request.check()
+    Worlds.of(recipe).check(request.world, request.tasks)
+    check_free(recipe, run)
+    check_weights(recipe, run)
+
+
+def check_weights(recipe: Recipe, run: Path) -> None:
+    """Raises AbsentWeights if the run has not begun, and the file or the run that `init.from` names is not there."""
+    source = recipe.located(directories.to_train(run)).init.source
+    if source not in (None, "timm") and not committed_step(run) and not os.path.exists(source):
+        raise AbsentWeights(f"init.from: {source}: no such file of weights, and no such run")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Libraries that are imported inside start no threads for computations: a login node may forbid so many.
+
+    The environment is as before afterwards, because sbatch passes it on to the job.
+    """
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ |= dict.fromkeys(names, "1")
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def check_cluster(request: JobRequest) -> None:
@@ -270,7 +228,8 @@ def make_executor(run: Path, request: JobRequest) -> Any:
         def _num_tasks(self) -> int:
             return request.world  # submitit's own method cannot handle a range of nodes
 
-    executor = Executor(run / "jobs" / time.strftime("%Y%m%d-%H%M%S"))
+    python = None if request.python is None else shlex.quote(_program(request.python))
+    executor = Executor(run / "jobs" / time.strftime("%Y%m%d-%H%M%S"), python=python)
     nodes = request.nodes
     further: dict[str, Any] = {"signal": f"USR2@{request.signal_before}", "requeue": True, **request.further()}
     if not nodes.fixed:  # with ntasks-per-node, Slurm would limit the range of nodes (docs/slurm.md)
@@ -288,22 +247,23 @@ def make_executor(run: Path, request: JobRequest) -> Any:
         qos=request.qos,
         wckey=None,
         stderr_to_stdout=True,
-        setup=setup(run, code_folder(run), request),
-        srun_args=[*SRUN, *cpus],
+        setup=[NO_ARRAY, *setup(shlex.quote(str(run)), code_folder(run), request)],
+        srun_args=[*SRUN, *cpus, *request.step()],
         additional_parameters=further,
     )
     return executor
 
 
-def setup(run: Path, code: Path, request: JobRequest) -> list[str]:
+def setup(run: str, code: Path, request: JobRequest) -> list[str]:
     """The lines of the batch script before it starts the tasks; slurm/train.sbatch has the same commands.
 
     Args:
-        run: the run directory.
+        run: the run directory, as a word of the shell.
         code: the folder of the job's code, named by its digest.
         request: the job's request.
     """
-    requeue = shlex.join([sys.executable, "-m", "scaleprog.launchers.requeue", str(run)])
+    python = f"{shlex.quote(sys.executable)} -m"
+    requeue = f'{python} scaleprog.launchers.requeue {run} "$1" {request.max_restarts} {request.signal_before}'
     text = Path(integrity.__file__).read_text(encoding="utf-8")
     lines = [
         # before any code in the run directory runs, and before the trap that would requeue the job
@@ -312,36 +272,33 @@ def setup(run: Path, code: Path, request: JobRequest) -> list[str]:
         f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export SUBMITIT_PREEMPT_SIGNAL=USR2",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
-        f"after() {{ trap '' TERM INT USR2; {requeue} \"$1\" {request.max_restarts}; exit $?; }}",
+        f"after() {{ trap '' TERM INT USR2; {requeue}; exit $?; }}",
         "trap : TERM INT USR2  # the tasks get these signals too; this shell waits for the tasks",
         "trap 'after $?' EXIT",
     ]
     if request.nodes.fixed:
         return lines
-    world = shlex.join([sys.executable, "-m", "scaleprog.launchers.world", str(run), str(request.nodes.least)])
-    return [*lines, f"TASKS={request.tasks}", f'NODES=$({world} "$TASKS") || exit', *STEP]
+    world = f'{python} scaleprog.launchers.world {run} {request.nodes.least} "$TASKS"'
+    return [*lines, f"TASKS={request.tasks}", f"NODES=$({world}) || exit", *STEP]
+
+
+def _program(python: str) -> str:
+    """A program as the job finds it, wherever it starts; a name without a folder stays one."""
+    return os.path.abspath(python) if os.sep in python else python
 
 
 def job_name(run: Path) -> str:
-    """The name that identifies this run's job in the queue."""
-    return f"scaleprog-{run.name}"
+    """The name of a run's job: its seed, the beginning of each word and all numbers of the run's name, then that name.
 
-
-def seconds(limit: str) -> int:
-    """Converts a time limit of sbatch to seconds.
-
-    Args:
-        limit: MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM, or D-HH:MM:SS.
-
-    Raises:
-        ScaleprogError: `limit` has another form.
+    squeue shows only the first letters, and names of runs often begin alike: deit_small_autoprog_100-seed0 is s0dsa100.
     """
-    number = "([0-9]{1,9})"
-    found = re.fullmatch(f"(?:{number}-)?{number}(?::{number})?(?::{number})?", limit)
-    if found is None:
-        raise ScaleprogError(f"--time {limit}: not a time; write minutes, HH:MM:SS, or D-HH:MM:SS")
-    days, *parts = (None if part is None else int(part) for part in found.groups())
-    if days is None and parts[2] is None:  # the first number is minutes
-        parts = [0, *parts[:2]]
-    hours, minutes, rest = (part or 0 for part in parts)
-    return ((days or 0) * 24 + hours) * 3600 + minutes * 60 + rest
+    found = re.fullmatch("(.*)-seed([0-9]+)", run.name)
+    name, seed = (found[1], f"s{found[2]}") if found else (run.name, "")
+    parts = re.findall("[0-9]+|[^\\W0-9_]+", name)
+    words = sum(not part.isdigit() for part in parts)
+    room = SHOWN - len(seed) - sum(len(part) for part in parts if part.isdigit())
+    each = max(1, room // max(1, words))
+    last = max(each, room - each * (words - 1))
+    letters = [each] * (len(parts) - 1) + [last]
+    short = "".join(part if part.isdigit() else part[:most] for part, most in zip(parts, letters))
+    return f"{seed}{short}-{run.name}".lstrip("-")

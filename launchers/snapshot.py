@@ -7,6 +7,7 @@ start, and prints the folder of the code.
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import scaleprog
-from scaleprog.errors import CheckpointError, ScaleprogError
+from scaleprog.errors import CheckpointError, InUse, ScaleprogError
 from scaleprog.files.atomic import read_text, write_whole
-from scaleprog.files.display import as_text
+from scaleprog.files.display import as_text, clock
 from scaleprog.launchers import integrity
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.records import JOB_ID
@@ -39,12 +40,18 @@ class JobFile:
         name: the name of the job.
         code: the folder of the job's code, relative to the run directory.
         log: the job's log, relative to the run directory; empty if not known.
+        host: the machine where `scaleprog submit` found all that the recipe names; empty for a job of plain sbatch.
+        time: when it did, in seconds since 1970.
+
+    The runs of a sweep share one array, whose code and logs are in the folder of the sweep, `..`.
     """
 
     job: str
     name: str
     code: str
     log: str = ""
+    host: str = ""
+    time: float = 0.0
 
     def write(self, run: Path) -> None:
         """Writes `job.json` into a run directory."""
@@ -64,13 +71,30 @@ class JobFile:
 
     def _check(self) -> None:
         """Raises ValueError for a value that a job cannot have: anyone may have written the file."""
-        forms = {"job": JOB_ID, "code": r"code/[0-9a-z]+", "log": r"|jobs/[^/]+/[^/]+", "name": r".*"}
+        forms = {
+            "job": JOB_ID,
+            "code": r"(\.\./)?code/[0-9a-z]+",
+            "log": r"|(\.\./)?jobs/[^/]+/[^/]+",
+            "name": r".*",
+            "host": r".*",
+        }
         for key, form in forms.items():
             value = getattr(self, key)
             if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
                 raise ValueError(f"{key} is not printable text")
-            if not re.fullmatch(form, value) or "/../" in f"/{value}/":
+            if not re.fullmatch(form, value) or "/../" in f"/{value.removeprefix('../')}/":
                 raise ValueError(f"{key} cannot be {value[:100]!r}")
+        if not isinstance(self.time, int | float) or not 0 <= self.time < slurm_queue.LAST_SECOND:
+            raise ValueError("time is not a time")
+
+    def seen(self) -> str:
+        """For the error about something that a node does not have: who has seen it. Empty if nobody has looked."""
+        if not self.host:
+            return ""
+        return (
+            f"it was seen on {self.host} when the job was submitted at {clock(self.time)}; is it on a file system "
+            "that all nodes share?"
+        )
 
     def ask(self) -> slurm_queue.Job | None:
         """Slurm's record of the job; None if Slurm no longer knows it. Raises NoAnswer."""
@@ -84,7 +108,26 @@ def code_folder(run: Path) -> Path:
 
 
 def take(recipe: "Recipe", run: Path) -> Path:
-    """Copies the current code and `recipe` into `run`.
+    """Copies the current code and `recipe` into `run`; see `take_code`."""
+    folder = take_code(run)
+    write_recipe(recipe, run)
+    return folder
+
+
+def write_recipe(recipe: "Recipe", run: Path) -> None:
+    """Writes `recipe` into `run`. Raises ScaleprogError."""
+    from scaleprog.recipe import directories  # a job that starts again does not need this import
+
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_whole(run / "recipe.yaml", recipe.dump())
+        directories.note(run)
+    except OSError as error:
+        raise ScaleprogError(f"{run}: cannot be used as a run directory: {error}") from error
+
+
+def take_code(run: Path) -> Path:
+    """Copies the current code into `run`.
 
     If the folder of the code already exists, this compares it file by file, because anyone may have written it.
 
@@ -113,7 +156,6 @@ def take(recipe: "Recipe", run: Path) -> Path:
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         verify(folder)
-        write_whole(run / "recipe.yaml", recipe.dump())
     except OSError as error:
         raise ScaleprogError(f"{run}: cannot be used as a run directory: {error}") from error
     return folder
@@ -151,7 +193,7 @@ def check_free(recipe: "Recipe", run: Path, mine: str | None = None) -> None:
     check_job(run)
     owner = read_owner(run)
     if owner is not None and (mine is None or owner.job != mine) and is_alive(owner, run):
-        raise CheckpointError(f"{run} is in use by process {owner.pid} on {owner.host}; use another --run-dir")
+        raise InUse(f"{run} is in use by process {owner.pid} on {owner.host}; use another --run-dir")
 
 
 def check_job(run: Path) -> None:
@@ -161,9 +203,10 @@ def check_job(run: Path) -> None:
         with suppress(slurm_queue.NoAnswer):
             job = last.ask()
     if job is not None and not job.over:
-        raise CheckpointError(
-            f"{run} belongs to job {job.id}, which is {job.state}; cancel it with `scaleprog cancel {run}`, or use "
-            "another --run-dir"
+        quoted = shlex.quote(str(run))
+        raise InUse(
+            f"{run} belongs to job {job.id}, which is {job.state}; follow it with `scaleprog status {quoted} "
+            f"--follow`, cancel it with `scaleprog cancel {quoted}`, or use another --run-dir"
         )
 
 

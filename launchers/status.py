@@ -2,7 +2,6 @@
 
 import math
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,24 +10,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scaleprog.errors import ScaleprogError
-from scaleprog.files.display import as_text, counted, first_line
+from scaleprog.files.display import as_text, clock, counted, first_line
 from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.space import Choice, Subnet
 from scaleprog.launchers.requeue import committed_step
 from scaleprog.launchers.snapshot import JOB, JobFile
 from scaleprog.recipe import Recipe
-from scaleprog.reporting.timeline import still_told
+from scaleprog.recipe.parent import ParentSettings
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.lease import ask_to_stop, is_alive, read_owner, runs
 from scaleprog.rundir.planned import read_plan
-from scaleprog.rundir.reading import read, read_object
+from scaleprog.rundir.reading import read, read_object, still_told
 from scaleprog.rundir.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, Results
 from scaleprog.rundir.state import decision_from_json
 
 RECENT_STEPS = 50
-POLL_SECONDS = 3.0
-TELL_SECONDS = 15.0  # between two lines of progress
 LAST_BYTES = 8 * 2**20  # read only the end of metrics.jsonl (thousands of steps); the file may be long
 MOST_RESTARTS = 50  # the most restarts shown
 Row = Mapping[str, Any]
@@ -67,6 +64,7 @@ class Status:
         commit_step: the step of the newest checkpoint; 0 if there is none.
         commit_age: seconds since that checkpoint was written.
         restarts: every start after the first.
+        parent: the run that this one continues, and the step from which it does; None unless it is a fork.
         troubles: what could not be read in the run directory, in words.
 
     None means "not known (yet)" unless noted otherwise.
@@ -90,36 +88,38 @@ class Status:
     commit_step: int
     commit_age: float | None
     restarts: list[Restart]
+    parent: str | None
     troubles: list[str]
 
     def text(self) -> str:
         """The status as text for people."""
         of = "" if self.steps is None else f" of {self.steps} ({self.step / self.steps:.0%})"
         lines = [("state", f"{self.state}{self.detail and f' ({self.detail})'}"), ("step", f"{self.step}{of}")]
+        lines += [("continues", self.parent)] if self.parent else []
         if self.stage is not None:
             loss = "not finite" if self.loss is None else f"{self.loss:.3f}"
             lines.append(("stage", f"{self.stage}, {self.phase}, {self.network}, loss {loss}"))
         if self.top1 is not None:
             lines.append(("top-1", f"{self.top1:.2f} % after step {self.top1_step}"))
         if self.images_per_second is not None:
-            left = "" if self.seconds_left is None else f"; about {_span(self.seconds_left)} of training left"
+            left = "" if self.seconds_left is None else f"; about {span(self.seconds_left)} of training left"
             lines.append(("rate", f"{self.images_per_second:.0f} images/s{left}"))
         if self.damaged:
             lines.append(("damaged", f"{counted(self.damaged, 'sample')}, replaced by others; events.jsonl has names"))
         if self.commit_age is None:
             lines.append(("checkpoint", "none yet"))
         else:
-            lines.append(("checkpoint", f"step {self.commit_step}, {_span(self.commit_age)} ago"))
+            lines.append(("checkpoint", f"step {self.commit_step}, {span(self.commit_age)} ago"))
         more = len(self.restarts) - MOST_RESTARTS
         lines += [("restart", f"{more} earlier restarts")] if more > 0 else []
-        lines += [("restart", f"{_clock(r.time)} at step {r.step}: {r.cause}") for r in self.restarts[-MOST_RESTARTS:]]
+        lines += [("restart", f"{clock(r.time)} at step {r.step}: {r.cause}") for r in self.restarts[-MOST_RESTARTS:]]
         lines += [("left out", trouble) for trouble in self.troubles]
         return "\n".join([as_text(self.run), *(f"  {key:<11}{as_text(value)}" for key, value in lines)])
 
 
 def status(run: Path) -> Status:
     """The status of the run in a directory. Raises ScaleprogError if it holds no run, or a run of another version."""
-    Recipe.of_run(run)  # refuses a directory that is not a run directory
+    parent = Recipe.of_run(run).parent  # also refuses a directory that is not a run directory
     records = [read(run / METRICS, METRIC, LAST_BYTES), read(run / EVENTS, EVENT), read(run / REQUEUES, LEFT)]
     rows, events, ends = (told.rows for told in records)
     trained = [row for row in rows if "loss" in row]
@@ -129,7 +129,7 @@ def status(run: Path) -> Status:
     commit = committed_step(run)
     step = max(commit, now["step"]) if now else commit
     recent = trained[-RECENT_STEPS:]
-    steps, left, trouble = time_left(run, events, step, recent)
+    steps, left, trouble = time_left(run, parent, events, step, recent)
     troubles = [*(told.trouble for told in records if told.trouble), *filter(None, [trouble])]
     state, detail, job = standing(run, troubles)
     if state == "finished":
@@ -154,6 +154,7 @@ def status(run: Path) -> Status:
         commit_step=commit,
         commit_age=_age(run / "checkpoints" / f"step-{commit:08d}"),
         restarts=list(restarts(events, ends)),
+        parent=None if parent is None else f"{parent.run}, step {parent.step}",
         troubles=troubles,
     )
 
@@ -188,9 +189,16 @@ def standing(run: Path, troubles: list[str] | None = None) -> tuple[str, str, st
     ends = read(run / REQUEUES, LEFT).rows
     if file is not None and ends and ends[-1].get("job") == file.job and not ends[-1].get("requeue"):
         return "stopped", f"job {file.job}: {ends[-1]['cause']}", name
-    if job is not None:
-        return "stopped", f"job {job.id}: {job.state}", name
+    if job is not None and file is not None:
+        return "stopped", f"job {job.id}: {job.state}{no_log(run, file, job)}", name
     return "stopped", unknown or ("never started" if owner is None else ""), name
+
+
+def no_log(run: Path, file: JobFile, job: slurm_queue.Job) -> str:
+    """What it means if a job has failed without a log; empty if it has one."""
+    if job.state != "FAILED" or not job.nodes or not file.log or not file.host or (run / file.log).exists():
+        return ""
+    return f" without a log: {job.nodes} may not have {run.absolute()}; {file.seen()}"
 
 
 def _told(ask: Callable[[], T], troubles: list[str]) -> T | None:
@@ -220,11 +228,11 @@ def restarts(events: Sequence[Row], ends: Sequence[Row]) -> Iterator[Restart]:
             ended = [e for e in own if e["event"] in ("error", "preempted")]
             words = [e for e in ends if before["time"] < e["time"] < start["time"]]
             told = [*signals[-1:], *ended[:1], *words[-1:]]
-            yield Restart(start["time"], _cause(told[-1]) if told else "ended without notice", start["step"])
+            yield Restart(start["time"], cause_of(told[-1]) if told else "ended without notice", start["step"])
         before = start
 
 
-def _cause(row: Row) -> str:
+def cause_of(row: Row) -> str:
     """Why a start ended, from a line of `requeues.jsonl` or from the event that ended it."""
     if "cause" in row:
         return first_line(row["cause"])
@@ -232,7 +240,7 @@ def _cause(row: Row) -> str:
 
 
 def time_left(
-    run: Path, events: Sequence[Row], step: int, recent: Sequence[Row]
+    run: Path, parent: ParentSettings | None, events: Sequence[Row], step: int, recent: Sequence[Row]
 ) -> tuple[int | None, float | None, str]:
     """Estimates how much training is left, with `Schedule.expected` for stages without a choice.
 
@@ -240,6 +248,7 @@ def time_left(
 
     Args:
         run: the run directory.
+        parent: the run that it continues.
         events: the lines of `events.jsonl`.
         step: the current optimizer step.
         recent: the lines of `metrics.jsonl` for the recent steps; they give the rate.
@@ -249,7 +258,7 @@ def time_left(
         empty). The numbers are None if they are not known.
     """
     try:
-        planned = read_plan(run)
+        planned = read_plan(run, parent)
     except ScaleprogError as error:
         return None, None, str(error)
     if planned is None:  # the run has not started
@@ -269,8 +278,8 @@ def time_left(
 
 def possible(schedule: Schedule, choices: Sequence[Choice]) -> list[Choice]:
     """The choices up to, but not including, the first one that no search of `schedule` can have made."""
-    made: list[Choice] = []
-    for choice in choices:
+    made = list(choices[: len(schedule.settled)])
+    for choice in choices[len(made) :]:
         search = schedule.phases(made)[-1]
         if not search.searched or choice.subnet not in search.candidates:
             break
@@ -281,31 +290,6 @@ def possible(schedule: Schedule, choices: Sequence[Choice]) -> list[Choice]:
             break
         made.append(choice)
     return made
-
-
-def follow(run: Path, file: JobFile) -> int:
-    """Prints the progress of a queued run until it has ended; returns its exit code."""
-    said, told, ended, job = "", 0.0, 0, None
-    while ended < 2:  # Slurm may requeue a job that has just ended
-        try:
-            job = file.ask()
-            ended = ended + 1 if job is None or job.over else 0
-            now = f"job {file.job}: {_now(job)}"
-        except slurm_queue.NoAnswer as error:  # for example, Slurm's controller restarts
-            now = str(error)
-        if now != said:
-            said = now
-            print(f"{_clock(time.time())} {as_text(now)}", flush=True)
-        if time.monotonic() - told > TELL_SECONDS and (line := _last_step(run)) is not None:
-            told = time.monotonic()
-            print(f"{_clock(time.time())} {line}", flush=True)
-        time.sleep(POLL_SECONDS)
-    if (job is None and (run / "results.json").exists()) or (job is not None and job.state == "COMPLETED"):
-        return 0
-    last = next(reversed(read(run / REQUEUES, LEFT).rows), None)
-    if last is not None and last.get("job") == file.job:
-        print(f"scaleprog: {as_text(last['cause'], lines=True)}", file=sys.stderr)
-    return 1 if job is None else job.exit_code or 1
 
 
 def cancel(run: Path) -> str:
@@ -321,7 +305,7 @@ def cancel(run: Path) -> str:
     file, owner = JobFile.read(run), read_owner(run)
     job = None if file is None else file.ask()
     if job is not None and not job.over:
-        if not job.names(run):
+        if not job.names(run.parent if "_" in job.id else run):  # the script of an array is in the sweep's folder
             raise ScaleprogError(
                 f"{run / JOB} names job {job.id}, but Slurm's record of its command does not name this run directory; "
                 f"nothing was canceled; if the job does train this run, use `scancel {job.id}`"
@@ -348,21 +332,6 @@ def cancel(run: Path) -> str:
     return f"{done}; checkpoint: {remains}; the same command resumes from there"
 
 
-def _now(job: slurm_queue.Job | None) -> str:
-    if job is None:
-        return "Slurm no longer knows it"
-    about = [job.state, job.nodes and f"on {job.nodes}", job.reason, f"restart {job.restarts}" if job.restarts else ""]
-    return ", ".join(filter(None, about))
-
-
-def _last_step(run: Path) -> str | None:
-    """The last line of `metrics.jsonl` in words."""
-    for row in reversed(read(run / METRICS, METRIC, last=2**14).rows):
-        if "loss" in row:
-            return f"step {row['step']}, stage {row['stage']} {row['phase']}, loss {row['loss']:.3f}"
-    return None
-
-
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -378,11 +347,7 @@ def _age(path: Path) -> float | None:
         return None
 
 
-def _clock(moment: float) -> str:
-    return time.strftime("%d %b %H:%M:%S", time.localtime(moment))
-
-
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """A duration in words."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:

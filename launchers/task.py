@@ -16,10 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from scaleprog.errors import ScaleprogError
+from scaleprog.errors import Absent, CheckpointError, ScaleprogError
 from scaleprog.files.display import as_text
 from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED, exit_by
 from scaleprog.launchers.requeue import Attempt, has_reported, report
+from scaleprog.launchers.snapshot import JobFile
 from scaleprog.ranks.rendezvous import INTERFACES, LOOPBACK, MEET_LIMIT, STORE
 from scaleprog.ranks.stop import SIGNALS
 from scaleprog.recipe import Recipe
@@ -43,7 +44,7 @@ def task(run: Path) -> dict[str, Any]:
         os.environ[STORE] = f"tcp:{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if rank == 0:
             tell_time_limit(start)
-            print(as_text(describe(os.environ)), flush=True)
+            print(as_text(describe(os.environ, start)), flush=True)
         results = train_rank(Recipe.of_run(run), run)
     except Exception as error:
         leave(run, start, rank, error)
@@ -56,7 +57,7 @@ def leave(run: Path, start: Attempt, rank: int, error: Exception) -> NoReturn:
 
     After a stop, ranks other than 0 wait up to LINGER_SECONDS for the report of rank 0 and write none of their own.
     """
-    end = exit_by(error)
+    end = exit_by(missing_here(run, error) if isinstance(error, Absent) else error)
     if end.code == STOPPED and rank > 0:  # the first task to exit ends them all, and rank 0 may still be writing
         give_up = time.monotonic() + LINGER_SECONDS
         while time.monotonic() < give_up and not has_reported(run, start, rank=0):
@@ -67,6 +68,23 @@ def leave(run: Path, start: Attempt, rank: int, error: Exception) -> NoReturn:
         time.sleep(end.delay)
     report(run, start, rank, end.code, end.cause, end.reason)
     _exit(end.code)
+
+
+def missing_here(run: Path, error: Absent) -> ScaleprogError:
+    """The error that something is not there, as this node's, with who has it; unchanged if nobody has looked for it."""
+    with suppress(CheckpointError):
+        file = JobFile.read(run)
+        if file is not None and (seen := file.seen()):
+            return ScaleprogError(f"{socket.gethostname()}: {error.what}; {seen}{_elsewhere()}")
+    return error
+
+
+def _elsewhere() -> str:
+    """Says that relative paths do not begin where the job was submitted; empty if they do."""
+    here, there = os.getcwd(), os.environ.get("SLURM_SUBMIT_DIR", "")
+    if not there or os.path.realpath(there) == here:
+        return ""
+    return f" (relative paths begin at {here} here, and began at {there} there)"
 
 
 def _exit(code: int) -> NoReturn:
@@ -100,7 +118,8 @@ def rank_variables(slurm: Mapping[str, str], start: Attempt) -> dict[str, str]:
 
 def port(start: Attempt) -> int:
     """The TCP port where the ranks meet. It differs at each start, so leftover processes cannot interfere."""
-    return PORTS[(7 * int(start.job) + start.restart) % len(PORTS)]
+    job, _, index = start.job.partition("_")  # in an array, the tasks' numbers follow that of the array
+    return PORTS[(7 * (int(job) + int(index or 0)) + start.restart) % len(PORTS)]
 
 
 def tasks_per_node(text: str) -> list[int]:
@@ -176,12 +195,12 @@ def interface(peer: str) -> str:
     return ""
 
 
-def describe(variables: Mapping[str, str]) -> str:
+def describe(variables: Mapping[str, str], start: Attempt) -> str:
     """One line that says which ranks run where, and how they meet."""
     nodes = variables.get("SLURM_STEP_NODELIST") or variables["SLURM_JOB_NODELIST"]
     by = [f"{kind} on {variables.get(f'{kind.upper()}_SOCKET_IFNAME', 'its own choice')}" for kind in ("gloo", "NCCL")]
     return (
-        f"job {variables['SLURM_JOB_ID']}: {variables['WORLD_SIZE']} ranks on {nodes}, "
+        f"job {start.job}: {variables['WORLD_SIZE']} ranks on {nodes}, "
         f"meeting at {variables['MASTER_ADDR']}:{variables['MASTER_PORT']} within {MEET_LIMIT.seconds // 60} min; "
         f"{', '.join(by)}"
     )

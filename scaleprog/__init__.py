@@ -16,7 +16,18 @@ __version__ = VERSION
 if TYPE_CHECKING:
     from scaleprog.api import Plan, Recipe, RunRecord, describe, evaluate, export, grow_model, load_run, train
 
-__all__ = ["Plan", "Recipe", "RunRecord", "describe", "evaluate", "export", "grow_model", "load_run", "train"]
+__all__ = [
+    "Evaluation",
+    "Plan",
+    "Recipe",
+    "RunRecord",
+    "describe",
+    "evaluate",
+    "export",
+    "grow_model",
+    "load_run",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,6 +29,23 @@ class DataError(ScaleprogError):
     """Shards, manifest or samples that are missing, damaged or do not fit the recipe."""
 
 
+class Absent(ScaleprogError):
+    """A file or folder that is not there: on a node of a job, perhaps because only another machine has it."""
+
+    def __init__(self, message: str, what: str = "") -> None:
+        """`what`: the part of the message that says what is not there; the rest is advice if no machine has it."""
+        super().__init__(message)
+        self.what = what or message
+
+
+class AbsentData(DataError, Absent):
+    """Shards, a manifest, or token labels that are not there."""
+
+
+class AbsentWeights(RecipeError, Absent):
+    """Given weights that are not there."""
+
+
 class DamagedSample(DataError):
     """An image whose bytes no decoder can read, in a shard that is as the manifest says."""
 
@@ -40,6 +57,10 @@ class DamagedSample(DataError):
 
 class CheckpointError(ScaleprogError):
     """A checkpoint or run directory that is missing, damaged or of another recipe."""
+
+
+class InUse(CheckpointError):
+    """A run directory in which another job or process trains, or is about to."""
 
 
 class OtherFormat(CheckpointError):

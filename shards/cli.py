@@ -6,11 +6,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import read_text
-from scaleprog.files.display import as_text
+from scaleprog.files.display import as_text, table
 from scaleprog.recipe.numbers import MOST_PIXELS
 
 app = typer.Typer(no_args_is_help=True, help="Build WebDataset shards, check them, and index shards made elsewhere.")
@@ -234,12 +233,12 @@ def speed(
     if as_json:
         print(json.dumps(found.as_json()))
         return
-    table = Table("px", "images/s of a core", "without augmentation", "of that", "copies of ready batches")
+    rates = table("px", "images/s of a core", "without augmentation", "of that", "copies of ready batches", words=0)
     for size, whole in found.whole.items():
         decoded, copied = found.decoded[size], found.copied[size]
-        table.add_row(str(size), f"{whole:.0f}", f"{decoded:.0f}", f"{whole / decoded:.0%}", f"{copied:.0f}")
+        rates.add_row(str(size), f"{whole:.0f}", f"{decoded:.0f}", f"{whole / decoded:.0%}", f"{copied:.0f}")
     console = Console()
-    console.print(table)
+    console.print(rates)
     console.print(f"medians of {turns} measurements of {images} images, in CPU seconds of one thread", highlight=False)
 
 

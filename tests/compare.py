@@ -63,14 +63,14 @@ def without_clock(folder: Path) -> list[dict[str, Any]]:
 
 def board(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """TensorBoard's series as TensorBoard shows them."""
-    return {tag: points for tag, points in curves(folder / "tensorboard").items() if not tag.endswith(CLOCK)}
+    return {tag: points for tag, points in curves(folder).items() if not tag.endswith(CLOCK)}
 
 
 def rank_curves(folder: Path) -> dict[str, dict[str, list[int]]]:
     """The steps of every series that a rank drew of its own; all of these are clocks."""
     return {
         path.name: {tag: [step for step, _ in points] for tag, points in curves(path).items()}
-        for path in (folder / "tensorboard").glob("rank_*")
+        for path in folder.glob("rank_*")
     }
 
 
@@ -78,6 +78,13 @@ def curves(board: Path) -> dict[str, list[tuple[int, float]]]:
     """The series of one folder as TensorBoard shows them."""
     events = EventAccumulator(str(board), size_guidance={"scalars": 0}).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def texts(board: Path) -> dict[str, str]:
+    """The text under each tag as TensorBoard shows it."""
+    events = EventAccumulator(str(board)).Reload()
+    found = {tag: events.Tensors(tag)[-1].tensor_proto.string_val[0] for tag in events.Tags()["tensors"]}
+    return {tag: text.decode() for tag, text in found.items() if tag.endswith("/text_summary")}
 
 
 def samples(folder: Path) -> dict[int, list[int]]:

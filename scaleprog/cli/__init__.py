@@ -3,10 +3,13 @@
 Each command imports what it needs, so that `scaleprog --help` does not wait for torch, nor training for matplotlib.
 """
 
+import platform
 import signal
 import sys
+from importlib import metadata
 from io import TextIOWrapper
 from types import FrameType
+from typing import Annotated
 
 import typer
 
@@ -14,24 +17,45 @@ import scaleprog
 from scaleprog.cli.arguments import say
 from scaleprog.cli.jobs import cancel, show_status, submit
 from scaleprog.cli.planning import keys, plan
+from scaleprog.cli.recipes import recipes
 from scaleprog.cli.results import evaluate, export, replay, report
+from scaleprog.cli.simulating import simulate
+from scaleprog.cli.sweep import SweepCommand
 from scaleprog.cli.training import finetune, train
 from scaleprog.errors import INTERRUPTED_CODE, Preempted, ScaleprogError
 from scaleprog.shards.cli import app as shards_app
+from scaleprog.version import VERSION
 
-app = typer.Typer(help="Progressive training of Vision Transformers.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True)
 app.add_typer(shards_app, name="shards", help="Build and check WebDataset shards.")
+app.command()(recipes)
 app.command()(plan)
 app.command()(keys)
-app.command()(train)
+app.command()(simulate)
+app.command(cls=SweepCommand)(train)
 app.command()(finetune)
-app.command()(submit)
+app.command(cls=SweepCommand)(submit)
 app.command(name="status")(show_status)
 app.command()(cancel)
 app.command()(evaluate)
 app.command()(export)
 app.command()(replay)
 app.command()(report)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(versions())
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the versions that matter.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Progressive training of Vision Transformers."""
 
 
 def main() -> None:
@@ -43,7 +67,7 @@ def main() -> None:
     if before is scaleprog._leave_quietly:
         signal.signal(signal.SIGINT, _interrupt)
     try:
-        app()
+        app(prog_name="scaleprog")  # also for python -m scaleprog: completion goes by this name
     except Preempted as error:
         say(f"{error}; the same command resumes from the last checkpoint")
         sys.exit(error.exit_code)
@@ -55,6 +79,17 @@ def main() -> None:
     finally:
         if before is scaleprog._leave_quietly:
             signal.signal(signal.SIGINT, before)
+
+
+def versions() -> str:
+    """The versions of scaleprog and of what computes, read without importing them."""
+    others = []
+    for name in ("torch", "timm"):
+        try:
+            others.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            others.append(f"no {name}")
+    return f"scaleprog {VERSION}\n{', '.join(others)}, Python {platform.python_version()}"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -2,19 +2,43 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from scaleprog.cli.completion import key_words, recipe_words, run_words
 from scaleprog.files.display import as_text
+
+if TYPE_CHECKING:
+    from scaleprog.recipe import Recipe
 
 MOST_HERE = 1024
 """The most ranks that scaleprog starts on one machine."""
 RecipePath = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A recipe file, e.g. configs/fashion_mnist/prog.yaml.")
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or the name of one that comes with scaleprog (`scaleprog recipes`).",
+        autocompletion=recipe_words,
+    ),
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.epochs=8")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.epochs=8", autocompletion=key_words),
+]
+Source = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="RUN[@STEP]",
+        help="Continue a checkpoint of another run, by default its newest.",
+        autocompletion=run_words,
+    ),
+]
+RunPaths = Annotated[
+    list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of some.", autocompletion=run_words)
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", autocompletion=run_words)]
 RanksHere = Annotated[
     str,
     typer.Option(
@@ -26,6 +50,17 @@ Restarts = Annotated[
     int | None,
     typer.Option(min=0, max=10**6, help="Consecutive crashes to tolerate; default 3, or 0 for one rank."),
 ]
+
+
+def default_folder(path: Path, recipe: "Recipe", source: str | None) -> Path:
+    """The run directory of a recipe in the file `path`, of a fork if there is a `source`; equal for equal commands."""
+    origin = ""
+    if source is not None:
+        from scaleprog.training.fork import parse_source
+
+        run, step = parse_source(source)
+        origin = f"-from-{run.resolve().name}" + ("" if step is None else f"@{step}")
+    return Path("runs") / f"{path.stem}{origin}-seed{recipe.seed}"
 
 
 def say(message: str) -> None:

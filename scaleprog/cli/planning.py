@@ -8,16 +8,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 from scaleprog.cli.arguments import Overrides, RecipePath
+from scaleprog.cli.completion import group_words
 from scaleprog.errors import ScaleprogError
-from scaleprog.files.display import as_text
+from scaleprog.files.display import as_text, table
 from scaleprog.recipe.numbers import MOST_RANKS
 
 if TYPE_CHECKING:
+    from scaleprog.planning.cost_model import Prediction
     from scaleprog.planning.devices import Device
     from scaleprog.recipe import Recipe
+
+COSTS = (
+    *(f"{what}, MiB" for what in ("weights", "gradients", "AdamW", "EMA", "activations", "buffers", "on the host")),
+    "peak of run, MiB",
+    "collectives",
+    "MiB sent",
+    "to other nodes",
+    "step, ms",
+    "efficiency",
+)
+"""What `plan --world` shows of each engine."""
 
 
 def plan(
@@ -56,9 +70,9 @@ def plan(
     if utilization is not None:
         described = replace(described, achieved=utilization)
     prediction = describe(loaded, nproc)
-    table = Table("stage", "phase", "px", "layers", "parameters", "GMACs", "memory/rank", "epochs")
+    stages = table("stage", "phase", "px", "layers", "parameters", "GMACs", "memory/rank", "epochs", words=2)
     for row in prediction["stages"]:
-        table.add_row(
+        stages.add_row(
             str(row["stage"]),
             row["phase"],
             str(row["resolution"]),
@@ -66,10 +80,10 @@ def plan(
             f"{row['parameters'] / 1e6:.2f} M",
             f"{row['gmacs']:.3g}",
             f"{row['bytes_per_rank'] / 2**20:.0f} MiB",
-            f"{row['epochs']:g}",
+            f"{round(row['epochs'], 3):g}",
         )
     console = Console()
-    console.print(table)
+    console.print(stages)
     console.print(f"predicted speedup by GMACs: {prediction['speedup']:+.1%}; memory: weights, gradients, AdamW, EMA")
     if prediction["short"]:
         console.print(prediction["short"])
@@ -90,7 +104,10 @@ def plan(
 
 
 def keys(
-    group: Annotated[str | None, typer.Argument(help="A group of keys, e.g. search; default: all groups.")] = None,
+    group: Annotated[
+        str | None,
+        typer.Argument(help="A group of keys, e.g. search; default: all groups.", autocompletion=group_words),
+    ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="The JSON schema, for editors.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="The text of docs/recipe.md.")] = False,
 ) -> None:
@@ -102,10 +119,11 @@ def keys(
         return
     console = Console()
     for name, (about, rows) in (reference.groups() if group is None else {group: reference.group(group)}).items():
-        table = Table("key", "takes", "default", "meaning", title=f"{name}: {about}", title_justify="left")
+        console.print(Text(f"{name}: {about}\n", style="bold"))
         for key in rows:
-            table.add_row(key.name, key.takes, "required" if key.default is None else key.default, key.meaning)
-        console.print(table, markup=False)
+            default = "required" if key.default is None else f"default {key.default}"
+            console.print(f"{key.name}: {key.takes}; {default}", markup=False)
+            console.print(Padding(Text(key.meaning), (0, 0, 1, 4)))
 
 
 def rank_counts(text: str) -> tuple[int, ...]:
@@ -125,8 +143,7 @@ def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", con
     from scaleprog.planning.plan import forecast
 
     console.print(
-        f"\none step of {as_text(recipe.model.name)} at full size on {device.name}, per rank: memory and the run's "
-        "peak in MiB; collectives, MiB sent, MiB sent outside the node; modeled ms and efficiency",
+        f"\none step of {as_text(recipe.model.name)} at full size on {device.name}, per rank",
         markup=False,
         highlight=False,
     )
@@ -134,39 +151,33 @@ def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", con
         try:
             found = forecast(recipe, world, device)
         except RecipeError as error:
-            console.print(
-                as_text(f"\n{world} ranks: cannot run: {error}", lines=True),
-                soft_wrap=True,
-                markup=False,
-                highlight=False,
-            )
+            told = as_text(f"\n{world} ranks: cannot run: {error}", lines=True)
+            console.print(told, markup=False, highlight=False)
             continue
         console.print(f"\n{world} ranks, {next(iter(found.values()))[0].images} images each", highlight=False)
-        hosts = any(prediction.memory.host for prediction, _ in found.values())
-        titles = ["engine", "weights", "grads", "AdamW", "EMA", "activ.", "buffers", *(["host"] if hosts else [])]
-        titles += ["peak", "coll.", "sent", "outside", "step ms", "effic."]
-        table = Table(*titles, padding=(0, 0, 0, 1))
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for name, (prediction, peak) in found.items():
-            memory, traffic = prediction.memory, prediction.traffic
-            held = [memory.parameters, memory.gradients, memory.optimizer, memory.ema, memory.activations]
-            held += [memory.buffers, memory.host] if hosts else [memory.buffers]
-            mark = "!" if peak > device.memory else ""
-            table.add_row(
-                name,
-                *(f"{size / 2**20:.1f}" for size in held),
-                f"{peak / 2**20:.0f}{mark}",
-                str(traffic.count()),
-                f"{traffic.sent() / 2**20:.1f}",
-                f"{traffic.between_nodes(device) / 2**20:.1f}",
-                f"{1000 * prediction.step:.2f}",
-                f"{prediction.efficiency:.0%}",
-            )
-        console.print(table)
+        costs = table("", *found)
+        for title, *row in zip(COSTS, *(cost(prediction, peak, device) for prediction, peak in found.values())):
+            if set(row) != {"0.0"}:
+                costs.add_row(title, *row)
+        console.print(costs)
     console.print("\n* the recipe's engine; ! more memory than the device has. Assumptions:")
     for line in assumptions(recipe, device):
-        console.print(as_text(f"- {line}"), soft_wrap=True, markup=False, highlight=False)
+        console.print(as_text(f"- {line}"), markup=False, highlight=False)
+
+
+def cost(prediction: "Prediction", peak: float, device: "Device") -> list[str]:
+    """What a step costs a rank under one engine, in the order of COSTS. `peak`: of the run, in bytes."""
+    memory, traffic = prediction.memory, prediction.traffic
+    held = [memory.parameters, memory.gradients, memory.optimizer, memory.ema, memory.activations, memory.buffers]
+    return [
+        *(f"{size / 2**20:.1f}" for size in (*held, memory.host)),
+        f"{peak / 2**20:.0f}{'!' if peak > device.memory else ''}",
+        str(traffic.count()),
+        f"{traffic.sent() / 2**20:.1f}",
+        f"{traffic.between_nodes(device) / 2**20:.1f}",
+        f"{1000 * prediction.step:.2f}",
+        f"{prediction.efficiency:.0%}",
+    ]
 
 
 def core_rates(recipe: "Recipe", given: str | None) -> dict[int, float]:
@@ -215,11 +226,9 @@ def show_supply(
         console.print(
             f"\n{world} ranks, {cores} cores each, of which {supply.decoders} prepare images", highlight=False
         )
-        table = Table("stage", "phase", "px", "layers", "eaten", "prepared", "waiting", "cores to keep up")
-        for column in table.columns[2:]:
-            column.justify = "right"
+        phases = table("stage", "phase", "px", "layers", "eaten", "prepared", "waiting", "cores needed", words=2)
         for phase in supply.phases:
-            table.add_row(
+            phases.add_row(
                 str(phase.stage),
                 phase.kind,
                 str(phase.network.resolution),
@@ -229,7 +238,7 @@ def show_supply(
                 f"{supply.waiting(phase):.0%}",
                 str(supply.cores_needed(phase)),
             )
-        console.print(table)
+        console.print(phases)
         console.print(
             f"predicted speedup over Original by the wall: {supply.speedup(supply.stepping):+.1%}; if no step waited: "
             f"{supply.speedup(supply.computing):+.1%}",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scaleprog.cli.arguments import MOST_HERE, Overrides, RanksHere, RecipePath, Restarts, say
+from scaleprog.cli.arguments import MOST_HERE, Overrides, RanksHere, RecipePath, Restarts, Source, default_folder, say
+from scaleprog.cli.sweep import Jobs, Sweep, check_no_sweep, sweep_runs, train_sweep
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.atomic import write_whole
 from scaleprog.files.display import as_text
@@ -24,21 +25,33 @@ def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     nproc: RanksHere = "1",
-    run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE-seedN.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/RECIPE[-from-RUN]-seedN.")] = None,
     baseline: Annotated[
         Path | None, typer.Option(help="Run directory of the baseline, to compute the speedup.")
     ] = None,
     restarts: Restarts = None,
+    source: Source = None,
+    sweep: Sweep = None,
+    jobs: Jobs = None,
 ) -> None:
     """Trains a recipe, or resumes a run directory that exists.
+
+    With --from, the run is a fork: it takes over the state and the records of another run at a kept checkpoint.
 
     On TERM, INT or USR2 it writes a checkpoint and exits with code 75; the same command resumes from it.
     """
     from scaleprog.recipe import Recipe
 
+    if sweep:
+        if baseline is not None:
+            train_seconds(baseline)  # refuses a baseline that has not finished, before anything trains
+        train_one = partial(run_here, nproc=nproc, restarts=restarts, baseline=baseline)
+        train_sweep(sweep_runs(recipe, overrides or (), sweep, run_dir, source)[1], nproc, jobs or 1, train_one)
+        return
+    check_no_sweep(jobs)
     loaded = Recipe.load(recipe, overrides or ())
-    folder = run_dir or Path("runs") / f"{recipe.stem}-seed{loaded.seed}"
-    run_here(loaded, folder, nproc, restarts, baseline)
+    folder = run_dir or default_folder(recipe, loaded, source)
+    run_here(loaded, folder, nproc, restarts, baseline, source)
 
 
 def finetune(
@@ -69,15 +82,27 @@ def finetune(
     run_here(recipe, folder, nproc, restarts)
 
 
-def run_here(recipe: "Recipe", folder: Path, nproc: str, restarts: int | None, baseline: Path | None = None) -> None:
-    """Trains a recipe in a run directory with ranks on this machine, and prints the results."""
+def run_here(
+    recipe: "Recipe",
+    folder: Path,
+    nproc: str,
+    restarts: int | None,
+    baseline: Path | None = None,
+    source: str | None = None,
+) -> None:
+    """Trains a recipe in a run directory with ranks on this machine, and prints the results.
+
+    `source`: what a new run continues, see `fork`.
+    """
     from scaleprog.launchers.local import check_devices, launch, ranks_to_start
     from scaleprog.launchers.snapshot import check_job
     from scaleprog.launchers.world import Count
     from scaleprog.planning.plan import plan_start
     from scaleprog.ranks.rendezvous import of_another_launcher
+    from scaleprog.recipe import directories
     from scaleprog.recipe.worlds import Worlds
     from scaleprog.rundir.storage import committed
+    from scaleprog.training.longer import begin
     from scaleprog.training.loop import train_rank
 
     ranks = Count.parse(nproc, "--nproc")
@@ -86,6 +111,7 @@ def run_here(recipe: "Recipe", folder: Path, nproc: str, restarts: int | None, b
     restarts = (3 if ranks.most > 1 else 0) if restarts is None else restarts
     baseline_seconds = None if baseline is None else train_seconds(baseline)
     check_job(folder)
+    recipe = begin(recipe, folder, source)
     if strangers := of_another_launcher():
         say(
             f"another launcher has set {strangers}; scaleprog ignores that and starts all ranks itself: {ranks} on "
@@ -93,7 +119,7 @@ def run_here(recipe: "Recipe", folder: Path, nproc: str, restarts: int | None, b
         )
     if ranks.fixed:
         check_devices(ranks.most)
-        plan_start(recipe, ranks.most, ranks.most)  # before any process is started
+        plan_start(recipe.located(directories.to_train(folder)), ranks.most, ranks.most)  # before any process
     if ranks.most == 1 and restarts == 0:
         train_rank(recipe, folder)
     else:

@@ -17,7 +17,7 @@ from pydantic import FailFast, Field, ValidationError, field_validator, model_va
 from scaleprog.data.source import GZIPPED, MOST_BYTES, MOST_INFLATED, Folder, Shard, Source, source_of
 from scaleprog.data.store import Store
 from scaleprog.data.tar import SMALLEST_SAMPLE
-from scaleprog.errors import DataError
+from scaleprog.errors import AbsentData, DataError
 from scaleprog.files.atomic import sync_folder, write_whole
 from scaleprog.recipe.numbers import MOST_CLASSES, Settings
 
@@ -55,21 +55,22 @@ class Manifest:
         """Reads `root/manifest.json`, or a local `file` in its place.
 
         Raises:
-            DataError: the folder or the manifest is missing or unreadable, or the manifest is malformed or has an
-                unknown version.
+            AbsentData: the folder or the manifest is missing.
+            DataError: the manifest is unreadable or malformed, or has an unknown version.
             Unavailable: it cannot be read now.
         """
         source = source_of(root)
         path = file or source.path(NAME)
         if file is None and isinstance(source, Folder) and not Path(source.root).is_dir():
-            raise DataError(
+            raise AbsentData(
                 f"{root}: the folder of shards does not exist. Build it with `scaleprog shards image-folder SRC "
-                f"{root}` or, to try scaleprog, `scaleprog shards fashion-mnist {root}`."
+                f"{root}` or, to try scaleprog, `scaleprog shards fashion-mnist {root}`.",
+                f"{root}: the folder of shards does not exist",
             )
         try:
             text = Folder("").text(file) if file else source.text(NAME)
         except FileNotFoundError:
-            raise DataError(_missing(source, os.fspath(root), file)) from None
+            raise AbsentData(_missing(source, os.fspath(root), file), f"{path}: there is no such manifest") from None
         stored = _parse(path, text, source.root)
         return cls(source.root, stored.classes, stored.splits, stored.source)
 
@@ -141,14 +142,18 @@ class Manifest:
         Shards behind a URL are checked when they are read.
 
         Raises:
-            DataError: a shard is missing or has another size; the message names the first one and counts the others.
+            AbsentData: a shard is missing; the message names the first one with a problem and counts the others.
+            DataError: the first one with a problem has another size.
         """
         if not isinstance(source_of(self.root), Folder):
             return
-        problems = [problem for shard in self.split(name) if (problem := self._size_problem(shard))]
+        problems = [(shard, problem) for shard in self.split(name) if (problem := self._size_problem(shard))]
         if problems:
+            shard, problem = problems[0]
             others = f" {len(problems) - 1} more shards of {name!r} have a similar problem." if problems[1:] else ""
-            raise DataError(f"{problems[0]}{others}")
+            if not os.path.lexists(self.path(shard)):
+                raise AbsentData(f"{problem}{others}", f"{self.path(shard)}: {NAME} lists it, but it is not there")
+            raise DataError(f"{problem}{others}")
 
     def verify_counts(self, name: str) -> None:
         """Checks that the shards of split `name` are large enough for their samples, without reading any shard.

@@ -3,9 +3,10 @@
 import errno
 import fcntl
 import os
+import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -108,3 +109,34 @@ def unlock(file: IO[Any]) -> None:
     """Releases the lock of a file. Closing is not enough: a worker forked in the meantime has the file open, too."""
     with suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextmanager
+def new_folder(path: Path, may_replace: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yields an empty folder to fill, which then stands at `path`; if the block raises, nothing remains of it.
+
+    `may_replace`: whether the folder that stands there, and is not empty, may be replaced.
+
+    Raises OSError, also if something else stands there.
+    """
+    if path.exists() and not path.is_dir():
+        raise OSError(errno.ENOTDIR, "there is something other than a folder", str(path))
+    replaced = path.is_dir() and any(path.iterdir())
+    if replaced and not may_replace(path):
+        raise OSError(errno.ENOTEMPTY, "the folder is not empty", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (path.with_name(f".{path.name}.{kind}{os.getpid()}") for kind in ("", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)  # left by an earlier process with this number
+    try:
+        temporary.mkdir()
+        yield temporary
+        if replaced:
+            os.rename(path, old)
+        os.rename(temporary, path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        raise
+    finally:
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)

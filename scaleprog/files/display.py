@@ -1,7 +1,11 @@
-"""Shows untrusted text as plain text, no matter what it contains. Applied wherever text is printed or written."""
+"""Shows untrusted text as plain text, no matter what it contains, wherever text is printed or written; and tables."""
 
 import re
+import time
 import unicodedata
+
+from rich import box
+from rich.table import Table
 
 MOST = 20_000  # characters; nobody reads more, and a file may hold millions
 NAME = 60  # characters of a name in a picture
@@ -42,9 +46,22 @@ def first_line(message: str) -> str:
     return line if len(line) <= LINE else f"{line[: LINE - 3]}..."
 
 
+def clock(moment: float) -> str:
+    """A moment, given in seconds since 1970, as local time."""
+    return time.strftime("%d %b %H:%M:%S", time.localtime(moment))
+
+
 def counted(number: int, what: str) -> str:
     """A number with its noun, as in "1 line" or "3 lines"."""
     return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def table(*titles: str, words: int = 1) -> Table:
+    """A table for a terminal of 80 columns; the columns after the first `words` hold numbers."""
+    empty = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for index, title in enumerate(titles):
+        empty.add_column(title, justify="left" if index < words else "right")
+    return empty
 
 
 def _escaped(letter: str) -> str:

@@ -43,10 +43,28 @@ class EqualStages:
             return (self.ladder[stage - 1],)
         return GrowthSpace.of(self.ladder).candidates(before.subnet if before else None, self.rule)
 
+    def join(self, position: int, present: Subnet) -> tuple[int, tuple[Subnet, ...]]:
+        """The stage at `position`, and what a run that joins the schedule there, with the network `present`, may train.
+
+        Within a stage that is searched, that is `present`: its search would have been at the beginning.
+        """
+        stage = self._at(position)
+        if self.rule is None or stage == len(self.ladder) or position == self._ends(stage - 1):
+            return stage, self.candidates(stage, position, Choice(present))
+        return stage, (present,)
+
+    def _ends(self, stage: int) -> int:
+        """The position at which a stage before the last one ends; 0 for stage 0."""
+        return stage * (self.steps - self.cooldown) // len(self.ladder)
+
+    def _at(self, position: int) -> int:
+        """The stage at `position`."""
+        stages = len(self.ladder)
+        return next((stage for stage in range(1, stages) if position < self._ends(stage)), stages)
+
     def end(self, stage: int, position: int, choice: Choice) -> int:
         """The position at which a stage ends, if its choice begins to train at `position`."""
-        stages = len(self.ladder)
-        return self.steps if stage == stages else stage * (self.steps - self.cooldown) // stages
+        return self.steps if stage == len(self.ladder) else self._ends(stage)
 
     def ramp(self, stage: int, position: int, subnet: Subnet) -> float:
         """The growth progress, 0 to 1, of a stage that begins to train `subnet` at `position`."""
@@ -54,7 +72,7 @@ class EqualStages:
 
     def expected(self, search: Phase, position: int, spent: float, price: Price) -> Choice:
         """The choice of a future search, in the absence of anything better: the ladder's."""
-        return Choice(self.ladder[search.stage - 1])
+        return Choice(self.ladder[self._at(search.position) - 1].at_least(search.candidates[0]))
 
     def fails(self, search: Phase, choice: Choice) -> bool:
         """Whether `choice` means that the network before `search` has learned nothing; the next one starts afresh."""
@@ -166,6 +184,15 @@ class Budget:
         ):
             return self.ladder[-1:]
         return self.ladder[:1] if before is None else GrowthSpace.of(self.ladder).candidates(before.subnet, self.rule)
+
+    def join(self, position: int, present: Subnet) -> tuple[int, tuple[Subnet, ...]]:
+        """As `EqualStages.join`. From the first equal part on, a search decides at once, unless it would end too late.
+
+        The stage is never the first, so nothing is probed.
+        """
+        if position + self.search_steps > self.latest:
+            return 2, self.ladder[-1:]
+        return 2, (present,) if position < self.part else self.candidates(2, position, Choice(present))
 
     def end(self, stage: int, position: int, choice: Choice) -> int:
         """As `EqualStages.end`."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Literal
 
 from scaleprog.growth.operators import LayerMap, fresh, grow, keep
@@ -45,6 +46,8 @@ class Schedule:
         curriculum: whether such a subset shows only low frequencies.
         operator: how a network grows.
         split: how the model family divides a depth among its layer groups.
+        begun: phases that are trained already, if the run is a fork whose parent had another schedule. The policy
+            decides from their end on, and no network is smaller than their last one.
     """
 
     kind: ScheduleKind
@@ -59,6 +62,7 @@ class Schedule:
     curriculum: bool = False
     operator: Operator = "mogrow"
     split: Split = undivided
+    begun: tuple[Phase, ...] = ()
 
     @property
     def budget(self) -> Budget | None:
@@ -80,6 +84,14 @@ class Schedule:
         """The complete model, which the last stage trains."""
         return self.ladder[-1]
 
+    @property
+    def networks(self) -> tuple[Subnet, ...]:
+        """Every Subnet that the run may train, and perhaps others, ascending."""
+        known = {*self.ladder, *(subnet for phase in self.begun for subnet in phase.candidates)}
+        if self.kind == "fixed" and not self.begun:
+            return tuple(sorted(known))
+        return GrowthSpace.of(list(known)).candidates(None, "all")
+
     def view(self, subnet: Subnet) -> View:
         """The part of an image that `subnet` sees."""
         if self.patch is None or subnet.resolution == self.full.resolution:
@@ -90,7 +102,7 @@ class Schedule:
     @property
     def pixels(self) -> tuple[int, ...]:
         """Sides of the images that steps of this run may see, ascending."""
-        return tuple(sorted({self.view(Subnet(r, self.full.depth)).pixels for r in self.space.resolutions}))
+        return tuple(sorted({self.view(subnet).pixels for subnet in self.networks}))
 
     def scoring_targets(self, search: Phase) -> list[Subnet]:
         """The Subnets whose losses a search measures, ascending."""
@@ -98,24 +110,40 @@ class Schedule:
 
     # ---- phases
 
+    @property
+    def settled(self) -> list[Choice]:
+        """The choices of the searches in `begun`, by which phases no longer change."""
+        return [Choice(after.network) for search, after in pairwise(self.begun) if search.searched]
+
     def phases(self, choices: Sequence[Choice]) -> list[Phase]:
-        """All phases that follow from the searches' choices so far; the last one may be an undecided search."""
+        """All phases that follow from the searches' choices so far, those in `begun` included; the last phase may be an
+        undecided search."""
         return list(self._phases(tuple(choices)))
 
     @cache  # noqa: B019 - called at every step; schedules and choices are few and hashable
     def _phases(self, choices: tuple[Choice, ...]) -> list[Phase]:
-        candidates = self.space.candidates(None, "all")
-        if self.kind == "supernet" and len(candidates) > 1:
-            return [Phase(1, "supernet", 0, self.steps, 0, candidates, candidates[0].depth)]
-        phases: list[Phase] = []
-        choice: Choice | None = None
-        undecided, step, position, stage = list(choices), 0, 0, 1
+        phases, undecided = list(self.begun), list(choices[len(self.settled) :])
+        least, choice, offered = Subnet(1, 1), None, None
+        number, stage, step, position, began = 0, 1, 0, 0, 0
+        if phases:
+            last = phases[-1]
+            least, choice = last.network, Choice(last.network)
+            number, step, position, began = last.stage, last.stop, last.position_of(last.stop), last.began
+        everything = self._at_least(least, self.space.candidates(None, "all"))
+        if self.kind == "supernet" and len(everything) > 1:
+            stop, base = step + self.steps - position, everything[0].depth
+            return [*phases, Phase(number + 1, "supernet", step, stop, position, everything, base, began=began)]
+        if choice is not None:
+            stage, offered = self.policy.join(position, choice.subnet)
+        number += 1 - stage  # of stage 0, so that a fork's stages follow those of `begun`
         while position < self.steps:
-            candidates, failed = self.policy.candidates(stage, position, choice), False
+            offered = offered or self.policy.candidates(stage, position, choice)
+            candidates, offered, failed = self._at_least(least, offered), None, False
             if len(candidates) > 1:
                 base = choice.subnet.depth if choice else min(s.depth for s in candidates)
+                stop = step + self.search_steps
                 search = Phase(
-                    stage, "supernet", step, step + self.search_steps, position, candidates, base, searched=True
+                    number + stage, "supernet", step, stop, position, candidates, base, searched=True, began=began
                 )
                 phases.append(search)
                 if not undecided:
@@ -125,18 +153,21 @@ class Schedule:
                 failed = self.policy.fails(search, choice)
             else:
                 choice = Choice(candidates[0])
-            last, subnet = self.policy.end(stage, position, choice), choice.subnet
+            end, subnet = self.policy.end(stage, position, choice), choice.subnet
             strength = Regularization()
             if self.adaptive_regularization:
                 strength = Regularization.at(self.policy.ramp(stage, position, subnet))
-            stop, began = step + last - position, position if failed else 0
+            stop, began = step + end - position, position if failed else began
             phases.append(
-                Phase(
-                    stage, "train", step, stop, position, (subnet,), subnet.depth, regularization=strength, began=began
-                )
+                Phase(number + stage, "train", step, stop, position, (subnet,), subnet.depth, False, strength, began)
             )
-            step, position, stage = stop, last, stage + 1
+            step, position, stage = stop, end, stage + 1
         return phases
+
+    @staticmethod
+    def _at_least(least: Subnet, subnets: Sequence[Subnet]) -> tuple[Subnet, ...]:
+        """`subnets`, none of them smaller than `least`."""
+        return tuple(sorted({subnet.at_least(least) for subnet in subnets}))
 
     def position_after(self, search: Phase) -> int:
         """The schedule position at which a search's choice begins to train."""
@@ -179,7 +210,7 @@ class Schedule:
 
     def expected(self, choices: Sequence[Choice], price: Price) -> list[Phase]:
         """All phases, if each future search makes the choice that the policy expects."""
-        choices = list(choices)
+        choices = list(choices or self.settled)
         while (phases := self.phases(choices))[-1].searched:
             choices.append(self.policy.expected(phases[-1], *self._after(phases, price), price))
         return phases

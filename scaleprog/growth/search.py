@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, median_low
 
-import numpy as np
-
 from scaleprog.errors import OverBudget
 from scaleprog.growth.space import Choice, Subnet
 
@@ -45,8 +43,39 @@ class Decision:
     def because(self) -> str:
         """The details of the decision, as text."""
         if self.complete_from is None:
-            return f"alpha {self.alpha:.4f}"
-        return ": ".join(filter(None, (f"complete from schedule step {self.complete_from}", self.why)))
+            why = f"alpha {self.alpha:.4f}"
+        else:
+            why = ": ".join(filter(None, (f"complete from schedule step {self.complete_from}", self.why)))
+        return "; ".join(filter(None, (why, self._tie)))
+
+    @property
+    def _tie(self) -> str:
+        """What is said about candidates that score as well as the chosen one; empty if there are none."""
+        best = dict(zip(self.candidates, self.scores))[self.chosen]
+        if best is None:
+            return ""
+        tied = [score for score in self.scores if score is not None and abs(score - best) <= best * TIE]
+        if len(tied) < 2:
+            return ""
+        what = f"{len(tied)} candidates tie" if best else f"nothing is lost by {len(tied)} candidates"
+        return f"{what}: the {'cheaper' if len(tied) == 2 else 'cheapest'} one is taken"
+
+    def table(self, unit: str) -> list[dict[str, str]]:
+        """A row of text for each candidate, which is named by its pixels x layers.
+
+        `unit`: that of the times, "GMACs" or "step ms".
+        """
+        scale = 1e3 if unit == "step ms" else 1.0
+        return [
+            {
+                "candidate": subnet.short,
+                "loss": f"{loss:.4f}",
+                unit: f"{time * scale:.4g}",
+                "score": "–" if score is None else f"{score:.4f}",
+                "chosen": "chosen" if subnet == self.chosen else "",
+            }
+            for subnet, loss, time, score in zip(self.candidates, self.losses, self.times, self.scores, strict=True)
+        ]
 
     @property
     def choice(self) -> Choice:
@@ -124,6 +153,8 @@ def candidate_times(measured: Mapping[Subnet, float], costs: Mapping[Subnet, flo
 
 def balancing_exponent(losses: Sequence[float], times: Sequence[float]) -> float:
     """alpha >= 0, which balances the candidates' scores: fits loss ~ a * T^b in log-log space; alpha = max(-b, 0)."""
+    import numpy as np  # starts a thread per core, which `status` on a login node must not
+
     x, y = np.log(np.asarray(times, np.float64)), np.log(np.asarray(losses, np.float64))
     x = x - x.mean()
     spread = float(x @ x)
@@ -236,6 +267,8 @@ def _found(
     stage: int, measured: Sequence[Mapping[Subnet, float]], times: Mapping[Subnet, float]
 ) -> tuple[tuple[Subnet, ...], tuple[float, ...], tuple[float, ...]]:
     """The candidates in ascending order, their mean losses and their times. Raises ValueError."""
+    import numpy as np
+
     candidates = tuple(sorted(times))
     losses = tuple(float(np.mean([losses[c] for losses in measured])) for c in candidates)
     seconds = tuple(times[c] for c in candidates)

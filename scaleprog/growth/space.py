@@ -18,13 +18,17 @@ class Subnet:
     resolution: int
     depth: int
 
-    @property
-    def tag(self) -> str:
-        """A short name for curves and columns."""
-        return f"r{self.resolution}_l{self.depth}"
+    def at_least(self, other: "Subnet") -> "Subnet":
+        """This Subnet, but in no dimension smaller than `other`."""
+        return Subnet(max(self.resolution, other.resolution), max(self.depth, other.depth))
 
     def __str__(self) -> str:
         return f"{self.resolution} px, {self.depth} layers"
+
+    @property
+    def short(self) -> str:
+        """Pixels x layers, as in "16x4"."""
+        return f"{self.resolution}x{self.depth}"
 
 
 @dataclass(frozen=True)

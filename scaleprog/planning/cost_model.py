@@ -271,7 +271,9 @@ def engines(recipe: Recipe, world: int, device: Device) -> dict[str, Recipe]:
     hsdp shards inside a node of `device`, unless the recipe has a `sharding.shard` that divides `world`.
     """
     own = recipe.sharding
-    shared = {key: getattr(own, key) for key in ("precision", "gather", "reshard_after_forward", "recompute", "compile")}
+    shared = {
+        key: getattr(own, key) for key in ("precision", "gather", "reshard_after_forward", "recompute", "compile")
+    }
     node = math.gcd(world, device.ranks_per_node)
     group = own.shard if own.shard and world % own.shard == 0 else node
     choices: dict[str, dict[str, str | int]] = {

@@ -20,6 +20,7 @@ from scaleprog.data.stream import Layout
 from scaleprog.data.token_labels import LabelShards
 from scaleprog.errors import RecipeError
 from scaleprog.files.location import local_path
+from scaleprog.growth.begun import begun_by
 from scaleprog.growth.policy import Budget, EqualStages, Price
 from scaleprog.growth.schedule import Schedule, ScheduleKind, rungs
 from scaleprog.growth.space import Subnet
@@ -114,7 +115,9 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
     epoch = SCALE if steps_per_epoch is None else steps_per_epoch
     growth, search = recipe.growth, recipe.search
     kind, ladder = rungs(growth, full, stride)
-    _check_groups(recipe, family, ladder)
+    begun = begun_by(recipe.parent)
+    present = [phase.network for phase in begun[-1:]]
+    _check_groups(recipe, family, [*present, *(s.at_least(p) for s in ladder for p in present or [s])])
     cooldown = recipe.optimizer.cooldown_steps(epoch)
     steps, search_steps = _lengths(recipe, kind, 1 if kind == "supernet" else len(ladder), epoch)
     scoring = search.measurements * _search_batches(recipe, epoch) / FORWARDS_PER_STEP
@@ -132,6 +135,7 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
         patch=patch,
         curriculum=growth.curriculum,
         split=family.split,
+        begun=begun,
     )
     if kind != "automatic" or search.method != "budget":
         rule = search.candidates if kind == "automatic" else None
@@ -354,6 +358,11 @@ def _limit(recipe: Recipe, frugal: Schedule, price: Price) -> float:
     if frugal.budget.short:
         raise RecipeError(
             f"search.budget: {asked} of Original's cost, but {frugal.budget.short}; lower it, or train longer"
+        )
+    if frugal.begun:
+        raise RecipeError(
+            f"search.budget: {asked} of Original's cost; with what the run's parent has spent, the cheapest run costs "
+            f"{least:.3f}; raise search.budget, or fork an earlier checkpoint"
         )
     raise RecipeError(
         f"search.budget: {asked} of Original's cost; the cheapest run, which trains {smallest} until the last of "

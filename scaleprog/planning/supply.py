@@ -55,7 +55,7 @@ class Supply:
                 f"images per second of a core are not known at {', '.join(missing)} px, where this recipe may train; "
                 "`scaleprog shards speed` measures all its sizes"
             )
-        subnets = schedule.space.candidates(None, "all")
+        subnets = schedule.networks
         decoders = max(1, min(recipe.data.processes(cores), cores))
         prepared = {subnet: rates[schedule.view(subnet).pixels] * decoders * world for subnet in subnets}
         return cls(

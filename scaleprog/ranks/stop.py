@@ -20,6 +20,7 @@ from scaleprog.ranks.coordinator import Coordinator
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 DEADLINE = 128  # stands for the time limit among the signal numbers
+TIME_LIMIT = "time limit"
 LOOK_SECONDS = 2.0  # roughly, between two reductions of the flags
 FLIGHT_SECONDS = 0.1  # roughly, from the start of a reduction until the ranks read its result
 MOST_STEPS = 1000  # most steps between two reductions
@@ -111,6 +112,10 @@ class Watch:
         else:
             self._saved = time.monotonic()
 
+    def save_every(self, seconds: float) -> None:
+        """Changes the time between two agreements to save; only rank 0's counts."""
+        self._every = seconds
+
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._receiver, self._sender = socket.socketpair()
@@ -167,7 +172,7 @@ def deadline(environment: dict[str, str] | None = None) -> float | None:
 
 
 def _name(number: int) -> str:
-    return "time limit" if number == DEADLINE else signal.Signals(number).name
+    return TIME_LIMIT if number == DEADLINE else signal.Signals(number).name
 
 
 def _nothing(_: int, __: FrameType | None) -> None:

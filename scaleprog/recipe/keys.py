@@ -59,6 +59,10 @@ _RANDAUGMENT = (  # timm ignores a section that it does not know, and runs as ma
 )
 
 
+TIMM = "timm"
+"""As `init.from`: the weights that timm has for the model."""
+
+
 class ModelSettings(Settings):
     """A timm model by name, and overrides of its sizes."""
 
@@ -260,6 +264,8 @@ class TrainSettings(Settings):
     On the CPU that is always so."""
     log_every: Steps = 20
     """Steps between two points in TensorBoard, and between two reductions of the losses."""
+    rank_curves: bool = False
+    """Whether every rank also draws the seconds of its own steps, as a run of its own in TensorBoard."""
 
 
 class OptimizerSettings(Settings):
@@ -485,6 +491,9 @@ class CheckpointSettings(Settings):
     """When a run saves checkpoints, besides at the ends of phases and of the run and when it is asked to stop, and
     which ones it keeps."""
 
+    every: Literal["auto"] | None = None
+    """auto: the run chooses the time between two checkpoints from what saving costs and how often it has failed, in
+    place of every_steps and every_minutes; an event says which and why."""
     every_steps: Steps | None = None
     """Steps between two checkpoints; default: no limit."""
     every_minutes: Minutes | None = 10.0
@@ -495,3 +504,13 @@ class CheckpointSettings(Settings):
     """Whether each evaluation with a new best top-1 saves a checkpoint; the run keeps the best one."""
     keep_every_epochs: WholeEpochs | None = None
     """Epochs of the schedule between two checkpoints that the run keeps for good."""
+
+    @property
+    def minutes(self) -> float | None:
+        """Minutes between two checkpoints; with `every: auto`, until the first, which shows what saving costs."""
+        return 1.0 if self.every == "auto" else self.every_minutes
+
+    @property
+    def steps(self) -> int | None:
+        """Steps between two checkpoints."""
+        return None if self.every == "auto" else self.every_steps

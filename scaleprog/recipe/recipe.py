@@ -1,6 +1,7 @@
 """One YAML file -> one validated, immutable Recipe. Unknown keys and bad values are errors that say what is valid."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,11 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from scaleprog.errors import RecipeError
+from scaleprog.files.location import local_path
 from scaleprog.files.plain_yaml import RECIPE, parse, read_mapping, read_run
+from scaleprog.recipe import shipped
 from scaleprog.recipe.keys import (
+    TIMM,
     AugmentSettings,
     CheckpointSettings,
     DataSettings,
@@ -26,12 +30,14 @@ from scaleprog.recipe.keys import (
     TrainSettings,
 )
 from scaleprog.recipe.numbers import Settings
+from scaleprog.recipe.parent import ParentSettings
 
 # Keys that may change between two starts of one run: they alter speed or bookkeeping, never the weights; but
 # search.budget, which is what the searches still to come may spend. A run that has begun does not read `init` again.
 FREE = (
     "train.max_steps",
     "train.log_every",
+    "train.rank_curves",
     "train.accept_arithmetic",
     "train.micro_batch",
     "init",
@@ -60,10 +66,14 @@ FREE = (
     "optimizer.most_skipped",
     "search.budget",
 )
+PATHS = (("init", "source"), ("data", "path"), ("data", "manifest"), ("data", "store"), ("data", "token_labels"))
+"""The settings that are paths, URLs, or `timm`."""
 MOST_BASES = 20
 """Of one recipe, those of its bases included."""
 MOST_PROBLEMS, LONGEST_SHOWN = 50, 200
 """In one message."""
+KEY = r"[\w-]+(\.[\w-]+)*"
+"""The form of a key in `key=value`."""
 
 
 class Recipe(Settings):
@@ -83,11 +93,16 @@ class Recipe(Settings):
     sharding: ShardingSettings = ShardingSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    parent: ParentSettings | None = None
+    """The run that this one continues, see docs/continue.md; `scaleprog train --from` writes it."""
 
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> "Recipe":
-        """Reads a recipe, the bases it names, and `key=value` overrides such as `growth.stages=3`."""
-        return cls.overridden(_read(Path(path), (), []), overrides, str(path))
+        """Reads a recipe, the bases it names, and `key=value` overrides such as `growth.stages=3`.
+
+        `path`: a file, or the name of a shipped recipe, see `shipped.locate`.
+        """
+        return cls.overridden(_read(shipped.locate(Path(path)), (), []), overrides, str(path))
 
     @classmethod
     def overridden(cls, values: Mapping[str, Any], overrides: Sequence[str], where: str) -> "Recipe":
@@ -109,6 +124,20 @@ class Recipe(Settings):
         except ValidationError as error:
             raise RecipeError(f"{where}:\n" + "\n".join(f"  {line}" for line in _explain(error))) from None
 
+    def located(self, directories: Sequence[Path]) -> "Recipe":
+        """The recipe with absolute paths: a relative one leads from the first of `directories` in which it exists, or
+        else from the first; see `directories.py`."""
+        groups: dict[str, Settings] = {}
+        for group, field in PATHS:
+            settings = groups.get(group, getattr(self, group))
+            path = getattr(settings, field)
+            if path is None or (group, path) == ("init", TIMM) or os.path.isabs(local_path(path) or "/"):
+                continue
+            places = [os.path.join(directory, path) for directory in directories] or [path]
+            found = next(filter(os.path.exists, places), places[0])
+            groups[group] = settings.model_copy(update={field: found})
+        return self.model_copy(update=groups)
+
     def dump(self) -> str:
         """The resolved recipe as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -123,6 +152,13 @@ class Recipe(Settings):
         ]
 
 
+def files_of(path: Path) -> list[Path]:
+    """A recipe's file and those of its bases, resolved. Raises RecipeError."""
+    files: list[Path] = []
+    _read(path, (), files)
+    return files
+
+
 def _read(path: Path, parents: tuple[Path, ...], read: list[Path]) -> dict[str, Any]:
     """A recipe file merged over its `base`: a path relative to it, or several, each merged over those before it.
 
@@ -133,6 +169,7 @@ def _read(path: Path, parents: tuple[Path, ...], read: list[Path]) -> dict[str, 
         values = read_mapping(path)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 3)
+        near = near or difflib.get_close_matches(shipped.name_of(str(path)), shipped.recipes(), 1, cutoff=0.8)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise RecipeError(f"{path}: no such recipe{of}{hint}") from None
     except OSError as error:
@@ -157,7 +194,7 @@ def _read(path: Path, parents: tuple[Path, ...], read: list[Path]) -> dict[str, 
 def _override(text: str) -> dict[str, Any]:
     """What `key=value` asks for, as a recipe that says nothing else."""
     key, equals, written = text.partition("=")
-    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key) or len(key) > LONGEST_SHOWN:
+    if not equals or not re.fullmatch(KEY, key) or len(key) > LONGEST_SHOWN:
         raise RecipeError(f"override {_shown(text)} is not of the form key=value")
     try:
         value = parse(written)

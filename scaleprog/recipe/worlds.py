@@ -80,11 +80,15 @@ class Worlds:
         """Whether `batch` images can be taken from `lanes` lanes."""
         return batch % (lanes * self._unit) == 0 and batch >= lanes * 2 * self.pairs
 
-    def _change(self, world: int) -> str:
-        """Settings with which `world` ranks can train: the most lanes for the batch or, if none, a larger batch."""
+    def fitted(self, world: int) -> tuple[int, int]:
+        """Lanes and batch with which `world` ranks can train: the most lanes for the batch; if none, a larger batch."""
         unit = world * self._unit
         batch = max(ceil_div(self.batch, unit) * unit, world * 2 * self.pairs)
-        lanes = max(n for n in range(world, min(self.lanes, batch) + world, world) if self._fills(n, batch))
+        return max(n for n in range(world, min(self.lanes, batch) + world, world) if self._fills(n, batch)), batch
+
+    def _change(self, world: int) -> str:
+        """Settings with which `world` ranks can train."""
+        lanes, batch = self.fitted(world)
         if batch == self.batch:
             return f"data.lanes={lanes}"
         return f"data.lanes={lanes} train.batch={batch} (which changes the training)"

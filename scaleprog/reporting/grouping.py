@@ -11,6 +11,7 @@ from scaleprog.errors import CheckpointError
 from scaleprog.reporting.figures import Curve
 from scaleprog.reporting.history import RunRecord, read_run
 from scaleprog.rundir.accuracies import Accuracies
+from scaleprog.rundir.folders import runs_at, short_names
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,14 @@ class Group:
 
 
 def read_groups(runs: Sequence[Path]) -> tuple[list[RunRecord], list[Group]]:
-    """Reads run directories, and groups the runs by recipe.
+    """Reads run directories, and those in folders of several, and groups the runs by recipe.
 
     Raises CheckpointError: no directory is given, or one of them holds no run.
     """
-    folders = list(dict.fromkeys(Path(run).resolve() for run in runs))
+    folders = list(dict.fromkeys(run.resolve() for path in runs for run in runs_at(Path(path)) or [Path(path)]))
     if not folders:
         raise CheckpointError("no run directory given; name at least one")
-    told = [read_run(folder, name) for folder, name in zip(folders, _names(folders))]
+    told = [read_run(folder, name) for folder, name in zip(folders, short_names(folders))]
     return told, _groups(told)
 
 
@@ -62,14 +63,6 @@ def _curve(name: str, run: RunRecord, spent: str, begins: tuple[float, ...]) -> 
     seconds = tuple(row[spent] for row in timed)
     top1 = tuple(Accuracies(row).best for row in timed)
     return Curve(name, seconds, top1, begins, run.finished)
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that are all different."""
-    parts = 1
-    while len({folder.parts[-parts:] for folder in folders}) < len(folders):
-        parts += 1
-    return ["/".join(folder.parts[-parts:]) for folder in folders]
 
 
 def _groups(runs: Sequence[RunRecord]) -> list[Group]:

@@ -14,9 +14,9 @@ from scaleprog.errors import CheckpointError
 from scaleprog.files import plain_yaml
 from scaleprog.growth.space import Subnet
 from scaleprog.reporting.figures import Search, Segment
-from scaleprog.reporting.timeline import Timeline, read_timeline, still_told
+from scaleprog.reporting.timeline import Timeline, read_timeline
 from scaleprog.rundir.accuracies import Accuracies
-from scaleprog.rundir.reading import checked, read, read_object
+from scaleprog.rundir.reading import checked, read, read_object, still_told
 from scaleprog.rundir.records import (
     EVALUATED_AT,
     EVALUATIONS,
@@ -104,8 +104,10 @@ class RunRecord:
 
     @property
     def twins(self) -> str:
-        """A text that is equal for runs whose recipes differ only in the seed."""
-        return json.dumps({**self.recipe, "seed": None}, sort_keys=True)
+        """A text that is equal for runs whose recipes differ only in the seed and, if they are forks, the parent."""
+        parent = self.recipe.get("parent")
+        step = parent.get("step") if isinstance(parent, Mapping) else None
+        return json.dumps({**self.recipe, "seed": None, "parent": step}, sort_keys=True)
 
     @property
     def on_cpu(self) -> bool:
@@ -148,7 +150,7 @@ class RunRecord:
         """The trained networks, as in "16x4 -> 28x8"; dots stand for those left out or still to come."""
         if self.finished:
             return " -> ".join(f"{s['resolution']}x{s['depth']}" for s in self.results["stages"][-MOST_STAGES:])
-        sizes = [size_of(s.network) for s in self.segments if s.phase == "train"]
+        sizes = [s.network.short for s in self.segments if s.phase == "train"]
         return " -> ".join([*(["..."] if len(sizes) > MOST_STAGES else []), *sizes[-MOST_STAGES:], "..."])
 
 
@@ -254,7 +256,3 @@ def _losses(measured: Sequence[Row]) -> tuple[tuple[int, ...], dict[Subnet, tupl
     told = [(step, losses) for step, losses in all_told if losses.keys() == all_told[-1][1].keys()]
     losses = {subnet: tuple(each[subnet] for _, each in told) for subnet in (told[-1][1] if told else ())}
     return tuple(step for step, _ in told), losses
-
-
-def size_of(subnet: Subnet) -> str:
-    return f"{subnet.resolution}x{subnet.depth}"

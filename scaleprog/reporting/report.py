@@ -1,5 +1,6 @@
 """Compares runs: report.md with the paper's Table 2, what the searches decided, the runs' timelines, and pictures."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,11 @@ from scaleprog.reporting.figures import (
     draw_verdict,
 )
 from scaleprog.reporting.grouping import Group, curve, read_groups
-from scaleprog.reporting.history import RunRecord, size_of
+from scaleprog.reporting.history import RunRecord
 from scaleprog.reporting.text_tables import cell, markdown_table, plain_table, spread
 from scaleprog.reporting.timeline import Timeline, describe, table_row
 from scaleprog.reporting.timeline_figure import draw_timelines
+from scaleprog.rundir.accuracies import better, is_percentage
 from scaleprog.rundir.reading import reason
 
 RESULTS = {  # column -> key in results.json, format
@@ -49,7 +51,7 @@ WAITING = (
 )
 MOST_WAITING = 0.05
 """Fraction of a phase that may wait for data without a sentence about it."""
-SHORT = ("run", "schedule", "stages", "top-1 best", "train s", "speedup", "wall s", "wall speedup")  # on a terminal
+SHORT = ("run", "schedule", "top-1 best", "train s", "speedup", "wall s")  # on a terminal
 
 
 def write_report(runs: Sequence[Path], out: Path) -> str:
@@ -159,10 +161,10 @@ def _further_metrics(runs: Sequence[RunRecord]) -> list[str]:
     return sorted(set.intersection(*named)) if named else []
 
 
-def _percent(results: Mapping[str, Any], metric: str) -> float | None:
-    """The accuracy (percent) of the better weights; None if the values are not percentages."""
-    found = [results[metric], results[f"{metric}_ema"]]
-    return max(found) if all(type(each) in (int, float) and 0 <= each <= 100 for each in found) else None
+def _better(results: Mapping[str, Any], metric: str) -> float | None:
+    """The accuracy (percent) or loss of the better weights; None if the values are neither."""
+    found, most = [results[metric], results[f"{metric}_ema"]], 100 if is_percentage(metric) else math.inf
+    return better(metric, found) if all(type(each) in (int, float) and 0 <= each <= most for each in found) else None
 
 
 def _row(
@@ -180,7 +182,7 @@ def _row(
         "stages": run.stages,
         "epochs": f"{epochs:g}" if run.finished else f"{run.epoch:.1f} of {epochs:g}",
         **{column: cell(results[key], spec) for column, (key, spec) in RESULTS.items()},
-        **{metric: cell(_percent(results, metric), ".2f") for metric in metrics},
+        **{metric: cell(_better(results, metric), ".2f") for metric in metrics},
         "speedup": cell(speedup(results["train_seconds"]) if run.finished else None, "+.1%"),
         "wall speedup": cell(by_wall(results["wall_seconds"]) if run.finished else None, "+.1%"),
     }
@@ -224,28 +226,15 @@ def _searches(runs: Sequence[RunRecord]) -> list[str]:
         return []
     parts = [f"## Searches\n\n{SCORES}\n\n![Losses and scores](search.png)"]
     for run in runs:
-        modelled = run.recipe["search"].get("times") == "modelled"
-        unit, scale = ("GMACs", 1.0) if modelled else ("step ms", 1e3)
+        unit = "GMACs" if run.recipe["search"].get("times") == "modelled" else "step ms"
         rows, summary = [], []
         for search in run.searches:
             decision = search.decision
             if decision is None:
                 summary.append(f"stage {search.stage} is not decided yet")
                 continue
-            summary.append(f"stage {search.stage} chose {size_of(decision.chosen)}, {decision.because}")
-            for subnet, loss, time, score in zip(
-                decision.candidates, decision.losses, decision.times, decision.scores, strict=True
-            ):
-                rows.append(
-                    {
-                        "stage": str(search.stage),
-                        "candidate": size_of(subnet),
-                        "loss": f"{loss:.4f}",
-                        unit: f"{time * scale:.4g}",
-                        "score": cell(score, ".4f"),
-                        "chosen": "chosen" if subnet == decision.chosen else "",
-                    }
-                )
+            summary.append(f"stage {search.stage} chose {decision.chosen.short}, {decision.because}")
+            rows += [{"stage": str(search.stage), **row} for row in decision.table(unit)]
         parts += [f"### {as_markdown(run.name)}", f"{as_markdown('; '.join(summary))}."]
         parts += [markdown_table(rows)] if rows else []
     return parts
@@ -258,7 +247,7 @@ def _waiting(runs: Sequence[RunRecord]) -> list[str]:
             "run": run.name,
             "stage": str(segment.stage),
             "phase": segment.phase,
-            "network": size_of(segment.network),
+            "network": segment.network.short,
             "waiting": f"{segment.waiting:.1%}",
         }
         for run in runs
@@ -276,7 +265,7 @@ def _starved(run: RunRecord) -> str:
     if longest is None or (longest.waiting or 0.0) <= MOST_WAITING:
         return ""
     return (
-        f"{run.name} waits for data in {longest.waiting:.0%} of stage {longest.stage} ({size_of(longest.network)}): "
+        f"{run.name} waits for data in {longest.waiting:.0%} of stage {longest.stage} ({longest.network.short}): "
         "use more cores and data.workers (auto), store smaller images (--shorter-side of scaleprog shards), or "
         "pack the shards (scaleprog shards pack)."
     )

@@ -5,7 +5,17 @@ from statistics import mean, stdev
 
 from scaleprog.files.display import as_markdown, as_text
 
-TEXT = ("run", "recipe", "schedule", "stages", "candidate", "scheme", "energy from", "order")  # left-aligned columns
+TEXT = (
+    "run",
+    "recipe",
+    "schedule",
+    "stages",
+    "candidate",
+    "scheme",
+    "energy from",
+    "order",
+    "class",
+)  # left-aligned columns
 
 
 def cell(value: float | None, spec: str) -> str:

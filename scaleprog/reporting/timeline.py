@@ -1,18 +1,18 @@
 """The timeline of a run: its starts, what ended them and what they cost, derived from events, steps and requeues."""
 
+import math
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from scaleprog.files.display import first_line
 from scaleprog.growth.space import Subnet
-from scaleprog.rundir.reading import read
+from scaleprog.rundir.reading import read, still_told, with_generations
 from scaleprog.rundir.records import LEFT, REQUEUES
 
 Row = Mapping[str, Any]
@@ -89,13 +89,13 @@ def read_timeline(folder: Path, name: str, rows: Sequence[Row], events: Sequence
         rows: rows of metrics.jsonl, in the order of the file.
         events: rows of events.jsonl, in the order of the file.
     """
-    events = _with_generations(events)
+    events = with_generations(events)
     begins = [i for i, event in enumerate(events) if event["event"] == "start"]
     if not begins:
         return None
     begun = [events[i] for i in begins]
     begun_at = list(accumulate((event["time"] for event in begun), max))
-    kept = [*list(accumulate((event["step"] for event in reversed(begun)), min))[::-1][1:], np.inf]
+    kept = [*list(accumulate((event["step"] for event in reversed(begun)), min))[::-1][1:], math.inf]
     steps = sorted((row for row in rows if "loss" in row), key=lambda row: row["step"])
     ends = sorted(read(folder / REQUEUES, LEFT).rows, key=lambda row: row["time"])
     beyond = _beyond(begun, begun_at)
@@ -109,7 +109,7 @@ def read_timeline(folder: Path, name: str, rows: Sequence[Row], events: Sequence
         own = [e for e in events[begins[i] : None if last else begins[i + 1]] if e["generation"] == event["generation"]]
         mine = steps[slice(*(bisect_right(steps, at, key=lambda row: row["step"]) for at in (event["step"], kept[i])))]
         points = _points(own, mine, beyond.get(i, ()), clock)
-        left = _between(ends, event["time"], np.inf if last else begun[i + 1]["time"])
+        left = _between(ends, event["time"], math.inf if last else begun[i + 1]["time"])
         ready = clock(event["time"])
         start = Start(
             began=min(max(ready - event.get("startup_seconds", 0.0), before), ready),
@@ -131,26 +131,6 @@ def read_timeline(folder: Path, name: str, rows: Sequence[Row], events: Sequence
     return Timeline(name, zero, starts, marks, lost, _costs(starts, steps, rows, events))
 
 
-def still_told(events: Sequence[Row]) -> list[Row]:
-    """The events that still hold. A start cancels the events of earlier starts about steps beyond its own first step,
-    and all events that an earlier start writes after it."""
-    told: list[Row] = []
-    latest = -1
-    for event in _with_generations(events):
-        if event["event"] == "start":
-            latest = event["generation"]
-        if event["generation"] >= latest:
-            told.append(event)
-    kept: list[Row] = []
-    back_to: float = np.inf
-    for event in reversed(told):
-        if event.get("step", 0) <= back_to:
-            kept.append(event)
-        if event["event"] == "start":
-            back_to = min(back_to, event["step"])
-    return kept[::-1]
-
-
 def describe(timeline: Timeline | None, events: Sequence[Row]) -> list[str]:
     """Starts, growths, checkpoints and errors in words."""
     starts, checkpoints, failed, errors = (
@@ -165,6 +145,12 @@ def describe(timeline: Timeline | None, events: Sequence[Row]) -> list[str]:
         [mark for mark in timeline.marks if mark.kind in ("signal", "stop", "killed") and mark.text] if timeline else []
     )
     lines = [
+        *[f"continues {e['run']} from step {e['step']}" for e in events if e["event"] == "forked"],
+        *[
+            f"made longer at step {e['step']}: {e['epochs']:g} epochs in place of {e['before']:g}"
+            for e in events
+            if e["event"] == "lengthened"
+        ],
         _listing("starts", [f"at step {e['step']}, world size {e.get('world', 1)}{_again(e)}" for e in starts]),
         _listing(
             f"growths in {sum(e['seconds'] for e in growths):.2f} s",
@@ -211,17 +197,6 @@ def span(seconds: float) -> str:
 
 
 # ---- reading
-
-
-def _with_generations(events: Sequence[Row]) -> list[Row]:
-    """The events, each with its generation, which early versions recorded for start events at most."""
-    known: list[Row] = []
-    latest = 0
-    for event in events:
-        if event["event"] == "start":
-            latest = event.get("generation", latest + 1)
-        known.append({"generation": latest, **event})
-    return known
 
 
 @dataclass(frozen=True)
@@ -291,12 +266,15 @@ class _Progress:
     """Points of (seconds, steps), prepared for many look-ups."""
 
     def __init__(self, points: Sequence[tuple[float, int]]) -> None:
-        self._times, steps = map(np.asarray, zip(*points))
-        self._steps = np.maximum.accumulate(steps.astype(float))  # a clock that was set back puts them out of order
+        import numpy as np  # starts a thread per core, which `status` on a login node must not
+
+        times, steps = map(np.asarray, zip(*points))
+        ascending = np.maximum.accumulate(steps.astype(float))  # a clock that was set back puts them out of order
+        self._when = partial(np.interp, xp=ascending, fp=times)
 
     def when(self, step: float) -> float:
         """About when `step` steps were finished, in seconds."""
-        return float(np.interp(step, self._steps, self._times))
+        return float(self._when(step))
 
 
 def when(points: Sequence[tuple[float, int]], step: float) -> float:

@@ -37,8 +37,10 @@ from scaleprog.rundir.storage import (
     write_tensors,
 )
 from scaleprog.rundir.tensorfile import NAMES
-from scaleprog.sharding.placement import LocalSlice, share_out
+from scaleprog.sharding.placement import LocalSlice, held_by, share_out
 
+Chunks = Mapping[str, tuple[tuple[int, int], ...]]
+"""For each tensor, (rank, elements) of consecutive stretches."""
 RUN_ID = "run.id"
 POISONED = "numbers that are not finite"
 ELSEWHERE = "move it to its own run directory; scaleprog then uses this run's newest"
@@ -106,6 +108,8 @@ class Checkpoints:
         self._host: dict[str, Tensor] = {}  # reused, because `save` waits for the previous save
         self._writing: Future[Commit] | None = None
         self._finished: list[Commit] = []
+        self._holding: tuple[dict[str, int], list[int]] | None = None  # at the last save
+        self._chunks: Chunks = {}
 
     def save(
         self,
@@ -296,8 +300,7 @@ class Checkpoints:
         size, error, poisoned = 0, None, False
         try:
             group.on_rank_0("prepare", lambda: _on_disk(temporary, make_room))
-            held = {name: [part.numel, part.start, part.tensor.numel()] for name, part in parts.items()}
-            chunks = share_out(group.gather(held))
+            chunks = self._share_out(parts)
             written = group.gather(write())
             size = group.on_rank_0("publish", lambda: _on_disk(final, make_visible))
             group.on_rank_0("retire", lambda: _on_disk(self.folder, delete_older))
@@ -307,6 +310,13 @@ class Checkpoints:
             error = f"{temporary}: not written ({reason(failure)}){hint}"
             group.on_rank_0("remove", lambda: discard(temporary))  # it may fill the disk
         return Commit(final, step, stall, time.monotonic() - began, size, error, poisoned)
+
+    def _share_out(self, parts: Mapping[str, LocalSlice]) -> Chunks:
+        """Which rank saves what. The ranks tell each other what they hold only if it has changed since then."""
+        group, holding = self._background, ({name: part.numel for name, part in parts.items()}, held_by(parts))
+        if any(group.maximum([float(holding != self._holding)])):
+            self._holding, self._chunks = holding, share_out(holding[0], group.gather(holding[1]))
+        return self._chunks
 
     def _run(self) -> str:
         """The ID of the run, which its first checkpoint creates."""

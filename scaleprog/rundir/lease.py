@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from scaleprog.errors import CheckpointError, ScaleprogError, Superseded, Unavailable
 from scaleprog.files.atomic import lock, open_regular, read_text, unlock, write_whole
-from scaleprog.recipe import Recipe
+from scaleprog.recipe import Recipe, directories
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.records import JOB_ID
 
@@ -181,6 +181,7 @@ def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
         try:
             if not (folder / "recipe.yaml").exists():
                 write_whole(folder / "recipe.yaml", recipe.dump())
+            directories.note(folder)
             write_whole(folder / OWNER, json.dumps(asdict(me)))
             os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # never closed: `ask_to_stop` looks for it
         except OSError as error:
@@ -188,13 +189,23 @@ def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
     return me.generation, me.nonce
 
 
+@contextmanager
+def held_idle(folder: Path) -> Iterator[None]:
+    """Inside, no start can take the run directory over. Raises CheckpointError if one trains there."""
+    with _lock(folder):
+        owner = read_owner(folder)
+        if owner is not None and is_alive(owner, folder):
+            raise CheckpointError(f"{folder} is in use by {owner}; wait for it, or cancel it")
+        yield
+
+
 def job_of(variables: Mapping[str, str] = os.environ) -> tuple[str | None, int, str | None]:
     """The job, its restart count, and the step of a process that Slurm started; (None, 0, None) for any other.
 
     A shell of `salloc` has SLURM_JOB_ID, but only the processes that Slurm starts have SLURM_PROCID or a restart count.
     """
-    job, restart = variables.get("SLURM_JOB_ID"), variables.get("SLURM_RESTART_COUNT", "")
-    if not FITS["job"](job) or not ("SLURM_PROCID" in variables or restart):
+    job, restart = slurm_queue.own_job(variables), variables.get("SLURM_RESTART_COUNT", "")
+    if job is None or not ("SLURM_PROCID" in variables or restart):
         return None, 0, None
     step = variables.get("SLURM_STEP_ID")
     return (
@@ -230,7 +241,7 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
 
 def check_folders(folder: Path) -> None:
     """Raises CheckpointError if a folder in a run directory is a symlink, because its files would lie elsewhere."""
-    for path in (folder / "checkpoints", folder / "tensorboard", *folder.glob("tensorboard/*")):
+    for path in (folder / "checkpoints", folder / "tensorboard", *folder.glob("rank_*")):
         if path.is_symlink():
             raise CheckpointError(
                 f"{path}: a symbolic link; a run directory needs folders of its own. To use another disk, link the "

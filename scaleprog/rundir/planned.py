@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 
 from scaleprog.files.atomic import write_whole
+from scaleprog.growth.begun import begun_by
 from scaleprog.growth.policy import Budget, EqualStages, Policy
 from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.space import Subnet
+from scaleprog.recipe.parent import ParentSettings
 from scaleprog.rundir.reading import read_object
 from scaleprog.rundir.records import PlanFile, PlannedSchedule
 
@@ -19,9 +20,6 @@ SCHEDULE = ("kind", "steps", "search_steps", "scoring", "recycle", "adaptive_reg
 
 def write_plan(run: Path, schedule: Schedule, gmacs: Callable[[Subnet], float]) -> None:
     """Writes the schedule, and the GMACs of an image in every network that it may train. May raise OSError."""
-    networks = set(schedule.ladder)
-    if schedule.kind != "fixed":
-        networks |= {Subnet(*size) for size in product(schedule.space.resolutions, schedule.space.depths)}
     budget = schedule.budget
     fields: PlannedSchedule = {
         **{name: getattr(schedule, name) for name in SCHEDULE},  # type: ignore[typeddict-item]
@@ -32,14 +30,15 @@ def write_plan(run: Path, schedule: Schedule, gmacs: Callable[[Subnet], float]) 
         "complete_steps": budget.complete_steps if budget else 0,
         "cooldown": schedule.policy.cooldown,
     }
-    costs = [[subnet.resolution, subnet.depth, gmacs(subnet)] for subnet in sorted(networks)]
+    costs = [[subnet.resolution, subnet.depth, gmacs(subnet)] for subnet in schedule.networks]
     write_whole(run / PLAN, json.dumps({"schedule": fields, "gmacs": costs}))
 
 
-def read_plan(run: Path) -> tuple[Schedule, dict[Subnet, float]] | None:
+def read_plan(run: Path, parent: ParentSettings | None = None) -> tuple[Schedule, dict[Subnet, float]] | None:
     """The schedule and GMACs that `write_plan` wrote; None without a file. Raises CheckpointError or Unavailable.
 
-    The schedule tells steps and costs; how a network grows is not in the file.
+    The schedule tells steps and costs; how a network grows is not in the file. `parent`: the run that it continues,
+    according to its recipe.
     """
     values = read_object(run / PLAN, PlanFile)
     if values is None:
@@ -61,5 +60,7 @@ def read_plan(run: Path) -> tuple[Schedule, dict[Subnet, float]] | None:
             subset=fields["patch"] is not None,
             cooldown=cooldown,
         )
-    schedule = Schedule(ladder=ladder, policy=policy, **{name: fields[name] for name in SCHEDULE})  # type: ignore[literal-required]
+    begun = begun_by(parent)
+    named = {name: fields[name] for name in SCHEDULE}  # type: ignore[literal-required]
+    schedule = Schedule(ladder=ladder, policy=policy, begun=begun, **named)
     return schedule, {Subnet(resolution, depth): cost for resolution, depth, cost in values["gmacs"]}

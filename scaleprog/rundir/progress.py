@@ -17,7 +17,7 @@ PLAIN_EVERY = 15.0  # seconds between two progress lines if the output is not a 
 class ProgressLine:
     """Progress on rank 0: a live line if the output is a terminal, else a plain line every few seconds."""
 
-    def __init__(self, total: int, step: int, enabled: bool) -> None:
+    def __init__(self, total: int, step: int, enabled: bool, text: str = "starting") -> None:
         console = Console(file=sys.stderr)
         self._live = Progress(
             TextColumn("{task.description}", markup=False),
@@ -27,7 +27,7 @@ class ProgressLine:
             console=console,
         )
         self._enabled, self._terminal = enabled, console.is_terminal
-        self._task = self._live.add_task("starting", total=total, completed=step)
+        self._task = self._live.add_task(text, total=total, completed=step)
         self._total, self._told = total, 0.0
         if enabled and self._terminal:
             self._live.start()
@@ -43,6 +43,10 @@ class ProgressLine:
         elif self._enabled and time.monotonic() - self._told > PLAIN_EVERY:
             self._told = time.monotonic()
             self.say(f"step {row['step']}/{total} {text}")
+
+    def advance(self) -> None:
+        """Shows one more part as done, where the parts are all alike; for a terminal only."""
+        self._live.advance(self._task)
 
     def say(self, text: str) -> None:
         """Prints a separate line on rank 0; does nothing if the disk of the log is full."""

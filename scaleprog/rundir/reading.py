@@ -5,8 +5,9 @@ Records that are not of the requested kind (`records.py`) are left out; a senten
 
 import errno
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,15 +69,50 @@ def read(path: Path, kind: TypeAdapter[Any], last: int | None = None) -> Told:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """All JSON objects in a .jsonl file, whatever their keys; other lines are left out. Empty without a file."""
-    rows = []
+    return list(each_row(path))
+
+
+def each_row(path: Path) -> Iterator[dict[str, Any]]:
+    """Like `read_rows`, one by one."""
     if path.exists():
         for line in lines(path):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            rows += [row] if isinstance(row, dict) else []
-    return rows
+            if isinstance(row, dict):
+                yield row
+
+
+def still_told(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The events that still hold. A start cancels the events of earlier starts about steps beyond its own first step,
+    and all events that an earlier start writes after it."""
+    told: list[Mapping[str, Any]] = []
+    latest = -1
+    for event in with_generations(events):
+        if event["event"] == "start":
+            latest = event["generation"]
+        if event["generation"] >= latest:
+            told.append(event)
+    kept: list[Mapping[str, Any]] = []
+    back_to: float = math.inf
+    for event in reversed(told):
+        if event.get("step", 0) <= back_to:
+            kept.append(event)
+        if event["event"] == "start":
+            back_to = min(back_to, event["step"])
+    return kept[::-1]
+
+
+def with_generations(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The events, each with its generation, which early versions recorded for start events at most."""
+    known: list[Mapping[str, Any]] = []
+    latest = 0
+    for event in events:
+        if event["event"] == "start":
+            latest = event.get("generation", latest + 1)
+        known.append({"generation": latest, **event})
+    return known
 
 
 def lines(path: Path, last: int | None = None) -> Iterator[bytes]:

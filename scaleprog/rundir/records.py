@@ -22,6 +22,7 @@ Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Joules = Annotated[float, Field(ge=0, le=1e15)]
 Moment = Annotated[float, Field(ge=0, le=2**33)]
 """Seconds since 1970, until 2242."""
+Amount = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Loss = Annotated[float, Field(allow_inf_nan=True)]
@@ -61,11 +62,15 @@ class Step(TypedDict):
 
 @with_config(STRICT)
 class Evaluation(TypedDict):
-    """Accuracies after a step, in percent."""
+    """What an evaluation after a step found, accuracies in percent; early versions recorded top-1 only."""
 
     step: Count
     top1: Percent
     top1_ema: Percent
+    top5: NotRequired[Percent]
+    top5_ema: NotRequired[Percent]
+    val_loss: NotRequired[Amount]
+    val_loss_ema: NotRequired[Amount]
     train_seconds: NotRequired[Seconds]
     train_cpu_seconds: NotRequired[Seconds]
 
@@ -238,10 +243,31 @@ class Failed(_Event):
 
 
 @with_config(STRICT)
+class Forked(_Event):
+    """The beginning of a fork: the run that it continues, and the step of that run's checkpoint."""
+
+    event: Literal["forked"]
+    step: Count
+    run: Name
+
+
+@with_config(STRICT)
+class Lengthened(_Event):
+    """A change of `train.epochs` in place."""
+
+    event: Literal["lengthened"]
+    step: Count
+    before: Number
+    epochs: Number
+
+
+@with_config(STRICT)
 class Happened(_Event):
     """An event without details."""
 
-    event: Literal["init", "hurried", "stopped_early", "finish", "compiled", "nonfinite", "data_wait", "workers"]
+    event: Literal[
+        "init", "hurried", "stopped_early", "finish", "compiled", "nonfinite", "data_wait", "workers", "interval"
+    ]
     step: NotRequired[Count]
 
 
@@ -258,6 +284,8 @@ Event = (
     | Signal
     | Preempted
     | Failed
+    | Forked
+    | Lengthened
     | Happened
 )
 

@@ -6,7 +6,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -80,12 +80,23 @@ class Job:
         return any(os.path.realpath(os.path.join(self.directory, span)) == wanted for span in spans if span)
 
 
+def own_job(variables: Mapping[str, str] = os.environ) -> str | None:
+    """The ID of the job in whose environment this process runs; None without one.
+
+    A task of an array has the ID that only it has, as in "17_2": SLURM_JOB_ID of its last task is that of the array.
+    """
+    array, index = variables.get("SLURM_ARRAY_JOB_ID"), variables.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{index}" if array and index else variables.get("SLURM_JOB_ID")
+    return job if job and re.fullmatch(JOB_ID, job) else None
+
+
 def find(job: str) -> Job | None:
     """The job with this ID; None if Slurm does not know it, or has forgotten it. Raises NoAnswer."""
     told = _ask("scontrol", "-o", "show", "job", _checked(job))
     if told.code == 0 and told.out.strip():
-        return _read(told.out)
-    if "Invalid job id" not in told.err:
+        return _read(told.out, job)
+    # the second answer is for a task of an array that was canceled before it started
+    if "Invalid job id" not in told.err and f"Job {job} not found" not in told.out:
         raise NoAnswer(_last_line(told.err))
     return _accounted(job)
 
@@ -97,7 +108,7 @@ def step_is_over(job: str, step: str) -> bool:
     told = _ask("scontrol", "-o", "show", "step", f"{_checked(job)}.{step}")
     if told.code and "not found" not in told.err + told.out:
         raise NoAnswer(_last_line(told.err))
-    return told.code != 0
+    return told.code != 0 or re.search(rf"\bStepId=\S+\.{step}\s", told.out) is None  # of an array, it shows all steps
 
 
 def end_of_job(job: str | None, told: float | None) -> float | None:
@@ -261,8 +272,11 @@ def _checked(job: str) -> str:
     return job
 
 
-def _read(told: str) -> Job:
-    """Parses the first line of `scontrol -o show job`. Raises NoAnswer if it is cut off or does not describe a job."""
+def _read(told: str, job: str) -> Job:
+    """Parses the first line of `scontrol -o show job` for a job. Raises NoAnswer if it is cut off or describes none.
+
+    Its JobId does not identify a task of an array: until they start, all tasks have that of the array.
+    """
     line, end_of_line, _ = told.partition("\n")
 
     def value(key: str) -> str:
@@ -278,7 +292,7 @@ def _read(told: str) -> Job:
     if not end_of_line or not re.fullmatch("[A-Z_]{4,40}", state) or (restarts is None and value("Restarts")):
         raise NoAnswer(f"scontrol: cannot parse its answer {as_text(first_line(line), most=100)!r}")
     return Job(
-        id=value("JobId"),
+        id=job,
         name=name[1] if name else "",
         state="RUNNING" if state in ALSO_RUNNING else state,
         reason=value("Reason"),

@@ -12,7 +12,7 @@ from scaleprog.growth.phase import Phase
 from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.search import Decision
 from scaleprog.growth.space import Choice, Subnet
-from scaleprog.rundir.accuracies import Accuracies
+from scaleprog.rundir.accuracies import Accuracies, is_percentage
 from scaleprog.rundir.old_names import FIRST_STATE, OLD_STATE, renamed
 from scaleprog.version import ARITHMETIC
 
@@ -35,7 +35,7 @@ class RunState:
     search_seconds: float = 0.0  # the part of `train_seconds` for scoring
     wall_seconds: float = 0.0
     images: int = 0
-    accuracies: dict[str, float] = field(default_factory=dict)  # the last evaluation
+    accuracies: dict[str, float] = field(default_factory=dict)  # what the last evaluation found
     pending: list[str] = field(default_factory=list)  # due after this step, but postponed by a stop
     best_step: int = 0  # step with the best top-1 of online or EMA weights
     best_top1: float = 0.0
@@ -84,7 +84,7 @@ class RunState:
 
 
 def summary(state: RunState, schedule: Schedule, steps_per_epoch: int) -> dict[str, Any]:
-    """The results of a finished run: accuracies in percent, costs in seconds, and what every stage trained."""
+    """The results of a finished run: accuracies in percent, losses, costs in seconds, and what every stage trained."""
     decisions = {decision.stage: decision for decision in state.decisions}
     return {
         **state.accuracies,
@@ -206,7 +206,7 @@ class _StateValues(BaseModel):
     search_seconds: Amount
     wall_seconds: Amount
     images: Count
-    accuracies: dict[str, Percent]
+    accuracies: dict[str, Annotated[float, Field(ge=0)]]
     pending: Some[str]
     best_step: Count
     best_top1: Percent
@@ -231,6 +231,8 @@ def _check(values: Mapping[str, Any]) -> None:
         problem = error.errors(include_url=False, include_context=False)[0]
         where, found = ".".join(map(str, problem["loc"])), reprlib.repr(problem["input"])
         raise CheckpointError(f"state: {where[:100]!r}: {problem['msg']}, got {found}") from None
+    if wrong := next((n for n, value in state.accuracies.items() if is_percentage(n) and value > 100), None):
+        raise CheckpointError(f"state: 'accuracies.{wrong[:100]}' is more than 100 %")
     for number, decision in enumerate(state.decisions):
         if len({len(getattr(decision, key)) for key in ("candidates", "losses", "times", "scores")}) != 1:
             raise CheckpointError(f"state: decision {number} does not have one loss, time and score per candidate")

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from scaleprog.errors import CheckpointError, OtherFormat, OtherRun, Unavailable
-from scaleprog.files.atomic import IN_THE_WAY, open_regular, sync_folder
+from scaleprog.files.atomic import IN_THE_WAY, open_regular, sync_folder, write_whole
 from scaleprog.rundir import tensorfile
 from scaleprog.rundir.tensorfile import DTYPES, NAMES, Layout
 from scaleprog.sharding.placement import LocalSlice
@@ -31,7 +31,7 @@ from scaleprog.version import VERSION
 
 MANIFEST = "manifest.json"
 KIND, FORMAT = "scaleprog-checkpoint", 5
-MANIFEST_BYTES = 2**24  # as large as the manifest of a model of 24 layers on 1,000 ranks
+MANIFEST_BYTES = 2**26  # twice the manifest of a ViT-L on 4,096 ranks
 RANKS = TENSORS = 100_000  # the most that a manifest may name
 RUN = "[0-9a-f]{32}"
 
@@ -291,28 +291,8 @@ def publish(temporary: Path, final: Path, manifest: Manifest) -> int:
         CheckpointError: the state holds NaN or infinity, or the manifest is too large.
         OSError: something cannot be written.
     """
-    values = {
-        "kind": KIND,
-        "format": FORMAT,
-        "versions": {"scaleprog": VERSION, "torch": torch.__version__},
-        "run": manifest.run,
-        "step": manifest.step,
-        "permanent": manifest.permanent or (final.exists() and _permanent(final)),
-        "recipe": manifest.recipe,
-        "state": manifest.state,
-        "files": manifest.files,
-        "tensors": {name: [t.dtype, t.numel, t.chunks] for name, t in manifest.tensors.items()},
-    }
-    try:
-        text = json.dumps({**values, "checksum": _checksum(values)}, allow_nan=False)
-    except ValueError as error:  # readers would refuse NaN and infinity
-        raise CheckpointError(f"{temporary / MANIFEST}: cannot write the state: {error}") from error
-    if len(text) > MANIFEST_BYTES:
-        raise CheckpointError(f"{temporary / MANIFEST}: {len(text)} bytes, more than the limit of {MANIFEST_BYTES}")
-    with open(temporary / MANIFEST, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    permanent = manifest.permanent or (final.exists() and _permanent(final))
+    _write_manifest(temporary, replace(manifest, permanent=permanent))
     sync_folder(temporary)
     replaces = final.exists()
     if replaces:
@@ -326,6 +306,34 @@ def publish(temporary: Path, final: Path, manifest: Manifest) -> int:
     sync_folder(final.parent)
     shutil.rmtree(_aside(final), ignore_errors=True)
     return sum(size for size, _ in manifest.files.values())
+
+
+def rename_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
+    """Says in the manifest of a checkpoint that a run of another recipe wrote it. Raises as `publish` does."""
+    _write_manifest(path, replace(read_manifest(path), recipe=recipe))
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes a manifest into the folder of a checkpoint, atomically; raises what `publish` raises."""
+    values = {
+        "kind": KIND,
+        "format": FORMAT,
+        "versions": {"scaleprog": VERSION, "torch": torch.__version__},
+        "run": manifest.run,
+        "step": manifest.step,
+        "permanent": manifest.permanent,
+        "recipe": manifest.recipe,
+        "state": manifest.state,
+        "files": manifest.files,
+        "tensors": {name: [t.dtype, t.numel, t.chunks] for name, t in manifest.tensors.items()},
+    }
+    try:
+        text = json.dumps({**values, "checksum": _checksum(values)}, allow_nan=False)
+    except ValueError as error:  # readers would refuse NaN and infinity
+        raise CheckpointError(f"{folder / MANIFEST}: cannot write the state: {error}") from error
+    if len(text) > MANIFEST_BYTES:
+        raise CheckpointError(f"{folder / MANIFEST}: {len(text)} bytes, more than the limit of {MANIFEST_BYTES}")
+    write_whole(folder / MANIFEST, text)
 
 
 # ---- deleting

@@ -56,23 +56,29 @@ class LocalSlice:
         return cls(tensor.detach().view(-1), 0, tensor.numel())
 
 
-def share_out(held: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, tuple[tuple[int, int], ...]]:
+def held_by(parts: Mapping[str, LocalSlice]) -> list[int]:
+    """What a rank holds, as `share_out` takes it: of each tensor in turn, the first element and how many there are."""
+    return [number for part in parts.values() for number in (part.start, part.tensor.numel())]
+
+
+def share_out(sizes: Mapping[str, int], held: Sequence[Sequence[int]]) -> dict[str, tuple[tuple[int, int], ...]]:
     """Decides which rank saves which stretch of each tensor, so that each element is saved once.
 
     Args:
-        held: for each rank, its stretch of each tensor: name -> (numel, start, elements).
+        sizes: the elements of each tensor.
+        held: what each rank holds, see `held_by`, in the order of `sizes`.
 
     Returns:
         For each name, (rank, elements) of consecutive stretches. If several ranks hold the same stretch, the rank
         with the least to save so far saves it.
     """
     loads, shared = [0] * len(held), {}
-    for name, (numel, _, _) in held[0].items():
+    columns = iter(zip(*held))  # by tensor: with thousands of ranks, most hold nothing of it
+    for (name, numel), starts, lengths in zip(sizes.items(), columns, columns, strict=True):
         holders: dict[tuple[int, int], list[int]] = {}
-        for rank, parts in enumerate(held):
-            _, start, length = parts[name]
-            if length:
-                holders.setdefault((start, length), []).append(rank)
+        for rank, stretch in enumerate(zip(starts, lengths)):
+            if stretch[1]:
+                holders.setdefault(stretch, []).append(rank)
         stretches, at = [], 0
         for (start, length), ranks in sorted(holders.items()):
             assert start == at, f"{name}: the ranks hold {holders} of {numel}"

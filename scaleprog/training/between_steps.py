@@ -75,7 +75,7 @@ def what_follows(run: Run, phase: Phase, agreement: Agreement) -> Following:
         "evaluation": not searched and (last or every(recipe.evaluate.every)),
     }
     permanent = not searched and every(settings.keep_every_epochs)
-    by_steps = settings.every_steps is not None and step % settings.every_steps == 0
+    by_steps = settings.steps is not None and step % settings.steps == 0
     saving = permanent or by_steps or ended or stopped_early(run) or agreement.save or agreement.stop is not None
     judged = wanted["measurement"] or wanted["evaluation"]
     return Following(
@@ -234,9 +234,6 @@ def measure(run: Run, phase: Phase) -> None:
     run.recorder.event(
         "measurement", step=state.step, seconds=timer.seconds(), losses=pairs(losses), errors=pairs(state.errors)
     )
-    # a measurement before a phase's first step belongs to that step: the checkpoint of the step before lacks it
-    at = state.step + (state.step == phase.start)
-    run.recorder.curve(at, "search", {f"loss_{subnet.tag}": loss for subnet, loss in losses.items()})
 
 
 def _means_and_errors(
@@ -313,14 +310,7 @@ def choose(run: Run, phase: Phase) -> None:
     decision = decision_from_json(run.coordinator.on_rank_0(what, lambda: decision_to_json(_decide(run, phase, times))))
     state.decisions.append(decision)
     run.recorder.event("choice", step=state.step, **decision_to_json(decision))
-    run.recorder.curve(
-        state.step,
-        "choice",
-        {name: value for name in ("alpha", "complete_from") if (value := getattr(decision, name)) is not None}
-        | {"resolution": decision.chosen.resolution, "depth": decision.chosen.depth}
-        | {f"score_{s.tag}": score for s, score in zip(decision.candidates, decision.scores) if score is not None}
-        | {f"time_{s.tag}": seconds for s, seconds in zip(decision.candidates, decision.times)},
-    )
+    run.recorder.choice(state.step, decision)
     run.progress.say(f"stage {phase.stage} chose {decision.chosen}, {decision.because}")
 
 
@@ -328,10 +318,11 @@ def _decide(run: Run, phase: Phase, times: dict[Subnet, float]) -> Decision:
     state, schedule = run.state, run.plan.schedule
     if schedule.budget is None:
         return decide(phase.stage, state.measured, times)
-    prices: dict[Subnet, float] = {}  # relative to the complete model's: the machines may change during a run
-    for subnets, seconds in (*((d.candidates, d.times) for d in state.decisions), (times.keys(), times.values())):
-        complete = dict(zip(subnets, seconds))[schedule.full]
-        prices |= {subnet: each / complete for subnet, each in zip(subnets, seconds)}
+    # relative to the complete model's: the machines may change during a run
+    prices = {subnet: run.plan.gmacs(subnet) / run.plan.gmacs(schedule.full) for subnet in schedule.networks}
+    for measured in (*(dict(zip(d.candidates, d.times)) for d in state.decisions), times):
+        if complete := measured.get(schedule.full):  # the published search of a fork's parent may not have timed it
+            prices |= {subnet: each / complete for subnet, each in measured.items()}
     budget = schedule.budget_state(schedule.phases(state.choices), prices.__getitem__, run.plan.gmacs)
     guessing = math.log(run.recipe.model.classes)
     return decide_within(budget, phase.stage, state.measured, times, state.errors, guessing)
@@ -361,7 +352,7 @@ def evaluate_now(run: Run, phase: Phase) -> None:
         schedule.view(shown).pixels,
         schedule.active(phase, network),
         between,
-    )
+    ).by_name()
     spent = {"train_seconds": state.train_seconds, "train_cpu_seconds": state.train_cpu_seconds}
     run.recorder.evaluation(state.step, state.accuracies | spent)
     run.recorder.event("evaluation", step=state.step, seconds=time.perf_counter() - began, **state.accuracies)

@@ -13,15 +13,16 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import Tensor
 
-from scaleprog.errors import CheckpointError, RecipeError
+from scaleprog.errors import AbsentWeights, CheckpointError, RecipeError
 from scaleprog.files.atomic import open_regular
 from scaleprog.growth.operators import LayerMap, fresh, grow
 from scaleprog.models import resolve_family
 from scaleprog.models.given import Given, fit
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.recipe import Recipe
-from scaleprog.training.export import read_saved
+from scaleprog.recipe.keys import TIMM
 from scaleprog.training.process import Run
+from scaleprog.training.saved import read_saved
 
 SUFFIX = ".safetensors"
 HUB_FILE = "model.safetensors"
@@ -81,12 +82,12 @@ def read_plain(recipe: Recipe, coordinator: Coordinator) -> Mapping[str, Tensor]
     source = recipe.init.source
     if source is None:
         raise RecipeError("init.from: the run began with given weights and starts over from them; name them again")
-    if source == "timm":
+    if source == TIMM:
         return read_tensors(Path(coordinator.on_rank_0("timm's weights", lambda: _from_hub(recipe.model.name))))
     if source.endswith(SUFFIX):
         return read_tensors(Path(source))
     if not Path(source).is_dir():
-        raise RecipeError(f"init.from: {source} is neither timm, nor a {SUFFIX} file, nor the directory of a run")
+        raise AbsentWeights(f"init.from: {source} is neither timm, nor a {SUFFIX} file, nor the directory of a run")
     saved = read_saved(Path(source), recipe.init.weights, coordinator)
     theirs, ours = (resolve_family(model)[0] for model in (saved.model, recipe.model))
     if theirs is not ours:
@@ -115,7 +116,7 @@ def _legible(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file of weights") from None
+        raise AbsentWeights(f"{path}: no such file of weights") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:

@@ -26,7 +26,7 @@ from scaleprog.planning.plan import plan_start
 from scaleprog.planning.savings import is_out_of_memory
 from scaleprog.ranks.coordinator import Coordinator, process_group, ranks_per_node
 from scaleprog.ranks.stop import AskedToStop, Watch, deadline
-from scaleprog.recipe import Recipe
+from scaleprog.recipe import Recipe, directories
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.checkpoint import Checkpoints
 from scaleprog.rundir.lease import take_lease
@@ -42,6 +42,7 @@ from scaleprog.training.damaged import note_damaged
 from scaleprog.training.energy import metered
 from scaleprog.training.initial import build_initial
 from scaleprog.training.inputs import PhaseRequests, drop_rows, micro_batches, mixed_batch, patches_seen
+from scaleprog.training.interval import AutomaticInterval
 from scaleprog.training.process import (
     Run,
     collect_commits,
@@ -96,13 +97,14 @@ def train(
         Unavailable: something failed that may work at the next start, such as a full disk.
     """
     # ---- data
+    typed, recipe = recipe, recipe.located(directories.to_train(folder))
     plan = with_own_cores(plan_start(recipe, coordinator.world, ranks_per_node()), coordinator)
     rank, world = coordinator.rank, coordinator.world
-    coordinator.verify("recipe", recipe.dump())
+    coordinator.verify("recipe", typed.dump())
     coordinator.verify("shards", [plan.data.identity(), [[s.name, s.sha256] for s in plan.manifest.split("train")]])
     reader = TrainReader(plan.data, plan.order, recipe.seed, rank, world)
     evaluation = EvaluationReader(plan.data, VALIDATION, recipe.evaluate.batch, rank, world)
-    lease = take_lease(folder, recipe, coordinator)
+    lease = take_lease(folder, typed, coordinator)
 
     # ---- model
     backend = make_backend(recipe.sharding.engine, recipe, plan.family, device)
@@ -112,7 +114,7 @@ def train(
     # ---- resume
     progress = ProgressLine(plan.schedule.steps, 0, rank == 0)
     checkpoints = Checkpoints(
-        folder / "checkpoints", coordinator, recipe.checkpoint.keep, lease.fence, lease.generation, owner_of(recipe)
+        folder / "checkpoints", coordinator, recipe.checkpoint.keep, lease.fence, lease.generation, owner_of(typed)
     )
     if rank == 0:
         with lease.fence():
@@ -130,30 +132,26 @@ def train(
             with suppress(OSError):  # only `status` reads it
                 write_plan(folder, plan.schedule, plan.gmacs)
         recorder = Recorder(
-            folder, coordinator, lease.generation, state.step, recipe.train.log_every, bool(state.pending)
+            folder,
+            coordinator,
+            lease.generation,
+            state.step,
+            recipe.train.log_every,
+            redo_evaluation=bool(state.pending),
+            rank_curves=recipe.train.rank_curves,
+            unit="GMACs" if recipe.search.times == "modelled" else "step ms",
         )
     watch = Watch(
         coordinator,
         partial(tell_signal, recorder, checkpoints, state),
         partial(leave_at_once, recorder),
-        recipe.checkpoint.every_minutes,
-        slurm_queue.end_of_job(os.environ.get("SLURM_JOB_ID"), deadline()) if rank == 0 else None,
+        recipe.checkpoint.minutes,
+        slurm_queue.end_of_job(slurm_queue.own_job(), deadline()) if rank == 0 else None,
     )
     run = Run(
-        folder,
-        recipe,
-        plan,
-        coordinator,
-        lease,
-        backend,
-        reader,
-        evaluation,
-        checkpoints,
-        watch,
-        recorder,
-        progress,
+        folder, recipe, plan, coordinator, lease, backend, reader, evaluation, checkpoints, watch, recorder, progress,
         state,
-    )
+    )  # fmt: skip
     nodes = coordinator.gather(os.uname().nodename)
     if rank == 0:
         recorder.event(
@@ -163,11 +161,13 @@ def train(
             engine=recipe.sharding.engine,
             device=str(device),
             hosts=[host for host, _ in groupby(nodes)],
-            job=os.environ.get("SLURM_JOB_ID"),
+            job=slurm_queue.own_job(),
             startup_seconds=process_seconds(),
             **recorder.lost,
             reader_bytes=reader.memory(plan.schedule.full.resolution),
         )
+        if recipe.checkpoint.every == "auto":
+            run.on_saved = AutomaticInterval(run, nodes=len(set(nodes))).saved
 
     if plan.schedule.budget and plan.schedule.budget.short:
         progress.say(plan.schedule.budget.short)

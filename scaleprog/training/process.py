@@ -4,7 +4,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.planning.plan import Plan
 from scaleprog.planning.savings import advice
 from scaleprog.ranks.coordinator import Coordinator
-from scaleprog.ranks.stop import Watch
+from scaleprog.ranks.stop import TIME_LIMIT, Watch
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.keys import Engine
 from scaleprog.rundir.checkpoint import Checkpoints, Commit
@@ -51,6 +51,7 @@ class Run:
     progress: ProgressLine
     state: RunState
     compilations: int = 0  # as last recorded
+    on_saved: Callable[[Commit], None] = lambda commit: None  # called for every checkpoint that is visible
     damaged: set[str] = field(default_factory=set)  # names of the samples that this rank found since the last count
 
 
@@ -66,6 +67,11 @@ def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: Pr
     """
     newest = checkpoints.newest(progress.say)
     data = plan.data.identity()
+    if newest is None and (parent := plan.recipe.parent):
+        raise CheckpointError(
+            f"{checkpoints.folder}: no checkpoint of step {parent.step}, from which this fork continues; move the run "
+            f"directory away, and make it again with --from {parent.run}@{parent.step}"
+        )
     if newest is None:
         return RunState(data=data)
     state = state_of(newest, plan)
@@ -128,6 +134,7 @@ def collect_commits(run: Run, wait: bool = False) -> Commit | None:
     for commit in run.checkpoints.finished():
         if commit.error is None:
             run.watch.saved(commit.seconds)
+            run.on_saved(commit)
             run.recorder.event(
                 "checkpoint", step=commit.step, seconds=commit.seconds, stall=commit.stall, bytes=commit.bytes
             )
@@ -144,7 +151,7 @@ def leave(run: Run, reason: str) -> None:
     collect_commits(run, wait=True)
     step, kept = run.state.step, run.checkpoints.newest_step
     run.recorder.event("preempted", step=step, reason=reason)
-    stopped = f"stopped by {reason} after step {step}"
+    stopped = f"{'reached its time limit' if reason == TIME_LIMIT else f'stopped by {reason}'} after step {step}"
     if kept < step:
         lost = f"the {step - kept} steps since step {kept} are lost"
         raise Preempted(f"{stopped} WITHOUT a checkpoint of it; {lost}", reason)

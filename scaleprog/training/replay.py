@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.ranks.coordinator import process_group
-from scaleprog.recipe import Recipe
+from scaleprog.recipe import Recipe, directories
 from scaleprog.rundir.checkpoint import RUN_ID
 from scaleprog.rundir.reading import read_rows
 from scaleprog.rundir.records import EVENTS
@@ -45,6 +45,9 @@ def copied(run: Path, step: int) -> Iterator[tuple[Recipe, Path, int]]:
     """
     saved = [path for path in committed(run / "checkpoints") if step_of(path) < step]
     recipe = Recipe.of(read_manifest(saved[-1]).recipe, str(saved[-1])) if saved else Recipe.of_run(run)
+    if not saved and recipe.parent is not None:
+        raise ScaleprogError(f"{run}: keeps no checkpoint before step {step}, and a fork has no beginning of its own")
+    recipe = recipe.located(directories.to_read(run))
     starts = [event for event in read_rows(run / EVENTS) if event["event"] == "start" and event["step"] < step]
     if not starts:
         raise ScaleprogError(f"{run}: no start of this run has trained step {step}")
@@ -56,7 +59,7 @@ def copied(run: Path, step: int) -> Iterator[tuple[Recipe, Path, int]]:
         shutil.copy(run / RUN_ID, copy)
     changes: dict[str, dict[str, Any]] = {
         "train": {"max_steps": step - 1, "accept_arithmetic": ARITHMETIC},  # 0: not even the first step
-        "checkpoint": {"every_steps": None, "every_minutes": None, "keep": len(saved) + 1},
+        "checkpoint": {"every": None, "every_steps": None, "every_minutes": None, "keep": len(saved) + 1},
         "optimizer": {"nonfinite": "skip", "most_skipped": step},
     }
     groups = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}

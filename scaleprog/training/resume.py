@@ -12,7 +12,6 @@ from typing import Any
 
 from scaleprog.data.reader import DataSet
 from scaleprog.errors import CheckpointError, RecipeError
-from scaleprog.growth.space import Choice
 from scaleprog.models import resolve_family
 from scaleprog.models.cost import parameters
 from scaleprog.models.elastic import ElasticModel
@@ -141,7 +140,7 @@ def check_data(checkpoint: Path, state: RunState, data: DataSet) -> None:
 def state_of(checkpoint: Path, plan: Plan) -> RunState:
     """The state that a checkpoint holds. Raises CheckpointError if no run of `plan` can reach it."""
     state = read_run_state(checkpoint, plan.recipe, plan.family, plan.schedule.full.depth)
-    if why := next(_misplaced(state, plan), None):
+    if why := next(misplaced(state, plan), None):
         raise CheckpointError(f"{checkpoint}: state: it does not fit this recipe: {why}")
     return state
 
@@ -185,13 +184,16 @@ def _impossible(state: RunState, step: int, recipe: Recipe, family: type[Elastic
         yield f"its best step is {state.best_step}, after step {state.step}"
 
 
-def _misplaced(state: RunState, plan: Plan) -> Iterator[str]:
+def misplaced(state: RunState, plan: Plan) -> Iterator[str]:
     """Yields what no run of `plan` can have in its state.
 
     Later checks rely on earlier ones, so only the first item counts.
     """
-    schedule, choices = plan.schedule, list[Choice]()
-    for number, decision in enumerate(state.decisions):
+    schedule, settled = plan.schedule, plan.schedule.settled
+    choices = state.choices[: len(settled)]
+    if [choice.subnet for choice in choices] != [choice.subnet for choice in settled]:
+        yield "its choices are not those of the run that it continues"
+    for number, decision in enumerate(state.decisions[len(settled) :], len(settled)):
         search, until = schedule.phases(choices)[-1], decision.complete_from
         position = schedule.position_after(search)
         if not search.searched or state.step < search.stop:

@@ -59,7 +59,9 @@ def train_signalled(recipe: Recipe, folder: Path, kind: str) -> None:
 
 def test_a_run_that_was_stopped_and_killed_tells_its_life(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = make_recipe(
-        train={"epochs": 8, "log_every": 3}, checkpoint={"every_steps": SAVE_STEPS}, model={"width": 64, "depth": 6}
+        train={"epochs": 8, "log_every": 3, "rank_curves": True},
+        checkpoint={"every_steps": SAVE_STEPS},
+        model={"width": 64, "depth": 6},
     )
     path, run, straight = tmp_path / "recipe.yaml", tmp_path / "run", tmp_path / "straight"
     path.write_text(recipe.dump())
@@ -79,7 +81,7 @@ def test_a_run_that_was_stopped_and_killed_tells_its_life(make_recipe: Callable[
     assert differences(recipe, run, straight) == []
     every = list(range(3, max(step_rows(straight)) + 1, 3))
     assert [step for step, _ in board(run)["train/loss"]] == every
-    own = {"rank/step_seconds": every, "rank/data_wait_seconds": every}
+    own = {"vitals/step_seconds": every, "vitals/data_wait_seconds": every}
     assert rank_curves(run) == {"rank_0": own, "rank_1": own}
 
     events = read_rows(run / "events.jsonl")

@@ -10,7 +10,7 @@ from typing import Any
 from tests.fuzz.files import damage, displace, replace
 from tests.fuzz.values import ESCAPES, HTML, mutate
 
-SKIPPED = ("checkpoints", "tensorboard")
+SKIPPED = ("checkpoints", "events.out.", "recipe.yaml")  # how the names of what stays as it is begin
 JOB, RESTART = "7", 0
 NAMES = (
     f"{ESCAPES}",
@@ -33,8 +33,8 @@ NAMES = (
 
 def files(run: Path) -> list[Path]:
     """Every record of a run directory but recipe and checkpoints."""
-    found = [path for path in run.rglob("*") if path.is_file() and path.relative_to(run).parts[0] not in SKIPPED]
-    return sorted(path for path in found if path.name != "recipe.yaml")
+    found = (path for path in run.rglob("*") if path.is_file())
+    return sorted(path for path in found if not path.relative_to(run).parts[0].startswith(SKIPPED))
 
 
 def change(run: Path, rng: random.Random) -> tuple[str, Path]:

@@ -11,7 +11,7 @@ import pytest
 from scaleprog.errors import Diverged
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.recorder import read_rows
-from tests.compare import board, differences
+from tests.compare import board, differences, texts
 from tests.conftest import WITHIN_A_BUDGET, run, short_recipe, step_rows
 from tests.numerics.whole_runs import train_all
 
@@ -170,9 +170,9 @@ def test_ranks_resume_bit_for_bit(name: str, sharded: dict[str, tuple[Recipe, Pa
 
 def assert_same_run(recipe: Recipe, run_folder: Path, reference: Path) -> None:
     """Weights, EMAs, moments, metrics and TensorBoard are equal, clocks aside."""
-    assert {"train/loss", "train/resolution", "evaluation/top1_ema", "search/loss_r32_l4", "choice/depth"} <= board(
-        reference
-    ).keys()
+    assert {"train/loss", "vitals/resolution", "validation/val_loss", "validation/top1_ema"} <= board(reference).keys()
+    assert "search/stage_1/text_summary" in texts(reference)
+    assert texts(run_folder) == texts(reference)
     assert differences(recipe, run_folder, reference) == []
 
 

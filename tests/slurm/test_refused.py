@@ -1,5 +1,7 @@
 """Mistakes on a real cluster: each is told in words, costs no time in the queue, and harms nothing that is there."""
 
+import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -32,8 +34,8 @@ def test_an_unknown_partition(by: By, message: str, cluster: Cluster, recipe: Re
 
 
 @pytest.mark.parametrize("by", BOTH)
-def test_a_run_directory_that_is_not_shared(by: By, cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:
-    """Every node, this one too, sees a directory of its own at `local`."""
+def test_what_the_nodes_do_not_share(by: By, cluster: Cluster, recipe: Recipe, patterns: Path, tmp_path: Path) -> None:
+    """Every node, this one too, sees a directory of its own at `local`: first for the run, then for its shards."""
     cluster.up(Settings(nodes=2, private_dir=tmp_path / "local"))
     job = TrainingJob(cluster, recipe, tmp_path / "local" / "run", by, beside=tmp_path)
     job.submit()
@@ -44,8 +46,19 @@ def test_a_run_directory_that_is_not_shared(by: By, cluster: Cluster, recipe: Re
         assert f"{job.run}: missing on a node; put it on a file system that all nodes share" in job.log()
         assert job.show()["ExitCode"] == "2:0"
         assert not job.run.exists(), "on this machine"
-    else:
-        assert job.log() == ""  # Slurm had nowhere to write it: docs/slurm.md has this among what can go wrong
+        return
+    seen = f"it was seen on {socket.gethostname()} when the job was submitted at"
+    assert job.log() == ""  # Slurm had nowhere to write it
+    told = cluster.run([sys.executable, "-m", "scaleprog", "status", job.run], seconds=SECONDS).stdout
+    assert f"FAILED without a log: node[0-1] may not have {job.run}; {seen}" in told
+
+    shards = shutil.copytree(patterns, tmp_path / "local" / "shards")
+    job = TrainingJob(cluster, short_recipe(shards), tmp_path / "run", by, nodes=1)
+    job.submit()
+    assert job.wait_state("FAILED")["ExitCode"] == "2:0"
+    missing = f"node0: {shards}: the folder of shards does not exist; {seen}"
+    assert missing in job.log()
+    assert missing in job.requeues()[-1]["cause"]
 
 
 def test_two_jobs_on_one_run_directory(cluster: Cluster, recipe: Recipe, tmp_path: Path) -> None:

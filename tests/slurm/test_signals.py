@@ -41,13 +41,15 @@ def preempt_during_a_long_checkpoint(cluster: Cluster, jobs: Jobs) -> None:
 
 
 def reach_the_time_limit(cluster: Cluster, jobs: Jobs) -> None:
-    """--time is an hour; it is drawn so near that the notice of --signal-before is due at Slurm's next look."""
+    """--time is an hour; it is drawn so near that the notice of --signal-before is due at Slurm's next look. It stays
+    there until the batch script has asked for it (`restore_the_time_limit`)."""
     for job in jobs:
         hours, minutes, _ = job.show()["RunTime"].split(":")
         cluster.run(["scontrol", "update", f"JobId={job.id}", f"TimeLimit={60 * int(hours) + int(minutes) + 2}"])
-    for job in jobs:
-        job.wait("told of its time limit", job.signals)
-        cluster.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=60"])  # of the next start
+
+
+def restore_the_time_limit(cluster: Cluster, job: TrainingJob) -> None:
+    cluster.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=60"])
 
 
 def requeue(cluster: Cluster, jobs: Jobs) -> None:
@@ -101,9 +103,12 @@ class Row:
     """Whether it starts again by itself; otherwise the state in which it stays, and the same is submitted again."""
     cause: str
     """How the run's status explains the restart: a regular expression."""
+    again: Callable[[Cluster, TrainingJob], None] = lambda cluster, job: None
+    """Called once the job starts again."""
 
 
 USR2, TERM, INT = (f"^stopped by {name} after step" for name in ("SIGUSR2", "SIGTERM", "SIGINT"))
+LIMIT = "^reached its time limit after step"
 HURT = "SIGTERM|ended without notice"  # what the ranks that were left have heard, if any
 STORIES = {
     "preemption sends SIGUSR2": (
@@ -119,7 +124,7 @@ STORIES = {
         Row("preemption, signal off", preempt, "SIGTERM", False, AGAIN, TERM),
         Row("scontrol requeue", requeue, "SIGTERM", False, AGAIN, TERM),
         Row("scancel --signal=USR2", scancel("--signal=USR2"), "SIGUSR2", False, AGAIN, USR2),
-        Row("time limit", reach_the_time_limit, "SIGUSR2", False, AGAIN, USR2),
+        Row("time limit", reach_the_time_limit, "SIGUSR2", False, AGAIN, LIMIT, restore_the_time_limit),
         Row("scancel --signal=INT", scancel("--signal=INT"), "SIGINT", False, FAILED, INT),
         Row("scancel", scancel(), "SIGTERM", False, CANCELLED, TERM),
     ),
@@ -184,6 +189,7 @@ def go_through(row: Row, cluster: Cluster, jobs: Jobs, saves: set[int]) -> None:
         about = f"{row.event}, by {job.by}"
         if row.then == AGAIN:
             job.wait_state("PENDING", "RUNNING", restarts=earlier + 1)
+            row.again(cluster, job)
         else:
             ended = job.wait_state("FAILED", "CANCELLED", "COMPLETED")
             assert ended["JobState"] == row.then, about

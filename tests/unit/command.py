@@ -1,5 +1,6 @@
 """What a command of the command line told."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,18 @@ class Told(NamedTuple):
 
 Command = Callable[..., Told]
 WriteRecipe = Callable[..., Path]
+
+
+def rows_of(out: str) -> list[list[str]]:
+    """The cells of the tables in what a command printed, row by row, without the heads."""
+    found: list[list[str]] = []
+    below_a_rule = False
+    for line in out.splitlines():
+        cells = re.split(" {2,}", line.strip())
+        below_a_rule = set(line.strip()) == {"─"} or (below_a_rule and len(cells) > 1)
+        if below_a_rule and len(cells) > 1:
+            found.append(cells)
+    return found
 
 
 def is_mistake(told: Told, *parts: str) -> bool:

@@ -109,7 +109,7 @@ SMALL = {
 }  # fmt: skip
 FOLDERS = (
     "checkpoints/step-00000007", "checkpoints/step-x", f"checkpoints/step-{9**40}", f"checkpoints/{ESCAPES[:20]}",
-    "tensorboard/rank_1", "tensorboard/rank_x", f"tensorboard/rank_{9**50}", "tensorboard/rank_",
+    "rank_1", "rank_x", f"rank_{9**50}", "rank_", "tensorboard/rank_1",
 )  # fmt: skip
 run_directories = st.fixed_dictionaries(
     {

@@ -40,7 +40,7 @@ def test_parameters_of_the_ladder(depth: int, millions: float) -> None:
     assert parameters(ElasticViT, DEIT_S, depth) == pytest.approx(millions * 1e6, abs=5e3)
 
 
-@pytest.mark.parametrize("subnet", LADDER, ids=lambda s: s.tag)
+@pytest.mark.parametrize("subnet", LADDER, ids=str)
 def test_fvcore_counts_the_same(subnet: Subnet) -> None:
     """fvcore counts multiply-accumulates of plain timm; it sees attention only where it is not fused."""
     plain = timm.create_model("deit_small_patch16_224", img_size=subnet.resolution, depth=subnet.depth).eval()
@@ -64,13 +64,13 @@ def test_arithmetic_on_paper(side: int, depth: int, patch: int, classes: int, ch
     assert count == pytest.approx(on_paper(side * patch, depth, 32, patch, classes, channels), rel=1e-6)
 
 
-@pytest.mark.parametrize("subnet", LADDER, ids=lambda s: s.tag)
+@pytest.mark.parametrize("subnet", LADDER, ids=str)
 def test_the_ladder_on_paper(subnet: Subnet) -> None:
     expected = on_paper(subnet.resolution, subnet.depth, 384, 16, 1000, 3)
     assert gmacs(ElasticViT, DEIT_S, View(subnet.resolution), subnet.depth) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("subnet", LADDER, ids=lambda s: s.tag)
+@pytest.mark.parametrize("subnet", LADDER, ids=str)
 def test_a_subset_of_the_patches_costs_what_as_many_patches_do_but_for_their_embedding(subnet: Subnet) -> None:
     count, total = (subnet.resolution // 16) ** 2, (224 // 16) ** 2
     embedding = (total - count) * 3 * 16**2 * 384 / 1e9

@@ -16,9 +16,9 @@ from scaleprog.data.evaluation import VALIDATION, EvaluationReader
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.reader import DataSet
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
-from scaleprog.rundir.accuracies import Accuracies
+from scaleprog.rundir.accuracies import Accuracies, better, is_percentage
 from scaleprog.training.evaluate import evaluate
-from scaleprog.training.metrics import METRICS, names, top1, top5
+from scaleprog.training.metrics import METRICS, names, top1, top5, val_loss
 from tests.conftest import CLASSES
 
 
@@ -31,16 +31,19 @@ def test_metrics_follow_the_order_of_the_logits(seed: int, classes: int, images:
              for i, label in enumerate(labels.tolist())]  # fmt: skip
     assert top1(logits, labels).tolist() == [rank == 0 for rank in ranks]
     assert top5(logits, labels).tolist() == [rank < 5 for rank in ranks]
+    shares = logits.double().softmax(1)
+    expected = [0.0 if label < 0 else -shares[i, label].log().item() for i, label in enumerate(labels.tolist())]
+    assert val_loss(logits, labels).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_padding_is_never_right(metric: str) -> None:
+def test_padding_counts_as_nothing(metric: str) -> None:
     assert not METRICS[metric](torch.randn(7, 3), torch.full((7,), -1)).any()
 
 
 def test_names_of_what_an_evaluation_finds() -> None:
-    assert names(1) == {"top1", "top1_ema", "top5", "top5_ema"}
-    assert names(2) - names(1) == {"top1_ema_0", "top1_ema_1", "top5_ema_0", "top5_ema_1"}
+    assert names(1) == {"top1", "top1_ema", "top5", "top5_ema", "val_loss", "val_loss_ema"}
+    assert names(2) - names(1) == {f"{metric}_ema_{i}" for metric in METRICS for i in range(2)}
 
 
 def test_the_better_weights() -> None:
@@ -49,6 +52,13 @@ def test_the_better_weights() -> None:
     several = Accuracies({"top1": 1.0, "top1_ema": 4.0, "top1_ema_0": 3.0, "top1_ema_1": 4.0})
     assert (several.best, several.weights, several.best_ema(2)) == (4.0, "ema", 1)
     assert Accuracies({"top1": 1.0, "top1_ema": 4.0}).best_ema(1) == 0
+
+
+def test_less_is_better_of_a_loss_which_is_no_percentage() -> None:
+    assert (better("top1", [3.0, 4.0]), better("val_loss", [3.0, 4.0])) == (4.0, 3.0)
+    assert [is_percentage(name) for name in ("top1_ema", "val_loss", "val_loss_ema", "val_loss_ema_3")] == [True] + [
+        False
+    ] * 3
 
 
 class Networks:
@@ -76,7 +86,7 @@ class Networks:
 
 
 def numbered(batch: Any, device: torch.device) -> Tensor:
-    """"Images" whose pixels are their positions in the split."""
+    """ "Images" whose pixels are their positions in the split."""
     return batch.ids.clone().view(-1, 1, 1, 1)
 
 
@@ -94,10 +104,8 @@ def test_weights_change_once_for_each_network_and_as_many_images_as_memory_holds
     with closing(EvaluationReader(dataset, VALIDATION, rows, 0, 1)) as reader:
         for _ in range(2):
             found = evaluate(networks, coordinator, reader, pixels, between=lambda: between.append(None))
-            assert found == pytest.approx(
-                {"top1": 50, "top1_ema": 100, "top1_ema_0": 75, "top1_ema_1": 100,
-                 "top5": 100, "top5_ema": 100, "top5_ema_0": 100, "top5_ema_1": 100}
-            )  # fmt: skip
+            assert [found.mean("top1", network) for network in (None, 0, 1)] == [50, 75, 100]
+            assert found.images.sum() == 24
     assert networks.entered == [None, 0, 1] * groups * 2
     assert networks.passes == 2 * 3 * reader.count
     assert len(between) == networks.passes - 2
@@ -117,4 +125,4 @@ def test_an_evaluation_that_ends_early_takes_its_weights_back(patterns: Path, mo
             evaluate(networks, coordinator, reader, 8, between=stop)
         assert (networks.entered, networks.left) == ([None, 0], 2)
         networks.passes = 5
-        assert evaluate(networks, coordinator, reader, 8)["top1_ema_0"] == 75
+        assert evaluate(networks, coordinator, reader, 8).mean("top1", 0) == 75

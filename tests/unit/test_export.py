@@ -25,7 +25,8 @@ from scaleprog.rundir.recorder import read_rows
 from scaleprog.rundir.state import RunState
 from scaleprog.rundir.storage import committed, read_manifest
 from scaleprog.shards.samples import read_label, read_members
-from scaleprog.training.export import evaluate_run, export_run, preprocessing
+from scaleprog.training.evaluate_run import Request, evaluate_run
+from scaleprog.training.export import export_run, preprocessing
 from tests.augmented import evaluation_images
 from tests.compare import final_tensors
 from tests.conftest import MakeRecipe, run
@@ -111,13 +112,17 @@ def test_the_best_of_several_momentum_networks_is_exported(make_recipe: MakeReci
 def test_a_run_is_evaluated_to_the_number_in_its_results(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe(growth=GROWN, train={"epochs": 3}, optimizer={"lr": 3e-3})
     results = run(recipe, tmp_path)
-    assert evaluate_run(tmp_path, None, "online") == (results["top1"], "online")
-    assert evaluate_run(tmp_path, 32, "ema") == (results["top1_ema"], "ema")
-    assert evaluate_run(tmp_path, None, "best")[0] == results["top1_best"]
+    online, ema = (evaluate_run(tmp_path, Request(weights=weights)) for weights in ("online", "ema"))
+    for found, ending in ((online, ""), (ema, "_ema")):
+        assert [found.top1, found.top5, found.loss] == [
+            results[f"{name}{ending}"] for name in ("top1", "top5", "val_loss")
+        ]
+    assert (online.weights, ema.weights, online.step, online.images) == ("online", "ema", 60, 24)
+    assert evaluate_run(tmp_path, Request()).top1 == results["top1_best"]
     for resolution in (8, 24, 40):
-        accuracy, _ = evaluate_run(tmp_path, resolution, "online")
+        accuracy = evaluate_run(tmp_path, Request(resolution, "online")).top1
         assert accuracy * 24 / 100 == pytest.approx(round(accuracy * 24 / 100))  # of 24 images
-    assert evaluate_run(tmp_path, 8, "online") != evaluate_run(tmp_path, 32, "online")
+    assert evaluate_run(tmp_path, Request(8, "online")).loss != online.loss
 
 
 @pytest.mark.parametrize(("asked", "side"), [("stage", 16), ("full", 32)])
@@ -128,8 +133,8 @@ def test_a_stage_is_evaluated_at_its_own_resolution_or_at_the_complete_one(
     recipe = make_recipe(growth=GROWN, train={"epochs": 4}, optimizer={"lr": 3e-3}, evaluate=evaluate)
     run(recipe, tmp_path, max_steps=40)  # the last step on 16 px
     found = read_rows(tmp_path / "metrics.jsonl")[-1]
-    assert (found["step"], found["top1"]) == (40, evaluate_run(tmp_path, side, "online")[0])
-    assert found["top1"] != evaluate_run(tmp_path, 48 - side, "online")[0]
+    assert (found["step"], found["top1"]) == (40, evaluate_run(tmp_path, Request(side, "online")).top1)
+    assert found["top1"] != evaluate_run(tmp_path, Request(48 - side, "online")).top1
 
 
 def test_a_resolution_that_patches_do_not_fill_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -138,7 +143,7 @@ def test_a_resolution_that_patches_do_not_fill_is_refused(make_recipe: MakeRecip
         with pytest.raises(
             RecipeError, match=rf"--resolution: {resolution} is not a multiple of .* stride, 8 pixels; use {near}$"
         ):
-            evaluate_run(tmp_path, resolution, "best")
+            evaluate_run(tmp_path, Request(resolution))
 
 
 def test_volo_is_evaluated_at_another_resolution_with_positions_interpolated_without_antialias(
@@ -158,9 +163,11 @@ def test_volo_is_evaluated_at_another_resolution_with_positions_interpolated_wit
     labels = torch.tensor([read_label(members) for _, members in held_out])
     with torch.no_grad():
         right = plain.eval()(evaluation_images(Augmentation(recipe.augment, 3), encoded, 48)).argmax(1) == labels
-    assert evaluate_run(tmp_path / "run", 48, "online")[0] == pytest.approx(100 * right.float().mean().item())
+    assert evaluate_run(tmp_path / "run", Request(48, "online")).top1 == pytest.approx(
+        100 * right.float().mean().item()
+    )
     with pytest.raises(RecipeError, match="--resolution: 36 is not a multiple of the model's stride, 8 pixels; use 32"):
-        evaluate_run(tmp_path / "run", 36, "online")
+        evaluate_run(tmp_path / "run", Request(36, "online"))
 
 
 def test_timm_shows_the_exported_network_its_images_as_the_run_did(
@@ -228,7 +235,7 @@ def test_a_run_that_stands_in_its_first_search_can_be_evaluated_but_has_no_bette
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     run(make_recipe(), tmp_path, max_steps=7)
-    assert 0 <= evaluate_run(tmp_path, None, "ema")[0] <= 100
+    assert 0 <= evaluate_run(tmp_path, Request(weights="ema")).top1 <= 100
     with pytest.raises(
         CheckpointError, match=r"step 7 has no evaluation yet, .*; use --weights online or ema, or resu"
     ):
@@ -237,7 +244,7 @@ def test_a_run_that_stands_in_its_first_search_can_be_evaluated_but_has_no_bette
 
 
 def test_a_folder_that_is_no_run_or_has_no_checkpoint_is_named(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    for act in (lambda run: evaluate_run(run, None, "best"), lambda run: export_run(run, tmp_path / "x")):
+    for act in (lambda run: evaluate_run(run, Request()), lambda run: export_run(run, tmp_path / "x")):
         with pytest.raises(CheckpointError, match="/nowhere: not a run directory"):
             act(tmp_path / "nowhere")
         (tmp_path / "recipe.yaml").write_text(make_recipe().dump())

@@ -336,14 +336,14 @@ def test_other_rows_stay_byte_for_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fifo", "directory", "loop", "endless", "sparse"])
-@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "samples-0.jsonl", "tensorboard"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "samples-0.jsonl", "rank_0"])
 def test_a_start_where_something_else_lies(kind: str, name: str, tmp_path: Path) -> None:
     began = time.monotonic()
-    if (kind, name) in (("directory", "tensorboard"), ("sparse", "events.jsonl"), ("sparse", "samples-0.jsonl")):
+    if (kind, name) in (("directory", "rank_0"), ("sparse", "events.jsonl"), ("sparse", "samples-0.jsonl")):
         return  # nothing in the way
     hostile.put_in_the_way(tmp_path / name, kind)
     with pytest.raises(ScaleprogError, match=f"{name}.*: cannot record there: .*; (move|fix)"):
-        recorder(tmp_path).samples(1, [1])
+        recorder(tmp_path, world=2).samples(1, [1])
     assert time.monotonic() - began < 10
 
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from scaleprog.errors import RecipeError
 from scaleprog.recipe import FREE, Recipe, reference
 from scaleprog.recipe.keys import Operator, SubnetSettings
+from scaleprog.recipe.numbers import LocalPath, Location
+from scaleprog.recipe.recipe import PATHS
 from tests.conftest import CONFIGS, RECIPES
 
 LEAST = {"model": {"name": "vit_tiny_patch16_224"}, "data": {"path": "shards"}, "train": {"epochs": 4, "batch": 64}}
@@ -158,10 +160,11 @@ def test_an_override_whose_value_is_no_yaml(least: Path) -> None:
         ("growht.stages=3", "growht: unknown key; did you mean growth?"),
         ("growth.stagess=3", "growth.stagess: unknown key; did you mean growth.stages?"),
         ("train.maxsteps=3", "train.maxsteps: unknown key; did you mean train.max_steps?"),
-        ("checkpoint.every=3", "checkpoint.every: unknown key; did you mean checkpoint.every_steps?"),
+        ("checkpoint.every_step=3", "checkpoint.every_step: unknown key; did you mean checkpoint.every_steps?"),
+        ("checkpoint.every=3", "checkpoint.every: Input should be 'auto', got 3"),
         (
             "checkpoint.folder=3",
-            "checkpoint.folder: unknown key; valid here: every_steps, every_minutes, keep, keep_best, "
+            "checkpoint.folder: unknown key; valid here: every, every_steps, every_minutes, keep, keep_best, "
             "keep_every_epochs",
         ),
         ("train.batch.size=3", "train.batch: Input should be a valid integer, got {'size': 3}"),
@@ -371,3 +374,18 @@ def test_the_schema_accepts_the_recipes_that_are_here() -> None:
     whole = reference.schema()
     assert whole["additionalProperties"] is False
     assert set(whole["required"]) == {"model", "data", "train"}
+
+
+def test_every_key_with_a_path_is_located() -> None:
+    def is_path(annotation: Any) -> bool:
+        return any(annotation in (kind, kind | None) for kind in (LocalPath, Location))
+
+    groups = [(name, get_args(field.annotation) or (field.annotation,)) for name, field in Recipe.model_fields.items()]
+    found = {
+        (name, key)
+        for name, kinds in groups
+        for kind in kinds
+        for key, annotation in getattr(kind, "__annotations__", {}).items()
+        if is_path(annotation)
+    }
+    assert found - {("parent", "run")} == set(PATHS), "the parent's is where it was when the fork was made"

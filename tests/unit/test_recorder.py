@@ -4,23 +4,41 @@ import json
 import multiprocessing
 import re
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from pydantic import ValidationError
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import scaleprog.rundir.recorder
+from scaleprog.growth.search import Decision
+from scaleprog.growth.space import Subnet
 from scaleprog.ranks.coordinator import Coordinator
+from scaleprog.rundir.board import Board, event_files
 from scaleprog.rundir.progress import ProgressLine
 from scaleprog.rundir.recorder import Recorder, StepTimer, read_rows
 from scaleprog.rundir.records import EVENT
-from tests.compare import curves, samples
+from scaleprog.rundir.state import decision_to_json
+from tests.compare import curves, samples, texts
+
+DECISION = Decision(
+    stage=2,
+    candidates=(Subnet(16, 2), Subnet(16, 4), Subnet(32, 4)),
+    losses=(1.5, 1.25, 1.125),
+    times=(0.125, 0.25, 1.0),
+    scores=(0.0, 0.0, None),
+    chosen=Subnet(16, 2),
+    complete_from=78,
+    why="it is cheap",
+)
 
 
 class Rank:
@@ -39,8 +57,10 @@ class Rank:
         return [value] * self.world
 
 
-def recorder(run: Path, rank: int = 0, world: int = 1, generation: int = 1, step: int = 0) -> Recorder:
-    return Recorder(run, cast(Coordinator, Rank(rank, world)), generation, step, log_every=2)
+def recorder(
+    run: Path, rank: int = 0, world: int = 1, generation: int = 1, step: int = 0, rank_curves: bool = True
+) -> Recorder:
+    return Recorder(run, cast(Coordinator, Rank(rank, world)), generation, step, log_every=2, rank_curves=rank_curves)
 
 
 def train(record: Recorder, *numbers: int) -> None:
@@ -116,25 +136,84 @@ def test_what_a_restart_has_lost(tmp_path: Path) -> None:
 
 
 def test_curves_of_every_rank_go_on_without_doubled_points(tmp_path: Path) -> None:
-    board = tmp_path / "tensorboard"
+    own = ["vitals/step_seconds", "vitals/data_wait_seconds"]
     first = [recorder(tmp_path, rank, world=2) for rank in range(2)]
     for record in first:
         train(record, *range(1, 9))
         record.sync()  # and never closed: it was killed
-    assert steps(board / "rank_1") == {"rank/step_seconds": [2, 4, 6, 8], "rank/data_wait_seconds": [2, 4, 6, 8]}
+    assert steps(tmp_path / "rank_1") == {tag: [2, 4, 6, 8] for tag in own}
     for rank in range(2):
         record = recorder(tmp_path, rank, world=2, generation=2, step=5)
         train(record, *range(6, 11))
         record.close()
     for rank in range(2):
-        points = steps(board / f"rank_{rank}")
-        assert points == {"rank/step_seconds": [2, 4, 6, 8, 10], "rank/data_wait_seconds": [2, 4, 6, 8, 10]}
-    assert steps(board)["train/loss"] == [2, 4, 6, 8, 10]
-    assert not {"train/time", "train/images", "train/phase", "train/step"} & steps(board).keys()
+        assert steps(tmp_path / f"rank_{rank}") == {tag: [2, 4, 6, 8, 10] for tag in own}
+    assert steps(tmp_path)["train/loss"] == [2, 4, 6, 8, 10]
     alone = recorder(tmp_path, generation=3, step=7)  # the second rank is gone
     alone.close()
-    for folder in (board, board / "rank_0", board / "rank_1"):
+    for folder in (tmp_path, tmp_path / "rank_0", tmp_path / "rank_1"):
         assert {tuple(points) for points in steps(folder).values()} == {(2, 4, 6)}
+
+
+def test_without_rank_curves_a_run_has_one_board_and_stops_those_of_earlier_starts(tmp_path: Path) -> None:
+    for generation, rank_curves in enumerate((True, False)):
+        for rank in range(2):
+            record = recorder(tmp_path, rank, 2, generation, step=2 * generation, rank_curves=rank_curves)
+            train(record, *range(2 * generation + 1, 2 * generation + 5))
+            record.close()
+    assert steps(tmp_path)["train/loss"] == [2, 4, 6]
+    assert set(map(tuple, steps(tmp_path / "rank_1").values())) == {(2,)}, "the points that the second start repeats"
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for rank in range(2):
+        recorder(alone, rank, world=2, rank_curves=False).close()
+    assert not [path for path in alone.iterdir() if path.is_dir()]
+
+
+def test_a_run_that_an_earlier_version_drew_elsewhere_is_drawn_again_from_its_records(tmp_path: Path) -> None:
+    first = recorder(tmp_path)
+    train(first, *range(1, 7))
+    first.evaluation(6, {"top1": 50.0})
+    first.event("choice", step=4, **decision_to_json(DECISION))
+    first.event("choice", step=6, **decision_to_json(replace(DECISION, stage=3)))  # of steps that are lost
+    first.close()
+    old = tmp_path / "tensorboard"
+    (old / "rank_1").mkdir(parents=True)
+    for path in event_files(tmp_path):
+        shutil.copy(path, old / "rank_1")
+        path.rename(old / path.name)
+    for generation, trained in ((2, (5, 6)), (3, (7, 8))):
+        record = recorder(tmp_path, generation=generation, step=trained[0] - 1)
+        train(record, *trained)
+        record.close()
+        assert not event_files(old)
+        assert event_files(old / "rank_1"), "cannot be drawn again"
+    assert steps(tmp_path)["train/loss"] == [2, 4, 6, 8]
+    assert len(event_files(tmp_path)) == 2
+    drawn = EventAccumulator(str(tmp_path)).Reload()
+    wall = {row["step"]: row["time"] for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row}
+    for tag in ("train/loss", "vitals/lr"):
+        assert {event.step: event.wall_time for event in drawn.Scalars(tag)} == {
+            step: wall[step] for step in (2, 4, 6, 8)
+        }
+    assert texts(tmp_path).keys() == {"search/stage_2/text_summary"}
+
+
+def test_old_curves_stay_until_the_disk_has_the_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = recorder(tmp_path)
+    train(first, *range(1, 7))
+    first.close()
+    old = tmp_path / "tensorboard"
+    old.mkdir()
+    for path in event_files(tmp_path):
+        path.rename(old / path.name)
+    with monkeypatch.context() as patched:
+        patched.setattr("scaleprog.rundir.appending.Appended.sync", lambda _: False)
+        recorder(tmp_path, step=6, generation=2).close()
+    assert event_files(old)
+    recorder(tmp_path, step=6, generation=3).close()
+    assert not event_files(old)
+    assert steps(tmp_path)["train/loss"] == [2, 4, 6]
 
 
 def test_the_samples_of_a_step_trained_again_on_fewer_ranks_count_once(tmp_path: Path) -> None:
@@ -169,28 +248,26 @@ def board_size(folder: Path) -> int:
 def test_a_full_disk_stops_no_step_and_costs_no_point(
     half_a_record: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    board = tmp_path / "tensorboard"
     record = recorder(tmp_path, world=2)
     train(record, *range(1, 5))
     record.sync()
-    with full_beyond(min(map(board_size, (board, board / "rank_0"))) + half_a_record):
+    with full_beyond(min(map(board_size, (tmp_path, tmp_path / "rank_0"))) + half_a_record):
         for step in range(5, 9):
             train(record, step)
             record.samples(step, list(range(100)))
             record.event("checkpoint_failed", step=step)
             record.sync()
-        record.curve(8, "search", {"loss_r32_l4": 1.5})
         record.evaluation(8, {"top1": 50.0})
         record.sync()
-        assert set(steps(board)["train/loss"]) == {2, 4}, "it is full"
+        assert set(steps(tmp_path)["train/loss"]) == {2, 4}, "it is full"
     told = capsys.readouterr().err
     assert told.count("events.out.tfevents") == 2, "each board says so, once"
     assert "will retry" in told
     train(record, 9, 10)
     record.close()
-    assert steps(board)["train/loss"] == [2, 4, 6, 8, 10]
-    assert steps(board)["search/loss_r32_l4"] == steps(board)["evaluation/top1"] == [8]
-    assert steps(board / "rank_0")["rank/step_seconds"] == [2, 4, 6, 8, 10]
+    assert steps(tmp_path)["train/loss"] == [2, 4, 6, 8, 10]
+    assert steps(tmp_path)["validation/top1"] == [8]
+    assert steps(tmp_path / "rank_0")["vitals/step_seconds"] == [2, 4, 6, 8, 10]
     rows = read_rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 11))
     assert [row["step"] for row in read_rows(tmp_path / "samples-0.jsonl")] == [5, 6, 7, 8]
@@ -199,19 +276,29 @@ def test_a_full_disk_stops_no_step_and_costs_no_point(
     assert capsys.readouterr().err == ""
 
 
+def test_a_board_says_whether_the_disk_has_taken_everything(tmp_path: Path) -> None:
+    board = Board(tmp_path, step=0)
+    assert board.sync()
+    with full_beyond(board_size(tmp_path)):
+        board.draw({"step": 1, "top1": 50.0})
+        assert not board.sync()
+    assert board.sync()
+    board.close()
+
+
 def test_what_is_refused_to_the_end_is_lost_aloud_and_drawn_by_the_next_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = recorder(tmp_path)
     train(record, *range(1, 5))
-    with full_beyond(board_size(tmp_path / "tensorboard") + 30):
+    with full_beyond(board_size(tmp_path) + 30):
         train(record, *range(5, 9))
         record.close()
     assert "ARE LOST" in capsys.readouterr().err
     again = recorder(tmp_path, step=4, generation=2)
     train(again, *range(5, 9))
     again.close()
-    assert steps(tmp_path / "tensorboard")["train/loss"] == [2, 4, 6, 8]
+    assert steps(tmp_path)["train/loss"] == [2, 4, 6, 8]
 
 
 def test_a_log_on_a_full_disk_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +307,7 @@ def test_a_log_on_a_full_disk_stops_nothing(tmp_path: Path, monkeypatch: pytest.
     ProgressLine(total=8, step=0, enabled=True).say("NO CHECKPOINT of step 4")
     record = recorder(tmp_path)
     train(record, *range(1, 5))
-    with full_beyond(board_size(tmp_path / "tensorboard")):
+    with full_beyond(board_size(tmp_path)):
         train(record, *range(5, 9))
     record.close()
     with pytest.raises(OSError, match="No space left"):
@@ -268,7 +355,7 @@ def test_a_clock_set_back_breaks_no_curve(tmp_path: Path, monkeypatch: pytest.Mo
         train(record, 2 * number + 1, 2 * number + 2)
         record.close()
         monkeypatch.undo()
-    assert steps(tmp_path / "tensorboard")["train/loss"] == [2, 4, 6]
+    assert steps(tmp_path)["train/loss"] == [2, 4, 6]
 
 
 def test_every_event_that_is_written_can_be_read() -> None:

@@ -335,7 +335,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
 def test_the_terminal_is_told_the_table_and_the_place(told: tuple[str, Path]) -> None:
     text, out = told
     header, *lines, blank, prog, autoprog, place = text.splitlines()
-    columns = ["run", "schedule", "stages", "top-1 best", "train s", "speedup", "wall s", "wall speedup"]
+    columns = ["run", "schedule", "top-1 best", "train s", "speedup", "wall s"]
     assert header.split() == " ".join(columns).split()
     assert len(lines) == 6
     assert "-16.7%" in lines[1]

@@ -63,6 +63,25 @@ def test_how_it_ended(code: int, reports: list, signals: list, preempted: bool, 
     assert how_it_ended(code, reports, signals, preempted) == End(*end)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("cause", "left", "changes", "expected"),
+    [
+        ("stopped by SIGUSR2 after step 3", 100, {}, "reached its time limit after step 3"),
+        ("stopped by SIGUSR2 before training began", 149, {}, "reached its time limit before training began"),
+        ("stopped at once by SIGUSR2", 9, {}, "reached its time limit: stopped at once by SIGUSR2"),
+        ("stopped by SIGUSR2 after step 3", 151, {}, None),  # too early: a user's, or a preemption's
+        ("stopped by SIGUSR2 after step 3", 100, {"preempted": True}, None),
+        ("stopped by SIGUSR2 after step 3", 0, {"state": "CANCELLED"}, None),  # its end is not its limit
+        ("stopped by SIGTERM after step 3", 100, {}, None),
+    ],
+)
+def test_a_time_limit_shows_as_one(cause: str, left: float, changes: dict[str, Any], expected: str | None) -> None:
+    end, job = End("stopped", 75, cause), replace(RUNNING, end=1000.0 + left, **changes)
+    assert requeue.with_limit(end, job, ended=1000.0, notice=90) == replace(end, cause=expected or cause)
+    unlimited = replace(job, end=None)
+    assert requeue.with_limit(end, unlimited, 1000.0, 90) == requeue.with_limit(end, None, 1000.0, 90) == end
+
+
 RUNNING = Job("7", "n", "RUNNING", restarts=4)
 STOP, CRASH = End("stopped", 75, ""), End("crash", 137, "")
 

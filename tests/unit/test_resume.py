@@ -22,7 +22,8 @@ from scaleprog.rundir.state import RunState
 from scaleprog.rundir.storage import MANIFEST, committed, read_manifest, verify
 from scaleprog.rundir.tensorfile import Layout
 from scaleprog.shards.check import write_manifest
-from scaleprog.training.export import evaluate_run, export_run
+from scaleprog.training.evaluate_run import Request, evaluate_run
+from scaleprog.training.export import export_run
 from scaleprog.training.resume import CHANGES, owner_of, state_of
 from scaleprog.version import ARITHMETIC
 from tests.conftest import WITHIN_A_BUDGET, MakeRecipe, run, short_recipe, step_rows
@@ -146,8 +147,6 @@ def test_a_state_that_no_run_of_the_recipe_leaves_is_refused_at_a_start(
     reseal(newest, change)
     with pytest.raises(CheckpointError, match=rf"{newest}: .*{message}"):
         run(recipe, newest.parent.parent)
-    with pytest.raises(CheckpointError, match=rf"{newest}: .*{message}"):
-        evaluate_run(newest.parent.parent, None, "best")
 
 
 def test_every_state_that_runs_leave_is_one(trained: dict[str, tuple[Recipe, Path]]) -> None:
@@ -156,7 +155,7 @@ def test_every_state_that_runs_leave_is_one(trained: dict[str, tuple[Recipe, Pat
             assert verify(path, owner_of(recipe).most).step == state_of(path, Plan.of(recipe)).step
 
 
-def test_an_export_needs_no_shards_and_refuses_what_cannot_be(
+def test_an_export_and_an_evaluation_refuse_what_cannot_be_without_the_training_shards(
     copy: Callable[[str], tuple[Recipe, Path]], tmp_path: Path
 ) -> None:
     _, newest = copy("end")
@@ -170,6 +169,8 @@ def test_an_export_needs_no_shards_and_refuses_what_cannot_be(
         reseal(newest, change)
         with pytest.raises(CheckpointError, match=rf"{newest}: .*{message}"):
             export_run(newest.parent.parent, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=f"{newest}: "):
+            evaluate_run(newest.parent.parent, Request())
         (newest / MANIFEST).write_text(intact)
     assert not (tmp_path / "model.safetensors").exists()
 
@@ -342,10 +343,10 @@ def test_a_run_is_not_evaluated_on_other_classes(
     shutil.copytree(patterns, moved)
     with_other_held_out(moved)
     (folder / "recipe.yaml").write_text(at(recipe, moved).dump())
-    assert 0 <= evaluate_run(folder, None, "online")[0] <= 100, "other images of the same classes are fine"
+    assert 0 <= evaluate_run(folder, Request(weights="online")).top1 <= 100, "other images of the same classes are fine"
     permuted(moved)
     with pytest.raises(DataError, match=rf"{moved}: the classes are not those that {folder} learned \(4 classes, "):
-        evaluate_run(folder, None, "online")
+        evaluate_run(folder, Request(weights="online"))
 
 
 # ---- weights
@@ -385,7 +386,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_with_what_differs(
     place = tmp_path / "other" / "checkpoints" / newest.name
     shutil.rmtree(place)
     shutil.copytree(newest, place)
-    for act in (lambda: run(other, tmp_path / "other"), lambda: evaluate_run(tmp_path / "other", None, "best")):
+    for act in (lambda: run(other, tmp_path / "other"), lambda: evaluate_run(tmp_path / "other", Request())):
         with pytest.raises(OtherRun, match=rf"{place}: a checkpoint of another recipe:\n") as told:
             act()
         assert "  optimizer.lr: 0.001 here, 0.0005 there\n  seed: 3 here, 0 there\nmove it to its" in str(told.value)

@@ -66,9 +66,9 @@ def test_launchers_and_shards_do_not_know_the_command_line_or_each_other() -> No
             assert not {room(module) for module in imported(path)} & {other, "cli", "__main__"}, path
 
 
-def test_launchers_and_shards_are_linked_from_the_top_level() -> None:
+def test_folders_of_the_top_level_are_linked() -> None:
     """So that a wheel has them in scaleprog, and takes no general name in site-packages."""
-    for name in ("launchers", "shards"):
+    for name in ("launchers", "shards", "configs", "slurm"):
         assert os.readlink(HOUSE / name) == f"../{name}"
 
 

@@ -205,3 +205,19 @@ def test_measurements_are_equispaced_and_inside_the_search(start: int, length: i
     assert steps[-1] == stop
     for i, step in enumerate(steps):
         assert abs(step - (first + (stop - first) * i / (count - 1))) < 1
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ((0.0, 0.0, None), "; nothing is lost by 2 candidates: the cheaper one is taken"),
+        ((0.0, 0.0, 0.0), "; nothing is lost by 3 candidates: the cheapest one is taken"),
+        ((1.5, 1.5 + 1e-7, 2.0), "; 2 candidates tie: the cheaper one is taken"),
+        ((1.5, 1.6, None), ""),
+        ((None, 1.5, 1.5), ""),
+    ],
+)
+def test_a_decision_says_which_candidates_tie(scores: tuple[float | None, ...], said: str) -> None:
+    candidates = Subnet(16, 2), Subnet(16, 4), Subnet(32, 4)
+    decision = Decision(2, candidates, (1.0,) * 3, (1.0, 2.0, 4.0), scores, candidates[0], complete_from=7, why="cheap")
+    assert decision.because == f"complete from schedule step 7: cheap{said}"

@@ -234,7 +234,8 @@ def test_names_that_a_batch_script_cannot_say_are_refused(
 @pytest.mark.parametrize(
     "written",
     ["", "[]", "7", "{}", {"job": 7}, {"name": "a\x1b[31m"}, {"job": "7; id"}, {"job": "-1"}, {"log": "/etc/passwd"},
-     {"log": "jobs/../../x"}, {"log": []}, {"code": ["code/0"]}, "[" * 10**5, "x" * 10**6, "\xff\xfe"],
+     {"log": "jobs/../../x"}, {"log": []}, {"host": 7}, {"host": "a\x1b[31m"}, {"time": "x"}, {"time": -1.0},
+     {"code": ["code/0"]}, "[" * 10**5, "x" * 10**6, "\xff\xfe"],
 )  # fmt: skip
 def test_a_job_file_of_another_form(written: str | dict, tmp_path: Path) -> None:
     whole = {"job": "7", "name": "a", "code": "code/0", "log": ""}

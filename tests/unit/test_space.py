@@ -164,5 +164,5 @@ def test_a_space_of_one_leaves_nothing_to_search(resolution: int, depth: int, ru
 
 
 def test_subnets_name_themselves() -> None:
-    assert Subnet(224, 12).tag == "r224_l12"
     assert str(Subnet(224, 12)) == "224 px, 12 layers"
+    assert Subnet(224, 12).short == "224x12"

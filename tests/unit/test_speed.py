@@ -11,7 +11,7 @@ from scaleprog.errors import DataError
 from scaleprog.recipe.keys import AugmentSettings
 from scaleprog.shards.speed import ceiling, measure, sample
 from tests.conftest import MakeRecipe
-from tests.unit.command import Command, WriteRecipe, is_mistake
+from tests.unit.command import Command, WriteRecipe, is_mistake, rows_of
 
 
 def test_every_size_of_the_run_is_measured(make_recipe: MakeRecipe) -> None:
@@ -50,8 +50,8 @@ def test_the_command_prints_json_and_a_table(
     assert list(rates) == ["16", "24", "32"]
     assert all(rate > 0 for rate in rates.values())
     monkeypatch.setenv("COLUMNS", "80")
-    table = command("shards", "speed", patterns, recipe, "--images=8", "--turns=1").out
-    assert [line.split("│")[1].strip() for line in table.splitlines() if "│" in line] == ["32"]
+    told = command("shards", "speed", patterns, recipe, "--images=8", "--turns=1")
+    assert [row[0] for row in rows_of(told.out)] == ["32"]
 
 
 def test_shards_that_are_missing_are_named(command: Command, write_recipe: WriteRecipe, tmp_path: Path) -> None:

@@ -113,7 +113,8 @@ NOTHING: dict[str, list[Any]] = {  # by key, values that it cannot have
     "search_seconds": [[], -1],
     "wall_seconds": [1e13, -0.5],
     "images": [-1, 1.0, 2**61],
-    "accuracies": [[], None, 3, {"top1": -1}, {"top1": 101}, {"top1": math.nan}, {"top1": "9"},
+    "accuracies": [[], None, 3, {"top1": -1}, {"top1": 101}, {"top1": math.nan}, {"top1": "9"}, {"top5_ema": 101},
+                   {"val_loss": -1.0}, {"val_loss": math.inf},
                    {str(i): 1.0 for i in range(1001)}],
     "pending": ["choice", [None], [1], {}, ["choice"] * 20_000],
     "best_step": [-1, None, 0.5],
@@ -131,6 +132,7 @@ def test_what_no_state_can_be_is_refused_by_its_key() -> None:
     assert NOTHING.keys() == {f.name for f in dataclasses.fields(RunState)}
     values = RunState().to_json()
     RunState.from_json(values | {"decisions": [DECISION]})
+    RunState.from_json(values | {"accuracies": {"top1": 100.0, "val_loss": 700.0, "val_loss_ema_1": 101.0}})
     for key, strange in NOTHING.items():
         for value in strange:
             with pytest.raises(CheckpointError, match=rf"^state: .*{key}|^state: decision 0|^state: more than 1000 "):

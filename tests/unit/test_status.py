@@ -1,4 +1,4 @@
-"""`scaleprog status`, `cancel` and `submit --wait`: where a run stands."""
+"""`scaleprog status`, `status --follow`, `cancel` and `submit --wait`: where a run stands."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.growth.space import Subnet
-from scaleprog.launchers import snapshot, status
+from scaleprog.launchers import following, snapshot, status
 from scaleprog.launchers.snapshot import JobFile
 from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
@@ -24,6 +25,7 @@ from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.lease import read_owner
 from scaleprog.rundir.planned import write_plan
 from tests.conftest import MakeRecipe, write_lines
+from tests.unit.command import Command, is_mistake
 from tests.unit.fake_slurm import FakeSlurm
 
 OWNER = {
@@ -309,24 +311,8 @@ def test_slurm_is_asked_about_numbers_of_jobs_only(job: Any, fake: FakeSlurm) ->
     assert fake.calls("scontrol") == fake.calls("scancel") == []
 
 
-@pytest.mark.parametrize(
-    ("ending", "code"), [({"state": "COMPLETED"}, 0), ({"state": "FAILED", "code": "2:0"}, 2),
-                         ({"state": "CANCELLED", "code": "0:15"}, 143), ({"state": "TIMEOUT"}, 1)],
-)  # fmt: skip
-def test_follow(
-    ending: dict[str, str], code: int, made_up: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    states: list[dict[str, Any] | None] = [  # None: Slurm does not answer
-        {"state": "PENDING", "reason": "Priority"},
-        {},
-        ending,
-        None,
-        {"restarts": 1},
-        ending,
-        ending,
-    ]
-    file = JobFile("7", "scaleprog-a b", "code/x")
+def watched(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, states: list[dict[str, Any] | None]) -> None:
+    """Slurm goes from state to state (None: it does not answer) whenever `follow` waits."""
 
     def advance(_: float) -> None:
         if not states:
@@ -338,10 +324,108 @@ def test_follow(
 
     advance(0)
     # not time.sleep itself: subprocess waits by it, too
-    monkeypatch.setattr(status, "time", SimpleNamespace(**vars(time) | {"sleep": advance}))
-    assert status.follow(made_up, file) == code
+    monkeypatch.setattr(following, "time", SimpleNamespace(**vars(time) | {"sleep": advance}))
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"), [({"state": "COMPLETED"}, 0), ({"state": "FAILED", "code": "2:0"}, 2),
+                         ({"state": "CANCELLED", "code": "0:15"}, 143), ({"state": "TIMEOUT"}, 1)],
+)  # fmt: skip
+def test_follow(
+    ending: dict[str, str], code: int, made_up: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    waiting = {"state": "PENDING", "reason": "Priority"}
+    states: list[dict[str, Any] | None] = [waiting, waiting, {}, ending, None, {"restarts": 1}, ending, ending]
+    JobFile("7", "scaleprog-a b", "code/x").write(made_up)
+    watched(fake, monkeypatch, states)
+    assert following.follow(made_up) == code
     told, wrong = capfd.readouterr()
     assert wrong == ("scaleprog: a task was killed\n" if code else "")
     for part in ("PENDING", "Priority", "RUNNING", "Unable to contact", "restart 1", "step 30, stage 1"):
         assert part in told
+    assert told.count("PENDING") == 1, "a line only where something changes"
     assert states == []
+
+
+def test_follow_in_place_shows_the_whole_status(
+    made_up: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    JobFile("7", "scaleprog-a b", "code/x").write(made_up)
+    watched(fake, monkeypatch, [{}, {"state": "COMPLETED"}, {"state": "COMPLETED"}])
+    out = StringIO()
+    assert following.follow(made_up, in_place=True, out=out) == 0
+    assert "state      stopped (job 7: COMPLETED)" in out.getvalue()
+    assert "top-1      41.50 % after step 20" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("last", "code", "message"),
+    [
+        ({"event": "preempted", "reason": "SIGTERM"}, 75, "stopped: SIGTERM"),
+        ({"event": "error", "message": "DataError: a shard is gone\nmore"}, 1, "DataError: a shard is gone"),
+    ],
+)
+def test_follow_a_process(
+    last: dict[str, str], code: int, message: str, made_up: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    with process_called(sys.executable, "-c", TRAINS, "scaleprog", "train", made_up) as process:
+        owned_by_process(made_up, process.pid)
+
+        def end(_: float) -> None:
+            with (made_up / "events.jsonl").open("a") as file:
+                file.write(json.dumps({"time": 10.0, "generation": 4, **last}) + "\n")
+            process.kill()
+            process.wait()
+
+        monkeypatch.setattr(following, "time", SimpleNamespace(**vars(time) | {"sleep": end}))
+        assert following.follow(made_up) == code
+    told, wrong = capfd.readouterr()
+    assert f"running, process {process.pid}" in told
+    assert wrong == f"scaleprog: {message}\n"
+
+
+def test_follow_ends_at_once_where_the_run_has_finished(
+    command: Command, made_up: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (made_up / "results.json").write_text("{}")
+    JobFile("7", "scaleprog-a b", "code/x").write(made_up)
+    monkeypatch.setattr(following, "time", SimpleNamespace(**vars(time) | {"sleep": None}))
+    fake.command("scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    assert command("status", made_up, "--follow").code == 0
+    (made_up / "results.json").unlink()
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert is_mistake(command("status", made_up, "--follow"), "no Slurm on", "scontrol not found")
+    assert is_mistake(command("status", made_up, "--follow", "--json"), "leave out --json")
+
+
+def test_ctrl_c_ends_following_and_not_the_run(
+    command: Command, made_up: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    run = made_up.rename(made_up.with_name("a run"))
+    JobFile("7", "scaleprog-a b", "code/x").write(run)
+    monkeypatch.setattr(following, "time", SimpleNamespace(**vars(time) | {"sleep": interrupted}))
+    told = command("status", run, "--follow")
+    assert (told.code, fake.calls("scancel")) == (130, [])
+    assert f"{run} continues; to follow it again: scaleprog status '{run}' --follow; to end it: scaleprog" in told.err
+
+
+def test_a_job_that_failed_without_a_log_may_have_had_nowhere_to_write_it(made_up: Path, fake: FakeSlurm) -> None:
+    fake.show(state="FAILED")
+    JobFile("7", "scaleprog-a b", "code/x", "jobs/1/7.out", "login1", 1795468537.0).write(made_up)
+    detail = status.standing(made_up)[1]
+    assert f"FAILED without a log: node[0-1] may not have {made_up}; it was seen on login1 when" in detail
+    (made_up / "jobs" / "1").mkdir(parents=True)
+    (made_up / "jobs" / "1" / "7.out").touch()
+    assert status.standing(made_up)[1] == "job 7: FAILED"
+
+
+def test_status_imports_what_a_login_node_can_bear() -> None:
+    """numpy starts a thread per core."""
+    check = "import scaleprog.launchers.following, sys; print({'torch', 'numpy'} & set(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert told.stdout == "set()\n"

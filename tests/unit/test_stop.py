@@ -109,7 +109,7 @@ def test_a_checkpoint_is_due_by_the_clock_and_then_not_again(ears: Ears, one_ran
     time.sleep(0.11)
     assert until(watching) == Agreement(save=True)
     watching.saved()
-    watching._every = 3600.0
+    watching.save_every(3600.0)
     assert all(watching.agree() == Agreement() for _ in range(5000))
 
 

@@ -31,7 +31,7 @@ from scaleprog.rundir.storage import (
     write_tensors,
 )
 from scaleprog.rundir.tensorfile import DTYPES, NAMES
-from scaleprog.sharding.placement import LocalSlice, Placement, share_out
+from scaleprog.sharding.placement import LocalSlice, Placement, held_by, share_out
 from tests.unit.checkpoints import Save, blank, commit, data_file, flip, newest, parts, reseal, seal, tensors
 
 FILE = "rank-00000.safetensors"
@@ -109,8 +109,8 @@ def test_any_ranks_read_what_any_ranks_wrote(
         return LocalSlice(tensor[held.start : held.stop].clone(), held.start, placement.numel)
 
     world = [{n: part(before[n], whole[n], rank) for n in whole} for rank in [*range(ranks)] * copies]
-    held = [{n: [p.numel, p.start, p.tensor.numel()] for n, p in of_rank.items()} for of_rank in world]
-    chunks, files = share_out(held), {}
+    sizes = {name: tensor.numel() for name, tensor in whole.items()}
+    chunks, files = share_out(sizes, [held_by(of_rank) for of_rank in world]), {}
     (tmp_path / "writing").mkdir()
     for rank, of_rank in enumerate(world):
         mine = {n: of_rank[n].tensor for n in whole if any(r == rank for r, _ in chunks[n])}
@@ -130,11 +130,11 @@ def test_any_ranks_read_what_any_ranks_wrote(
 
 
 def test_copies_of_a_stretch_are_shared_out_evenly() -> None:
-    held = [{f"t{i}": [10, 5 * (rank % 2), 5] for i in range(8)} for rank in range(4)]  # as HSDP has them
-    shared = share_out(held)
+    held = [[5 * (rank % 2), 5] * 8 for rank in range(4)]  # as HSDP has them
+    shared = share_out({f"t{i}": 10 for i in range(8)}, held)
     assert [sum(n for chunks in shared.values() for r, n in chunks if r == rank) for rank in range(4)] == [20] * 4
     with pytest.raises(AssertionError, match="t: the ranks hold"):
-        share_out([{"t": [10, 0, 6]}, {"t": [10, 5, 5]}])
+        share_out({"t": 10}, [[0, 6], [5, 5]])
 
 
 # ---- damage

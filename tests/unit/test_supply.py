@@ -13,7 +13,7 @@ from scaleprog.planning.devices import Device
 from scaleprog.planning.supply import Supply
 from scaleprog.recipe import Recipe
 from tests.conftest import MakeRecipe
-from tests.unit.command import Command, WriteRecipe, is_mistake
+from tests.unit.command import Command, WriteRecipe, is_mistake, rows_of
 
 DEVICE = Device.named("cpu")
 PROG: dict[str, Any] = {"growth": {"schedule": "linear"}, "sharding": {"engine": "replicated"}}
@@ -83,16 +83,15 @@ def test_a_size_without_a_rate_is_named(make_recipe: MakeRecipe) -> None:
 def test_plan_says_which_stages_wait(
     command: Command, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     recipe = write_recipe(growth={"schedule": "linear"})
     arguments = ("plan", recipe, "--world=2", "--device=cpu", "--cores=3")
     told = command(*arguments, "--images-per-core-second=16=0.5,24=2e9", "data.workers=2")
     assert is_mistake(told, "--images-per-core-second: '16=0.5,24=2e9'", "224=300,160=450")
     told = command(*arguments, "--images-per-core-second=16=0.5,24=200000000,32=1.50000000000000001", "data.workers=2")
     assert (told.code, told.err) == (0, "")
-    assert max(map(len, told.out.splitlines())) <= 100
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told.out.splitlines() if "│" in line][3:]
-    assert [(row[2], row[5], row[6]) for row in rows] == [
+    assert max(map(len, told.out.splitlines())) <= 80
+    assert [(row[2], row[5], row[6]) for row in rows_of(told.out)[3:]] == [
         ("16", "2", "100%"),
         ("24", "800000000", "0%"),
         ("32", "6", "100%"),

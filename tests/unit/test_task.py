@@ -1,13 +1,15 @@
 """A task of a Slurm job: which rank it is, and where it meets the others."""
 
+import socket
 import sys
 from pathlib import Path
 
 import pytest
 
-from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable
+from scaleprog.errors import AbsentData, DataError, Preempted, ScaleprogError, Unavailable
 from scaleprog.launchers import task
 from scaleprog.launchers.requeue import Attempt
+from scaleprog.launchers.snapshot import JobFile
 from scaleprog.ranks.stop import deadline
 from scaleprog.rundir.reading import read_rows
 from tests.unit.fake_slurm import FakeSlurm
@@ -114,3 +116,23 @@ def test_a_task_that_leaves_says_why(
         assert told == f"scaleprog: rank 1: {error}\n"
     else:
         assert told == "scaleprog: rank 1: failed\nValueError: x\ny\n\n"
+
+
+def test_what_a_node_does_not_have_was_seen_where_the_job_was_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = AbsentData("data/x: no folder. Build it with `scaleprog shards`.", "data/x: no folder")
+    assert task.missing_here(tmp_path, error) is error, "nobody has looked for it"
+    JobFile("7", "a", "code/x").write(tmp_path)
+    assert task.missing_here(tmp_path, error) is error, "plain sbatch does not look"
+    JobFile("7", "a", "code/x", host="login1", time=1795468537.0).write(tmp_path)
+    monkeypatch.delenv("SLURM_SUBMIT_DIR", raising=False)
+    told = str(task.missing_here(tmp_path, error))
+    assert told.startswith(
+        f"{socket.gethostname()}: data/x: no folder; it was seen on login1 when the job was submitted"
+    )
+    assert told.endswith("is it on a file system that all nodes share?")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_SUBMIT_DIR", "/home/me")
+    told = str(task.missing_here(tmp_path, error))
+    assert told.endswith(f" (relative paths begin at {tmp_path} here, and began at /home/me there)")

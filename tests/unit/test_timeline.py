@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from scaleprog.reporting.figures import COLORS
-from scaleprog.reporting.timeline import Timeline, describe, read_timeline, span, still_told, table_row
+from scaleprog.reporting.timeline import Timeline, describe, read_timeline, span, table_row
 from scaleprog.reporting.timeline_figure import draw_timelines
+from scaleprog.rundir.reading import still_told
 
 STEP = 0.5  # seconds, and half of that again to wait for data
 

@@ -50,7 +50,7 @@ def test_a_run_with_as_many_workers_as_cores_ends_with_the_results_of_one_withou
         data, folder = {"workers": count, "cache": 0}, tmp_path / str(count)
         recipe = make_recipe(data=data, growth=growth, sharding={"engine": "replicated"}, evaluate={"every": 0.5})
         run(recipe, folder, epochs=1)
-        losses[count] = [row.get("loss", row.get("top1")) for row in read_rows(folder / "metrics.jsonl")]
+        losses[count] = [row.get("loss", row.get("val_loss")) for row in read_rows(folder / "metrics.jsonl")]
     assert losses["auto"] == losses[0]
     events = read_rows(tmp_path / "auto" / "events.jsonl")
     assert [event["step"] for event in events if event["event"] == "workers"] == [0, 10], "at the start of each stage"

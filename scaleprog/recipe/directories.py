@@ -1,0 +1,48 @@
+"""The directories in which a run was started: where the relative paths of its recipe lead, wherever it is read."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from scaleprog.files.atomic import read_text, write_whole
+
+DIRECTORIES = "directories.json"
+MOST = 20
+MOST_BYTES = 2**17
+
+
+def to_train(run: Path) -> list[Path]:
+    """Where the relative paths of a recipe may lead that is typed to train in a run directory: from the current
+    directory or, if the run has begun, from those in which it was started."""
+    return [*_current(), *_noted(run)]
+
+
+def to_read(run: Path) -> list[Path]:
+    """Where the relative paths of the recipe in a run directory may lead; see `to_train`."""
+    return [*_noted(run), *_current()]
+
+
+def note(run: Path) -> None:
+    """Notes the current directory in a run directory, as that in which the run was started last. Raises OSError."""
+    noted = _noted(run)
+    newest = list(dict.fromkeys([*_current(), *noted]))[:MOST]
+    if newest != noted:
+        write_whole(run / DIRECTORIES, json.dumps(list(map(str, newest))))
+
+
+def _noted(run: Path) -> list[Path]:
+    """The directories that a run directory notes, the last one first; none if there is no such file, as in runs of
+    earlier versions, or it is damaged."""
+    with suppress(OSError, ValueError, RecursionError):
+        noted = json.loads(read_text(run / DIRECTORIES, MOST_BYTES))
+        if isinstance(noted, list):
+            return [Path(each) for each in noted[:MOST] if isinstance(each, str) and os.path.isabs(each)]
+    return []
+
+
+def _current() -> list[Path]:
+    """The current directory; none if someone has removed it."""
+    with suppress(OSError):
+        return [Path.cwd()]
+    return []

@@ -1,0 +1,31 @@
+"""Finds run directories: where a path is one, or a folder of several, such as that of a sweep."""
+
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from scaleprog.files.plain_yaml import RECIPE
+
+
+def runs_at(path: Path) -> list[Path]:
+    """The path itself if it is a run directory, else the run directories in it, numbers in their names by size."""
+    if os.path.lexists(path / RECIPE):
+        return [path]
+    found: list[Path] = []
+    with suppress(OSError):  # there is no such folder, or it is not readable
+        found = [entry for entry in path.iterdir() if os.path.lexists(entry / RECIPE)]
+    return sorted(found, key=lambda run: [int(part) if part.isdigit() else part for part in _parts(run.name)])
+
+
+def _parts(name: str) -> list[str]:
+    return re.split("([0-9]{1,18})", name)
+
+
+def short_names(runs: Sequence[Path]) -> list[str]:
+    """The shortest ends of absolute paths that are all different, and say more than a seed."""
+    parts = 2 if any(re.fullmatch("seed[0-9]+", run.name) for run in runs) else 1
+    while len({run.parts[-parts:] for run in runs}) < len(set(runs)):
+        parts += 1
+    return ["/".join(run.parts[-parts:]) for run in runs]
