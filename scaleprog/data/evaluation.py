@@ -85,9 +85,8 @@ class EvaluationReader:
         layout, settings = Layout(self._rows, resolution, self.data.channels), self.data.settings
         room = settings.cache * 2**20 // layout.bytes
         keeps = self.count <= room
-        size, ahead = (
-            (self.count, settings.prefetch) if keeps else (max(1, room // 2), max(room // 2, settings.prefetch))
-        )
+        size = self.count if keeps else max(1, room // 2)
+        ahead = settings.prefetch if keeps else max(size, settings.prefetch)
         if self._stream is None:
             workers, produce = min(self.data.workers, self._rows), partial(self._produce, resolution)
             self._stream = Stream(produce, self._rows, workers, ahead, layout)

@@ -349,8 +349,9 @@ def assumptions(recipe: Recipe, device: Device) -> tuple[str, ...]:
         "Activations: what autograd keeps of one micro-batch with fused attention, counted by torch. For autocast, "
         "torch counts with the CPU's; a GPU's keeps more in fp32. Under fsdp and hsdp, the gradients of a step's only "
         "micro-batch take their place.",
-        "Buffers, never counted: the root, two layers (or all, without reshard_after_forward; a network that is "
-        "gathered as a whole has none) and a unit's gradients twice; replicated's flat gradients. Left out: allocator, kernels' workspace, batches, DeepSpeed's buckets.",
+        "Buffers, never counted: the root, two layers (or all, without reshard_after_forward) and a unit's gradients "
+        "twice; a network that is gathered as a whole is one unit; replicated's flat gradients. Left out: allocator, "
+        "kernels' workspace, batches, DeepSpeed's buckets.",
         "zero holds separate fp32 weights, even if the parameters are fp32. In zero 1 and 2, DeepSpeed 0.19 reduces "
         "whole gradients (all-reduce), and each rank keeps its part.",
         "Gradients are reduced in fp32 after each micro-batch; in zero 1 and replicated, once per step.",

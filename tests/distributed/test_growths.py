@@ -64,7 +64,8 @@ COUNTED: tuple[tuple[dict[str, Any], Callable[[int], dict[str, int]]], ...] = (
     ({**BY_LAYER, "reshard_after_forward": False}, lambda layers: gathers(layers, 1)),
     ({"engine": "fsdp"}, lambda layers: gathers(0, 0)),  # a small network is one unit
     # the shards' gradients across the copies
-    ({"engine": "hsdp", "shard": 2, "gather": "layer"}, lambda layers: gathers(layers, 2) | {"all_reduce": layers + 1 + 1 + 1}),
+    ({"engine": "hsdp", "shard": 2, "gather": "layer"},
+     lambda layers: gathers(layers, 2) | {"all_reduce": layers + 1 + 1 + 1}),
     ({"engine": "replicated"}, lambda layers: {"all_reduce": 1 + 1}),  # all gradients at once
     # gradients in buckets of a layer, the norms of decayed and other parameters; both are gathered after the step
     ({"engine": "zero", "stage": 1}, lambda layers: {"all_reduce": layers + 1 + 2 + 1, "all_gather": 2}),
