@@ -339,7 +339,7 @@ def in_a_run(
     memory = torch.zeros(layout.bytes, dtype=torch.uint8, pin_memory=trainer.bench.cuda)
     batch = layout.batch(memory, subnet.resolution)
     batch.images.random_()
-    batch.labels[:] = trainer.labels[: layout.rows]
+    batch.labels.random_(recipe.model.classes)
     run: Any = SimpleNamespace(  # what train_step reads of a Run
         recipe=recipe,
         plan=SimpleNamespace(
