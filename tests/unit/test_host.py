@@ -1,5 +1,5 @@
-"""A step issues its work and reads none of the results. The device is torch's "meta", whose tensors have no values, so that
-whoever reads one fails."""
+"""A step issues its work and reads none of the results: on torch's "meta" device, whose tensors have no values, whoever
+reads one fails."""
 
 import gc
 import sys
