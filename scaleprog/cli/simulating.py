@@ -68,7 +68,7 @@ def simulate(
         raise ScaleprogError(f"--restart: {restart[:100]!r} is neither in-job nor requeue")
     check_positive("--days", days, MOST_DAYS)
     check_positive("--step-seconds", step_seconds, 1e5)
-    rates = FaultRates.parse(faults)
+    rates = FaultRates.parse(faults, gpus_per_node)
     given = named_numbers(assume, "--assume", scenario.SECONDS) if assume is not None else {}
     cluster = scenario.Cluster(nodes, gpus_per_node, Device.named(device), spare_nodes, restart == "in-job")
     length = scenario.Length(days or 54.0, steps, step_seconds)

@@ -10,7 +10,7 @@ CAUSES = ("crash", "hang", "preemption", "node")
 """A rank crashes; a rank hangs; the run is asked to stop, with notice; a node is lost and must be replaced."""
 MOST = 1e9
 
-LLAMA3_NODE_DAYS = 54 * 2048
+LLAMA3_NODE_DAYS, LLAMA3_GPUS = 54 * 2048, 8
 LLAMA3_COUNTS = {"crash": 54 + 2, "hang": 7, "preemption": 0, "node": 148 + 72 + 35 + 32 + 19 + 17 + 7 + 26}
 """The 419 unplanned interruptions of Llama 3's pre-training in 54 days on 2,048 nodes (arXiv 2407.21783, table 5).
 
@@ -27,13 +27,16 @@ class FaultRates:
     origin: str
 
     @classmethod
-    def parse(cls, text: str) -> "FaultRates":
+    def parse(cls, text: str, gpus: int) -> "FaultRates":
         """From `llama3`, `none`, or e.g. `crash=2,node=1.5`; causes that it leaves out never happen.
+
+        `gpus`: of each node, to which Llama 3's rates are in proportion.
 
         Raises ScaleprogError.
         """
         if text == "llama3":
-            rates = {cause: 1000 * count / LLAMA3_NODE_DAYS for cause, count in LLAMA3_COUNTS.items()}
+            node_days = LLAMA3_NODE_DAYS * LLAMA3_GPUS / gpus
+            rates = {cause: 1000 * count / node_days for cause, count in LLAMA3_COUNTS.items()}
             return cls(rates, "Llama 3 (arXiv 2407.21783): 419 unplanned interruptions in 54 days on 16,384 GPUs")
         if text == "none":
             return cls(dict.fromkeys(CAUSES, 0.0), "--faults none")

@@ -203,6 +203,7 @@ def import_everything() -> None:
     import scaleprog.reporting.report
     import scaleprog.sharding.replicated
     import scaleprog.shards.check
+    import scaleprog.training.evaluate_run
     import scaleprog.training.export
     import scaleprog.training.loop
     from tests.fuzz.fixtures import recipe

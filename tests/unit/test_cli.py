@@ -172,7 +172,7 @@ def test_an_interrupt_is_no_success(
         (Preempted("stopped by SIGTERM"), 75),
     ],
 )
-@pytest.mark.parametrize("arguments", [("train", "RECIPE"), ("evaluate", "RUN"), ("export", "RUN", "OUT")])
+@pytest.mark.parametrize("arguments", [("train", "RECIPE"), ("evaluate", "RUN"), ("export", "RUN", "OUT.safetensors")])
 def test_the_exit_code_says_whether_another_start_may_help(
     arguments: tuple[str, ...], error: ScaleprogError, code: int, command: Command, write_recipe: WriteRecipe,
     monkeypatch: pytest.MonkeyPatch,
@@ -180,8 +180,8 @@ def test_the_exit_code_says_whether_another_start_may_help(
     def fail(*_: object) -> None:
         raise error
 
-    for name in ("loop.train_rank", "export.evaluate_run", "export.export_run"):
-        monkeypatch.setattr(f"scaleprog.training.{name}", fail)
+    for name in ("training.loop.train_rank", "training.evaluate_run.evaluate_run", "api.export_run"):
+        monkeypatch.setattr(f"scaleprog.{name}", fail)
     told = command(*(write_recipe() if word == "RECIPE" else word for word in arguments))
     assert (told.code, str(error) in told.err, "Traceback" in told.err) == (code, True, False)
 

@@ -129,11 +129,12 @@ def test_the_mtbf_of_a_run_begins_with_a_prior_and_follows_its_faults() -> None:
 
 
 def test_llama3s_rates_are_419_faults_in_54_days_on_2048_nodes() -> None:
-    rates = FaultRates.parse("llama3").rates
+    rates = FaultRates.parse("llama3", 8).rates
     assert sum(rates.values()) * LLAMA3_NODE_DAYS / 1000 == pytest.approx(419)
     assert rates["node"] / sum(rates.values()) == pytest.approx(0.78 + 32 / 419, abs=0.01), "hardware, maintenance"
-    assert FaultRates.parse("none").rates == dict.fromkeys(CAUSES, 0)
-    assert FaultRates.parse("crash=2, node=1e-1").rates == {"crash": 2, "hang": 0, "preemption": 0, "node": 0.1}
+    assert FaultRates.parse("llama3", 4).rates["node"] == rates["node"] / 2, "in proportion to the GPUs"
+    assert FaultRates.parse("none", 8).rates == dict.fromkeys(CAUSES, 0)
+    assert FaultRates.parse("crash=2, node=1e-1", 8).rates == {"crash": 2, "hang": 0, "preemption": 0, "node": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_llama3s_rates_are_419_faults_in_54_days_on_2048_nodes() -> None:
 )
 def test_rates_that_are_none(text: str, message: str) -> None:
     with pytest.raises(ScaleprogError) as caught:
-        FaultRates.parse(text)
+        FaultRates.parse(text, 8)
     assert message in str(caught.value)
 
 
