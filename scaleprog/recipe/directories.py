@@ -15,30 +15,39 @@ MOST_BYTES = 2**17
 def to_train(run: Path) -> list[Path]:
     """Where the relative paths of a recipe may lead that is typed to train in a run directory: from the current
     directory or, if the run has begun, from those in which it was started."""
-    return [*_current(), *_noted(run)]
+    return [*_current(), *_noted(run)[1]]
 
 
 def to_read(run: Path) -> list[Path]:
-    """Where the relative paths of the recipe in a run directory may lead; see `to_train`."""
-    return [*_noted(run), *_current()]
+    """Where the relative paths of the recipe in a run directory may lead; see `to_train`.
+
+    They lead from the directories in which the run was started first, unless its own directory has been moved or
+    copied since, perhaps together with its shards.
+    """
+    home, noted = _noted(run)
+    return [*noted, *_current()] if home == str(run.resolve()) else [*_current(), *noted]
 
 
 def note(run: Path) -> None:
     """Notes the current directory in a run directory, as that in which the run was started last. Raises OSError."""
-    noted = _noted(run)
+    home, noted = _noted(run)
     newest = list(dict.fromkeys([*_current(), *noted]))[:MOST]
-    if newest != noted:
-        write_whole(run / DIRECTORIES, json.dumps(list(map(str, newest))))
+    if (str(run.resolve()), newest) != (home, noted):
+        values = {"run": str(run.resolve()), "directories": list(map(str, newest))}
+        write_whole(run / DIRECTORIES, json.dumps(values))
 
 
-def _noted(run: Path) -> list[Path]:
-    """The directories that a run directory notes, the last one first; none if there is no such file, as in runs of
-    earlier versions, or it is damaged."""
+def _noted(run: Path) -> tuple[str, list[Path]]:
+    """Where a run directory was when it was started last, and the directories that it notes, the last one first.
+
+    Nothing if there is no such file, as in runs of earlier versions, or it is damaged.
+    """
     with suppress(OSError, ValueError, RecursionError):
-        noted = json.loads(read_text(run / DIRECTORIES, MOST_BYTES))
-        if isinstance(noted, list):
-            return [Path(each) for each in noted[:MOST] if isinstance(each, str) and os.path.isabs(each)]
-    return []
+        values = json.loads(read_text(run / DIRECTORIES, MOST_BYTES))
+        if isinstance(values, dict) and isinstance(noted := values.get("directories"), list):
+            paths = [Path(each) for each in noted[:MOST] if isinstance(each, str) and os.path.isabs(each)]
+            return str(values.get("run")), paths
+    return "", []
 
 
 def _current() -> list[Path]:

@@ -98,7 +98,8 @@ def test_a_run_resumes_in_another_directory(command: Command, home: Path, elsewh
     (elsewhere / "run/results.json").unlink()
     told = command("train", elsewhere / "run/recipe.yaml", "train.max_steps=2", "--run-dir", "run")
     assert told.code == 0, told
-    assert json.loads((elsewhere / "run" / DIRECTORIES).read_text()) == [str(elsewhere), str(home)]
+    noted = json.loads((elsewhere / "run" / DIRECTORIES).read_text())
+    assert noted == {"run": str((elsewhere / "run").resolve()), "directories": [str(elsewhere), str(home)]}
     assert is_mistake(
         command("train", elsewhere / "run/recipe.yaml", "--run-dir", "new"), f"{elsewhere}/shards: the folder of shards"
     )
@@ -127,6 +128,19 @@ def test_directories_are_noted_the_last_one_first(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     assert directories.to_read(tmp_path) == [tmp_path / "one", tmp_path / "two", tmp_path]
     assert directories.to_train(tmp_path) == [tmp_path, tmp_path / "one", tmp_path / "two"]
-    for damaged in ('["relative", 3, null]', "{}", "[", "[" * 10**5):
+    for damaged in ('{"directories": ["relative", 3, null]}', '["/x"]', "{}", "[", "[" * 10**5):
         (tmp_path / DIRECTORIES).write_text(damaged)
         assert directories.to_read(tmp_path) == [tmp_path]
+
+
+def test_a_copied_run_leads_from_the_current_directory_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, copy = tmp_path / "home", tmp_path / "copy"
+    for folder in (home, copy):
+        folder.mkdir()
+    monkeypatch.chdir(home)
+    (home / "run").mkdir()
+    directories.note(home / "run")
+    shutil.copytree(home / "run", copy / "run")
+    monkeypatch.chdir(copy)
+    assert directories.to_read(home / "run") == [home, copy]
+    assert directories.to_read(copy / "run") == [copy, home]
