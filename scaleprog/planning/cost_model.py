@@ -158,7 +158,7 @@ def lasting_buffers(network: Sequence[Unit], sharding: ShardingSettings, world: 
 
 def _gathered_units(network: Sequence[Unit], sharding: ShardingSettings) -> Sequence[Unit]:
     """The units that the engine gathers: all of `network` as one, or each by itself."""
-    together = sharding.engine in ("fsdp", "hsdp") and sharding.gathers_model(sum(map(_numel, network)))
+    together = sharding.engine in ("fsdp", "hsdp") and sharding.gather == "model"
     return (tuple(chain.from_iterable(network)),) if together else network
 
 

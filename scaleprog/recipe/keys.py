@@ -411,10 +411,6 @@ class EmaSettings(Settings):
         return self
 
 
-SMALL_NETWORK = 2**25
-"""Parameters of a network (128 MiB in fp32) so small that gathering it by layers costs more than it saves."""
-
-
 class ShardingSettings(Settings):
     """How the model is spread over the ranks; master weights, moments and EMA are fp32 in every engine."""
 
@@ -432,10 +428,9 @@ class ShardingSettings(Settings):
     offload: Literal["optimizer", "all"] | None = None
     """What the host's memory holds. optimizer: zero's optimizer state; all: also the parameters (fsdp, hsdp, zero of
     stage 3)."""
-    gather: Literal["layer", "model"] | None = None
+    gather: Literal["layer", "model"] = "layer"
     """What fsdp and hsdp gather and reduce at a time. layer: the active layers, one by one, each while the previous one
-    computes; model: everything at once, which costs the host far less time; default: model for a network of at most
-    2^25 parameters, else layer."""
+    computes; model: everything at once, which takes the host far less time."""
     reshard_after_forward: bool = True
     """Whether each layer's parameters are freed after forward and gathered for backward: less memory, more traffic."""
     recompute: bool = False
@@ -464,10 +459,6 @@ class ShardingSettings(Settings):
         if self.engine != "zero" and self.offload == "optimizer":
             raise ValueError(f"engine {self.engine} offloads all or nothing, got offload: optimizer")
         return self
-
-    def gathers_model(self, parameters: int) -> bool:
-        """Whether fsdp and hsdp gather a network of so many parameters as a whole."""
-        return self.gather == "model" or (self.gather is None and parameters <= SMALL_NETWORK)
 
     def shard_ranks(self, world: int, per_node: int) -> int:
         """Of `world` ranks, `per_node` of them on each node: how many hold one copy of the model together."""

@@ -24,7 +24,7 @@ class FsdpBackend(NativeBackend):
     A step gathers each active layer twice (once with `reshard_after_forward: false`) and reduces its gradient once;
     skipped layers cause no communication. Under HSDP, the copies then average their reduced shards.
 
-    A small network is one unit (`gather: model`), because FSDP2 takes the host milliseconds for each unit of a step. It
+    With `gather: model`, the network is one unit, because FSDP2 takes the host milliseconds for each unit of a step. It
     is gathered once a step, with its skipped layers, and the gradients of active layers are reduced together.
     """
 
@@ -47,7 +47,7 @@ class FsdpBackend(NativeBackend):
         self._prefetched: Active | None = None
 
     def wrap(self, model: ElasticModel, may_skip_layers: bool) -> Callable[..., Tensor]:
-        self._by_layer = not self.sharding.gathers_model(sum(parameter.numel() for parameter in model.parameters()))
+        self._by_layer = self.sharding.gather == "layer"
         for layer in chain.from_iterable(model.groups()) if self._by_layer else ():
             self._shard(layer, reshard_after_forward=self.sharding.reshard_after_forward)
         self._shard(model)

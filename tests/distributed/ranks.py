@@ -135,7 +135,7 @@ def sums_of_ema(backend: Backend, number: int) -> dict[str, float]:
 def regrow_traffic(out: Path) -> None:
     """Collectives that a training step and a growth issue, counted where torch dispatches them."""
     with process_group() as (coordinator, device):
-        backend = make({"engine": "fsdp", "gather": "layer"}, device)
+        backend = make({"engine": "fsdp"}, device)
         backend.regrow(fresh((4,)), inherit=False, may_skip_layers=False)
         trainer = Trainer(backend, coordinator)
         with CommDebugMode() as step:

@@ -13,15 +13,14 @@ from scaleprog.launchers.local import RankFailed, launch
 from tests.distributed import ranks
 
 ZERO = [{"engine": "zero", "stage": stage} for stage in (1, 2, 3)]
-BY_LAYER = {"engine": "fsdp", "gather": "layer"}  # as large networks are; small ones are gathered as a whole
-ENGINES = [BY_LAYER, *ZERO, {"engine": "replicated"}]
+ENGINES = [{"engine": "fsdp"}, *ZERO, {"engine": "replicated"}]
 SHARDINGS = {
-    1: [*ENGINES, {"engine": "hsdp", "gather": "layer"}],
+    1: [*ENGINES, {"engine": "hsdp"}],
     2: [
         *ENGINES,
-        {"engine": "fsdp"},
-        {"engine": "hsdp", "shard": 1, "gather": "layer"},
-        *({**BY_LAYER, **more} for more in ({"recompute": True}, {"reshard_after_forward": False})),
+        {"engine": "fsdp", "gather": "model"},
+        {"engine": "hsdp", "shard": 1},
+        *({"engine": "fsdp", **more} for more in ({"recompute": True}, {"reshard_after_forward": False})),
         {"engine": "fsdp", "offload": "all"},
         {"engine": "zero", "stage": 2, "offload": "optimizer", "recompute": True},
         {"engine": "zero", "stage": 3, "offload": "all"},

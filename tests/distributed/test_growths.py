@@ -15,8 +15,7 @@ from tests.conftest import SHARDINGS
 from tests.distributed import growths
 from tests.distributed.ranks import MODEL
 
-BY_LAYER = {"engine": "fsdp", "gather": "layer"}
-VOLO_SHARDINGS = (BY_LAYER, {"engine": "zero", "stage": 3})
+VOLO_SHARDINGS = ({"engine": "fsdp"}, {"engine": "zero", "stage": 3})
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +58,12 @@ def gathers(layers: int, times: int) -> dict[str, int]:
 
 
 COUNTED: tuple[tuple[dict[str, Any], Callable[[int], dict[str, int]]], ...] = (
-    (BY_LAYER, lambda layers: gathers(layers, 2)),
-    ({**BY_LAYER, "recompute": True}, lambda layers: gathers(layers, 2)),
-    ({**BY_LAYER, "reshard_after_forward": False}, lambda layers: gathers(layers, 1)),
-    ({"engine": "fsdp"}, lambda layers: gathers(0, 0)),  # a small network is one unit
+    ({"engine": "fsdp"}, lambda layers: gathers(layers, 2)),
+    ({"engine": "fsdp", "recompute": True}, lambda layers: gathers(layers, 2)),
+    ({"engine": "fsdp", "reshard_after_forward": False}, lambda layers: gathers(layers, 1)),
+    ({"engine": "fsdp", "gather": "model"}, lambda layers: gathers(0, 0)),  # the network is one unit
     # the shards' gradients across the copies
-    ({"engine": "hsdp", "shard": 2, "gather": "layer"},
-     lambda layers: gathers(layers, 2) | {"all_reduce": layers + 1 + 1 + 1}),
+    ({"engine": "hsdp", "shard": 2}, lambda layers: gathers(layers, 2) | {"all_reduce": layers + 1 + 1 + 1}),
     ({"engine": "replicated"}, lambda layers: {"all_reduce": 1 + 1}),  # all gradients at once
     # gradients in buckets of a layer, the norms of decayed and other parameters; both are gathered after the step
     ({"engine": "zero", "stage": 1}, lambda layers: {"all_reduce": layers + 1 + 2 + 1, "all_gather": 2}),

@@ -40,7 +40,7 @@ PRECISIONS = st.sampled_from(("fp32", "autocast", "bf16"))
 
 
 def sharding(engine: str, **settings: object) -> ShardingSettings:
-    return ShardingSettings.model_validate({"engine": engine, "gather": "layer", **settings})
+    return ShardingSettings.model_validate({"engine": engine, **settings})
 
 
 def recipe(*overrides: str) -> Recipe:

@@ -87,10 +87,3 @@ def test_recompute_in_bf16_needs_an_engine_that_casts_before() -> None:
         ShardingSettings(engine="replicated", precision="bf16", recompute=True)
     ShardingSettings(engine="replicated", precision="autocast", recompute=True)
     ShardingSettings(engine="fsdp", precision="bf16", recompute=True)
-
-
-def test_small_networks_are_gathered_as_a_whole_unless_the_recipe_says_how() -> None:
-    assert [ShardingSettings().gathers_model(parameters) for parameters in (2**25, 2**25 + 1)] == [True, False]
-    for parameters in (1, 2**30):
-        assert ShardingSettings(gather="model").gathers_model(parameters)
-        assert not ShardingSettings(gather="layer").gathers_model(parameters)
