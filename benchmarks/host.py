@@ -40,7 +40,9 @@ from scaleprog.sharding import Backend
 ENGINES: dict[str, dict[str, Any]] = {
     "replicated": {"engine": "replicated"},
     "fsdp": {"engine": "fsdp"},
+    "fsdp, gather: model": {"engine": "fsdp", "gather": "model"},
     "hsdp": {"engine": "hsdp"},
+    "hsdp, gather: model": {"engine": "hsdp", "gather": "model"},
     **{f"zero {stage}": {"engine": "zero", "stage": stage} for stage in (1, 2, 3)},
 }
 IMAGES = 4
