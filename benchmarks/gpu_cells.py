@@ -41,7 +41,10 @@ from benchmarks.gpu_trainer import (
     speed,
 )
 from scaleprog.growth.operators import grow
+from scaleprog.growth.phase import Phase
+from scaleprog.growth.space import Subnet
 from scaleprog.models import resolve_family
+from scaleprog.models.elastic import Active
 from scaleprog.ranks.coordinator import pin_algorithms
 from scaleprog.rundir.checkpoint import Checkpoints, Commit
 
@@ -273,45 +276,19 @@ def checkpoint(bench: Bench, model: Model, **sharding: Any) -> list[Row]:
 
 def synchronizations(bench: Bench, model: Model, steps: int = 50, **sharding: Any) -> list[Row]:
     """`train_step` of training/loop.py in the first stage, with Mixup, stochastic depth, and the recorder."""
-    # decoders and TensorBoard, which nothing else here needs
-    from scaleprog.data.manifest import Manifest
-    from scaleprog.data.reader import DataSet
-    from scaleprog.data.stream import Layout
     from scaleprog.planning.plan import outline
-    from scaleprog.rundir.recorder import Recorder
-    from scaleprog.training.loop import train_step
 
     trainer = Trainer(bench, model, **sharding)
     recipe = trainer.recipe
-    schedule = outline(recipe, 1000)[1]
-    phase = schedule.phases(())[0]
+    phase = outline(recipe, 1000)[1].phases(())[0]
     subnet = phase.candidates[0]
     trainer.grow(subnet)
-    layout = Layout(trainer.batch, subnet.resolution, recipe.model.channels)
-    batch = layout.batch(torch.zeros(layout.bytes, dtype=torch.uint8, pin_memory=bench.cuda), subnet.resolution)
-    batch.images.random_()
-    batch.labels[:] = trainer.labels
-    active = schedule.active(phase, subnet)
     with tempfile.TemporaryDirectory() as folder:
-        run: Any = SimpleNamespace(  # what train_step reads of a Run
-            recipe=recipe,
-            plan=SimpleNamespace(
-                family=trainer.family,
-                schedule=schedule,
-                order=SimpleNamespace(steps_per_epoch=1000),
-                data=DataSet(Manifest("", (), {}), recipe.data, recipe.augment, recipe.model.channels),
-            ),
-            backend=trainer.backend,
-            coordinator=bench.coordinator,
-            reader=SimpleNamespace(lanes=range(recipe.data.lanes)),
-            recorder=Recorder(Path(folder), bench.coordinator, 1, 0, recipe.train.log_every),
-            state=SimpleNamespace(step=0, images=0),
-            damaged=set(),
-        )
+        run, take_step = in_a_run(trainer, phase, subnet, Path(folder))
 
         def take(count: int) -> None:
             for _ in range(count):
-                train_step(run, phase, subnet, active, batch, 0.0)
+                take_step(None)
                 if run.state.step % recipe.train.log_every == 0:
                     run.recorder.flush()
 
@@ -339,6 +316,47 @@ def synchronizations(bench: Bench, model: Model, steps: int = 50, **sharding: An
             "text": "\n".join(f"{count:5} {place}" for place, count in places.most_common()),
         }
     ]
+
+
+def in_a_run(
+    trainer: Trainer, phase: Phase, subnet: Subnet, folder: Path
+) -> tuple[Any, Callable[[Active | None], None]]:
+    """A stand-in for a run that trains `trainer`'s network on random bytes, and `train_step` of it.
+
+    `train_step` takes the layers that run; None: those of `subnet`.
+    """
+    # decoders and TensorBoard, which nothing else here needs
+    from scaleprog.data.manifest import Manifest
+    from scaleprog.data.reader import DataSet
+    from scaleprog.data.stream import Layout
+    from scaleprog.planning.plan import outline
+    from scaleprog.rundir.recorder import Recorder
+    from scaleprog.training.loop import train_step
+
+    recipe, coordinator = trainer.recipe, trainer.bench.coordinator
+    schedule, lanes = outline(recipe, 1000)[1], recipe.data.lanes // coordinator.world
+    layout = Layout(trainer.batch // coordinator.world, subnet.resolution, recipe.model.channels)
+    memory = torch.zeros(layout.bytes, dtype=torch.uint8, pin_memory=trainer.bench.cuda)
+    batch = layout.batch(memory, subnet.resolution)
+    batch.images.random_()
+    batch.labels.random_(recipe.model.classes)
+    run: Any = SimpleNamespace(  # what train_step reads of a Run
+        recipe=recipe,
+        plan=SimpleNamespace(
+            family=trainer.family,
+            schedule=schedule,
+            order=SimpleNamespace(steps_per_epoch=1000),
+            data=DataSet(Manifest("", (), {}), recipe.data, recipe.augment, recipe.model.channels),
+        ),
+        backend=trainer.backend,
+        coordinator=coordinator,
+        reader=SimpleNamespace(lanes=range(coordinator.rank * lanes, (coordinator.rank + 1) * lanes)),
+        recorder=Recorder(folder, coordinator, 1, 0, recipe.train.log_every),
+        state=SimpleNamespace(step=0, images=0),
+        damaged=set(),
+    )
+    every = schedule.active(phase, subnet)
+    return run, lambda active: train_step(run, phase, subnet, active or every, batch, 0.0)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Reads a split for evaluation, again and again: each image once, and as many batches on every rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 
@@ -15,6 +15,21 @@ from scaleprog.recipe.numbers import ceil_div
 VALIDATION = "val"
 PADDING = -1
 """Label and ID of a row that only pads a batch."""
+
+
+class Group:
+    """Some consecutive batches, to go through several times: the first time as they are decoded, then from memory."""
+
+    def __init__(self, decoded: Iterator[Batch]) -> None:
+        self._decoded, self.kept = decoded, list[Batch]()
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.kept:
+            yield from self.kept
+            return
+        for batch in self._decoded:
+            self.kept.append(batch.clone())
+            yield batch
 
 
 class EvaluationReader:
@@ -48,7 +63,14 @@ class EvaluationReader:
         self._kept: list[Batch] = []
 
     def batches(self, resolution: int) -> Iterator[Batch]:
-        """The `count` batches at a resolution; each is valid until the next one is asked for.
+        """The `count` batches at a resolution. Raises as `groups` does."""
+        return chain.from_iterable(self.groups(resolution))
+
+    def groups(self, resolution: int) -> Iterator[Iterable[Batch]]:
+        """The `count` batches at a resolution, in groups; ask for the next group when you have gone through one.
+
+        A split that fits into `data.cache` is one group. Otherwise, a group takes half of that memory, and the next
+        one, which the workers decode meanwhile, the other half.
 
         Raises:
             DataError: a shard or sample is missing, damaged or does not fit.
@@ -58,21 +80,24 @@ class EvaluationReader:
             self.close()
         self._resolution = resolution
         if self._kept:
-            yield from self._kept
+            yield self._kept
             return
-        layout = Layout(self._rows, resolution, self.data.channels)
+        layout, settings = Layout(self._rows, resolution, self.data.channels), self.data.settings
+        room = settings.cache * 2**20 // layout.bytes
+        keeps = self.count <= room
+        size = self.count if keeps else max(1, room // 2)
+        ahead = settings.prefetch if keeps else max(size, settings.prefetch)
         if self._stream is None:
             workers, produce = min(self.data.workers, self._rows), partial(self._produce, resolution)
-            self._stream = Stream(produce, self._rows, workers, self.data.settings.prefetch, layout)
-        keeps = self.count * layout.bytes <= self.data.settings.cache * 2**20
-        found, self._between_passes = list[Batch](), False
-        for batch in islice(self._stream, self.count):
-            found += [batch.clone()] if keeps else []
-            yield batch
+            self._stream = Stream(produce, self._rows, workers, ahead, layout)
+        self._between_passes = False
+        for first in range(0, self.count, size):
+            group = Group(islice(self._stream, min(size, self.count - first)))
+            yield group
         self._between_passes = True
         if keeps:
             self.close()
-            self._resolution, self._kept = resolution, found
+            self._resolution, self._kept = resolution, group.kept
 
     def close(self) -> None:
         """Stops the workers, and frees the images."""

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on a device. The host waits for no GPU: it copies from page-locked memory."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """(B, r, r, C) uint8 -> (B, C, r, r) float32, contiguous.
 

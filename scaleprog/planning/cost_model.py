@@ -7,6 +7,7 @@ counted bytes: they match to the byte, except under `zero`, where DeepSpeed alig
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from scaleprog.data.tensor_operations import WORKING
@@ -120,6 +121,7 @@ def state_memory(network: Sequence[Unit], sharding: ShardingSettings, emas: int,
     Raises:
         RecipeError: hsdp's groups do not divide `world`.
     """
+    network = _gathered_units(network, sharding)
     ranks, whole = sharding.shard_ranks(world, per_node), sum(map(_numel, network))
     compute = BF16 if sharding.precision == "bf16" else FP32
     if sharding.engine == "replicated":
@@ -152,6 +154,12 @@ def lasting_buffers(network: Sequence[Unit], sharding: ShardingSettings, world: 
     if sharding.engine == "replicated":
         return FP32 * sum(map(_numel, network)) if world > 1 else 0
     return FP32 * max(map(_numel, network)) if sharding.engine == "zero" else 0
+
+
+def _gathered_units(network: Sequence[Unit], sharding: ShardingSettings) -> Sequence[Unit]:
+    """The units that the engine gathers: all of `network` as one, or each by itself."""
+    together = sharding.engine in ("fsdp", "hsdp") and sharding.gather == "model"
+    return (tuple(chain.from_iterable(network)),) if together else network
 
 
 def _numel(unit: Unit) -> int:
@@ -189,6 +197,7 @@ def _gathered(network: Sequence[Unit], sharding: ShardingSettings, ranks: int, c
 
 def traffic(network: Sequence[Unit], sharding: ShardingSettings, world: int, per_node: int, passes: int = 1) -> Traffic:
     """The collectives of a step whose forward and backward run in `passes` micro-batches."""
+    network = _gathered_units(network, sharding)
     ranks = sharding.shard_ranks(world, per_node)
     compute = BF16 if sharding.precision == "bf16" else FP32
     whole = sum(map(_numel, network))
@@ -262,7 +271,9 @@ def engines(recipe: Recipe, world: int, device: Device) -> dict[str, Recipe]:
     hsdp shards inside a node of `device`, unless the recipe has a `sharding.shard` that divides `world`.
     """
     own = recipe.sharding
-    shared = {key: getattr(own, key) for key in ("precision", "reshard_after_forward", "recompute", "compile")}
+    shared = {
+        key: getattr(own, key) for key in ("precision", "gather", "reshard_after_forward", "recompute", "compile")
+    }
     node = math.gcd(world, device.ranks_per_node)
     group = own.shard if own.shard and world % own.shard == 0 else node
     choices: dict[str, dict[str, str | int]] = {
@@ -339,7 +350,8 @@ def assumptions(recipe: Recipe, device: Device) -> tuple[str, ...]:
         "torch counts with the CPU's; a GPU's keeps more in fp32. Under fsdp and hsdp, the gradients of a step's only "
         "micro-batch take their place.",
         "Buffers, never counted: the root, two layers (or all, without reshard_after_forward) and a unit's gradients "
-        "twice; replicated's flat gradients. Left out: allocator, kernels' workspace, batches, DeepSpeed's buckets.",
+        "twice; a network that is gathered as a whole is one unit; replicated's flat gradients. Left out: allocator, "
+        "kernels' workspace, batches, DeepSpeed's buckets.",
         "zero holds separate fp32 weights, even if the parameters are fp32. In zero 1 and 2, DeepSpeed 0.19 reduces "
         "whole gradients (all-reduce), and each rank keeps its part.",
         "Gradients are reduced in fp32 after each micro-batch; in zero 1 and replicated, once per step.",

@@ -126,7 +126,8 @@ class DataSettings(Settings):
     prefetch: Few = 2
     """Steps that each worker decodes ahead."""
     cache: Mebibytes = 256
-    """Size in MiB up to which a split is read once and kept in memory."""
+    """Size in MiB up to which a split is read once and kept in memory. A larger validation split is evaluated in parts
+    of half this size; weights change once per network and part."""
     damaged: Literal["stop", "replace"] = "stop"
     """What happens where a training image cannot be decoded. stop: the run ends; replace: the next other sample of its
     lane in the epoch's order takes its place, the same one for every number of ranks and workers. A damaged shard,
@@ -427,6 +428,9 @@ class ShardingSettings(Settings):
     offload: Literal["optimizer", "all"] | None = None
     """What the host's memory holds. optimizer: zero's optimizer state; all: also the parameters (fsdp, hsdp, zero of
     stage 3)."""
+    gather: Literal["layer", "model"] = "layer"
+    """What fsdp and hsdp gather and reduce at a time. layer: the active layers, one by one, each while the previous one
+    computes; model: everything at once, which takes the host far less time."""
     reshard_after_forward: bool = True
     """Whether each layer's parameters are freed after forward and gathered for backward: less memory, more traffic."""
     recompute: bool = False

@@ -56,6 +56,7 @@ FREE = (
     "sharding.engine",
     "sharding.stage",
     "sharding.shard",
+    "sharding.gather",
     "sharding.offload",
     "sharding.reshard_after_forward",
     "sharding.recompute",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,9 @@ class FsdpBackend(NativeBackend):
 
     A step gathers each active layer twice (once with `reshard_after_forward: false`) and reduces its gradient once;
     skipped layers cause no communication. Under HSDP, the copies then average their reduced shards.
+
+    With `gather: model`, the network is one unit, because FSDP2 takes the host milliseconds for each unit of a step. It
+    is gathered once a step, with its skipped layers, and the gradients of active layers are reduced together.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -44,9 +47,9 @@ class FsdpBackend(NativeBackend):
         self._prefetched: Active | None = None
 
     def wrap(self, model: ElasticModel, may_skip_layers: bool) -> Callable[..., Tensor]:
-        for group in model.groups():
-            for layer in group:
-                self._shard(layer, reshard_after_forward=self.sharding.reshard_after_forward)
+        self._by_layer = self.sharding.gather == "layer"
+        for layer in chain.from_iterable(model.groups()) if self._by_layer else ():
+            self._shard(layer, reshard_after_forward=self.sharding.reshard_after_forward)
         self._shard(model)
         model.to_empty(device="cpu" if self.sharding.offload else self.device)
         self._prefetched = None
@@ -57,7 +60,7 @@ class FsdpBackend(NativeBackend):
         return Placement(parameter.numel(), max(1, rows * (parameter.numel() // parameter.shape[0])))
 
     def prepare_forward(self, images: Tensor, active: Active) -> Tensor:
-        if active != self._prefetched:
+        if self._by_layer and active != self._prefetched:
             _prefetch(self.network.model, active)
             self._prefetched = active
         return images

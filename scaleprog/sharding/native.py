@@ -30,7 +30,7 @@ class NativeBackend(Backend):
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         forward = self.wrap(model, may_skip_layers)
         parameters = dict(model.named_parameters())
-        weights = {name: _local_elements(parameter) for name, parameter in parameters.items()}
+        weights = {name: _local_elements(parameter.detach()) for name, parameter in parameters.items()}
         # AdamW steps plain tensors of this rank's elements: with DTensors, most of a step would be dispatch
         self._pairs = [(parameters[name], weights[name]) for name in parameters]
         groups = alike(shapes, model.no_weight_decay(), self.optimizer, steps)
@@ -53,6 +53,7 @@ class NativeBackend(Backend):
         """The gradients of this rank's elements, averaged over ranks; most engines have done that in the backward."""
         return gradients
 
+    @torch.no_grad()  # else autograd records that each gradient leaves its DTensor
     def update(self, lr: float) -> Tensor:
         optimizer, weights = self._adamw, [weight for _, weight in self._pairs]
         gradients = []
@@ -79,5 +80,4 @@ class NativeBackend(Backend):
 
 def _local_elements(tensor: Tensor) -> Tensor:
     """This rank's elements of a tensor, 1-D; they share its memory."""
-    tensor = tensor.detach()
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)

@@ -80,6 +80,7 @@ class ZeroBackend(Backend):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 2**62,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device in every forward and step
         }
 
     def build(self, model: ElasticModel, steps: Mapping[str, float], may_skip_layers: bool) -> Network:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scaleprog.data.evaluation import EvaluationReader
+from scaleprog.data.on_device import sent
 from scaleprog.models.elastic import Active
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.rundir.accuracies import better, is_percentage
@@ -72,7 +73,7 @@ def evaluate(
         reader: reads this rank's share of the split.
         resolution: pixels a side.
         active: the layers that run (None: all).
-        between: called between two batches; it may raise to end the evaluation.
+        between: called between two forward passes; it may raise to end the evaluation.
 
     Raises:
         DataError: a shard or sample is missing, damaged, or does not fit the recipe.
@@ -81,18 +82,23 @@ def evaluate(
     networks: list[Network] = [None, *range(len(backend.network.emas))]
     sums = torch.zeros(len(networks), len(METRICS), classes, dtype=torch.float64)
     seen = torch.zeros(classes, dtype=torch.float64)
-    for number, batch in enumerate(reader.batches(resolution)):
-        if number:
-            between()
-        images, labels = reader.data.images(batch, backend.device), batch.labels.to(backend.device)
-        real = batch.labels >= 0
-        own = batch.labels[real]
-        seen += own.bincount(minlength=classes)
+    passes = 0
+    for group in reader.groups(resolution):
         for network, total in zip(networks, sums):
+            own, found = list[Tensor](), list[Tensor]()
             with backend.weights(network):
-                logits = backend.forward(images, active).float()
-            found = torch.stack([metric(logits, labels).float() for metric in METRICS.values()]).cpu()
-            total.index_add_(1, own, found[:, real].double())
+                for batch in group:
+                    if passes:
+                        between()
+                    passes += 1
+                    images, labels = reader.data.images(batch, backend.device), sent(batch.labels, backend.device)
+                    logits = backend.forward(images, active).float()
+                    own.append(batch.labels.clone())
+                    found.append(torch.stack([metric(logits, labels).float() for metric in METRICS.values()]))
+            classified, values = torch.cat(own), torch.cat(found, 1).cpu()  # waits for the device once a group
+            real = classified >= 0
+            total.index_add_(1, classified[real], values[:, real].double())
+            seen += classified[real].bincount(minlength=classes) if network is None else 0
     rows = coordinator.total([*sums.flatten().tolist(), *seen.tolist()])
     *totals, counts = torch.tensor(rows, dtype=torch.float64).view(-1, classes)
     return Measured(counts, dict(zip(networks, torch.stack(totals).view_as(sums))))

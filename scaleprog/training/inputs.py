@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scaleprog.data.augment import BatchRequest
 from scaleprog.data.mixing import mix, token_boxes
-from scaleprog.data.on_device import low_pass
+from scaleprog.data.on_device import low_pass, sent
 from scaleprog.data.stream import Batch
 from scaleprog.data.token_labels import targets as token_targets
 from scaleprog.data.token_labels import unpack
@@ -56,7 +56,7 @@ def mixed_batch(run: Run, batch: Batch, view: View) -> tuple[Tensor, Targets, To
         side = view.pixels // resolve_family(recipe.model)[2]
         targets = _own_targets(run, labels, batch.token_labels, side)
         if recipe.augment.mix_token:
-            partner, inside = (part.to(device, non_blocking=True) for part in token_boxes(len(labels), side, **drawn))
+            partner, inside = (sent(part, device) for part in token_boxes(len(labels), side, **drawn))
             share, own = inside.flatten(1).float().mean(1, keepdim=True), targets.own
             targets, mixed = replace(targets, mixed=own.lerp(own[partner], share)), TokenMix(partner, inside)
     return images if view.cutoff is None else low_pass(images, view.cutoff), targets, mixed
@@ -97,7 +97,7 @@ def drop_rows(run: Run, phase: Phase, rows: int) -> Tensor | None:
     if scales is None:
         return None
     first = run.coordinator.rank * rows
-    return scales[:, :, first : first + rows].to(run.backend.device, non_blocking=True)
+    return sent(scales[:, :, first : first + rows], run.backend.device)
 
 
 def patches_seen(run: Run, view: View, epoch: int, step: int) -> Tensor | None:
@@ -110,4 +110,4 @@ def patches_seen(run: Run, view: View, epoch: int, step: int) -> Tensor | None:
         return None
     total, order = (view.pixels // side) ** 2, run.plan.order
     kept = draw_patches(view.patches, total, run.reader.lanes, order.per_lane, run.recipe.seed, epoch, step)
-    return kept.to(run.backend.device, non_blocking=True)
+    return sent(kept, run.backend.device)

@@ -18,11 +18,13 @@ SHARDINGS = {
     1: [*ENGINES, {"engine": "hsdp"}],
     2: [
         *ENGINES,
+        {"engine": "fsdp", "gather": "model"},
         {"engine": "hsdp", "shard": 1},
         *({"engine": "fsdp", **more} for more in ({"recompute": True}, {"reshard_after_forward": False})),
         {"engine": "fsdp", "offload": "all"},
         {"engine": "zero", "stage": 2, "offload": "optimizer", "recompute": True},
         {"engine": "zero", "stage": 3, "offload": "all"},
+        {"engine": "fsdp", "precision": "bf16", "recompute": True},
         *({**engine, "precision": precision} for engine in ENGINES for precision in ("autocast", "bf16")),
     ],
     4: [*ENGINES, {"engine": "hsdp", "shard": 2}, {"engine": "zero", "stage": 3, "recompute": True}],

@@ -19,6 +19,7 @@ HERE: dict[int, list[dict]] = {
     2: [
         sharding("fsdp", "fp32"),
         sharding("fsdp", "bf16"),
+        sharding("fsdp", "bf16", gather="model"),
         sharding("replicated", "bf16"),
         *(sharding("zero", precision, stage=stage) for stage in (1, 2, 3) for precision in ("fp32", "bf16")),
     ],

@@ -61,6 +61,7 @@ COUNTED: tuple[tuple[dict[str, Any], Callable[[int], dict[str, int]]], ...] = (
     ({"engine": "fsdp"}, lambda layers: gathers(layers, 2)),
     ({"engine": "fsdp", "recompute": True}, lambda layers: gathers(layers, 2)),
     ({"engine": "fsdp", "reshard_after_forward": False}, lambda layers: gathers(layers, 1)),
+    ({"engine": "fsdp", "gather": "model"}, lambda layers: gathers(0, 0)),  # the network is one unit
     # the shards' gradients across the copies
     ({"engine": "hsdp", "shard": 2}, lambda layers: gathers(layers, 2) | {"all_reduce": layers + 1 + 1 + 1}),
     ({"engine": "replicated"}, lambda layers: {"all_reduce": 1 + 1}),  # all gradients at once

@@ -1,12 +1,25 @@
-"""Evaluation metrics, and which weights their results say are better."""
+"""Evaluation: its metrics, how often it changes weights, and which weights its results say are better."""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
+from scaleprog.data.evaluation import VALIDATION, EvaluationReader
+from scaleprog.data.manifest import Manifest
+from scaleprog.data.reader import DataSet
+from scaleprog.recipe.keys import AugmentSettings, DataSettings
 from scaleprog.rundir.accuracies import Accuracies, better, is_percentage
+from scaleprog.training.evaluate import evaluate
 from scaleprog.training.metrics import METRICS, names, top1, top5, val_loss
+from tests.conftest import CLASSES
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 12), st.integers(1, 20))
@@ -46,3 +59,70 @@ def test_less_is_better_of_a_loss_which_is_no_percentage() -> None:
     assert [is_percentage(name) for name in ("top1_ema", "val_loss", "val_loss_ema", "val_loss_ema_3")] == [True] + [
         False
     ] * 3
+
+
+class Networks:
+    """Online weights and two EMAs that know the classes of 12, 18, and 24 of the 24 images."""
+
+    def __init__(self) -> None:
+        self.device, self.network = torch.device("cpu"), SimpleNamespace(emas=[None, None])
+        self.entered: list[int | None] = []
+        self.passes = self.left = 0
+
+    @contextmanager
+    def weights(self, ema: int | None) -> Iterator[None]:
+        self.entered.append(ema)
+        try:
+            yield
+        finally:
+            self.left += 1
+
+    def forward(self, images: Tensor, active: Any) -> Tensor:
+        self.passes += 1
+        known = 12 + 6 * (1 + self.entered[-1] if self.entered[-1] is not None else 0)
+        position = images[:, 0, 0, 0]  # `numbered` has written it there
+        classes = torch.where(position < known, position % CLASSES, CLASSES)
+        return torch.nn.functional.one_hot(classes, CLASSES + 1).float()
+
+
+def numbered(batch: Any, device: torch.device) -> Tensor:
+    """ "Images" whose pixels are their positions in the split."""
+    return batch.ids.clone().view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("rows", "pixels", "cache", "groups"), [(8, 8, 1, 1), (5, 130, 1, 3), (8, 8, 0, 3)])
+def test_weights_change_once_for_each_network_and_as_many_images_as_memory_holds(
+    workers: int, rows: int, pixels: int, cache: int, groups: int, patterns: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataSettings(path=str(patterns), workers=workers, cache=cache)
+    augment = AugmentSettings(crop="none", eval_crop=1.0)
+    dataset = DataSet(Manifest.load(patterns), data, augment, 3)
+    monkeypatch.setattr(DataSet, "images", lambda self, batch, device: numbered(batch, device))
+    networks, coordinator = Networks(), SimpleNamespace(total=lambda values: values)
+    between: list[None] = []
+    with closing(EvaluationReader(dataset, VALIDATION, rows, 0, 1)) as reader:
+        for _ in range(2):
+            found = evaluate(networks, coordinator, reader, pixels, between=lambda: between.append(None))
+            assert [found.mean("top1", network) for network in (None, 0, 1)] == [50, 75, 100]
+            assert found.images.sum() == 24
+    assert networks.entered == [None, 0, 1] * groups * 2
+    assert networks.passes == 2 * 3 * reader.count
+    assert len(between) == networks.passes - 2
+
+
+def test_an_evaluation_that_ends_early_takes_its_weights_back(patterns: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = DataSet(Manifest.load(patterns), DataSettings(path=str(patterns), workers=0), AugmentSettings(), 3)
+    monkeypatch.setattr(DataSet, "images", lambda self, batch, device: numbered(batch, device))
+    networks, coordinator = Networks(), SimpleNamespace(total=lambda values: values)
+
+    def stop() -> None:
+        if networks.passes == 4:
+            raise InterruptedError
+
+    with closing(EvaluationReader(dataset, VALIDATION, 8, 0, 1)) as reader:
+        with pytest.raises(InterruptedError):
+            evaluate(networks, coordinator, reader, 8, between=stop)
+        assert (networks.entered, networks.left) == ([None, 0], 2)
+        networks.passes = 5
+        assert evaluate(networks, coordinator, reader, 8).mean("top1", 0) == 75
