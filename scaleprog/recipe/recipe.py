@@ -188,8 +188,14 @@ def _read(path: Path, parents: tuple[Path, ...], read: list[Path]) -> dict[str, 
         raise RecipeError(f"{path}: base: must be the path of a recipe, or a list of paths, got {_shown(base)}")
     merged: dict[str, Any] = {}
     for each in bases:
-        merged = _merge(merged, _read(path.parent / each, (*parents, resolved), read))
+        merged = _merge(merged, _read(_base(path, each), (*parents, resolved), read))
     return _merge(merged, values)
+
+
+def _base(recipe: Path, name: str) -> Path:
+    """The file of a recipe's base: beside it, or else the shipped recipe of this name."""
+    beside = recipe.parent / name
+    return beside if beside.exists() else shipped.recipes().get(shipped.name_of(name), beside)
 
 
 def _override(text: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from scaleprog.errors import CheckpointError, ScaleprogError, Superseded, Unavailable
 from scaleprog.files.atomic import lock, open_regular, read_text, unlock, write_whole
-from scaleprog.recipe import Recipe, directories
+from scaleprog.recipe import Recipe
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.records import JOB_ID
 
@@ -181,7 +181,6 @@ def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
         try:
             if not (folder / "recipe.yaml").exists():
                 write_whole(folder / "recipe.yaml", recipe.dump())
-            directories.note(folder)
             write_whole(folder / OWNER, json.dumps(asdict(me)))
             os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # never closed: `ask_to_stop` looks for it
         except OSError as error:

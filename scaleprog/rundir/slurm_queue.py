@@ -148,7 +148,10 @@ def partitions() -> list[str]:
     """The names of the partitions. Raises NoAnswer."""
     told = _ask("sinfo", "-h", "-o", "%R")
     if told.code:
-        raise NoAnswer(_last_line(told.err))
+        raise NoAnswer(
+            f"no Slurm cluster answers here ({_last_line(told.err)}); `scaleprog train` trains on this machine, and "
+            "`make cluster` starts a Slurm to try"
+        )
     return list(dict.fromkeys(told.out.split()))
 
 

@@ -129,7 +129,8 @@ def train(
         return results
     with lease.fence() if rank == 0 else nullcontext():  # a start superseded by now must not truncate the records
         if rank == 0:
-            with suppress(OSError):  # only `status` reads it
+            with suppress(OSError):  # only other commands read them
+                directories.note(folder)
                 write_plan(folder, plan.schedule, plan.gmacs)
         recorder = Recorder(
             folder,

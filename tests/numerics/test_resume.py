@@ -171,7 +171,7 @@ def test_ranks_resume_bit_for_bit(name: str, sharded: dict[str, tuple[Recipe, Pa
 def assert_same_run(recipe: Recipe, run_folder: Path, reference: Path) -> None:
     """Weights, EMAs, moments, metrics and TensorBoard are equal, clocks aside."""
     assert {"train/loss", "vitals/resolution", "validation/val_loss", "validation/top1_ema"} <= board(reference).keys()
-    assert "search/stage_1/text_summary" in texts(reference)
+    assert any(name.startswith("search/") for name in texts(reference))
     assert texts(run_folder) == texts(reference)
     assert differences(recipe, run_folder, reference) == []
 

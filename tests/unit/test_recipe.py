@@ -59,6 +59,14 @@ def test_a_base_is_found_from_the_file_that_names_it_and_may_have_a_base_itself(
     assert (recipe.train.epochs, recipe.train.batch) == (9, 64)
 
 
+def test_a_base_that_is_not_beside_the_recipe_is_the_shipped_one_of_its_name(tmp_path: Path) -> None:
+    mine = write(tmp_path, "mine.yaml", {"base": "digits/original.yaml", "seed": 5})
+    shipped = Recipe.load("digits/original")
+    assert Recipe.load(mine) == shipped.model_copy(update={"seed": 5})
+    write(tmp_path, "digits/original.yaml", LEAST | {"train": {**LEAST["train"], "epochs": 7}})
+    assert Recipe.load(mine).train.epochs == 7, "a file beside it comes first"
+
+
 def test_of_several_bases_each_is_laid_over_those_before_it(tmp_path: Path) -> None:
     write(tmp_path, "all.yaml", LEAST | {"seed": 1, "optimizer": {"lr": 0.1, "clip": 1}})
     write(tmp_path, "long.yaml", {"seed": 2, "optimizer": {"lr": 0.2}, "train": {"epochs": 9}})
