@@ -67,6 +67,11 @@ class Board:
         ]
         self._add(step=row["step"], summary=Summary(value=points), wall_time=row.get("time", time.time()))
 
+    def curve(self, step: int, tag: str, values: Mapping[str, float]) -> None:
+        """Draws one point of each value, as `tag/NAME`."""
+        points = [Summary.Value(tag=f"{tag}/{name}", simple_value=value) for name, value in values.items()]
+        self._add(step=step, summary=Summary(value=points))
+
     def tell(self, step: int, decision: Decision, unit: str) -> None:
         """Writes what a search found and chose as a text; `unit` is that of the candidates' times."""
         rows = decision.table(unit)

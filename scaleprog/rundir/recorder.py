@@ -225,6 +225,11 @@ class Recorder:
         if self._main:
             self._board.tell(step, decision, self._unit)
 
+    def curve(self, step: int, tag: str, values: Mapping[str, float]) -> None:
+        """Draws one point of each value in TensorBoard, as `tag/NAME`: for numbers that no row of metrics.jsonl has."""
+        if self._main:
+            self._board.curve(step, tag, values)
+
     def samples(self, step: int, ids: list[int]) -> None:
         """Writes the IDs of the samples of a step into this rank's own file. Raises CheckpointError or Unavailable."""
         if self._samples is None:
