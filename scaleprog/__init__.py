@@ -14,7 +14,18 @@ from scaleprog.version import VERSION
 __version__ = VERSION
 
 if TYPE_CHECKING:
-    from scaleprog.api import Plan, Recipe, RunRecord, describe, evaluate, export, grow_model, load_run, train
+    from scaleprog.api import (
+        Evaluation,
+        Plan,
+        Recipe,
+        RunRecord,
+        describe,
+        evaluate,
+        export,
+        grow_model,
+        load_run,
+        train,
+    )
 
 __all__ = [
     "Evaluation",

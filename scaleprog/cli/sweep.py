@@ -14,8 +14,6 @@ from scaleprog.cli.arguments import say
 from scaleprog.errors import CRASH_CODE, CheckpointError, InUse, Preempted, ScaleprogError
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.recipe.recipe import KEY
-from scaleprog.rundir.reading import read_object
-from scaleprog.rundir.records import Results
 
 if TYPE_CHECKING:
     from scaleprog.recipe import Recipe
@@ -89,14 +87,13 @@ def unfinished(runs: Mapping[Path, "Recipe"]) -> dict[Path, "Recipe"]:
 
     Raises ScaleprogError: a run directory belongs to another recipe, or is damaged.
     """
+    from scaleprog.launchers.slurm import finished
     from scaleprog.launchers.snapshot import check_free
-    from scaleprog.rundir.lease import check_recipe
 
     left: dict[Path, Recipe] = {}
     left_out: dict[str, list[str]] = {"finished": [], "queued or in training": []}
     for run, recipe in runs.items():
-        check_recipe(run, recipe)
-        if has_finished(run):
+        if finished(recipe, run) is not None:
             left_out["finished"].append(run.name)
             continue
         try:
@@ -109,14 +106,6 @@ def unfinished(runs: Mapping[Path, "Recipe"]) -> dict[Path, "Recipe"]:
         if names:
             say(f"{why}, so left out: {', '.join(names)}")
     return left
-
-
-def has_finished(run: Path) -> bool:
-    """Whether a run has results; if they are damaged, training writes them again."""
-    try:
-        return read_object(run / "results.json", Results) is not None
-    except ScaleprogError:
-        return False
 
 
 def train_sweep(
