@@ -22,7 +22,7 @@ from scaleprog.growth.schedule import rungs
 from scaleprog.growth.space import GrowthSpace, Subnet
 from scaleprog.models import resolve_family
 from scaleprog.models.elastic import Active, ElasticModel, Structure, draw_patches
-from scaleprog.planning.devices import DEVICES
+from scaleprog.planning.devices import PEAKS
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.keys import ModelSettings, ShardingSettings
@@ -32,12 +32,6 @@ Row = dict[str, Any]
 """A row of a table, by column."""
 RECIPE = Path(__file__).parents[1] / "configs/imagenet/deit_small_prog_100.yaml"
 PRECISIONS = get_args(ShardingSettings.model_fields["precision"].annotation)
-PEAKS = {
-    "NVIDIA H100 80GB HBM3": DEVICES["h100"].bf16_flops,
-    "NVIDIA H200": DEVICES["h100"].bf16_flops,
-    "NVIDIA A100-SXM4-80GB": DEVICES["a100"].bf16_flops,
-}
-"""Peak bf16 FLOP/s by the name that torch gives a device."""
 LR = 1e-4
 FEW = 8
 """Images of a step so short that the host, not the device, sets its time."""

@@ -16,7 +16,8 @@ from scaleprog.training.process import load_network, make_backend
 
 CLOCK = (  # differ by nature
     "step_seconds", "data_wait_seconds", "data_wait_share", "images_per_second", "cpu_seconds", "train_seconds",
-    "train_cpu_seconds", "time",
+    "train_cpu_seconds", "time", "collective_wait_seconds", "slowest_rank", "slowest_rank_seconds",
+    "median_rank_seconds", "host_mib",
 )  # fmt: skip
 
 

@@ -22,6 +22,12 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return numbers.sub_(middle).div_(width)
 
 
+def denormalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """The inverse of `normalize`, rounded to bytes and clamped: (B, C, r, r) -> (B, r, r, C) uint8."""
+    middle, width = _statistics(mean, std, images.device)
+    return images.mul(width).add_(middle).round_().clamp_(0, 255).byte().permute(0, 2, 3, 1)
+
+
 @lru_cache(maxsize=16)
 def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     middle, width = (torch.tensor(numbers, device=device).view(-1, 1, 1) * 255 for numbers in (mean, std))

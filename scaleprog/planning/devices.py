@@ -169,3 +169,22 @@ class Collective:
 
     def _nodes(self, device: Device) -> int:
         return math.ceil(self.ranks / self._together(device))
+
+
+PEAKS = {
+    "NVIDIA A10": 125e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A30": 165e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+}
+"""Peak bf16 FLOP/s without sparsity, by the name that torch gives a device; from NVIDIA's data sheet of each, which for
+GH200, H100, H200 and L4 names the peak with sparsity, twice as much."""

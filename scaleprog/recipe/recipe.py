@@ -143,6 +143,15 @@ class Recipe(Settings):
         """The resolved recipe as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    def chosen(self) -> dict[str, bool | float | str]:
+        """The settings that are not the defaults, by dotted key; lists as text."""
+        flat = _flat(self.model_dump(mode="json", exclude_defaults=True))
+        return {
+            key: value if isinstance(value, bool | int | float | str) else str(value)
+            for key, value in flat.items()
+            if value is not None
+        }
+
     def differences(self, other: "Recipe") -> list[str]:
         """Keys (with both values) in which two recipes differ so that a run cannot go on from one to the other."""
         mine, theirs = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))

@@ -7,13 +7,18 @@ curves by name, and opens the first two: `train` and `validation`. Names that so
 import os
 import re
 import socket
+import struct
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, text
 
@@ -24,6 +29,7 @@ from scaleprog.rundir.appending import Appended
 EVENT_FILE = "events.out.tfevents."
 IN_TRAIN = ("loss", "images_per_second")  # what `train` shows of a step
 HIDDEN = ("step", "images", "time")  # numbers in a row that make no curve
+FORMS = {bool: "bool_value", int: "number_value", float: "number_value", str: "string_value"}  # of a setting
 LAYOUT = custom_scalars(  # each chart shows the curves whose names begin with one of its patterns
     {
         "The run": {
@@ -35,8 +41,21 @@ LAYOUT = custom_scalars(  # each chart shows the curves whose names begin with o
 )
 
 
+@dataclass(frozen=True)
+class About:
+    """What a board says of a run at its beginning.
+
+    Args:
+        settings: the columns of a run in TensorBoard's table of runs, by dotted key.
+        recipe: the resolved recipe, as YAML.
+    """
+
+    settings: Mapping[str, bool | float | str]
+    recipe: str
+
+
 class Board:
-    """Curves and texts in a TensorBoard event file.
+    """Curves, texts and pictures in a TensorBoard event file.
 
     TensorBoard's own SummaryWriter cannot handle a full disk: the error in its thread reaches the training loop, and
     the file ends in half a record, which hides everything that is written later.
@@ -58,6 +77,30 @@ class Board:
         """Arranges the main curves under "Custom Scalars"."""
         self._add(step=0, summary=LAYOUT)
 
+    def introduce(self, about: About) -> None:
+        """Writes the run's recipe as a text, and its settings into the table of runs.
+
+        Without a summary of a whole experiment, TensorBoard makes the table's columns from the settings of all runs,
+        and from the last points of their curves.
+        """
+        started = SessionStartInfo(start_time_secs=time.time())
+        for key, value in about.settings.items():
+            form = (
+                "bool_value"
+                if isinstance(value, bool)
+                else "string_value"
+                if isinstance(value, str)
+                else "number_value"
+            )
+            setattr(started.hparams[key], form, value)
+        self._add_session(metadata.SESSION_START_INFO_TAG, session_start_info=started)
+        self._add(step=0, summary=text("run/recipe", indent(about.recipe, "    ")))
+
+    def conclude(self) -> None:
+        """Marks the run as finished in the table of runs."""
+        ended = SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
+        self._add_session(metadata.SESSION_END_INFO_TAG, session_end_info=ended)
+
     def draw(self, row: Mapping[str, Any]) -> None:
         """Draws one point of each number in a row of metrics.jsonl."""
         points = [
@@ -71,6 +114,12 @@ class Board:
         """Draws one point of each value, as `tag/NAME`."""
         points = [Summary.Value(tag=f"{tag}/{name}", simple_value=value) for name, value in values.items()]
         self._add(step=step, summary=Summary(value=points))
+
+    def picture(self, step: int, tag: str, png: bytes) -> None:
+        """Shows a PNG."""
+        width, height = struct.unpack(">II", png[16:24])
+        image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
+        self._add(step=step, summary=Summary(value=[Summary.Value(tag=tag, image=image)]))
 
     def tell(self, step: int, decision: Decision, unit: str) -> None:
         """Writes what a search found and chose as a text; `unit` is that of the candidates' times."""
@@ -88,6 +137,11 @@ class Board:
     def close(self) -> None:
         self._appended.write()
         self._appended.close()
+
+    def _add_session(self, tag: str, **told: Any) -> None:
+        content = HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **told).SerializeToString()
+        plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=content)
+        self._add(step=0, summary=Summary(value=[Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin))]))
 
     def _add(self, **event: Any) -> None:
         self._records.write(Event(**{"wall_time": time.time(), **event}).SerializeToString())

@@ -2,9 +2,11 @@
 
 import math
 import re
+import socket
+import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,43 +18,23 @@ from torch import Tensor
 from scaleprog.errors import CheckpointError, Unavailable
 from scaleprog.growth.search import Decision
 from scaleprog.ranks.coordinator import Coordinator
+from scaleprog.ranks.waits import Waited
 from scaleprog.rundir.appending import Lines, truncate
-from scaleprog.rundir.board import Board, event_files
+from scaleprog.rundir.board import About, Board, event_files
+from scaleprog.rundir.pictures import grid
 from scaleprog.rundir.reading import IN_THE_WAY, each_row, read, read_rows, reason
 from scaleprog.rundir.records import EVENT, EVENTS, METRIC, METRICS
 from scaleprog.rundir.state import decision_from_json
+from scaleprog.rundir.straggler import Change, Stragglers
+from scaleprog.rundir.vitals import StepTimer, memory
 
 __all__ = ["Recorder", "StepTimer", "read_rows"]
 
 LAST_ROW_BYTES = 2**16  # larger than the last row of metrics.jsonl
 MOST_WAITING = 0.2  # share of the time that steps may wait for data without a warning
-PER_RANK = ("step", "phase", "step_seconds", "data_wait_seconds")  # what a rank draws of a row for itself
+PER_RANK = ("step", "phase", "data_wait_seconds")  # what a rank draws of its rows, besides what it measured itself
+CPU = torch.device("cpu")
 OLD_BOARD = "tensorboard"  # the folder in which earlier versions drew
-
-
-class StepTimer:
-    """Seconds and CPU seconds of one training step. On CUDA it uses events, so that nothing waits for the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        if self._cuda:
-            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            self._events[0].record()
-        self.began, self._cpu_began = time.perf_counter(), time.process_time()
-
-    def stop(self) -> None:
-        """Ends the measurement; call it once, when the step has been issued."""
-        self.cpu_seconds = time.process_time() - self._cpu_began
-        self._elapsed = time.perf_counter() - self.began
-        if self._cuda:
-            self._events[1].record()
-
-    def seconds(self) -> float:
-        """The step's duration in seconds; waits for the device if it has not finished."""
-        if not self._cuda:
-            return self._elapsed
-        self._events[1].synchronize()
-        return self._events[0].elapsed_time(self._events[1]) / 1000
 
 
 @dataclass
@@ -64,6 +46,15 @@ class _Pending:
     grad_norm: Tensor
     timer: StepTimer
     ids: Tensor
+    flops: float
+    waited: Waited | None
+
+    def own(self) -> dict[str, float]:
+        """What this rank alone has measured of the step, in seconds; waits for the device if it has not finished."""
+        found = {"step_seconds": self.timer.seconds()}
+        if self.waited is not None:
+            found["collective_wait_seconds"] = min(self.waited.seconds(), found["step_seconds"])
+        return found
 
 
 class Recorder:
@@ -83,6 +74,12 @@ class Recorder:
         redo_evaluation: bool = False,
         rank_curves: bool = False,
         unit: str = "step ms",
+        *,
+        about: About | None = None,
+        hosts: Sequence[str] = (),
+        skipped: int = 0,
+        peak_flops: float | None = None,
+        device: torch.device = CPU,
     ) -> None:
         """Opens the records, and drops what an earlier start wrote about steps after `step`.
 
@@ -95,13 +92,21 @@ class Recorder:
             redo_evaluation: whether to drop the accuracies after `step`, too, because they will be measured again.
             rank_curves: whether every rank draws curves of its own.
             unit: the unit of the times of a search's candidates; see `Decision.table`.
+            about: what to say of the run at its beginning.
+            hosts: the host of every rank; default: all on this one.
+            skipped: updates skipped before `step`.
+            peak_flops: bf16 FLOP/s of all ranks' devices; None: not known, so `mfu` is left out.
+            device: this rank's, whose memory is recorded.
 
         Raises:
             CheckpointError: something other than a regular file is in the place of a record.
             Unavailable: a file cannot be written now.
         """
         self.coordinator, self.log_every, self._unit = coordinator, log_every, unit
+        self.peak_flops, self._device, self._skipped, self._about = peak_flops, device, skipped, about
+        self._stragglers = Stragglers(hosts or [socket.gethostname()] * coordinator.world, log_every)
         self._pending: list[_Pending] = []
+        self._images: list[tuple[int, str, Tensor]] = []
         self._generation, self._main = generation, coordinator.rank == 0
         self._samples: Lines | None = None
         self.waiting = 0.0  # the share of the time of the last steps in which some rank waited for data
@@ -134,6 +139,8 @@ class Recorder:
             return
         self._board = Board(run, step=0)
         self._board.lay_out()
+        if self._about is not None:
+            self._board.introduce(self._about)
         moment = time.time()  # evaluations take that of the step before
         for row in each_row(run / METRICS):
             moment = row.get("time", moment)
@@ -145,50 +152,116 @@ class Recorder:
             for path in old:
                 path.unlink()
 
-    def step(self, row: dict[str, Any], loss: Tensor, grad_norm: Tensor, timer: StepTimer, ids: Tensor) -> None:
-        """Buffers one finished step. `loss` is this rank's mean; `row` holds everything known on the host; `ids` are
-        this rank's samples."""
+    def step(
+        self,
+        row: dict[str, Any],
+        loss: Tensor,
+        grad_norm: Tensor,
+        timer: StepTimer,
+        ids: Tensor,
+        *,
+        flops: float = 0.0,
+        waited: Waited | None = None,
+    ) -> None:
+        """Buffers one finished step.
+
+        Args:
+            row: everything known on the host.
+            loss: this rank's mean, 0-D.
+            grad_norm: of the gradients, 0-D.
+            timer: of the step.
+            ids: this rank's samples.
+            flops: model FLOPs of the step on all ranks.
+            waited: this rank's time in collectives; None: not measured.
+        """
         row["time"] = time.time()
-        self._pending.append(_Pending(row, loss.detach(), grad_norm.detach(), timer, ids))
+        self._pending.append(_Pending(row, loss.detach(), grad_norm.detach(), timer, ids, flops, waited))
 
     def flush(self) -> list[dict[str, Any]]:
         """Resolves the buffered steps on all ranks and writes them. Returns their rows, with mean losses.
 
-        `step_seconds` are those of the fastest rank, because the others also wait for a rank whose batch comes late.
-        `images_per_second` is the rate since the first of these steps, by the clock on the wall, and `data_wait_share`
-        the part of that time in which the rank that waited longest waited for data.
+        docs/tensorboard.md says what the numbers of a row mean. `step_seconds` are those of the fastest rank, because
+        the others also wait for a rank whose batch comes late. Rates and shares are those of the time since the first
+        of these steps, by the clock on the wall.
         """
         if not self._pending:
             return []
         steps, self._pending = self._pending, []
         losses = torch.stack([step.loss for step in steps]).double().tolist()
         norms = torch.stack([step.grad_norm for step in steps]).tolist()
-        seconds = [step.timer.seconds() for step in steps]
+        owns = [step.own() for step in steps]
         waited = sum(step.row["data_wait_seconds"] for step in steps)
         wall = time.perf_counter() - (steps[0].timer.began - steps[0].row["data_wait_seconds"])
-        rate = sum(step.row["images"] for step in steps) / wall
-        means = self.coordinator.mean(losses)
-        *negated, waiting = self.coordinator.maximum([*(-value for value in seconds), waited / wall])
-        fastest = [-value for value in negated]
-        for step, mean, norm, least in zip(steps, means, norms, fastest):
-            step.row |= {
-                "loss": mean,
-                "grad_norm": norm,
-                "step_seconds": least,
-                "images_per_second": rate,
-                "data_wait_share": waiting,
-                "cpu_seconds": step.timer.cpu_seconds,
-            }
+        held = memory(self._device)
+        busy = self._busy(steps, owns)
+        means = self.coordinator.mean([*losses, *busy])
+        least = [-own["step_seconds"] for own in owns]
+        *most, waiting = self.coordinator.maximum([*least, *held.values(), waited / wall])
+        shared = {
+            "images_per_second": sum(step.row["images"] for step in steps) / wall,
+            "data_wait_share": waiting,
+            **dict(zip(held, most[len(steps) :])),
+        }
+        if self.peak_flops:
+            shared["mfu"] = sum(step.flops for step in steps) / wall / self.peak_flops
+        shared |= self._over_ranks(steps, means[len(steps) :], wall)
+        for step, mean, norm, negated, own in zip(steps, means, norms, most, owns):
+            self._skipped += 0 if math.isfinite(norm) else 1
+            step.row |= {"loss": mean, "grad_norm": norm} | own | {"step_seconds": -negated} | shared
+            step.row |= {"cpu_seconds": step.timer.cpu_seconds, "skipped_updates": self._skipped}
         self._name_ranks_of_nonfinite(steps, losses)
         self._warn_of_waiting(waiting, steps[-1].row["step"])
         rows = [step.row for step in steps]
+        self._show_images()
         if self._main:
             self._metrics.write(*rows)
-        for row, own in zip(rows, seconds):
+        for row, own in zip(rows, owns):
             self._draw(row)
             if self._own_board is not None and row["step"] % self.log_every == 0:
-                self._own_board.draw({key: row[key] for key in PER_RANK} | {"step_seconds": own})
+                self._own_board.draw({key: row[key] for key in PER_RANK} | own)
         return rows
+
+    def _busy(self, steps: "list[_Pending]", owns: Sequence[Mapping[str, float]]) -> list[float]:
+        """A sum over ranks of which holds each rank's own seconds of some steps, then each rank's waits for data.
+
+        Empty if there are no other ranks, or no step in which the time in collectives was measured.
+        """
+        world, rank = self.coordinator.world, self.coordinator.rank
+        measured = [(step, own) for step, own in zip(steps, owns) if step.waited is not None]
+        if world == 1 or not measured:
+            return []
+        data = sum(step.row["data_wait_seconds"] for step, _ in measured)
+        busy = sum(own["step_seconds"] - own["collective_wait_seconds"] for _, own in measured)
+        found = [0.0] * (2 * world)
+        found[rank], found[world + rank] = data + busy, data
+        return found
+
+    def _over_ranks(self, steps: "list[_Pending]", means: Sequence[float], wall: float) -> dict[str, float]:
+        """What the rows show of the ranks' own seconds; `means`: of what `_busy` returned on each rank.
+
+        Names ranks that have become stragglers, or are none any more.
+        """
+        if not means:
+            return {}
+        world = self.coordinator.world
+        own, data = ([world * mean for mean in half] for half in (means[:world], means[world:]))
+        measured = sum(step.waited is not None for step in steps)
+        if self._main and (change := self._stragglers.add(own, data, measured, wall)) is not None:
+            self._tell_of_stragglers(steps[-1].row["step"], change)
+        return {
+            "slowest_rank": own.index(max(own)),
+            "slowest_rank_seconds": max(own) / measured,
+            "median_rank_seconds": statistics.median(own) / measured,
+        }
+
+    def _tell_of_stragglers(self, step: int, change: Change) -> None:
+        """Says which ranks became stragglers by `step`, or are none any more, and writes events."""
+        for sentence in change.sentences:
+            _say(f"step {step}: {sentence}")
+        for kind, ranks in (("straggler", change.began), ("straggler_over", change.ended)):
+            if ranks:
+                slow = [vars(rank) for rank in ranks]
+                self.event(kind, step=step, median_seconds=change.median_seconds, slow=slow)
 
     def _name_ranks_of_nonfinite(self, steps: "list[_Pending]", losses: list[float]) -> None:
         """Adds the ranks without a finite loss to the row of each step without finite gradients; writes an event."""
@@ -207,9 +280,7 @@ class Recorder:
     def _warn_of_waiting(self, share: float, step: int) -> None:
         """Says so once, and writes an event, if the steps up to `step` waited for data during too large a `share`."""
         if share > MOST_WAITING >= self.waiting and self._main:
-            text = f"step {step}: waiting for data takes {share:.0%} of the time; raise data.workers or data.prefetch"
-            with suppress(OSError):  # the log may be on a full disk
-                print(text, file=sys.stderr, flush=True)
+            _say(f"step {step}: waiting for data takes {share:.0%} of the time; raise data.workers or data.prefetch")
             self.event("data_wait", step=step, share=share)
         self.waiting = share
 
@@ -229,6 +300,21 @@ class Recorder:
         """Draws one point of each value in TensorBoard, as `tag/NAME`: for numbers that no row of metrics.jsonl has."""
         if self._main:
             self._board.curve(step, tag, values)
+
+    def images(self, step: int, tag: str, images: Tensor) -> None:
+        """Shows images (B, H, W, C) uint8, on any device, side by side in TensorBoard, from the next `flush` on."""
+        if self._main:
+            self._images.append((step, tag, images))
+
+    def picture(self, step: int, tag: str, png: bytes) -> None:
+        """Shows a PNG in TensorBoard."""
+        if self._main:
+            self._board.picture(step, tag, png)
+
+    def conclude(self) -> None:
+        """Marks the run as finished in TensorBoard's table of runs."""
+        if self._main:
+            self._board.conclude()
 
     def samples(self, step: int, ids: list[int]) -> None:
         """Writes the IDs of the samples of a step into this rank's own file. Raises CheckpointError or Unavailable."""
@@ -265,6 +351,11 @@ class Recorder:
             self._samples.close()
         self._events.close()
 
+    def _show_images(self) -> None:
+        for step, tag, images in self._images:
+            self._board.picture(step, tag, grid(images.cpu()))
+        self._images = []
+
     def _draw(self, row: Mapping[str, Any]) -> None:
         """On rank 0, draws a row of metrics.jsonl, if it is an evaluation or a step that makes a point."""
         if self._main and ("phase" not in row or row["step"] % self.log_every == 0):
@@ -272,6 +363,11 @@ class Recorder:
 
     def _write_event(self, kind: str, fields: Mapping[str, Any]) -> None:
         self._events.write({"time": time.time(), "event": kind, "generation": self._generation, **fields})
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the log may be on a full disk
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

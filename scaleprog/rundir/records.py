@@ -56,6 +56,16 @@ class Step(TypedDict):
     images: NotRequired[Count]
     images_per_second: NotRequired[Annotated[float, Field(ge=0)]]
     data_wait_share: NotRequired[Share]
+    collective_wait_seconds: NotRequired[Seconds]
+    slowest_rank: NotRequired[Count]
+    slowest_rank_seconds: NotRequired[Seconds]
+    median_rank_seconds: NotRequired[Seconds]
+    mfu: NotRequired[Amount]
+    host_mib: NotRequired[Amount]
+    device_allocated_mib: NotRequired[Amount]
+    device_reserved_mib: NotRequired[Amount]
+    device_peak_mib: NotRequired[Amount]
+    skipped_updates: NotRequired[Count]
     cpu_seconds: NotRequired[Seconds]
     time: NotRequired[Moment]
 
@@ -208,6 +218,26 @@ class Damaged(_Event):
 
 
 @with_config(STRICT)
+class SlowRank(TypedDict):
+    """A straggler, see `straggler.Slow`."""
+
+    rank: Count
+    host: Name
+    seconds: Seconds
+    data_seconds: Seconds
+
+
+@with_config(STRICT)
+class Straggling(_Event):
+    """Ranks that have become stragglers, or are none any more, see `straggler.Change`."""
+
+    event: Literal["straggler", "straggler_over"]
+    step: Count
+    median_seconds: Seconds
+    slow: Annotated[list[SlowRank], Field(max_length=1024)]
+
+
+@with_config(STRICT)
 class Energy(_Event):
     """What one rank measured of a start: the joules of its GPU, and on the first rank of a node of the node's CPUs."""
 
@@ -280,6 +310,7 @@ Event = (
     | Checkpoint
     | NoCheckpoint
     | Damaged
+    | Straggling
     | Energy
     | Signal
     | Preempted

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from scaleprog.growth.operators import LayerMap, Weights
 from scaleprog.models.elastic import Active, ElasticModel, Structure, TokenMix
+from scaleprog.ranks.waits import Waits
 from scaleprog.recipe.keys import EmaSettings, ModelSettings, OptimizerSettings, ShardingSettings
 from scaleprog.sharding.ema import Ema, momentum_of
 from scaleprog.sharding.optimizer import MOMENTS
@@ -74,6 +75,8 @@ class Backend(ABC):
         self.family, self.model, self.optimizer, self.ema, self.sharding = family, model, optimizer, ema, sharding
         self.device = device
         self.seed, self.lane = seed, lane
+        self.waits = Waits(device)
+        """Measures the collectives of a training step."""
         self.growths = 0  # networks built so far; fresh layers are drawn from (seed, growths)
         self._network: Network | None = None
 
@@ -279,7 +282,8 @@ class Backend(ABC):
         if not norms:
             return
         seen = torch.cat([norm.take_mean().flatten() for norm in norms])
-        dist.all_reduce(seen)
+        with self.waits:
+            dist.all_reduce(seen)
         parts = seen.div_(dist.get_world_size()).split([2 * norm.num_features for norm in norms])
         for norm, part in zip(norms, parts):
             moved = norm.running.lerp(part.view(2, -1), norm.momentum or 0.0)

@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from scaleprog.models.elastic import Active, ElasticModel
 from scaleprog.ranks.coordinator import ranks_per_node
+from scaleprog.ranks.waits import Waits
 from scaleprog.recipe.numbers import ceil_div
 from scaleprog.sharding.native import NativeBackend
 from scaleprog.sharding.placement import Placement
@@ -44,6 +46,8 @@ class FsdpBackend(NativeBackend):
         if self.sharding.offload:
             offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         self._shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        copies = self.sharding.engine == "hsdp"
+        self._gather, self._reduce = _Gather(self.waits), _Reduce(self.waits, ends=not copies)
         self._prefetched: Active | None = None
 
     def wrap(self, model: ElasticModel, may_skip_layers: bool) -> Callable[..., Tensor]:
@@ -51,9 +55,19 @@ class FsdpBackend(NativeBackend):
         for layer in chain.from_iterable(model.groups()) if self._by_layer else ():
             self._shard(layer, reshard_after_forward=self.sharding.reshard_after_forward)
         self._shard(model)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                self._measure(module)
         model.to_empty(device="cpu" if self.sharding.offload else self.device)
         self._prefetched = None
         return model
+
+    def _measure(self, module: FSDPModule) -> None:
+        """Has `waits` measure the collectives of one unit."""
+        module.set_custom_all_gather(self._gather)
+        module.set_custom_reduce_scatter(self._reduce)
+        if self.sharding.engine == "hsdp":
+            module.set_all_reduce_hook(lambda gradient: self.waits.end())  # FSDP2 calls it after its own all-reduce
 
     def placement(self, parameter: nn.Parameter) -> Placement:
         rows = ceil_div(parameter.shape[0], dist.get_world_size(self.group))
@@ -70,6 +84,31 @@ class FsdpBackend(NativeBackend):
         for module in self.network.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+class _Gather(DefaultAllGather):
+    """FSDP2's own all-gather, measured."""
+
+    def __init__(self, waits: Waits) -> None:
+        self._waits = waits
+
+    def __call__(self, *arguments: Any, **named: Any) -> dist.Work | None:
+        with self._waits:
+            return super().__call__(*arguments, **named)
+
+
+class _Reduce(DefaultReduceScatter):
+    """FSDP2's own reduce-scatter, measured; `ends`: whether nothing follows it that has to be measured, too."""
+
+    def __init__(self, waits: Waits, ends: bool) -> None:
+        self._waits, self._ends = waits, ends
+
+    def __call__(self, *arguments: Any, **named: Any) -> dist.Work | None:
+        self._waits.begin()
+        work = super().__call__(*arguments, **named)
+        if self._ends:
+            self._waits.end()
+        return work
 
 
 def _prefetch(model: ElasticModel, active: Active) -> None:

@@ -66,7 +66,8 @@ class NativeBackend(Backend):
         norm = get_total_norm([weight.grad for weight in weights if weight.grad is not None])
         if self.group is not None:  # so far, the norm covers this rank's elements only
             squared = norm**2
-            dist.all_reduce(squared, group=self.group)
+            with self.waits:
+                dist.all_reduce(squared, group=self.group)
             norm = squared.sqrt()
         if self.optimizer.clip is not None:
             clip_grads_with_norm_(weights, self.optimizer.clip, norm)

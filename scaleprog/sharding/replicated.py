@@ -34,7 +34,8 @@ class ReplicatedBackend(NativeBackend):
         if world == 1:
             return gradients
         flat = torch.cat(gradients).div_(world)
-        dist.all_reduce(flat)
+        with self.waits:
+            dist.all_reduce(flat)
         return flat.split([gradient.numel() for gradient in gradients])
 
     def refresh_compute_weights(self, changed: bool = True) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from scaleprog.errors import RecipeError
 from scaleprog.models.elastic import Active, ElasticModel
+from scaleprog.ranks.waits import Waits
 from scaleprog.sharding.backend import Backend, Network
 from scaleprog.sharding.optimizer import MOMENTS, adamw, alike, moments
 from scaleprog.sharding.placement import Placement
@@ -42,6 +43,7 @@ class ZeroBackend(Backend):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        self.waits = Waits(self.device, known=False)  # DeepSpeed issues the collectives itself
         deepspeed.utils.logger.setLevel(logging.WARNING)
         deepspeed.ops.__compatible_ops__ = {}  # no DeepSpeed op is used, yet the check for ops would compile one
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

@@ -1,7 +1,6 @@
 """One whole run, from top to bottom: world, data, model, resume, loop, and results."""
 
 import gc
-import json
 import os
 import time
 from collections.abc import Callable
@@ -17,25 +16,23 @@ from torch import Tensor
 from scaleprog.data.evaluation import VALIDATION, EvaluationReader
 from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
-from scaleprog.errors import Diverged, OverBudget, Preempted, ScaleprogError, Unavailable
-from scaleprog.files.atomic import write_whole
+from scaleprog.errors import Diverged, OverBudget, Preempted, Unavailable
 from scaleprog.growth.phase import Phase
 from scaleprog.growth.space import Subnet
 from scaleprog.models.elastic import Active
+from scaleprog.planning.devices import PEAKS
 from scaleprog.planning.plan import plan_start
 from scaleprog.planning.savings import is_out_of_memory
 from scaleprog.ranks.coordinator import Coordinator, process_group, ranks_per_node
 from scaleprog.ranks.stop import AskedToStop, Watch, deadline
 from scaleprog.recipe import Recipe, directories
 from scaleprog.rundir import slurm_queue
+from scaleprog.rundir.board import About
 from scaleprog.rundir.checkpoint import Checkpoints
 from scaleprog.rundir.lease import take_lease
 from scaleprog.rundir.planned import write_plan
 from scaleprog.rundir.progress import ProgressLine
-from scaleprog.rundir.reading import read_object
 from scaleprog.rundir.recorder import Recorder, StepTimer
-from scaleprog.rundir.records import Results
-from scaleprog.rundir.state import summary
 from scaleprog.sharding.optimizer import learning_rate
 from scaleprog.training.between_steps import after_step, measuring_steps, run_pending
 from scaleprog.training.damaged import note_damaged
@@ -43,6 +40,7 @@ from scaleprog.training.energy import metered
 from scaleprog.training.initial import build_initial
 from scaleprog.training.inputs import PhaseRequests, drop_rows, micro_batches, mixed_batch, patches_seen
 from scaleprog.training.interval import AutomaticInterval
+from scaleprog.training.pictures import show_first_images, show_growth
 from scaleprog.training.process import (
     Run,
     collect_commits,
@@ -58,10 +56,12 @@ from scaleprog.training.process import (
     stopped_early,
     tell_signal,
 )
+from scaleprog.training.results import finish, read_results
 from scaleprog.training.resume import owner_of, state_of
 from scaleprog.training.workers import adapt_workers, with_own_cores
 
-RESULTS = "results.json"
+FLOPS_PER_GMAC = 6e9
+"""Of an image: two for each multiply-accumulate of the forward pass, and twice as many in the backward."""
 
 
 def train_rank(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -127,6 +127,8 @@ def train(
     if finished and (results := coordinator.on_rank_0("results", lambda: read_results(folder))) is not None:
         progress.say(f"{folder} is finished: {state.step} steps")
         return results
+    nodes = coordinator.gather(os.uname().nodename)
+    peak = PEAKS.get(name_of(device))
     with lease.fence() if rank == 0 else nullcontext():  # a start superseded by now must not truncate the records
         if rank == 0:
             with suppress(OSError):  # only other commands read them
@@ -141,6 +143,11 @@ def train(
             redo_evaluation=bool(state.pending),
             rank_curves=recipe.train.rank_curves,
             unit="GMACs" if recipe.search.times == "modelled" else "step ms",
+            about=About(typed.chosen(), typed.dump()),
+            hosts=nodes,
+            skipped=len(state.skipped),
+            peak_flops=None if peak is None else world * peak,
+            device=device,
         )
     watch = Watch(
         coordinator,
@@ -153,7 +160,6 @@ def train(
         folder, recipe, plan, coordinator, lease, backend, reader, evaluation, checkpoints, watch, recorder, progress,
         state,
     )  # fmt: skip
-    nodes = coordinator.gather(os.uname().nodename)
     if rank == 0:
         recorder.event(
             "start",
@@ -236,6 +242,8 @@ def train_phases(run: Run, began: float) -> None:
                 subnet = phase.subnet(run.recipe.seed, state.step)
                 train_step(run, phase, subnet, actives[subnet], batch, waited)
                 state.wall_seconds = time.perf_counter() - began
+                if state.step == phase.start + 1:
+                    show_growth(run)
                 after_step(run, phase, run.watch.agree())
 
 
@@ -318,9 +326,11 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
     position = phase.position_of(step)
     lr = learning_rate(recipe.optimizer, position, plan.schedule.steps, plan.order.steps_per_epoch, phase.began)
     timer = StepTimer(run.backend.device)
-    loss = forward_and_backward(run, phase, subnet, active, batch)
-    grad_norm = run.backend.step(lr, step)
+    with run.backend.waits.measured(sampled=(step + 1) % recipe.train.log_every == 0) as in_collectives:
+        loss = forward_and_backward(run, phase, subnet, active, batch)
+        grad_norm = run.backend.step(lr, step)
     timer.stop()
+    flops = FLOPS_PER_GMAC * plan.gmacs(subnet) * recipe.train.batch if run.recorder.peak_flops else 0.0
 
     row = {
         "step": step + 1,
@@ -336,7 +346,7 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
     if recipe.data.trace:
         trace(run, batch)
     note_damaged(run, batch)
-    run.recorder.step(row, loss, grad_norm, timer, batch.ids.clone())
+    run.recorder.step(row, loss, grad_norm, timer, batch.ids.clone(), flops=flops, waited=in_collectives)
     run.state.step += 1
     run.state.images += recipe.train.batch
 
@@ -348,6 +358,8 @@ def forward_and_backward(run: Run, phase: Phase, subnet: Subnet, active: Active,
     drop = drop_rows(run, phase, len(batch.labels))
     kept = patches_seen(run, view, *divmod(phase.position_of(run.state.step), plan.order.steps_per_epoch))
     images, targets, mixed = mixed_batch(run, batch, view)
+    if run.state.step == phase.start:
+        show_first_images(run, phase, images)
     loss = torch.zeros((), device=backend.device)
     unit = plan.order.per_lane if plan.family.whole_lanes else 1
     for rows in micro_batches(len(images), recipe.train.micro_batch, unit):
@@ -368,32 +380,3 @@ def forward_and_backward(run: Run, phase: Phase, subnet: Subnet, active: Active,
 def trace(run: Run, batch: Batch) -> None:
     """Records which samples this rank has trained on in the current step."""
     run.recorder.samples(run.state.step + 1, batch.ids.tolist())
-
-
-# ---- results
-
-
-def finish(run: Run) -> dict[str, Any]:
-    """Has rank 0 write the run's results, and returns them. Raises Unavailable if they cannot be written."""
-    results = {
-        "schedule": run.recipe.model_dump(mode="json")["growth"]["schedule"],
-        **summary(run.state, run.plan.schedule, run.plan.order.steps_per_epoch),
-    }
-
-    def write() -> None:
-        try:
-            write_whole(run.folder / RESULTS, json.dumps(results, indent=1))
-        except OSError as error:
-            raise Unavailable(f"{run.folder / RESULTS}: {error}; start again; only this file is missing") from error
-
-    run.coordinator.on_rank_0("results", write)
-    run.recorder.event("finish", step=run.state.step, top1_best=results["top1_best"])
-    return results
-
-
-def read_results(folder: Path) -> dict[str, Any] | None:
-    """The results of a finished run; None if they are missing or damaged."""
-    with suppress(ScaleprogError):
-        results = read_object(folder / RESULTS, Results)
-        return None if results is None else dict(results)
-    return None

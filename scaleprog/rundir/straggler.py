@@ -1,0 +1,107 @@
+"""Which ranks are slow for long: the rule by which a run names its stragglers, and names them no more."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MARGIN = 0.2
+"""A slow rank takes longer than the median of the other ranks by more than this part of it."""
+INTERVALS = 3
+"""Consecutive intervals in which a rank must be slow to become a straggler, and must not be slow to be one no more."""
+LEAST_SECONDS = 10.0
+"""An interval lasts at least this long, because a rank may be slow for a moment for many reasons."""
+MOST_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A straggler: its rank and host, and the mean over an interval of its own seconds of a step.
+
+    In `seconds`, it did not wait for other ranks; in `data_seconds` of them, it waited for data.
+    """
+
+    rank: int
+    host: str
+    seconds: float
+    data_seconds: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """Who became a straggler after an interval, and who is one no more; at most `MOST_NAMED` each."""
+
+    began: Sequence[Slow]
+    ended: Sequence[Slow]
+    median_seconds: float
+    """Of all ranks, in the interval."""
+
+    @property
+    def sentences(self) -> list[str]:
+        """One for each of these ranks."""
+        median = f"the median rank takes {self.median_seconds:.3g} s"
+        began = [
+            f"rank {slow.rank} on {slow.host} is slow, and all ranks wait for it: a step takes it {slow.seconds:.3g} s "
+            f"without its waits for other ranks ({slow.data_seconds:.2g} s of them for data); {median}"
+            for slow in self.began
+        ]
+        ended = [
+            f"rank {slow.rank} on {slow.host} is no longer slow: a step takes it {slow.seconds:.3g} s; {median}"
+            for slow in self.ended
+        ]
+        return began + ended
+
+
+class Stragglers:
+    """Watches the own seconds of all ranks: those of a step in which a rank did not wait for others.
+
+    Nothing survives a restart, because ranks may then run on other hosts.
+    """
+
+    def __init__(self, hosts: Sequence[str], steps: int, least_seconds: float = LEAST_SECONDS) -> None:
+        """`hosts`: of every rank; an interval is at least `steps` steps and `least_seconds` seconds."""
+        self._hosts, self._steps, self._least = hosts, steps, least_seconds
+        self._streaks = [0] * len(hosts)  # intervals in which a rank was slow or, negative, was not
+        self._present: set[int] = set()
+        self._start()
+
+    def _start(self) -> None:
+        self._own, self._data = [0.0] * len(self._hosts), [0.0] * len(self._hosts)
+        self._taken, self._lasted = 0, 0.0
+
+    def add(self, own: Sequence[float], data: Sequence[float], steps: int, wall: float) -> Change | None:
+        """Adds steps that took `wall` seconds; returns what has changed, if an interval ends and anything has.
+
+        `own`, `data`: for every rank, the own seconds of all these steps, and the part that waited for data.
+        """
+        self._own = [a + b for a, b in zip(self._own, own, strict=True)]
+        self._data = [a + b for a, b in zip(self._data, data, strict=True)]
+        self._taken, self._lasted = self._taken + steps, self._lasted + wall
+        if self._taken < self._steps or self._lasted < self._least:
+            return None
+        change = self._judge()
+        self._start()
+        return change
+
+    def _judge(self) -> Change | None:
+        for rank, is_slow in enumerate(slow_ranks(self._own)):
+            streak = self._streaks[rank]
+            self._streaks[rank] = max(streak, 0) + 1 if is_slow else min(streak, 0) - 1
+        began = [rank for rank, n in enumerate(self._streaks) if n >= INTERVALS and rank not in self._present]
+        ended = [rank for rank, n in enumerate(self._streaks) if n <= -INTERVALS and rank in self._present]
+        self._present = (self._present | set(began)) - set(ended)
+        if not began and not ended:
+            return None
+        slow, slow_no_more = ([self._slow(rank) for rank in ranks[:MOST_NAMED]] for ranks in (began, ended))
+        return Change(slow, slow_no_more, statistics.median(self._own) / self._taken)
+
+    def _slow(self, rank: int) -> Slow:
+        own, data = self._own[rank] / self._taken, self._data[rank] / self._taken
+        return Slow(rank, self._hosts[rank], own, data)
+
+
+def slow_ranks(own: Sequence[float]) -> list[bool]:
+    """By rank, whether it takes clearly longer than the median of the others; `own`: seconds of each rank."""
+    if len(own) < 2:
+        return [False] * len(own)
+    others = statistics.median(sorted(own)[:-1])  # for any slow rank: without the slowest, it is the same
+    return [seconds > (1 + MARGIN) * others for seconds in own]
