@@ -61,6 +61,8 @@ class Status:
         images_per_second: the recent rate of training.
         seconds_left: expected training time left.
         damaged: different damaged samples that were replaced so far.
+        slow: a sentence on each rank that has been slow for long, and for which all others wait; empty for a finished
+            run.
         commit_step: the step of the newest checkpoint; 0 if there is none.
         commit_age: seconds since that checkpoint was written.
         restarts: every start after the first.
@@ -85,6 +87,7 @@ class Status:
     images_per_second: float | None
     seconds_left: float | None
     damaged: int
+    slow: list[str]
     commit_step: int
     commit_age: float | None
     restarts: list[Restart]
@@ -106,6 +109,7 @@ class Status:
             lines.append(("rate", f"{self.images_per_second:.0f} images/s{left}"))
         if self.damaged:
             lines.append(("damaged", f"{counted(self.damaged, 'sample')}, replaced by others; events.jsonl has names"))
+        lines += [("slow", sentence) for sentence in self.slow]
         if self.commit_age is None:
             lines.append(("checkpoint", "none yet"))
         else:
@@ -151,6 +155,7 @@ def status(run: Path) -> Status:
         images_per_second=_finite(sum(row.get("images", 0) for row in recent) / seconds) if seconds else None,
         seconds_left=None if left is None else _finite(left),
         damaged=next((event["total"] for event in reversed(still) if event["event"] == "damaged"), 0),
+        slow=[] if state == "finished" else slow_ranks(events),
         commit_step=commit,
         commit_age=_age(run / "checkpoints" / f"step-{commit:08d}"),
         restarts=list(restarts(events, ends)),
@@ -230,6 +235,23 @@ def restarts(events: Sequence[Row], ends: Sequence[Row]) -> Iterator[Restart]:
             told = [*signals[-1:], *ended[:1], *words[-1:]]
             yield Restart(start["time"], cause_of(told[-1]) if told else "ended without notice", start["step"])
         before = start
+
+
+def slow_ranks(events: Sequence[Row]) -> list[str]:
+    """A sentence on each straggler of the last start, from the lines of `events.jsonl`."""
+    present: dict[int, str] = {}
+    for event in events:
+        if event["event"] == "start":
+            present = {}
+        elif event["event"] == "straggler":
+            for slow in event["slow"]:
+                who = f"rank {slow['rank']} on {slow['host']}, seen after step {event['step']}"
+                median = f"the median rank {event['median_seconds']:.3g} s"
+                present[slow["rank"]] = f"{who}: {slow['seconds']:.3g} s a step, {median}"
+        elif event["event"] == "straggler_over":
+            for slow in event["slow"]:
+                present.pop(slow["rank"], None)
+    return list(present.values())
 
 
 def cause_of(row: Row) -> str:

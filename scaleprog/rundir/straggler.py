@@ -1,6 +1,7 @@
 """Which ranks are slow for long: the rule by which a run names its stragglers, and names them no more."""
 
 import statistics
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -103,5 +104,12 @@ def slow_ranks(own: Sequence[float]) -> list[bool]:
     """By rank, whether it takes clearly longer than the median of the others; `own`: seconds of each rank."""
     if len(own) < 2:
         return [False] * len(own)
-    others = statistics.median(sorted(own)[:-1])  # for any slow rank: without the slowest, it is the same
-    return [seconds > (1 + MARGIN) * others for seconds in own]
+    ordered = sorted(own)
+    return [seconds > (1 + MARGIN) * _median_without(ordered, bisect_left(ordered, seconds)) for seconds in own]
+
+
+def _median_without(ordered: Sequence[float], left_out: int) -> float:
+    """The median of sorted numbers without the one at a position."""
+    others = len(ordered) - 1
+    low, high = (ordered[i if i < left_out else i + 1] for i in ((others - 1) // 2, others // 2))
+    return (low + high) / 2

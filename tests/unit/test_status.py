@@ -76,6 +76,26 @@ def made_up(make_recipe: MakeRecipe, tmp_path: Path) -> Path:
     return run
 
 
+def test_a_straggler_is_named_until_it_ends_or_the_run_starts_again(made_up: Path) -> None:
+    def tell(kind: str, *ranks: int) -> dict[str, Any]:
+        slow = [{"rank": rank, "host": f"node{rank}", "seconds": 0.5, "data_seconds": 0.1} for rank in ranks]
+        return {"time": 10.0, "event": kind, "step": 25, "generation": 4, "median_seconds": 0.25, "slow": slow}
+
+    def events(*more: dict[str, Any]) -> list[str]:
+        with (made_up / "events.jsonl").open("a") as file:
+            file.writelines(json.dumps(event) + "\n" for event in more)
+        return status.status(made_up).slow
+
+    assert events(tell("straggler", 1, 2)) == [
+        f"rank {rank} on node{rank}, seen after step 25: 0.5 s a step, the median rank 0.25 s" for rank in (1, 2)
+    ]
+    assert "  slow       rank 1 on node1, seen" in status.status(made_up).text()
+    (left,) = events(tell("straggler_over", 1))
+    assert left.startswith("rank 2")
+    assert events({"time": 11.0, "event": "start", "step": 25, "generation": 5}) == []
+    assert "slow" not in status.status(made_up).text()
+
+
 def test_status_of_a_run_directory(made_up: Path) -> None:
     found = status.status(made_up)
     assert (found.state, found.detail, found.job) == ("stopped", "never started", None)
