@@ -22,7 +22,7 @@ import scaleprog.rundir.recorder
 from scaleprog.growth.search import Decision
 from scaleprog.growth.space import Subnet
 from scaleprog.ranks.coordinator import Coordinator
-from scaleprog.rundir.board import Board, event_files
+from scaleprog.rundir.board import About, Board, event_files
 from scaleprog.rundir.progress import ProgressLine
 from scaleprog.rundir.recorder import Recorder, StepTimer, read_rows
 from scaleprog.rundir.records import EVENT
@@ -58,9 +58,16 @@ class Rank:
 
 
 def recorder(
-    run: Path, rank: int = 0, world: int = 1, generation: int = 1, step: int = 0, rank_curves: bool = True
+    run: Path,
+    rank: int = 0,
+    world: int = 1,
+    generation: int = 1,
+    step: int = 0,
+    rank_curves: bool = True,
+    about: About | None = None,
 ) -> Recorder:
-    return Recorder(run, cast(Coordinator, Rank(rank, world)), generation, step, log_every=2, rank_curves=rank_curves)
+    ranks = cast(Coordinator, Rank(rank, world))
+    return Recorder(run, ranks, generation, step, log_every=2, rank_curves=rank_curves, about=about)
 
 
 def train(record: Recorder, *numbers: int) -> None:
