@@ -17,7 +17,7 @@ from scaleprog.training.process import load_network, make_backend
 CLOCK = (  # differ by nature
     "step_seconds", "data_wait_seconds", "data_wait_share", "images_per_second", "cpu_seconds", "train_seconds",
     "train_cpu_seconds", "time", "collective_wait_seconds", "slowest_rank", "slowest_rank_seconds",
-    "median_rank_seconds", "host_mib",
+    "median_rank_seconds", "mfu", "host_mib", "device_allocated_mib", "device_reserved_mib", "device_peak_mib",
 )  # fmt: skip
 
 

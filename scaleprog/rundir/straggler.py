@@ -58,9 +58,10 @@ class Stragglers:
     Nothing survives a restart, because ranks may then run on other hosts.
     """
 
-    def __init__(self, hosts: Sequence[str], steps: int, least_seconds: float = LEAST_SECONDS) -> None:
-        """`hosts`: of every rank; an interval is at least `steps` steps and `least_seconds` seconds."""
-        self._hosts, self._steps, self._least = hosts, steps, least_seconds
+    def __init__(self, hosts: Sequence[str], steps: int, least_seconds: float | None = None) -> None:
+        """`hosts`: of every rank; an interval is at least `steps` and `least_seconds` (default: LEAST_SECONDS)."""
+        self._hosts, self._steps = hosts, steps
+        self._least = LEAST_SECONDS if least_seconds is None else least_seconds
         self._streaks = [0] * len(hosts)  # intervals in which a rank was slow or, negative, was not
         self._present: set[int] = set()
         self._start()

@@ -18,7 +18,7 @@ def show_first_images(run: Run, phase: Phase, images: Tensor) -> None:
     if run.coordinator.rank == 0:
         statistics = normalization(run.recipe.augment, run.recipe.model.channels)
         shown = denormalize(images[:MOST_IMAGES].detach().float(), *statistics)
-        run.recorder.images(run.state.step + 1, f"images/stage_{phase.stage}_{phase.kind}", shown)
+        run.recorder.images(run.state.step + 1, f"views/images_stage_{phase.stage}_{phase.kind}", shown)
 
 
 def show_growth(run: Run) -> None:
@@ -33,7 +33,7 @@ def show_growth(run: Run) -> None:
         so_far = [Segment(p.stage, p.kind, p.start, p.stop, p.network, 0.0) for p in phases[: run.state.phase + 1]]
         draw_schedules(path, [(run.folder.name, so_far)])
 
-    _show(run, "run/growth", draw)
+    _show(run, "views/growth", draw)
 
 
 def show_end(run: Run) -> None:
@@ -50,7 +50,7 @@ def show_end(run: Run) -> None:
             draw_timelines(path, [timeline])
 
     run.recorder.conclude()
-    _show(run, "run/timeline", draw)
+    _show(run, "views/timeline", draw)
 
 
 def _show(run: Run, tag: str, draw: Callable[[Path], None]) -> None:

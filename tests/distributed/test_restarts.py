@@ -81,7 +81,7 @@ def test_a_run_that_was_stopped_and_killed_tells_its_life(make_recipe: Callable[
     assert differences(recipe, run, straight) == []
     every = list(range(3, max(step_rows(straight)) + 1, 3))
     assert [step for step, _ in board(run)["train/loss"]] == every
-    own = {"vitals/step_seconds": every, "vitals/data_wait_seconds": every}
+    own = {f"vitals/{key}_seconds": every for key in ("step", "data_wait", "collective_wait")}
     assert rank_curves(run) == {"rank_0": own, "rank_1": own}
 
     events = read_rows(run / "events.jsonl")

@@ -22,6 +22,7 @@ import scaleprog.rundir.recorder
 from scaleprog.growth.search import Decision
 from scaleprog.growth.space import Subnet
 from scaleprog.ranks.coordinator import Coordinator
+from scaleprog.ranks.waits import Waited
 from scaleprog.rundir.board import About, Board, event_files
 from scaleprog.rundir.progress import ProgressLine
 from scaleprog.rundir.recorder import Recorder, StepTimer, read_rows
@@ -352,6 +353,64 @@ def test_times_are_those_of_the_fastest_rank_and_rates_those_of_the_clock(
     record.flush()
     assert len(read_rows(tmp_path / "events.jsonl")) == 1, "it says so once"
     record.close()
+
+
+class Beside(Rank):
+    """A coordinator of two ranks; besides waits for this one, the other needed 8 s a step, 2 s of them for data."""
+
+    def mean(self, values: list[float]) -> list[float]:
+        steps = len(values) - 4
+        return [*values[:steps], values[-4] / 2, 8.0 * steps / 2, values[-2] / 2, 2.0 * steps / 2]
+
+
+def test_rows_show_the_slowest_rank_and_the_log_names_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("scaleprog.rundir.straggler.LEAST_SECONDS", 0.0)
+    ranks, hosts = cast(Coordinator, Beside(0, 2)), ["here", "there"]
+    record = Recorder(tmp_path, ranks, 1, 0, log_every=2, rank_curves=True, hosts=hosts)
+    clock = 100.0
+    monkeypatch.setattr("scaleprog.rundir.recorder.time.perf_counter", lambda: clock)
+    for step in range(1, 11):
+        timer = StepTimer(torch.device("cpu"))
+        clock += 10.0
+        timer.stop()
+        row = {"step": step, "phase": "train", "images": 8, "data_wait_seconds": 0.5, "lr": 0.1}
+        waited = None if step == 1 else Waited(host_seconds=6.5)
+        record.step(row, torch.tensor(1.0), torch.tensor(1.0), timer, torch.tensor([0]), waited=waited)
+        if step % 2 == 0:
+            record.flush()
+    record.close()
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    keys = ("slowest_rank", "slowest_rank_seconds", "median_rank_seconds", "collective_wait_seconds")
+    assert "collective_wait_seconds" not in rows[0]
+    assert [tuple(row[key] for key in keys) for row in rows[2:]] == [(1, 8.0, 6.0, 6.5)] * 8
+    (event,) = [event for event in read_rows(tmp_path / "events.jsonl") if event["event"] == "straggler"]
+    assert (event["step"], event["median_seconds"]) == (8, 6.0)
+    assert event["slow"] == [{"rank": 1, "host": "there", "seconds": 8.0, "data_seconds": 2.0}]
+    assert capsys.readouterr().err.count("step 8: rank 1 on there is slow") == 1
+    assert steps(tmp_path)["vitals/slowest_rank"] == [2, 4, 6, 8, 10]
+    assert steps(tmp_path / "rank_0")["vitals/collective_wait_seconds"] == [2, 4, 6, 8, 10]
+
+
+def test_rows_show_flops_memory_and_skipped_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = cast(Coordinator, Rank(0, 1))
+    record = Recorder(tmp_path, ranks, 1, 0, log_every=2, skipped=3, peak_flops=1e9)
+    clock = 100.0
+    monkeypatch.setattr("scaleprog.rundir.recorder.time.perf_counter", lambda: clock)
+    for step, norm in ((1, 1.0), (2, float("inf")), (3, 1.0)):
+        timer = StepTimer(torch.device("cpu"))
+        clock += 2.0
+        timer.stop()
+        row: dict[str, Any] = {"step": step, "phase": "train", "images": 8, "data_wait_seconds": 0.0, "lr": 0.1}
+        record.step(row, torch.tensor(1.0), torch.tensor(norm), timer, torch.tensor([0]), flops=step * 1e8)
+    rows = record.flush()
+    record.close()
+    assert [row["mfu"] for row in rows] == pytest.approx([0.1] * 3), "6e8 FLOPs in 6 s of 1e9 FLOP/s"
+    assert [row["skipped_updates"] for row in rows] == [3, 4, 4]
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    assert all(0 < row["host_mib"] <= resident + 1 for row in rows)
+    assert not {key for row in rows for key in row if key.startswith(("device", "slowest", "collective"))}
 
 
 def test_a_clock_set_back_breaks_no_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
