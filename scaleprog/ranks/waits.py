@@ -63,8 +63,7 @@ class Waits:
             self._waited.events.append((self._begun, _recorded()))
         self._begun = None
 
-    def __enter__(self) -> None:
-        self.begin()
+    __enter__ = begin
 
     def __exit__(self, *_: object) -> None:
         self.end()

@@ -266,7 +266,7 @@ class TrainSettings(Settings):
     log_every: Steps = 20
     """Steps between two points in TensorBoard, and between two reductions of the losses."""
     rank_curves: bool = False
-    """Whether every rank also draws the seconds of its own steps, as a run of its own in TensorBoard."""
+    """Whether every rank also draws the seconds of its own steps and waits, as a run of its own in TensorBoard."""
 
 
 class OptimizerSettings(Settings):

@@ -3,7 +3,6 @@
 import math
 import re
 import socket
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -243,15 +243,15 @@ class Recorder:
         """
         if not means:
             return {}
-        world = self.coordinator.world
-        own, data = ([world * mean for mean in half] for half in (means[:world], means[world:]))
-        measured = sum(step.waited is not None for step in steps)
-        if self._main and (change := self._stragglers.add(own, data, measured, wall)) is not None:
-            self._tell_of_stragglers(steps[-1].row["step"], change)
+        measured = len([step for step in steps if step.waited is not None])
+        own, data = self.coordinator.world / measured * np.reshape(means, (2, -1))  # of a step
+        count, step = len(steps), steps[-1].row["step"]
+        if self._main and (change := self._stragglers.add(count * own, count * data, count, wall)) is not None:
+            self._tell_of_stragglers(step, change)
         return {
-            "slowest_rank": own.index(max(own)),
-            "slowest_rank_seconds": max(own) / measured,
-            "median_rank_seconds": statistics.median(own) / measured,
+            "slowest_rank": int(own.argmax()),
+            "slowest_rank_seconds": float(own.max()),
+            "median_rank_seconds": float(np.median(own)),
         }
 
     def _tell_of_stragglers(self, step: int, change: Change) -> None:

@@ -1,9 +1,11 @@
 """Which ranks are slow for long: the rule by which a run names its stragglers, and names them no more."""
 
-import statistics
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 MARGIN = 0.2
 """A slow rank takes longer than the median of the other ranks by more than this part of it."""
@@ -67,16 +69,16 @@ class Stragglers:
         self._start()
 
     def _start(self) -> None:
-        self._own, self._data = [0.0] * len(self._hosts), [0.0] * len(self._hosts)
+        self._own, self._data = np.zeros(len(self._hosts)), np.zeros(len(self._hosts))
         self._taken, self._lasted = 0, 0.0
 
-    def add(self, own: Sequence[float], data: Sequence[float], steps: int, wall: float) -> Change | None:
+    def add(self, own: ArrayLike, data: ArrayLike, steps: int, wall: float) -> Change | None:
         """Adds steps that took `wall` seconds; returns what has changed, if an interval ends and anything has.
 
         `own`, `data`: for every rank, the own seconds of all these steps, and the part that waited for data.
         """
-        self._own = [a + b for a, b in zip(self._own, own, strict=True)]
-        self._data = [a + b for a, b in zip(self._data, data, strict=True)]
+        self._own += np.asarray(own)
+        self._data += np.asarray(data)
         self._taken, self._lasted = self._taken + steps, self._lasted + wall
         if self._taken < self._steps or self._lasted < self._least:
             return None
@@ -85,7 +87,7 @@ class Stragglers:
         return change
 
     def _judge(self) -> Change | None:
-        for rank, is_slow in enumerate(slow_ranks(self._own)):
+        for rank, is_slow in enumerate(slow_ranks(self._own.tolist())):
             streak = self._streaks[rank]
             self._streaks[rank] = max(streak, 0) + 1 if is_slow else min(streak, 0) - 1
         began = [rank for rank, n in enumerate(self._streaks) if n >= INTERVALS and rank not in self._present]
@@ -94,10 +96,10 @@ class Stragglers:
         if not began and not ended:
             return None
         slow, slow_no_more = ([self._slow(rank) for rank in ranks[:MOST_NAMED]] for ranks in (began, ended))
-        return Change(slow, slow_no_more, statistics.median(self._own) / self._taken)
+        return Change(slow, slow_no_more, float(np.median(self._own)) / self._taken)
 
     def _slow(self, rank: int) -> Slow:
-        own, data = self._own[rank] / self._taken, self._data[rank] / self._taken
+        own, data = (float(seconds[rank]) / self._taken for seconds in (self._own, self._data))
         return Slow(rank, self._hosts[rank], own, data)
 
 
