@@ -208,13 +208,12 @@ def test_what_lies_below_a_crop_is_left_out_without_a_trace(photo: Image.Image, 
 
 
 def test_only_of_a_sound_image_rows_are_left_out(photo: Image.Image) -> None:
-    content = bytearray(encode(photo, "JPEG", quality=92))
-    content[-1000:-998] = b"\xff\xd9"  # ends too early
+    content = encode(photo, "JPEG", quality=92)[:-1000]
     above = at((0, 0, 100, 100))
-    decode(bytes(content), "here", 3, 64, [above], fast=True, sound=True)
+    decode(content, "here", 3, 64, [above], fast=True, sound=True)
     for how in ({"fast": True}, {"sound": True}):
         with pytest.raises(DataError, match="here: cannot decode"):
-            decode(bytes(content), "here", 3, 64, [above], **how)
+            decode(content, "here", 3, 64, [above], **how)
     progressive = encode(photo, "JPEG", progressive=True)
     read = [decode(progressive, "here", 3, 64, [above], fast=True, sound=sound) for sound in (True, False)]
     assert np.array_equal(*read)
