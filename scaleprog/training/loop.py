@@ -32,6 +32,7 @@ from scaleprog.rundir.checkpoint import Checkpoints
 from scaleprog.rundir.lease import take_lease
 from scaleprog.rundir.planned import write_plan
 from scaleprog.rundir.progress import ProgressLine
+from scaleprog.rundir.reading import read_results
 from scaleprog.rundir.recorder import Recorder, StepTimer
 from scaleprog.sharding.optimizer import learning_rate
 from scaleprog.training.between_steps import after_step, measuring_steps, run_pending
@@ -56,7 +57,7 @@ from scaleprog.training.process import (
     stopped_early,
     tell_signal,
 )
-from scaleprog.training.results import finish, read_results
+from scaleprog.training.results import finish
 from scaleprog.training.resume import owner_of, state_of
 from scaleprog.training.workers import adapt_workers, with_own_cores
 
@@ -126,7 +127,7 @@ def train(
     finished = state.step == plan.schedule.phases(state.choices)[-1].stop
     if finished and (results := coordinator.on_rank_0("results", lambda: read_results(folder))) is not None:
         progress.say(f"{folder} is finished: {state.step} steps")
-        return results
+        return dict(results)
     nodes = coordinator.gather(os.uname().nodename)
     peak = PEAKS.get(name_of(device))
     with lease.fence() if rank == 0 else nullcontext():  # a start superseded by now must not truncate the records

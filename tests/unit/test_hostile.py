@@ -26,10 +26,9 @@ from scaleprog.launchers import requeue, status
 from scaleprog.reporting import history, report
 from scaleprog.reporting.figures import draw_accuracy, draw_schedules, draw_searches
 from scaleprog.reporting.timeline import describe, read_timeline, table_row
-from scaleprog.rundir.reading import read_object, read_rows, to_line
+from scaleprog.rundir.reading import read_object, read_results, read_rows, to_line
 from scaleprog.rundir.records import Results
 from scaleprog.training.between_steps import _half_measured
-from scaleprog.training.results import read_results
 from tests.conftest import MakeRecipe, write_lines
 from tests.unit import hostile
 from tests.unit.command import Command
