@@ -1,6 +1,7 @@
 """One YAML file -> one validated, immutable Recipe. Unknown keys and bad values are errors that say what is valid."""
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,13 +144,12 @@ class Recipe(Settings):
         """The resolved recipe as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
-    def chosen(self) -> dict[str, bool | float | str]:
-        """The settings that are not the defaults, by dotted key; lists as text."""
-        flat = _flat(self.model_dump(mode="json", exclude_defaults=True))
+    def flat(self) -> dict[str, bool | float | str]:
+        """Every setting by its dotted key; lists and null as text."""
+        flat = _flat(self.model_dump(mode="json"))
         return {
-            key: value if isinstance(value, bool | int | float | str) else str(value)
+            key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
             for key, value in flat.items()
-            if value is not None
         }
 
     def differences(self, other: "Recipe") -> list[str]:

@@ -144,7 +144,7 @@ def train(
             redo_evaluation=bool(state.pending),
             rank_curves=recipe.train.rank_curves,
             unit="GMACs" if recipe.search.times == "modelled" else "step ms",
-            about=About(typed.chosen(), typed.dump()),
+            about=About(typed.flat(), typed.dump()),
             hosts=nodes,
             skipped=len(state.skipped),
             peak_flops=None if peak is None else world * peak,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from scaleprog.data.on_device import denormalize, normalize
 from scaleprog.rundir.pictures import LEAST_SIDE, MOST_IMAGES, grid
@@ -70,9 +71,12 @@ def test_a_run_shows_recipe_settings_images_growth_and_history_once_over_restart
     assert textwrap.dedent(told) == began.dump()
     events = EventAccumulator(str(folder)).Reload()
     told = events.PluginTagToContent("hparams")
-    assert b"growth.schedule" in told["_hparams_/session_start_info"]
-    assert b"linear" in told["_hparams_/session_start_info"]
-    assert b"optimizer.weight_decay" not in told["_hparams_/session_start_info"], "it is the default"
+    content = HParamsPluginData.FromString(told["_hparams_/session_start_info"])
+    settings = content.session_start_info.hparams
+    assert settings["growth.schedule"].string_value == "linear"
+    assert settings["optimizer.weight_decay"].number_value == 0.05, "the default, which other runs may not have"
+    assert settings["optimizer.clip"].string_value == "null"
+    assert settings["train.deterministic"].HasField("bool_value")
     assert "_hparams_/session_end_info" in told
 
 
