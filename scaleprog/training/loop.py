@@ -35,6 +35,7 @@ from scaleprog.rundir.progress import ProgressLine
 from scaleprog.rundir.reading import read_object
 from scaleprog.rundir.recorder import Recorder, StepTimer
 from scaleprog.rundir.records import Results
+from scaleprog.rundir.sending import Senders
 from scaleprog.rundir.state import summary
 from scaleprog.sharding.optimizer import learning_rate
 from scaleprog.training.between_steps import after_step, measuring_steps, run_pending
@@ -58,6 +59,7 @@ from scaleprog.training.process import (
     stopped_early,
     tell_signal,
 )
+from scaleprog.training.profiling import Profiling
 from scaleprog.training.resume import owner_of, state_of
 from scaleprog.training.workers import adapt_workers, with_own_cores
 
@@ -142,16 +144,18 @@ def train(
             rank_curves=recipe.train.rank_curves,
             unit="GMACs" if recipe.search.times == "modelled" else "step ms",
         )
+    profiling = Profiling(folder, coordinator, recorder, device, recipe.train.profile)
     watch = Watch(
         coordinator,
         partial(tell_signal, recorder, checkpoints, state),
         partial(leave_at_once, recorder),
         recipe.checkpoint.minutes,
         slurm_queue.end_of_job(slurm_queue.own_job(), deadline()) if rank == 0 else None,
+        profiling.requested,
     )
     run = Run(
         folder, recipe, plan, coordinator, lease, backend, reader, evaluation, checkpoints, watch, recorder, progress,
-        state,
+        state, profiling,
     )  # fmt: skip
     nodes = coordinator.gather(os.uname().nodename)
     if rank == 0:
@@ -174,6 +178,7 @@ def train(
         progress.say(plan.schedule.budget.short)
 
     # ---- loop
+    senders = Senders(folder, recipe.tracking if rank == 0 else (), recipe.train.log_every, lease.generation)
     gc.disable()
     began = time.perf_counter() - state.wall_seconds
     try:
@@ -211,6 +216,7 @@ def train(
         gc.enable()
         progress.close()
         recorder.close()
+        senders.close()
 
 
 def train_phases(run: Run, began: float) -> None:
@@ -234,9 +240,13 @@ def train_phases(run: Run, began: float) -> None:
                 batch = next(batches)
                 waited = time.perf_counter() - waited
                 subnet = phase.subnet(run.recipe.seed, state.step)
+                run.profiling.before(state.step + 1)
                 train_step(run, phase, subnet, actives[subnet], batch, waited)
                 state.wall_seconds = time.perf_counter() - began
-                after_step(run, phase, run.watch.agree())
+                agreement = run.watch.agree()
+                run.profiling.after(state.step, agreement.requested)
+                after_step(run, phase, agreement)
+        run.profiling.end(state.step)
 
 
 def wait_for_checkpoint(run: Run) -> None:
