@@ -1,8 +1,8 @@
 """Profiles of a running run: the file by which one is asked for, and where its parts lie. No torch.
 
 `profiles/request.json` asks; the run moves it into `profiles/step_N/` when it agrees to profile from step N on. There
-each rank writes `rank_R.json.gz`, a Chrome trace, and with `memory` also `memory_rank_R.pickle`; `rank_R.error` says why
-it could not.
+each rank writes `rank_R.json.gz`, a Chrome trace, and with `memory` also `memory_rank_R.pickle`; `rank_R.error` says
+why it could not.
 """
 
 import json

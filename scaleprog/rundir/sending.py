@@ -29,7 +29,7 @@ from scaleprog.files.display import as_text, first_line
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.drawn import is_drawn, points, story
 from scaleprog.rundir.folders import committed_step
-from scaleprog.rundir.lease import read_owner
+from scaleprog.rundir.lease import check_folders, read_owner
 from scaleprog.rundir.reading import MOST_LINE, read, read_object, still_told
 from scaleprog.rundir.records import EVENT, EVENTS, METRICS, STRICT, Name
 from scaleprog.rundir.state import decision_from_json
@@ -38,7 +38,7 @@ from scaleprog.rundir.trackers import TRACKERS, Point, Shown, Tracker
 FOLDER = "tracking"
 LOOK_SECONDS = 2.0  # between two looks at the records
 MOST_PAUSE = 60.0  # seconds until the next attempt if a tracker does not answer
-LAST_SECONDS = 10.0  # for what is left when the training ends
+LAST_SECONDS = 15.0  # for a last attempt when the training ends
 MOST_STEPS = 50  # that are sent at a time
 
 
@@ -144,6 +144,7 @@ class Sender:
 def alone(run: Path, name: str, seconds: float) -> Iterator[None]:
     """Inside, no other process sends the run to this tracker; waits up to `seconds` for one that does. Raises InUse."""
     folder = run / FOLDER
+    check_folders(run)
     try:
         folder.mkdir(exist_ok=True)
         file = open_regular(folder / f".{name}.lock", "r+b", os.O_CREAT | os.O_NOFOLLOW, buffering=0)
@@ -208,7 +209,7 @@ class Senders:
                 assert process.stdin is not None
                 process.stdin.write(b"\n")
                 process.stdin.close()
-        give_up = time.monotonic() + LAST_SECONDS + 2 * LOOK_SECONDS
+        give_up = time.monotonic() + LAST_SECONDS
         for name, process in self._processes.items():
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, give_up - time.monotonic()))
@@ -220,7 +221,9 @@ class Senders:
 
 
 def keep_sending(run: Path, name: str, log_every: int, generation: int, last: Callable[[float], bool]) -> bool:
-    """Sends a run until its training ends. Returns whether the tracker has everything that no restart can take back.
+    """Sends a run until its training ends, and makes a last attempt then.
+
+    Returns whether the tracker has everything that no restart can take back.
 
     Args:
         run: the run directory.
@@ -229,8 +232,7 @@ def keep_sending(run: Path, name: str, log_every: int, generation: int, last: Ca
         generation: the start that trains; a later one has a sender of its own.
         last: waits so many seconds, and returns whether the training has ended meanwhile.
     """
-    pause, over, give_up = LOOK_SECONDS, False, math.inf
-    told = False
+    pause, over, told = LOOK_SECONDS, False, False
     with alone(run, name, seconds=math.inf):
         sender = Sender(run, name, log_every)
         while True:
@@ -244,12 +246,9 @@ def keep_sending(run: Path, name: str, log_every: int, generation: int, last: Ca
                 if not told:
                     _say(f"{name}: {_reason(error)}; training continues, and what is missing is sent later")
                 pause, told = min(MOST_PAUSE, 2 * pause), True
-            if over and time.monotonic() > give_up:
-                return False
             if over:
-                time.sleep(0.5)
-            elif last(pause):
-                over, give_up = True, time.monotonic() + LAST_SECONDS
+                return False
+            over = last(pause)
             owner = read_owner(run)
             if owner is not None and owner.generation != generation:
                 return False

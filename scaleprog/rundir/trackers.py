@@ -6,10 +6,13 @@ docs/tracking.md says how to use them, and `sending.py` is what drives them.
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from scaleprog.files.display import as_text
 
 MOST_METRICS, MOST_PARAMETERS = 1000, 100  # that MLflow takes at a time
 MOST_TEXT = 5000  # characters that MLflow takes in a tag or as a parameter
@@ -85,7 +88,7 @@ class MLflow:
 
     def __init__(self) -> None:
         # the sender repeats requests itself
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -167,7 +170,10 @@ class WandB:
         except Exception as error:
             if os.environ.get("WANDB_MODE"):
                 raise
-            print(f"wandb: no connection ({error}); writing to {run.folder / 'wandb'} instead", flush=True)
+            where = run.folder / "wandb"
+            print(
+                f"scaleprog: wandb: no connection ({as_text(error)}); writing to {where}", file=sys.stderr, flush=True
+            )
             self._run = self._begin(run, number, "offline")
         has = -1 if self._run.offline else self._run.starting_step - 1
         return number, has

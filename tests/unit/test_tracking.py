@@ -150,6 +150,15 @@ def test_a_tracker_that_is_down_stops_nothing_and_gets_all(run: Path, stub: type
     assert capfd.readouterr().err.count("nobody there; training continues") == 1
 
 
+def test_a_tracker_that_is_still_down_at_the_end_is_left(run: Path, stub: type[Stub]) -> None:
+    trained(run, last=20, checkpoint=10)
+    stub.broken = 100
+    assert not keep_sending(run, "mlflow", 1, 1, lambda seconds: True)
+    assert stub.broken == 98, "one attempt before the end, and one at the end"
+    stub.broken = 0
+    assert send_now(run, "mlflow", 1) == 9
+
+
 def test_a_killed_session_that_keeps_nothing_is_sent_again(run: Path, stub: type[Stub]) -> None:
     stub.keeps, stub.session = False, "offline-run-1"
     trained(run, last=20, checkpoint=10)
