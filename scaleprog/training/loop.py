@@ -17,7 +17,7 @@ from torch import Tensor
 from scaleprog.data.evaluation import VALIDATION, EvaluationReader
 from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
-from scaleprog.errors import Diverged, OverBudget, Preempted, ScaleprogError, Unavailable
+from scaleprog.errors import Diverged, OverBudget, Preempted, Unavailable
 from scaleprog.files.atomic import write_whole
 from scaleprog.growth.phase import Phase
 from scaleprog.growth.space import Subnet
@@ -32,9 +32,9 @@ from scaleprog.rundir.checkpoint import Checkpoints
 from scaleprog.rundir.lease import take_lease
 from scaleprog.rundir.planned import write_plan
 from scaleprog.rundir.progress import ProgressLine
-from scaleprog.rundir.reading import read_object
+from scaleprog.rundir.reading import read_results
 from scaleprog.rundir.recorder import Recorder, StepTimer
-from scaleprog.rundir.records import Results
+from scaleprog.rundir.records import RESULTS
 from scaleprog.rundir.sending import Senders
 from scaleprog.rundir.state import summary
 from scaleprog.sharding.optimizer import learning_rate
@@ -62,8 +62,6 @@ from scaleprog.training.process import (
 from scaleprog.training.profiling import Profiling
 from scaleprog.training.resume import owner_of, state_of
 from scaleprog.training.workers import adapt_workers, with_own_cores
-
-RESULTS = "results.json"
 
 
 def train_rank(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -128,7 +126,7 @@ def train(
     finished = state.step == plan.schedule.phases(state.choices)[-1].stop
     if finished and (results := coordinator.on_rank_0("results", lambda: read_results(folder))) is not None:
         progress.say(f"{folder} is finished: {state.step} steps")
-        return results
+        return dict(results)
     with lease.fence() if rank == 0 else nullcontext():  # a start superseded by now must not truncate the records
         if rank == 0:
             with suppress(OSError):  # only other commands read them
@@ -399,11 +397,3 @@ def finish(run: Run) -> dict[str, Any]:
     run.coordinator.on_rank_0("results", write)
     run.recorder.event("finish", step=run.state.step, top1_best=results["top1_best"])
     return results
-
-
-def read_results(folder: Path) -> dict[str, Any] | None:
-    """The results of a finished run; None if they are missing or damaged."""
-    with suppress(ScaleprogError):
-        results = read_object(folder / RESULTS, Results)
-        return None if results is None else dict(results)
-    return None
