@@ -31,7 +31,7 @@ from scaleprog.rundir.drawn import is_drawn, points, story
 from scaleprog.rundir.folders import committed_step
 from scaleprog.rundir.lease import check_folders, read_owner
 from scaleprog.rundir.reading import MOST_LINE, read, read_object, still_told
-from scaleprog.rundir.records import EVENT, EVENTS, METRICS, STRICT, Name
+from scaleprog.rundir.records import EVENT, EVENTS, METRICS, RESULTS, STRICT, Name
 from scaleprog.rundir.state import decision_from_json
 from scaleprog.rundir.trackers import TRACKERS, Point, Shown, Tracker
 
@@ -107,7 +107,7 @@ class Sender:
         write_whole(self._path, json.dumps(self._sent))
 
     def _finished(self) -> bool:
-        return (self._run / "results.json").exists()
+        return (self._run / RESULTS).exists()
 
     def _last_sure(self) -> float:
         """The last step that no restart can take back: the newest checkpoint's may get its accuracies again."""
