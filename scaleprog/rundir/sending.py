@@ -50,6 +50,8 @@ class Sent(TypedDict):
     step: int
     known: NotRequired[Name | None]
     unclosed: NotRequired[Name | None]
+    finished: NotRequired[bool]
+    """Whether the tracker knows that the run is finished."""
 
 
 class Sender:
@@ -72,8 +74,11 @@ class Sender:
 
     def send(self) -> None:
         """Sends everything that no restart can take back. Raises whatever the tracker raises, and OSError."""
+        last = self._last_sure()
+        if self._tracker is None and not self._has_news(last):
+            return
         tracker = self._opened()
-        for rows, end in _parts(self._new_rows(self._last_sure()), MOST_STEPS):
+        for rows, end in _parts(self._new_rows(last), MOST_STEPS):
             tracker.scalars([_point(row) for row in rows if is_drawn(row, self._log_every)])
             self._step, self._offset = rows[-1]["step"], end
             if tracker.keeps:
@@ -86,8 +91,9 @@ class Sender:
     def close(self) -> None:
         """Returns once everything that was sent is safe. Raises whatever the tracker raises."""
         if self._tracker is not None:
-            self._tracker.close(self._finished())
-            self._keep(step=self._step, unclosed=None)
+            finished = self._finished()
+            self._tracker.close(finished)
+            self._keep(step=self._step, unclosed=None, finished=finished)
             self._tracker = None
 
     def _opened(self) -> Tracker:
@@ -112,6 +118,11 @@ class Sender:
     def _last_sure(self) -> float:
         """The last step that no restart can take back: the newest checkpoint's may get its accuracies again."""
         return math.inf if self._finished() else committed_step(self._run) - 1
+
+    def _has_news(self, last: float) -> bool:
+        """Whether there is a reason to open the tracker."""
+        at_end = self._finished() and not self._sent.get("finished", False)
+        return at_end or next(self._new_rows(last), None) is not None
 
     def _new_rows(self, last: float) -> Iterator[tuple[dict[str, Any], int]]:
         """The rows of metrics.jsonl up to step `last` that have not been handed over, each with its end in bytes."""

