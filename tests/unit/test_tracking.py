@@ -19,6 +19,7 @@ from scaleprog.rundir.sending import Sender, alone, keep_sending, send_now
 from scaleprog.rundir.trackers import TRACKERS, Point, Shown
 from tests.conftest import MakeRecipe, write_lines
 from tests.tracked import Curves, MLflowServer, mlflow_server, wandb_curves  # noqa: F401
+from tests.unit.command import Command, is_mistake
 
 STEP = {"phase": "train", "stage": 1, "images": 8, "lr": 0.1, "data_wait_seconds": 0.0}
 
@@ -257,3 +258,30 @@ def test_wandb_offline_has_the_curves_of_the_records(run: Path, monkeypatch: pyt
     ids, curves = wandb_curves(run)
     assert curves == of_records(run, 1)
     assert len(ids) == 1
+
+
+# ---- the command
+
+
+def test_track_sends_a_run_that_was_trained_without_trackers(run: Path, stub: type[Stub], command: Command) -> None:
+    trained(run, last=20, checkpoint=20)
+    (run / "results.json").write_text("{}")
+    told = command("track", run, "mlflow")
+    assert (told.code, told.out) == (0, f"{run}: mlflow has everything up to step 20\n")
+    assert as_curves(stub.got) == of_records(run, 5)
+    assert stub.closed == [True]
+    assert command("track", run, "mlflow").code == 0
+    assert len(stub.opened) == 1
+
+
+def test_what_cannot_be_tracked_is_refused(
+    run: Path, stub: type[Stub], command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert is_mistake(command("track", run), f"{run}: its recipe names no tracker; name one: mlflow, wandb")
+    assert is_mistake(command("track", run, "neptune"), "'neptune' is not a tracker; scaleprog knows mlflow, wandb")
+    assert is_mistake(command("track", tmp_path / "nowhere", "mlflow"), "nowhere: not a run directory")
+    (run / "tracking").symlink_to(tmp_path)
+    assert is_mistake(command("track", run, "mlflow"), f"{run}/tracking: a symbolic link")
+    monkeypatch.setattr(extras, "is_installed", lambda module: False)
+    assert is_mistake(command("track", run, "mlflow"), "mlflow is not installed: pip install 'scaleprog[mlflow]'")
+    assert stub.opened == []
