@@ -1,12 +1,11 @@
 """One YAML file -> one validated, immutable Recipe. Unknown keys and bad values are errors that say what is valid."""
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -28,6 +27,7 @@ from scaleprog.recipe.keys import (
     OptimizerSettings,
     SearchSettings,
     ShardingSettings,
+    TrackerName,
     TrainSettings,
 )
 from scaleprog.recipe.numbers import Settings
@@ -39,6 +39,8 @@ FREE = (
     "train.max_steps",
     "train.log_every",
     "train.rank_curves",
+    "train.profile",
+    "tracking",
     "train.accept_arithmetic",
     "train.micro_batch",
     "init",
@@ -95,6 +97,8 @@ class Recipe(Settings):
     sharding: ShardingSettings = ShardingSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: Annotated[tuple[TrackerName, ...], Field(max_length=8)] = ()
+    """Trackers that show the run besides TensorBoard: mlflow, wandb; see docs/tracking.md."""
     parent: ParentSettings | None = None
     """The run that this one continues, see docs/continue.md; `scaleprog train --from` writes it."""
 
@@ -144,13 +148,9 @@ class Recipe(Settings):
         """The resolved recipe as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
-    def flat(self) -> dict[str, bool | float | str]:
-        """Every setting by its dotted key; lists and null as text."""
-        flat = _flat(self.model_dump(mode="json"))
-        return {
-            key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
-            for key, value in flat.items()
-        }
+    def settings(self) -> dict[str, Any]:
+        """All settings, by dotted key."""
+        return _flat(self.model_dump(mode="json"))
 
     def differences(self, other: "Recipe") -> list[str]:
         """Keys (with both values) in which two recipes differ so that a run cannot go on from one to the other."""

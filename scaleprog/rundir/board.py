@@ -4,6 +4,7 @@ TensorBoard names a run after the folder of its event files, so they lie in the 
 curves by name, and opens the first two: `train` and `validation`. Names that sort after these have the rest.
 """
 
+import json
 import os
 import re
 import socket
@@ -22,14 +23,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, Sessi
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, text
 
-from scaleprog.files.display import as_markdown
 from scaleprog.growth.search import Decision
 from scaleprog.rundir.appending import Appended
+from scaleprog.rundir.drawn import points, story
 
 EVENT_FILE = "events.out.tfevents."
-IN_TRAIN = ("loss", "images_per_second")  # what `train` shows of a step
-HIDDEN = ("step", "images", "time")  # numbers in a row that make no curve
-FORMS = {bool: "bool_value", int: "number_value", float: "number_value", str: "string_value"}  # of a setting
 LAYOUT = custom_scalars(  # each chart shows the curves whose names begin with one of its patterns
     {
         "The run": {
@@ -46,11 +44,11 @@ class About:
     """What a board says of a run at its beginning.
 
     Args:
-        settings: the columns of a run in TensorBoard's table of runs, by dotted key.
+        settings: the columns of a run in TensorBoard's table of runs, by dotted key; lists and null are shown as text.
         recipe: the resolved recipe, as YAML.
     """
 
-    settings: Mapping[str, bool | float | str]
+    settings: Mapping[str, Any]
     recipe: str
 
 
@@ -85,14 +83,15 @@ class Board:
         """
         started = SessionStartInfo(start_time_secs=time.time())
         for key, value in about.settings.items():
+            shown = value if isinstance(value, bool | int | float | str) else json.dumps(value)
             form = (
                 "bool_value"
-                if isinstance(value, bool)
+                if isinstance(shown, bool)
                 else "string_value"
-                if isinstance(value, str)
+                if isinstance(shown, str)
                 else "number_value"
             )
-            setattr(started.hparams[key], form, value)
+            setattr(started.hparams[key], form, shown)
         self._add_session(metadata.SESSION_START_INFO_TAG, session_start_info=started)
         self._add(step=0, summary=text("run/recipe", indent(about.recipe, "    ")))
 
@@ -103,12 +102,8 @@ class Board:
 
     def draw(self, row: Mapping[str, Any]) -> None:
         """Draws one point of each number in a row of metrics.jsonl."""
-        points = [
-            Summary.Value(tag=f"{_group(key, row)}/{key}", simple_value=value)
-            for key, value in row.items()
-            if key not in HIDDEN and (isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63))
-        ]
-        self._add(step=row["step"], summary=Summary(value=points), wall_time=row.get("time", time.time()))
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in points(row).items()]
+        self._add(step=row["step"], summary=Summary(value=values), wall_time=row.get("time", time.time()))
 
     def curve(self, step: int, tag: str, values: Mapping[str, float]) -> None:
         """Draws one point of each value, as `tag/NAME`."""
@@ -123,11 +118,7 @@ class Board:
 
     def tell(self, step: int, decision: Decision, unit: str) -> None:
         """Writes what a search found and chose as a text; `unit` is that of the candidates' times."""
-        rows = decision.table(unit)
-        lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
-        table = "\n".join(f"| {' | '.join(map(as_markdown, line))} |" for line in lines)
-        told = f"chose **{decision.chosen}**, {as_markdown(decision.because)}\n\n{table}"
-        self._add(step=step, summary=text(f"search/stage_{decision.stage}", told))
+        self._add(step=step, summary=text(f"search/stage_{decision.stage}", story(decision, unit)))
 
     def sync(self) -> bool:
         """Makes everything durable. Returns whether the disk has taken it."""
@@ -145,13 +136,6 @@ class Board:
 
     def _add(self, **event: Any) -> None:
         self._records.write(Event(**{"wall_time": time.time(), **event}).SerializeToString())
-
-
-def _group(key: str, row: Mapping[str, Any]) -> str:
-    """The group that shows the number `key` of a row of metrics.jsonl."""
-    if "loss" in row:
-        return "train" if key in IN_TRAIN else "vitals"
-    return "vitals" if key.endswith("_seconds") else "validation"
 
 
 def event_files(folder: Path) -> list[Path]:
