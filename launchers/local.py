@@ -220,10 +220,9 @@ def _watch(processes: Sequence[BaseProcess], told: int, guard: Guard | None) -> 
         Preempted: a rank was asked to stop.
     """
     running = dict(enumerate(processes))
+    look = None if guard is None else LOOK_SECONDS
     while running or (guard is not None and guard.has_noticed):
-        ready = connection.wait(
-            [process.sentinel for process in running.values()], None if guard is None else LOOK_SECONDS
-        )
+        ready = connection.wait([process.sentinel for process in running.values()], look)
         if guard is not None and (stands := guard.look(last=not running)):
             raise _hung(processes, guard, stands)
         for rank in [rank for rank, process in running.items() if process.sentinel in ready]:
