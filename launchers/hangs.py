@@ -22,6 +22,7 @@ from scaleprog.ranks.patience import (
     WRITE_SECONDS,
     Pulse,
     Stand,
+    ask_stacks,
     read_all,
     within,
     write_stacks,
@@ -89,11 +90,10 @@ class Guard:
         text = f"{stand} does not answer: state {stand.state}\n\n{processes.describe(stand.pid)}\n"
         if stand.state[0] not in "TtD" and processes.handles(stand.pid, STACKS):
             with suppress(OSError):
-                os.kill(stand.pid, STACKS)
-                time.sleep(0.5)
-                descriptor = os.open(f"/proc/{stand.pid}/fd/{stand.stacks}", os.O_RDONLY)
-                text += f"\n{read_all(descriptor)}"
-                os.close(descriptor)
+                memory = os.open(f"/proc/{stand.pid}/fd/{stand.stacks}", os.O_RDONLY)
+                ask_stacks(stand.pid, memory)
+                text += f"\n{read_all(memory)}"
+                os.close(memory)
         text += "".join(f"\n{processes.describe(child)}\n" for child in processes.children_of(stand.pid))
         within(WRITE_SECONDS, lambda: write_stacks(self._folder, stand.generation, stand.rank, text))
         return stand

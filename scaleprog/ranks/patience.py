@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scaleprog.errors import HANG_CODE
 from scaleprog.files.atomic import write_whole
@@ -40,6 +40,8 @@ LINGER_SECONDS = 5.0
 """How long a hung rank waits for the others to notice, because the end of one rank may end all."""
 WRITE_SECONDS = 10.0
 """How long writing the stacks may take; the file system may be what hangs."""
+ASK_SECONDS = 2.0
+"""How long another process has time to write its stacks."""
 STACKS = signal.SIGRTMIN + 5
 """The signal at which a rank or one of its workers writes its stacks, even while another thread holds Python's lock."""
 FOLDER = "stacks"
@@ -108,8 +110,7 @@ class Pulse:
         return None
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """What a thread does since `began` (seconds by `time.monotonic`)."""
 
     doing: str
@@ -295,9 +296,7 @@ class Patience:
         for child in children:
             if processes.handles(child, STACKS):
                 os.write(self._memory, f"worker {child}\n".encode())
-                with suppress(OSError):
-                    os.kill(child, STACKS)
-                time.sleep(0.1)
+                ask_stacks(child, self._memory)
         os.write(self._memory, f"\nprocess {os.getpid()}\n".encode())
         faulthandler.dump_traceback(self._memory, all_threads=True)
         return "\n\n".join([read_all(self._memory), *map(processes.describe, children)])
@@ -307,6 +306,19 @@ class Patience:
         write_stacks(self.folder, self.generation, self.rank, stacks)
         if more := self.extra():
             write_stacks(self.folder, self.generation, self.rank, more, "-collectives.json")
+
+
+def ask_stacks(pid: int, memory: int) -> None:
+    """Has another process write its stacks into a file in memory that it has open; waits for that for a while."""
+    before = now = os.fstat(memory).st_size
+    give_up = time.monotonic() + ASK_SECONDS
+    with suppress(OSError):
+        os.kill(pid, STACKS)
+    while time.monotonic() < give_up:
+        time.sleep(0.1)
+        last, now = now, os.fstat(memory).st_size
+        if now == last > before:
+            return
 
 
 def write_stacks(folder: Path, generation: int, rank: int, text: str, suffix: str = ".txt") -> None:

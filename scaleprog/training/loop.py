@@ -61,10 +61,13 @@ from scaleprog.training.resume import owner_of, state_of
 from scaleprog.training.workers import adapt_workers, with_own_cores
 
 
-def train_rank(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Joins the ranks of a run and trains with them, whichever launcher started this process; see `train`."""
+def train_rank(recipe: Recipe, folder: Path, own_process: bool = True) -> dict[str, Any]:
+    """Joins the ranks of a run and trains with them, whichever launcher started this process; see `train`.
+
+    `own_process`: whether this process only trains, and may end itself if it hangs.
+    """
     with (
-        watched_patience(recipe, folder) as patience,
+        watched_patience(recipe, folder) if own_process else nullcontext(Patience()) as patience,
         process_group(recipe.train.deterministic, patience.limit) as (coordinator, device),
     ):
         return train(recipe, folder, coordinator, device, patience=patience)
