@@ -3,8 +3,9 @@
     python -m benchmarks.imagenet_recipes [NAME ...] [--runs DIR] [--out docs/results/imagenet_recipes.md]
 
 NAME: a recipe of configs/imagenet without `.yaml`; default: all. Lengths, batch, lanes, and `search.subset` are short
-(`tests.distributed.imagenet_runs.shortened`), all else is the recipe's. A run that has finished is not repeated: its
-row is in DIR/outcomes.jsonl, and the table has the rows of all runs there.
+(`tests.distributed.imagenet_runs.shortened`), all else is the recipe's. A run that has finished is not repeated, on any
+machine: its row is in imagenet_recipes.jsonl beside the table, which has the rows of all runs there. Remove rows to
+run them again.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     names = options.names or sorted(path.stem for path in (CONFIGS / "imagenet").glob("*.yaml"))
-    shards, outcomes = options.runs / "shards", options.runs / "outcomes.jsonl"
+    shards, outcomes = options.runs / "shards", options.out.with_suffix(".jsonl")
     if not shards.exists():
         shutil.rmtree(options.runs / "tree", ignore_errors=True)
         draw_shards(shards, options.runs / "tree")

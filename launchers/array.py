@@ -18,6 +18,7 @@ from scaleprog.launchers.status import standing
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.worlds import Worlds
 from scaleprog.rundir import slurm_queue
+from scaleprog.rundir.records import RESULTS
 
 POLL_SECONDS = 3.0
 
@@ -128,4 +129,4 @@ def follow(files: Mapping[Path, JobFile]) -> int:
                 said[run] = now
                 print(f"{clock(time.time())} {as_text(f'{run.name}: {now}')}", flush=True)
         time.sleep(POLL_SECONDS)
-    return 0 if all((run / "results.json").exists() for run in files) else 1
+    return 0 if all((run / RESULTS).exists() for run in files) else 1

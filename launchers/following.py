@@ -21,7 +21,7 @@ from scaleprog.recipe import Recipe
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.lease import is_alive, read_owner
 from scaleprog.rundir.reading import read
-from scaleprog.rundir.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES
+from scaleprog.rundir.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, RESULTS
 
 POLL_SECONDS = 3.0
 TELL_SECONDS = 15.0  # between two lines of progress
@@ -88,7 +88,7 @@ def look(run: Path) -> Look:
 
 def is_finished(run: Path) -> bool:
     """Whether a run has trained its last step."""
-    return (run / "results.json").exists()
+    return (run / RESULTS).exists()
 
 
 def exit_code(run: Path, job: slurm_queue.Job | None) -> int:

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from scaleprog.recipe import Recipe, directories
 from scaleprog.recipe.worlds import Worlds
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.lease import check_recipe
-from scaleprog.rundir.reading import read_object
+from scaleprog.rundir.reading import read_results
 from scaleprog.rundir.records import Results
 
 SRUN = ("--kill-on-bad-exit=1", "--wait=60")  # if one task ends, end all: the others would wait for it forever
@@ -43,9 +43,7 @@ def finished(recipe: Recipe, run: Path) -> Results | None:
     Raises CheckpointError if `run` is the run directory of another recipe.
     """
     check_recipe(run, recipe)
-    with suppress(ScaleprogError):  # the run writes damaged results again
-        return read_object(run / "results.json", Results)
-    return None
+    return read_results(run)
 
 
 def submit(recipe: Recipe, run: Path, request: JobRequest) -> JobFile:

@@ -22,7 +22,7 @@ from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.lease import ask_to_stop, is_alive, read_owner, runs
 from scaleprog.rundir.planned import read_plan
 from scaleprog.rundir.reading import read, read_object, still_told
-from scaleprog.rundir.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, Results
+from scaleprog.rundir.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, RESULTS, Results
 from scaleprog.rundir.state import decision_from_json
 
 RECENT_STEPS = 50
@@ -178,8 +178,8 @@ def standing(run: Path, troubles: list[str] | None = None) -> tuple[str, str, st
         except slurm_queue.NoAnswer as error:
             unknown = f"job {file.job}; {error}"
     name = None if file is None else file.job
-    if (run / "results.json").exists():
-        _told(partial(read_object, run / "results.json", Results), troubles)
+    if (run / RESULTS).exists():
+        _told(partial(read_object, run / RESULTS, Results), troubles)
         return "finished", "", name
     if job is not None and not job.over:
         about = [f"job {job.id}", job.nodes and f"on {job.nodes}", job.reason]

@@ -99,7 +99,7 @@ def build(
         _prepare(out, source)
         shards = _write_all(out, jobs, workers)
         written = {split: tuple(shard for job, shard in zip(jobs, shards) if job[0] == split) for split in splits}
-        manifest = Manifest(str(out), tuple(classes), written, source)
+        manifest = Manifest(str(out), tuple(classes), written, source, sound=True)
         _publish(manifest)
     except OSError as error:
         raise DataError(

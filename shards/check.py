@@ -133,7 +133,9 @@ def write_manifest(
         split: tuple(Shard(name, contents[name].samples, contents[name].bytes, contents[name].sha256) for name in found)
         for split, found in splits.items()
     }
-    written = Manifest(source.root, names, {split: shards for split, shards in indexed.items() if shards})
+    kept = [line for each in contents.values() for line in each.damaged]
+    found = {split: shards for split, shards in indexed.items() if shards}
+    written = Manifest(source.root, names, found, sound=not kept)
     written.save(manifest)
     numbering = Numbering(names)
     trained = {numbering.number(label) for name in splits[TRAIN] for label in contents[name].labels}
@@ -141,7 +143,7 @@ def write_manifest(
         hint = "; if the labels count from 1, subtract 1 from each and build the shards again" if absent[0] == 0 else ""
         named = some([f"{label} ({names[label]})" if names[label] != str(label) else str(label) for label in absent])
         print(as_text(f"note: no training image has label {named}{hint}"))
-    if kept := [line for each in contents.values() for line in each.damaged]:
+    if kept:
         print(as_text(f"note: train with data.damaged=replace: {len(kept)} damaged images\n{listed(kept)}", lines=True))
     return _report(written)
 

@@ -15,7 +15,7 @@ from scaleprog.files.atomic import write_whole
 from scaleprog.files.display import as_text
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.rundir.reading import read_object
-from scaleprog.rundir.records import Baseline, Results
+from scaleprog.rundir.records import RESULTS, Baseline, Results
 
 if TYPE_CHECKING:
     from scaleprog.recipe import Recipe
@@ -133,16 +133,16 @@ def run_here(
             progress=lambda: committed(folder / "checkpoints")[-1:],
             folder=folder,
         )
-    results = read_object(folder / "results.json", Results)
+    results = read_object(folder / RESULTS, Results)
     if results is not None:
         if baseline_seconds is not None:
-            results = write_speedup(folder / "results.json", results, baseline_seconds)
+            results = write_speedup(folder / RESULTS, results, baseline_seconds)
         show(results, folder)
 
 
 def train_seconds(baseline: Path) -> float:
     """Seconds of training steps that a finished run took, more than 0. Raises ScaleprogError."""
-    results = baseline / "results.json"
+    results = baseline / RESULTS
     try:
         found = read_object(results, Baseline)
     except ScaleprogError as error:

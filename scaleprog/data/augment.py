@@ -91,17 +91,22 @@ class Augmentation:
         settings: the recipe's augmentation settings.
         channels: 1 or 3.
         seed: seeds all draws, together with epoch, step and lane.
+        sound: whether all images are known to have no error (`Manifest.sound`).
+        tracked: whether to tell where the pixels of an image come from.
 
     Raises:
         DataError: `channels` is another number, or `settings` do not fit it.
     """
 
-    def __init__(self, settings: AugmentSettings, channels: int, seed: int = 0) -> None:
+    def __init__(
+        self, settings: AugmentSettings, channels: int, seed: int = 0, sound: bool = False, tracked: bool = True
+    ) -> None:
         if channels not in (1, 3):
             raise DataError(f"images have 1 or 3 channels, not {channels}")
         self.settings = settings
         self.channels = channels
         self.seed = seed
+        self._sound, self._tracked = sound, tracked
         self.fill = fill_of(settings, channels)
         self.deferred = policy_of(settings).most if settings.device == "accelerator" else 0
         """The most operations of an image that are left to the device."""
@@ -130,8 +135,9 @@ class Augmentation:
             out: (n, r, r, C) uint8; receives the images.
 
         Returns:
-            The images' origins (n, 2, 3) when everything is done, see `data/origin.py`; the operations that are left
-            to the device; and what is still to be erased of them.
+            The images' origins (n, 2, 3) when everything is done, see `data/origin.py`, or undefined numbers unless
+            they are `tracked`; the operations that are left to the device; and what is still to be erased of the
+            images.
 
         Raises:
             DamagedSample: an image cannot be decoded; `out` is then undefined.
@@ -143,7 +149,8 @@ class Augmentation:
             rows = range(first, first := first + len(views))
             crops = [partial(self._crop, draws[row], origins[row], side) for row in rows]
             target = out[rows.start : rows.stop]
-            decode(views[0][0], where, self.channels, side, crops, reflect=reflect, fast=True, out=target)
+            how = {"reflect": reflect, "fast": True, "sound": self._sound}
+            decode(views[0][0], where, self.channels, side, crops, **how, out=target)
             for row in rows:
                 self._change(out[row], draws[row], origins[row])
         return origins, [draw.operations if self.deferred else () for draw in draws], [draw.erasing for draw in draws]
@@ -169,15 +176,17 @@ class Augmentation:
     def _crop(self, draw: Draw, origin: Origin, resolution: int, height: int, width: int) -> Box:
         """The box of an image's crop; writes its origin into `origin`."""
         box = random_box(self.settings, resolution, height, width, draw.crop)
-        origin[:] = of_crop(box, height, width, self.settings.token_label_crop == "transposed")
+        if self._tracked:
+            origin[:] = of_crop(box, height, width, self.settings.token_label_crop == "transposed")
         return box
 
     def _change(self, pixels: np.ndarray, draw: Draw, origin: Origin) -> None:
         """Changes and flips one cropped image (r, r, C), and composes its origin, both in place."""
         changed = pixels if self.deferred else reduce(partial(apply, fill=self.fill), draw.operations, pixels)
-        moves = [MOVES[name](amount) for name, amount in draw.operations if name in MOVES]
-        flips = [FLIP] if draw.flipped else []
-        origin[:] = reduce(after, flips + moves if self.deferred else moves + flips, origin)
+        if self._tracked:
+            moves = [MOVES[name](amount) for name, amount in draw.operations if name in MOVES]
+            flips = [FLIP] if draw.flipped else []
+            origin[:] = reduce(after, flips + moves if self.deferred else moves + flips, origin)
         if draw.flipped:
             cv2.flip(changed, 1, dst=pixels)
         elif changed is not pixels:

@@ -47,6 +47,8 @@ class Manifest:
     """Shards by split: "train", "val"."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """What the shards were built from, so that a builder recognizes its own finished work; empty if unknown."""
+    sound: bool = field(default=False, compare=False)
+    """Whether every image was decoded completely, without an error, when the manifest was written."""
     store: Store | None = field(default=None, compare=False)
     """Keeps shards that come from a URL; not stored."""
 
@@ -72,7 +74,7 @@ class Manifest:
         except FileNotFoundError:
             raise AbsentData(_missing(source, os.fspath(root), file), f"{path}: there is no such manifest") from None
         stored = _parse(path, text, source.root)
-        return cls(source.root, stored.classes, stored.splits, stored.source)
+        return cls(source.root, stored.classes, stored.splits, stored.source, stored.sound)
 
     def save(self, file: str | None = None) -> None:
         """Writes `root/manifest.json`, or `file`, atomically: even a power failure cannot leave half a file.
@@ -86,6 +88,7 @@ class Manifest:
             "version": VERSION,
             "classes": self.classes,
             "source": self.source,
+            "sound": self.sound,
             "splits": {name: [asdict(shard) for shard in shards] for name, shards in self.splits.items()},
         }
         try:
@@ -193,6 +196,7 @@ class _Stored(Settings):
     version: Literal[1]
     classes: Annotated[tuple[str, ...], Field(max_length=MOST_CLASSES), FailFast()]
     source: dict[str, Annotated[str, Field(max_length=4096)] | int | float | bool | None] = Field(default_factory=dict)
+    sound: bool = False
     splits: dict[Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,64}$")], Annotated[tuple[Shard, ...], FailFast()]]
 
     @model_validator(mode="before")

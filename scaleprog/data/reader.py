@@ -96,7 +96,9 @@ class TrainReader:
         self.data = data.settings
         self.lanes = order.lanes_of(rank, world)
         self.workers = min(data.workers, len(self.lanes))
-        self._augmentation = Augmentation(data.augment, data.channels, seed)
+        self._augmentation = Augmentation(
+            data.augment, data.channels, seed, data.manifest.sound, tracked=data.token_labels is not None
+        )
         self._labels = data.token_labels
         maps_of = self._labels.load if self._labels else None
         self._root = os.path.join(data.manifest.root, "")

@@ -138,7 +138,7 @@ class Stream:
         self._alone = iter(()) if workers else produce(range(units))
         self._copies: deque[torch.cuda.Event] | None = deque() if torch.cuda.is_available() else None
         self._count = slots_of(prefetch)
-        self._slots = _shared((self._count if workers else 0, layout.bytes), torch.uint8)
+        self._slots = _shared((self._count if workers else 1, layout.bytes), torch.uint8)
         self._taken = 0
         bounds = [units * part // workers for part in range(workers + 1)] if workers else []
         each = layout.rows // units
@@ -155,7 +155,7 @@ class Stream:
         try:
             if not self._workers:
                 resolution, fill = next(self._alone)
-                batch = self._layout.batch(torch.zeros(self._layout.bytes, dtype=torch.uint8), resolution)
+                batch = self._layout.batch(self._slots[0], resolution)
                 fill(batch)
                 return batch
             if self._taken:

@@ -26,6 +26,7 @@ from scaleprog.rundir.records import (
     METRIC,
     METRICS,
     REQUEUES,
+    RESULTS,
     STRICT,
     Name,
     Results,
@@ -167,7 +168,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
     if not rows and not events:
         why = ": ".join(["the run has not recorded anything yet", *troubles[:1]])
         raise CheckpointError(f"{folder}: metrics.jsonl is missing or empty; {why}")
-    results = read_object(folder / "results.json", Results)
+    results = read_object(folder / RESULTS, Results)
     steps = _last_told(row for row in rows if "loss" in row)
     evaluations = _last_told(row for row in rows if "top1" in row)
     return RunRecord(

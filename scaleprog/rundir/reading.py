@@ -15,9 +15,10 @@ from typing import IO, Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from scaleprog.errors import CheckpointError, Unavailable
+from scaleprog.errors import CheckpointError, ScaleprogError, Unavailable
 from scaleprog.files.atomic import IN_THE_WAY, open_regular, read_text
 from scaleprog.files.display import counted
+from scaleprog.rundir.records import RESULTS, Results
 
 MOST_BYTES = 2**31  # of a .jsonl file
 MOST_LINE = 4 * 2**20  # bytes
@@ -158,6 +159,13 @@ def read_object(path: Path, kind: type[T]) -> T | None:
         raise CheckpointError(f"{path}: not readable: it is not UTF-8") from error
     except ValidationError as error:
         raise CheckpointError(f"{path}: {_mistake(error, kind)}") from error
+
+
+def read_results(run: Path) -> Results | None:
+    """The results of a finished run; None if they are missing, or if they are damaged: the run writes them again."""
+    with suppress(ScaleprogError):
+        return read_object(run / RESULTS, Results)
+    return None
 
 
 def checked(path: Path, values: object, kind: type[T]) -> T:

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 from scaleprog.recipe.keys import CandidateRule
 
 METRICS, EVENTS, REQUEUES = "metrics.jsonl", "events.jsonl", "requeues.jsonl"
-EVALUATIONS = "evaluations.jsonl"
+EVALUATIONS, RESULTS = "evaluations.jsonl", "results.json"
 
 STRICT = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0, le=2**53)]

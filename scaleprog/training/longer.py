@@ -13,14 +13,12 @@ from scaleprog.recipe import Recipe, directories
 from scaleprog.rundir.checkpoint import run_of
 from scaleprog.rundir.lease import held_idle
 from scaleprog.rundir.reading import is_torn, open_to_append, reason, to_line
-from scaleprog.rundir.records import EVENTS
+from scaleprog.rundir.records import EVENTS, RESULTS
 from scaleprog.rundir.state import RunState
 from scaleprog.rundir.storage import committed, read_manifest, rename_recipe, step_of
 from scaleprog.sharding.optimizer import learning_rate
 from scaleprog.training.fork import fork, same_so_far
 from scaleprog.training.resume import state_of
-
-RESULTS = "results.json"
 
 
 def begin(recipe: Recipe, folder: Path, source: str | None = None, dry_run: bool = False) -> Recipe:

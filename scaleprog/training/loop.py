@@ -31,6 +31,7 @@ from scaleprog.rundir.checkpoint import Checkpoints
 from scaleprog.rundir.lease import take_lease
 from scaleprog.rundir.planned import write_plan
 from scaleprog.rundir.progress import ProgressLine
+from scaleprog.rundir.reading import read_results
 from scaleprog.rundir.recorder import Recorder, StepTimer
 from scaleprog.sharding.optimizer import learning_rate
 from scaleprog.training.between_steps import after_step, measuring_steps, run_pending
@@ -56,7 +57,7 @@ from scaleprog.training.process import (
     tell_signal,
     watched_patience,
 )
-from scaleprog.training.results import finish, read_results
+from scaleprog.training.results import finish
 from scaleprog.training.resume import owner_of, state_of
 from scaleprog.training.workers import adapt_workers, with_own_cores
 
@@ -138,7 +139,7 @@ def train(
     finished = state.step == plan.schedule.phases(state.choices)[-1].stop
     if finished and (results := coordinator.on_rank_0("results", lambda: read_results(folder))) is not None:
         progress.say(f"{folder} is finished: {state.step} steps")
-        return results
+        return dict(results)
     with lease.fence() if rank == 0 else nullcontext():  # a start superseded by now must not truncate the records
         if rank == 0:
             with suppress(OSError):  # only other commands read them

@@ -1,18 +1,13 @@
 """What a finished run leaves: `results.json`."""
 
 import json
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from scaleprog.errors import ScaleprogError, Unavailable
+from scaleprog.errors import Unavailable
 from scaleprog.files.atomic import write_whole
-from scaleprog.rundir.reading import read_object
-from scaleprog.rundir.records import Results
+from scaleprog.rundir.records import RESULTS
 from scaleprog.rundir.state import summary
 from scaleprog.training.process import Run
-
-RESULTS = "results.json"
 
 
 def finish(run: Run) -> dict[str, Any]:
@@ -31,11 +26,3 @@ def finish(run: Run) -> dict[str, Any]:
     run.coordinator.on_rank_0("results", write)
     run.recorder.event("finish", step=run.state.step, top1_best=results["top1_best"])
     return results
-
-
-def read_results(folder: Path) -> dict[str, Any] | None:
-    """The results of a finished run; None if they are missing or damaged."""
-    with suppress(ScaleprogError):
-        results = read_object(folder / RESULTS, Results)
-        return None if results is None else dict(results)
-    return None

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -190,6 +191,32 @@ def test_views_of_an_image_are_decoded_once_and_are_what_each_is_alone(photo: Im
     decode(content, "here", 3, 96, [at(box) for box in boxes], out=out[1:4])
     assert np.array_equal(out[1:4], views)
     assert not out[[0, 4]].any()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sampling", ["444", "422", "420", "440", "411", "Gray"])
+def test_what_lies_below_a_crop_is_left_out_without_a_trace(photo: Image.Image, sampling: str, channels: int) -> None:
+    """A sound JPEG of any sampling, for crops that end at, above, and below the edges of its blocks."""
+    kind = "GRAY" if sampling == "Gray" else "RGB"
+    pixels = np.ascontiguousarray(np.atleast_3d(np.asarray(photo.convert("L") if kind == "GRAY" else photo)))
+    content = simplejpeg.encode_jpeg(pixels, 92, kind, sampling)
+    for bottom in (17, 64, 171, 352, HEIGHT - decode_module._WORTH_CUTTING, HEIGHT):
+        for resolution in (16, 96):
+            boxes = [at((3, 5, 203, bottom)), at((40, 0, 140, bottom - 2))]
+            cut, whole = (decode(content, "", channels, resolution, boxes, fast=True, sound=s) for s in (True, False))
+            assert np.array_equal(cut, whole), (bottom, resolution)
+
+
+def test_only_of_a_sound_image_rows_are_left_out(photo: Image.Image) -> None:
+    content = encode(photo, "JPEG", quality=92)[:-1000]
+    above = at((0, 0, 100, 100))
+    decode(content, "here", 3, 64, [above], fast=True, sound=True)
+    for how in ({"fast": True}, {"sound": True}):
+        with pytest.raises(DataError, match="here: cannot decode"):
+            decode(content, "here", 3, 64, [above], **how)
+    progressive = encode(photo, "JPEG", progressive=True)
+    read = [decode(progressive, "here", 3, 64, [above], fast=True, sound=sound) for sound in (True, False)]
+    assert np.array_equal(*read)
 
 
 def test_a_jpeg_box_beyond_the_image(photo: Image.Image) -> None:

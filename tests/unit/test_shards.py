@@ -311,7 +311,10 @@ def test_builder_and_check_refuse_what_training_refuses_and_nothing_else(
         writer.write({"__key__": "doubtful", "jpg": image, "cls": b"0"})
     indexed = Shard.measure(shards / "train-0.tar", 2)
     if trained:
-        assert image_folder.build(tree, tmp_path / "out", workers=1).samples("train") == 13
+        built = image_folder.build(tree, tmp_path / "out", workers=1)
+        assert built.samples("train") == 13
+        assert built.sound
+        assert Manifest.load(tmp_path / "out").sound
         assert write_manifest(shards, workers=1) == check(shards, workers=1)
         return
     with pytest.raises(DataError, match=rf"^{tree}/tower/n\.0\.JPEG: (?!.*n\.1\.JPEG)"):
@@ -331,6 +334,7 @@ def test_damaged_training_images_are_indexed_on_request(tmp_path: Path, capsys: 
         write_manifest(tmp_path, manifest.classes, workers=1)
     write_manifest(tmp_path, manifest.classes, keep_damaged=True, workers=1)
     assert Manifest.load(tmp_path) == written
+    assert not Manifest.load(tmp_path).sound
     assert re.search(r"data\.damaged=replace: 2 damaged images\n.*s00003.*\n.*s00009", capsys.readouterr().out)
     os.rename(tmp_path / "train-000001.tar", tmp_path / "val-000001.tar")
     with pytest.raises(DataError, match=r"1 problems, .*\n.*val-000001\.tar: key 's00009'"):
