@@ -15,6 +15,7 @@ from pathlib import Path
 from scaleprog.files.display import counted
 from scaleprog.ranks import processes
 from scaleprog.ranks.patience import (
+    ASK_SECONDS,
     FOLDER,
     LINGER_SECONDS,
     LOOK_SECONDS,
@@ -91,7 +92,7 @@ class Guard:
         if stand.state[0] not in "TtD" and processes.handles(stand.pid, STACKS):
             with suppress(OSError):
                 memory = os.open(f"/proc/{stand.pid}/fd/{stand.stacks}", os.O_RDONLY)
-                ask_stacks(stand.pid, memory)
+                ask_stacks(stand.pid, memory, time.monotonic() + ASK_SECONDS)
                 text += f"\n{read_all(memory)}"
                 os.close(memory)
         text += "".join(f"\n{processes.describe(child)}\n" for child in processes.children_of(stand.pid))

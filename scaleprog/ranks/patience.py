@@ -40,8 +40,8 @@ LINGER_SECONDS = 5.0
 """How long a hung rank waits for the others to notice, because the end of one rank may end all."""
 WRITE_SECONDS = 10.0
 """How long writing the stacks may take; the file system may be what hangs."""
-ASK_SECONDS = 2.0
-"""How long another process has time to write its stacks."""
+ASK_SECONDS = 3.0
+"""How long other processes have time to write their stacks."""
 STACKS = signal.SIGRTMIN + 5
 """The signal at which a rank or one of its workers writes its stacks, even while another thread holds Python's lock."""
 FOLDER = "stacks"
@@ -178,7 +178,7 @@ class Patience:
         folder: the run directory.
         rank: of this process.
         extra: what the rank knows about its collectives, as JSON, or None; called when it hangs.
-        alone: called with the message if no launcher watches this rank.
+        alone: called with where the rank stands, if it hangs and no launcher watches it.
     """
 
     seconds: float = 600.0
@@ -230,21 +230,20 @@ class Patience:
         while not self._ended.wait(look):
             now = time.monotonic()
             elapsed, last = min(now - last, 2 * look), now
-            longest: tuple[Track, Mark, float] | None = None
+            longest, most = Mark("nothing that is watched", 0, None, now, 0), 0.0
             for number, track in enumerate((self.steps, self.saves)):
                 mark = track.mark
                 before, waited = self._seen.get(number, (None, 0.0))
                 waited = waited + elapsed if mark is before else 0.0
                 self._seen[number] = mark, waited
-                if mark is not None and (longest is None or waited > longest[2]):
-                    longest = track, mark, waited
+                if mark is None:
+                    continue
+                if waited > track.allowed(mark, self.seconds):
+                    self._hang(mark, waited)
+                if waited >= most:
+                    longest, most = mark, waited
             self._beats += 1
-            if longest is None:
-                longest = self.steps, Mark("between two tasks", 0, None, now, 0), 0.0
-            track, mark, waited = longest
-            if waited > track.allowed(mark, self.seconds):
-                self._hang(mark, waited)
-            self._tell(self._stand(mark, waited))
+            self._tell(self._stand(longest, most))
             self._warn()
 
     def _stand(self, mark: Mark, waited: float) -> Stand:
@@ -292,11 +291,11 @@ class Patience:
 
     def _stacks(self) -> str:
         """The stacks of all threads of this process and of its workers, and what the kernel knows of the workers."""
-        children = processes.children_of(os.getpid())
+        children, give_up = processes.children_of(os.getpid()), time.monotonic() + ASK_SECONDS
         for child in children:
             if processes.handles(child, STACKS):
                 os.write(self._memory, f"worker {child}\n".encode())
-                ask_stacks(child, self._memory)
+                ask_stacks(child, self._memory, give_up)
         os.write(self._memory, f"\nprocess {os.getpid()}\n".encode())
         faulthandler.dump_traceback(self._memory, all_threads=True)
         return "\n\n".join([read_all(self._memory), *map(processes.describe, children)])
@@ -308,10 +307,10 @@ class Patience:
             write_stacks(self.folder, self.generation, self.rank, more, "-collectives.json")
 
 
-def ask_stacks(pid: int, memory: int) -> None:
-    """Has another process write its stacks into a file in memory that it has open; waits for that for a while."""
+def ask_stacks(pid: int, memory: int, give_up: float) -> None:
+    """Has another process write its stacks into a file in memory that it has open; waits for that, but not after
+    `give_up` (seconds by `time.monotonic`)."""
     before = now = os.fstat(memory).st_size
-    give_up = time.monotonic() + ASK_SECONDS
     with suppress(OSError):
         os.kill(pid, STACKS)
     while time.monotonic() < give_up:

@@ -22,19 +22,23 @@ def hang_recipe(patterns: Path) -> Recipe:
     )
 
 
-def test_a_stopped_task_and_a_cut_network(cluster: Cluster, patterns: Path, tmp_path: Path) -> None:
+def test_a_stopped_task_and_parted_nodes(cluster: Cluster, patterns: Path, tmp_path: Path) -> None:
+    """Slurm notices neither."""
     recipe = hang_recipe(patterns)
     run(recipe, tmp_path / "undisturbed", ranks=2)
-    jobs = [TrainingJob(cluster, recipe, tmp_path / by, by) for by in BOTH]
+    stopped, parted = jobs = [TrainingJob(cluster, recipe, tmp_path / by, by) for by in BOTH]
     for job in jobs:
         job.control.slow_down(SLOW_STEP)
         job.submit()
-    for job in jobs:
         job.wait("some steps", lambda job=job: job.trained() >= STRIKE_AFTER)
-    stopped, parted = jobs
-    (pid,) = stopped.processes(rank=1)
-    os.kill(pid, signal.SIGSTOP)
-    cluster.cut_net(cluster.job_nodes(parted.id)[-1])  # rank 0 is with the batch script, and with the controller
+        if job is stopped:
+            (pid,) = job.processes(rank=1)
+            os.kill(pid, signal.SIGSTOP)
+            job.wait("it hangs", lambda job=job: job.events("hang"))
+    first, second = cluster.job_nodes(parted.id)
+    cluster.part(first, second)
+    parted.wait("it hangs", lambda: parted.events("hang"))
+    cluster.part(first, second, undo=True)
     for job in jobs:
         job.wait_state("PENDING", "RUNNING", restarts=1)
         job.finish()
@@ -47,5 +51,6 @@ def test_a_stopped_task_and_a_cut_network(cluster: Cluster, patterns: Path, tmp_
     assert "state: T" in (stopped.run / "stacks/stack-generation-1-rank-1.txt").read_text()
     assert "hangs: " in (stopped.run / "stacks/stack-generation-1-rank-0.txt").read_text()
     (hang,) = parted.events("hang")
-    assert "waited for the others" in hang["message"]
+    assert hang["culprits"] == []
+    assert re.search(r"is the network between node\d, node\d whole\?", hang["message"])
     assert [differences(recipe, job.run, tmp_path / "undisturbed") for job in jobs] == [[], []]
