@@ -147,6 +147,7 @@ def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", con
         markup=False,
         highlight=False,
     )
+    shown = False
     for world in worlds:
         try:
             found = forecast(recipe, world, device)
@@ -160,6 +161,9 @@ def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", con
             if set(row) != {"0.0"}:
                 costs.add_row(title, *row)
         console.print(costs)
+        shown = True
+    if not shown:
+        return
     console.print("\n* the recipe's engine; ! more memory than the device has. Assumptions:")
     for line in assumptions(recipe, device):
         console.print(as_text(f"- {line}"), markup=False, highlight=False)

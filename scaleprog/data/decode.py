@@ -213,14 +213,14 @@ def _only_frame(data: bytes | memoryview) -> int:
     return 0
 
 
-def _cut(data: bytes | memoryview, frame: int, height: int) -> bytearray:
+def _cut(data: bytes | memoryview, frame: int, height: int) -> memoryview:
     """A JPEG that ends below its first rows: its header says so, and the decoder reads no further.
 
     `frame`: where its frame header begins.
     """
     cut = bytearray(data)
     cut[frame + 5 : frame + 7] = height.to_bytes(2)
-    return cut
+    return memoryview(cut)
 
 
 def _needed(box: Box, height: int, width: int, resolution: int) -> float:

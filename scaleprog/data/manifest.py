@@ -47,10 +47,10 @@ class Manifest:
     """Shards by split: "train", "val"."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """What the shards were built from, so that a builder recognizes its own finished work; empty if unknown."""
-    sound: bool = field(default=False, compare=False)
-    """Whether every image was decoded completely, without an error, when the manifest was written."""
     store: Store | None = field(default=None, compare=False)
     """Keeps shards that come from a URL; not stored."""
+    sound: bool = field(default=False, compare=False)
+    """Whether every image was decoded completely, without an error, when the manifest was written."""
 
     @classmethod
     def load(cls, root: str | os.PathLike[str], file: str | None = None) -> Self:
@@ -74,7 +74,7 @@ class Manifest:
         except FileNotFoundError:
             raise AbsentData(_missing(source, os.fspath(root), file), f"{path}: there is no such manifest") from None
         stored = _parse(path, text, source.root)
-        return cls(source.root, stored.classes, stored.splits, stored.source, stored.sound)
+        return cls(source.root, stored.classes, stored.splits, stored.source, sound=stored.sound)
 
     def save(self, file: str | None = None) -> None:
         """Writes `root/manifest.json`, or `file`, atomically: even a power failure cannot leave half a file.

@@ -1,6 +1,7 @@
 """Runs to compare: read, named, and grouped by recipe."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,7 @@ from scaleprog.rundir.folders import runs_at, short_names
 
 @dataclass(frozen=True)
 class Group:
-    """Runs whose recipes differ only in the seed."""
+    """Runs whose recipes differ only in the seed, which is another in each."""
 
     name: str
     runs: Sequence[RunRecord]
@@ -66,10 +67,16 @@ def _curve(name: str, run: RunRecord, spent: str, begins: tuple[float, ...]) -> 
 
 
 def _groups(runs: Sequence[RunRecord]) -> list[Group]:
-    """Groups runs by recipe. A group's name is its first run's, without the seed unless another group has that name."""
-    twins: dict[str, list[RunRecord]] = {}
+    """Groups runs by recipe; a second run with a seed begins a second group.
+
+    A group's name is its first run's, without the seed unless another group has that name.
+    """
+    twins: dict[tuple[str, int], list[RunRecord]] = {}
+    seeds = Counter[tuple[str, int]]()
     for run in runs:
-        twins.setdefault(run.twins, []).append(run)
+        own = run.twins, run.recipe["seed"]
+        twins.setdefault((run.twins, seeds[own]), []).append(run)
+        seeds[own] += 1
     groups: dict[str, Group] = {}
     for members in twins.values():
         short = re.sub(r"[-_/]seed\d+$", "", members[0].name)

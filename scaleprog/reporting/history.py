@@ -111,6 +111,16 @@ class RunRecord:
         return json.dumps({**self.recipe, "seed": None, "parent": step}, sort_keys=True)
 
     @property
+    def data(self) -> str:
+        """The name of the folder of the shards."""
+        return Path(self.says("data.path") or "unknown data").name
+
+    @property
+    def task(self) -> str:
+        """A text that is equal for runs whose accuracies can be compared: on shards of one name, with equal classes."""
+        return json.dumps([self.data, self.says("model.classes")])
+
+    @property
     def on_cpu(self) -> bool:
         """Whether every start trained on the CPU."""
         return {event.get("device") for event in self.events if event["event"] == "start"} == {"cpu"}

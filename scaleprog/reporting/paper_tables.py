@@ -136,18 +136,13 @@ def _settings(groups: Sequence[Group]) -> list[Setting]:
     for group in groups:
         run = group.runs[0]
         model = {**run.recipe["model"], "drop_path": None}
-        key = [model, _data(run), *(run.says(k) for k in ("data.shards", "train.epochs", "train.batch"))]
+        key = [model, run.data, *(run.says(k) for k in ("data.shards", "train.epochs", "train.batch"))]
         found.setdefault(json.dumps(key, sort_keys=True), []).append(group)
     return [Setting(_title(members[0].runs[0]), counterpart(members[0].runs[0]), members) for members in found.values()]
 
 
-def _data(run: RunRecord) -> str:
-    """The name of the folder of the shards."""
-    return Path(run.says("data.path") or "unknown data").name
-
-
 def _title(run: RunRecord) -> str:
-    return f"{_model(run)}, {run.says('train.epochs'):g} epochs of {_data(run)}"
+    return f"{_model(run)}, {run.says('train.epochs'):g} epochs of {run.data}"
 
 
 def _model(run: RunRecord) -> str:
@@ -358,7 +353,7 @@ def _figure(number: int, settings: Sequence[Setting], out: Path) -> Section:
     for setting in settings:
         for scheme in (ORIGINAL,) if number == 1 else FIGURE_4:
             for group in setting.of(scheme):
-                title = _data(group.runs[0]) if number == 1 else setting.title
+                title = group.runs[0].data if number == 1 else setting.title
                 label = _model(group.runs[0]) if number == 1 else scheme.name
                 shown.append(group)
                 pictures.setdefault(title, []).extend((label, run) for run in group.runs if run.finished)

@@ -35,9 +35,9 @@ RESULTS = {  # column -> key in results.json, format
     "wall s": ("wall_seconds", ".1f"),
 }
 TIMELINES = (
-    "![Steps over time, with the events](timeline.png)\n\nShares of the time from the first start to the last sign of "
-    "life. Lost steps and seconds are counted as far as the run recorded them, every `train.log_every` steps. "
-    "start-up: from the beginning of the process; down: from the last sign of life to the next process; "
+    "![Steps over time, with the events](timeline.png)\n\nShares of the time from the first start to the last "
+    "recorded event. Lost steps and seconds are counted as far as the run recorded them, every `train.log_every` "
+    "steps. start-up: from the beginning of the process; down: from the last recorded event to the next process; "
     "rest: everything else, such as shutting down."
 )
 SCORES = (
@@ -57,7 +57,8 @@ SHORT = ("run", "schedule", "top-1 best", "train s", "speedup", "wall s")  # on 
 def write_report(runs: Sequence[Path], out: Path) -> str:
     """Writes report.md and its pictures into `out`, comparing finished and unfinished runs.
 
-    The baseline of the speedups is the recipe of the first finished run with the schedule `original`.
+    The baseline of the speedups is, for each data set, the recipe of the first finished run with the schedule
+    `original`.
 
     Args:
         runs: run directories.
@@ -75,31 +76,28 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ScaleprogError(f"{out}: cannot create a folder for the report: {error.strerror}") from error
-    baseline = next((g for g in groups if g.runs[0].schedule == "Original" and g.values("train_seconds")), None)
-    rivals = [group for group in groups if group is not baseline and group.timed]
-    compared = [baseline, *rivals] if baseline is not None and baseline.timed and rivals else []
-    verdicts = [_verdict(compared[0], rival) for rival in compared[1:]]
+    baselines = _baselines(groups)
+    compared = [[one, *rivals] for one in baselines.values() if (rivals := _rivals(one, groups))]
+    verdicts = [_verdict(baseline, rival) for baseline, *rivals in compared for rival in rivals]
+    pictures = [f"verdict{place if place > 1 else ''}.png" for place in range(1, len(compared) + 1)]
     try:
         timelines = _draw(told, groups, out)
-        if compared:
-            draw_verdict(
-                out / "verdict.png", [(g.name, g.mean("train_seconds"), g.mean("top1_best")) for g in compared]
-            )
+        for picture, shown in zip(pictures, compared):
+            draw_verdict(out / picture, [(g.name, g.mean("train_seconds"), g.mean("top1_best")) for g in shown])
     except OSError as error:
         raise ScaleprogError(f"{error.filename or out}: cannot write the report: {reason(error)}") from error
-    speedup, by_wall = (_speedup(baseline, key) for key in ("train_seconds", "wall_seconds"))
     metrics = _further_metrics(told)
     starved = [sentence for run in told if (sentence := _starved(run))]
-    rows = [_row(run, metrics, speedup, by_wall) for run in told]
+    rows = [_row(run, metrics, baselines.get(run.task)) for run in told]
     parts = [
         "# Comparison of runs",
         *map(as_markdown, verdicts),
-        *(["![Seconds of training and final accuracy](verdict.png)"] if verdicts else []),
-        _about_baseline(baseline, told),
+        *(f"![Seconds of training and final accuracy]({picture})" for picture in pictures),
+        _about_baselines(list(baselines.values()), told),
         markdown_table(rows),
         "train s: forward, backward and optimizer of all training steps, supernets included; CPU s: CPU time of rank 0 "
         "during these steps; scoring s: measuring the candidates of the searches; wall s: everything.",
-        *_means(groups, speedup),
+        *_means(groups, baselines),
         "## Accuracy over training time\n\n![Top-1 against training seconds](accuracy_over_time.png)",
         "## Growth schedules\n\n![Resolution and depth over the steps](schedule.png)",
         *_searches([run for run in told if run.searches]),
@@ -134,6 +132,22 @@ def _draw(told: Sequence[RunRecord], groups: Sequence[Group], out: Path) -> list
 # ---- tables
 
 
+def _baselines(groups: Sequence[Group]) -> dict[str, Group]:
+    """What the runs of each `RunRecord.task` are compared with."""
+    found: dict[str, Group] = {}
+    for group in groups:
+        if group.runs[0].schedule == "Original" and group.values("train_seconds"):
+            found.setdefault(group.runs[0].task, group)
+    return found
+
+
+def _rivals(baseline: Group, groups: Sequence[Group]) -> list[Group]:
+    """The groups to compare with a baseline."""
+    task = baseline.runs[0].task
+    others = [group for group in groups if group is not baseline and group.runs[0].task == task and group.timed]
+    return others if baseline.timed else []
+
+
 def _speedup(baseline: Group | None, key: str) -> Callable[[float], float | None]:
     """The paper's speedup as a function of a run's seconds, of the kind `key`; it gives None without a baseline."""
     seconds = mean(baseline.values(key)) if baseline else None
@@ -147,9 +161,13 @@ def _verdict(baseline: Group, rival: Group) -> str:
     )
     return (
         f"{rival.name} ({rival.runs[0].schedule}) reaches {mine:.2f} % where {baseline.name} reaches {theirs:.2f} %, "
-        f"in {own:.0f} s of training instead of {training:.0f} s ({training / own - 1:+.0%} speedup), "
+        f"in {own:.0f} s of training instead of {training:.0f} s ({_change(training / own - 1)}), "
         f"and in {own_wall:.0f} s instead of {wall:.0f} s of wall time ({wall / own_wall - 1:+.0%})."
     )
+
+
+def _change(speedup: float) -> str:
+    return f"{speedup:+.0%} speedup" if speedup >= 0 else f"{-speedup:.0%} slower"
 
 
 def _further_metrics(runs: Sequence[RunRecord]) -> list[str]:
@@ -167,13 +185,9 @@ def _better(results: Mapping[str, Any], metric: str) -> float | None:
     return better(metric, found) if all(type(each) in (int, float) and 0 <= each <= most for each in found) else None
 
 
-def _row(
-    run: RunRecord,
-    metrics: Sequence[str],
-    speedup: Callable[[float], float | None],
-    by_wall: Callable[[float], float | None],
-) -> dict[str, str]:
+def _row(run: RunRecord, metrics: Sequence[str], baseline: Group | None) -> dict[str, str]:
     """One row of Table 2, with a column for each of `metrics`."""
+    speedup, by_wall = (_speedup(baseline, key) for key in ("train_seconds", "wall_seconds"))
     results, epochs = run.results, run.recipe["train"]["epochs"]
     return {
         "run": run.name if run.finished else f"{run.name} (unfinished)",
@@ -188,20 +202,27 @@ def _row(
     }
 
 
-def _about_baseline(baseline: Group | None, runs: Sequence[RunRecord]) -> str:
-    if baseline is None:
+def _about_baselines(baselines: Sequence[Group], runs: Sequence[RunRecord]) -> str:
+    if not baselines:
         there = any(run.schedule == "Original" for run in runs)
         reason = "the `original` run has not finished" if there else "no run has the schedule `original`"
         return f"Speedups are left out: {reason}, so there is no baseline."
-    seconds = baseline.values("train_seconds")
-    several = f", the mean of {len(seconds)} runs" if len(seconds) > 1 else ""
-    return (
-        f"The baseline is **{as_markdown(baseline.name)}** with {mean(seconds):.1f} s of training steps{several}. "
+    sentences = []
+    for baseline in baselines:
+        seconds = baseline.values("train_seconds")
+        data = f" for {as_markdown(baseline.runs[0].data)}" if len(baselines) > 1 else ""
+        several = f", the mean of {len(seconds)} runs" if len(seconds) > 1 else ""
+        sentences.append(
+            f"The baseline{data} is **{as_markdown(baseline.name)}** with {mean(seconds):.1f} s of training "
+            f"steps{several}."
+        )
+    sentences.append(
         "Speedup is the baseline's training seconds / the run's - 1; wall speedup is the same for wall time."
     )
+    return " ".join(sentences)
 
 
-def _means(groups: Sequence[Group], speedup: Callable[[float], float | None]) -> list[str]:
+def _means(groups: Sequence[Group], baselines: Mapping[str, Group]) -> list[str]:
     """Mean and deviation of each recipe that finished with several seeds."""
     rows = []
     for group in groups:
@@ -211,6 +232,7 @@ def _means(groups: Sequence[Group], speedup: Callable[[float], float | None]) ->
         row = {"recipe": group.name, "schedule": group.runs[0].schedule, "runs": str(len(seconds))}
         for column, (key, spec) in RESULTS.items():
             row[column] = spread(group.values(key), spec)
+        speedup = _speedup(baselines.get(group.runs[0].task), "train_seconds")
         own = [ratio for s in seconds if (ratio := speedup(s)) is not None]
         row["speedup"] = f"{cell(speedup(mean(seconds)), '+.1%')} ± {stdev(own):.1%}" if own else "–"
         rows.append(row)

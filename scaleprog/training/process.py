@@ -14,6 +14,7 @@ import torch
 from scaleprog.data.evaluation import EvaluationReader
 from scaleprog.data.reader import TrainReader
 from scaleprog.errors import EXIT_CODE, CheckpointError, OutOfMemory, Preempted
+from scaleprog.files.display import counted
 from scaleprog.growth.phase import Phase
 from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.planning.plan import Plan
@@ -193,8 +194,8 @@ def tell_signal(recorder: Recorder, checkpoints: Checkpoints, state: RunState, n
     recorder.own_event("signal", signal=name, unsaved_steps=steps, unsaved_seconds=seconds)
     print(f"rank {rank}: {name}; all ranks will stop after the same step", file=sys.stderr, flush=True)
     if rank == 0:
-        loss = f"the {steps} steps since the last checkpoint, about {seconds:.1f} s of training"
-        print(f"rank 0: without time for another checkpoint, the run loses {loss}", file=sys.stderr, flush=True)
+        since = f"{counted(steps, 'step')} since the last one, about {seconds:.1f} s of training"
+        print(f"rank 0: writing a checkpoint after this step ({since})", file=sys.stderr, flush=True)
 
 
 def leave_at_once(recorder: Recorder) -> None:

@@ -301,6 +301,35 @@ def test_a_choice_that_was_lost_and_not_yet_taken_again_is_not_told(tmp_path: Pa
     assert tables(markdown)[0][0]["stages"] == "..."
 
 
+def on_other_data(run: Path) -> Path:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "data": {"path": "data/other"}}))
+    return run
+
+
+def test_only_runs_on_the_same_data_are_compared(runs: list[Path], tmp_path: Path) -> None:
+    other = [
+        on_other_data(finished(tmp_path / "other", "linear", PROG, 70.0)),
+        on_other_data(finished(tmp_path / "base", "original", ORIGINAL, 75.0, full=2.0)),
+    ]
+    markdown = report([runs[0], runs[2], *other], tmp_path / "out")
+    assert "prog (Prog 0.5Ω) reaches 87.00 % where original reaches 89.00 %" in markdown
+    assert "other (Prog 0.5Ω) reaches 71.00 % where base reaches 76.00 %" in markdown
+    assert markdown.count(" reaches ") == 4
+    assert "The baseline for other is **base**" in markdown
+    assert (tmp_path / "out" / "verdict2.png").exists()
+    alone = report([runs[0], other[0]], tmp_path / "alone")
+    assert {row["run"]: row["speedup"] for row in tables(alone)[0]} == {"original-seed0": "+0.0%", "other": "–"}
+
+
+def test_a_second_run_with_a_seed_is_no_second_seed(tmp_path: Path) -> None:
+    one, same, two = (finished(tmp_path / f"run{i}", "linear", PROG, 80.0 + i, seed=i // 2) for i in range(3))
+    [row] = tables(report([one, same, two], tmp_path / "out"))[1]
+    assert row["recipe"] == "run0"
+    assert row["runs"] == "2"
+    assert row["top-1 best"] == "82.00 ± 1.41"
+
+
 def test_without_a_finished_baseline_speedups_are_left_out(runs: list[Path], tmp_path: Path) -> None:
     markdown = report(runs[2:], tmp_path / "none")
     assert "no run has the schedule `original`" in markdown
