@@ -24,7 +24,7 @@ from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED, exit_by
 from scaleprog.launchers.hangs import SETTLE_SECONDS, Guard, said
 from scaleprog.launchers.requeue import Attempt, has_reported, report
 from scaleprog.launchers.snapshot import JobFile
-from scaleprog.ranks.patience import LOOK_SECONDS, PULSE, WRITE_SECONDS, Pulse, Stand, within
+from scaleprog.ranks.patience import GUARD, LOOK_SECONDS, PULSE, WRITE_SECONDS, Pulse, Stand, within
 from scaleprog.ranks.processes import kill_with_children
 from scaleprog.ranks.rendezvous import INTERFACES, LOOPBACK, MEET_LIMIT, STORE
 from scaleprog.ranks.stop import SIGNALS
@@ -84,7 +84,8 @@ def guard(run: Path, start: Attempt, rank: int) -> None:
     descriptor = os.memfd_create("pulse")
     os.environ[PULSE] = f"{descriptor}:0"
     this = os.pidfd_open(os.getpid())
-    if os.fork():
+    if child := os.fork():
+        os.environ[GUARD] = str(child)
         os.close(this)
         return
     try:

@@ -30,6 +30,8 @@ from scaleprog.ranks import processes
 
 PULSE = "SCALEPROG_PULSE"
 """The variable that names a rank's place in its launcher's memory: DESCRIPTOR:RANK."""
+GUARD = "SCALEPROG_GUARD"
+"""The variable that holds the number of the process that watches this one, if that is its child."""
 PULSE_BYTES = 4096
 LONG_SECONDS = 25 * 60.0
 """Least time for what may be slow once: a start, a growth, the first step of a network, which may compile."""
@@ -286,12 +288,12 @@ class Patience:
             within(WRITE_SECONDS, lambda: self.alone(stand))
         else:
             time.sleep(max(0.0, LINGER_SECONDS - (time.monotonic() - began)))
-        processes.kill_with_children(os.getpid(), itself=False)
+        processes.kill(*_workers())
         os._exit(HANG_CODE)
 
     def _stacks(self) -> str:
         """The stacks of all threads of this process and of its workers, and what the kernel knows of the workers."""
-        children, give_up = processes.children_of(os.getpid()), time.monotonic() + ASK_SECONDS
+        children, give_up = _workers(), time.monotonic() + ASK_SECONDS
         for child in children:
             if processes.handles(child, STACKS):
                 os.write(self._memory, f"worker {child}\n".encode())
@@ -349,6 +351,11 @@ def read_all(descriptor: int) -> str:
 def stand_of(values: Mapping[str, Any]) -> Stand:
     """A Stand from its values as a mapping, of which a reader has checked the types."""
     return Stand(**{each.name: values[each.name] for each in fields(Stand) if each.name in values})
+
+
+def _workers() -> list[int]:
+    """The processes that this one has started, without the one that watches it."""
+    return [pid for pid in processes.children_of(os.getpid()) if str(pid) != os.environ.get(GUARD)]
 
 
 def _frames(thread: int) -> list[traceback.FrameSummary]:

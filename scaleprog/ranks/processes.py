@@ -62,12 +62,14 @@ def handles(pid: int, number: int) -> bool:
     return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
 
 
-def kill_with_children(pid: int, itself: bool = True) -> None:
-    """Kills the processes that a process has started, and then, with `itself`, the process."""
-    for child in children_of(pid):
-        with suppress(OSError):
-            os.kill(child, signal.SIGKILL)
-    if itself:
+def kill_with_children(pid: int) -> None:
+    """Kills the processes that a process has started, without this one, and then the process."""
+    kill(*(child for child in children_of(pid) if child != os.getpid()), pid)
+
+
+def kill(*pids: int) -> None:
+    """Kills processes, if they still live."""
+    for pid in pids:
         with suppress(OSError):
             os.kill(pid, signal.SIGKILL)
 

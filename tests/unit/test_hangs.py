@@ -174,6 +174,34 @@ def test_a_stopped_task_is_reported_and_killed(tmp_path: Path, pulse: Pulse) -> 
     assert (end.kind, end.cause) == ("crash", hang.message)
 
 
+GUARDED = """
+import os, signal, sys, time
+from pathlib import Path
+from scaleprog.launchers import task
+from scaleprog.launchers.requeue import Attempt
+from scaleprog.ranks.patience import Patience
+task.SETTLE_SECONDS = 0.5
+run = Path(sys.argv[1])
+task.guard(run, Attempt("7", 0), 1)
+rank = Patience(1.0, run, 1, generation=2)
+rank.at("training", 12)
+with rank.watching():
+    if sys.argv[2] == "stopped":
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("kind", "code", "state"), [("stopped", -signal.SIGKILL, "T (stopped)"), ("asleep", 76, "")])
+def test_a_task_has_a_process_that_watches_it(kind: str, code: int, state: str, tmp_path: Path) -> None:
+    assert subprocess.run([sys.executable, "-c", GUARDED, tmp_path, kind], check=False).returncode == code
+    (row,) = requeue.reports_of(tmp_path, Attempt("7", 0))
+    assert (row["rank"], row["code"], row["stand"]["step"], row["stand"]["state"]) == (1, HANG_CODE, 12, state)
+    assert (tmp_path / "stacks/stack-generation-2-rank-1.txt").exists()
+
+
 # ---- what is said of it
 
 
