@@ -180,7 +180,8 @@ from pathlib import Path
 from scaleprog.launchers import task
 from scaleprog.launchers.requeue import Attempt
 from scaleprog.ranks.patience import Patience
-task.SETTLE_SECONDS = 0.5
+if sys.argv[2] == "stopped":
+    task.SETTLE_SECONDS = 0.5
 run = Path(sys.argv[1])
 task.guard(run, Attempt("7", 0), 1)
 rank = Patience(1.0, run, 1, generation=2)
