@@ -250,7 +250,7 @@ def train_phases(run: Run, began: float) -> None:
                 batch = next(batches)
                 waited = time.perf_counter() - waited
                 subnet = phase.subnet(run.recipe.seed, state.step)
-                run.patience.at("training", kind=f"a step of {subnet}")
+                run.patience.at("training", kind=f"a step of {subnet}" if run.recipe.sharding.compile else "a step")
                 train_step(run, phase, subnet, actives[subnet], batch, waited)
                 state.wall_seconds = time.perf_counter() - began
                 run.patience.at("after the step", kind="what follows a step")
