@@ -50,8 +50,8 @@ test-gpu: install
 test-fast: install
 	$(PYTHON) -m pytest -n 2 -m "not process" tests/unit
 
-# The paper's Tables 2 and 4 to 8 and Figure 4 at micro scale, on Fashion-MNIST: about 6 hours on two idle cores. It may be
-# stopped and started again. docs/results/paper.md gets what has finished.
+# The paper's Tables 2 and 4 to 8 and Figure 4 at micro scale, on half of Fashion-MNIST: about 3 hours on two idle cores.
+# It may be stopped and started again. docs/results/paper.md gets what has finished.
 tables: install data/fashion_mnist
 	nice -n 10 $(PYTHON) -m benchmarks.paper
 

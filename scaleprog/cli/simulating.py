@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
 
 from scaleprog.cli.arguments import Overrides, RecipePath
 from scaleprog.errors import ScaleprogError
-from scaleprog.files.display import as_text
+from scaleprog.files.display import as_text, table
 
 if TYPE_CHECKING:
     from scaleprog.planning.limits import Limit
     from scaleprog.planning.scenario import Input
     from scaleprog.planning.simulation import Outcome
 
+HEADS = {"detection": "detect", "repeated steps": "repeated"}
+"""Shorter words for some parts of a cost, so that all fit into 80 columns."""
 MOST_NODES, MOST_DAYS, MOST_STEPS = 10**5, 3650, 10**9
 
 
@@ -113,20 +115,14 @@ def show(
     breaking: "list[Limit]",
     world: int,
 ) -> None:
-    """Prints the inputs with their origins, the result, what it costs by cause, and what would change it."""
-    from scaleprog.planning.limits import TARGET
+    """Prints the result, what it costs by cause, what would change it, and the inputs with their origins."""
     from scaleprog.planning.simulation import MOST_FAULTS
 
     console = Console()
-    table = Table("input", "value", "unit", "origin", title="Every input", title_justify="left")
-    table.columns[1].justify = "right"
-    for each in found:
-        table.add_row(each.name, f"{each.value:.4g}", each.unit, as_text(each.origin))
-    console.print(table, markup=False)
     low, high = outcome.confidence
     least, most = outcome.spread
     console.print(
-        f"\neffective training time on {world} ranks: {outcome.mean:.2%} (95 % confidence of the mean: {low:.2%} to "
+        f"effective training time on {world} ranks: {outcome.mean:.2%} (95 % confidence of the mean: {low:.2%} to "
         f"{high:.2%}; 95 % of the runs: {least:.2%} to {most:.2%}), {outcome.wall.mean() / 86400:.4g} days from the "
         "first start to the end",
         soft_wrap=True,
@@ -139,18 +135,22 @@ def show(
             highlight=False,
         )
     show_costs(outcome, console)
-    table = Table("instead", "effective", "points", title="\nWhat would change it", title_justify="left")
+    console.print("\nWhat would change it")
+    changes = table("instead", "effective", "points", words=1)
     for name, other in others.items():
-        table.add_row(name, f"{other.mean:.2%}", f"{100 * (other.mean - outcome.mean):+.2f}")
-    console.print(table, markup=False)
-    values = {each.name: each.value for each in found}
-    title = f"\nUp to which value of one input alone the run stays at {TARGET:.0%} or more"
-    table = Table("input", "now", "limit", title=title, title_justify="left")
-    for broken in breaking:
-        known = "none is low enough" if not broken.reached else "no value tried breaks it"
-        limit = known if broken.value is None else f"{broken.value:.3g}"
-        table.add_row(broken.name, f"{values[broken.name]:.4g}", limit)
-    console.print(table, markup=False)
+        changes.add_row(name, f"{other.mean:.2%}", f"{100 * (other.mean - outcome.mean):+.2f}")
+    console.print(changes, markup=False)
+    show_limits(found, breaking, console)
+    console.print("\nEvery input, and where it comes from")
+    inputs = table("input", "value", "unit", "origin", words=1)
+    inputs.columns[2].justify = inputs.columns[3].justify = "left"
+    before = ""
+    for each in found:
+        inputs.add_row(
+            each.name, f"{each.value:.4g}", each.unit, '"' if each.origin == before else as_text(each.origin)
+        )
+        before = each.origin
+    console.print(Padding(inputs, (0, 0, 0, 1)), markup=False)
     console.print(
         "Left out: faults of the nodes while they wait or ranks end, partial growth to other numbers of nodes, slow "
         "nodes, evaluation and growth. Faults come at random (a Poisson process), each from one cause.",
@@ -159,17 +159,38 @@ def show(
     )
 
 
+def show_limits(found: "list[Input]", breaking: "list[Limit]", console: Console) -> None:
+    """Prints how far each input alone would have to change for the run to reach, or to miss, the target."""
+    from scaleprog.planning.limits import TARGET
+
+    values = {each.name: each.value for each in found}
+    limits = table("input", "now", "limit")
+    for each in breaking:
+        if each.value is not None:
+            limits.add_row(each.name, f"{values[each.name]:.4g}", f"{each.value:.3g}")
+    console.print(f"\nHow large each input alone may be for {TARGET:.0%}")
+    if limits.rows:
+        console.print(limits, markup=False)
+    others = {
+        "alone, no value reaches it": [each.name for each in breaking if each.value is None and not each.reached],
+        "alone, no value that was tried misses it": [
+            each.name for each in breaking if each.value is None and each.reached
+        ],
+    }
+    for what, names in others.items():
+        if names:
+            console.print(f"{what}: {', '.join(names)}", highlight=False)
+
+
 def show_costs(outcome: "Outcome", console: Console) -> None:
     """Prints what each cause costs, part by part, in percent of the wall time."""
     from scaleprog.planning.simulation import PARTS
 
-    title = "\nWhat each cause costs, in percent of the wall time"
-    table = Table("cause", "faults a run", *PARTS, "stall", "all", title=title, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    console.print("\nWhat each cause costs, in percent of the wall time")
+    costs = table("cause", "faults", *(HEADS.get(part, part) for part in (*PARTS, "stall", "all")))
     counts = outcome.counts()
     for cause, parts in outcome.shares().items():
         cells = [f"{100 * parts[part]:.3f}" if part in parts else "" for part in (*PARTS, "stall")]
         number = f"{counts[cause]:.1f}" if cause in counts else ""
-        table.add_row(cause, number, *cells, f"{100 * sum(parts.values()):.3f}")
-    console.print(table, markup=False)
+        costs.add_row(cause, number, *cells, f"{100 * sum(parts.values()):.3f}")
+    console.print(costs, markup=False)

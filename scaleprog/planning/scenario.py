@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from scaleprog.files.display import counted
 from scaleprog.models.cost import parameters
 from scaleprog.planning.cost_model import FP32, predict
 from scaleprog.planning.devices import Device
@@ -111,7 +112,7 @@ def alternatives(scenario: Scenario) -> dict[str, Scenario]:
         "as asked": scenario,
         "plain requeueing after every fault": requeued,
         **{
-            f"in-job restart, {spares} spare nodes": replace(scenario, in_job=True, spare_nodes=spares)
+            f"in-job restart, {counted(spares, 'spare node')}": replace(scenario, in_job=True, spare_nodes=spares)
             for spares in (0, 1, 2, 4, 8)
         },
         "half the interval": replace(scenario, interval=scenario.interval / 2),
