@@ -26,6 +26,7 @@ from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED
 from scaleprog.launchers.hangs import Hang
 from scaleprog.ranks.patience import Stand, stand_of
 from scaleprog.rundir import slurm_queue
+from scaleprog.rundir.folders import committed_step
 from scaleprog.rundir.reading import is_torn, open_to_append, read, read_object, to_line
 from scaleprog.rundir.records import EVENT, EVENTS, LEFT, REQUEUES, Job, Measured, Owner, Report
 
@@ -305,15 +306,6 @@ def progress_of(run: Path) -> tuple[int, int]:
     """The step of the newest checkpoint, and how much of an unfinished measurement the last stop saved."""
     half = _object(run / "measuring.json", Measured)
     return committed_step(run), 0 if half is None else half["done"]
-
-
-def committed_step(run: Path) -> int:
-    """The step of the newest checkpoint; 0 if there is none."""
-    try:
-        names = [entry.name for entry in os.scandir(run / "checkpoints")]
-    except OSError:
-        return 0
-    return max((int(name[5:]) for name in names if re.fullmatch("step-[0-9]{1,15}", name)), default=0)
 
 
 def _hurried(run: Path, start: Attempt) -> list[str]:

@@ -16,12 +16,12 @@ from typing import Any
 from scaleprog.errors import AbsentWeights, ScaleprogError
 from scaleprog.launchers import integrity
 from scaleprog.launchers.request import JobRequest
-from scaleprog.launchers.requeue import committed_step
 from scaleprog.launchers.snapshot import JobFile, check_free, check_name, code_folder, take
 from scaleprog.launchers.world import Count, largest, usable
 from scaleprog.recipe import Recipe, directories
 from scaleprog.recipe.worlds import Worlds
 from scaleprog.rundir import slurm_queue
+from scaleprog.rundir.folders import committed_step
 from scaleprog.rundir.lease import check_recipe
 from scaleprog.rundir.reading import read_results
 from scaleprog.rundir.records import Results

@@ -13,12 +13,12 @@ from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text, clock, counted, first_line
 from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.space import Choice, Subnet
-from scaleprog.launchers.requeue import committed_step
 from scaleprog.launchers.snapshot import JOB, JobFile
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.parent import ParentSettings
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.accuracies import Accuracies
+from scaleprog.rundir.folders import committed_step
 from scaleprog.rundir.lease import ask_to_stop, is_alive, read_owner, runs
 from scaleprog.rundir.planned import read_plan
 from scaleprog.rundir.reading import read, read_object, still_told

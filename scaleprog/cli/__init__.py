@@ -16,6 +16,7 @@ import typer
 import scaleprog
 from scaleprog.cli.arguments import say
 from scaleprog.cli.jobs import cancel, show_status, submit
+from scaleprog.cli.observing import profile, track
 from scaleprog.cli.planning import keys, plan
 from scaleprog.cli.recipes import recipes
 from scaleprog.cli.results import evaluate, export, replay, report
@@ -37,6 +38,8 @@ app.command()(finetune)
 app.command(cls=SweepCommand)(submit)
 app.command(name="status")(show_status)
 app.command()(cancel)
+app.command()(profile)
+app.command()(track)
 app.command()(evaluate)
 app.command()(export)
 app.command()(replay)

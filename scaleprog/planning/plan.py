@@ -1,6 +1,5 @@
 """Turns a recipe, its model, and its shards into a plan, and refuses recipes that cannot be run."""
 
-import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from scaleprog.models.elastic import ElasticModel
 from scaleprog.planning.cost_model import Prediction, check_offload, engines, predict, state_memory
 from scaleprog.planning.devices import Device
 from scaleprog.recipe import Recipe
+from scaleprog.recipe.extras import check_extras
 from scaleprog.recipe.numbers import MOST_PIXELS, ceil_div
 from scaleprog.recipe.worlds import Worlds
 
@@ -95,8 +95,7 @@ def plan_start(recipe: Recipe, world: int, per_node: int) -> Plan:
     """
     Worlds.of(recipe).check(world, per_node)
     plan = Plan.of(recipe)
-    if recipe.sharding.engine == "zero" and importlib.util.find_spec("deepspeed") is None:
-        raise RecipeError("sharding.engine: zero needs DeepSpeed: pip install 'scaleprog[deepspeed]'")
+    check_extras(recipe)
     check_offload(recipe, world, per_node)
     check_decoded(recipe, plan.schedule.full.resolution, world)
     return plan

@@ -35,6 +35,8 @@ class Agreement:
     """Why the run must stop: a signal's name or "time limit"; None: it need not stop."""
     save: bool = False
     """Whether `every_minutes` have passed since the last checkpoint."""
+    requested: bool = False
+    """Whether someone asks something of the run, see `Watch.requested`."""
 
 
 class AskedToStop(Exception):
@@ -55,6 +57,7 @@ class Watch:
             stop by then; it should end the process at once.
         every_minutes: minutes between two agreements to save (None: never).
         deadline: when this job ends, in seconds since the epoch (None: never).
+        requested: whether someone asks something of the run; rank 0 calls it each time that the ranks agree.
     """
 
     def __init__(
@@ -64,7 +67,9 @@ class Watch:
         hurry: Callable[[], None],
         every_minutes: float | None = None,
         deadline: float | None = None,
+        requested: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._requested = requested
         self._coordinator, self._tell, self._hurry = coordinator, tell, hurry
         self._every = None if every_minutes is None else 60 * every_minutes
         self._deadline = deadline
@@ -87,8 +92,8 @@ class Watch:
             return Agreement()
         agreement = Agreement()
         if self._pending is not None:
-            stop, save, seconds = self._pending()
-            agreement, self._pending = self._decided(stop, save), None
+            *flags, seconds = self._pending()
+            agreement, self._pending = self._decided(*flags), None
             self._interval = min(MOST_STEPS, max(1, round(LOOK_SECONDS / seconds)))
             self._flight = min(self._interval, max(1, round(FLIGHT_SECONDS / seconds)))
             self._countdown = self._interval - self._flight
@@ -102,7 +107,7 @@ class Watch:
 
     def asked(self) -> str | None:
         """Why the run must stop, or None. For use between steps: all ranks call it together and wait for the answer."""
-        stop, save = self._coordinator.maximum(list(self._flags()))
+        stop, save = self._coordinator.maximum(list(self._flags()[:2]))
         return self._decided(stop, save).stop
 
     def saved(self, seconds: float = 0.0) -> None:
@@ -137,19 +142,20 @@ class Watch:
             self._receiver.close()
             self._handlers = {}
 
-    def _flags(self) -> tuple[float, float]:
-        """This rank's flags: its reason to stop (0: none), and whether to save."""
-        stop, save = self._signal, False
+    def _flags(self) -> tuple[float, float, float]:
+        """This rank's flags: its reason to stop (0: none), whether to save, and whether there is a request."""
+        stop, save, requested = self._signal, False, False
         if self._coordinator.rank == 0:  # only one rank's clock may count
             if self._deadline is not None and time.time() > self._deadline - self._margin:
                 stop = max(stop, DEADLINE)
             save = self._every is not None and time.monotonic() - self._saved >= self._every
-        return float(stop), float(save)
+            requested = self._requested()
+        return float(stop), float(save), float(requested)
 
-    def _decided(self, stop: float, save: float) -> Agreement:
+    def _decided(self, stop: float, save: float, requested: float = 0.0) -> Agreement:
         """The agreement, from the maximum of each flag over all ranks."""
         self._leaving = bool(stop)
-        return Agreement(_name(int(stop)) if stop else None, bool(save))
+        return Agreement(_name(int(stop)) if stop else None, bool(save), bool(requested))
 
     def _listen(self) -> None:
         """Runs in a thread. Python's C code sends it the number of each signal, whatever the main thread is doing."""

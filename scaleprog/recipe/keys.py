@@ -32,6 +32,7 @@ from scaleprog.recipe.numbers import (
     Number,
     Part,
     Pixels,
+    RankNumber,
     Ranks,
     Rate,
     Settings,
@@ -50,6 +51,7 @@ Operator = Literal["rand_init", "stacking", "interpolation", "identity", "mogrow
 CandidateRule = Literal["corners", "all", "window"]
 Engine = Literal["fsdp", "hsdp", "zero", "replicated"]
 Precision = Literal["fp32", "autocast", "bf16"]
+TrackerName = Literal["mlflow", "wandb"]
 
 PUBLISHED_SEARCH = {"epochs": 2, "subset": 50_000, "candidates": "window", "measurements": 5, "weights": "ema"}
 """What `search.method: published` sets where the recipe does not."""
@@ -247,6 +249,17 @@ class AugmentSettings(Settings):
         return self
 
 
+class ProfileSettings(Settings):
+    """Steps that a run profiles by itself; `scaleprog profile` asks a running run for others."""
+
+    at: Annotated[tuple[Steps, ...], Field(min_length=1, max_length=100)]
+    """The first step of each profile, as numbered in metrics.jsonl."""
+    steps: Few = 3
+    """Steps of each profile."""
+    ranks: Annotated[tuple[RankNumber, ...], Field(min_length=1, max_length=1024)] = (0,)
+    """The ranks that write a trace; those that a run does not have write none."""
+
+
 class TrainSettings(Settings):
     """Length of the training, and its batch."""
 
@@ -272,6 +285,8 @@ class TrainSettings(Settings):
     more."""
     rank_curves: bool = False
     """Whether every rank also draws the seconds of its own steps, as a run of its own in TensorBoard."""
+    profile: ProfileSettings | None = None
+    """Steps to profile: `at` begins each profile, of `steps` steps, on `ranks`; see docs/profiling.md."""
 
 
 class OptimizerSettings(Settings):

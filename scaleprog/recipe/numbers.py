@@ -76,6 +76,7 @@ Subset = Annotated[int, Field(ge=1, le=10**9), _Number]
 """Images or shards of a data set."""
 Ranks = Annotated[int, Field(ge=1, le=MOST_RANKS), _Number]
 """Or lanes, of which each rank has one or more."""
+RankNumber = Annotated[int, Field(ge=0, lt=MOST_RANKS), _Number]
 Workers = Annotated[int, Field(ge=0, le=256), _Number]
 Mebibytes = Annotated[int, Field(ge=0, le=2**24), _Number]
 Gibibytes = Annotated[int, Field(ge=1, le=2**20), _Number]

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -27,6 +27,7 @@ from scaleprog.recipe.keys import (
     OptimizerSettings,
     SearchSettings,
     ShardingSettings,
+    TrackerName,
     TrainSettings,
 )
 from scaleprog.recipe.numbers import Settings
@@ -39,6 +40,8 @@ FREE = (
     "train.log_every",
     "train.patience",
     "train.rank_curves",
+    "train.profile",
+    "tracking",
     "train.accept_arithmetic",
     "train.micro_batch",
     "init",
@@ -95,6 +98,8 @@ class Recipe(Settings):
     sharding: ShardingSettings = ShardingSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    tracking: Annotated[tuple[TrackerName, ...], Field(max_length=8)] = ()
+    """Trackers that show the run besides TensorBoard: mlflow, wandb; see docs/tracking.md."""
     parent: ParentSettings | None = None
     """The run that this one continues, see docs/continue.md; `scaleprog train --from` writes it."""
 
@@ -143,6 +148,10 @@ class Recipe(Settings):
     def dump(self) -> str:
         """The resolved recipe as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def settings(self) -> dict[str, Any]:
+        """All settings, by dotted key."""
+        return _flat(self.model_dump(mode="json"))
 
     def differences(self, other: "Recipe") -> list[str]:
         """Keys (with both values) in which two recipes differ so that a run cannot go on from one to the other."""

@@ -17,13 +17,11 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, text
 
-from scaleprog.files.display import as_markdown
 from scaleprog.growth.search import Decision
 from scaleprog.rundir.appending import Appended
+from scaleprog.rundir.drawn import points, story
 
 EVENT_FILE = "events.out.tfevents."
-IN_TRAIN = ("loss", "images_per_second")  # what `train` shows of a step
-HIDDEN = ("step", "images", "time")  # numbers in a row that make no curve
 LAYOUT = custom_scalars(  # each chart shows the curves whose names begin with one of its patterns
     {
         "The run": {
@@ -60,12 +58,8 @@ class Board:
 
     def draw(self, row: Mapping[str, Any]) -> None:
         """Draws one point of each number in a row of metrics.jsonl."""
-        points = [
-            Summary.Value(tag=f"{_group(key, row)}/{key}", simple_value=value)
-            for key, value in row.items()
-            if key not in HIDDEN and (isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63))
-        ]
-        self._add(step=row["step"], summary=Summary(value=points), wall_time=row.get("time", time.time()))
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in points(row).items()]
+        self._add(step=row["step"], summary=Summary(value=values), wall_time=row.get("time", time.time()))
 
     def curve(self, step: int, tag: str, values: Mapping[str, float]) -> None:
         """Draws one point of each value, as `tag/NAME`."""
@@ -74,11 +68,7 @@ class Board:
 
     def tell(self, step: int, decision: Decision, unit: str) -> None:
         """Writes what a search found and chose as a text; `unit` is that of the candidates' times."""
-        rows = decision.table(unit)
-        lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
-        table = "\n".join(f"| {' | '.join(map(as_markdown, line))} |" for line in lines)
-        told = f"chose **{decision.chosen}**, {as_markdown(decision.because)}\n\n{table}"
-        self._add(step=step, summary=text(f"search/stage_{decision.stage}", told))
+        self._add(step=step, summary=text(f"search/stage_{decision.stage}", story(decision, unit)))
 
     def sync(self) -> bool:
         """Makes everything durable. Returns whether the disk has taken it."""
@@ -91,13 +81,6 @@ class Board:
 
     def _add(self, **event: Any) -> None:
         self._records.write(Event(**{"wall_time": time.time(), **event}).SerializeToString())
-
-
-def _group(key: str, row: Mapping[str, Any]) -> str:
-    """The group that shows the number `key` of a row of metrics.jsonl."""
-    if "loss" in row:
-        return "train" if key in IN_TRAIN else "vitals"
-    return "vitals" if key.endswith("_seconds") else "validation"
 
 
 def event_files(folder: Path) -> list[Path]:

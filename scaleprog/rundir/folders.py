@@ -1,4 +1,4 @@
-"""Finds run directories: where a path is one, or a folder of several, such as that of a sweep."""
+"""Finds run directories, where a path is one or a folder of several, such as that of a sweep; and their checkpoints."""
 
 import os
 import re
@@ -29,3 +29,12 @@ def short_names(runs: Sequence[Path]) -> list[str]:
     while len({run.parts[-parts:] for run in runs}) < len(set(runs)):
         parts += 1
     return ["/".join(run.parts[-parts:]) for run in runs]
+
+
+def committed_step(run: Path) -> int:
+    """The step of the newest checkpoint; 0 if there is none."""
+    try:
+        names = [entry.name for entry in os.scandir(run / "checkpoints")]
+    except OSError:
+        return 0
+    return max((int(name[5:]) for name in names if re.fullmatch("step-[0-9]{1,15}", name)), default=0)

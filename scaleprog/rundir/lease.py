@@ -240,7 +240,8 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
 
 def check_folders(folder: Path) -> None:
     """Raises CheckpointError if a folder in a run directory is a symlink, because its files would lie elsewhere."""
-    for path in (folder / "checkpoints", folder / "tensorboard", *folder.glob("rank_*")):
+    own = (folder / name for name in ("checkpoints", "tensorboard", "tracking", "wandb", "profiles"))
+    for path in (*own, *folder.glob("rank_*")):
         if path.is_symlink():
             raise CheckpointError(
                 f"{path}: a symbolic link; a run directory needs folders of its own. To use another disk, link the "

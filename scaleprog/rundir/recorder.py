@@ -18,6 +18,7 @@ from scaleprog.growth.search import Decision
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.rundir.appending import Lines, truncate
 from scaleprog.rundir.board import Board, event_files
+from scaleprog.rundir.drawn import is_drawn
 from scaleprog.rundir.reading import IN_THE_WAY, each_row, read, read_rows, reason
 from scaleprog.rundir.records import EVENT, EVENTS, METRIC, METRICS
 from scaleprog.rundir.state import decision_from_json
@@ -267,7 +268,7 @@ class Recorder:
 
     def _draw(self, row: Mapping[str, Any]) -> None:
         """On rank 0, draws a row of metrics.jsonl, if it is an evaluation or a step that makes a point."""
-        if self._main and ("phase" not in row or row["step"] % self.log_every == 0):
+        if self._main and is_drawn(row, self.log_every):
             self._board.draw(row)
 
     def _write_event(self, kind: str, fields: Mapping[str, Any]) -> None:

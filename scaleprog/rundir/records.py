@@ -277,7 +277,17 @@ class Happened(_Event):
     """An event without details."""
 
     event: Literal[
-        "init", "hurried", "stopped_early", "finish", "compiled", "nonfinite", "data_wait", "workers", "interval"
+        "init",
+        "hurried",
+        "stopped_early",
+        "finish",
+        "compiled",
+        "nonfinite",
+        "data_wait",
+        "workers",
+        "interval",
+        "profile",
+        "profile_failed",
     ]
     step: NotRequired[Count]
 

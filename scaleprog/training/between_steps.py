@@ -101,6 +101,8 @@ def after_step(run: Run, phase: Phase, agreement: Agreement) -> None:
         flush_metrics(run)
     state.pending = list(follows.pending)
     ended: AskedToStop | OverBudget | None = AskedToStop(agreement.stop) if agreement.stop else None
+    if state.pending or ended is not None:
+        run.profiling.end(state.step)
     if ended is None:
         try:
             run_pending(run, phase)

@@ -33,6 +33,7 @@ from scaleprog.rundir.planned import write_plan
 from scaleprog.rundir.progress import ProgressLine
 from scaleprog.rundir.reading import read_results
 from scaleprog.rundir.recorder import Recorder, StepTimer
+from scaleprog.rundir.sending import Senders
 from scaleprog.sharding.optimizer import learning_rate
 from scaleprog.training.between_steps import after_step, measuring_steps, run_pending
 from scaleprog.training.damaged import note_damaged
@@ -57,6 +58,7 @@ from scaleprog.training.process import (
     tell_signal,
     watched_patience,
 )
+from scaleprog.training.profiling import Profiling
 from scaleprog.training.results import finish
 from scaleprog.training.resume import owner_of, state_of
 from scaleprog.training.workers import adapt_workers, with_own_cores
@@ -155,16 +157,18 @@ def train(
             rank_curves=recipe.train.rank_curves,
             unit="GMACs" if recipe.search.times == "modelled" else "step ms",
         )
+    profiling = Profiling(folder, coordinator, recorder, device, recipe.train.profile)
     watch = Watch(
         coordinator,
         partial(tell_signal, recorder, checkpoints, state),
         partial(leave_at_once, recorder),
         recipe.checkpoint.minutes,
         slurm_queue.end_of_job(slurm_queue.own_job(), deadline()) if rank == 0 else None,
+        profiling.requested,
     )
     run = Run(
         folder, recipe, plan, coordinator, lease, backend, reader, evaluation, checkpoints, watch, recorder, progress,
-        state, patience,
+        state, profiling, patience,
     )  # fmt: skip
     patience.alone = partial(tell_hang, recorder)
     nodes = coordinator.gather(os.uname().nodename)
@@ -188,6 +192,7 @@ def train(
         progress.say(plan.schedule.budget.short)
 
     # ---- loop
+    senders = Senders(folder, recipe.tracking if rank == 0 else (), recipe.train.log_every, lease.generation)
     gc.disable()
     began = time.perf_counter() - state.wall_seconds
     try:
@@ -226,6 +231,7 @@ def train(
         gc.enable()
         progress.close()
         recorder.close()
+        senders.close()
 
 
 def train_phases(run: Run, began: float) -> None:
@@ -250,11 +256,15 @@ def train_phases(run: Run, began: float) -> None:
                 batch = next(batches)
                 waited = time.perf_counter() - waited
                 subnet = phase.subnet(run.recipe.seed, state.step)
+                run.profiling.before(state.step + 1)
                 run.patience.at("training", kind=f"a step of {subnet}" if run.recipe.sharding.compile else "a step")
                 train_step(run, phase, subnet, actives[subnet], batch, waited)
                 state.wall_seconds = time.perf_counter() - began
                 run.patience.at("after the step", kind="what follows a step")
-                after_step(run, phase, run.watch.agree())
+                agreement = run.watch.agree()
+                run.profiling.after(state.step, agreement.requested)
+                after_step(run, phase, agreement)
+        run.profiling.end(state.step)
 
 
 def wait_for_checkpoint(run: Run) -> None:

@@ -33,6 +33,7 @@ from scaleprog.rundir.state import RunState
 from scaleprog.rundir.storage import load_tensors
 from scaleprog.sharding import Backend, engine
 from scaleprog.sharding.placement import LocalSlice
+from scaleprog.training.profiling import Profiling, keep_snapshot
 from scaleprog.training.resume import check_arithmetic, check_data, state_of
 from scaleprog.version import ARITHMETIC
 
@@ -54,6 +55,7 @@ class Run:
     recorder: Recorder
     progress: ProgressLine
     state: RunState
+    profiling: Profiling
     patience: Patience = field(default_factory=Patience)
     compilations: int = 0  # as last recorded
     on_saved: Callable[[Commit], None] = lambda commit: None  # called for every checkpoint that is visible
@@ -213,10 +215,12 @@ def out_of_memory(run: Run, error: Exception) -> OutOfMemory:
     subnet = phases[run.state.phase].network if 0 <= run.state.phase < len(phases) else run.plan.schedule.full
     where = name_of(run.backend.device)
     known = str(error).splitlines()[0] if str(error) else type(error).__name__
+    kept = keep_snapshot(run.folder, run.coordinator.rank, run.backend.device)
+    shown = "" if kept is None else f"; {kept} shows what its memory held, at https://pytorch.org/memory_viz"
     return OutOfMemory(
         f"rank {run.coordinator.rank} is out of memory on {where} after step {run.state.step}: "
         f"{advice(run.recipe, run.plan.family, subnet, run.coordinator.world)}. The same command with one of these "
-        f"settings resumes from the last checkpoint ({known})"
+        f"settings resumes from the last checkpoint ({known}){shown}"
     )
 
 

@@ -20,6 +20,7 @@ from scaleprog.planning.devices import Device
 from scaleprog.planning.plan import forecast
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.recorder import read_rows
+from scaleprog.sharding.backend import Backend
 from scaleprog.shards import imagenet, token_labels
 from scaleprog.training import loop
 from scaleprog.training.process import Run
@@ -98,24 +99,34 @@ def run_short(name: str, engine: str, data: Path, folder: Path) -> Outcome:
 
 
 def measured_rank(recipe: Recipe, folder: Path) -> None:
-    """Trains as a rank, and records the most memory that tensors took on rank 0 in any growth or step."""
+    """Trains as a rank, and records the most memory that tensors took on rank 0 in any growth, measurement or step.
+
+    Each is profiled by itself, because the profiler does not see when the garbage collector frees an old network.
+    """
     peaks: list[int] = []
+    runs: list[Run] = []
+
+    def noted(run: Run, *arguments: Any) -> Any:
+        runs.append(run)
+        return enter(run, *arguments)
 
     def measured(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(run: Run, *arguments: Any) -> Any:
+        def wrapped(*arguments: Any, **named: Any) -> Any:
             gc.collect()
-            copies = sum(copy.nbytes for copy in run.checkpoints._host.values())  # on a GPU, not in its memory
+            copies = sum(copy.nbytes for copy in runs[-1].checkpoints._host.values())  # on a GPU, not in its memory
             before = live_tensors() - copies
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-                result = call(run, *arguments)
+                result = call(*arguments, **named)
             peaks.append(before + most_held(profiler))
             return result
 
         return wrapped
 
+    enter = loop.enter
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("enter", "train_step"):
-            patch.setattr(loop, name, measured(getattr(loop, name)))
+        patch.setattr(loop, "enter", noted)
+        for owner, name in ((Backend, "regrow"), (loop, "run_pending"), (loop, "train_step")):
+            patch.setattr(owner, name, measured(getattr(owner, name)))
         loop.train_rank(recipe, folder)
     if int(os.environ["RANK"]) == 0:
         (folder / "peak.json").write_text(json.dumps(max(peaks)))

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from scaleprog.launchers.requeue import committed_step
 from scaleprog.recipe import Recipe
+from scaleprog.rundir.folders import committed_step
 from scaleprog.rundir.reading import read_rows
 from scaleprog.rundir.records import REQUEUES
 from scaleprog.rundir.slurm_queue import OVER

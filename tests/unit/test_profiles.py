@@ -1,0 +1,210 @@
+"""Profiles: what `scaleprog profile` refuses, asks, and prints; requests; what happens where a profiler fails."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from scaleprog.cli import observing
+from scaleprog.errors import ScaleprogError
+from scaleprog.launchers import status
+from scaleprog.ranks.coordinator import Coordinator
+from scaleprog.ranks.stop import Agreement, Watch
+from scaleprog.rundir import profiles
+from scaleprog.rundir.profiles import Inbox, answer, ask, folder_of, memory_name, trace_name, withdraw
+from scaleprog.rundir.recorder import Recorder
+from scaleprog.training import profiling
+from scaleprog.training.profiling import Profiling, keep_snapshot
+from tests.conftest import MakeRecipe, write_lines
+from tests.unit.command import Command, is_mistake
+
+
+@pytest.fixture
+def run(tmp_path: Path, make_recipe: MakeRecipe) -> Path:
+    """A run directory of two ranks on the CPU."""
+    (tmp_path / "recipe.yaml").write_text(make_recipe().dump())
+    start = {"time": 1.0, "event": "start", "generation": 1, "step": 0, "world": 2, "device": "cpu"}
+    write_lines(tmp_path / "events.jsonl", [start])
+    return tmp_path
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The states of a run as they follow each other; the last one stays."""
+    states = ["running"]
+    monkeypatch.setattr(status, "standing", lambda run: (states.pop(0) if states[1:] else states[0], "", None))
+    return states
+
+
+# ---- the command
+
+
+def test_only_a_running_run_is_profiled(run: Path, command: Command, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert is_mistake(command("profile", run), f"{run} is stopped (never started), not running: a profile is of a run")
+    (run / "results.json").write_text("{}")
+    assert is_mistake(command("profile", run), f"{run} is finished, not running")
+    nowhere = tmp_path_factory.mktemp("nowhere")
+    assert is_mistake(command("profile", nowhere), str(nowhere), "not a run directory")
+    assert not (run / "profiles").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "0,2"], "has the ranks 0 to 1"),
+        (["--ranks", "all"], "--ranks 'all' is not a list of ranks, such as 0,7"),
+        (["--memory"], "trains on the CPU, and only CUDA's allocator keeps a history; leave out --memory"),
+    ],
+)  # fmt: skip
+def test_what_the_run_cannot_give_is_refused(
+    arguments: list[str], message: str, run: Path, running: list[str], command: Command
+) -> None:
+    assert is_mistake(command("profile", run, *arguments), message)
+    assert not (run / "profiles").exists()
+
+
+def test_the_command_waits_for_all_traces(run: Path, running: list[str], command: Command) -> None:
+    def train() -> None:
+        inbox = Inbox(run)
+        while not inbox.holds_one():
+            time.sleep(0.05)
+        taken = inbox.take(8)
+        assert taken is not None
+        assert (taken["steps"], taken["ranks"], taken["memory"]) == (5, [0, 1], False)
+        for rank in taken["ranks"]:
+            time.sleep(0.2)
+            (folder_of(run, 8) / trace_name(rank)).write_text("")
+
+    rank = threading.Thread(target=train)
+    rank.start()
+    told = command("profile", run, "--steps=5", "--ranks=1,0,1")
+    rank.join()
+    assert told.code == 0
+    assert told.out.splitlines() == [str(run / "profiles/step_8" / trace_name(rank)) for rank in (0, 1)]
+
+
+def test_a_run_that_ends_leaves_no_request(
+    run: Path, running: list[str], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(observing, "ASK_SECONDS", 0.0)
+    running.append("finished")
+    assert is_mistake(command("profile", run), "is finished, not running: it ended before its profile was written")
+    assert not (run / "profiles/request.json").exists()
+
+
+# ---- requests
+
+
+def test_one_request_at_a_time(run: Path) -> None:
+    first = ask(run, 3, [0], False)
+    with pytest.raises(ScaleprogError, match="another profile has been asked for"):
+        ask(run, 3, [0], False)
+    assert answer(run, first) is None
+    withdraw(run, first)
+    second = ask(run, 1, [1], False)
+    withdraw(run, first)  # which is not this one
+    taken = Inbox(run).take(4)
+    assert taken == second
+    assert answer(run, second) == {}
+    assert answer(run, first) is None
+    (folder_of(run, 4) / profiles.error_name(1)).write_text("no memory")
+    with pytest.raises(ScaleprogError, match="rank 1 could not be profiled: no memory"):
+        answer(run, second)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"id": "x"}', '{"id": "0123456789abcdef", "steps": 0}'])
+def test_a_request_that_is_none_is_dropped(text: str, run: Path) -> None:
+    path = run / "profiles/request.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    assert Inbox(run).holds_one()
+    assert Inbox(run).take(4) is None
+    assert not path.exists()
+
+
+def test_a_request_is_agreed_on_like_a_signal(one_rank: None) -> None:
+    asked = iter([False, True, False])
+    watch = Watch(Coordinator(), print, print, requested=lambda: next(asked))
+    assert [watch.agree() for _ in range(3)] == [Agreement(), Agreement(requested=True), Agreement()]
+
+
+# ---- one rank
+
+
+class Told:
+    """A recorder of one rank's events."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+
+    def own_event(self, kind: str, **fields: Any) -> None:
+        self.events.append((kind, fields))
+
+
+@pytest.fixture
+def make(run: Path, one_rank: None) -> Callable[[str], tuple[Profiling, Told]]:
+    def made(device: str) -> tuple[Profiling, Told]:
+        told = Told()
+        return Profiling(run, Coordinator(), cast(Recorder, told), torch.device(device), None), told
+
+    return made
+
+
+def test_a_profiler_that_fails_ends_no_run(
+    run: Path, make: Callable[[str], tuple[Profiling, Told]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: Any) -> None:
+        raise RuntimeError("Kineto is busy")
+
+    monkeypatch.setattr(profiling, "profile", fail)
+    request = ask(run, 1, [0], False)
+    profiler, told = make("cpu")
+    profiler.after(6, profiler.requested())
+    profiler.before(7)
+    profiler.after(7, False)
+    assert told.events == [("profile_failed", {"step": 7, "message": "RuntimeError: Kineto is busy"})]
+    with pytest.raises(ScaleprogError, match="Kineto is busy"):
+        answer(run, request)
+
+
+class Memory:
+    """torch.cuda.memory of a device that this machine does not have."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def _record_memory_history(self, **settings: Any) -> None:
+        self.calls.append(settings)
+
+    def _dump_snapshot(self, path: str) -> None:
+        Path(path).write_text("snapshot")
+
+
+def test_memory_is_followed_during_the_profile_only(
+    run: Path, make: Callable[[str], tuple[Profiling, Told]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Memory()
+    monkeypatch.setattr(torch.cuda, "memory", memory)
+    ask(run, 2, [0], memory=True)
+    profiler, told = make("cuda")
+    profiler.after(6, profiler.requested())
+    for step in (7, 8, 9):
+        profiler.before(step)
+        profiler.after(step, False)
+    assert memory.calls == [{"max_entries": profiling.MOST_ENTRIES}, {"enabled": None}]
+    assert {path.name for path in folder_of(run, 7).iterdir()} == {"request.json", trace_name(0), memory_name(0)}
+    assert [kind for kind, _ in told.events] == ["profile"]
+
+
+def test_out_of_device_memory_leaves_a_snapshot(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "memory", Memory())
+    path = keep_snapshot(run, 3, torch.device("cuda"))
+    assert path == run / "profiles/out_of_memory/memory_rank_3.pickle"
+    assert path.read_text() == "snapshot"
+    assert keep_snapshot(run, 3, torch.device("cpu")) is None
+    monkeypatch.setattr(Memory, "_dump_snapshot", lambda *_: 1 / 0)
+    assert keep_snapshot(run, 3, torch.device("cuda")) is None
