@@ -1,7 +1,6 @@
 """One whole run, from top to bottom: world, data, model, resume, loop, and results."""
 
 import gc
-import json
 import os
 import time
 from collections.abc import Callable
@@ -18,13 +17,13 @@ from scaleprog.data.evaluation import VALIDATION, EvaluationReader
 from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
 from scaleprog.errors import Diverged, OverBudget, Preempted, Unavailable
-from scaleprog.files.atomic import write_whole
 from scaleprog.growth.phase import Phase
 from scaleprog.growth.space import Subnet
 from scaleprog.models.elastic import Active
 from scaleprog.planning.plan import plan_start
 from scaleprog.planning.savings import is_out_of_memory
 from scaleprog.ranks.coordinator import Coordinator, process_group, ranks_per_node
+from scaleprog.ranks.patience import Patience
 from scaleprog.ranks.stop import AskedToStop, Watch, deadline
 from scaleprog.recipe import Recipe, directories
 from scaleprog.rundir import slurm_queue
@@ -34,9 +33,7 @@ from scaleprog.rundir.planned import write_plan
 from scaleprog.rundir.progress import ProgressLine
 from scaleprog.rundir.reading import read_results
 from scaleprog.rundir.recorder import Recorder, StepTimer
-from scaleprog.rundir.records import RESULTS
 from scaleprog.rundir.sending import Senders
-from scaleprog.rundir.state import summary
 from scaleprog.sharding.optimizer import learning_rate
 from scaleprog.training.between_steps import after_step, measuring_steps, run_pending
 from scaleprog.training.damaged import note_damaged
@@ -57,17 +54,26 @@ from scaleprog.training.process import (
     restore,
     save,
     stopped_early,
+    tell_hang,
     tell_signal,
+    watched_patience,
 )
 from scaleprog.training.profiling import Profiling
+from scaleprog.training.results import finish
 from scaleprog.training.resume import owner_of, state_of
 from scaleprog.training.workers import adapt_workers, with_own_cores
 
 
-def train_rank(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Joins the ranks of a run and trains with them, whichever launcher started this process; see `train`."""
-    with process_group(recipe.train.deterministic) as (coordinator, device):
-        return train(recipe, folder, coordinator, device)
+def train_rank(recipe: Recipe, folder: Path, own_process: bool = True) -> dict[str, Any]:
+    """Joins the ranks of a run and trains with them, whichever launcher started this process; see `train`.
+
+    `own_process`: whether this process only trains, and may end itself if it hangs.
+    """
+    with (
+        watched_patience(recipe, folder) if own_process else nullcontext(Patience()) as patience,
+        process_group(recipe.train.deterministic, patience.limit) as (coordinator, device),
+    ):
+        return train(recipe, folder, coordinator, device, patience=patience)
 
 
 def train(
@@ -76,10 +82,11 @@ def train(
     coordinator: Coordinator,
     device: torch.device,
     at_stop: Callable[[Run], None] = lambda run: None,
+    patience: Patience | None = None,
 ) -> dict[str, Any]:
     """Trains `recipe` in the run directory `folder`, from its newest checkpoint on; every rank calls this.
 
-    `at_stop`: called if `train.max_steps` ends the run before its last step.
+    `at_stop`: called if `train.max_steps` ends the run before its last step. `patience`: watches this rank.
 
     Returns:
         The contents of `results.json`; empty if `train.max_steps` ended the run before its last step.
@@ -105,6 +112,8 @@ def train(
     reader = TrainReader(plan.data, plan.order, recipe.seed, rank, world)
     evaluation = EvaluationReader(plan.data, VALIDATION, recipe.evaluate.batch, rank, world)
     lease = take_lease(folder, typed, coordinator)
+    patience = patience or Patience()
+    patience.generation = lease.generation
 
     # ---- model
     backend = make_backend(recipe.sharding.engine, recipe, plan.family, device)
@@ -114,7 +123,13 @@ def train(
     # ---- resume
     progress = ProgressLine(plan.schedule.steps, 0, rank == 0)
     checkpoints = Checkpoints(
-        folder / "checkpoints", coordinator, recipe.checkpoint.keep, lease.fence, lease.generation, owner_of(typed)
+        folder / "checkpoints",
+        coordinator,
+        recipe.checkpoint.keep,
+        lease.fence,
+        lease.generation,
+        owner_of(typed),
+        patience,
     )
     if rank == 0:
         with lease.fence():
@@ -153,8 +168,9 @@ def train(
     )
     run = Run(
         folder, recipe, plan, coordinator, lease, backend, reader, evaluation, checkpoints, watch, recorder, progress,
-        state, profiling,
+        state, profiling, patience,
     )  # fmt: skip
+    patience.alone = partial(tell_hang, recorder)
     nodes = coordinator.gather(os.uname().nodename)
     if rank == 0:
         recorder.event(
@@ -184,6 +200,7 @@ def train(
         with metered(recorder, device, nodes.index(nodes[rank]) == rank), watch, closing(evaluation):
             try:
                 train_phases(run, began)
+                patience.at("finishing", state.step)
                 wait_for_checkpoint(run)
             except AskedToStop as asked:
                 leave(run, asked.reason)
@@ -234,13 +251,16 @@ def train_phases(run: Run, began: float) -> None:
         adapt_workers(run, pixels)
         with run.reader.stream(PhaseRequests(run, phase), pixels) as batches:
             while state.step < phase.stop and not stopped_early(run):
+                run.patience.at("waiting for data", state.step + 1)
                 waited = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - waited
                 subnet = phase.subnet(run.recipe.seed, state.step)
                 run.profiling.before(state.step + 1)
+                run.patience.at("training", kind=f"a step of {subnet}" if run.recipe.sharding.compile else "a step")
                 train_step(run, phase, subnet, actives[subnet], batch, waited)
                 state.wall_seconds = time.perf_counter() - began
+                run.patience.at("after the step", kind="what follows a step")
                 agreement = run.watch.agree()
                 run.profiling.after(state.step, agreement.requested)
                 after_step(run, phase, agreement)
@@ -280,6 +300,7 @@ def enter(run: Run, phases: list[Phase], index: int) -> None:
     Raises AskedToStop.
     """
     state, backend, schedule = run.state, run.backend, run.plan.schedule
+    run.patience.at("growing", state.step, kind=f"growth into phase {index}")
     phase, growth = phases[index], run.recipe.growth
     if (entry := schedule.entry(phases, index)) is not None:
         layer_map, began = entry.layer_map, time.perf_counter()
@@ -376,24 +397,3 @@ def forward_and_backward(run: Run, phase: Phase, subnet: Subnet, active: Active,
 def trace(run: Run, batch: Batch) -> None:
     """Records which samples this rank has trained on in the current step."""
     run.recorder.samples(run.state.step + 1, batch.ids.tolist())
-
-
-# ---- results
-
-
-def finish(run: Run) -> dict[str, Any]:
-    """Has rank 0 write the run's results, and returns them. Raises Unavailable if they cannot be written."""
-    results = {
-        "schedule": run.recipe.model_dump(mode="json")["growth"]["schedule"],
-        **summary(run.state, run.plan.schedule, run.plan.order.steps_per_epoch),
-    }
-
-    def write() -> None:
-        try:
-            write_whole(run.folder / RESULTS, json.dumps(results, indent=1))
-        except OSError as error:
-            raise Unavailable(f"{run.folder / RESULTS}: {error}; start again; only this file is missing") from error
-
-    run.coordinator.on_rank_0("results", write)
-    run.recorder.event("finish", step=run.state.step, top1_best=results["top1_best"])
-    return results
