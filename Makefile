@@ -58,9 +58,9 @@ tables: install data/fashion_mnist
 data/fashion_mnist: | $(FASHION)
 	$(SCALEPROG) shards fashion-mnist $@
 
-# N runs under random faults drawn by SEED (22: one of each kind), each compared with the undisturbed run.
+# N runs under random faults drawn by SEED (25: one of each kind), each compared with the undisturbed run.
 # ENGINE: fsdp, hsdp, or zero; MODEL: vit or volo.
-chaos: N := 22
+chaos: N := 25
 ENGINE := fsdp
 MODEL := vit
 chaos: install

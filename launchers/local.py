@@ -19,6 +19,7 @@ from ctypes import c_int
 from dataclasses import replace
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -27,13 +28,17 @@ import torch
 from scaleprog.errors import Preempted, ScaleprogError
 from scaleprog.files.display import as_text
 from scaleprog.launchers.exits import CRASHED, MISTAKE, STOPPED, exit_by
+from scaleprog.launchers.hangs import Guard
 from scaleprog.launchers.world import Count, largest
+from scaleprog.ranks.patience import LOOK_SECONDS, PULSE, Pulse, Stand
+from scaleprog.ranks.processes import kill_with_children
 from scaleprog.ranks.rendezvous import Place
 from scaleprog.ranks.stop import SIGNALS
 from scaleprog.recipe.worlds import Worlds
 
 START_METHOD = "spawn"  # by its name in multiprocessing; tests fork ranks from a process that has imported torch
 GRACE_SECONDS = 30.0  # after a failure: time between TERM and KILL for the other ranks
+KILL_SECONDS = 10.0  # until a process that was killed has ended
 PR_SET_PDEATHSIG = 1
 
 
@@ -53,6 +58,7 @@ def launch(
     *arguments: Any,
     restarts: int = 0,
     progress: Callable[[], object] = lambda: None,
+    folder: Path | None = None,
 ) -> None:
     """Runs `function(*arguments)` in `ranks` processes on this machine; `process_group()` connects them.
 
@@ -65,6 +71,7 @@ def launch(
         arguments: the arguments of `function`; pickled.
         restarts: how many consecutive times to restart the ranks after one of them crashed or was killed.
         progress: returns a value that changes when the ranks make progress, which resets the count of restarts.
+        folder: the run directory in which they train, for where hung ranks stand (None: hangs are not noticed here).
 
     Raises:
         RankFailed: a rank failed. Has the error of the first rank that failed; the other ranks have ended by then.
@@ -76,7 +83,7 @@ def launch(
             try:
                 if asked.value:
                     raise Preempted("stopped before the ranks started")
-                return _launch_once(asked, ranks() if callable(ranks) else ranks, function, arguments)
+                return _launch_once(asked, ranks() if callable(ranks) else ranks, function, arguments, folder)
             except Exception as error:
                 if asked.value:
                     raise _stopped(signal.Signals(asked.value).name, error) from None
@@ -146,22 +153,27 @@ def _stopped(name: str, error: Exception) -> Preempted:
     return error if error.reason else Preempted(f"stopped by {name}", name)
 
 
-def _launch_once(asked: c_int, ranks: int, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+def _launch_once(
+    asked: c_int, ranks: int, function: Callable[..., object], arguments: tuple[Any, ...], folder: Path | None
+) -> None:
     """Starts the ranks once; returns when all of them have ended without an error."""
     context: Any = multiprocessing.get_context(START_METHOD)
-    with _memory() as (_, store), _memory() as (told, words), threads_shared(ranks):
+    with _memory() as (_, store), _memory() as (told, words), _memory() as (seen, pulses), threads_shared(ranks):
+        guard = None if folder is None else Guard(folder, [Pulse(seen, rank) for rank in range(ranks)])
         processes: list[BaseProcess] = []
         try:
             for rank in range(ranks):
                 place = Place(rank, ranks, rank, ranks, store)
-                process = context.Process(target=_rank, args=(asked, place, words, function, arguments))
+                process = context.Process(
+                    target=_rank, args=(asked, place, words, guard and pulses, function, arguments)
+                )
                 try:
                     with interrupts_held():
                         process.start()
                 except OSError as error:
                     raise RankFailed(f"rank {rank}: cannot be started: {error}", mistake=False) from error
                 processes.append(process)
-            _watch(processes, told)
+            _watch(processes, told, guard)
         finally:
             _end(processes)
 
@@ -200,25 +212,40 @@ def _memory() -> Iterator[tuple[int, str]]:
         os.close(descriptor)
 
 
-def _watch(processes: Sequence[BaseProcess], told: int) -> None:
+def _watch(processes: Sequence[BaseProcess], told: int, guard: Guard | None) -> None:
     """Returns when all ranks have ended without an error.
 
     Raises:
-        RankFailed: a rank failed.
+        RankFailed: a rank failed, or hung.
         Preempted: a rank was asked to stop.
     """
     running = dict(enumerate(processes))
-    while running:
-        ready = connection.wait([process.sentinel for process in running.values()])
+    look = None if guard is None else LOOK_SECONDS
+    while running or (guard is not None and guard.has_noticed):
+        ready = connection.wait([process.sentinel for process in running.values()], look)
+        if guard is not None and (stands := guard.look(last=not running)):
+            raise _hung(processes, guard, stands)
         for rank in [rank for rank, process in running.items() if process.sentinel in ready]:
             process = running.pop(rank)
             process.join()
-            if process.exitcode:
+            if process.exitcode and not (guard is not None and guard.has_noticed):
                 raise _failure(rank, process.exitcode, os.pread(told, os.fstat(told).st_size, 0))
 
 
+def _hung(processes: Sequence[BaseProcess], guard: Guard, stands: Sequence[Stand]) -> RankFailed:
+    """Kills ranks of which some hang, writes the event, and returns the error to raise."""
+    for process in processes:
+        if process.is_alive() and process.pid is not None:
+            kill_with_children(process.pid)
+    hang = guard.conclude(stands)
+    return RankFailed(hang.message, mistake=False)
+
+
 def _end(processes: Sequence[BaseProcess]) -> None:
-    """Ends the ranks that still run: with TERM, then with KILL if they ignore it."""
+    """Ends the ranks that still run: with TERM, then with KILL if they ignore it.
+
+    Leaves behind what not even KILL ends, because it waits in the kernel, and says so.
+    """
     for process in processes:
         process.terminate()
     give_up = time.monotonic() + GRACE_SECONDS
@@ -226,7 +253,9 @@ def _end(processes: Sequence[BaseProcess]) -> None:
         process.join(max(0.0, give_up - time.monotonic()))
     for process in processes:
         process.kill()
-        process.join()
+        process.join(KILL_SECONDS)
+        if process.is_alive():
+            print(f"scaleprog: process {process.pid} waits in the kernel; left behind", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -255,10 +284,19 @@ def passing_signals_on() -> Iterator[c_int]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def _rank(asked: c_int, place: Place, words: str, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    asked: c_int,
+    place: Place,
+    words: str,
+    pulses: str | None,
+    function: Callable[..., object],
+    arguments: tuple[Any, ...],
+) -> None:
     """Runs one rank. Its error goes into the launcher's memory, so that it does not mix with other ranks' output."""
     begin_process(asked)
     telling, store = os.open(words, os.O_WRONLY | os.O_APPEND), os.open(place.store, os.O_RDWR)
+    if pulses is not None:
+        os.environ[PULSE] = f"{os.open(pulses, os.O_RDWR)}:{place.rank}"
     try:
         os.environ |= replace(place, store=f"file:/proc/self/fd/{store}").variables()  # the launcher may be killed
         function(*arguments)

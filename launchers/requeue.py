@@ -23,6 +23,8 @@ from scaleprog.errors import ScaleprogError
 from scaleprog.files.atomic import write_whole
 from scaleprog.files.display import as_text
 from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED
+from scaleprog.launchers.hangs import Hang
+from scaleprog.ranks.patience import Stand, stand_of
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.folders import committed_step
 from scaleprog.rundir.reading import is_torn, open_to_append, read, read_object, to_line
@@ -76,7 +78,9 @@ class Verdict:
     why: str = ""
 
 
-def report(run: Path, start: Attempt, rank: int, code: int, cause: str, reason: str | None = None) -> None:
+def report(
+    run: Path, start: Attempt, rank: int, code: int, cause: str, reason: str | None = None, stand: Stand | None = None
+) -> None:
     """Writes a report of why a task exits with `code`.
 
     If it cannot write the report, it raises no error: the exit code alone must suffice.
@@ -88,13 +92,20 @@ def report(run: Path, start: Attempt, rank: int, code: int, cause: str, reason: 
         code: the exit code of the task.
         cause: why it exits, in words.
         reason: the `reason` of a Preempted; None for every other error.
+        stand: where the task stands, if it hangs.
     """
     with suppress(OSError):
         path = _report(run, start, rank)
         (run / "jobs").mkdir(exist_ok=True)
         path.parent.mkdir(exist_ok=True)
         row = {"time": time.time(), "rank": rank, "code": code, "cause": cause, "reason": reason}
+        row |= {} if stand is None else {"stand": asdict(stand)}
         write_whole(path, to_line(row).decode())
+
+
+def reports_of(run: Path, start: Attempt) -> list[Report]:
+    """The reports of the tasks of a start."""
+    return [row for path in _report_files(run, start) if (row := _object(path, Report)) is not None]
 
 
 def has_reported(run: Path, start: Attempt, rank: int) -> bool:
@@ -102,7 +113,13 @@ def has_reported(run: Path, start: Attempt, rank: int) -> bool:
     return _report(run, start, rank).exists()
 
 
-def how_it_ended(code: int, reports: Sequence[Mapping[str, Any]], signals: Sequence[str], preempted: bool) -> End:
+def how_it_ended(
+    code: int,
+    reports: Sequence[Mapping[str, Any]],
+    signals: Sequence[str],
+    preempted: bool,
+    hang: Hang | None = None,
+) -> End:
     """Determines how a start ended.
 
     Args:
@@ -110,6 +127,7 @@ def how_it_ended(code: int, reports: Sequence[Mapping[str, Any]], signals: Seque
         reports: the reports of the tasks. A mistake takes precedence over all other reports, then an orderly stop.
         signals: the signals that made the run exit at once, without a report.
         preempted: whether Slurm has announced a preemption.
+        hang: what the reports of hung tasks show.
     """
     if code == FINISHED:
         return End("finished", FINISHED, "finished")
@@ -122,6 +140,8 @@ def how_it_ended(code: int, reports: Sequence[Mapping[str, Any]], signals: Seque
     for report in first:
         if report["code"] == STOPPED:
             return _stop(report["cause"], report.get("reason"))
+    if hang is not None:
+        return End("crash", code, hang.message)
     for report in first:
         return End("crash", code, f"rank {report['rank']}: {report['cause']}")
     if signals:
@@ -222,8 +242,7 @@ def after(run: Path, code: int, limit: int, notice: int = SIGNAL_BEFORE) -> int:
         print(f"scaleprog: {error}; scaleprog restarts nothing", file=sys.stderr, flush=True)
         return code
     step, measured = progress_of(run)
-    files = list(islice(_reports(run).glob(f"{start.job}-{start.restart}-*.json"), MOST_REPORTS))
-    reports = [row for path in files if (row := _object(path, Report)) is not None]
+    reports = reports_of(run, start)
     ended = time.time()
     end, verdict, preempted = _decide_and_requeue(run, start, code, reports, limit, notice)
     line = {"time": ended, **asdict(start), **asdict(end), "step": step, "measured": measured, "preempted": preempted}
@@ -233,7 +252,7 @@ def after(run: Path, code: int, limit: int, notice: int = SIGNAL_BEFORE) -> int:
         if job is None or job["job"] == start.job:  # otherwise this job was refused
             with open_to_append(run / REQUEUES) as file:
                 file.write((b"\n" if is_torn(file) else b"") + to_line(line))
-        for path in files:
+        for path in _report_files(run, start):
             path.unlink()
     except OSError as error:
         _say(str(error))
@@ -255,6 +274,10 @@ def _decide_and_requeue(
         How the start ended, the verdict, and whether Slurm has announced a preemption.
     """
     signals, earlier, progress = _hurried(run, start), _lines(run / REQUEUES, LEFT), progress_of(run)
+    stands = [stand_of(report["stand"]) for report in reports if "stand" in report]
+    hang = Hang.of(stands, run) if stands else None
+    if hang is not None:
+        hang.record(run)
     ended = time.time()
     pauses = [*PAUSES] if shutil.which("scontrol") else []
     while True:
@@ -264,7 +287,7 @@ def _decide_and_requeue(
         except slurm_queue.NoAnswer as error:
             unheard = str(error)
         preempted = job is not None and job.preempted
-        end = with_limit(how_it_ended(code, reports, signals, preempted), job, ended, notice)
+        end = with_limit(how_it_ended(code, reports, signals, preempted, hang), job, ended, notice)
         verdict = decide(end, start, job, earlier, progress, limit, forgotten=job is None and not unheard)
         if verdict.requeue:
             try:
@@ -320,6 +343,10 @@ def _say(text: str) -> None:
 
 def _report(run: Path, start: Attempt, rank: int) -> Path:
     return _reports(run) / f"{start.job}-{start.restart}-{rank}.json"
+
+
+def _report_files(run: Path, start: Attempt) -> list[Path]:
+    return list(islice(_reports(run).glob(f"{start.job}-{start.restart}-*.json"), MOST_REPORTS))
 
 
 def _reports(run: Path) -> Path:

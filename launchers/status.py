@@ -219,7 +219,7 @@ def restarts(events: Sequence[Row], ends: Sequence[Row]) -> Iterator[Restart]:
     """The starts after the first, each with the cause that ended the start before.
 
     The cause comes from the batch script's line in `requeues.jsonl`. Without such a line, it is the first error (later
-    errors are echoes from other ranks). Without an error, it is the last signal.
+    errors are echoes from other ranks). Without an error, it is the last signal. A hang comes before all of these.
 
     Args:
         events: the lines of `events.jsonl`.
@@ -232,7 +232,8 @@ def restarts(events: Sequence[Row], ends: Sequence[Row]) -> Iterator[Restart]:
             signals = [e for e in own if e["event"] == "signal"]
             ended = [e for e in own if e["event"] in ("error", "preempted")]
             words = [e for e in ends if before["time"] < e["time"] < start["time"]]
-            told = [*signals[-1:], *ended[:1], *words[-1:]]
+            hung = [e for e in own if e["event"] == "hang"]
+            told = [*signals[-1:], *ended[:1], *words[-1:], *hung[-1:]]
             yield Restart(start["time"], cause_of(told[-1]) if told else "ended without notice", start["step"])
         before = start
 
@@ -258,7 +259,8 @@ def cause_of(row: Row) -> str:
     """Why a start ended, from a line of `requeues.jsonl` or from the event that ended it."""
     if "cause" in row:
         return first_line(row["cause"])
-    return first_line(row[{"preempted": "reason", "error": "message", "signal": "signal"}[row["event"]]])
+    keys = {"preempted": "reason", "error": "message", "signal": "signal", "hang": "message"}
+    return first_line(row[keys[row["event"]]])
 
 
 def time_left(

@@ -6,21 +6,26 @@ submitit or slurm/train.sbatch starts `python -m scaleprog.launchers.task RUN`.
 import atexit
 import fcntl
 import os
+import select
 import signal
 import socket
 import struct
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from scaleprog.errors import Absent, CheckpointError, ScaleprogError
+from scaleprog.errors import HANG_CODE, Absent, CheckpointError, ScaleprogError
 from scaleprog.files.display import as_text
 from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED, exit_by
+from scaleprog.launchers.hangs import SETTLE_SECONDS, Guard, said
 from scaleprog.launchers.requeue import Attempt, has_reported, report
 from scaleprog.launchers.snapshot import JobFile
+from scaleprog.ranks.patience import GUARD, LOOK_SECONDS, PULSE, WRITE_SECONDS, Pulse, Stand, within
+from scaleprog.ranks.processes import kill_with_children
 from scaleprog.ranks.rendezvous import INTERFACES, LOOPBACK, MEET_LIMIT, STORE
 from scaleprog.ranks.stop import SIGNALS
 from scaleprog.recipe import Recipe
@@ -42,6 +47,7 @@ def task(run: Path) -> dict[str, Any]:
     try:
         os.environ |= rank_variables(os.environ, start) | network_variables(os.environ)
         os.environ[STORE] = f"tcp:{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        guard(run, start, rank)
         if rank == 0:
             tell_time_limit(start)
             print(as_text(describe(os.environ, start)), flush=True)
@@ -68,6 +74,50 @@ def leave(run: Path, start: Attempt, rank: int, error: Exception) -> NoReturn:
         time.sleep(end.delay)
     report(run, start, rank, end.code, end.cause, end.reason)
     _exit(end.code)
+
+
+# ---- hangs
+
+
+def guard(run: Path, start: Attempt, rank: int) -> None:
+    """Starts a process that watches this one, and that reports for it if it hangs."""
+    descriptor = os.memfd_create("pulse")
+    os.environ[PULSE] = f"{descriptor}:0"
+    this = os.pidfd_open(os.getpid())
+    if child := os.fork():
+        os.environ[GUARD] = str(child)
+        os.close(this)
+        return
+    try:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # Slurm signals every process of a job
+        watch(Guard(run, [Pulse(descriptor, 0)]), this, partial(report_hang, run, start, rank))
+    finally:
+        os._exit(0)
+
+
+def watch(guard: Guard, task: int, tell: Callable[[Stand], object]) -> None:
+    """Returns when a task has ended; ends it if it hangs and cannot end itself.
+
+    Args:
+        guard: watches the task.
+        task: a descriptor of its process.
+        tell: called with where the task stands, if it hangs.
+    """
+    ended = select.poll()
+    ended.register(task, select.POLLIN)
+    while not ended.poll(1000 * LOOK_SECONDS):
+        for stand in guard.look() or ():
+            within(WRITE_SECONDS, partial(tell, stand))
+            if not ended.poll(1000 * SETTLE_SECONDS):
+                kill_with_children(stand.pid)
+            return
+
+
+def report_hang(run: Path, start: Attempt, rank: int, stand: Stand) -> None:
+    """Writes the report of a task that hangs."""
+    print(f"scaleprog: {as_text(said(stand))}", file=sys.stderr, flush=True)
+    report(run, start, rank, HANG_CODE, said(stand), stand=stand)
 
 
 def missing_here(run: Path, error: Absent) -> ScaleprogError:

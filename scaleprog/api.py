@@ -49,7 +49,7 @@ def train(recipe: Recipe, run: Path | str, parent: Path | str | None = None) -> 
         ScaleprogError: of a kind that says what the user can put right.
     """
     run = Path(run)
-    return train_rank(begin(recipe, run, None if parent is None else str(parent)), run)
+    return train_rank(begin(recipe, run, None if parent is None else str(parent)), run, own_process=False)
 
 
 def evaluate(

@@ -6,6 +6,8 @@ EXIT_CODE = 75
 """Exit code of a process that was asked to stop and left a checkpoint; BSD's EX_TEMPFAIL, "try again"."""
 MISTAKE_CODE = 2
 """Exit code of a process that failed by what only the user can fix."""
+HANG_CODE = 76
+"""Exit code of a process that ended itself because it made no progress for too long: worth another start."""
 INTERRUPTED_CODE = 130
 """Exit code of a process that was interrupted at the keyboard: 128 and the number of SIGINT."""
 

@@ -131,6 +131,7 @@ def run_here(
             folder,
             restarts=restarts,
             progress=lambda: committed(folder / "checkpoints")[-1:],
+            folder=folder,
         )
     results = read_object(folder / RESULTS, Results)
     if results is not None:

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -13,16 +14,19 @@ import torch.distributed as dist
 
 from scaleprog import errors
 from scaleprog.errors import Disagreement, ScaleprogError
-from scaleprog.ranks.rendezvous import Place
+from scaleprog.ranks.rendezvous import JOIN_LIMIT, Place
 
 NAMED = 8  # most different values that an error names
+RECORDED = 2000  # collectives that torch's flight recorder keeps
 
 
 @contextmanager
-def process_group(deterministic: bool = False) -> Iterator[tuple["Coordinator", torch.device]]:
+def process_group(
+    deterministic: bool = False, limit: timedelta = JOIN_LIMIT
+) -> Iterator[tuple["Coordinator", torch.device]]:
     """Joins the ranks of this process's launcher, or runs as the only rank; yields the ranks and this rank's device.
 
-    `deterministic`: whether CUDA computes the same bits in every process.
+    `deterministic`: whether CUDA computes the same bits in every process. `limit`: how long a collective waits.
 
     Raises Unavailable, or ScaleprogError if this node has fewer CUDA devices than ranks.
     """
@@ -39,11 +43,12 @@ def process_group(deterministic: bool = False) -> Iterator[tuple["Coordinator", 
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED))
     else:
         device, backend = torch.device("cpu"), "gloo"
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world))
-    with place.joined(backend):
+    with place.joined(backend, limit):
         try:
             yield Coordinator(), device
         except BaseException:
@@ -54,6 +59,18 @@ def process_group(deterministic: bool = False) -> Iterator[tuple["Coordinator", 
             if deterministic:
                 torch.use_deterministic_algorithms(False)
         dist.destroy_process_group()
+
+
+def collectives() -> str | None:
+    """The last collectives of this rank on CUDA, from torch's flight recorder, as JSON; None without CUDA."""
+    if not torch.cuda.is_available():
+        return None
+    from torch._C._distributed_c10d import (  # type: ignore[attr-defined]  # only builds with NCCL have it
+        _dump_nccl_trace_json,
+    )
+
+    recorded: bytes = _dump_nccl_trace_json()
+    return recorded.decode()
 
 
 def pin_algorithms() -> None:

@@ -63,8 +63,10 @@ class Place:
         return kind != "tcp" or where.startswith("127.")
 
     @contextmanager
-    def joined(self, backend: str) -> Iterator[None]:
+    def joined(self, backend: str, limit: timedelta = JOIN_LIMIT) -> Iterator[None]:
         """Waits for all ranks; inside the block, they are torch's default process group. Raises Unavailable.
+
+        `limit`: how long a collective waits.
 
         Inside the block, the environment holds this place. Afterwards it is restored, so that later child processes
         do not join the group.
@@ -77,7 +79,7 @@ class Place:
         try:
             try:
                 dist.init_process_group(
-                    backend, store=self._open(), rank=self.rank, world_size=self.world, timeout=JOIN_LIMIT
+                    backend, store=self._open(), rank=self.rank, world_size=self.world, timeout=limit
                 )
             except dist.DistError as error:
                 raise Unavailable(

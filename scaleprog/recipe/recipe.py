@@ -38,6 +38,7 @@ from scaleprog.recipe.parent import ParentSettings
 FREE = (
     "train.max_steps",
     "train.log_every",
+    "train.patience",
     "train.rank_curves",
     "train.profile",
     "tracking",

@@ -17,7 +17,7 @@ from scaleprog.rundir.records import LEFT, REQUEUES
 
 Row = Mapping[str, Any]
 MOST_NAMED = 100  # items in one list
-ENDS = ("finish", "hurried", "preempted", "stopped_early", "error")  # events that end a start, by priority
+ENDS = ("finish", "hurried", "preempted", "stopped_early", "hang", "error")  # events that end a start, by priority
 
 
 @dataclass(frozen=True)
@@ -316,6 +316,9 @@ def _how_it_ended(start: Start, end: Row | None, left: Row | None, signals: Coll
         kind, text = "stop", "" if end["reason"] in signals else end["reason"]
     elif end["event"] == "stopped_early":
         kind, text = "stop", "train.max_steps"
+    elif end["event"] == "hang":
+        ranks = ", ".join(map(str, end["culprits"][:MOST_NAMED]))
+        text = f"hang, rank {ranks}" if ranks else "hang"
     elif end["event"] == "error":
         text = f"{_short(end['message'])}, rank {end.get('rank', 0)}"
     return Mark(clock(end["time"]), kind, text)

@@ -19,6 +19,7 @@ from torch import Tensor
 from scaleprog.errors import CheckpointError, OtherFormat, OtherRun, Unavailable
 from scaleprog.files.atomic import write_whole
 from scaleprog.ranks.coordinator import Coordinator
+from scaleprog.ranks.patience import Patience
 from scaleprog.rundir.storage import (
     RUN,
     FileList,
@@ -88,6 +89,7 @@ class Checkpoints:
         fence: context in which rank 0 publishes or deletes checkpoints; raises Superseded.
         generation: number of this start, used in the names of unfinished checkpoints; 0 for a reader.
         owner: what a checkpoint must match to belong to this run.
+        patience: hears of the progress of the writing.
     """
 
     def __init__(
@@ -98,10 +100,12 @@ class Checkpoints:
         fence: Callable[[], AbstractContextManager[None]] = nullcontext,
         generation: int = 0,
         owner: Owner = Owner(),
+        patience: Patience | None = None,
     ) -> None:
         self.folder, self.coordinator, self.keep = folder, coordinator, keep
         self._fence, self._generation, self._owner = fence, generation, owner
-        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._patience = patience or Patience()
+        group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=self._patience.limit))
         self._background = Coordinator(group)  # its collectives must not mix with those of training
         self._gpu = torch.cuda.is_available()
         self._writer = ThreadPoolExecutor(1, "checkpoint")
@@ -148,7 +152,11 @@ class Checkpoints:
         """Waits until the last save is visible or has failed. Raises Superseded."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
+            doing = self._patience.steps.mark
+            self._patience.steps.rest()  # the thread that writes is watched
             self._finished.append(writing.result())
+            if doing is not None:
+                self._patience.at(doing.doing, doing.step, doing.kind)
 
     def finished(self) -> list[Commit]:
         """The saves that have ended since the last call. Ranks may disagree about one that is still running."""
@@ -263,7 +271,7 @@ class Checkpoints:
         replayable: int,
     ) -> Commit:
         """Writes and publishes a checkpoint, then deletes older ones; runs in the thread."""
-        began = time.monotonic()
+        began, saves = time.monotonic(), self._patience.saves
         group = self._background
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".step-{step:08d}.{self._generation}.writing"
@@ -277,7 +285,8 @@ class Checkpoints:
             if poisoned := [name for name in mine if not _is_finite(parts[name].tensor)]:
                 return f"{POISONED} in {poisoned[0]}, among {len(poisoned)} tensors of rank {group.rank}"
             try:
-                return write_tensors(temporary, group.rank, {name: parts[name].tensor for name in mine})
+                tensors = {name: parts[name].tensor for name in mine}
+                return write_tensors(temporary, group.rank, tensors, lambda: saves.at("writing a checkpoint", step))
             except OSError as failure:
                 return f"rank {group.rank}: {failure}"
 
@@ -298,17 +307,24 @@ class Checkpoints:
                 retire(self.folder, step, self.keep, {*protect, *before[-1:]})
 
         size, error, poisoned = 0, None, False
+        saves.at("saving", step)
         try:
             group.on_rank_0("prepare", lambda: _on_disk(temporary, make_room))
             chunks = self._share_out(parts)
-            written = group.gather(write())
+            mine_written = write()
+            saves.at("saving: waiting for what the other ranks write", step)
+            written = group.gather(mine_written)
+            saves.at("saving: the checkpoint becomes visible", step)
             size = group.on_rank_0("publish", lambda: _on_disk(final, make_visible))
+            saves.at("saving: older checkpoints are deleted", step)
             group.on_rank_0("retire", lambda: _on_disk(self.folder, delete_older))
         except (CheckpointError, Unavailable) as failure:
             poisoned = POISONED in str(failure)
             hint = "" if poisoned else "; is the disk full or over quota?"
             error = f"{temporary}: not written ({reason(failure)}){hint}"
             group.on_rank_0("remove", lambda: discard(temporary))  # it may fill the disk
+        finally:
+            saves.rest()
         return Commit(final, step, stall, time.monotonic() - began, size, error, poisoned)
 
     def _share_out(self, parts: Mapping[str, LocalSlice]) -> Chunks:

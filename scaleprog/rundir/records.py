@@ -273,6 +273,17 @@ class Failed(_Event):
 
 
 @with_config(STRICT)
+class Hung(_Event):
+    """A start that ended because it made no progress: the ranks that did not come, as far as known."""
+
+    event: Literal["hang"]
+    step: Count
+    culprits: Annotated[list[Count], Field(max_length=2**20)]
+    doing: Name
+    message: Text
+
+
+@with_config(STRICT)
 class Forked(_Event):
     """The beginning of a fork: the run that it continues, and the step of that run's checkpoint."""
 
@@ -325,6 +336,7 @@ Event = (
     | Signal
     | Preempted
     | Failed
+    | Hung
     | Forked
     | Lengthened
     | Happened
@@ -349,6 +361,24 @@ class Left(TypedDict):
 
 
 @with_config(STRICT)
+class Standing(TypedDict):
+    """Where a hung rank stands; see `ranks.patience.Stand`."""
+
+    rank: Count
+    host: Name
+    pid: Count
+    generation: Count
+    step: Count
+    doing: Name
+    seconds: Seconds
+    patience: Seconds
+    hung: bool
+    together: bool
+    where: Name
+    state: Name
+
+
+@with_config(STRICT)
 class Report(TypedDict):
     """Why a Slurm task ended."""
 
@@ -357,6 +387,7 @@ class Report(TypedDict):
     code: Annotated[int, Field(ge=0, le=255)]
     cause: Text
     reason: NotRequired[Name | None]
+    stand: NotRequired[Standing]
 
 
 @with_config(STRICT)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -265,12 +265,17 @@ def _stored(name: str, value: Any) -> Stored:
 # ---- writing
 
 
-def write_tensors(folder: Path, rank: int, tensors: Mapping[str, Tensor]) -> FileList:
-    """Writes a rank's file, unless there are no tensors, and syncs it to disk. Raises OSError."""
+def write_tensors(
+    folder: Path, rank: int, tensors: Mapping[str, Tensor], wrote: Callable[[], object] = lambda: None
+) -> FileList:
+    """Writes a rank's file, unless there are no tensors, and syncs it to disk; calls `wrote` now and then.
+
+    Raises OSError.
+    """
     if not tensors:
         return {}
     name = file_name(rank)
-    return {name: tensorfile.write(folder / name, tensors)}
+    return {name: tensorfile.write(folder / name, tensors, wrote)}
 
 
 def prepare(folder: Path) -> None:

@@ -8,7 +8,7 @@ use a memory map, because a failing file system would then kill the process.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -58,8 +58,11 @@ class Layout:
         return cls(header, {name: len(header) + at for name, at in offsets.items()}, len(header) + offset)
 
 
-def write(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Writes 1-D tensors in host memory and syncs them to disk. Returns bytes and SHA-256. Raises OSError."""
+def write(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[], object] = lambda: None) -> tuple[int, str]:
+    """Writes 1-D tensors in host memory and syncs them to disk; calls `wrote` after each block.
+
+    Returns bytes and SHA-256. Raises OSError.
+    """
     layout = Layout.of({name: (NAMES[tensor.dtype], tensor.numel()) for name, tensor in tensors.items()})
     digest = hashlib.sha256()
     with open(path, "xb") as file:
@@ -68,6 +71,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
                 block = content[start : start + BLOCK]
                 digest.update(block)  # of the data in memory, so that a reader notices a disk that corrupted it
                 file.write(block)
+                wrote()
         file.flush()
         os.fsync(file.fileno())
     return layout.size, digest.hexdigest()

@@ -24,6 +24,7 @@ from scaleprog.planning.devices import PEAKS
 from scaleprog.planning.plan import plan_start
 from scaleprog.planning.savings import is_out_of_memory
 from scaleprog.ranks.coordinator import Coordinator, process_group, ranks_per_node
+from scaleprog.ranks.patience import Patience
 from scaleprog.ranks.stop import AskedToStop, Watch, deadline
 from scaleprog.recipe import Recipe, directories
 from scaleprog.rundir import slurm_queue
@@ -56,7 +57,9 @@ from scaleprog.training.process import (
     restore,
     save,
     stopped_early,
+    tell_hang,
     tell_signal,
+    watched_patience,
 )
 from scaleprog.training.profiling import Profiling
 from scaleprog.training.results import finish
@@ -67,10 +70,16 @@ FLOPS_PER_GMAC = 6e9
 """Of an image: two for each multiply-accumulate of the forward pass, and twice as many in the backward."""
 
 
-def train_rank(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Joins the ranks of a run and trains with them, whichever launcher started this process; see `train`."""
-    with process_group(recipe.train.deterministic) as (coordinator, device):
-        return train(recipe, folder, coordinator, device)
+def train_rank(recipe: Recipe, folder: Path, own_process: bool = True) -> dict[str, Any]:
+    """Joins the ranks of a run and trains with them, whichever launcher started this process; see `train`.
+
+    `own_process`: whether this process only trains, and may end itself if it hangs.
+    """
+    with (
+        watched_patience(recipe, folder) if own_process else nullcontext(Patience()) as patience,
+        process_group(recipe.train.deterministic, patience.limit) as (coordinator, device),
+    ):
+        return train(recipe, folder, coordinator, device, patience=patience)
 
 
 def train(
@@ -79,10 +88,11 @@ def train(
     coordinator: Coordinator,
     device: torch.device,
     at_stop: Callable[[Run], None] = lambda run: None,
+    patience: Patience | None = None,
 ) -> dict[str, Any]:
     """Trains `recipe` in the run directory `folder`, from its newest checkpoint on; every rank calls this.
 
-    `at_stop`: called if `train.max_steps` ends the run before its last step.
+    `at_stop`: called if `train.max_steps` ends the run before its last step. `patience`: watches this rank.
 
     Returns:
         The contents of `results.json`; empty if `train.max_steps` ended the run before its last step.
@@ -108,6 +118,8 @@ def train(
     reader = TrainReader(plan.data, plan.order, recipe.seed, rank, world)
     evaluation = EvaluationReader(plan.data, VALIDATION, recipe.evaluate.batch, rank, world)
     lease = take_lease(folder, typed, coordinator)
+    patience = patience or Patience()
+    patience.generation = lease.generation
 
     # ---- model
     backend = make_backend(recipe.sharding.engine, recipe, plan.family, device)
@@ -117,7 +129,13 @@ def train(
     # ---- resume
     progress = ProgressLine(plan.schedule.steps, 0, rank == 0)
     checkpoints = Checkpoints(
-        folder / "checkpoints", coordinator, recipe.checkpoint.keep, lease.fence, lease.generation, owner_of(typed)
+        folder / "checkpoints",
+        coordinator,
+        recipe.checkpoint.keep,
+        lease.fence,
+        lease.generation,
+        owner_of(typed),
+        patience,
     )
     if rank == 0:
         with lease.fence():
@@ -163,8 +181,9 @@ def train(
     )
     run = Run(
         folder, recipe, plan, coordinator, lease, backend, reader, evaluation, checkpoints, watch, recorder, progress,
-        state, profiling,
+        state, profiling, patience,
     )  # fmt: skip
+    patience.alone = partial(tell_hang, recorder)
     if rank == 0:
         recorder.event(
             "start",
@@ -193,6 +212,7 @@ def train(
         with metered(recorder, device, nodes.index(nodes[rank]) == rank), watch, closing(evaluation):
             try:
                 train_phases(run, began)
+                patience.at("finishing", state.step)
                 wait_for_checkpoint(run)
             except AskedToStop as asked:
                 leave(run, asked.reason)
@@ -243,13 +263,16 @@ def train_phases(run: Run, began: float) -> None:
         adapt_workers(run, pixels)
         with run.reader.stream(PhaseRequests(run, phase), pixels) as batches:
             while state.step < phase.stop and not stopped_early(run):
+                run.patience.at("waiting for data", state.step + 1)
                 waited = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - waited
                 subnet = phase.subnet(run.recipe.seed, state.step)
                 run.profiling.before(state.step + 1)
+                run.patience.at("training", kind=f"a step of {subnet}" if run.recipe.sharding.compile else "a step")
                 train_step(run, phase, subnet, actives[subnet], batch, waited)
                 state.wall_seconds = time.perf_counter() - began
+                run.patience.at("after the step", kind="what follows a step")
                 if state.step == phase.start + 1:
                     show_growth(run)
                 agreement = run.watch.agree()
@@ -291,6 +314,7 @@ def enter(run: Run, phases: list[Phase], index: int) -> None:
     Raises AskedToStop.
     """
     state, backend, schedule = run.state, run.backend, run.plan.schedule
+    run.patience.at("growing", state.step, kind=f"growth into phase {index}")
     phase, growth = phases[index], run.recipe.growth
     if (entry := schedule.entry(phases, index)) is not None:
         layer_map, began = entry.layer_map, time.perf_counter()

@@ -4,7 +4,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from scaleprog.growth.phase import Phase
 from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.planning.plan import Plan
 from scaleprog.planning.savings import advice
-from scaleprog.ranks.coordinator import Coordinator
+from scaleprog.ranks.coordinator import Coordinator, collectives
+from scaleprog.ranks.patience import Patience, Stand
+from scaleprog.ranks.rendezvous import Place
 from scaleprog.ranks.stop import TIME_LIMIT, Watch
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.keys import Engine
@@ -53,6 +56,7 @@ class Run:
     progress: ProgressLine
     state: RunState
     profiling: Profiling
+    patience: Patience = field(default_factory=Patience)
     compilations: int = 0  # as last recorded
     on_saved: Callable[[Commit], None] = lambda commit: None  # called for every checkpoint that is visible
     damaged: set[str] = field(default_factory=set)  # names of the samples that this rank found since the last count
@@ -159,6 +163,26 @@ def leave(run: Run, reason: str) -> None:
         lost = f"the {step - kept} steps since step {kept} are lost"
         raise Preempted(f"{stopped} WITHOUT a checkpoint of it; {lost}", reason)
     raise Preempted(f"{stopped} {'with a checkpoint' if step else 'before there was anything to save'}", reason)
+
+
+# ---- hangs
+
+
+@contextmanager
+def watched_patience(recipe: Recipe, folder: Path) -> Iterator[Patience]:
+    """The patience of this process, a rank of a run; inside, the process ends if it hangs."""
+    place = Place.current()
+    patience = Patience(60 * recipe.train.patience, folder, place.rank, collectives)
+    patience.at("starting", 0, kind="a start")
+    with patience.watching():
+        yield patience
+
+
+def tell_hang(recorder: Recorder, stand: Stand) -> None:
+    """Records that this rank hangs, where no launcher does."""
+    told = f"{stand} hung for {stand.seconds:.0f} s in step {stand.step}: {stand.doing}, at {stand.where}"
+    print(f"scaleprog: {told}", file=sys.stderr, flush=True)
+    recorder.own_event("hang", step=stand.step, culprits=[stand.rank], doing=stand.doing, message=told)
 
 
 # ---- signals

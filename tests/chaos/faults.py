@@ -23,10 +23,12 @@ import scaleprog.training.loop
 from scaleprog.errors import EXIT_CODE, Preempted, ScaleprogError
 from scaleprog.launchers.local import launch
 from scaleprog.models.elastic import ElasticModel
+from scaleprog.ranks.processes import children_of
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.storage import committed
 
 MOMENTS = ("warm-up", "supernet", "search", "growth", "last stage")
+HANGS = ("stopped", "sleeping decoder", "raises")
 SIGNALS = {"TERM": signal.SIGTERM, "USR2": signal.SIGUSR2, "INT": signal.SIGINT}
 KINDS = (
     *SIGNALS,
@@ -43,6 +45,7 @@ KINDS = (
     "other data",
     "dot files lost",
     "clock set back",
+    *HANGS,
 )  # fmt: skip
 KILLS_ALL = ("kill all", "flipped bit", "truncation", "other data", "dot files lost", "clock set back")
 DAY = 86400.0
@@ -78,6 +81,12 @@ class Fault:
             time.sleep(2.5)  # a step so long that the second signal arrives in it
         elif self.kind == "not a number":
             _poison_next_loss()
+        elif self.kind == "raises":
+            raise RuntimeError("the network card is gone")
+        elif self.kind in HANGS:
+            workers = children_of(os.getpid()) if self.kind == "sleeping decoder" else []
+            for pid in workers or [os.getpid()]:
+                os.kill(pid, signal.SIGSTOP)
         elif self.kind in KILLS_ALL:
             os.killpg(os.getpgrp(), signal.SIGKILL)  # the launcher, too; the harness is in a group of its own
         else:
@@ -267,7 +276,7 @@ def main() -> None:
     recipe, folder, ranks = Recipe.load(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     fault = Fault(**json.loads(sys.argv[4]))
     try:
-        launch(ranks, train_rank, recipe, folder, fault, restarts=3)
+        launch(ranks, train_rank, recipe, folder, fault, restarts=3, folder=folder)
     except ScaleprogError as error:
         print(f"scaleprog: {error}", file=sys.stderr)
         sys.exit(EXIT_CODE if isinstance(error, Preempted) else 2)

@@ -1,6 +1,6 @@
 """Runs under faults, compared with the undisturbed run.
 
-    python -m tests.chaos.harness [--runs 22] [--seed 0] [--engine fsdp] [--model vit] [--out docs/results/chaos.md]
+    python -m tests.chaos.harness [--runs 25] [--seed 0] [--engine fsdp] [--model vit] [--out docs/results/chaos.md]
 
 A run of `scaleprog train` is started as a user would: the same command again after each exit that says "try again" or
 each kill of all. A Slurm job comes back by itself. Jobs need root, for the cluster.
@@ -26,7 +26,7 @@ from scaleprog.recipe import Recipe
 from scaleprog.recipe.keys import Engine
 from scaleprog.rundir.recorder import read_rows
 from tests.chaos import on_slurm
-from tests.chaos.faults import KINDS, MOMENTS, SLURM_KINDS, STRUCK, Fault, damage
+from tests.chaos.faults import HANGS, KINDS, MOMENTS, SLURM_KINDS, STRUCK, Fault, damage
 from tests.compare import differences
 from tests.conftest import draw_patterns, short_recipe
 from tests.slurm.cluster import Cluster
@@ -47,7 +47,8 @@ MODELS: dict[str, dict[str, dict[str, object]]] = {
     },
 }
 START_SECONDS = 900  # more than a start takes, even on a machine that has other things to do
-TOLD = ("checkpoint_failed", "preempted", "hurried")
+PATIENCE = 0.2  # minutes; longer than any step takes, even on such a machine
+TOLD = ("checkpoint_failed", "preempted", "hurried", "hang")
 HEAD = (
     "fault", "moment", "rank", "started by", "struck at step", "starts", "steps trained again", "told",
     "equal to undisturbed",
@@ -153,6 +154,9 @@ class Chaos:
         self, folder: Path, ranks: int, fault: Fault, shards: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         recipe, trained = self.folder / f"recipe-{ranks}.yaml", self.recipe(ranks)
+        if fault.kind in HANGS:
+            train = trained.train.model_copy(update={"patience": PATIENCE})
+            trained = trained.model_copy(update={"train": train})
         if shards is not None:
             data = trained.data.model_copy(update={"path": str(shards)})
             trained = trained.model_copy(update={"data": data})
@@ -187,7 +191,7 @@ def draw(runs: int, seed: int, slurm: bool = True) -> list[tuple[Fault, int]]:
         writes = kind in ("kill before the rename", "kill in retention", "full disk")  # rank 0's business
         rank = 0 if writes else rng.randrange(ranks)
         by = rng.choice(on_slurm.BOTH) if kind in SLURM_KINDS else "train"
-        delay = 0.0 if kind in SLURM_KINDS else rng.choice((0.0, rng.uniform(0, 0.3)))
+        delay = 0.0 if kind in (*SLURM_KINDS, *HANGS) else rng.choice((0.0, rng.uniform(0, 0.3)))
         drawn.append((Fault(kind, moment, rank, delay, by), ranks))
     return drawn
 

@@ -97,6 +97,18 @@ class Cluster:
     def heal_net(self, node: int) -> None:
         self._change("heal-net", node)
 
+    def part(self, node: int, other: int, undo: bool = False) -> None:
+        """Lets nothing that one node sends reach the other one; both still reach the controller."""
+        self.changed = True
+        pid = self.run([SCRIPT, "pid", str(node)]).stdout.strip()
+        address = next(
+            line.split()[0]
+            for line in (self.directory / "hosts").read_text().splitlines()
+            if line.split()[1] == f"node{other}"
+        )
+        change = "del" if undo else "add"
+        self.run(["nsenter", f"--target={pid}", "--net", "ip", "route", change, "blackhole", f"{address}/32"])
+
     def kill_slurmd(self, node: int) -> None:
         """Ends the daemon alone: the node's jobs go on, unwatched."""
         self._change("kill-slurmd", node)

@@ -118,7 +118,7 @@ class TrainingJob:
         self.wait_state("COMPLETED")
 
     def processes(self, rank: int) -> list[int]:
-        """The pids of a rank's process, seen from this machine."""
+        """The pids of a rank's process, seen from this machine; without those that it has forked."""
         wanted = {f"SLURM_JOB_ID={self.id}".encode(), f"SLURM_PROCID={rank}".encode()}
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
@@ -133,7 +133,7 @@ class TrainingJob:
                 and b"-u" in words
             ):
                 found += [int(folder.name)] * (b"python" in words[0])
-        return found
+        return [pid for pid in found if _parent(pid) not in found]
 
     # ---- where it stands
 
@@ -226,6 +226,14 @@ class TrainingJob:
             return job if job["JobState"] in states and int(job["Restarts"]) >= restarts else None
 
         return self.wait(f"{' or '.join(states)} with {restarts} restarts", there)
+
+
+def _parent(pid: int) -> int:
+    """The process that has started another; 0 if that has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def _option(key: str, value: str) -> str:

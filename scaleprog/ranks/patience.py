@@ -1,0 +1,382 @@
+"""Notices that this rank makes no progress, writes down where it stands, and ends it; its launcher starts again.
+
+The rank says what it does (`Patience.at`). A thread looks at that now and then, and counts how long it has not
+changed. Only time counts in which the thread itself could run: a run that was stopped as a whole, with Ctrl-Z, is not
+hung when it continues. The ranks that wait for a hung one wait as long, so all of them notice at about the same time.
+
+The thread also writes into memory that the launcher reads (`Pulse`), so the launcher notices a rank whose thread
+cannot run (`launchers/hangs.py`). This module imports no torch.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scaleprog.errors import HANG_CODE
+from scaleprog.files.atomic import write_whole
+from scaleprog.ranks import processes
+
+PULSE = "SCALEPROG_PULSE"
+"""The variable that names a rank's place in its launcher's memory: DESCRIPTOR:RANK."""
+GUARD = "SCALEPROG_GUARD"
+"""The variable that holds the number of the process that watches this one, if that is its child."""
+PULSE_BYTES = 4096
+LONG_SECONDS = 25 * 60.0
+"""Least time for what may be slow once: a start, a growth, the first step of a network, which may compile."""
+LONG_FACTOR = 3.0
+"""Such things may take this many times the patience, and anything as many times as long as it took before."""
+LOOK_SECONDS = 1.0
+LINGER_SECONDS = 5.0
+"""How long a hung rank waits for the others to notice, because the end of one rank may end all."""
+WRITE_SECONDS = 10.0
+"""How long writing the stacks may take; the file system may be what hangs."""
+ASK_SECONDS = 3.0
+"""How long other processes have time to write their stacks."""
+STACKS = signal.SIGRTMIN + 5
+"""The signal at which a rank or one of its workers writes its stacks, even while another thread holds Python's lock."""
+FOLDER = "stacks"
+PACKAGE = f"{Path(__file__).parents[1]}/"
+TOGETHER = ("/torch/distributed/", "/deepspeed/", f"{PACKAGE}ranks/coordinator.py")
+"""In the paths of code that waits for other ranks."""
+
+
+@dataclass(frozen=True)
+class Stand:
+    """Where a rank stands; what its thread tells the launcher."""
+
+    rank: int
+    host: str
+    pid: int
+    generation: int
+    step: int
+    doing: str
+    """What it does, in words."""
+    seconds: float
+    """For how long it has not made progress."""
+    patience: float
+    """Seconds of patience."""
+    beats: int = 0
+    """How often the thread has looked; a launcher counts the time in which this does not change."""
+    hung: bool = False
+    together: bool = False
+    """Whether it waits for other ranks."""
+    where: str = ""
+    """The line of scaleprog in which it is, once it is hung."""
+    state: str = ""
+    """What the kernel says of a rank that could not tell by itself where it stands."""
+    stacks: int = -1
+    """The descriptor, in the rank, of the memory with its stacks."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (host {self.host}, process {self.pid})"
+
+
+class Pulse:
+    """A rank's place in memory that it shares with its launcher."""
+
+    def __init__(self, descriptor: int, rank: int) -> None:
+        self.descriptor, self.rank = descriptor, rank
+
+    @classmethod
+    def current(cls, variables: Mapping[str, str] = os.environ) -> "Pulse | None":
+        """The place that the launcher has given this process; None without one."""
+        descriptor, _, rank = variables.get(PULSE, "").partition(":")
+        return cls(int(descriptor), int(rank)) if rank else None
+
+    def write(self, stand: Stand) -> None:
+        """Shows the launcher where the rank stands."""
+        text = json.dumps(asdict(stand)).encode()
+        os.pwrite(self.descriptor, text[:PULSE_BYTES].ljust(PULSE_BYTES), self.rank * PULSE_BYTES)
+
+    def clear(self) -> None:
+        """Tells the launcher that nothing watches the rank any more."""
+        os.pwrite(self.descriptor, bytes(PULSE_BYTES), self.rank * PULSE_BYTES)
+
+    def read(self) -> Stand | None:
+        """Where the rank stood last; None before its first word, or while it writes."""
+        content = os.pread(self.descriptor, PULSE_BYTES, self.rank * PULSE_BYTES).strip(b"\0 ")
+        with suppress(ValueError, TypeError):
+            return Stand(**json.loads(content))
+        return None
+
+
+class Mark(NamedTuple):
+    """What a thread does since `began` (seconds by `time.monotonic`)."""
+
+    doing: str
+    step: int
+    kind: str | None
+    began: float
+    thread: int
+
+
+class Track:
+    """One sequence of things that a rank does; the checkpoints that a thread writes are another than the steps."""
+
+    def __init__(self) -> None:
+        self.mark: Mark | None = None
+        self.least: dict[str, float] = {}
+        """The fewest seconds that something of a kind took."""
+        self.often: set[str] = set()
+        """The kinds that were measured more than once."""
+
+    def at(self, doing: str, step: int | None = None, kind: str | None = None) -> None:
+        """Notes progress: this thread now begins, or continues, something.
+
+        Args:
+            doing: what, in words.
+            step: the training step that it belongs to (None: that of the last mark).
+            kind: names things that take about as long each time. The first of a kind may take long.
+        """
+        before, now = self.mark, time.monotonic()
+        self._measure(before, now)
+        if step is None:
+            step = 0 if before is None else before.step
+        self.mark = Mark(doing, step, kind, now, threading.get_ident())
+
+    def rest(self) -> None:
+        """Nothing is to be watched until the next `at`."""
+        self._measure(self.mark, time.monotonic())
+        self.mark = None
+
+    def _measure(self, mark: Mark | None, now: float) -> None:
+        if mark is not None and mark.kind is not None:
+            if mark.kind in self.least:
+                self.often.add(mark.kind)
+            self.least[mark.kind] = min(self.least.get(mark.kind, now - mark.began), now - mark.began)
+
+    def allowed(self, mark: Mark, patience: float) -> float:
+        """How many seconds what `mark` says may take, with so many seconds of patience."""
+        if mark.kind is None:
+            return patience
+        if mark.kind not in self.least:
+            return long_wait(patience)
+        return max(patience, LONG_FACTOR * self.least[mark.kind])
+
+
+def long_wait(patience: float) -> float:
+    """The seconds that something slow may take, such as a start, with so many seconds of patience."""
+    return max(LONG_SECONDS, LONG_FACTOR * patience)
+
+
+@dataclass
+class Patience:
+    """The patience of one rank. Without `watching`, it only takes notes.
+
+    Args:
+        seconds: how long the rank may make no progress.
+        folder: the run directory.
+        rank: of this process.
+        extra: what the rank knows about its collectives, as JSON, or None; called when it hangs.
+        alone: called with where the rank stands, if it hangs and no launcher watches it.
+    """
+
+    seconds: float = 600.0
+    folder: Path | None = None
+    rank: int = 0
+    extra: Callable[[], str | None] = lambda: None
+    alone: Callable[[Stand], None] = lambda stand: None
+    generation: int = 0
+    steps: Track = field(default_factory=Track)
+    saves: Track = field(default_factory=Track)
+
+    def __post_init__(self) -> None:
+        self._pulse, self._beats, self._warned = Pulse.current(), 0, False
+        self._ended = threading.Event()
+        self._seen: dict[int, tuple[Mark | None, float]] = {}
+        self._memory = -1
+
+    @property
+    def limit(self) -> timedelta:
+        """How long a collective may wait: longer than this rank, so that the rank says where it stands."""
+        return timedelta(seconds=long_wait(self.seconds) + 300)
+
+    def at(self, doing: str, step: int | None = None, kind: str | None = None) -> None:
+        """Notes progress of the steps; see `Track.at`."""
+        self.steps.at(doing, step, kind)
+
+    @contextmanager
+    def watching(self) -> Iterator["Patience"]:
+        """Inside, a thread ends this process with HANG_CODE if it makes no progress for too long."""
+        self._memory = os.memfd_create("stacks")
+        faulthandler.register(STACKS, self._memory, all_threads=True)
+        thread = threading.Thread(target=self._watch, name="patience", daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._ended.set()
+            thread.join()
+            if self._pulse is not None:
+                self._pulse.clear()
+            faulthandler.unregister(STACKS)
+            os.close(self._memory)
+
+    # ---- the thread
+
+    def _watch(self) -> None:
+        look = min(LOOK_SECONDS, self.seconds / 20)
+        last = time.monotonic()
+        while not self._ended.wait(look):
+            now = time.monotonic()
+            elapsed, last = min(now - last, 2 * look), now
+            longest, most = Mark("nothing that is watched", 0, None, now, 0), 0.0
+            for number, track in enumerate((self.steps, self.saves)):
+                mark = track.mark
+                before, waited = self._seen.get(number, (None, 0.0))
+                waited = waited + elapsed if mark is before else 0.0
+                self._seen[number] = mark, waited
+                if mark is None:
+                    continue
+                if waited > track.allowed(mark, self.seconds):
+                    self._hang(mark, waited)
+                if waited >= most:
+                    longest, most = mark, waited
+            self._beats += 1
+            self._tell(self._stand(longest, most))
+            self._warn()
+
+    def _stand(self, mark: Mark, waited: float) -> Stand:
+        return Stand(
+            self.rank, socket.gethostname(), os.getpid(), self.generation, mark.step, mark.doing, round(waited, 1),
+            self.seconds, self._beats, stacks=self._memory,
+        )  # fmt: skip
+
+    def _tell(self, stand: Stand) -> None:
+        if self._pulse is not None:
+            self._pulse.write(stand)
+
+    def _warn(self) -> None:
+        """Says once that something takes long in comparison with the patience; rank 0 speaks for all."""
+        least, often = self.steps.least, self.steps.often
+        slow = {kind: least[kind] for kind in often.copy() if LONG_FACTOR * least[kind] > self.seconds}
+        if not slow or self._warned or self.rank:
+            return
+        self._warned = True
+        kind, seconds = max(slow.items(), key=lambda item: item[1])
+        print(
+            f"scaleprog: train.patience={self.seconds / 60:g} is {self.seconds:.3g} s, but {kind} takes {seconds:.3g} "
+            f"s; a hang in it is noticed only after {LONG_FACTOR * seconds:.3g} s; set train.patience="
+            f"{max(LONG_FACTOR * seconds / 60, 0.01):.2g} or more",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+    def _hang(self, mark: Mark, waited: float) -> None:
+        """Writes the stacks, tells the launcher, waits for other ranks to do so, too, and ends the process."""
+        frames = _frames(mark.thread)
+        stand = Stand(**{
+            **asdict(self._stand(mark, waited)), "hung": True, "where": _where(frames), "together": _together(frames),
+        })  # fmt: skip
+        stacks = f"{stand} hangs: {mark.doing}, step {mark.step}, {waited:.0f} s, at {stand.where}\n\n{self._stacks()}"
+        self._tell(stand)
+        began = time.monotonic()
+        if self.folder is None or not within(WRITE_SECONDS, lambda: self._write(stacks)):
+            print(stacks, file=sys.stderr, flush=True)
+        if self._pulse is None:
+            within(WRITE_SECONDS, lambda: self.alone(stand))
+        else:
+            time.sleep(max(0.0, LINGER_SECONDS - (time.monotonic() - began)))
+        processes.kill(*_workers())
+        os._exit(HANG_CODE)
+
+    def _stacks(self) -> str:
+        """The stacks of all threads of this process and of its workers, and what the kernel knows of the workers."""
+        children, give_up = _workers(), time.monotonic() + ASK_SECONDS
+        for child in children:
+            if processes.handles(child, STACKS):
+                os.write(self._memory, f"worker {child}\n".encode())
+                ask_stacks(child, self._memory, give_up)
+        os.write(self._memory, f"\nprocess {os.getpid()}\n".encode())
+        faulthandler.dump_traceback(self._memory, all_threads=True)
+        return "\n\n".join([read_all(self._memory), *map(processes.describe, children)])
+
+    def _write(self, stacks: str) -> None:
+        assert self.folder is not None
+        write_stacks(self.folder, self.generation, self.rank, stacks)
+        if more := self.extra():
+            write_stacks(self.folder, self.generation, self.rank, more, "-collectives.json")
+
+
+def ask_stacks(pid: int, memory: int, give_up: float) -> None:
+    """Has another process write its stacks into a file in memory that it has open; waits for that, but not after
+    `give_up` (seconds by `time.monotonic`)."""
+    before = now = os.fstat(memory).st_size
+    with suppress(OSError):
+        os.kill(pid, STACKS)
+    while time.monotonic() < give_up:
+        time.sleep(0.1)
+        last, now = now, os.fstat(memory).st_size
+        if now == last > before:
+            return
+
+
+def write_stacks(folder: Path, generation: int, rank: int, text: str, suffix: str = ".txt") -> None:
+    """Writes where a rank stands into the run directory. Raises OSError."""
+    (folder / FOLDER).mkdir(exist_ok=True)
+    write_whole(folder / FOLDER / f"stack-generation-{generation}-rank-{rank}{suffix}", text)
+
+
+def within(seconds: float, work: Callable[[], Any]) -> bool:
+    """Whether some work ended without an error in time. If not, its thread is left behind."""
+    done = threading.Event()
+
+    def run() -> None:
+        with suppress(Exception):
+            work()
+            done.set()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return done.is_set()
+
+
+def read_all(descriptor: int) -> str:
+    """The text of a file in memory."""
+    return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
+
+
+def stand_of(values: Mapping[str, Any]) -> Stand:
+    """A Stand from its values as a mapping, of which a reader has checked the types."""
+    return Stand(**{each.name: values[each.name] for each in fields(Stand) if each.name in values})
+
+
+def _workers() -> list[int]:
+    """The processes that this one has started, without the one that watches it."""
+    return [pid for pid in processes.children_of(os.getpid()) if str(pid) != os.environ.get(GUARD)]
+
+
+def _frames(thread: int) -> list[traceback.FrameSummary]:
+    """The stack of a thread, the innermost frame first; empty if the thread has ended."""
+    frame = sys._current_frames().get(thread)
+    return [] if frame is None else list(reversed(traceback.extract_stack(frame)))
+
+
+def _where(frames: list[traceback.FrameSummary]) -> str:
+    """The innermost line of scaleprog, or else the innermost line."""
+    for frame in frames:
+        if frame.filename.startswith(PACKAGE):
+            return f"scaleprog/{frame.filename.removeprefix(PACKAGE)}:{frame.lineno} in {frame.name}"
+    return f"{frames[0].filename}:{frames[0].lineno} in {frames[0].name}" if frames else ""
+
+
+def _together(frames: list[traceback.FrameSummary]) -> bool:
+    """Whether a thread waits for other ranks: of what is ours or exchanges values, the innermost frame does."""
+    for frame in frames:
+        if any(part in frame.filename for part in TOGETHER):
+            return True
+        if frame.filename.startswith(PACKAGE):
+            return False
+    return False
