@@ -23,6 +23,8 @@ from scaleprog.recipe.numbers import MOST_CLASSES, Settings
 
 NAME = "manifest.json"
 VERSION = 1
+SOUND = "sound"
+"""The key of `source` by which the file says that the images are sound, so that older versions read it, too."""
 MOST_KEYS = 100
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """Words in names of shards, and the splits that they mean."""
@@ -74,7 +76,8 @@ class Manifest:
         except FileNotFoundError:
             raise AbsentData(_missing(source, os.fspath(root), file), f"{path}: there is no such manifest") from None
         stored = _parse(path, text, source.root)
-        return cls(source.root, stored.classes, stored.splits, stored.source, sound=stored.sound)
+        known = {key: value for key, value in stored.source.items() if key != SOUND}
+        return cls(source.root, stored.classes, stored.splits, known, sound=stored.source.get(SOUND) is True)
 
     def save(self, file: str | None = None) -> None:
         """Writes `root/manifest.json`, or `file`, atomically: even a power failure cannot leave half a file.
@@ -87,8 +90,7 @@ class Manifest:
             "kind": "scaleprog-manifest",
             "version": VERSION,
             "classes": self.classes,
-            "source": self.source,
-            "sound": self.sound,
+            "source": {**self.source, **({SOUND: True} if self.sound else {})},
             "splits": {name: [asdict(shard) for shard in shards] for name, shards in self.splits.items()},
         }
         try:
@@ -196,7 +198,6 @@ class _Stored(Settings):
     version: Literal[1]
     classes: Annotated[tuple[str, ...], Field(max_length=MOST_CLASSES), FailFast()]
     source: dict[str, Annotated[str, Field(max_length=4096)] | int | float | bool | None] = Field(default_factory=dict)
-    sound: bool = False
     splits: dict[Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,64}$")], Annotated[tuple[Shard, ...], FailFast()]]
 
     @model_validator(mode="before")

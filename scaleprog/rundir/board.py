@@ -24,6 +24,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, text
 
 from scaleprog.growth.search import Decision
+from scaleprog.recipe import Recipe
 from scaleprog.rundir.appending import Appended
 from scaleprog.rundir.drawn import points, story
 
@@ -50,6 +51,13 @@ class About:
 
     settings: Mapping[str, Any]
     recipe: str
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "About":
+        """What a recipe says, but for `train.max_steps`: that is where a single start ends."""
+        train = recipe.train.model_copy(update={"max_steps": None})
+        whole = recipe.model_copy(update={"train": train})
+        return cls(whole.settings(), whole.dump())
 
 
 class Board:

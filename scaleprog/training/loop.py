@@ -164,7 +164,7 @@ def train(
             redo_evaluation=bool(state.pending),
             rank_curves=recipe.train.rank_curves,
             unit="GMACs" if recipe.search.times == "modelled" else "step ms",
-            about=About(typed.settings(), typed.dump()),
+            about=About.of(typed),
             hosts=nodes,
             skipped=len(state.skipped),
             peak_flops=None if peak is None else world * peak,

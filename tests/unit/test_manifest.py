@@ -40,6 +40,16 @@ def test_save_then_load_gives_the_same(tmp_path: Path, classes, splits):
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
+def test_what_is_known_of_the_images_is_kept_and_is_no_source(tmp_path: Path) -> None:
+    manifest = Manifest(str(tmp_path), ("a",), {"train": (SHARD,)}, {"builder": "test"}, sound=True)
+    manifest.save()
+    loaded = Manifest.load(tmp_path)
+    assert loaded.sound
+    assert loaded.source == manifest.source
+    Manifest(str(tmp_path), ("a",), {"train": (SHARD,)}, {"builder": "test"}).save()
+    assert not Manifest.load(tmp_path).sound
+
+
 def test_counts_paths_and_missing_split(tmp_path: Path):
     manifest = Manifest(str(tmp_path), ("a", "b"), {"train": (SHARD, Shard("train-1.tar", 4, 6, "1" * 64))})
     assert manifest.samples("train") == 7
