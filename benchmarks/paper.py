@@ -76,8 +76,8 @@ def telling(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     steps = [row for row in rows if "loss" in row]
     shown = {row["step"] for row in rows if "loss" not in row}
     for _, phase in groupby(steps, lambda row: (row["stage"], row["phase"])):
-        first, *_, last = phase
-        shown |= {first["step"], last["step"]}
+        own = [row["step"] for row in phase]
+        shown |= {own[0], own[-1]}
     return [row for row in rows if row["step"] in shown]
 
 

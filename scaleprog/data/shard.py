@@ -47,10 +47,8 @@ class LoadedShard:
 
     def image(self, index: int) -> Encoded:
         """The encoded image, without a copy if it is in memory, and its location."""
-        where, place = (
-            f"{self.path}: sample {self.keys[index]!r}",
-            slice(int(self.starts[index]), int(self.ends[index])),
-        )
+        where = f"{self.path}: sample {self.keys[index]!r}"
+        place = slice(int(self.starts[index]), int(self.ends[index]))
         if isinstance(self.data, memoryview):
             return self.data[place], where
         with packed.explained(where):
