@@ -196,7 +196,7 @@ def tell_signal(recorder: Recorder, checkpoints: Checkpoints, state: RunState, n
     recorder.own_event("signal", signal=name, unsaved_steps=steps, unsaved_seconds=seconds)
     print(f"rank {rank}: {name}; all ranks will stop after the same step", file=sys.stderr, flush=True)
     if rank == 0:
-        since = f"{counted(steps, 'step')} since the last checkpoint, about {seconds:.1f} s of training"
+        since = f"{steps} steps since the last checkpoint, about {seconds:.1f} s of training"
         print(f"rank 0: writing a checkpoint after this step ({since})", file=sys.stderr, flush=True)
 
 
