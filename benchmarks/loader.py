@@ -4,8 +4,9 @@
 
 Photographs of 500 x 375 pixels, JPEGs of quality 92 (`benchmarks/photographs.py`), in DeiT's augmentation: random
 resized crop, flip, RandAugment m9-mstd0.5-inc1, erasing of 0.25. Every figure of a table comes from one run: all rows
-take turns on one thread, and the median of five turns of each counts, in CPU seconds of the process. `ours` is what a
-worker does: it reads a shard in memory and fills a batch with bytes, which the device normalizes and erases.
+take turns on one thread, in CPU seconds of the process, and the median of nine turns of each counts; a ratio is the
+median of the ratios within a turn, because other machines on the same host make all rows of a turn slower. `ours` is
+what a worker does: it reads a shard in memory and fills a batch with bytes, which the device normalizes and erases.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from scaleprog.shards.speed import ceiling, one_thread, rate, sample
 
 SIZES = (224, 160, 128)
 RECIPE = "configs/imagenet/deit_small_prog_100.yaml"
-TURNS = 5
+TURNS = 9
 BATCH = 16
 """Images of a lane in a step of the recipe; a measurement has one more batch, which warms up."""
 CEILING = "ceiling: decode, crop, resize, copy"
@@ -81,10 +82,16 @@ def recipe(folder: Path, repeats: int = 1, **augment: Any) -> Recipe:
     return Recipe.load(RECIPE, [f"data.path={json.dumps(str(folder))}", *overrides])
 
 
-def in_turns(rows: Mapping[str, Turn]) -> dict[str, float]:
-    """The median of TURNS results of each row; the rows take turns, after one that warms up."""
-    found = [{name: run() for name, run in rows.items()} for _ in range(TURNS + 1)][1:]
-    return {name: statistics.median(turn[name] for turn in found) for name in rows}
+def in_turns(rows: Mapping[str, Turn]) -> list[dict[str, float]]:
+    """TURNS results of each row; the rows take turns, after one that warms up."""
+    return [{name: run() for name, run in rows.items()} for _ in range(TURNS + 1)][1:]
+
+
+def cells(found: list[dict[str, float]], name: str, *others: str) -> str:
+    """A row of a table: images per second, and the ratios to other rows."""
+    rate = statistics.median(turn[name] for turn in found)
+    ratios = (statistics.median(turn[name] / turn[other] for turn in found) for other in others)
+    return " | ".join([f"| {name}", f"{rate:.0f}", *(f"{ratio:.2f}" for ratio in ratios)]) + " |"
 
 
 def timed(prepare: Prepare, images: int) -> Turn:
@@ -148,10 +155,7 @@ def transforms(folder: Path, images: int) -> list[str]:
             **{name: timed(prepare, images) for name, prepare in others.items() if prepare},
         }
         found = in_turns(rows)
-        lines = [
-            f"| {name} | {value:.0f} | {value / found['timm']:.2f} | {value / found[CEILING]:.0%} |"
-            for name, value in found.items()
-        ]
+        lines = [cells(found, name, "timm", CEILING) for name in rows]
         lines += [f"| {name} | not installed | | |" for name, prepare in others.items() if not prepare]
         header = f"| {size} px | images/s | of timm | of the ceiling |\n|---|---|---|---|"
         tables.append("\n".join([header, *lines]))
@@ -163,13 +167,12 @@ def evaluation(folder: Path, encoded: list[bytes]) -> str:
     augmentation = Augmentation(recipe(folder).augment, 3)
     stored = [(memoryview(image), "photograph") for image in encoded]
     batch = np.empty((len(encoded), 224, 224, 3), np.uint8)
-    found = in_turns(
-        {
-            "ours": timed(lambda: augmentation.evaluation(stored, batch), len(encoded)),
-            "timm": timed(timm_evaluation(224, encoded), len(encoded)),
-        }
-    )
-    lines = [f"| {name} | {value:.0f} | {value / found['timm']:.2f} |" for name, value in found.items()]
+    rows = {
+        "ours": timed(lambda: augmentation.evaluation(stored, batch), len(encoded)),
+        "timm": timed(timm_evaluation(224, encoded), len(encoded)),
+    }
+    found = in_turns(rows)
+    lines = [cells(found, name, "timm") for name in rows]
     return "\n".join(["| evaluation, 224 px | images/s | of timm |\n|---|---|---|", *lines])
 
 

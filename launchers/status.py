@@ -27,6 +27,7 @@ from scaleprog.rundir.state import decision_from_json
 
 RECENT_STEPS = 50
 LAST_BYTES = 8 * 2**20  # read only the end of metrics.jsonl (thousands of steps); the file may be long
+NEVER_STARTED = "never started"
 MOST_RESTARTS = 50  # the most restarts shown
 Row = Mapping[str, Any]
 T = TypeVar("T")
@@ -196,7 +197,7 @@ def standing(run: Path, troubles: list[str] | None = None) -> tuple[str, str, st
         return "stopped", f"job {file.job}: {ends[-1]['cause']}", name
     if job is not None and file is not None:
         return "stopped", f"job {job.id}: {job.state}{no_log(run, file, job)}", name
-    return "stopped", unknown or ("never started" if owner is None else ""), name
+    return "stopped", unknown or (NEVER_STARTED if owner is None else ""), name
 
 
 def no_log(run: Path, file: JobFile, job: slurm_queue.Job) -> str:

@@ -52,7 +52,7 @@ class DamagedSample(DataError):
     """An image whose bytes no decoder can read, in a shard that is as the manifest says."""
 
     def __init__(self, message: str, where: str = "") -> None:
-        """`where`: the location of the sample, as in `augment.Encoded`."""
+        """`where`: the location of the sample, as in `decode.Encoded`."""
         super().__init__(message)
         self.where = where
 

@@ -8,10 +8,8 @@ from statistics import median
 import numpy as np
 import simplejpeg
 
-from scaleprog.data.augment import Augmentation, BatchRequest
 from scaleprog.data.decode import decode_whole
 from scaleprog.errors import DataError
-from scaleprog.recipe.keys import AugmentSettings
 
 QUALITY = 92
 _RESOLUTION, _PASSES = 224, 3  # of the measurement
@@ -58,6 +56,9 @@ class Reduction:
 
 def images_per_core_second(contents: Sequence[bytes]) -> float:
     """How many encoded images a core decodes and crops in a second; measured now, with the crops of training."""
+    from scaleprog.data.augment import Augmentation, BatchRequest  # imports timm: seconds in every worker
+    from scaleprog.recipe.keys import AugmentSettings
+
     images = [(memoryview(content), str(place)) for place, content in enumerate(contents)]
     out = np.empty((len(images), _RESOLUTION, _RESOLUTION, 3), np.uint8)
     augmentation = Augmentation(AugmentSettings(), 3)

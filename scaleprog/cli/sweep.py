@@ -121,6 +121,7 @@ def train_sweep(
     from scaleprog.launchers.exits import FINISHED, STOPPED
     from scaleprog.launchers.local import threads_shared
     from scaleprog.launchers.several import statuses, table
+    from scaleprog.launchers.snapshot import write_recipe
     from scaleprog.launchers.sweep import Task, slots, train_all
     from scaleprog.launchers.world import Count
     from scaleprog.planning.plan import plan_start
@@ -133,11 +134,12 @@ def train_sweep(
         for run, recipe in left.items():
             plan_start(recipe.located(directories.to_train(run)), ranks.most, ranks.most)  # before any process
     tasks = [Task(run, partial(train_one, recipe, run)) for run, recipe in left.items()]
+    for run, recipe in left.items():
+        if not (run / RECIPE).exists():
+            write_recipe(recipe, run)  # so that `scaleprog status` knows those that have to wait
     with threads_shared(len(places) * ranks.most):
         ended = train_all(tasks, places)
-    begun = [run for run in runs if os.path.lexists(run / RECIPE)]
-    if begun:
-        print(table(statuses(begun)[0]))
+    print(table(statuses(list(runs))[0]))
     failed = {run: end for run, end in ended.items() if end.code not in (FINISHED, STOPPED)}
     for run, end in failed.items():
         say(f"{run.name} failed: {end.why}")

@@ -15,10 +15,9 @@ import cv2
 import numpy as np
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from scaleprog.data.decode import Box, decode
+from scaleprog.data.decode import Box, Encoded, decode
 from scaleprog.data.operations import Operation, apply
 from scaleprog.data.origin import FLIP, MOVES, Origin, after, of_crop
-from scaleprog.data.packed import PackedImage
 from scaleprog.data.policies import Policy, policy_of
 from scaleprog.errors import DataError
 from scaleprog.recipe.keys import AugmentSettings
@@ -65,9 +64,6 @@ class BatchRequest:
     erase: float = 1.0
     """Factor on the probability of random erasing (AdaReg)."""
 
-
-Encoded = tuple[memoryview | PackedImage, str]
-"""An encoded or packed image and its location (shard and key)."""
 
 Erasing = tuple[int, int, int, int, int]
 """top, left, height, width in pixels of a box, and the seed of the noise in it; all 0: nothing is erased."""

@@ -33,6 +33,9 @@ Crop = Callable[[int, int], Box]
 Stored = bytes | memoryview | PackedImage
 """An image in a shard: encoded, or pixels."""
 
+Encoded = tuple[memoryview | PackedImage, str]
+"""An encoded or packed image and its location (shard and key)."""
+
 MOST_PIXELS = 2**26
 """The most pixels in an image; the largest image of ImageNet has fewer."""
 _CHECKED = 32  # side, in pixels, to which an image is reduced that is only checked

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from scaleprog.data import labels, packed, tar
-from scaleprog.data.augment import Encoded
+from scaleprog.data.decode import Encoded
 from scaleprog.data.labels import Numbering
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.packed import OpenFile, PackedShard

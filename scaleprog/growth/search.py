@@ -244,9 +244,9 @@ def decide_within(
         choice = budget.choice(candidates[small], prices[small], candidates[complete])
     if choice.subnet != candidates[complete]:
         loses = (
-            f"its loss is {gaps[small]:.3g} higher beyond noise"
+            f"its loss is {gaps[small]:.3g} higher than noise explains"
             if gaps[small]
-            else "its loss is not higher beyond noise"
+            else "its loss is as low, within noise"
         )
         why = f"its step costs {prices[small]:.0%} of a complete one, and {loses}"
     elif budget.saving <= 0:

@@ -27,6 +27,7 @@ from scaleprog.version import VERSION
 CONFIG, TENSORS = "config.json", "model.safetensors"
 MARK = "scaleprog"
 """The key of config.json by which an earlier export is recognized."""
+SIZES = ("img_size", "patch_size", "embed_dim", "embed_dims", "depth", "layers", "num_heads")
 ABOUT_MODEL = ("first_conv", "classifier", "fixed_input_size")
 """What stays of timm's configuration of a pretrained model; its license, tag, and origin are those of other weights."""
 
@@ -37,6 +38,7 @@ class Exported:
 
     Args:
         architecture: timm's name of the model.
+        sizes: of the model, as timm's arguments.
         parameters: their number.
         weights: "online" or "ema".
         step: of the checkpoint.
@@ -48,6 +50,7 @@ class Exported:
     """
 
     architecture: str
+    sizes: dict[str, Any]
     parameters: int
     weights: str
     step: int
@@ -86,8 +89,9 @@ class Exported:
     def summary(self) -> dict[str, str]:
         """What the model is, in a few words each."""
         channels, side, _ = self.preprocessing["input_size"]
+        sizes = ", ".join(f"{key}={size}" for key, size in self.sizes.items())
         return {
-            "architecture": self.architecture,
+            "architecture": f"{self.architecture} with {sizes}",
             "parameters": f"{self.parameters / 1e6:.1f} M",
             "images": f"{side} x {side} pixels, {counted(channels, 'channel')}",
             "weights": f"{self.weights}, of step {self.step}, {self.dtype}",
@@ -117,6 +121,7 @@ def write_model(run: Path, folder: Path, weights: Weights, dtype: Dtype) -> Expo
     (folder / TENSORS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
     return Exported(
         architecture=saved.model.name,
+        sizes={key: size for key, size in saved.plain.arguments.items() if key in SIZES},
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         weights=saved.weights,
         step=saved.state.step,

@@ -14,7 +14,6 @@ import torch
 from scaleprog.data.evaluation import EvaluationReader
 from scaleprog.data.reader import TrainReader
 from scaleprog.errors import EXIT_CODE, CheckpointError, OutOfMemory, Preempted
-from scaleprog.files.display import counted
 from scaleprog.growth.phase import Phase
 from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.planning.plan import Plan
