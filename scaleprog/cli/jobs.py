@@ -222,6 +222,8 @@ def show_status(
         return
     found, left_out = statuses(run)
     print(json.dumps([asdict(each) for each in found], indent=1, allow_nan=False) if as_json else table(found))
+    if len(folders := {Path(each.run).parent for each in found}) == 1:
+        say(f"the runs are in {folders.pop()}")
     if left_out:
         say(f"left out: {'; '.join(left_out)}")
 

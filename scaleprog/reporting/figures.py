@@ -258,16 +258,23 @@ def draw_searches(path: Path, searches: Mapping[str, Sequence[Search]]) -> None:
     """Draws one column for each searched stage of each run: the candidates' losses above, their scores below. A ring
     marks the chosen candidate."""
     columns = min(COLUMNS, max(len(stages) for stages in searches.values()))
-    figure = Figure(figsize=(WIDTH, 4.9 * len(searches)))
-    blocks = figure.subfigures(len(searches), 1, squeeze=False)[:, 0]
-    for (run, stages), block in zip(searches.items(), blocks, strict=True):
+    shown = {run: stages[-columns:] for run, stages in searches.items()}
+    heights = [4.9 if any(map(_scored, stages)) else 3.0 for stages in shown.values()]
+    figure = Figure(figsize=(WIDTH, sum(heights)))
+    blocks = figure.subfigures(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for (run, stages), block in zip(shown.items(), blocks, strict=True):
         block.suptitle(as_label(run), fontweight="bold", fontsize=11)
-        _draw_run(block, stages[-columns:], max(columns, 2))
+        _draw_run(block, stages, max(columns, 2))
     save(figure, path)
 
 
+def _scored(search: Search) -> bool:
+    """Whether some candidate of a search has a score."""
+    return search.decision is not None and any(score is not None for score in search.decision.scores)
+
+
 def _draw_run(block: SubFigure, stages: Sequence[Search], columns: int) -> None:
-    grid = block.subplots(2, columns, squeeze=False, height_ratios=(1, 1.15))
+    grid = block.subplots(2, columns, squeeze=False, height_ratios=(1, 1.15 if any(map(_scored, stages)) else 0.1))
     candidates = {subnet for search in stages for subnet in search.losses}
     colors = dict(zip(sorted({s.resolution for s in candidates}), cycle(COLORS)))
     markers = dict(zip(sorted({s.depth for s in candidates}), cycle(MARKERS)))
@@ -282,7 +289,7 @@ def _draw_run(block: SubFigure, stages: Sequence[Search], columns: int) -> None:
             above.set_xlabel(f"loss, step {search.steps[0]}")
         else:
             _draw_losses(above, search, looks, chosen)
-        if decision is not None and any(score is not None for score in decision.scores):
+        if decision is not None and _scored(search):
             _draw_rows(below, dict(zip(decision.candidates, decision.scores)), looks, chosen)
             below.set_xlabel("score")
         else:

@@ -49,7 +49,7 @@ WAITING = (
     "The part of each phase's time in which steps waited for data and the device was idle, on the rank that waited "
     "longest."
 )
-MOST_WAITING = 0.05
+MOST_WAITING = 0.1
 """Fraction of a phase that may wait for data without a sentence about it."""
 SHORT = ("run", "schedule", "top-1 best", "train s", "speedup", "wall s")  # on a terminal
 

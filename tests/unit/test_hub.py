@@ -69,6 +69,7 @@ def test_timm_loads_the_folder_as_it_loads_the_file(
     front, card = (tmp_path / "a model/README.md").read_text().removeprefix("---\n").split("\n---\n", 1)
     assert yaml.safe_load(front)["library_name"] == "timm"
     assert f"{results['top1_ema']:.4g}" in card
+    assert "- architecture: deit_tiny_patch16_224 with img_size=32, " in card
     assert yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0]) == recipe.model_dump(mode="json")
 
 

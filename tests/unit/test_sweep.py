@@ -202,26 +202,28 @@ def test_a_sweep_is_stopped_and_resumes(
     forked: None, command: Command, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
     recipe, folder = write_recipe(train={"epochs": 10}, evaluate={"every": 10}), tmp_path / "two of them"
-    sweep = ("train", recipe, "--run-dir", folder, "--sweep", "optimizer.lr=1e-3,2e-3", "seed=3", "--jobs")
-    runs = [folder / "lr=1e-3_seed3", folder / "lr=2e-3_seed3"]
-    terminator = soon(lambda: all(map(step_rows, runs)), partial(os.kill, os.getpid(), signal.SIGTERM))
+    sweep = ("train", recipe, "--run-dir", folder, "--sweep", "optimizer.lr=1e-3,2e-3,3e-3", "seed=3", "--jobs")
+    runs = [folder / f"lr={number}e-3_seed3" for number in (1, 2, 3)]
+    terminator = soon(lambda: all(map(step_rows, runs[:2])), partial(os.kill, os.getpid(), signal.SIGTERM))
     told = command(*sweep, 2)
     terminator.join()
-    assert (told.code, "2 of 2 runs are not finished; the same command resumes" in told.err) == (75, True), told
-    stopped = [max(step_rows(run)) for run in runs]
+    assert (told.code, "3 of 3 runs are not finished; the same command resumes" in told.err) == (75, True), told
+    stopped = [max(step_rows(run)) for run in runs[:2]]
     assert all(0 < step < 200 for step in stopped), stopped
+    told = command("status", folder)
+    assert (told.code, f"the runs are in {folder}" in told.err) == (0, True), told
+    assert told.out.splitlines()[-1].split()[:4] == ["lr=3e-3_seed3", "never", "started", "0"]
 
     told = command(*sweep, 1)
     assert told.code == 0, told
-    assert [sorted(step_rows(run)) == list(range(1, 201)) for run in runs] == [True, True]
-    assert [line.split()[:3] for line in told.out.splitlines()[-2:]] == [
-        ["lr=1e-3_seed3", "finished", "200/200"],
-        ["lr=2e-3_seed3", "finished", "200/200"],
+    assert [sorted(step_rows(run)) == list(range(1, 201)) for run in runs] == 3 * [True]
+    assert [line.split()[:3] for line in told.out.splitlines()[-3:]] == [
+        [run.name, "finished", "200/200"] for run in runs
     ]
     told = command("status", folder)
-    assert (told.code, told.out.count("finished")) == (0, 2), told
+    assert (told.code, told.out.count("finished")) == (0, 3), told
     told = command(*sweep, 1)
-    assert (told.code, "finished, so left out: lr=1e-3_seed3, lr=2e-3_seed3" in told.err) == (0, True), told
+    assert (told.code, f"finished, so left out: {', '.join(run.name for run in runs)}" in told.err) == (0, True), told
     told = command("report", folder, "--out", tmp_path / "report")
     assert (told.code, "lr=2e-3_seed3" in told.out) == (0, True), told
 
