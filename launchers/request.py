@@ -51,6 +51,7 @@ class JobRequest:
         options: other options of sbatch, each KEY=VALUE or KEY.
         srun: other options of the srun that starts the ranks, each KEY=VALUE or KEY.
         python: the program that runs a rank in place of this Python: a container's, or a script that starts one.
+        spare_nodes: further nodes, which the job holds to go on when it loses one.
     """
 
     nodes: Count = ONE
@@ -66,6 +67,7 @@ class JobRequest:
     options: tuple[str, ...] = ()
     srun: tuple[str, ...] = ()
     python: str | None = None
+    spare_nodes: int = 0
 
     @property
     def tasks(self) -> int:
@@ -76,6 +78,11 @@ class JobRequest:
     def world(self) -> int:
         """The largest number of ranks."""
         return self.nodes.most * self.tasks
+
+    @property
+    def may_lose_nodes(self) -> bool:
+        """Whether a job can train on fewer nodes than it has."""
+        return self.spare_nodes > 0 or not self.nodes.fixed
 
     def further(self) -> dict[str, Any]:
         """`options` in the form that submitit takes.

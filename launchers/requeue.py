@@ -37,6 +37,8 @@ PAUSES = (1, 1, 2, 4, 8, 15, 30, 60, 60)  # seconds before each retry; short at 
 MAX_RESTARTS, SIGNAL_BEFORE = 20, 120  # used if the batch script does not pass a number
 EARLY_SECONDS = 60  # how much earlier than that Slurm may signal a time limit
 MOST_REPORTS = 100_000
+REPEAT = "SCALEPROG_REPEAT"
+"""The environment variable in which the batch script counts how often it has started the tasks again."""
 AGAIN = "submit it again to resume from the last checkpoint"
 
 Kind = Literal["finished", "mistake", "interrupted", "stopped", "crash"]
@@ -45,10 +47,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of a job: the job's id, and how many times Slurm had restarted the job before."""
+    """One start of a job's tasks.
+
+    Args:
+        job: the id of the job.
+        restart: how many times Slurm had restarted the job before.
+        repeat: how many times the batch script had started the tasks again since then, see `again.py`.
+    """
 
     job: str
     restart: int
+    repeat: int = 0
 
     @classmethod
     def current(cls, variables: Mapping[str, str] = os.environ) -> "Attempt":
@@ -57,8 +66,11 @@ class Attempt:
         if job is None:
             given = as_text(variables.get("SLURM_JOB_ID", ""), most=60)
             raise ScaleprogError(f"SLURM_JOB_ID is {given!r}, so this is not a Slurm job")
-        count = variables.get("SLURM_RESTART_COUNT", "")
-        return cls(job, int(count) if re.fullmatch("[0-9]{1,9}", count) else 0)
+        counts = (variables.get(name, "") for name in ("SLURM_RESTART_COUNT", REPEAT))
+        return cls(job, *(int(count) if re.fullmatch("[0-9]{1,9}", count) else 0 for count in counts))
+
+    def __str__(self) -> str:
+        return f"{self.job}-{self.restart}{f'.{self.repeat}' if self.repeat else ''}"
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,8 @@ class Verdict:
 
     requeue: bool
     why: str = ""
+    here: bool = False
+    """Whether it starts again without Slurm: the batch script starts the tasks once more."""
 
 
 def report(
@@ -241,30 +255,78 @@ def after(run: Path, code: int, limit: int, notice: int = SIGNAL_BEFORE) -> int:
     except ScaleprogError as error:
         print(f"scaleprog: {error}; scaleprog restarts nothing", file=sys.stderr, flush=True)
         return code
-    step, measured = progress_of(run)
-    reports = reports_of(run, start)
-    ended = time.time()
-    end, verdict, preempted = _decide_and_requeue(run, start, code, reports, limit, notice)
-    line = {"time": ended, **asdict(start), **asdict(end), "step": step, "measured": measured, "preempted": preempted}
-    line |= asdict(verdict)
-    job = _object(run / "job.json", Job)
-    try:
-        if job is None or job["job"] == start.job:  # otherwise this job was refused
-            with open_to_append(run / REQUEUES) as file:
-                file.write((b"\n" if is_torn(file) else b"") + to_line(line))
-        for path in _report_files(run, start):
-            path.unlink()
-    except OSError as error:
-        _say(str(error))
+    left = Remains.by(run, start, code, notice)
+    end, verdict, preempted = _decide_and_requeue(left, limit)
     told = "starts again" if verdict.requeue else f"does not start again: {verdict.why}"
-    _say(end.cause)
-    _say(f"job {start.job} {told}")
+    left.record(end, verdict, preempted, told)
     return end.code
 
 
-def _decide_and_requeue(
-    run: Path, start: Attempt, code: int, reports: Sequence[Mapping[str, Any]], limit: int, notice: int
-) -> tuple[End, Verdict, bool]:
+@dataclass(frozen=True)
+class Remains:
+    """What a start has left behind, and the batch script has not judged yet.
+
+    Args:
+        run: the run directory.
+        start: the start.
+        code: srun's exit code.
+        notice: how many seconds before its time limit Slurm signals the job.
+        reports: the reports of its tasks.
+        signals: the signals that made the run exit at once, without a report.
+        hang: what the reports of hung tasks show.
+        earlier: the lines of `requeues.jsonl`.
+        progress: the result of `progress_of`.
+        ended: when it ended, in seconds since 1970.
+    """
+
+    run: Path
+    start: Attempt
+    code: int
+    notice: int
+    reports: Sequence[Mapping[str, Any]]
+    signals: Sequence[str]
+    hang: Hang | None
+    earlier: Sequence[Mapping[str, Any]]
+    progress: tuple[int, int]
+    ended: float
+
+    @classmethod
+    def by(cls, run: Path, start: Attempt, code: int, notice: int) -> "Remains":
+        """What a start has left behind."""
+        reports = reports_of(run, start)
+        stands = [stand_of(report["stand"]) for report in reports if "stand" in report]
+        hang = Hang.of(stands, run) if stands else None
+        signals, earlier = _hurried(run, start), _lines(run / REQUEUES, LEFT)
+        return cls(run, start, code, notice, reports, signals, hang, earlier, progress_of(run), time.time())
+
+    def end(self, job: slurm_queue.Job | None) -> End:
+        """How the start ended. `job`: Slurm's current record of it; None if there is none."""
+        preempted = job is not None and job.preempted
+        found = how_it_ended(self.code, self.reports, self.signals, preempted, self.hang)
+        return with_limit(found, job, self.ended, self.notice)
+
+    def record(self, end: End, verdict: Verdict, preempted: bool, told: str) -> None:
+        """Adds a line to `requeues.jsonl`, records a hang, removes the reports, and says what comes of it."""
+        if self.hang is not None:
+            self.hang.record(self.run)
+        step, measured = self.progress
+        line = {"time": self.ended, **asdict(self.start), **asdict(end), "step": step, "measured": measured}
+        line |= {"preempted": preempted, **asdict(verdict)}
+        line = {key: value for key, value in line.items() if value or key not in ("repeat", "here")}
+        job = _object(self.run / "job.json", Job)
+        try:
+            if job is None or job["job"] == self.start.job:  # otherwise this job was refused
+                with open_to_append(self.run / REQUEUES) as file:
+                    file.write((b"\n" if is_torn(file) else b"") + to_line(line))
+            for path in _report_files(self.run, self.start):
+                path.unlink()
+        except OSError as error:
+            _say(str(error))
+        _say(end.cause)
+        _say(f"job {self.start.job} {told}")
+
+
+def _decide_and_requeue(left: Remains, limit: int) -> tuple[End, Verdict, bool]:
     """Decides, and requeues the job if it starts again.
 
     If Slurm does not answer, this asks and decides again from scratch, because Slurm may have received the last request
@@ -273,12 +335,7 @@ def _decide_and_requeue(
     Returns:
         How the start ended, the verdict, and whether Slurm has announced a preemption.
     """
-    signals, earlier, progress = _hurried(run, start), _lines(run / REQUEUES, LEFT), progress_of(run)
-    stands = [stand_of(report["stand"]) for report in reports if "stand" in report]
-    hang = Hang.of(stands, run) if stands else None
-    if hang is not None:
-        hang.record(run)
-    ended = time.time()
+    start = left.start
     pauses = [*PAUSES] if shutil.which("scontrol") else []
     while True:
         job, unheard = None, ""
@@ -287,8 +344,9 @@ def _decide_and_requeue(
         except slurm_queue.NoAnswer as error:
             unheard = str(error)
         preempted = job is not None and job.preempted
-        end = with_limit(how_it_ended(code, reports, signals, preempted, hang), job, ended, notice)
-        verdict = decide(end, start, job, earlier, progress, limit, forgotten=job is None and not unheard)
+        end = left.end(job)
+        forgotten = job is None and not unheard
+        verdict = decide(end, start, job, left.earlier, left.progress, limit, forgotten)
         if verdict.requeue:
             try:
                 slurm_queue.requeue(start.job)
@@ -342,11 +400,11 @@ def _say(text: str) -> None:
 
 
 def _report(run: Path, start: Attempt, rank: int) -> Path:
-    return _reports(run) / f"{start.job}-{start.restart}-{rank}.json"
+    return _reports(run) / f"{start}-{rank}.json"
 
 
 def _report_files(run: Path, start: Attempt) -> list[Path]:
-    return list(islice(_reports(run).glob(f"{start.job}-{start.restart}-*.json"), MOST_REPORTS))
+    return list(islice(_reports(run).glob(f"{start}-*.json"), MOST_REPORTS))
 
 
 def _reports(run: Path) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files.display import as_text, first_line
-from scaleprog.launchers.status import NEVER_STARTED, Status, cancel, span, standing, status
+from scaleprog.launchers.status import Status, cancel, span, standing, status
 from scaleprog.reporting.text_tables import cell, plain_table
 from scaleprog.rundir.folders import runs_at, short_names
 
@@ -38,7 +38,7 @@ def table(found: Sequence[Status]) -> str:
     rows = [
         {
             "run": name,
-            "state": each.detail if each.detail == NEVER_STARTED else each.state,
+            "state": each.state,
             "step": f"{each.step}{'' if each.steps is None else f'/{each.steps}'}",
             "network": each.network or "–",
             "top-1": cell(each.top1, ".2f"),

@@ -27,7 +27,6 @@ from scaleprog.rundir.state import decision_from_json
 
 RECENT_STEPS = 50
 LAST_BYTES = 8 * 2**20  # read only the end of metrics.jsonl (thousands of steps); the file may be long
-NEVER_STARTED = "never started"
 MOST_RESTARTS = 50  # the most restarts shown
 Row = Mapping[str, Any]
 T = TypeVar("T")
@@ -193,11 +192,12 @@ def standing(run: Path, troubles: list[str] | None = None) -> tuple[str, str, st
     if owner is not None and is_alive(owner, run):
         return "running", f"process {owner.pid} on {owner.host}", owner.job
     ends = read(run / REQUEUES, LEFT).rows
-    if file is not None and ends and ends[-1].get("job") == file.job and not ends[-1].get("requeue"):
-        return "stopped", f"job {file.job}: {ends[-1]['cause']}", name
+    last = ends[-1] if ends else {}
+    if file is not None and last.get("job") == file.job and not (last.get("requeue") or last.get("here")):
+        return "stopped", f"job {file.job}: {last['cause']}", name
     if job is not None and file is not None:
         return "stopped", f"job {job.id}: {job.state}{no_log(run, file, job)}", name
-    return "stopped", unknown or (NEVER_STARTED if owner is None else ""), name
+    return "stopped", unknown or ("never started" if owner is None else ""), name
 
 
 def no_log(run: Path, file: JobFile, job: slurm_queue.Job) -> str:

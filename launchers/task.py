@@ -169,7 +169,8 @@ def rank_variables(slurm: Mapping[str, str], start: Attempt) -> dict[str, str]:
 def port(start: Attempt) -> int:
     """The TCP port where the ranks meet. It differs at each start, so leftover processes cannot interfere."""
     job, _, index = start.job.partition("_")  # in an array, the tasks' numbers follow that of the array
-    return PORTS[(7 * (int(job) + int(index or 0)) + start.restart) % len(PORTS)]
+    number = 7 * (int(job) + int(index or 0)) + start.restart + 1009 * start.repeat
+    return PORTS[number % len(PORTS)]
 
 
 def tasks_per_node(text: str) -> list[int]:

@@ -348,11 +348,13 @@ Event = (
 
 @with_config(STRICT)
 class Left(TypedDict):
-    """A line of requeues.jsonl: how a start of a Slurm job ended, and whether the job is requeued."""
+    """A line of requeues.jsonl: how a start of a Slurm job ended, and whether the job is requeued, or its tasks start
+    again inside it (`here`)."""
 
     time: Moment
     cause: Text
     requeue: NotRequired[bool]
+    here: NotRequired[bool]
     job: NotRequired[Name]
     kind: NotRequired[Literal["finished", "mistake", "interrupted", "stopped", "crash"]]
     step: NotRequired[Count]

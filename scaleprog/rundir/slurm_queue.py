@@ -6,7 +6,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -29,6 +29,8 @@ OVER = (
     "REVOKED",
 )
 ALSO_RUNNING = ("SIGNALING", "CONFIGURING", "STAGE_OUT")  # what scontrol sometimes reports for a running job
+GIVEN_UP = ("down", "fail", "error", "unk", "power", "reboot")
+"""How sinfo's words begin for the state of a node that has left, or will; a node that does not respond has a `*`."""
 ANSWER_SECONDS = 60.0
 ANSWER_BYTES = 2**20  # more than Slurm prints about any job
 MOST_HOSTS = 100_000
@@ -165,6 +167,15 @@ def cores(partition: str | None = None) -> int | None:
         if len(row) == 2 and re.fullmatch("[0-9]{1,9}[+]?", row[0]) and (partition is not None or row[1].endswith("*"))
     ]
     return None if told.code or not sizes or any(row[0].endswith("+") for row in rows) else max(sizes)
+
+
+def lost(nodes: Sequence[str]) -> list[str]:
+    """Those of some nodes, by name, that do not respond, or that Slurm has given up. Raises NoAnswer."""
+    told = _ask("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T")
+    if told.code:
+        raise NoAnswer(_last_line(told.err))
+    states = dict(re.findall(r"^(\S+) (\S+)$", told.out, re.MULTILINE))
+    return [node for node in nodes if states.get(node, "*").endswith("*") or states[node].startswith(GIVEN_UP)]
 
 
 def hosts(nodelist: str) -> list[str]:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import scaleprog
+from scaleprog.launchers.requeue import Attempt
 
 POLL_SECONDS = 0.05
 
 
 class Control:
-    """The folder. Starts are named by job and restart count; a hold is for one start, or for all."""
+    """The folder. Starts have the names of their `Attempt`s; a hold is for one start, or for all."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,7 +47,7 @@ class Control:
 
     def reached(self, kind: str, step: int) -> None:
         """Says that this task has come to a moment if it is to be held there; returns when it may go on."""
-        start = f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT') or 0}"
+        start = str(Attempt.current())
         told = False
         while any(self._holds(path, start) for path in (self._file("hold", kind, step), self._file("hold", kind))):
             if not told:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from scaleprog.launchers.requeue import Attempt
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.folders import committed_step
 from scaleprog.rundir.reading import read_rows
@@ -21,7 +22,7 @@ HOOK = ROOT / "tests" / "slurm" / "hook"
 SECONDS = 180.0  # more than anything takes, even on a machine that has other things to do
 By = Literal["submit", "sbatch"]
 BOTH: tuple[By, By] = ("submit", "sbatch")
-OWN = ("nodes", "tasks_per_node", "time", "signal_before", "partition", "account", "qos")
+OWN = ("nodes", "spare_nodes", "tasks_per_node", "time", "signal_before", "partition", "account", "qos")
 """Options that `scaleprog submit` has itself."""
 T = TypeVar("T")
 
@@ -68,6 +69,7 @@ class TrainingJob:
         """Submits it, or the same again; `options` of sbatch. Raises RuntimeError with what was said against it."""
         options = {"nodes": str(self.nodes), "time": "60", **options}
         command: list[str | Path]
+        spare = 0  # for sbatch; `submit` takes the option
         least, colon, most = options["nodes"].partition(":")
         if self.by == "submit":
             options |= {"tasks_per_node": str(self.tasks_per_node), "signal_before": str(signal_before)}
@@ -80,12 +82,16 @@ class TrainingJob:
                 options["nodes"] = f"{least}-{most}"
             else:
                 options["ntasks_per_node"] = str(self.tasks_per_node)
+            spare = int(options.pop("spare_nodes", 0))
+            if spare:
+                options |= {"nodes": str(int(least) + spare), "no_kill": ""}
             options["signal"] = f"USR2@{signal_before}"
             options |= {"output": f"{self.beside}/%j.log"}
             command = ["sbatch", "--parsable", *(_option(*option) for option in options.items())]
             command += [ROOT / "slurm" / "train.sbatch", self.recipe_file, self.run]
         environment = [f"{key}={value}" for key, value in self._environment().items()]
         environment += [f"MIN_NODES={least}"] * bool(colon)
+        environment += [f"SPARE_NODES={spare}"] * bool(spare)
         told = self.cluster.run(["env", f"--chdir={ROOT}", *environment, *command], seconds=SECONDS).stdout
         self.id = re.findall(r"\d+", told)[0]
 
@@ -146,9 +152,14 @@ class TrainingJob:
         return int(self.show()["Restarts"])
 
     @property
+    def repeats(self) -> int:
+        """How often it has started its tasks again by itself since Slurm has last started it."""
+        return sum(row.get("here", False) and row["restart"] == self.restarts for row in self.requeues())
+
+    @property
     def start(self) -> str:
         """As `Control` names the present start."""
-        return f"{self.id}-{self.restarts}"
+        return str(Attempt(self.id, self.restarts, self.repeats))
 
     def show(self) -> dict[str, str]:
         return self.cluster.show(self.id)
@@ -210,7 +221,7 @@ class TrainingJob:
             job = self.show()
             if job["JobState"] in OVER:
                 raise RuntimeError(f"{self.by}, job {self.id}: ended before {kind} {at}\n{self.told()}")
-            return len(self.control.held(kind, at, f"{self.id}-{job['Restarts']}")) == self.ranks
+            return len(self.control.held(kind, at, self.start)) == self.ranks
 
         self.wait(f"held at {kind} {at}", all_held)
 
@@ -237,4 +248,4 @@ def _parent(pid: int) -> int:
 
 
 def _option(key: str, value: str) -> str:
-    return f"--{key.replace('_', '-')}={value}"
+    return f"--{key.replace('_', '-')}{value and f'={value}'}"

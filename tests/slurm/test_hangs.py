@@ -40,8 +40,9 @@ def test_a_stopped_task_and_parted_nodes(cluster: Cluster, patterns: Path, tmp_p
     parted.wait("it hangs", lambda: len(list(parted.run.glob("stacks/*.txt"))) == 2)
     cluster.part(first, second, undo=True)  # otherwise srun waits for what the task on the other node would say
     for job in jobs:
-        job.wait_state("PENDING", "RUNNING", restarts=1)
+        job.wait("tasks that start again", lambda job=job: job.repeats)
         job.finish()
+        assert job.restarts == 0, job.by
     culprit = r"rank 1 \(host node\d, process \d+\) did not come: state T \(stopped\)"
     (hang,) = stopped.events("hang")
     assert hang["culprits"] == [1]

@@ -86,7 +86,7 @@ def kill_slurmd(cluster: Cluster, jobs: Jobs) -> set[int]:
 
 # ---- the table
 
-AGAIN, FAILED, CANCELLED = "starts again", "FAILED", "CANCELLED"
+AGAIN, INSIDE, FAILED, CANCELLED = "starts again", "starts its tasks again", "FAILED", "CANCELLED"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ class Row:
     loses: bool
     """Whether the steps since the last commit are trained again; otherwise none are."""
     then: str
-    """Whether it starts again by itself; otherwise the state in which it stays, and the same is submitted again."""
+    """Whether the job starts again by itself, or its tasks inside it; otherwise the state in which it stays, and the
+    same is submitted again."""
     cause: str
     """How the run's status explains the restart: a regular expression."""
     again: Callable[[Cluster, TrainingJob], None] = lambda cluster, job: None
@@ -115,7 +116,7 @@ STORIES = {
         Settings(user_signal=True, grace=15),
         Row("preemption, signal on", preempt, "SIGUSR2", False, AGAIN, USR2),
         Row("checkpoint longer than the grace", preempt_during_a_long_checkpoint, "SIGUSR2", True, AGAIN, "SIGUSR2"),
-        Row("kill -9 of one task", kill_one_task, None, True, AGAIN, "^a task was killed, exit code 137"),
+        Row("kill -9 of one task", kill_one_task, None, True, INSIDE, "^a task was killed, exit code 137"),
         Row("node power cut", cut_power, None, True, AGAIN, HURT),
         Row("slurmd killed", kill_slurmd, None, True, AGAIN, HURT),
     ),
@@ -178,18 +179,21 @@ def test_a_run_goes_on_from_whatever_happens(
 
 def go_through(row: Row, cluster: Cluster, jobs: Jobs, saves: set[int]) -> None:
     """Strikes the held jobs, and asserts what it costs when they are held again."""
-    before = [(job.held_step, job.restarts, len(job.events("start"))) for job in jobs]
+    before = [(job.held_step, job.restarts, job.repeats, len(job.events("start"))) for job in jobs]
     broken = row.strike(cluster, jobs)
     for job in jobs:
         if row.notice:
             job.wait(f"told by {row.notice}", lambda job=job: row.notice in job.signals())
             job.go_on()
     lost = []
-    for job, (held, earlier, starts) in zip(jobs, before):
+    for job, (held, earlier, repeats, starts) in zip(jobs, before):
         about = f"{row.event}, by {job.by}"
         if row.then == AGAIN:
             job.wait_state("PENDING", "RUNNING", restarts=earlier + 1)
             row.again(cluster, job)
+        elif row.then == INSIDE:
+            job.wait(INSIDE, lambda job=job, before=repeats: job.repeats > before)
+            assert job.restarts == earlier, f"{about}: Slurm has nothing to do with it"
         else:
             ended = job.wait_state("FAILED", "CANCELLED", "COMPLETED")
             assert ended["JobState"] == row.then, about
@@ -209,7 +213,7 @@ def go_through(row: Row, cluster: Cluster, jobs: Jobs, saves: set[int]) -> None:
             assert lost[-1] == 0, f"{about}: {lost[-1]} steps are lost"
         job.control.release("save")
         job.hold_at(min({commit + 2, commit + 3, commit + 4} - saves))
-        if row.then != AGAIN:
+        if row.then not in (AGAIN, INSIDE):
             job.submit()
     for job, steps in zip(jobs, lost):
         about = f"{row.event}, by {job.by}"

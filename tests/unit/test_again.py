@@ -1,0 +1,190 @@
+"""A job whose tasks crash starts them again itself, where that is enough."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scaleprog.launchers import slurm
+from scaleprog.launchers.again import may_go_on
+from scaleprog.launchers.request import JobRequest
+from scaleprog.launchers.requeue import Attempt, End
+from scaleprog.launchers.task import port
+from scaleprog.launchers.world import Count
+from scaleprog.rundir.reading import read_rows
+from scaleprog.rundir.slurm_queue import Job, lost
+from tests.conftest import MakeRecipe
+from tests.unit.fake_slurm import FakeSlurm
+
+CRASH = End("crash", 1, "rank 1: it")
+BY = ("submit", "sbatch")
+ROOT = Path(__file__).parents[2]
+
+
+def job(**changes: Any) -> Job:
+    return Job(**{"id": "7", "name": "a", "state": "RUNNING", "nodes": "node[0-1]", **changes})
+
+
+def line(**changes: Any) -> dict[str, Any]:
+    return {"job": "7", "kind": "crash", "step": 9, "measured": 0, "here": True, **changes}
+
+
+@pytest.mark.parametrize(
+    ("end", "job", "earlier", "expected"),
+    [
+        (CRASH, job(), [], True),
+        (End("stopped", 75, "SIGUSR2"), job(), [], False),
+        (CRASH, job(preempted=True), [], False),
+        (CRASH, job(end=time.time() + 10_000), [], True),
+        (CRASH, job(end=time.time() + 100), [], False),
+        (CRASH, job(), [line()], False),
+        (CRASH, job(), [line(step=8)], True),
+        (CRASH, job(), [line(), line(here=False, requeue=True)], True),
+        (CRASH, job(), [line(job="6")], True),
+    ],
+)
+def test_may_go_on(end: End, job: Job, earlier: list[dict[str, Any]], expected: bool) -> None:
+    assert may_go_on(end, Attempt("7", 0), job, earlier, progress=(9, 0), notice=120) == expected
+
+
+def test_a_start_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = [Attempt("7", restart, repeat) for restart in range(3) for repeat in range(3)]
+    assert len({str(start) for start in starts}) == len({port(start) for start in starts}) == len(starts)
+    assert str(starts[0]) == "7-0", "as earlier versions called it"
+    assert Attempt.current({"SLURM_JOB_ID": "7", "SCALEPROG_REPEAT": "2"}) == Attempt("7", 0, 2)
+
+
+def test_lost_nodes(fake: FakeSlurm) -> None:
+    fake.command("sinfo", "echo 'a mixed\na mixed\nb down*\nc allocated*\nd draining\ne failing\nf drained'")
+    assert lost(["a", "b", "c", "d", "e", "f", "g"]) == ["b", "c", "e", "g"]
+
+
+Start = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(params=BY)
+def start(request: pytest.FixtureRequest, fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> Start:
+    """Runs the batch script of a job of two nodes that trains in `run`."""
+    recipe, run = make_recipe(), tmp_path / "run"
+    fake.command("sinfo", "echo low; echo 'node0 allocated'; echo 'node1 allocated'; echo 'node2 allocated'")
+
+    def start(nodes: Count = Count(2, 2), spare: int = 0) -> subprocess.CompletedProcess[str]:
+        there = nodes.most + spare
+        variables = {
+            "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "scaleprog", "SLURM_SUBMIT_DIR": str(ROOT), "PYTHONPATH": str(ROOT),
+            "SLURM_JOB_NUM_NODES": str(there), "SLURM_JOB_NODELIST": f"node[0-{there - 1}]", "PYTHON": sys.executable,
+        }  # fmt: skip
+        if request.param == "submit":
+            slurm.submit(recipe, run, JobRequest(nodes=nodes, spare_nodes=spare))
+            (script,) = run.glob("jobs/*/7_submission.sh")
+            command: list[str | Path] = ["bash", script]
+        else:
+            (tmp_path / "recipe.yaml").write_text(recipe.dump())
+            command = ["bash", ROOT / "slurm" / "train.sbatch", tmp_path / "recipe.yaml", run]
+            variables |= {} if nodes.fixed else {"MIN_NODES": str(nodes.least)}
+            variables |= {"SPARE_NODES": str(spare)} if spare else {}
+        return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
+
+    return start
+
+
+def crash(fake: FakeSlurm, times: int, then: str = "") -> None:
+    """The tasks crash so many times, and `then` something happens; after that they finish."""
+    asked = f"{fake.folder}/started"
+    fake.command(
+        "srun",
+        f"[[ $* = *launchers.task* || $* = *submitit* ]] || exit 0\n"
+        f'echo "$SCALEPROG_REPEAT $SLURM_JOB_NUM_NODES $SLURM_NTASKS $*" >> {asked}\n'
+        f"[ $(wc -l < {asked}) -gt {times} ] || {{ {then or ':'}; exit 1; }}",
+    )
+
+
+def started(fake: FakeSlurm) -> list[list[str]]:
+    """How the tasks were started: the number of the start, nodes, ranks, and the nodes left out."""
+    lines = (fake.folder / "started").read_text().splitlines()
+    found = []
+    for line in lines:
+        count, nodes, *rest = line.split()
+        out = [word.removeprefix("--exclude=") for word in rest if word.startswith("--exclude=")]
+        found.append([count, nodes, *out])
+    return found
+
+
+@pytest.mark.process
+def test_tasks_that_crash_start_again_inside_the_job(fake: FakeSlurm, start: Start, tmp_path: Path) -> None:
+    crash(fake, 1)
+    done = start()
+    assert done.returncode == 0, done.stderr
+    assert started(fake) == [["0", "2"], ["1", "2"]]
+    assert "exit code 1\nscaleprog: job 7 starts its tasks again\n" in done.stderr
+    (row,) = read_rows(tmp_path / "run" / "requeues.jsonl")
+    assert (row["kind"], row["requeue"], row["here"], row.get("repeat")) == ("crash", False, True, None)
+    assert fake.calls("scontrol requeue") == []
+
+
+@pytest.mark.process
+def test_after_two_crashes_without_a_checkpoint_the_job_is_requeued(
+    fake: FakeSlurm, start: Start, tmp_path: Path
+) -> None:
+    crash(fake, 2)
+    done = start()
+    assert done.returncode == 1
+    assert started(fake) == [["0", "2"], ["1", "2"]]
+    rows = read_rows(tmp_path / "run" / "requeues.jsonl")
+    assert [(row["requeue"], row.get("here")) for row in rows] == [(False, True), (True, None)]
+    assert rows[1]["repeat"] == 1
+    assert fake.calls("scontrol requeue") == ["scontrol requeue 7"]
+
+
+@pytest.mark.process
+def test_a_spare_node_takes_the_place_of_a_lost_one(fake: FakeSlurm, start: Start) -> None:
+    fake.show(nodes="node[0-2]")
+    crash(fake, 1, "sed -i 's/node1 allocated/node1 down*/' $(dirname $0)/sinfo")
+    done = start(spare=1)
+    assert done.returncode == 0, done.stderr
+    assert started(fake) == [["0", "2"], ["1", "2", "node1"]]
+    assert "2 of 3 nodes train, idle: node2; spare\n" in done.stderr
+    assert "job 7 starts its tasks again, without node1\n" in done.stderr
+
+
+@pytest.mark.process
+def test_a_job_of_a_range_goes_on_with_fewer_nodes(fake: FakeSlurm, start: Start) -> None:
+    """Slurm has taken the lost node from the job."""
+    crash(fake, 1, f"sed -i 's/NodeList=node.0-1./NodeList=node0/' {fake.folder}/shown")
+    done = start(nodes=Count(1, 2))
+    assert done.returncode == 0, done.stderr
+    assert started(fake) == [["0", "2"], ["1", "1"]]
+
+
+@pytest.mark.process
+def test_a_job_without_enough_nodes_is_requeued(fake: FakeSlurm, start: Start) -> None:
+    crash(fake, 1, "sed -i 's/node1 allocated/node1 down*/' $(dirname $0)/sinfo")
+    done = start()
+    assert done.returncode == 1
+    assert "do not start again inside the job: the job has 1 nodes, fewer than MIN_NODES, 2" in done.stderr
+    assert fake.calls("scontrol requeue") == ["scontrol requeue 7"]
+
+
+@pytest.mark.process
+def test_a_stop_is_left_to_slurm(fake: FakeSlurm, start: Start) -> None:
+    crash(fake, 1, "exit 75")
+    done = start()
+    assert done.returncode == 75
+    assert fake.calls("scontrol requeue") == ["scontrol requeue 7"]
+
+
+def test_only_a_job_that_can_lose_nodes_outlives_one(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    for nodes, spare, asked, outlives in (
+        (Count(2, 2), 0, "2", False),
+        (Count(2, 2), 1, "3", True),
+        (Count(1, 2), 0, "1-2", True),
+        (Count(1, 2), 2, "3-4", True),
+    ):
+        text = slurm.script(make_recipe(), tmp_path / "run", JobRequest(nodes=nodes, spare_nodes=spare))
+        assert f"#SBATCH --nodes={asked}\n" in text
+        assert ("#SBATCH --no-kill\n" in text) == outlives
