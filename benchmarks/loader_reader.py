@@ -74,7 +74,7 @@ def reader(folder: Path, images: int) -> list[str]:
         lines.append(f"| {workers} | {rate:.0f} | {of_one:.2f} | {cpu:.2f} | {of_none:.0%} |")
     about = (
         f"## The whole reader, {SIZE} px\n\nOne epoch of {SHARDS} shards of about 100 MB in {LANES} lanes, read from "
-        f"disk, verified, and decoded; CPU seconds of all processes. Medians of {TURNS} turns, and of ratios within one."
+        f"disk, verified, and decoded; CPU seconds of all processes. Medians of {TURNS} turns and of ratios within one."
     )
     return [about, "\n".join(lines), *waits(folder)]
 

@@ -22,6 +22,13 @@ def hang_recipe(patterns: Path) -> Recipe:
     )
 
 
+def start_again(job: TrainingJob) -> None:
+    """Waits until the job has started its tasks again, and trained to the end."""
+    job.wait("tasks that start again", lambda: job.repeats)
+    job.finish()
+    assert job.restarts == 0, job.by
+
+
 def test_a_stopped_task_and_parted_nodes(cluster: Cluster, patterns: Path, tmp_path: Path) -> None:
     """Slurm notices neither."""
     recipe = hang_recipe(patterns)
@@ -34,15 +41,12 @@ def test_a_stopped_task_and_parted_nodes(cluster: Cluster, patterns: Path, tmp_p
         if job is stopped:
             (pid,) = job.processes(rank=1)
             os.kill(pid, signal.SIGSTOP)
-            job.wait("it hangs", lambda job=job: job.events("hang"))
+            start_again(job)  # before the nodes, which are the same, are parted
     first, second = cluster.job_nodes(parted.id)
     cluster.part(first, second)
     parted.wait("it hangs", lambda: len(list(parted.run.glob("stacks/*.txt"))) == 2)
     cluster.part(first, second, undo=True)  # otherwise srun waits for what the task on the other node would say
-    for job in jobs:
-        job.wait("tasks that start again", lambda job=job: job.repeats)
-        job.finish()
-        assert job.restarts == 0, job.by
+    start_again(parted)
     culprit = r"rank 1 \(host node\d, process \d+\) did not come: state T \(stopped\)"
     (hang,) = stopped.events("hang")
     assert hang["culprits"] == [1]

@@ -22,7 +22,7 @@ from tests.conftest import MakeRecipe
 from tests.unit.fake_slurm import FakeSlurm
 
 CRASH = End("crash", 1, "rank 1: it")
-BY = ("submit", "sbatch")
+BY, TWO = ("submit", "sbatch"), Count(2, 2)
 ROOT = Path(__file__).parents[2]
 
 
@@ -73,7 +73,7 @@ def start(request: pytest.FixtureRequest, fake: FakeSlurm, make_recipe: MakeReci
     recipe, run = make_recipe(), tmp_path / "run"
     fake.command("sinfo", "echo low; echo 'node0 allocated'; echo 'node1 allocated'; echo 'node2 allocated'")
 
-    def start(nodes: Count = Count(2, 2), spare: int = 0) -> subprocess.CompletedProcess[str]:
+    def start(nodes: Count = TWO, spare: int = 0) -> subprocess.CompletedProcess[str]:
         there = nodes.most + spare
         variables = {
             "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "scaleprog", "SLURM_SUBMIT_DIR": str(ROOT), "PYTHONPATH": str(ROOT),
