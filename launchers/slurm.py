@@ -231,7 +231,7 @@ def make_executor(run: Path, request: JobRequest) -> Any:
     executor = Executor(run / "jobs" / time.strftime("%Y%m%d-%H%M%S"), python=python)
     least, most = (number + request.spare_nodes for number in (request.nodes.least, request.nodes.most))
     further: dict[str, Any] = {"signal": f"USR2@{request.signal_before}", "requeue": True, **request.further()}
-    if request.may_lose_nodes:
+    if request.in_job and request.uses_some:
         further = {"no-kill": True, **further}  # the job outlives a node; its tasks do not
     if least < most:  # with ntasks-per-node, Slurm would limit the range of nodes (docs/slurm.md)
         further = {"mincpus": request.tasks * (request.cpus_per_task or 1), **further}
@@ -279,7 +279,23 @@ def setup(run: str, code: Path, request: JobRequest) -> list[str]:
         f"after() {{ trap '' TERM INT USR2; {requeue}; exit $?; }}",
         "trap : TERM INT USR2  # the tasks get these signals too; this shell waits for the tasks",
         "trap 'after $?' EXIT",
-        "function srun {  # starts the tasks, and starts them again inside the job where that is enough",
+    ]
+    if request.in_job:
+        lines += in_job(again, request)
+    if not request.uses_some:
+        return lines
+    spare = f" {request.spare_nodes}" if request.spare_nodes else ""
+    world = f'{python} scaleprog.launchers.world {run} {request.nodes.least} "$TASKS"{spare}'
+    return [*lines, f"TASKS={request.tasks}", f"NODES=$({world}) || exit", *STEP]
+
+
+def in_job(again: str, request: JobRequest) -> list[str]:
+    """Lines of the batch script by which srun starts the tasks again inside the job where that is enough.
+
+    `again`: the command that decides, for the exit code in `$code`.
+    """
+    return [
+        "function srun {",
         "  local code told lost=",
         "  while :; do",
         '    command srun ${lost:+--exclude="$lost"} "$@" && return',
@@ -287,15 +303,10 @@ def setup(run: str, code: Path, request: JobRequest) -> list[str]:
         f"    told=$({again}) || return $code",
         '    read -r NODES lost <<< "$told"',
         f"    export {REPEAT}=$(({REPEAT} + 1))",
-        *(f"    {line}" for line in STEP if request.may_lose_nodes),
+        *(f"    {line}" for line in STEP if request.uses_some),
         "  done",
         "}",
     ]
-    if not request.may_lose_nodes:
-        return lines
-    spare = f" {request.spare_nodes}" if request.spare_nodes else ""
-    world = f'{python} scaleprog.launchers.world {run} {request.nodes.least} "$TASKS"{spare}'
-    return [*lines, f"TASKS={request.tasks}", f"NODES=$({world}) || exit", *STEP]
 
 
 def _program(python: str) -> str:

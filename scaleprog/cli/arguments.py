@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scaleprog.cli.completion import key_words, recipe_words, run_words
+from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text
 
 if TYPE_CHECKING:
@@ -61,6 +62,13 @@ def default_folder(path: Path, recipe: "Recipe", source: str | None) -> Path:
         run, step = parse_source(source)
         origin = f"-from-{run.resolve().name}" + ("" if step is None else f"@{step}")
     return Path("runs") / f"{path.stem}{origin}-seed{recipe.seed}"
+
+
+def in_job(restart: str) -> bool:
+    """Whether the value of `--restart` says that a job starts its ranks again inside it. Raises ScaleprogError."""
+    if restart not in ("in-job", "requeue"):
+        raise ScaleprogError(f"--restart: {restart[:100]!r} is neither in-job nor requeue")
+    return restart == "in-job"
 
 
 def say(message: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
 import typer
 
-from scaleprog.cli.arguments import Overrides, RecipePath, RunPath, RunPaths, Source, default_folder, say
+from scaleprog.cli.arguments import Overrides, RecipePath, RunPath, RunPaths, Source, default_folder, in_job, say
 from scaleprog.cli.sweep import Jobs, Sweep, check_no_sweep, sweep_runs, unfinished
 from scaleprog.cli.training import show
 from scaleprog.errors import INTERRUPTED_CODE, ScaleprogError
@@ -50,6 +50,10 @@ def submit(
     spare_nodes: Annotated[
         int, typer.Option(min=0, max=10**4, help="Further nodes that the job holds, to go on when it loses some.")
     ] = 0,
+    restart: Annotated[
+        str,
+        typer.Option(metavar="in-job|requeue", help="Where crashed ranks start again if they can, or must."),
+    ] = "in-job",
     max_restarts: Annotated[int, typer.Option(min=0, max=10**6, help="Most restarts after crashes.")] = 20,
     sbatch: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other option for sbatch.")] = None,
     srun: Annotated[
@@ -93,6 +97,7 @@ def submit(
         tuple(srun or ()),
         python,
         spare_nodes,
+        in_job(restart),
     )
     request.check()
     if sweep:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.padding import Padding
 
-from scaleprog.cli.arguments import Overrides, RecipePath
+from scaleprog.cli.arguments import Overrides, RecipePath, in_job
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text, table
 
@@ -66,13 +66,11 @@ def simulate(
 
     if days is not None and steps is not None:
         raise ScaleprogError("--days and --steps both say how long the run is; give one of them")
-    if restart not in ("in-job", "requeue"):
-        raise ScaleprogError(f"--restart: {restart[:100]!r} is neither in-job nor requeue")
     check_positive("--days", days, MOST_DAYS)
     check_positive("--step-seconds", step_seconds, 1e5)
     rates = FaultRates.parse(faults, gpus_per_node)
     given = named_numbers(assume, "--assume", scenario.SECONDS) if assume is not None else {}
-    cluster = scenario.Cluster(nodes, gpus_per_node, Device.named(device), spare_nodes, restart == "in-job")
+    cluster = scenario.Cluster(nodes, gpus_per_node, Device.named(device), spare_nodes, in_job(restart))
     length = scenario.Length(days or 54.0, steps, step_seconds)
     found = scenario.inputs(Recipe.load(recipe, overrides or ()), cluster, length, rates, given)
     asked = scenario.scenario_of(found, cluster)

@@ -29,6 +29,8 @@ SECONDS = (
     "repair",
 )
 """The inputs that a user may set by name."""
+ENDING = 2.0
+"""Seconds from the end of the patience with a hung rank until all ranks have ended."""
 GPU = "docs/results/gpu.md, one H100"
 SCALE = "docs/results/scale.md"
 
@@ -92,7 +94,7 @@ def inputs(
         _training(length, step),
         *(Input(cause, faults.rates[cause], "/ 1,000 node-days", faults.origin) for cause in CAUSES),
     ]
-    for each in (*_reactions(cluster), *_checkpoints(recipe, cluster)):
+    for each in (*_reactions(recipe, cluster), *_checkpoints(recipe, cluster)):
         asked = given.get(each.name)
         found.append(each if asked is None else Input(each.name, asked, each.unit, "asked, by --assume"))
     return [*found, _interval(recipe, step.value, scenario_of([*found, Input("interval", DAY, "s", "")], cluster))]
@@ -156,12 +158,17 @@ def _training(length: Length, step: Input) -> Input:
     return Input("training", length.days * DAY, "s", f"asked: {length.days:g} days of steps that count")
 
 
-def _reactions(cluster: Cluster) -> Iterator[Input]:
+def _reactions(recipe: Recipe, cluster: Cluster) -> Iterator[Input]:
     """From a fault until the first step of the next start."""
     start_up = 13.0 + 0.005 * cluster.world
+    hang = 60 * recipe.train.patience + ENDING
     for name, value, origin in (
         ("crash_detection", 30.0, "assumed: ranks that do not end after another's crash are killed by then"),
-        ("hang_detection", 600.0, "assumed: ten minutes without a step"),
+        (
+            "hang_detection",
+            hang,
+            f"train.patience of the recipe, and {ENDING:g} s measured here until all ranks have ended",
+        ),
         ("node_detection", 43.0, "measured here: Slurm noticed lost nodes in 19 to 43 s (with SlurmdTimeout 5 s)"),
         ("leaving", 3.2, "measured here, docs/results/checkpoint.md: from the signal to the exit"),
         ("queue_least", 121.0, "Slurm's default: it holds a requeued job for cred_expire, docs/slurm.md"),

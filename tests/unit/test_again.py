@@ -19,6 +19,7 @@ from scaleprog.launchers.world import Count
 from scaleprog.rundir.reading import read_rows
 from scaleprog.rundir.slurm_queue import Job, lost
 from tests.conftest import MakeRecipe
+from tests.unit.command import Command, is_mistake
 from tests.unit.fake_slurm import FakeSlurm
 
 CRASH = End("crash", 1, "rank 1: it")
@@ -73,14 +74,14 @@ def start(request: pytest.FixtureRequest, fake: FakeSlurm, make_recipe: MakeReci
     recipe, run = make_recipe(), tmp_path / "run"
     fake.command("sinfo", "echo low; echo 'node0 allocated'; echo 'node1 allocated'; echo 'node2 allocated'")
 
-    def start(nodes: Count = TWO, spare: int = 0) -> subprocess.CompletedProcess[str]:
+    def start(nodes: Count = TWO, spare: int = 0, in_job: bool = True) -> subprocess.CompletedProcess[str]:
         there = nodes.most + spare
         variables = {
             "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "scaleprog", "SLURM_SUBMIT_DIR": str(ROOT), "PYTHONPATH": str(ROOT),
             "SLURM_JOB_NUM_NODES": str(there), "SLURM_JOB_NODELIST": f"node[0-{there - 1}]", "PYTHON": sys.executable,
         }  # fmt: skip
         if request.param == "submit":
-            slurm.submit(recipe, run, JobRequest(nodes=nodes, spare_nodes=spare))
+            slurm.submit(recipe, run, JobRequest(nodes=nodes, spare_nodes=spare, in_job=in_job))
             (script,) = run.glob("jobs/*/7_submission.sh")
             command: list[str | Path] = ["bash", script]
         else:
@@ -88,6 +89,7 @@ def start(request: pytest.FixtureRequest, fake: FakeSlurm, make_recipe: MakeReci
             command = ["bash", ROOT / "slurm" / "train.sbatch", tmp_path / "recipe.yaml", run]
             variables |= {} if nodes.fixed else {"MIN_NODES": str(nodes.least)}
             variables |= {"SPARE_NODES": str(spare)} if spare else {}
+            variables |= {} if in_job else {"RESTART": "requeue"}
         return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
 
     return start
@@ -168,6 +170,17 @@ def test_a_job_without_enough_nodes_is_requeued(fake: FakeSlurm, start: Start) -
     assert done.returncode == 1
     assert "do not start again inside the job: the job has 1 nodes, fewer than MIN_NODES, 2" in done.stderr
     assert fake.calls("scontrol requeue") == ["scontrol requeue 7"]
+
+
+@pytest.mark.process
+def test_whoever_wants_it_is_requeued_at_once(fake: FakeSlurm, start: Start, command: Command) -> None:
+    crash(fake, 1)
+    assert start(in_job=False).returncode == 1
+    assert started(fake)[1:] == []
+    assert fake.calls("scontrol requeue") == ["scontrol requeue 7"]
+    assert is_mistake(command("submit", "x.yaml", "--restart", "never"), "--restart: 'never' is neither in-job nor")
+    wanted = ("--restart", "requeue", "--spare-nodes", "2")
+    assert is_mistake(command("submit", "x.yaml", *wanted), "--spare-nodes 2: only a job that starts its tasks again")
 
 
 @pytest.mark.process

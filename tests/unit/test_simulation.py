@@ -181,7 +181,7 @@ def test_an_input_without_a_limit() -> None:
 
 
 def test_simulate_prints_every_input_with_its_origin(command: Command, write_recipe: WriteRecipe) -> None:
-    recipe = write_recipe(checkpoint={"every_steps": 100, "every_minutes": None})
+    recipe = write_recipe(checkpoint={"every_steps": 100, "every_minutes": None}, train={"patience": 3})
     arguments = ["simulate", recipe, "--nodes", 64, "--step-seconds", 0.5, "--days", 2, "--runs", 20]
     told = command(*arguments, "--faults", "crash=100,node=20", "--assume", "start_up=300")
     assert told.code == 0, told
@@ -192,6 +192,7 @@ def test_simulate_prints_every_input_with_its_origin(command: Command, write_rec
     values = {each["name"]: each for each in found["inputs"]}
     assert all(each["origin"] for each in values.values())
     assert (values["interval"]["value"], values["training"]["value"]) == (50, 2 * DAY)
+    assert values["hang_detection"]["value"] == 182, "three minutes, and until all ranks have ended"
     assert (values["start_up"]["value"], values["start_up"]["origin"]) == (300, "asked, by --assume")
     assert found["confidence"][0] < found["effective"] < found["confidence"][1]
     assert found["faults"]["crash"] == pytest.approx(0.1 * 64 * found["wall_seconds"] / DAY, rel=0.3)
