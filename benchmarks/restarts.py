@@ -1,4 +1,4 @@
-"""What a run on a real Slurm loses to faults: requeued, started again inside its job, and with a spare node.
+"""What a run on a real Slurm loses to faults, where its job is requeued or starts its ranks again itself.
 
     python -m benchmarks.restarts [--steps 900] [--every 120] [--seed 0] [--out docs/results/restarts.md]
 
@@ -29,6 +29,7 @@ from typing import Any
 
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.recorder import read_rows
+from scaleprog.rundir.slurm_queue import OVER
 from tests.conftest import draw_patterns, short_recipe
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import own_number
@@ -50,7 +51,6 @@ CASES = {
     "a rank is killed; requeued": Case("rank", {"restart": "requeue"}),
     "a rank is killed; started again in the job": Case("rank", {}),
     "a node is lost; requeued": Case("node", {}),
-    "a node is lost; one spare node": Case("node", {"spare_nodes": "1"}),
 }
 
 
@@ -127,7 +127,7 @@ def measure(cluster: Cluster, recipe: Recipe, folder: Path, case: Case, options:
     repairs: list[tuple[float, int]] = []
     due = rng.expovariate(1 / options.every) if case.strikes else None
     trained, looked = 0.0, time.time()
-    while job.show()["JobState"] != "COMPLETED":
+    while (state := job.show()["JobState"]) not in OVER:
         time.sleep(POLL_SECONDS)
         since, looked = time.time() - looked, time.time()
         for repair in [each for each in repairs if each[0] < time.time()]:
@@ -140,12 +140,15 @@ def measure(cluster: Cluster, recipe: Recipe, folder: Path, case: Case, options:
             trained, due = 0.0, rng.expovariate(1 / options.every)
             struck.append(time.time())
             if case.strikes == "rank":
-                os.kill(job.processes(rank=1)[0], signal.SIGKILL)
+                for pid in job.processes(rank=1):
+                    os.kill(pid, signal.SIGKILL)
             else:
                 node = training_nodes(job)[1]
                 cluster.kill_node(node)
                 repairs.append((time.time() + REPAIR_SECONDS, node))
-    return row_of(job, struck)
+    if state != "COMPLETED":
+        raise RuntimeError(f"{folder}: {state}\n{job.told()}")
+    return row_of(job, [at for at in struck if at < job.events("start")[-1]["time"]])
 
 
 def is_training(job: TrainingJob, faults: int) -> bool:

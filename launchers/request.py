@@ -51,7 +51,6 @@ class JobRequest:
         options: other options of sbatch, each KEY=VALUE or KEY.
         srun: other options of the srun that starts the ranks, each KEY=VALUE or KEY.
         python: the program that runs a rank in place of this Python: a container's, or a script that starts one.
-        spare_nodes: further nodes, which the job holds to go on when it loses one.
         in_job: whether crashed tasks start again inside the job, where that is possible.
     """
 
@@ -68,7 +67,6 @@ class JobRequest:
     options: tuple[str, ...] = ()
     srun: tuple[str, ...] = ()
     python: str | None = None
-    spare_nodes: int = 0
     in_job: bool = True
 
     @property
@@ -80,11 +78,6 @@ class JobRequest:
     def world(self) -> int:
         """The largest number of ranks."""
         return self.nodes.most * self.tasks
-
-    @property
-    def uses_some(self) -> bool:
-        """Whether a job may train on fewer nodes than it has."""
-        return self.spare_nodes > 0 or not self.nodes.fixed
 
     def further(self) -> dict[str, Any]:
         """`options` in the form that submitit takes.
@@ -112,11 +105,6 @@ class JobRequest:
                 raise ScaleprogError(f"--{name}: must be one line")
             if not value.isprintable() or "\\" in value:
                 raise ScaleprogError(f"--{name} {value!r}: not a name that Slurm can read")
-        if self.spare_nodes and not self.in_job:
-            raise ScaleprogError(
-                f"--spare-nodes {self.spare_nodes}: only a job that starts its tasks again inside needs them; leave "
-                "out --restart requeue, or the spare nodes"
-            )
         self.further()
         self.step()
         if self.python is not None and not self.srun and shutil.which(self.python) is None:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -37,8 +37,6 @@ PAUSES = (1, 1, 2, 4, 8, 15, 30, 60, 60)  # seconds before each retry; short at 
 MAX_RESTARTS, SIGNAL_BEFORE = 20, 120  # used if the batch script does not pass a number
 EARLY_SECONDS = 60  # how much earlier than that Slurm may signal a time limit
 MOST_REPORTS = 100_000
-REPEAT = "SCALEPROG_REPEAT"
-"""The environment variable in which the batch script counts how often it has started the tasks again."""
 AGAIN = "submit it again to resume from the last checkpoint"
 
 Kind = Literal["finished", "mistake", "interrupted", "stopped", "crash"]
@@ -66,7 +64,7 @@ class Attempt:
         if job is None:
             given = as_text(variables.get("SLURM_JOB_ID", ""), most=60)
             raise ScaleprogError(f"SLURM_JOB_ID is {given!r}, so this is not a Slurm job")
-        counts = (variables.get(name, "") for name in ("SLURM_RESTART_COUNT", REPEAT))
+        counts = (variables.get(name, "") for name in ("SLURM_RESTART_COUNT", slurm_queue.REPEAT))
         return cls(job, *(int(count) if re.fullmatch("[0-9]{1,9}", count) else 0 for count in counts))
 
     def __str__(self) -> str:
@@ -257,8 +255,8 @@ def after(run: Path, code: int, limit: int, notice: int = SIGNAL_BEFORE) -> int:
         return code
     left = Remains.by(run, start, code, notice)
     end, verdict, preempted = _decide_and_requeue(left, limit)
-    told = "starts again" if verdict.requeue else f"does not start again: {verdict.why}"
-    left.record(end, verdict, preempted, told)
+    outcome = "starts again" if verdict.requeue else f"does not start again: {verdict.why}"
+    left.record(end, verdict, preempted, outcome)
     return end.code
 
 
@@ -305,7 +303,7 @@ class Remains:
         found = how_it_ended(self.code, self.reports, self.signals, preempted, self.hang)
         return with_limit(found, job, self.ended, self.notice)
 
-    def record(self, end: End, verdict: Verdict, preempted: bool, told: str) -> None:
+    def record(self, end: End, verdict: Verdict, preempted: bool, outcome: str) -> None:
         """Adds a line to `requeues.jsonl`, records a hang, removes the reports, and says what comes of it."""
         if self.hang is not None:
             self.hang.record(self.run)
@@ -313,9 +311,8 @@ class Remains:
         line = {"time": self.ended, **asdict(self.start), **asdict(end), "step": step, "measured": measured}
         line |= {"preempted": preempted, **asdict(verdict)}
         line = {key: value for key, value in line.items() if value or key not in ("repeat", "here")}
-        job = _object(self.run / "job.json", Job)
         try:
-            if job is None or job["job"] == self.start.job:  # otherwise this job was refused
+            if not refused(self.run, self.start):
                 with open_to_append(self.run / REQUEUES) as file:
                     file.write((b"\n" if is_torn(file) else b"") + to_line(line))
             for path in _report_files(self.run, self.start):
@@ -323,7 +320,7 @@ class Remains:
         except OSError as error:
             _say(str(error))
         _say(end.cause)
-        _say(f"job {self.start.job} {told}")
+        _say(f"job {self.start.job} {outcome}")
 
 
 def _decide_and_requeue(left: Remains, limit: int) -> tuple[End, Verdict, bool]:
@@ -360,6 +357,12 @@ def _decide_and_requeue(left: Remains, limit: int) -> tuple[End, Verdict, bool]:
         time.sleep(pauses.pop(0))
 
 
+def refused(run: Path, start: Attempt) -> bool:
+    """Whether the run directory is that of another job."""
+    job = _object(run / "job.json", Job)
+    return job is not None and job["job"] != start.job
+
+
 def progress_of(run: Path) -> tuple[int, int]:
     """The step of the newest checkpoint, and how much of an unfinished measurement the last stop saved."""
     half = _object(run / "measuring.json", Measured)
@@ -369,7 +372,7 @@ def progress_of(run: Path) -> tuple[int, int]:
 def _hurried(run: Path, start: Attempt) -> list[str]:
     """The names of the signals, if `events.jsonl` says that they made this start exit at once; otherwise empty."""
     owner = _object(run / "owner.json", Owner)
-    if owner is None or (owner["job"], owner["restart"]) != (start.job, start.restart):
+    if owner is None or (owner["job"], owner["restart"], owner.get("repeat", 0)) != astuple(start):
         return []
     mine = [event for event in _lines(run / EVENTS, EVENT) if event.get("generation") == owner["generation"]]
     hurried = any(event["event"] == "hurried" for event in mine)

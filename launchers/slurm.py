@@ -16,7 +16,6 @@ from typing import Any
 from scaleprog.errors import AbsentWeights, ScaleprogError
 from scaleprog.launchers import integrity
 from scaleprog.launchers.request import JobRequest
-from scaleprog.launchers.requeue import REPEAT
 from scaleprog.launchers.snapshot import JobFile, check_free, check_name, code_folder, take
 from scaleprog.launchers.world import Count, largest, usable
 from scaleprog.recipe import Recipe, directories
@@ -229,17 +228,15 @@ def make_executor(run: Path, request: JobRequest) -> Any:
 
     python = None if request.python is None else shlex.quote(_program(request.python))
     executor = Executor(run / "jobs" / time.strftime("%Y%m%d-%H%M%S"), python=python)
-    least, most = (number + request.spare_nodes for number in (request.nodes.least, request.nodes.most))
+    nodes = request.nodes
     further: dict[str, Any] = {"signal": f"USR2@{request.signal_before}", "requeue": True, **request.further()}
-    if request.in_job and request.uses_some:
-        further = {"no-kill": True, **further}  # the job outlives a node; its tasks do not
-    if least < most:  # with ntasks-per-node, Slurm would limit the range of nodes (docs/slurm.md)
+    if not nodes.fixed:  # with ntasks-per-node, Slurm would limit the range of nodes (docs/slurm.md)
         further = {"mincpus": request.tasks * (request.cpus_per_task or 1), **further}
     cpus = () if request.cpus_per_task is None else (f"--cpus-per-task={request.cpus_per_task}",)  # srun needs it again
     executor.update_parameters(
         job_name=job_name(run),
-        nodes=most if least == most else f"{least}-{most}",
-        ntasks_per_node=request.tasks if least == most else None,
+        nodes=nodes.most if nodes.fixed else f"{nodes.least}-{nodes.most}",
+        ntasks_per_node=request.tasks if nodes.fixed else None,
         gpus_per_node=request.gpus_per_node,
         cpus_per_task=request.cpus_per_task,
         time=request.time,
@@ -266,7 +263,6 @@ def setup(run: str, code: Path, request: JobRequest) -> list[str]:
     python = f"{shlex.quote(sys.executable)} -m"
     limits = f"{request.max_restarts} {request.signal_before}"
     requeue = f'{python} scaleprog.launchers.requeue {run} "$1" {limits}'
-    again = f"{python} scaleprog.launchers.again {run} $code {limits} {request.nodes.least} {request.tasks}"
     text = Path(integrity.__file__).read_text(encoding="utf-8")
     lines = [
         # before any code in the run directory runs, and before the trap that would requeue the job
@@ -275,38 +271,28 @@ def setup(run: str, code: Path, request: JobRequest) -> list[str]:
         f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export SUBMITIT_PREEMPT_SIGNAL=USR2",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
-        f"export {REPEAT}=0",
+        f"export {slurm_queue.REPEAT}=0",
         f"after() {{ trap '' TERM INT USR2; {requeue}; exit $?; }}",
         "trap : TERM INT USR2  # the tasks get these signals too; this shell waits for the tasks",
         "trap 'after $?' EXIT",
     ]
     if request.in_job:
-        lines += in_job(again, request)
-    if not request.uses_some:
+        again = f"{python} scaleprog.launchers.again {run} $code {limits}"
+        lines += [
+            "function srun {  # starts the tasks, again and again where that is enough",
+            "  local code",
+            "  while :; do",
+            '    command srun "$@" && return',
+            "    code=$?",
+            f"    {again} || return $code",
+            f"    export {slurm_queue.REPEAT}=$(({slurm_queue.REPEAT} + 1))",
+            "  done",
+            "}",
+        ]
+    if request.nodes.fixed:
         return lines
-    spare = f" {request.spare_nodes}" if request.spare_nodes else ""
-    world = f'{python} scaleprog.launchers.world {run} {request.nodes.least} "$TASKS"{spare}'
+    world = f'{python} scaleprog.launchers.world {run} {request.nodes.least} "$TASKS"'
     return [*lines, f"TASKS={request.tasks}", f"NODES=$({world}) || exit", *STEP]
-
-
-def in_job(again: str, request: JobRequest) -> list[str]:
-    """Lines of the batch script by which srun starts the tasks again inside the job where that is enough.
-
-    `again`: the command that decides, for the exit code in `$code`.
-    """
-    return [
-        "function srun {",
-        "  local code told lost=",
-        "  while :; do",
-        '    command srun ${lost:+--exclude="$lost"} "$@" && return',
-        "    code=$?",
-        f"    told=$({again}) || return $code",
-        '    read -r NODES lost <<< "$told"',
-        f"    export {REPEAT}=$(({REPEAT} + 1))",
-        *(f"    {line}" for line in STEP if request.uses_some),
-        "  done",
-        "}",
-    ]
 
 
 def _program(python: str) -> str:

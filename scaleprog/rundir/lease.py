@@ -58,6 +58,13 @@ class Owner:
     step: str | None = None
     """The Slurm step that the process belongs to: a number, or "batch"; None outside a job, even in a shell that
     `salloc` started, because such a process may outlive the allocation."""
+    repeat: int = 0
+    """How often the batch script had started the tasks again since Slurm's last restart."""
+
+    @property
+    def attempt(self) -> tuple[int, int]:
+        """Grows with each start of the same job."""
+        return self.restart, self.repeat
 
     @classmethod
     def of(cls, values: Any) -> "Owner":
@@ -65,7 +72,13 @@ class Owner:
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
         # earlier versions wrote no step
-        values = {"nonce": "", "started": None, "step": None if values.get("job") is None else BATCH, **values}
+        values = {
+            "nonce": "",
+            "started": None,
+            "repeat": 0,
+            "step": None if values.get("job") is None else BATCH,
+            **values,
+        }
         for name, fits in FITS.items():
             if name not in values or not fits(values[name]):
                 raise ValueError(f"{name} is {json.dumps(values.get(name))[:80]}")
@@ -89,6 +102,7 @@ FITS: dict[str, Callable[[Any], bool]] = {
     "nonce": _text(r"[0-9A-Za-z]{0,64}"),
     "job": lambda value: value is None or _text(JOB_ID)(value),
     "restart": _whole(0, 2**31),
+    "repeat": _whole(0, 2**31),
     "host": lambda value: isinstance(value, str) and value.isprintable() and 1 <= len(value) <= 255,
     "pid": _whole(1, LARGEST_PID),
     "started": lambda value: value is None or _text(r"[0-9]{1,20}")(value),
@@ -168,9 +182,9 @@ def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
         other = read_owner(folder)
         me = _this_process(1 if other is None else other.generation + 1)
         own_job = other is not None and me.job is not None and other.job == me.job
-        if other is None or (own_job and other.restart < me.restart):
+        if other is None or (own_job and other.attempt < me.attempt):
             pass  # Slurm has ended the earlier attempt, or cannot reach it
-        elif own_job and other.restart > me.restart:
+        elif own_job and other.attempt > me.attempt:
             raise Superseded(f"{folder}: {other} has already taken over from restart {me.restart}")
         elif runs(other, folder) if own_job else is_alive(other, folder):
             raise CheckpointError(f"{folder} is in use by {other}; wait for it, cancel it, or use another --run-dir")
@@ -216,6 +230,7 @@ def job_of(variables: Mapping[str, str] = os.environ) -> tuple[str | None, int, 
 
 def _this_process(generation: int) -> Owner:
     job, restart, step = job_of()
+    repeat = os.environ.get(slurm_queue.REPEAT, "")
     return Owner(
         generation,
         nonce=uuid.uuid4().hex,
@@ -225,6 +240,7 @@ def _this_process(generation: int) -> Owner:
         host=socket.gethostname(),
         pid=os.getpid(),
         started=_started(os.getpid()),
+        repeat=int(repeat) if job is not None and re.fullmatch("[0-9]{1,9}", repeat) else 0,
     )
 
 

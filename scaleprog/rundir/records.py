@@ -406,6 +406,7 @@ class Owner(TypedDict):
     generation: Count
     job: Name | None
     restart: Count
+    repeat: NotRequired[Count]
 
 
 # ---- evaluations.jsonl

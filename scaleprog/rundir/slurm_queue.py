@@ -29,8 +29,10 @@ OVER = (
     "REVOKED",
 )
 ALSO_RUNNING = ("SIGNALING", "CONFIGURING", "STAGE_OUT")  # what scontrol sometimes reports for a running job
-GIVEN_UP = ("down", "fail", "error", "unk", "power", "reboot")
+GIVEN_UP = ("down", "drained", "error", "fail", "inval", "power", "reboot", "unk")
 """How sinfo's words begin for the state of a node that has left, or will; a node that does not respond has a `*`."""
+REPEAT = "SCALEPROG_REPEAT"
+"""The environment variable in which a batch script counts how often it has started its tasks again."""
 ANSWER_SECONDS = 60.0
 ANSWER_BYTES = 2**20  # more than Slurm prints about any job
 MOST_HOSTS = 100_000
@@ -171,10 +173,10 @@ def cores(partition: str | None = None) -> int | None:
 
 def lost(nodes: Sequence[str]) -> list[str]:
     """Those of some nodes, by name, that do not respond, or that Slurm has given up. Raises NoAnswer."""
-    told = _ask("sinfo", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T")
-    if told.code:
-        raise NoAnswer(_last_line(told.err))
+    told = _ask("sinfo", "--all", "-h", "-N", "-n", ",".join(nodes), "-o", "%N %T")
     states = dict(re.findall(r"^(\S+) (\S+)$", told.out, re.MULTILINE))
+    if told.code or states.keys().isdisjoint(nodes):
+        raise NoAnswer(_last_line(told.err) if told.code else "sinfo: shows none of the job's nodes")
     return [node for node in nodes if states.get(node, "*").endswith("*") or states[node].startswith(GIVEN_UP)]
 
 
@@ -214,7 +216,8 @@ class _Answer:
 def _ask(*command: str) -> _Answer:
     """Runs one of Slurm's commands. Raises NoAnswer if the command is missing, or if it or a child that outlives it
     prints too much or takes too long."""
-    environment = os.environ | {"SLURM_TIME_FORMAT": "%s"}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SINFO_")}  # a user's filters
+    environment |= {"SLURM_TIME_FORMAT": "%s"}
     try:
         process = subprocess.Popen(
             command,

@@ -29,6 +29,8 @@ from scaleprog.rundir.storage import committed
 
 MOMENTS = ("warm-up", "supernet", "search", "growth", "last stage")
 HANGS = ("stopped", "sleeping decoder", "raises")
+WAIT_LONG = (*HANGS, "parted nodes")
+"""After these, ranks wait until their patience ends."""
 SIGNALS = {"TERM": signal.SIGTERM, "USR2": signal.SIGUSR2, "INT": signal.SIGINT}
 KINDS = (
     *SIGNALS,
@@ -49,7 +51,17 @@ KINDS = (
 )  # fmt: skip
 KILLS_ALL = ("kill all", "flipped bit", "truncation", "other data", "dot files lost", "clock set back")
 DAY = 86400.0
-SLURM_KINDS = ("preemption, USR2", "preemption, TERM", "scontrol requeue", "time limit", "power cut", "network cut")
+IN_JOB = ("task killed", "parted nodes")
+"""After these, the job starts its tasks again itself."""
+SLURM_KINDS = (
+    "preemption, USR2",
+    "preemption, TERM",
+    "scontrol requeue",
+    "time limit",
+    "power cut",
+    "network cut",
+    *IN_JOB,
+)
 STRUCK, GO_ON = "struck.json", "go-on"
 LATER_STEPS = 0.02  # seconds longer is each step once a fault has struck: a signal must not come after the last one
 

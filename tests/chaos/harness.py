@@ -26,7 +26,7 @@ from scaleprog.recipe import Recipe
 from scaleprog.recipe.keys import Engine
 from scaleprog.rundir.recorder import read_rows
 from tests.chaos import on_slurm
-from tests.chaos.faults import HANGS, KINDS, MOMENTS, SLURM_KINDS, STRUCK, Fault, damage
+from tests.chaos.faults import HANGS, KINDS, MOMENTS, SLURM_KINDS, STRUCK, WAIT_LONG, Fault, damage
 from tests.compare import differences
 from tests.conftest import draw_patterns, short_recipe
 from tests.slurm.cluster import Cluster
@@ -98,6 +98,13 @@ class Chaos:
             sharding=sharding,
         )
 
+    def recipe_under(self, fault: Fault, ranks: int) -> Recipe:
+        """The same, with less patience where the fault lets ranks wait."""
+        recipe = self.recipe(ranks)
+        if fault.kind not in WAIT_LONG:
+            return recipe
+        return recipe.model_copy(update={"train": recipe.train.model_copy(update={"patience": PATIENCE})})
+
     def reference(self, ranks: int) -> Path:
         """The undisturbed run on so many ranks."""
         folder = self.folder / f"undisturbed-{ranks}"
@@ -118,7 +125,7 @@ class Chaos:
     def _run(self, fault: Fault, ranks: int, folder: Path) -> Outcome:
         if fault.kind in SLURM_KINDS:
             assert self.cluster is not None
-            on_slurm.run(self.cluster, fault, self.recipe(ranks), folder, ranks)
+            on_slurm.run(self.cluster, fault, self.recipe_under(fault, ranks), folder, ranks)
         else:
             self._train(fault, ranks, folder)
         events = read_rows(folder / "events.jsonl")
@@ -153,10 +160,7 @@ class Chaos:
     def _start(
         self, folder: Path, ranks: int, fault: Fault, shards: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
-        recipe, trained = self.folder / f"recipe-{ranks}.yaml", self.recipe(ranks)
-        if fault.kind in HANGS:
-            train = trained.train.model_copy(update={"patience": PATIENCE})
-            trained = trained.model_copy(update={"train": train})
+        recipe, trained = self.folder / f"recipe-{ranks}.yaml", self.recipe_under(fault, ranks)
         if shards is not None:
             data = trained.data.model_copy(update={"path": str(shards)})
             trained = trained.model_copy(update={"data": data})

@@ -2,11 +2,12 @@
 
 import json
 import os
+import signal
 from dataclasses import asdict
 from pathlib import Path
 
 from scaleprog.recipe import Recipe
-from tests.chaos.faults import GO_ON, STRUCK, Fault
+from tests.chaos.faults import GO_ON, IN_JOB, STRUCK, Fault
 from tests.slurm.cluster import Cluster, Settings
 from tests.slurm.job import BOTH, TrainingJob
 
@@ -23,7 +24,8 @@ def run(cluster: Cluster, fault: Fault, recipe: Recipe, folder: Path, ranks: int
     job = TrainingJob(cluster, recipe, folder, by, nodes, ranks // nodes, hooks=("tests.chaos.faults:arm_task",))
     job.submit()
     job.wait(f"at {fault.moment}", (folder / STRUCK).exists, SECONDS)
-    node = cluster.job_nodes(job.id)[-1]
+    there = cluster.job_nodes(job.id)
+    first, node = there[0], there[-1]
     if fault.kind.startswith("preemption"):
         cluster.run(["sbatch", "--partition=high", f"--nodes={Settings().nodes}", "--exclusive",
                      "--output=/dev/null", "--wrap", "true"])  # fmt: skip
@@ -31,6 +33,13 @@ def run(cluster: Cluster, fault: Fault, recipe: Recipe, folder: Path, ranks: int
         cluster.run(["scontrol", "requeue", job.id])
     elif fault.kind == "time limit":
         cluster.run(["scontrol", "update", f"JobId={job.id}", "TimeLimit=2"])
+    elif fault.kind == "task killed":
+        os.kill(job.processes(fault.rank)[0], signal.SIGKILL)
+    elif fault.kind == "parted nodes":
+        cluster.part(first, node)
+        (folder / GO_ON).touch()
+        job.wait("it hangs", lambda: len(list(folder.glob("stacks/*.txt"))) == ranks, SECONDS)
+        cluster.part(first, node, undo=True)  # otherwise srun waits for what the task on the other node would say
     elif fault.kind == "power cut":
         cluster.kill_node(node)
     else:
@@ -40,6 +49,8 @@ def run(cluster: Cluster, fault: Fault, recipe: Recipe, folder: Path, ranks: int
         job.wait_state("RUNNING", "COMPLETED", restarts=1)
     elif fault.kind == "network cut":
         job.wait("started anew", lambda: len(job.events("start")) == 2, SECONDS)
+    elif fault.kind in IN_JOB:
+        job.wait("started again in the job", lambda: job.repeats == 1, SECONDS)
     else:
         job.wait("signalled", job.signals, SECONDS)
     (folder / GO_ON).touch()

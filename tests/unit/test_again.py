@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 
 from scaleprog.launchers import slurm
-from scaleprog.launchers.again import may_go_on
+from scaleprog.launchers.again import may_stay
 from scaleprog.launchers.request import JobRequest
 from scaleprog.launchers.requeue import Attempt, End
 from scaleprog.launchers.task import port
 from scaleprog.launchers.world import Count
 from scaleprog.rundir.reading import read_rows
-from scaleprog.rundir.slurm_queue import Job, lost
+from scaleprog.rundir.slurm_queue import Job, NoAnswer, lost
 from tests.conftest import MakeRecipe
 from tests.unit.command import Command, is_mistake
 from tests.unit.fake_slurm import FakeSlurm
 
 CRASH = End("crash", 1, "rank 1: it")
-BY, TWO = ("submit", "sbatch"), Count(2, 2)
+BY = ("submit", "sbatch")
 ROOT = Path(__file__).parents[2]
 
 
@@ -32,25 +32,28 @@ def job(**changes: Any) -> Job:
 
 
 def line(**changes: Any) -> dict[str, Any]:
-    return {"job": "7", "kind": "crash", "step": 9, "measured": 0, "here": True, **changes}
+    return {"job": "7", "restart": 0, "kind": "crash", "step": 9, "measured": 0, "here": True, **changes}
 
 
 @pytest.mark.parametrize(
-    ("end", "job", "earlier", "expected"),
+    ("end", "job", "repeat", "earlier", "expected"),
     [
-        (CRASH, job(), [], True),
-        (End("stopped", 75, "SIGUSR2"), job(), [], False),
-        (CRASH, job(preempted=True), [], False),
-        (CRASH, job(end=time.time() + 10_000), [], True),
-        (CRASH, job(end=time.time() + 100), [], False),
-        (CRASH, job(), [line()], False),
-        (CRASH, job(), [line(step=8)], True),
-        (CRASH, job(), [line(), line(here=False, requeue=True)], True),
-        (CRASH, job(), [line(job="6")], True),
+        (CRASH, job(), 0, [], True),
+        (End("stopped", 75, "SIGUSR2"), job(), 0, [], False),
+        (CRASH, job(preempted=True), 0, [], False),
+        (CRASH, job(end=time.time() + 10_000), 0, [], True),
+        (CRASH, job(end=time.time() + 100), 0, [], False),
+        (CRASH, job(), 1, [line()], False),
+        (CRASH, job(), 1, [line(step=8)], True),
+        (CRASH, job(), 1, [line(step=8, restart=3)], False),
+        (CRASH, job(), 2, [line(step=8)], False),  # the line of the last start could not be written
+        (CRASH, job(), 1, [], False),
+        (CRASH, job(), 0, [line(), line(here=False, requeue=True)], True),
+        (CRASH, job(), 0, [line(job="6")], True),
     ],
 )
-def test_may_go_on(end: End, job: Job, earlier: list[dict[str, Any]], expected: bool) -> None:
-    assert may_go_on(end, Attempt("7", 0), job, earlier, progress=(9, 0), notice=120) == expected
+def test_may_stay(end: End, job: Job, repeat: int, earlier: list[dict[str, Any]], expected: bool) -> None:
+    assert may_stay(end, Attempt("7", 0, repeat), job, earlier, progress=(9, 0), notice=120) == expected
 
 
 def test_a_start_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +65,10 @@ def test_a_start_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lost_nodes(fake: FakeSlurm) -> None:
     fake.command("sinfo", "echo 'a mixed\na mixed\nb down*\nc allocated*\nd draining\ne failing\nf drained'")
-    assert lost(["a", "b", "c", "d", "e", "f", "g"]) == ["b", "c", "e", "g"]
+    assert lost(["a", "b", "c", "d", "e", "f", "g"]) == ["b", "c", "e", "f", "g"]
+    fake.command("sinfo", "exit 0")
+    with pytest.raises(NoAnswer, match="sinfo: shows none of the job's nodes"):
+        lost(["a"])
 
 
 Start = Callable[..., subprocess.CompletedProcess[str]]
@@ -74,21 +80,18 @@ def start(request: pytest.FixtureRequest, fake: FakeSlurm, make_recipe: MakeReci
     recipe, run = make_recipe(), tmp_path / "run"
     fake.command("sinfo", "echo low; echo 'node0 allocated'; echo 'node1 allocated'; echo 'node2 allocated'")
 
-    def start(nodes: Count = TWO, spare: int = 0, in_job: bool = True) -> subprocess.CompletedProcess[str]:
-        there = nodes.most + spare
+    def start(in_job: bool = True) -> subprocess.CompletedProcess[str]:
         variables = {
             "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "scaleprog", "SLURM_SUBMIT_DIR": str(ROOT), "PYTHONPATH": str(ROOT),
-            "SLURM_JOB_NUM_NODES": str(there), "SLURM_JOB_NODELIST": f"node[0-{there - 1}]", "PYTHON": sys.executable,
+            "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[0-1]", "PYTHON": sys.executable,
         }  # fmt: skip
         if request.param == "submit":
-            slurm.submit(recipe, run, JobRequest(nodes=nodes, spare_nodes=spare, in_job=in_job))
+            slurm.submit(recipe, run, JobRequest(nodes=Count(2, 2), in_job=in_job))
             (script,) = run.glob("jobs/*/7_submission.sh")
             command: list[str | Path] = ["bash", script]
         else:
             (tmp_path / "recipe.yaml").write_text(recipe.dump())
             command = ["bash", ROOT / "slurm" / "train.sbatch", tmp_path / "recipe.yaml", run]
-            variables |= {} if nodes.fixed else {"MIN_NODES": str(nodes.least)}
-            variables |= {"SPARE_NODES": str(spare)} if spare else {}
             variables |= {} if in_job else {"RESTART": "requeue"}
         return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
 
@@ -101,20 +104,14 @@ def crash(fake: FakeSlurm, times: int, then: str = "") -> None:
     fake.command(
         "srun",
         f"[[ $* = *launchers.task* || $* = *submitit* ]] || exit 0\n"
-        f'echo "$SCALEPROG_REPEAT $SLURM_JOB_NUM_NODES $SLURM_NTASKS $*" >> {asked}\n'
+        f'echo "$SCALEPROG_REPEAT" >> {asked}\n'
         f"[ $(wc -l < {asked}) -gt {times} ] || {{ {then or ':'}; exit 1; }}",
     )
 
 
-def started(fake: FakeSlurm) -> list[list[str]]:
-    """How the tasks were started: the number of the start, nodes, ranks, and the nodes left out."""
-    lines = (fake.folder / "started").read_text().splitlines()
-    found = []
-    for line in lines:
-        count, nodes, *rest = line.split()
-        out = [word.removeprefix("--exclude=") for word in rest if word.startswith("--exclude=")]
-        found.append([count, nodes, *out])
-    return found
+def started(fake: FakeSlurm) -> list[str]:
+    """The number of each start of the tasks."""
+    return (fake.folder / "started").read_text().split()
 
 
 @pytest.mark.process
@@ -122,7 +119,7 @@ def test_tasks_that_crash_start_again_inside_the_job(fake: FakeSlurm, start: Sta
     crash(fake, 1)
     done = start()
     assert done.returncode == 0, done.stderr
-    assert started(fake) == [["0", "2"], ["1", "2"]]
+    assert started(fake) == ["0", "1"]
     assert "exit code 1\nscaleprog: job 7 starts its tasks again\n" in done.stderr
     (row,) = read_rows(tmp_path / "run" / "requeues.jsonl")
     assert (row["kind"], row["requeue"], row["here"], row.get("repeat")) == ("crash", False, True, None)
@@ -136,7 +133,7 @@ def test_after_two_crashes_without_a_checkpoint_the_job_is_requeued(
     crash(fake, 2)
     done = start()
     assert done.returncode == 1
-    assert started(fake) == [["0", "2"], ["1", "2"]]
+    assert started(fake) == ["0", "1"]
     rows = read_rows(tmp_path / "run" / "requeues.jsonl")
     assert [(row["requeue"], row.get("here")) for row in rows] == [(False, True), (True, None)]
     assert rows[1]["repeat"] == 1
@@ -144,31 +141,11 @@ def test_after_two_crashes_without_a_checkpoint_the_job_is_requeued(
 
 
 @pytest.mark.process
-def test_a_spare_node_takes_the_place_of_a_lost_one(fake: FakeSlurm, start: Start) -> None:
-    fake.show(nodes="node[0-2]")
-    crash(fake, 1, "sed -i 's/node1 allocated/node1 down*/' $(dirname $0)/sinfo")
-    done = start(spare=1)
-    assert done.returncode == 0, done.stderr
-    assert started(fake) == [["0", "2"], ["1", "2", "node1"]]
-    assert "2 of 3 nodes train, idle: node2; spare\n" in done.stderr
-    assert "job 7 starts its tasks again, without node1\n" in done.stderr
-
-
-@pytest.mark.process
-def test_a_job_of_a_range_goes_on_with_fewer_nodes(fake: FakeSlurm, start: Start) -> None:
-    """Slurm has taken the lost node from the job."""
-    crash(fake, 1, f"sed -i 's/NodeList=node.0-1./NodeList=node0/' {fake.folder}/shown")
-    done = start(nodes=Count(1, 2))
-    assert done.returncode == 0, done.stderr
-    assert started(fake) == [["0", "2"], ["1", "1"]]
-
-
-@pytest.mark.process
-def test_a_job_without_enough_nodes_is_requeued(fake: FakeSlurm, start: Start) -> None:
+def test_a_job_that_has_lost_a_node_is_requeued(fake: FakeSlurm, start: Start) -> None:
     crash(fake, 1, "sed -i 's/node1 allocated/node1 down*/' $(dirname $0)/sinfo")
     done = start()
     assert done.returncode == 1
-    assert "do not start again inside the job: the job has 1 nodes, fewer than MIN_NODES, 2" in done.stderr
+    assert "do not start again inside the job: Slurm does not reach node1" in done.stderr
     assert fake.calls("scontrol requeue") == ["scontrol requeue 7"]
 
 
@@ -176,11 +153,18 @@ def test_a_job_without_enough_nodes_is_requeued(fake: FakeSlurm, start: Start) -
 def test_whoever_wants_it_is_requeued_at_once(fake: FakeSlurm, start: Start, command: Command) -> None:
     crash(fake, 1)
     assert start(in_job=False).returncode == 1
-    assert started(fake)[1:] == []
+    assert started(fake) == ["0"]
     assert fake.calls("scontrol requeue") == ["scontrol requeue 7"]
     assert is_mistake(command("submit", "x.yaml", "--restart", "never"), "--restart: 'never' is neither in-job nor")
-    wanted = ("--restart", "requeue", "--spare-nodes", "2")
-    assert is_mistake(command("submit", "x.yaml", *wanted), "--spare-nodes 2: only a job that starts its tasks again")
+
+
+@pytest.mark.process
+def test_a_job_whose_run_directory_is_anothers_is_left_to_slurm(fake: FakeSlurm, start: Start, tmp_path: Path) -> None:
+    crash(fake, 1, f'sed -i \'s/"job": "7"/"job": "6"/\' {tmp_path}/run/job.json')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/job.json").write_text('{"job": "6", "name": "a", "code": "code/1"}')
+    assert start().returncode != 0
+    assert started(fake) == ["0"]
 
 
 @pytest.mark.process
@@ -189,15 +173,3 @@ def test_a_stop_is_left_to_slurm(fake: FakeSlurm, start: Start) -> None:
     done = start()
     assert done.returncode == 75
     assert fake.calls("scontrol requeue") == ["scontrol requeue 7"]
-
-
-def test_only_a_job_that_can_lose_nodes_outlives_one(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    for nodes, spare, asked, outlives in (
-        (Count(2, 2), 0, "2", False),
-        (Count(2, 2), 1, "3", True),
-        (Count(1, 2), 0, "1-2", True),
-        (Count(1, 2), 2, "3-4", True),
-    ):
-        text = slurm.script(make_recipe(), tmp_path / "run", JobRequest(nodes=nodes, spare_nodes=spare))
-        assert f"#SBATCH --nodes={asked}\n" in text
-        assert ("#SBATCH --no-kill\n" in text) == outlives
