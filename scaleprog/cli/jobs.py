@@ -227,7 +227,8 @@ def show_status(
         return
     found, left_out = statuses(run)
     print(json.dumps([asdict(each) for each in found], indent=1, allow_nan=False) if as_json else table(found))
-    if len(folders := {Path(each.run).parent for each in found}) == 1:
+    folders = {Path(each.run).parent for each in found}
+    if len(folders) == 1 and not as_json:
         say(f"the runs are in {folders.pop()}")
     if left_out:
         say(f"left out: {'; '.join(left_out)}")
