@@ -52,7 +52,7 @@ def test_a_slow_rank_is_named(ranks: int, sharding: dict[str, Any], make_recipe:
     for row in rows[2:]:
         assert row["slowest_rank_seconds"] > SLEPT
         assert row["median_rank_seconds"] < row["slowest_rank_seconds"] - SLEPT / 4
-        assert SLEPT / 2 < row["collective_wait_seconds"], "rank 0 waits for the slow one"
+        assert row["collective_wait_seconds"] > SLEPT / 2, "rank 0 waits for the slow one"
     (event,) = [event for event in read_rows(run / "events.jsonl") if event["event"].startswith("straggler")]
     (slow,) = event["slow"]
     assert (slow["rank"], slow["host"]) == (SLOW, socket.gethostname())
