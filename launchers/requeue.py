@@ -64,8 +64,7 @@ class Attempt:
         if job is None:
             given = as_text(variables.get("SLURM_JOB_ID", ""), most=60)
             raise ScaleprogError(f"SLURM_JOB_ID is {given!r}, so this is not a Slurm job")
-        counts = (variables.get(name, "") for name in ("SLURM_RESTART_COUNT", slurm_queue.REPEAT))
-        return cls(job, *(int(count) if re.fullmatch("[0-9]{1,9}", count) else 0 for count in counts))
+        return cls(job, *slurm_queue.own_start(variables))
 
     def __str__(self) -> str:
         return f"{self.job}-{self.restart}{f'.{self.repeat}' if self.repeat else ''}"
@@ -253,10 +252,10 @@ def after(run: Path, code: int, limit: int, notice: int = SIGNAL_BEFORE) -> int:
     except ScaleprogError as error:
         print(f"scaleprog: {error}; scaleprog restarts nothing", file=sys.stderr, flush=True)
         return code
-    left = Remains.by(run, start, code, notice)
-    end, verdict, preempted = _decide_and_requeue(left, limit)
+    remains = Remains.by(run, start, code, notice)
+    end, verdict, preempted = _decide_and_requeue(remains, limit)
     outcome = "starts again" if verdict.requeue else f"does not start again: {verdict.why}"
-    left.record(end, verdict, preempted, outcome)
+    remains.record(end, verdict, preempted, outcome)
     return end.code
 
 
@@ -323,7 +322,7 @@ class Remains:
         _say(f"job {self.start.job} {outcome}")
 
 
-def _decide_and_requeue(left: Remains, limit: int) -> tuple[End, Verdict, bool]:
+def _decide_and_requeue(remains: Remains, limit: int) -> tuple[End, Verdict, bool]:
     """Decides, and requeues the job if it starts again.
 
     If Slurm does not answer, this asks and decides again from scratch, because Slurm may have received the last request
@@ -332,7 +331,7 @@ def _decide_and_requeue(left: Remains, limit: int) -> tuple[End, Verdict, bool]:
     Returns:
         How the start ended, the verdict, and whether Slurm has announced a preemption.
     """
-    start = left.start
+    start = remains.start
     pauses = [*PAUSES] if shutil.which("scontrol") else []
     while True:
         job, unheard = None, ""
@@ -341,9 +340,9 @@ def _decide_and_requeue(left: Remains, limit: int) -> tuple[End, Verdict, bool]:
         except slurm_queue.NoAnswer as error:
             unheard = str(error)
         preempted = job is not None and job.preempted
-        end = left.end(job)
+        end = remains.end(job)
         forgotten = job is None and not unheard
-        verdict = decide(end, start, job, left.earlier, left.progress, limit, forgotten)
+        verdict = decide(end, start, job, remains.earlier, remains.progress, limit, forgotten)
         if verdict.requeue:
             try:
                 slurm_queue.requeue(start.job)

@@ -223,14 +223,13 @@ def job_of(variables: Mapping[str, str] = os.environ) -> tuple[str | None, int, 
     step = variables.get("SLURM_STEP_ID")
     return (
         job,
-        int(restart) if re.fullmatch("[0-9]{1,9}", restart) else 0,
+        slurm_queue.own_start(variables)[0],
         step if step and FITS["step"](step) else BATCH,
     )
 
 
 def _this_process(generation: int) -> Owner:
     job, restart, step = job_of()
-    repeat = os.environ.get(slurm_queue.REPEAT, "")
     return Owner(
         generation,
         nonce=uuid.uuid4().hex,
@@ -240,7 +239,7 @@ def _this_process(generation: int) -> Owner:
         host=socket.gethostname(),
         pid=os.getpid(),
         started=_started(os.getpid()),
-        repeat=int(repeat) if job is not None and re.fullmatch("[0-9]{1,9}", repeat) else 0,
+        repeat=0 if job is None else slurm_queue.own_start()[1],
     )
 
 

@@ -94,6 +94,13 @@ def own_job(variables: Mapping[str, str] = os.environ) -> str | None:
     return job if job and re.fullmatch(JOB_ID, job) else None
 
 
+def own_start(variables: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """How often Slurm had started this process's job again, and how often its batch script the tasks since then."""
+    counts = (variables.get(name, "") for name in ("SLURM_RESTART_COUNT", REPEAT))
+    restart, repeat = (int(count) if re.fullmatch("[0-9]{1,9}", count) else 0 for count in counts)
+    return restart, repeat
+
+
 def find(job: str) -> Job | None:
     """The job with this ID; None if Slurm does not know it, or has forgotten it. Raises NoAnswer."""
     told = _ask("scontrol", "-o", "show", "job", _checked(job))

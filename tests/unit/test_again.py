@@ -78,7 +78,7 @@ Start = Callable[..., subprocess.CompletedProcess[str]]
 def start(request: pytest.FixtureRequest, fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> Start:
     """Runs the batch script of a job of two nodes that trains in `run`."""
     recipe, run = make_recipe(), tmp_path / "run"
-    fake.command("sinfo", "echo low; echo 'node0 allocated'; echo 'node1 allocated'; echo 'node2 allocated'")
+    fake.command("sinfo", "echo low; echo 'node0 allocated'; echo 'node1 allocated'")
 
     def start(in_job: bool = True) -> subprocess.CompletedProcess[str]:
         variables = {
