@@ -37,6 +37,21 @@ class Regularization:
 
 
 @dataclass(frozen=True)
+class Course:
+    """How a phase goes along its schedule, if the schedule counts compute instead of steps.
+
+    Args:
+        start: progress of the schedule when the phase begins, in schedule positions.
+        pace: progress that a step makes.
+        began: progress at which the phase's weights were initialized.
+    """
+
+    start: float
+    pace: float
+    began: float = 0
+
+
+@dataclass(frozen=True)
 class Phase:
     """A stretch of steps that trains one network: a supernet (with several candidates) or a chosen Subnet.
 
@@ -44,13 +59,14 @@ class Phase:
         stage: number of the stage, from 1.
         kind: whether the phase trains a supernet, or a Subnet.
         start, stop: optimizer steps finished when the phase begins and ends.
-        position: position of `start` in the data order and in the learning-rate schedule. It equals `start`, unless
-            `growth.recycle: false` went back to repeat the epochs of a search.
+        position: position of `start` in the data order. It equals `start`, unless `growth.recycle: false` went back to
+            repeat the epochs of a search.
         candidates: the Subnets to train.
         base: depth of the network from which a supernet grows.
         searched: whether the phase is a search.
         regularization: strengths in this phase.
         began: position at which its weights were initialized: not 0 after a probe found that nothing was learned.
+        course: the phase's part of the schedule, if that counts compute (None: a step is a position).
     """
 
     stage: int
@@ -63,6 +79,7 @@ class Phase:
     searched: bool = False
     regularization: Regularization = Regularization()
     began: int = 0
+    course: Course | None = None
 
     @property
     def network(self) -> Subnet:
@@ -81,8 +98,21 @@ class Phase:
         return tuple(active_layers(operator, *size) for size in sizes)
 
     def position_of(self, step: int) -> int:
-        """The position of step `step` in the data order and the learning-rate schedule."""
+        """The position of step `step` in the data order."""
         return self.position + step - self.start
+
+    def progress_of(self, step: int) -> float:
+        """How far the schedule is before step `step`, in schedule positions: it sets the learning rate."""
+        return (
+            self.position_of(step)
+            if self.course is None
+            else self.course.start + self.course.pace * (step - self.start)
+        )
+
+    @property
+    def progress_began(self) -> float:
+        """How far the schedule was when the phase's weights were initialized."""
+        return self.began if self.course is None else self.course.began
 
 
 # ---- supernet

@@ -37,7 +37,7 @@ class EqualStages:
     rule: CandidateRule | None = None
     cooldown: int = 0
 
-    def candidates(self, stage: int, position: int, before: Choice | None) -> tuple[Subnet, ...]:
+    def candidates(self, stage: int, position: float, before: Choice | None) -> tuple[Subnet, ...]:
         """The Subnets that the stage beginning at `position` may train; `before`: the choice of the stage before."""
         if self.rule is None or stage == len(self.ladder):
             return (self.ladder[stage - 1],)
@@ -53,26 +53,31 @@ class EqualStages:
             return stage, self.candidates(stage, position, Choice(present))
         return stage, (present,)
 
+    @property
+    def bounds(self) -> list[int]:
+        """The positions between which the stages lie: one more than stages."""
+        return [*map(self._ends, range(len(self.ladder))), self.steps]
+
     def _ends(self, stage: int) -> int:
         """The position at which a stage before the last one ends; 0 for stage 0."""
         return stage * (self.steps - self.cooldown) // len(self.ladder)
 
-    def _at(self, position: int) -> int:
+    def _at(self, position: float) -> int:
         """The stage at `position`."""
         stages = len(self.ladder)
         return next((stage for stage in range(1, stages) if position < self._ends(stage)), stages)
 
-    def end(self, stage: int, position: int, choice: Choice) -> int:
+    def end(self, stage: int, position: float, choice: Choice) -> int:
         """The position at which a stage ends, if its choice begins to train at `position`."""
         return self.steps if stage == len(self.ladder) else self._ends(stage)
 
-    def ramp(self, stage: int, position: int, subnet: Subnet) -> float:
+    def ramp(self, stage: int, position: float, subnet: Subnet) -> float:
         """The growth progress, 0 to 1, of a stage that begins to train `subnet` at `position`."""
         return (stage - 1) / (len(self.ladder) - 1) if len(self.ladder) > 1 else 1.0
 
-    def expected(self, search: Phase, position: int, spent: float, price: Price) -> Choice:
+    def expected(self, search: Phase, position: float, spent: float, price: Price) -> Choice:
         """The choice of a future search, in the absence of anything better: the ladder's."""
-        return Choice(self.ladder[self._at(search.position) - 1].at_least(search.candidates[0]))
+        return Choice(self.ladder[self._at(search.progress_of(search.start)) - 1].at_least(search.candidates[0]))
 
     def fails(self, search: Phase, choice: Choice) -> bool:
         """Whether `choice` means that the network before `search` has learned nothing; the next one starts afresh."""
@@ -155,7 +160,7 @@ class Budget:
         )
 
     def state(
-        self, search: Phase, position: int, spent: float, price: Price, planned: Price | None = None
+        self, search: Phase, position: float, spent: float, price: Price, planned: Price | None = None
     ) -> BudgetState:
         """The state of the budget at `search`, whose choice trains from `position` on.
 
@@ -175,9 +180,9 @@ class Budget:
             here, there = (1 - of(small) / of(complete) for of in (price, planned))
             limit = 1 - (1 - limit) * here / there
         left = limit * self.steps - spent
-        return BudgetState(position, self.steps, self.latest, left, self.promised, self._probes(search))
+        return BudgetState(round(position), self.steps, self.latest, left, self.promised, self._probes(search))
 
-    def candidates(self, stage: int, position: int, before: Choice | None) -> tuple[Subnet, ...]:
+    def candidates(self, stage: int, position: float, before: Choice | None) -> tuple[Subnet, ...]:
         """As `EqualStages.candidates`."""
         if position >= self.latest or (
             before and before.complete_from is not None and position >= before.complete_from
@@ -194,7 +199,7 @@ class Budget:
             return 2, self.ladder[-1:]
         return 2, (present,) if position < self.part else self.candidates(2, position, Choice(present))
 
-    def end(self, stage: int, position: int, choice: Choice) -> int:
+    def end(self, stage: int, position: float, choice: Choice) -> int:
         """As `EqualStages.end`."""
         if choice.subnet == self.ladder[-1]:
             return self.steps
@@ -206,14 +211,15 @@ class Budget:
         later = choice.complete_from + self.search_steps + math.ceil(3 * self.scoring)
         if self.proxy(choice.subnet) == self.ladder[-1] or later > self.latest:
             return choice.complete_from  # another search could not tell the two apart, or would come too late
-        before = choice.complete_from - position
-        return position + ceil_div(before, max(1, round(before * len(self.ladder) / (self.steps - self.cooldown))))
+        start = round(position)
+        before = choice.complete_from - start
+        return start + ceil_div(before, max(1, round(before * len(self.ladder) / (self.steps - self.cooldown))))
 
-    def ramp(self, stage: int, position: int, subnet: Subnet) -> float:
+    def ramp(self, stage: int, position: float, subnet: Subnet) -> float:
         """As `EqualStages.ramp`."""
         return 1.0 if subnet == self.ladder[-1] else position / self.latest
 
-    def expected(self, search: Phase, position: int, spent: float, price: Price) -> Choice:
+    def expected(self, search: Phase, position: float, spent: float, price: Price) -> Choice:
         """The choice of a future search, in the absence of anything better: the cheapest candidate."""
         small, complete = min(search.candidates, key=price), self.ladder[-1]
         return self.state(search, position, spent, price).choice(small, price(small) / price(complete), complete)

@@ -1,5 +1,6 @@
 """The growth schedule Psi (paper 3.1, 4): which network trains in which steps, as far as that has been decided."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -7,7 +8,7 @@ from itertools import pairwise
 from typing import Literal
 
 from scaleprog.growth.operators import LayerMap, fresh, grow, keep
-from scaleprog.growth.phase import Phase, Regularization, Split, undivided
+from scaleprog.growth.phase import Course, Phase, Regularization, Split, undivided
 from scaleprog.growth.policy import Budget, Policy, Price
 from scaleprog.growth.search import BudgetState
 from scaleprog.growth.space import Choice, GrowthSpace, Subnet, View, ladder
@@ -30,6 +31,39 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Compute:
+    """Costs for a schedule that counts compute.
+
+    Args:
+        prices: of a step on every network, in steps of the complete model.
+        unit: the cost of a schedule position.
+    """
+
+    prices: tuple[tuple[Subnet, float], ...]
+    unit: float
+
+    @classmethod
+    def of(cls, schedule: "Schedule", price: Price) -> "Compute":
+        """The costs for `schedule`, which without them costs as much as it does with them.
+
+        `price`: the cost of a step on a Subnet, in any unit.
+        """
+        prices = {subnet: price(subnet) / price(schedule.full) for subnet in schedule.networks}
+        policy = schedule.policy
+        if isinstance(policy, Budget):
+            unit = policy.limit
+        else:
+            lengths = zip(policy.ladder, pairwise(policy.bounds), strict=True)
+            unit = sum((end - begin) * prices[subnet] for subnet, (begin, end) in lengths) / schedule.steps
+        return cls(tuple(prices.items()), unit)
+
+    def pace(self, candidates: Sequence[Subnet]) -> float:
+        """How many positions a step on one of `candidates`, which take turns, is worth."""
+        prices = dict(self.prices)
+        return sum(prices[subnet] for subnet in candidates) / len(candidates) / self.unit
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Psi for a run of `steps` schedule positions: `policy` decides about stages, and the schedule tiles them.
 
@@ -48,6 +82,8 @@ class Schedule:
         split: how the model family divides a depth among its layer groups.
         begun: phases that are trained already, if the run is a fork whose parent had another schedule. The policy
             decides from their end on, and no network is smaller than their last one.
+        compute: what the positions of the schedule cost, if they count compute (None: they count steps). Equal stages
+            then cost the same each. A budget hands out steps by itself; the learning rate follows what they cost.
     """
 
     kind: ScheduleKind
@@ -63,6 +99,7 @@ class Schedule:
     operator: Operator = "mogrow"
     split: Split = undivided
     begun: tuple[Phase, ...] = ()
+    compute: Compute | None = None
 
     @property
     def budget(self) -> Budget | None:
@@ -125,6 +162,7 @@ class Schedule:
         phases, undecided = list(self.begun), list(choices[len(self.settled) :])
         least, choice, offered = Subnet(1, 1), None, None
         number, stage, step, position, began = 0, 1, 0, 0, 0
+        progress, progress_began = 0.0, 0.0  # only known to schedules that count compute
         if phases:
             last = phases[-1]
             least, choice = last.network, Choice(last.network)
@@ -136,41 +174,90 @@ class Schedule:
         if choice is not None:
             stage, offered = self.policy.join(position, choice.subnet)
         number += 1 - stage  # of stage 0, so that a fork's stages follow those of `begun`
-        while position < self.steps:
-            offered = offered or self.policy.candidates(stage, position, choice)
+        while (now := progress if self._tiles_compute else position) < self.steps:
+            offered = offered or self.policy.candidates(stage, now, choice)
             candidates, offered, failed = self._at_least(least, offered), None, False
             if len(candidates) > 1:
                 base = choice.subnet.depth if choice else min(s.depth for s in candidates)
                 stop = step + self.search_steps
+                course = None if self.compute is None else Course(progress, self._pace(candidates), progress_began)
                 search = Phase(
-                    number + stage, "supernet", step, stop, position, candidates, base, searched=True, began=began
+                    number + stage,
+                    "supernet",
+                    step,
+                    stop,
+                    position,
+                    candidates,
+                    base,
+                    searched=True,
+                    began=began,
+                    course=course,
                 )
                 phases.append(search)
                 if not undecided:
                     return phases
                 choice = undecided.pop(0)
-                step, position = search.stop, self.position_after(search)
+                step, position = search.stop, search.position_of(search.stop if self.recycle else search.start)
+                now, progress = self.position_after(search), search.progress_of(search.stop)
                 failed = self.policy.fails(search, choice)
             else:
                 choice = Choice(candidates[0])
-            end, subnet = self.policy.end(stage, position, choice), choice.subnet
+            end, subnet = self.policy.end(stage, now, choice), choice.subnet
             strength = Regularization()
             if self.adaptive_regularization:
-                strength = Regularization.at(self.policy.ramp(stage, position, subnet))
-            stop, began = step + end - position, position if failed else began
+                strength = Regularization.at(self.policy.ramp(stage, now, subnet))
+            if failed:
+                began, progress_began = position, progress
+            count, course = self._tile(subnet, now, end, progress, progress_began)
+            stop = step + count
             phases.append(
-                Phase(number + stage, "train", step, stop, position, (subnet,), subnet.depth, False, strength, began)
+                Phase(
+                    number + stage,
+                    "train",
+                    step,
+                    stop,
+                    position,
+                    (subnet,),
+                    subnet.depth,
+                    regularization=strength,
+                    began=began,
+                    course=course,
+                )
             )
-            step, position, stage = stop, end, stage + 1
+            step, position, stage = stop, position + count, stage + 1
+            progress = phases[-1].progress_of(stop)
         return phases
+
+    @property
+    def _tiles_compute(self) -> bool:
+        """Whether the policy's positions are of equal compute; a budget's are steps in any case."""
+        return self.compute is not None and self.budget is None
+
+    def _pace(self, candidates: Sequence[Subnet]) -> float:
+        """The progress of a step on one of `candidates`, which take turns."""
+        assert self.compute is not None
+        pace = self.compute.pace(candidates)
+        return pace if self._tiles_compute else min(1.0, pace)  # so that the progress is never ahead of the steps
+
+    def _tile(self, subnet: Subnet, now: float, end: int, progress: float, began: float) -> tuple[int, Course | None]:
+        """The steps that train `subnet` from the policy's position `now` to `end`, and their part of the schedule."""
+        if self.compute is None:
+            return int(end - now), None
+        pace = self._pace((subnet,))
+        count = max(1, math.ceil((end - now) / pace - 1e-9)) if self._tiles_compute else int(end - now)
+        if self._tiles_compute or end == self.steps:
+            pace = (end - progress) / count  # ends exactly there
+        return count, Course(progress, pace, began)
 
     @staticmethod
     def _at_least(least: Subnet, subnets: Sequence[Subnet]) -> tuple[Subnet, ...]:
         """`subnets`, none of them smaller than `least`."""
         return tuple(sorted({subnet.at_least(least) for subnet in subnets}))
 
-    def position_after(self, search: Phase) -> int:
+    def position_after(self, search: Phase) -> float:
         """The schedule position at which a search's choice begins to train."""
+        if self._tiles_compute:
+            return search.progress_of(search.stop)
         return search.position + (search.stop - search.start if self.recycle else 0)
 
     def active(self, phase: Phase, subnet: Subnet) -> tuple[tuple[int, ...], ...]:
@@ -215,7 +302,7 @@ class Schedule:
             choices.append(self.policy.expected(phases[-1], *self._after(phases, price), price))
         return phases
 
-    def _after(self, phases: Sequence[Phase], price: Price) -> tuple[int, float]:
+    def _after(self, phases: Sequence[Phase], price: Price) -> tuple[float, float]:
         """The position after `phases`, the last of which is a search, and their cost in steps of the complete model."""
         return self.position_after(phases[-1]), self.cost(phases, price) / price(self.full)
 

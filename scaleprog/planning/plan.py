@@ -21,7 +21,7 @@ from scaleprog.errors import RecipeError
 from scaleprog.files.location import local_path
 from scaleprog.growth.begun import begun_by
 from scaleprog.growth.policy import Budget, EqualStages, Price
-from scaleprog.growth.schedule import Schedule, ScheduleKind, rungs
+from scaleprog.growth.schedule import Compute, Schedule, ScheduleKind, rungs
 from scaleprog.growth.space import Subnet
 from scaleprog.models import resolve_family
 from scaleprog.models.cost import gmacs, parameters, units
@@ -138,7 +138,7 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
     )
     if kind != "automatic" or search.method != "budget":
         rule = search.candidates if kind == "automatic" else None
-        return family, make(policy=EqualStages(ladder, steps, rule, cooldown))
+        return family, _counted(recipe, family, make(policy=EqualStages(ladder, steps, rule, cooldown)))
     if search.candidates == "window":
         raise RecipeError(
             "search.candidates: window excludes the present network, which a budget may choose to keep; use corners "
@@ -160,7 +160,7 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
     )
     least = make(policy=frugal)
     limit = _limit(recipe, least, partial(gmacs_of, recipe, family, least))
-    return family, make(policy=replace(frugal, limit=limit))
+    return family, _counted(recipe, family, make(policy=replace(frugal, limit=limit)))
 
 
 def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
@@ -339,6 +339,31 @@ def _lengths(recipe: Recipe, kind: ScheduleKind, stages: int, epoch: int) -> tup
             f"search.epochs: {searched:g} epochs do not fit into a stage of {recipe.train.epochs / stages:g} epochs"
         )
     return steps, search_steps
+
+
+def _counted(recipe: Recipe, family: type[ElasticModel], schedule: Schedule) -> Schedule:
+    """`schedule`, which counts compute if the recipe says so. Raises RecipeError if it cannot."""
+    if recipe.growth.steps == "epochs":
+        return schedule
+    if schedule.kind == "supernet":
+        raise RecipeError("growth.steps: compute needs stages, which growth.schedule: supernet has not; use epochs")
+    if not recipe.growth.recycle:
+        raise RecipeError(
+            "growth.steps: compute counts every step, so no search may be repeated; use growth.recycle: true"
+        )
+    if schedule.begun:
+        raise RecipeError(
+            "growth.steps: compute cannot continue a run whose stages were others; use growth.steps: epochs, or take "
+            "only the weights, with init.from"
+        )
+    compute = Compute.of(schedule, partial(gmacs_of, recipe, family, schedule))
+    stage = (schedule.steps - schedule.policy.cooldown) // schedule.stages
+    if schedule.kind == "automatic" and compute.pace((schedule.full,)) * schedule.search_steps >= stage:
+        raise RecipeError(
+            f"search.epochs: a search of {schedule.search_steps} steps may cost more than a stage; with growth.steps: "
+            "compute, use shorter searches or fewer growth.stages"
+        )
+    return replace(schedule, compute=compute)
 
 
 def _limit(recipe: Recipe, frugal: Schedule, price: Price) -> float:

@@ -1,13 +1,15 @@
 """plan.json: what `scaleprog status` needs to know about a run's plan, so that it does not have to build a model."""
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from scaleprog.files.atomic import write_whole
 from scaleprog.growth.begun import begun_by
 from scaleprog.growth.policy import Budget, EqualStages, Policy
-from scaleprog.growth.schedule import Schedule
+from scaleprog.growth.schedule import Compute, Schedule
 from scaleprog.growth.space import Subnet
 from scaleprog.recipe.parent import ParentSettings
 from scaleprog.rundir.reading import read_object
@@ -30,6 +32,8 @@ def write_plan(run: Path, schedule: Schedule, gmacs: Callable[[Subnet], float]) 
         "complete_steps": budget.complete_steps if budget else 0,
         "cooldown": schedule.policy.cooldown,
     }
+    if schedule.compute is not None:
+        fields["unit"] = schedule.compute.unit
     costs = [[subnet.resolution, subnet.depth, gmacs(subnet)] for subnet in schedule.networks]
     write_whole(run / PLAN, json.dumps({"schedule": fields, "gmacs": costs}))
 
@@ -63,4 +67,9 @@ def read_plan(run: Path, parent: ParentSettings | None = None) -> tuple[Schedule
     begun = begun_by(parent)
     named = {name: fields[name] for name in SCHEDULE}  # type: ignore[literal-required]
     schedule = Schedule(ladder=ladder, policy=policy, begun=begun, **named)
-    return schedule, {Subnet(resolution, depth): cost for resolution, depth, cost in values["gmacs"]}
+    gmacs = {Subnet(resolution, depth): cost for resolution, depth, cost in values["gmacs"]}
+    if (unit := fields.get("unit")) is not None:
+        whole = gmacs.get(schedule.full, math.nan)
+        prices = tuple((subnet, cost / whole) for subnet, cost in gmacs.items())
+        schedule = replace(schedule, compute=Compute(prices, unit))
+    return schedule, gmacs

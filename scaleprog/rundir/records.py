@@ -487,6 +487,7 @@ class PlannedSchedule(TypedDict):
     curriculum: bool
     scoring: Annotated[float, Field(ge=0, le=1e12)]
     cooldown: NotRequired[Annotated[int, Field(ge=0, le=10**9)]]
+    unit: NotRequired[Annotated[float, Field(gt=0, le=1e12)]]
 
 
 @with_config(STRICT)

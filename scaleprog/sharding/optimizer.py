@@ -12,7 +12,7 @@ from scaleprog.recipe.keys import OptimizerSettings
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def learning_rate(settings: OptimizerSettings, position: int, steps: int, epoch: int, began: int = 0) -> float:
+def learning_rate(settings: OptimizerSettings, position: float, steps: int, epoch: int, began: float = 0) -> float:
     """The learning rate at `began` <= `position` < `steps`. A growth does not restart it.
 
     The warm-up rises linearly from `warmup_lr` to `lr`, and the cool-down stays at `min_lr`. Between them:
@@ -24,27 +24,27 @@ def learning_rate(settings: OptimizerSettings, position: int, steps: int, epoch:
 
     Args:
         settings: the recipe's optimizer settings.
-        position: of the schedule.
+        position: of the schedule: a step, or where the steps so far have brought it by what they cost.
         steps: positions of the schedule.
-        epoch: steps per epoch.
+        epoch: positions per epoch.
         began: position at which the weights were initialized. If that is not 0, the rest of the run is a run of its
             own.
     """
-    position, steps = position - began, steps - began - settings.cooldown_steps(epoch)
+    position, length = position - began, steps - began - settings.cooldown_steps(epoch)
     warmup = round(settings.warmup_epochs * epoch)
-    if position >= steps:
+    if position >= length:
         return settings.min_lr
     if settings.schedule == "timm":  # as if each epoch were one step
         position -= position % epoch
         if position < settings.warmup_epochs * epoch:
             return settings.warmup_lr + (settings.lr - settings.warmup_lr) * position / (settings.warmup_epochs * epoch)
-        return _cosine(settings, position / steps)
+        return _cosine(settings, position / length)
     if position < warmup:
         return settings.warmup_lr + (settings.lr - settings.warmup_lr) * position / warmup
     if settings.schedule == "smooth":
-        return _cosine(settings, (position - warmup) / max(1, steps - warmup))
-    decay = max(1, min(round(settings.decay * steps), steps - warmup))
-    return settings.min_lr + (settings.lr - settings.min_lr) * min(1.0, (steps - position) / decay)
+        return _cosine(settings, (position - warmup) / max(1, length - warmup))
+    decay = max(1, min(round(settings.decay * length), length - warmup))
+    return settings.min_lr + (settings.lr - settings.min_lr) * min(1.0, (length - position) / decay)
 
 
 def _cosine(settings: OptimizerSettings, progress: float) -> float:

@@ -152,7 +152,7 @@ def _continued(recipe: Recipe, then: Recipe, run: Path, checkpoint: Path, manife
     if why := next(misplaced(state, continued), None):
         raise RecipeError(f"--from {run}@{state.step}: the recipe cannot continue from there: {why}")
     end = continued.schedule.phases(state.choices)[-1]
-    if parent["position"] >= continued.schedule.steps or (not end.searched and end.stop <= state.step):
+    if not end.searched and end.stop <= state.step:
         raise RecipeError(
             f"--from {run}@{state.step}: nothing is left to train: the recipe has {continued.schedule.steps} steps, "
             f"and the parent is at step {parent['position']} of them; raise train.epochs"

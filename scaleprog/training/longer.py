@@ -125,10 +125,10 @@ def _difference(state: RunState, then: Plan, now: Plan) -> str:
             was, would = (
                 learning_rate(
                     plan.recipe.optimizer,
-                    phase.position_of(step),
+                    phase.progress_of(step),
                     plan.schedule.steps,
                     plan.order.steps_per_epoch,
-                    phase.began,
+                    phase.progress_began,
                 )
                 for plan in (then, now)
             )
