@@ -30,10 +30,15 @@ class Regularization:
     drop_path: float = 1.0
 
     @classmethod
-    def at(cls, ramp: float) -> "Regularization":
+    def at(cls, ramp: float, first: "Regularization | None" = None) -> "Regularization":
         """Strengths at the growth progress `ramp`, from 0 (growth begins) to 1 (complete model). All increase linearly
-        to 1: the magnitude from 0.5, the others from 0."""
-        return cls(magnitude=0.5 + 0.5 * ramp, erase=ramp, drop_path=ramp)
+        from `first` (None: the paper's) to 1."""
+        first = first or PAPERS_FIRST
+        return cls(*(begin + (1 - begin) * ramp for begin in (first.magnitude, first.erase, first.drop_path)))
+
+
+PAPERS_FIRST = Regularization(magnitude=0.5, erase=0.0, drop_path=0.0)
+"""The strengths with which AdaReg begins in the paper."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +108,9 @@ class Phase:
 
     def progress_of(self, step: int) -> float:
         """How far the schedule is before step `step`, in schedule positions: it sets the learning rate."""
-        return (
-            self.position_of(step)
-            if self.course is None
-            else self.course.start + self.course.pace * (step - self.start)
-        )
+        if self.course is None:
+            return self.position_of(step)
+        return self.course.start + self.course.pace * (step - self.start)
 
     @property
     def progress_began(self) -> float:

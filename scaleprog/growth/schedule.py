@@ -82,6 +82,7 @@ class Schedule:
         split: how the model family divides a depth among its layer groups.
         begun: phases that are trained already, if the run is a fork whose parent had another schedule. The policy
             decides from their end on, and no network is smaller than their last one.
+        first: the strengths of regularization with which growth begins, if they grow (None: the paper's).
         compute: what the positions of the schedule cost, if they count compute (None: they count steps). Equal stages
             then cost the same each. A budget hands out steps by itself; the learning rate follows what they cost.
     """
@@ -99,6 +100,7 @@ class Schedule:
     operator: Operator = "mogrow"
     split: Split = undivided
     begun: tuple[Phase, ...] = ()
+    first: Regularization | None = None
     compute: Compute | None = None
 
     @property
@@ -205,7 +207,7 @@ class Schedule:
             end, subnet = self.policy.end(stage, now, choice), choice.subnet
             strength = Regularization()
             if self.adaptive_regularization:
-                strength = Regularization.at(self.policy.ramp(stage, now, subnet))
+                strength = Regularization.at(self.policy.ramp(stage, now, subnet), self.first)
             if failed:
                 began, progress_began = position, progress
             count, course = self._tile(subnet, now, end, progress, progress_began)

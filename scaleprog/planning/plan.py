@@ -20,6 +20,7 @@ from scaleprog.data.token_labels import LabelShards
 from scaleprog.errors import RecipeError
 from scaleprog.files.location import local_path
 from scaleprog.growth.begun import begun_by
+from scaleprog.growth.phase import Regularization
 from scaleprog.growth.policy import Budget, EqualStages, Price
 from scaleprog.growth.schedule import Compute, Schedule, ScheduleKind, rungs
 from scaleprog.growth.space import Subnet
@@ -131,6 +132,7 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
         recycle=growth.recycle,
         operator=growth.operator,
         adaptive_regularization=growth.adaptive_regularization,
+        first=Regularization(**growth.regularization_from.model_dump()),
         patch=patch,
         curriculum=growth.curriculum,
         split=family.split,

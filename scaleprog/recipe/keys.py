@@ -345,6 +345,17 @@ class SubnetSettings(Settings):
     """Depth of the network, in layers."""
 
 
+class RegularizationSettings(Settings):
+    """With how much regularization a growing network begins, as fractions of the recipe's strengths."""
+
+    magnitude: Share = 0.5
+    """Fraction of RandAugment's magnitude."""
+    erase: Share = 0.0
+    """Fraction of the probability of random erasing."""
+    drop_path: Share = 0.0
+    """Fraction of the stochastic-depth rate."""
+
+
 ByHand = Annotated[tuple[SubnetSettings, ...], Field(max_length=100)]
 
 
@@ -373,6 +384,9 @@ class GrowthSettings(Settings):
     """Resolutions are rounded to a multiple of this; default: the model's stride; published: 32 for DeiT/16."""
     adaptive_regularization: bool = False
     """AdaReg: augmentation and stochastic depth grow with the network."""
+    regularization_from: RegularizationSettings = RegularizationSettings()
+    """AdaReg: the fractions of the recipe's `magnitude` (of RandAugment), `erase`, and `drop_path` with which growth
+    begins; the last stage has all of them. The default is the paper's."""
     patches: Literal["resolution", "subset"] = "resolution"
     """How a small network sees fewer patches. resolution: those of a smaller image, as published; subset: a random
     subset of the patches at full resolution, drawn for every image and step (PatchDropout, arXiv 2208.07220), so that

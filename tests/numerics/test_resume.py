@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from scaleprog.errors import Diverged
+from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.recorder import read_rows
 from tests.compare import board, differences, texts
@@ -81,6 +82,22 @@ def test_a_run_within_a_budget_resumed_many_times(make_recipe: Callable[..., Rec
     assert 36 < choice["complete_from"] <= 53
     assert set(phases[36 : choice["complete_from"]]) == {("train", *choice["chosen"])}
     assert set(phases[choice["complete_from"] :]) == {("train", 32, 4)}
+
+
+def test_a_run_that_counts_compute_resumed_many_times(
+    make_recipe: Callable[..., Recipe], straight: dict[str, Path], tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    """Its stages cost the same each, so they have other steps than positions; its learning rate follows the cost."""
+    growth = {"schedule": "automatic", "stages": 3, "steps": "compute", "adaptive_regularization": True,
+              "regularization_from": {"magnitude": 0.0, "erase": 1.0}}  # fmt: skip
+    recipe, reference = recipe_and_straight(growth, make_recipe, straight, tmp_path_factory)
+    steps = step_rows(reference)
+    assert len(steps) != Plan.of(recipe).schedule.steps
+    for stop in (5, 10, 12, len(steps) // 2, len(steps) - 3):
+        run(recipe, tmp_path / "run", max_steps=stop)
+    run(recipe, tmp_path / "run")
+    assert_same_run(recipe, tmp_path / "run", reference)
 
 
 def test_resumed_many_times_and_without_recycling(
