@@ -2,8 +2,8 @@
 
 Such a job outlives lost nodes (sbatch's `--no-kill`), and Slurm does not make an exception for the node of its batch
 script: the job would stay RUNNING, with nothing left that trains, starts the tasks, or ends it. So a step on another
-node asks Slurm whether that node is still part of the job, and requeues the job if not. Slurm's word is all that counts:
-it ends the tasks of a node at the moment when it gives the node up, whatever the node itself still does or sees.
+node asks Slurm whether that node is still part of the job, and requeues the job if not. Only Slurm's word counts: when
+it gives a node up, it ends the step of the ranks, whatever the node itself still does or sees.
 
 `python -m scaleprog.launchers.watch RUN` runs in the batch script, beside the tasks: it starts this step, and another
 one elsewhere when that ends. `python -m scaleprog.launchers.watch RUN NODE` is the step; NODE runs the batch script.

@@ -186,8 +186,7 @@ def cores(partition: str | None = None) -> int | None:
 
 
 def size(partition: str | None = None) -> int | None:
-    """The nodes of a partition (None: of the default one), of the largest if commas separate several; None if Slurm does
-    not say."""
+    """How many nodes a partition has (None: the default one), of several the largest; None if Slurm does not say."""
     told = _ask("sinfo", "-h", "-o", "%D %P", *(() if partition is None else (f"--partition={partition}",)))
     rows = [line.split() for line in told.out.splitlines()]
     numbers = [
