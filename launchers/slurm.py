@@ -278,7 +278,7 @@ def setup(run: str, code: Path, request: JobRequest) -> list[str]:
     python = f"{shlex.quote(sys.executable)} -m"
     limits = f"{request.max_restarts} {request.signal_before}"
     requeue = f'{python} scaleprog.launchers.requeue {run} "$1" {limits}'
-    leave = "set -- $?; kill -HUP $WATCH; exit $1" if request.spare_nodes else "exit $?"
+    leave = "set -- $?; kill -HUP $WATCH 2> /dev/null; exit $1" if request.spare_nodes else "exit $?"
     text = Path(integrity.__file__).read_text(encoding="utf-8")
     lines = [
         # before any code in the run directory runs, and before the trap that would requeue the job

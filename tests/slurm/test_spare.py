@@ -12,8 +12,13 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.job import TrainingJob
 
 
-def spare_recipe(patterns: Path) -> Recipe:
-    return short_recipe(patterns, data={"trace": True}, train={"log_every": 1}, checkpoint={"every_steps": 7})
+@pytest.fixture(scope="module")
+def undisturbed(patterns: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A recipe, and the run directory of its run on two ranks."""
+    recipe = short_recipe(patterns, data={"trace": True}, train={"log_every": 1}, checkpoint={"every_steps": 7})
+    folder = tmp_path_factory.mktemp("spare") / "undisturbed"
+    run(recipe, folder, ranks=2)
+    return recipe, folder
 
 
 def wait_watched(job: TrainingJob, watching: int, watched: int) -> None:
@@ -23,48 +28,36 @@ def wait_watched(job: TrainingJob, watching: int, watched: int) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_spare_node_replaces_a_lost_one_and_the_watch_requeues_without_a_batch_script(
-    cluster: Cluster, patterns: Path, tmp_path: Path
+def test_the_watch_requeues_a_job_that_has_lost_its_batch_script(
+    cluster: Cluster, undisturbed: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
-    recipe = spare_recipe(patterns)
-    run(recipe, tmp_path / "undisturbed", ranks=2)
-    job = TrainingJob(cluster, recipe, tmp_path / "run", "submit")
+    recipe, reference = undisturbed
+    job = TrainingJob(cluster, recipe, tmp_path / "run", "sbatch")
     job.hold_at(9)
     job.submit(spare_nodes="1")
     job.wait_held()
-    first, second, third = cluster.job_nodes(job.id)
-    assert f"2 of 3 nodes train, idle: node{third}; spare" in job.log()
-    wait_watched(job, third, first)
-    cluster.kill_node(second)
-    job.wait("tasks that start again", lambda: job.repeats)
-    job.hold_at(16)
-    job.wait_held()
-    assert job.restarts == 0
-    assert f"2 ranks on node[{first},{third}]" in job.log()
-
-    cluster.start_node(second)
-    cluster.kill_node(first)
+    wait_watched(job, 2, 0)
+    cluster.kill_node(0)
     job.wait_state("RUNNING", restarts=1)
-    assert first not in cluster.job_nodes(job.id)
+    assert cluster.job_nodes(job.id) == [1, 2, 3]
     job.finish()
     assert job.restarts == 1
-    in_job, requeue = restarts(job.events(), job.requeues())
-    assert (in_job.step, requeue.step) == (7, 14)
-    assert requeue.cause == f"Slurm has lost node{first}, the node of the batch script"
-    assert [(row["requeue"], row.get("here")) for row in job.requeues()] == [(False, True), (True, None)]
-    assert differences(recipe, job.run, tmp_path / "undisturbed") == []
+    (restart,) = restarts(job.events(), job.requeues())
+    assert (restart.step, restart.cause) == (7, "Slurm has lost node0, the node of the batch script")
+    assert [row["requeue"] for row in job.requeues()] == [True]
+    assert differences(recipe, job.run, reference) == []
 
 
 @pytest.mark.timeout(600)
-def test_a_watch_that_is_lost_starts_on_another_node_and_two_losses_are_survived(
-    cluster: Cluster, patterns: Path, tmp_path: Path
+def test_a_lost_watch_starts_on_another_node_and_a_spare_node_replaces_a_lost_one(
+    cluster: Cluster, undisturbed: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
-    recipe = spare_recipe(patterns)
-    run(recipe, tmp_path / "undisturbed", ranks=2)
-    job = TrainingJob(cluster, recipe, tmp_path / "run", "sbatch")
+    recipe, reference = undisturbed
+    job = TrainingJob(cluster, recipe, tmp_path / "run", "submit")
     job.hold_at(9)
     job.submit(spare_nodes="2")
     job.wait_held()
+    assert "2 of 4 nodes train, idle: node2, node3; spare" in job.log()
     wait_watched(job, 3, 0)
     cluster.kill_node(3)
     wait_watched(job, 2, 0)
@@ -76,4 +69,4 @@ def test_a_watch_that_is_lost_starts_on_another_node_and_two_losses_are_survived
     assert "starts its tasks again, without node1, node3" in job.log()
     assert "2 ranks on node[0,2]" in job.log()
     assert [event["step"] for event in job.events("start")] == [0, 7]
-    assert differences(recipe, job.run, tmp_path / "undisturbed") == []
+    assert differences(recipe, job.run, reference) == []

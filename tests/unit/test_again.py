@@ -88,7 +88,7 @@ Start = Callable[..., subprocess.CompletedProcess[str]]
 def start(request: pytest.FixtureRequest, fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> Start:
     """Runs the batch script of a job of two nodes that trains in `run`."""
     recipe, run = make_recipe(), tmp_path / "run"
-    fake.command("sinfo", "echo low; for node in node{0..3}; do echo $node allocated; done")
+    fake.command("sinfo", "echo low; " + "; ".join(f"echo 'node{number} allocated'" for number in range(4)))
 
     def start(
         in_job: bool = True, nodes: Count = TWO, spare: int = 0, **further: str
@@ -228,6 +228,17 @@ def test_spare_nodes_that_cannot_help_are_refused(command: Command) -> None:
         (("--sbatch", "no-kill", "--nodes", "2"), "--sbatch no-kill: use --spare-nodes instead"),
     ):
         assert is_mistake(command("submit", "x.yaml", *words), message)
+
+
+@pytest.mark.process
+def test_tasks_start_again_inside_the_job_whenever_they_have_committed_in_between(
+    fake: FakeSlurm, start: Start, tmp_path: Path
+) -> None:
+    crash(fake, 3, f'echo "{{\\"done\\": 1$SCALEPROG_REPEAT}}" > {tmp_path}/run/measuring.json')
+    done = start()
+    assert done.returncode == 0, done.stderr
+    assert started(fake) == ["0", "1", "2", "3"]
+    assert fake.calls("scontrol requeue") == []
 
 
 @pytest.mark.process

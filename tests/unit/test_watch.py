@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def in_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_job(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:  # after `fake`, which removes them
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURMD_NODENAME", "node0")
 
