@@ -37,6 +37,7 @@ def test_the_watch_requeues_a_job_that_has_lost_its_batch_script(
     job.submit(spare_nodes="1")
     job.wait_held()
     wait_watched(job, 2, 0)
+    job.wait("a checkpoint", lambda: job.committed() == 7)  # of rank 0, whose node is lost
     cluster.kill_node(0)
     job.wait_state("RUNNING", restarts=1)
     assert cluster.job_nodes(job.id) == [1, 2, 3]
