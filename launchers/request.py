@@ -22,6 +22,7 @@ OWN_OPTIONS = {
     "qos": "--qos",
     "signal": "--signal-before",
     "job-name": "--run-dir",
+    "no-kill": "--spare-nodes",
 }
 ONE = Count(1, 1)
 RESERVED = dict.fromkeys(("ntasks", "array", "requeue", "no-requeue", "open-mode", "output", "error", "chdir"))
@@ -51,6 +52,7 @@ class JobRequest:
         options: other options of sbatch, each KEY=VALUE or KEY.
         srun: other options of the srun that starts the ranks, each KEY=VALUE or KEY.
         python: the program that runs a rank in place of this Python: a container's, or a script that starts one.
+        spare_nodes: further nodes, which the job holds to replace lost ones.
         in_job: whether crashed tasks start again inside the job, where that is possible.
     """
 
@@ -67,6 +69,7 @@ class JobRequest:
     options: tuple[str, ...] = ()
     srun: tuple[str, ...] = ()
     python: str | None = None
+    spare_nodes: int = 0
     in_job: bool = True
 
     @property
@@ -78,6 +81,11 @@ class JobRequest:
     def world(self) -> int:
         """The largest number of ranks."""
         return self.nodes.most * self.tasks
+
+    @property
+    def total(self) -> Count:
+        """How many nodes the job holds: those that train, and the spare ones."""
+        return Count(self.nodes.least + self.spare_nodes, self.nodes.most + self.spare_nodes)
 
     def further(self) -> dict[str, Any]:
         """`options` in the form that submitit takes.
@@ -105,6 +113,18 @@ class JobRequest:
                 raise ScaleprogError(f"--{name}: must be one line")
             if not value.isprintable() or "\\" in value:
                 raise ScaleprogError(f"--{name} {value!r}: not a name that Slurm can read")
+        if self.spare_nodes and not self.in_job:
+            raise ScaleprogError(
+                f"--spare-nodes {self.spare_nodes}: only a job that starts its ranks again itself can use them; leave "
+                "out --restart requeue, or the spare nodes"
+            )
+        if self.spare_nodes < 0:
+            raise ScaleprogError(f"--spare-nodes {self.spare_nodes}: must be 0 or more")
+        if self.spare_nodes and self.nodes.most < 2:
+            raise ScaleprogError(
+                f"--spare-nodes {self.spare_nodes}: with --nodes 1, all ranks are on the node of the batch script, and "
+                "no job outlives that one: Slurm requeues it; train on more nodes, or leave out the spare ones"
+            )
         self.further()
         self.step()
         if self.python is not None and not self.srun and shutil.which(self.python) is None:

@@ -362,6 +362,14 @@ def refused(run: Path, start: Attempt) -> bool:
     return job is not None and job["job"] != start.job
 
 
+def latest(run: Path, start: Attempt) -> Attempt:
+    """The last start of the tasks since Slurm's restart `start`, as far as they have begun to train."""
+    owner = _object(run / "owner.json", Owner)
+    if owner is None or (owner["job"], owner["restart"]) != (start.job, start.restart):
+        return start
+    return replace(start, repeat=owner.get("repeat", 0))
+
+
 def progress_of(run: Path) -> tuple[int, int]:
     """The step of the newest checkpoint, and how much of an unfinished measurement the last stop saved."""
     half = _object(run / "measuring.json", Measured)

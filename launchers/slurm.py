@@ -151,6 +151,18 @@ def check_cores(request: JobRequest) -> None:
         )
 
 
+def check_size(request: JobRequest) -> None:
+    """Raises ScaleprogError if the partition does not have the nodes that train and the spare ones."""
+    if not request.spare_nodes:
+        return  # Slurm says so itself
+    there, needed = slurm_queue.size(request.partition), request.total.least
+    if there is not None and needed > there:
+        raise ScaleprogError(
+            f"--nodes {request.nodes} --spare-nodes {request.spare_nodes}: the job needs {needed} nodes, and the "
+            f"partition has {there}; use fewer"
+        )
+
+
 def check(recipe: Recipe, run: Path, request: JobRequest) -> None:
     """Raises ScaleprogError for every error that the job would otherwise meet at its start."""
     check_quickly(recipe, run, request)
@@ -205,6 +217,7 @@ def check_cluster(request: JobRequest) -> None:
         if name and name not in known:
             raise ScaleprogError(f"--partition {name}: no such partition; available: {', '.join(known)}")
     check_cores(request)
+    check_size(request)
 
 
 def make_executor(run: Path, request: JobRequest) -> Any:
@@ -228,10 +241,12 @@ def make_executor(run: Path, request: JobRequest) -> Any:
 
     python = None if request.python is None else shlex.quote(_program(request.python))
     executor = Executor(run / "jobs" / time.strftime("%Y%m%d-%H%M%S"), python=python)
-    nodes = request.nodes
+    nodes = request.total
     further: dict[str, Any] = {"signal": f"USR2@{request.signal_before}", "requeue": True, **request.further()}
     if not nodes.fixed:  # with ntasks-per-node, Slurm would limit the range of nodes (docs/slurm.md)
         further = {"mincpus": request.tasks * (request.cpus_per_task or 1), **further}
+    if request.spare_nodes:
+        further = {"no-kill": True, **further}  # see watch.py
     cpus = () if request.cpus_per_task is None else (f"--cpus-per-task={request.cpus_per_task}",)  # srun needs it again
     executor.update_parameters(
         job_name=job_name(run),
@@ -263,6 +278,7 @@ def setup(run: str, code: Path, request: JobRequest) -> list[str]:
     python = f"{shlex.quote(sys.executable)} -m"
     limits = f"{request.max_restarts} {request.signal_before}"
     requeue = f'{python} scaleprog.launchers.requeue {run} "$1" {limits}'
+    leave = "set -- $?; kill -HUP $WATCH 2> /dev/null; exit $1" if request.spare_nodes else "exit $?"
     text = Path(integrity.__file__).read_text(encoding="utf-8")
     lines = [
         # before any code in the run directory runs, and before the trap that would requeue the job
@@ -271,28 +287,47 @@ def setup(run: str, code: Path, request: JobRequest) -> list[str]:
         f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export SUBMITIT_PREEMPT_SIGNAL=USR2",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
-        f"export {slurm_queue.REPEAT}=0",
-        f"after() {{ trap '' TERM INT USR2; {requeue}; exit $?; }}",
+        f"export {slurm_queue.REPEAT}=0 {slurm_queue.LOST}=",
+        f"after() {{ trap '' TERM INT USR2; {requeue}; {leave}; }}",
         "trap : TERM INT USR2  # the tasks get these signals too; this shell waits for the tasks",
         "trap 'after $?' EXIT",
     ]
-    if request.in_job:
-        again = f"{python} scaleprog.launchers.again {run} $code {limits}"
-        lines += [
-            "function srun {  # starts the tasks, again and again where that is enough",
-            "  local code",
-            "  while :; do",
-            '    command srun "$@" && return',
-            "    code=$?",
-            f"    {again} || return $code",
-            f"    export {slurm_queue.REPEAT}=$(({slurm_queue.REPEAT} + 1))",
-            "  done",
-            "}",
-        ]
-    if request.nodes.fixed:
-        return lines
+    again = f"{python} scaleprog.launchers.again {run} $code {limits}"
     world = f'{python} scaleprog.launchers.world {run} {request.nodes.least} "$TASKS"'
+    if request.spare_nodes:
+        again += f' {request.nodes.least} "$TASKS"'
+        world += f" {request.spare_nodes}"
+        lines += [f"{python} scaleprog.launchers.watch {run} &", "WATCH=$!"]
+    if request.in_job:
+        lines += srun_again(again, request.spare_nodes > 0)
+    if request.nodes.fixed and not request.spare_nodes:
+        return lines
     return [*lines, f"TASKS={request.tasks}", f"NODES=$({world}) || exit", *STEP]
+
+
+def srun_again(again: str, spare: bool) -> list[str]:
+    """Lines of the batch script by which srun starts the tasks, again and again where that is enough.
+
+    Args:
+        again: the command that decides, for the exit code in `$code`.
+        spare: whether it also says where, because other nodes may take the place of lost ones.
+    """
+    exclude, decide = "", [f"{again} || return $code"]
+    if spare:
+        exclude = f'${{{slurm_queue.LOST}:+--exclude="${slurm_queue.LOST}"}} '
+        place = [f"place=$({again}) || return $code", f'read -r NODES {slurm_queue.LOST} <<< "$place"']
+        decide = [*place, f"export {slurm_queue.LOST}", *STEP]
+    return [
+        "function srun {  # starts the tasks, again and again where that is enough",
+        "  local code place",
+        "  while :; do",
+        f'    command srun {exclude}"$@" && return',
+        "    code=$?",
+        *(f"    {line}" for line in decide),
+        f"    export {slurm_queue.REPEAT}=$(({slurm_queue.REPEAT} + 1))",
+        "  done",
+        "}",
+    ]
 
 
 def _program(python: str) -> str:

@@ -1,12 +1,14 @@
 """Chooses how many ranks a start gets if the user gave a range: as many as fit and the recipe can use.
 
-`python -m scaleprog.launchers.world RUN MIN_NODES TASKS` prints the number of nodes on which the batch script should
-start TASKS ranks each. This module does not import torch, because every start would have to wait for it.
+`python -m scaleprog.launchers.world RUN MIN_NODES TASKS [SPARE]` prints the number of nodes on which the batch script
+should start TASKS ranks each; SPARE of the job's nodes do not train. This module does not import torch, because every
+start would have to wait for it.
 """
 
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,37 +96,51 @@ def largest(option: str, count: Count, worlds: Worlds, each: int = 1) -> int:
     return numbers[-1]
 
 
-def nodes_to_use(run: Path, least: int, each: int) -> int:
-    """How many of this job's nodes train; these are the first ones. If nodes stay idle, prints which ones and why.
-
-    Args:
-        run: the run directory.
-        least: the smallest number of nodes that may train.
-        each: ranks per node.
-
-    Raises:
-        ScaleprogError: the job has fewer nodes than `least`, or no number of its nodes can train.
-    """
+def nodes_of_job() -> int:
+    """How many nodes this job has, or trains on, according to the batch script. Raises ScaleprogError outside a job."""
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "")
     if not re.fullmatch("[0-9]{1,9}", nodes):
         raise ScaleprogError(f"SLURM_JOB_NUM_NODES is {as_text(nodes, most=60)!r}: this is not a Slurm job")
-    there = int(nodes)
-    if there < least:
-        raise ScaleprogError(f"the job has {there} nodes, fewer than MIN_NODES, {least}; request more from Slurm")
+    return int(nodes)
+
+
+def nodes_to_use(run: Path, there: Sequence[str], least: int, most: int, each: int) -> int:
+    """How many of a job's nodes train; these are the first ones. If nodes stay idle, prints which ones and why.
+
+    Args:
+        run: the run directory.
+        there: the names of the nodes.
+        least: the smallest number of nodes that may train.
+        most: the largest; the others are spare.
+        each: ranks per node.
+
+    Raises:
+        ScaleprogError: there are fewer nodes than `least`, or no number of them can train.
+    """
+    most = min(most, len(there))
+    if most < least:
+        raise ScaleprogError(f"the job has {most} nodes, fewer than MIN_NODES, {least}; request more from Slurm")
     worlds = worlds_of(run)
-    used = largest("nodes", Count(least, there), worlds, each)
-    if used < there:
-        idle = as_text(", ".join(hosts(os.environ.get("SLURM_JOB_NODELIST", ""))[used:]))
-        why = worlds.obstacle(there * each, each)
-        print(f"scaleprog: {used} of {there} nodes train, idle: {idle}; {why}", file=sys.stderr, flush=True)
+    used = largest("nodes", Count(least, most), worlds, each)
+    if used < len(there):
+        why = worlds.obstacle(most * each, each) if used < most else "spare"
+        idle = as_text(", ".join(there[used:]))
+        print(f"scaleprog: {used} of {len(there)} nodes train, idle: {idle}; {why}", file=sys.stderr, flush=True)
     return used
 
 
+def _main(folder: str, fewest: str, tasks: str, spare: str = "0") -> int:
+    each = Count.parse(tasks, "TASKS").least
+    least = Count.parse(fewest, "MIN_NODES").least
+    if not re.fullmatch("[0-9]{1,6}", spare):
+        raise ScaleprogError(f"SPARE_NODES {as_text(spare, most=60)}: must be a number")
+    most = nodes_of_job() - int(spare)
+    return nodes_to_use(Path(folder), hosts(os.environ.get("SLURM_JOB_NODELIST", "")), least, most, each)
+
+
 if __name__ == "__main__":
-    folder, fewest, tasks = sys.argv[1:]
     try:
-        each = Count.parse(tasks, "TASKS").least
-        print(nodes_to_use(Path(folder), Count.parse(fewest, "MIN_NODES").least, each))
+        print(_main(*sys.argv[1:]))
     except Exception as error:
         end = exit_by(error)
         print(f"scaleprog: cannot choose the number of nodes: {as_text(end.text, lines=True)}", file=sys.stderr)

@@ -14,7 +14,7 @@ from scaleprog.cli.arguments import Overrides, RecipePath, RunPath, RunPaths, So
 from scaleprog.cli.sweep import Jobs, Sweep, check_no_sweep, sweep_runs, unfinished
 from scaleprog.cli.training import show
 from scaleprog.errors import INTERRUPTED_CODE, ScaleprogError
-from scaleprog.files.display import as_text
+from scaleprog.files.display import as_text, counted
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.rundir.folders import runs_at
 
@@ -47,6 +47,9 @@ def submit(
     signal_before: Annotated[
         int, typer.Option(min=1, max=10**6, help="How many seconds before its time limit Slurm asks a job to stop.")
     ] = 120,
+    spare_nodes: Annotated[
+        int, typer.Option(min=0, max=10**4, help="Further nodes that the job holds, to replace lost ones.")
+    ] = 0,
     restart: Annotated[
         str,
         typer.Option(metavar="in-job|requeue", help="Where crashed ranks start again if they can, or must."),
@@ -93,6 +96,7 @@ def submit(
         tuple(sbatch or ()),
         tuple(srun or ()),
         python,
+        spare_nodes,
         in_job(restart),
     )
     request.check()
@@ -125,7 +129,8 @@ def submit(
     elif job is not None:
         quoted = as_text(shlex.quote(str(folder)))  # lines to be copied into a shell
         print(
-            f"job {job.job}: {request.nodes} x {request.tasks} ranks\n  run directory  {as_text(folder)}\n"
+            f"job {job.job}: {request.nodes} x {request.tasks} ranks{spare_words(request)}\n"
+            f"  run directory  {as_text(folder)}\n"
             f"  watch          scaleprog status {quoted} --follow; tail -f "
             f"{as_text(shlex.quote(str(folder / job.log)))}\n"
             f"  end            scaleprog cancel {quoted}",
@@ -137,6 +142,11 @@ def submit(
             show(results, folder)
     elif job is not None and wait:
         follow(folder, f"job {job.job}", in_place=False, out=sys.stderr if as_json else sys.stdout)
+
+
+def spare_words(request: "JobRequest") -> str:
+    """What a job holds besides the nodes that train."""
+    return f", {counted(request.spare_nodes, 'spare node')}" if request.spare_nodes else ""
 
 
 def as_values(
@@ -194,7 +204,7 @@ def submit_sweep(
     quoted = as_text(shlex.quote(str(folder)))
     print(
         f"job {first.job.partition('_')[0]}: an array of {len(files)} jobs, each of {request.nodes} x {request.tasks} "
-        f"ranks, for {len(files)} of {len(runs)} runs\n  directories    in {as_text(folder)}\n"
+        f"ranks{spare_words(request)}, for {len(files)} of {len(runs)} runs\n  directories    in {as_text(folder)}\n"
         f"  watch          scaleprog status {quoted}\n  end            scaleprog cancel {quoted}",
         flush=True,
     )

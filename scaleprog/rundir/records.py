@@ -356,6 +356,8 @@ class Left(TypedDict):
     requeue: NotRequired[bool]
     here: NotRequired[bool]
     job: NotRequired[Name]
+    restart: NotRequired[Count]
+    repeat: NotRequired[Count]
     kind: NotRequired[Literal["finished", "mistake", "interrupted", "stopped", "crash"]]
     step: NotRequired[Count]
     measured: NotRequired[Count]

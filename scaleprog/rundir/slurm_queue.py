@@ -33,6 +33,8 @@ GIVEN_UP = ("down", "drained", "error", "fail", "inval", "power", "reboot", "unk
 """How sinfo's words begin for the state of a node that has left, or will; a node that does not respond has a `*`."""
 REPEAT = "SCALEPROG_REPEAT"
 """The environment variable in which a batch script counts how often it has started its tasks again."""
+LOST = "SCALEPROG_LOST"
+"""The environment variable in which a batch script keeps the nodes that its job has lost, separated by commas."""
 ANSWER_SECONDS = 60.0
 ANSWER_BYTES = 2**20  # more than Slurm prints about any job
 MOST_HOSTS = 100_000
@@ -99,6 +101,11 @@ def own_start(variables: Mapping[str, str] = os.environ) -> tuple[int, int]:
     counts = (variables.get(name, "") for name in ("SLURM_RESTART_COUNT", REPEAT))
     restart, repeat = (int(count) if re.fullmatch("[0-9]{1,9}", count) else 0 for count in counts)
     return restart, repeat
+
+
+def own_node(variables: Mapping[str, str] = os.environ) -> str:
+    """The name by which Slurm knows the node of this process."""
+    return variables.get("SLURMD_NODENAME") or os.uname().nodename.partition(".")[0]
 
 
 def find(job: str) -> Job | None:
@@ -176,6 +183,18 @@ def cores(partition: str | None = None) -> int | None:
         if len(row) == 2 and re.fullmatch("[0-9]{1,9}[+]?", row[0]) and (partition is not None or row[1].endswith("*"))
     ]
     return None if told.code or not sizes or any(row[0].endswith("+") for row in rows) else max(sizes)
+
+
+def size(partition: str | None = None) -> int | None:
+    """How many nodes a partition has (None: the default one), of several the largest; None if Slurm does not say."""
+    told = _ask("sinfo", "-h", "-o", "%D %P", *(() if partition is None else (f"--partition={partition}",)))
+    rows = [line.split() for line in told.out.splitlines()]
+    numbers = [
+        int(row[0])
+        for row in rows
+        if len(row) == 2 and re.fullmatch("[0-9]{1,9}", row[0]) and (partition is not None or row[1].endswith("*"))
+    ]
+    return None if told.code or not numbers else max(numbers)
 
 
 def lost(nodes: Sequence[str]) -> list[str]:

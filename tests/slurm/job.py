@@ -22,7 +22,7 @@ HOOK = ROOT / "tests" / "slurm" / "hook"
 SECONDS = 180.0  # more than anything takes, even on a machine that has other things to do
 By = Literal["submit", "sbatch"]
 BOTH: tuple[By, By] = ("submit", "sbatch")
-OWN = ("nodes", "restart", "tasks_per_node", "time", "signal_before", "partition", "account", "qos")
+OWN = ("nodes", "spare_nodes", "restart", "tasks_per_node", "time", "signal_before", "partition", "account", "qos")
 """Options that `scaleprog submit` has itself."""
 T = TypeVar("T")
 
@@ -69,6 +69,7 @@ class TrainingJob:
         """Submits it, or the same again; `options` of sbatch. Raises RuntimeError with what was said against it."""
         options = {"nodes": str(self.nodes), "time": "60", **options}
         command: list[str | Path]
+        spare = 0  # for sbatch; `submit` takes the option
         least, colon, most = options["nodes"].partition(":")
         if self.by == "submit":
             options |= {"tasks_per_node": str(self.tasks_per_node), "signal_before": str(signal_before)}
@@ -81,12 +82,16 @@ class TrainingJob:
                 options["nodes"] = f"{least}-{most}"
             else:
                 options["ntasks_per_node"] = str(self.tasks_per_node)
+            spare = int(options.pop("spare_nodes", 0))
+            if spare:
+                options |= {"nodes": str(int(least) + spare), "no_kill": ""}
             options["signal"] = f"USR2@{signal_before}"
             options |= {"output": f"{self.beside}/%j.log"}
             command = ["sbatch", "--parsable", *(_option(*option) for option in options.items())]
             command += [ROOT / "slurm" / "train.sbatch", self.recipe_file, self.run]
         environment = [f"{key}={value}" for key, value in self._environment().items()]
         environment += [f"MIN_NODES={least}"] * bool(colon)
+        environment += [f"SPARE_NODES={spare}"] * bool(spare)
         told = self.cluster.run(["env", f"--chdir={ROOT}", *environment, *command], seconds=SECONDS).stdout
         self.id = re.findall(r"\d+", told)[0]
 
@@ -243,4 +248,4 @@ def _parent(pid: int) -> int:
 
 
 def _option(key: str, value: str) -> str:
-    return f"--{key.replace('_', '-')}={value}"
+    return f"--{key.replace('_', '-')}{value and f'={value}'}"

@@ -6,7 +6,7 @@ from typing import Any
 SHOWN = (
     "JobId=7 JobName=scaleprog-a b UserId=me(1) GroupId=me(1) JobState={state} Reason={reason} Requeue=1 "
     "Restarts={restarts} BatchFlag={batch} ExitCode={code} TimeLimit=00:05:00 SubmitTime=1795468537 EndTime={end} "
-    "PreemptTime={preempt} NodeList=node[0-1] BatchHost=node0{command}\n"
+    "PreemptTime={preempt} NodeList={nodes} BatchHost=node0{command}\n"
 )
 
 
@@ -36,6 +36,7 @@ class FakeSlurm:
             "code": "0:0",
             "end": "Unknown",
             "preempt": "None",
+            "nodes": "node[0-1]",
             "command": "",
         }
         (self.folder / "shown").write_text(SHOWN.format(**values | fields))

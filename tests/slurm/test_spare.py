@@ -1,0 +1,73 @@
+"""A job with spare nodes loses nodes, and continues without the queue; not without the node of its batch script."""
+
+from pathlib import Path
+
+import pytest
+
+from scaleprog.launchers.status import restarts
+from scaleprog.recipe import Recipe
+from tests.compare import differences
+from tests.conftest import run, short_recipe
+from tests.slurm.cluster import Cluster
+from tests.slurm.job import TrainingJob
+
+
+@pytest.fixture(scope="module")
+def undisturbed(patterns: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A recipe, and the run directory of its run on two ranks."""
+    recipe = short_recipe(patterns, data={"trace": True}, train={"log_every": 1}, checkpoint={"every_steps": 7})
+    folder = tmp_path_factory.mktemp("spare") / "undisturbed"
+    run(recipe, folder, ranks=2)
+    return recipe, folder
+
+
+def wait_watched(job: TrainingJob, watching: int, watched: int) -> None:
+    """Waits until one node watches the node of the batch script."""
+    line = f"node{watching} watches node{watched}, the node of the batch script"
+    job.wait("watched", lambda: line in job.log())
+
+
+@pytest.mark.timeout(600)
+def test_the_watch_requeues_a_job_that_has_lost_its_batch_script(
+    cluster: Cluster, undisturbed: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, reference = undisturbed
+    job = TrainingJob(cluster, recipe, tmp_path / "run", "sbatch")
+    job.hold_at(9)
+    job.submit(spare_nodes="1")
+    job.wait_held()
+    wait_watched(job, 2, 0)
+    job.wait("a checkpoint", lambda: job.committed() == 7)  # of rank 0, whose node is lost
+    cluster.kill_node(0)
+    job.wait_state("RUNNING", restarts=1)
+    assert cluster.job_nodes(job.id) == [1, 2, 3]
+    job.finish()
+    assert job.restarts == 1
+    (restart,) = restarts(job.events(), job.requeues())
+    assert (restart.step, restart.cause) == (7, "Slurm has lost node0, the node of the batch script")
+    assert [row["requeue"] for row in job.requeues()] == [True]
+    assert differences(recipe, job.run, reference) == []
+
+
+@pytest.mark.timeout(600)
+def test_a_lost_watch_starts_on_another_node_and_a_spare_node_replaces_a_lost_one(
+    cluster: Cluster, undisturbed: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, reference = undisturbed
+    job = TrainingJob(cluster, recipe, tmp_path / "run", "submit")
+    job.hold_at(9)
+    job.submit(spare_nodes="2")
+    job.wait_held()
+    assert "2 of 4 nodes train, idle: node2, node3; spare" in job.log()
+    wait_watched(job, 3, 0)
+    cluster.kill_node(3)
+    wait_watched(job, 2, 0)
+    assert job.requeues() == [], "no rank was on that node"
+    cluster.kill_node(1)
+    job.wait("tasks that start again", lambda: job.repeats)
+    job.finish()
+    assert job.restarts == 0
+    assert "starts its tasks again, without node1, node3" in job.log()
+    assert "2 ranks on node[0,2]" in job.log()
+    assert [event["step"] for event in job.events("start")] == [0, 7]
+    assert differences(recipe, job.run, reference) == []
