@@ -132,7 +132,7 @@ def fork_ranks(patch: pytest.MonkeyPatch) -> None:
 
     The ranks then have the environment that this process had at its first launch.
     """
-    multiprocessing.set_forkserver_preload(["scaleprog.training.loop", "deepspeed"])
+    multiprocessing.set_forkserver_preload(["tests.forked"])
     patch.setattr(local, "START_METHOD", "forkserver")
 
 
