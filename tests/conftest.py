@@ -1,7 +1,6 @@
 """What the tests share: a small data set of drawn patterns, recipes over it, runs on one or several ranks."""
 
 import json
-import multiprocessing
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: neighbours on the machine must not slow each other down
@@ -21,7 +20,6 @@ import torch
 import torch.distributed as dist
 from webdataset.writer import ShardWriter
 
-from scaleprog.launchers import local
 from scaleprog.launchers.local import launch
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.recorder import read_rows
@@ -47,6 +45,26 @@ WITHIN_A_BUDGET: dict[str, Any] = {
     "search": {"method": "budget", "budget": 0.57, "measurements": 2, "complete_steps": 0},
 }
 """The default search and ours on top of it, over `short_recipe`, which searches as published."""
+MINUTES = {
+    "tests/slurm/test_signals.py": 13,
+    "tests/distributed/test_volo.py": 6,
+    "tests/distributed/test_imagenet_recipe.py": 6,
+    "tests/distributed/test_backends.py": 5,
+    "tests/slurm/test_refused.py": 5,
+    "tests/slurm/test_hangs.py": 4,
+    "tests/chaos/test_chaos.py": 4,
+    "tests/slurm/test_allocation.py": 3,
+    "tests/slurm/test_elastic.py": 3,
+    "tests/distributed/test_growths.py": 3,
+    "tests/distributed/test_hangs.py": 3,
+    "tests/numerics/test_resume.py": 3,
+    "tests/slurm/test_listening.py": 2,
+    "tests/slurm/test_sweep.py": 2,
+    "tests/distributed/test_restarts.py": 2,
+    "tests/numerics/test_fork.py": 2,
+    "tests/unit/test_interrupts.py": 2,
+}
+"""About how long the longest files take. They start first, so that no worker ends with one of them alone."""
 MakeRecipe = Callable[..., Recipe]
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "bases")
@@ -58,6 +76,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: -MINUTES.get(item.nodeid.partition("::")[0], 0))
     seen = torch.cuda.is_available()
     for item in items:
         if item.get_closest_marker("gpu") and not seen:
@@ -125,15 +144,6 @@ def run(recipe: Recipe, folder: Path, ranks: int = 1, **changes: Any) -> dict[st
         launch(ranks, train_rank, recipe, folder)
         return {}
     return train_rank(recipe, folder)
-
-
-def fork_ranks(patch: pytest.MonkeyPatch) -> None:
-    """Makes `launch` fork ranks from a process that has imported torch; an import takes longer than many a run.
-
-    The ranks then have the environment that this process had at its first launch.
-    """
-    multiprocessing.set_forkserver_preload(["scaleprog.training.loop", "deepspeed"])
-    patch.setattr(local, "START_METHOD", "forkserver")
 
 
 def step_rows(folder: Path) -> dict[int, dict[str, Any]]:

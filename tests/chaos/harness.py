@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,6 +56,19 @@ HEAD = (
 DISK = 8 * 2**20
 
 
+Command = Callable[[list[str]], subprocess.CompletedProcess[str]]
+"""Runs tests.chaos.faults with arguments, in a session of its own."""
+
+
+def command_anew(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """By an interpreter of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "tests.chaos.faults", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=START_SECONDS, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a run under a fault ended."""
@@ -77,10 +90,16 @@ class Chaos:
     """A folder with shards, runs of one recipe on one engine, and the undisturbed ones among them."""
 
     def __init__(
-        self, folder: Path, engine: Engine = "fsdp", cluster: Cluster | None = None, model: str = "vit"
+        self,
+        folder: Path,
+        engine: Engine = "fsdp",
+        cluster: Cluster | None = None,
+        model: str = "vit",
+        command: Command = command_anew,
     ) -> None:
-        """`cluster`: for faults of Slurm jobs, brought up as each needs it; `model`: one of MODELS."""
-        self.folder, self.engine, self.cluster, self.model = folder, engine, cluster, model
+        """`cluster`: for faults of Slurm jobs, brought up as each needs it; `model`: one of MODELS; `command`: runs
+        tests.chaos.faults."""
+        self.folder, self.engine, self.cluster, self.model, self.command = folder, engine, cluster, model, command
         self.shards = draw_patterns(folder / "shards")
 
     def recipe(self, ranks: int) -> Recipe:
@@ -165,11 +184,7 @@ class Chaos:
             data = trained.data.model_copy(update={"path": str(shards)})
             trained = trained.model_copy(update={"data": data})
         recipe.write_text(trained.dump())
-        return subprocess.run(
-            [sys.executable, "-m", "tests.chaos.faults", recipe, folder, str(ranks), json.dumps(asdict(fault))],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=START_SECONDS, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        return self.command([str(recipe), str(folder), str(ranks), json.dumps(asdict(fault))])
 
 
 @contextmanager

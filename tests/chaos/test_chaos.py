@@ -2,20 +2,27 @@
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 
 from scaleprog.recipe.keys import Engine
+from tests import forked
 from tests.chaos.faults import KINDS, MOMENTS, SLURM_KINDS, Fault
-from tests.chaos.harness import SAVE_STEPS, Chaos, draw, put_section
+from tests.chaos.harness import SAVE_STEPS, START_SECONDS, Chaos, draw, put_section
 
 
 @pytest.fixture(scope="module")
 def chaos(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Engine], Chaos]:
-    """Gives that of an engine."""
-    return cache(lambda engine: Chaos(tmp_path_factory.mktemp(engine), engine))
+    """Gives that of an engine. Commands and their ranks are forked; `make chaos` starts them as a user does."""
+
+    def make(engine: Engine) -> Chaos:
+        folder = tmp_path_factory.mktemp(engine)
+        command = partial(forked.run, "tests.chaos.faults", output=folder / "output", seconds=START_SECONDS)
+        return Chaos(folder, engine, command=command)
+
+    return cache(make)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import fork_ranks
+from tests.forked import fork_ranks
 
 
 @pytest.fixture(autouse=True)

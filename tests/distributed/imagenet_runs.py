@@ -75,7 +75,7 @@ def shortened(name: str, engine: str, data: Path) -> Recipe:
         "optimizer.warmup_epochs=1",
         f"optimizer.cooldown_epochs={min(0.34, whole.optimizer.cooldown_epochs)}",
         "search.epochs=1",
-        "search.subset=16",
+        f"search.subset={batch}",
         "search.complete_steps=3",
         "evaluate.every=100",
         "evaluate.batch=4",

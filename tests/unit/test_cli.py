@@ -16,6 +16,7 @@ from scaleprog import cli
 from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable, WorkerDied
 from scaleprog.launchers.local import RankFailed
 from scaleprog.rundir.storage import committed
+from tests import forked
 from tests.conftest import step_rows
 from tests.unit.command import Command, WriteRecipe, is_mistake, rows_of
 from tests.unit.fake_slurm import FakeSlurm
@@ -219,12 +220,10 @@ def test_variables_of_another_launcher_are_ignored_by_every_command(write_recipe
         ["report", run, f"--out={tmp_path / 'report'}"],
         ["status", run],
     ):
-        command = [sys.executable, "-m", "scaleprog", *map(str, arguments)]
-        environment = os.environ | STRANGERS
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
-        assert done.returncode == 0, (arguments, done.stderr)
+        done = forked.run("scaleprog", arguments, tmp_path / "output", 100, STRANGERS)
+        assert done.returncode == 0, (arguments, done.stdout)
         told = "another launcher has set RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1'; scaleprog ignores that"
-        assert (told in done.stderr) == (arguments[0] == "train")
+        assert (told in done.stdout) == (arguments[0] == "train")
 
 
 # ---- train, evaluate, export, report

@@ -8,7 +8,8 @@ import pytest
 
 from scaleprog.recipe import Recipe, directories
 from scaleprog.recipe.directories import DIRECTORIES
-from tests.conftest import CLASSES, MakeRecipe, fork_ranks, run, short_recipe
+from tests.conftest import CLASSES, MakeRecipe, run, short_recipe
+from tests.forked import fork_ranks
 from tests.unit.command import Command, is_mistake
 
 RECIPE = {"growth": {"schedule": "original"}, "train": {"epochs": 1}, "sharding": {"engine": "replicated"}}

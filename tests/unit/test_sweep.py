@@ -21,7 +21,8 @@ from scaleprog.launchers.sweep import Ended, Task, slots, train_all
 from scaleprog.launchers.world import Count
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.sweep import Swept, members, run_name, split
-from tests.conftest import MakeRecipe, fork_ranks, step_rows
+from tests.conftest import MakeRecipe, step_rows
+from tests.forked import fork_ranks
 from tests.unit.command import Command, WriteRecipe, is_mistake
 
 KEYS = ("optimizer.lr", "optimizer.min_lr", "model.depth", "seed")
