@@ -210,6 +210,7 @@ def test_variables_of_another_launcher_are_ignored_by_every_command(write_recipe
     """Every pod of Kubeflow has them. A command that obeyed would wait for a rank that never comes."""
     recipe, run = write_recipe(train={"epochs": 1}, evaluate={"every": 1}), tmp_path / "run"
     train = ["train", recipe, f"--run-dir={run}"]
+    told = "another launcher has set RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1'; scaleprog ignores that"
     for arguments in (
         ["plan", recipe],
         train,
@@ -222,8 +223,20 @@ def test_variables_of_another_launcher_are_ignored_by_every_command(write_recipe
     ):
         done = forked.run("scaleprog", arguments, tmp_path / "output", 100, STRANGERS)
         assert done.returncode == 0, (arguments, done.stdout)
-        told = "another launcher has set RANK='0', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1'; scaleprog ignores that"
         assert (told in done.stdout) == (arguments[0] == "train")
+    command = [
+        sys.executable,
+        "-m",
+        "scaleprog",
+        *map(str, train),
+        "--nproc=2",
+        "seed=3",
+        f"--run-dir={tmp_path / 'new'}",
+    ]
+    environment = os.environ | STRANGERS  # here, its imports see them, too
+    alone = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert alone.returncode == 0, alone.stderr
+    assert told in alone.stderr
 
 
 # ---- train, evaluate, export, report
