@@ -3,6 +3,7 @@
 Adaptive regularization, AdaReg (paper 5.3), gives each phase its strengths of augmentation and stochastic depth.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,50 @@ class Course:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Networks from which every step of a phase draws one: rather the first ones at its start, and the last at its end.
+
+    At a progress of 0 to 1, the probability of a network is a Gaussian of its distance from that part of the list, as
+    of timm's `--train-size-schedule progressive`.
+
+    Args:
+        networks: in the order in which their time comes.
+        spread: standard deviation, in networks; 0: always the nearest one.
+        mix: the part of the steps that draws evenly.
+        length: steps of the phase.
+    """
+
+    networks: tuple[Subnet, ...]
+    spread: float
+    mix: float
+    length: int
+
+    def shares(self, progress: float) -> list[float]:
+        """The probability of each network."""
+        distances = [abs(i - progress * (len(self.networks) - 1)) for i in range(len(self.networks))]
+        nearest = min(distances)
+        if self.spread:  # in proportion to the nearest, which so does not underflow
+            weights = [
+                math.exp(-(far - nearest) * (far + nearest) / 2 / self.spread / self.spread) for far in distances
+            ]
+        else:
+            weights = [float(far == nearest) for far in distances]
+        return [self.mix / len(weights) + (1 - self.mix) * weight / sum(weights) for weight in weights]
+
+    def draw(self, seed: int, step: int) -> Subnet:
+        """The network of a step, counted from the start of the phase; the same on every rank."""
+        shares = self.shares(step / max(1, self.length - 1))
+        return random.Random(f"window {seed} {step}").choices(self.networks, shares)[0]
+
+    def mean(self, price: Callable[[Subnet], float]) -> float:
+        """The mean price of a step."""
+        points = 1000
+        shares = (self.shares(i / points) for i in range(points + 1))
+        totals = [sum(column) / (points + 1) for column in zip(*shares)]
+        return sum(share * price(network) for share, network in zip(totals, self.networks, strict=True))
+
+
+@dataclass(frozen=True)
 class Phase:
     """A stretch of steps that trains one network: a supernet (with several candidates) or a chosen Subnet.
 
@@ -72,6 +117,7 @@ class Phase:
         regularization: strengths in this phase.
         began: position at which its weights were initialized: not 0 after a probe found that nothing was learned.
         course: the phase's part of the schedule, if that counts compute (None: a step is a position).
+        window: which of its candidates a supernet trains when (None: all of them, evenly).
     """
 
     stage: int
@@ -85,6 +131,7 @@ class Phase:
     regularization: Regularization = Regularization()
     began: int = 0
     course: Course | None = None
+    window: Window | None = None
 
     @property
     def network(self) -> Subnet:
@@ -93,7 +140,15 @@ class Phase:
 
     def subnet(self, seed: int, step: int) -> Subnet:
         """The Subnet that step `step` trains."""
+        if self.window is not None:
+            return self.window.draw(seed, step - self.start)
         return self.candidates[0] if self.kind == "train" else sample(self.candidates, seed, step)
+
+    def mean(self, price: Callable[[Subnet], float]) -> float:
+        """The mean price of a step."""
+        if self.window is not None:
+            return self.window.mean(price)
+        return sum(map(price, self.candidates)) / len(self.candidates)
 
     def active(self, subnet: Subnet, operator: Operator, split: Split) -> tuple[tuple[int, ...], ...]:
         """Positions of the layers that `subnet` runs in each group of this phase's network."""

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Literal
 
 from scaleprog.growth.operators import LayerMap, fresh, grow, keep
-from scaleprog.growth.phase import Course, Phase, Regularization, Split, undivided
+from scaleprog.growth.phase import Course, Phase, Regularization, Split, Window, undivided
 from scaleprog.growth.policy import Budget, Policy, Price
 from scaleprog.growth.search import BudgetState
 from scaleprog.growth.space import Choice, GrowthSpace, Subnet, View, ladder
@@ -82,6 +82,8 @@ class Schedule:
         split: how the model family divides a depth among its layer groups.
         begun: phases that are trained already, if the run is a fork whose parent had another schedule. The policy
             decides from their end on, and no network is smaller than their last one.
+        whole: the complete model, if even the last stage sees only some of its patches (None: the last of `ladder`).
+        window: what a supernet throughout trains when (None: all that the growth space holds, evenly).
         first: the strengths of regularization with which growth begins, if they grow (None: the paper's).
         compute: what the positions of the schedule cost, if they count compute (None: they count steps). Equal stages
             then cost the same each. A budget hands out steps by itself; the learning rate follows what they cost.
@@ -100,6 +102,8 @@ class Schedule:
     operator: Operator = "mogrow"
     split: Split = undivided
     begun: tuple[Phase, ...] = ()
+    whole: Subnet | None = None
+    window: Window | None = None
     first: Regularization | None = None
     compute: Compute | None = None
 
@@ -121,13 +125,13 @@ class Schedule:
     @property
     def full(self) -> Subnet:
         """The complete model, which the last stage trains."""
-        return self.ladder[-1]
+        return self.whole or self.ladder[-1]
 
     @property
     def networks(self) -> tuple[Subnet, ...]:
         """Every Subnet that the run may train, and perhaps others, ascending."""
-        known = {*self.ladder, *(subnet for phase in self.begun for subnet in phase.candidates)}
-        if self.kind == "fixed" and not self.begun:
+        known = {*self.ladder, self.full, *(subnet for phase in self.begun for subnet in phase.candidates)}
+        if (self.kind == "fixed" or self.window is not None) and not self.begun:
             return tuple(sorted(known))
         return GrowthSpace.of(list(known)).candidates(None, "all")
 
@@ -170,9 +174,12 @@ class Schedule:
             least, choice = last.network, Choice(last.network)
             number, step, position, began = last.stage, last.stop, last.position_of(last.stop), last.began
         everything = self._at_least(least, self.space.candidates(None, "all"))
+        if self.window is not None:
+            everything = tuple(sorted(set(self.window.networks)))
         if self.kind == "supernet" and len(everything) > 1:
             stop, base = step + self.steps - position, everything[0].depth
-            return [*phases, Phase(number + 1, "supernet", step, stop, position, everything, base, began=began)]
+            supernet = Phase(number + 1, "supernet", step, stop, position, everything, base, began=began)
+            return [*phases, replace(supernet, window=self.window)]
         if choice is not None:
             stage, offered = self.policy.join(position, choice.subnet)
         number += 1 - stage  # of stage 0, so that a fork's stages follow those of `begun`
@@ -289,7 +296,7 @@ class Schedule:
 
     def cost(self, phases: Sequence[Phase], price: Price) -> float:
         """The cost of `phases` in the unit of `price`: that of their steps and of the scoring in their searches."""
-        steps = sum((p.stop - p.start) * sum(map(price, p.candidates)) / len(p.candidates) for p in phases)
+        steps = sum((phase.stop - phase.start) * phase.mean(price) for phase in phases)
         return steps + self.scoring * sum(sum(map(price, self.scoring_targets(p))) for p in phases if p.searched)
 
     def budget_state(self, phases: Sequence[Phase], price: Price, planned: Price | None = None) -> BudgetState:
@@ -319,7 +326,8 @@ def rungs(growth: GrowthSettings, full: Subnet, multiple: int) -> tuple[Schedule
     """
     if growth.schedule == "original":
         return "fixed", (full,)
+    in_turn: ScheduleKind = "fixed" if growth.window is None else "supernet"
     if isinstance(growth.schedule, tuple):
-        return "fixed", tuple(Subnet(s.resolution, s.depth) for s in growth.schedule)
-    kind: ScheduleKind = "fixed" if growth.schedule == "linear" else growth.schedule
+        return in_turn, tuple(Subnet(s.resolution, s.depth) for s in growth.schedule)
+    kind: ScheduleKind = in_turn if growth.schedule == "linear" else growth.schedule
     return kind, ladder(full, growth.smallest, growth.stages, growth.resolution_multiple or multiple)

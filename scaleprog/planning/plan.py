@@ -20,7 +20,7 @@ from scaleprog.data.token_labels import LabelShards
 from scaleprog.errors import RecipeError
 from scaleprog.files.location import local_path
 from scaleprog.growth.begun import begun_by
-from scaleprog.growth.phase import Regularization
+from scaleprog.growth.phase import Regularization, Window
 from scaleprog.growth.policy import Budget, EqualStages, Price
 from scaleprog.growth.schedule import Compute, Schedule, ScheduleKind, rungs
 from scaleprog.growth.space import Subnet
@@ -132,6 +132,8 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
         recycle=growth.recycle,
         operator=growth.operator,
         adaptive_regularization=growth.adaptive_regularization,
+        whole=full if full != ladder[-1] else None,
+        window=None if growth.window is None else Window(ladder, growth.window.spread, growth.window.mix, steps),
         first=Regularization(**growth.regularization_from.model_dump()),
         patch=patch,
         curriculum=growth.curriculum,
@@ -193,7 +195,6 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
     rows, phases = [], schedule.expected((), cost_of)
     for phase in phases:
         epochs = (phase.stop - phase.start) / epoch
-        mean = sum(map(cost_of, phase.candidates)) / len(phase.candidates)
         rows.append(
             {
                 "stage": phase.stage,
@@ -202,7 +203,7 @@ def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
                 "resolution": phase.network.resolution,
                 "depth": phase.network.depth,
                 "parameters": parameters(family, model, phase.network.depth),
-                "gmacs": mean,
+                "gmacs": phase.mean(cost_of),
                 "epochs": epochs,
                 "bytes_per_rank": state_memory(
                     units(family, model, phase.network.depth), recipe.sharding, len(recipe.ema.momenta), world, world
@@ -443,6 +444,15 @@ def _check_growth(recipe: Recipe, family: type[ElasticModel], full: Subnet, stri
             f"growth.patches: subset, but the outlookers of {recipe.model.name} need the whole grid of patches; use "
             "growth.patches: resolution"
         )
+    if growth.window is not None and growth.schedule != "linear" and not isinstance(growth.schedule, tuple):
+        raise RecipeError(
+            f"growth.window: needs stages to draw from, and growth.schedule: {growth.schedule} has none; use linear, "
+            "or a list of stages"
+        )
+    if growth.window is not None and recipe.parent is not None and recipe.parent.phases:
+        raise RecipeError(
+            "growth.window: cannot continue a run with other stages; take only its weights, with init.from"
+        )
     if growth.curriculum and growth.patches != "subset":
         raise RecipeError(
             "growth.curriculum: needs growth.patches: subset; an image of low resolution holds no high frequencies"
@@ -475,5 +485,6 @@ def _check_by_hand(recipe: Recipe, full: Subnet, stride: int) -> None:
             raise RecipeError(
                 f"growth.schedule.{i}: depth {stage.depth} after {stages[i - 1].depth}; it must not shrink"
             )
-    if not stages or (stages[-1].resolution, stages[-1].depth) != (full.resolution, full.depth):
+    complete = bool(stages) and stages[-1].depth == full.depth
+    if not complete or (stages[-1].resolution != full.resolution and recipe.growth.patches != "subset"):
         raise RecipeError(f"growth.schedule: the last stage must be the complete model, {full}")

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from statistics import mean
 
 from scaleprog.errors import RecipeError
 from scaleprog.growth.phase import Phase
@@ -74,7 +73,7 @@ class Supply:
 
     def rate(self, phase: Phase, seconds: Seconds) -> float:
         """Images per second in a phase, if its steps took so long; the candidates of a search take turns."""
-        return self.images / mean(seconds[subnet] for subnet in phase.candidates)
+        return self.images / phase.mean(seconds.__getitem__)
 
     def waiting(self, phase: Phase) -> float:
         """The fraction of a phase in which its ranks wait for images."""

@@ -356,6 +356,15 @@ class RegularizationSettings(Settings):
     """Fraction of the stochastic-depth rate."""
 
 
+class WindowSettings(Settings):
+    """A window over the stages: which of them a step draws its network from."""
+
+    spread: NoOrMore = 0.65
+    """Standard deviation of the window, in stages; 0: always the nearest stage."""
+    mix: Share = 0.1
+    """Part of the steps that draws from all stages evenly."""
+
+
 ByHand = Annotated[tuple[SubnetSettings, ...], Field(max_length=100)]
 
 
@@ -364,11 +373,17 @@ class GrowthSettings(Settings):
 
     schedule: Literal["original", "linear", "automatic", "supernet"] | ByHand = "automatic"
     """original: the complete model throughout; linear: "Prog", equispaced stages; automatic: "AutoProg", a search
-    decides; supernet: the baseline of the paper's Table 8; or a list of stages by hand."""
+    decides; supernet: the baseline of the paper's Table 8; or a list of stages by hand, the last of which is the
+    complete model, or with `patches: subset` all of its layers."""
     operator: Operator = "mogrow"
     """Where the layers of the larger network come from (paper 3.3)."""
     stages: Stages = 4
     """Stages of the schedule."""
+    window: WindowSettings | None = None
+    """Draws the network of every step from the stages, `linear` or by hand, instead of one stage after the other: a
+    window, a Gaussian of `spread` stages, moves from the first stage to the last, and a part `mix` of the steps draws
+    evenly (timm's --train-size-schedule progressive). The whole network is there from the first step; a step runs and
+    trains only the layers of what it draws. Default: one stage after the other."""
     steps: Literal["epochs", "compute"] = "epochs"
     """How stages share the run, and what the learning rate follows. epochs: stages of equal length, and the learning
     rate falls by the step; compute: stages of equal cost, so that cheap ones have more steps, and the learning rate

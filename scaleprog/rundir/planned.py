@@ -8,6 +8,7 @@ from pathlib import Path
 
 from scaleprog.files.atomic import write_whole
 from scaleprog.growth.begun import begun_by
+from scaleprog.growth.phase import Window
 from scaleprog.growth.policy import Budget, EqualStages, Policy
 from scaleprog.growth.schedule import Compute, Schedule
 from scaleprog.growth.space import Subnet
@@ -34,6 +35,10 @@ def write_plan(run: Path, schedule: Schedule, gmacs: Callable[[Subnet], float]) 
     }
     if schedule.compute is not None:
         fields["unit"] = schedule.compute.unit
+    if schedule.whole is not None:
+        fields["whole"] = schedule.whole.resolution, schedule.whole.depth
+    if schedule.window is not None:
+        fields["window"] = schedule.window.spread, schedule.window.mix
     costs = [[subnet.resolution, subnet.depth, gmacs(subnet)] for subnet in schedule.networks]
     write_whole(run / PLAN, json.dumps({"schedule": fields, "gmacs": costs}))
 
@@ -66,10 +71,12 @@ def read_plan(run: Path, parent: ParentSettings | None = None) -> tuple[Schedule
         )
     begun = begun_by(parent)
     named = {name: fields[name] for name in SCHEDULE}  # type: ignore[literal-required]
-    schedule = Schedule(ladder=ladder, policy=policy, begun=begun, **named)
+    window = None if (drawn := fields.get("window")) is None else Window(ladder, *drawn, fields["steps"])
+    whole = None if (sides := fields.get("whole")) is None else Subnet(*sides)
+    schedule = Schedule(ladder=ladder, policy=policy, begun=begun, whole=whole, window=window, **named)
     gmacs = {Subnet(resolution, depth): cost for resolution, depth, cost in values["gmacs"]}
     if (unit := fields.get("unit")) is not None:
-        whole = gmacs.get(schedule.full, math.nan)
-        prices = tuple((subnet, cost / whole) for subnet, cost in gmacs.items())
+        complete = gmacs.get(schedule.full, math.nan)
+        prices = tuple((subnet, cost / complete) for subnet, cost in gmacs.items())
         schedule = replace(schedule, compute=Compute(prices, unit))
     return schedule, gmacs

@@ -490,6 +490,8 @@ class PlannedSchedule(TypedDict):
     scoring: Annotated[float, Field(ge=0, le=1e12)]
     cooldown: NotRequired[Annotated[int, Field(ge=0, le=10**9)]]
     unit: NotRequired[Annotated[float, Field(gt=0, le=1e12)]]
+    whole: NotRequired[Pair]
+    window: NotRequired[tuple[Annotated[float, Field(ge=0, le=1e12)], Annotated[float, Field(ge=0, le=1)]]]
 
 
 @with_config(STRICT)

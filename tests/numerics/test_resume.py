@@ -100,6 +100,35 @@ def test_a_run_that_counts_compute_resumed_many_times(
     assert_same_run(recipe, tmp_path / "run", reference)
 
 
+@pytest.mark.parametrize(
+    "growth",
+    [
+        {"schedule": "linear", "stages": 3, "window": {"spread": 0.65, "mix": 0.1}},
+        {"schedule": [{"resolution": 16, "depth": 4}], "patches": "subset"},
+    ],
+    ids=["a window over the stages", "a part of the patches throughout"],
+)
+def test_the_schedules_of_others_resumed_many_times(
+    growth: dict[str, Any], make_recipe: Callable[..., Recipe], straight: dict[str, Path], tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    recipe, reference = recipe_and_straight(growth, make_recipe, straight, tmp_path_factory)
+    for stop in (5, 40, 61):
+        run(recipe, tmp_path / "run", max_steps=stop)
+    run(recipe, tmp_path / "run")
+    assert_same_run(recipe, tmp_path / "run", reference)
+    rows = step_rows(reference).values()
+    assert {row["phase"] for row in rows} == {"supernet" if "window" in growth else "train"}
+    sizes = [(row["resolution"], row["depth"]) for row in rows]
+    if "window" in growth:
+        ladder = [(16, 2), (24, 3), (32, 4)]
+        assert set(sizes) == set(ladder)
+        assert sizes[:27].count(ladder[0]) > sizes[-27:].count(ladder[0])
+        assert sizes[-27:].count(ladder[2]) > sizes[:27].count(ladder[2])
+    else:
+        assert set(sizes) == {(16, 4)}
+
+
 def test_resumed_many_times_and_without_recycling(
     make_recipe: Callable[..., Recipe], straight: dict[str, Path], tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
@@ -188,7 +217,8 @@ def test_ranks_resume_bit_for_bit(name: str, sharded: dict[str, tuple[Recipe, Pa
 def assert_same_run(recipe: Recipe, run_folder: Path, reference: Path) -> None:
     """Weights, EMAs, moments, metrics and TensorBoard are equal, clocks aside."""
     assert {"train/loss", "vitals/resolution", "validation/val_loss", "validation/top1_ema"} <= board(reference).keys()
-    assert any(name.startswith("search/") for name in texts(reference))
+    searched = any(row["event"] == "choice" for row in read_rows(reference / "events.jsonl"))
+    assert any(name.startswith("search/") for name in texts(reference)) == searched
     assert texts(run_folder) == texts(reference)
     assert differences(recipe, run_folder, reference) == []
 

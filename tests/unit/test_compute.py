@@ -178,7 +178,7 @@ def test_what_cannot_count_compute_is_refused(settings: list[str], words: str) -
 
 
 def test_efficienttrain_is_the_schedule_of_its_authors() -> None:
-    """Their code: part i of ten costs a tenth of 200 whole-size epochs, by the area of its images, and has the magnitude
+    """Their code: part i of ten costs a tenth of 200 whole-size epochs, by the area of its images, with the magnitude
     i; a fifth of the run is warm-up."""
     recipe = Recipe.load(CONFIGS / "others" / "imagenet" / "deit_small_efficienttrain.yaml")
     _, schedule = outline(recipe, 1000)

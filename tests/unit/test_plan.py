@@ -339,3 +339,23 @@ def test_the_supernet_baseline_is_one_phase_of_the_whole_space() -> None:
     sizes = [(r, d) for r in (128, 160, 192, 224) for d in (6, 8, 10, 12)]
     mean = sum(deit_small_gmacs(*size) for size in sizes) / 16
     assert prediction["speedup"] == pytest.approx(deit_small_gmacs(224, 12) / mean - 1, rel=1e-9)
+
+
+def test_a_run_may_see_a_part_of_the_patches_throughout(tmp_path: Path) -> None:
+    half = "growth.schedule=[{resolution: 160, depth: 12}]"
+    recipe = deit("original", half, "growth.patches=subset")
+    _, schedule = outline(recipe, 10)
+    (phase,) = schedule.phases([])
+    assert (phase.network, schedule.full) == (Subnet(160, 12), Subnet(224, 12))
+    assert (schedule.view(phase.network).pixels, schedule.view(phase.network).patches) == (224, 100)
+    told = describe(recipe)
+    (row,) = told["stages"]
+    assert told["speedup"] == pytest.approx(deit_small_gmacs(224, 12) / row["gmacs"] - 1)
+    write_plan(tmp_path, schedule, lambda subnet: 1.0)
+    read = read_plan(tmp_path)
+    assert read is not None
+    assert read[0].full == schedule.full
+    assert read[0].phases([]) == schedule.phases([])
+    for wrong in ((half,), ("growth.schedule=[{resolution: 160, depth: 6}]", "growth.patches=subset")):
+        with pytest.raises(RecipeError, match="the last stage must be the complete model, 224 px"):
+            outline(deit("original", *wrong), 10)
