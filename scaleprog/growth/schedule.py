@@ -44,9 +44,9 @@ class Compute:
 
     @classmethod
     def of(cls, schedule: "Schedule", price: Price) -> "Compute":
-        """The costs for `schedule`, which without them costs as much as it does with them.
+        """The costs for `schedule` with which the whole run costs as much as if it counted steps.
 
-        `price`: the cost of a step on a Subnet, in any unit.
+        `price`: of a step on a Subnet, in any unit.
         """
         prices = {subnet: price(subnet) / price(schedule.full) for subnet in schedule.networks}
         policy = schedule.policy
