@@ -11,7 +11,7 @@ from typing import Literal
 
 from scaleprog.growth.operators import sources
 from scaleprog.growth.space import Subnet
-from scaleprog.recipe.keys import Operator
+from scaleprog.recipe.keys import Operator, RegularizationSettings
 
 Split = Callable[[int], tuple[int, ...]]
 """Divides a depth among a model family's layer groups."""
@@ -38,7 +38,7 @@ class Regularization:
         return cls(*(begin + (1 - begin) * ramp for begin in (first.magnitude, first.erase, first.drop_path)))
 
 
-PAPERS_FIRST = Regularization(magnitude=0.5, erase=0.0, drop_path=0.0)
+PAPERS_FIRST = Regularization(**RegularizationSettings().model_dump())
 """The strengths with which AdaReg begins in the paper."""
 
 

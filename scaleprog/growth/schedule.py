@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Literal
@@ -178,8 +178,10 @@ class Schedule:
             everything = tuple(sorted(set(self.window.networks)))
         if self.kind == "supernet" and len(everything) > 1:
             stop, base = step + self.steps - position, everything[0].depth
-            supernet = Phase(number + 1, "supernet", step, stop, position, everything, base, began=began)
-            return [*phases, replace(supernet, window=self.window)]
+            supernet = Phase(
+                number + 1, "supernet", step, stop, position, everything, base, began=began, window=self.window
+            )
+            return [*phases, supernet]
         if choice is not None:
             stage, offered = self.policy.join(position, choice.subnet)
         number += 1 - stage  # of stage 0, so that a fork's stages follow those of `begun`

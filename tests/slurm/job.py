@@ -90,8 +90,10 @@ class TrainingJob:
             command = ["sbatch", "--parsable", *(_option(*option) for option in options.items())]
             command += [ROOT / "slurm" / "train.sbatch", self.recipe_file, self.run]
         environment = [f"{key}={value}" for key, value in self._environment().items()]
-        environment += [f"MIN_NODES={least}"] * bool(colon)
-        environment += [f"SPARE_NODES={spare}"] * bool(spare)
+        if colon:
+            environment.append(f"MIN_NODES={least}")
+        if spare:
+            environment.append(f"SPARE_NODES={spare}")
         told = self.cluster.run(["env", f"--chdir={ROOT}", *environment, *command], seconds=SECONDS).stdout
         self.id = re.findall(r"\d+", told)[0]
 

@@ -9,7 +9,7 @@ from scaleprog.recipe import Recipe
 from tests.compare import differences
 from tests.conftest import run, short_recipe
 from tests.slurm.cluster import Cluster
-from tests.slurm.job import TrainingJob
+from tests.slurm.job import By, TrainingJob
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +19,15 @@ def undisturbed(patterns: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     folder = tmp_path_factory.mktemp("spare") / "undisturbed"
     run(recipe, folder, ranks=2)
     return recipe, folder
+
+
+def held(cluster: Cluster, recipe: Recipe, run: Path, by: By, spare: int) -> TrainingJob:
+    """A job with spare nodes, whose ranks wait at step 9."""
+    job = TrainingJob(cluster, recipe, run, by)
+    job.hold_at(9)
+    job.submit(spare_nodes=str(spare))
+    job.wait_held()
+    return job
 
 
 def wait_watched(job: TrainingJob, watching: int, watched: int) -> None:
@@ -32,10 +41,7 @@ def test_the_watch_requeues_a_job_that_has_lost_its_batch_script(
     cluster: Cluster, undisturbed: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
     recipe, reference = undisturbed
-    job = TrainingJob(cluster, recipe, tmp_path / "run", "sbatch")
-    job.hold_at(9)
-    job.submit(spare_nodes="1")
-    job.wait_held()
+    job = held(cluster, recipe, tmp_path / "run", "sbatch", 1)
     wait_watched(job, 2, 0)
     job.wait("a checkpoint", lambda: job.committed() == 7)  # of rank 0, whose node is lost
     cluster.kill_node(0)
@@ -54,10 +60,7 @@ def test_a_lost_watch_starts_on_another_node_and_a_spare_node_replaces_a_lost_on
     cluster: Cluster, undisturbed: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
     recipe, reference = undisturbed
-    job = TrainingJob(cluster, recipe, tmp_path / "run", "submit")
-    job.hold_at(9)
-    job.submit(spare_nodes="2")
-    job.wait_held()
+    job = held(cluster, recipe, tmp_path / "run", "submit", 2)
     assert "2 of 4 nodes train, idle: node2, node3; spare" in job.log()
     wait_watched(job, 3, 0)
     cluster.kill_node(3)
