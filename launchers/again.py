@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text
+from scaleprog.launchers.exits import UNHEARD
 from scaleprog.launchers.request import CHECKPOINT_SECONDS
 from scaleprog.launchers.requeue import Attempt, End, Remains, Verdict, decide, refused
 from scaleprog.launchers.world import nodes_of_job, nodes_to_use
@@ -108,8 +109,9 @@ def may_stay(
 ) -> bool:
     """Whether a job that would be requeued can as well start its tasks again itself.
 
-    Not after a stop, because Slurm may want the nodes; not if too little time is left; and not if the tasks that
-    crashed had started like that and committed nothing: then the nodes may be the cause, unless others replace them.
+    Not after a stop, because Slurm may want the nodes; not if its nodes do not hear each other; not if too little time
+    is left; and not if the tasks that crashed had started like that and committed nothing: then the nodes may be the
+    cause, unless others replace them.
 
     Args:
         end: how the start ended.
@@ -120,7 +122,7 @@ def may_stay(
         notice: how many seconds before its time limit Slurm signals the job.
         replaced: whether the job has lost nodes since this start, and the tasks would start on others.
     """
-    if end.kind != "crash" or job.preempted:
+    if end.kind != "crash" or end.code == UNHEARD or job.preempted:
         return False
     if job.end is not None and job.end - time.time() < notice + CHECKPOINT_SECONDS:
         return False

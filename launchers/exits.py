@@ -7,6 +7,8 @@ from scaleprog.errors import CRASH_CODE, EXIT_CODE, MISTAKE_CODE, Preempted, Sca
 
 FINISHED, CRASHED, MISTAKE, STOPPED = 0, CRASH_CODE, MISTAKE_CODE, EXIT_CODE
 """Exit codes of a rank. Only the user can fix a mistake: a retry would fail the same way."""
+UNHEARD = 80
+"""Exit code for the batch script where srun had to be ended, because it did not hear that its tasks had ended."""
 ECHO_SECONDS = 3.0  # a failed collective almost always echoes another rank's error; that rank must report first
 
 

@@ -376,10 +376,24 @@ def progress_of(run: Path) -> tuple[int, int]:
     return committed_step(run), 0 if half is None else half["done"]
 
 
-def _hurried(run: Path, start: Attempt) -> list[str]:
-    """The names of the signals, if `events.jsonl` says that they made this start exit at once; otherwise empty."""
+def step_of(run: Path, start: Attempt) -> str | None:
+    """The number of Slurm's step in which a start trains; None while it has not begun to."""
+    owner = _owner(run, start)
+    return None if owner is None else owner.get("step")
+
+
+def _owner(run: Path, start: Attempt) -> Owner | None:
+    """What owner.json says of a start; None if the last start that has begun to train is another one."""
     owner = _object(run / "owner.json", Owner)
     if owner is None or (owner["job"], owner["restart"], owner.get("repeat", 0)) != astuple(start):
+        return None
+    return owner
+
+
+def _hurried(run: Path, start: Attempt) -> list[str]:
+    """The names of the signals, if `events.jsonl` says that they made this start exit at once; otherwise empty."""
+    owner = _owner(run, start)
+    if owner is None:
         return []
     mine = [event for event in _lines(run / EVENTS, EVENT) if event.get("generation") == owner["generation"]]
     hurried = any(event["event"] == "hurried" for event in mine)

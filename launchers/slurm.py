@@ -298,17 +298,21 @@ def setup(run: str, code: Path, request: JobRequest) -> list[str]:
         again += f' {request.nodes.least} "$TASKS"'
         world += f" {request.spare_nodes}"
         lines += [f"{python} scaleprog.launchers.watch {run} &", "WATCH=$!"]
+    srun = f"env -u SLURM_PROCID {python} scaleprog.launchers.srun {run} srun"  # only a rank has that variable
     if request.in_job:
-        lines += srun_again(again, request.spare_nodes > 0)
+        lines += srun_again(srun, again, request.spare_nodes > 0)
+    else:
+        lines.append(f'function srun {{ {srun} "$@"; }}')
     if request.nodes.fixed and not request.spare_nodes:
         return lines
     return [*lines, f"TASKS={request.tasks}", f"NODES=$({world}) || exit", *STEP]
 
 
-def srun_again(again: str, spare: bool) -> list[str]:
+def srun_again(srun: str, again: str, spare: bool) -> list[str]:
     """Lines of the batch script by which srun starts the tasks, again and again where that is enough.
 
     Args:
+        srun: the command that starts them.
         again: the command that decides, for the exit code in `$code`.
         spare: whether it also says where, because other nodes may take the place of lost ones.
     """
@@ -321,7 +325,7 @@ def srun_again(again: str, spare: bool) -> list[str]:
         "function srun {  # starts the tasks, again and again where that is enough",
         "  local code place",
         "  while :; do",
-        f'    command srun {exclude}"$@" && return',
+        f'    {srun} {exclude}"$@" && return',
         "    code=$?",
         *(f"    {line}" for line in decide),
         f"    export {slurm_queue.REPEAT}=$(({slurm_queue.REPEAT} + 1))",

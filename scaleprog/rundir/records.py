@@ -409,6 +409,7 @@ class Owner(TypedDict):
     job: Name | None
     restart: Count
     repeat: NotRequired[Count]
+    step: NotRequired[Name | None]
 
 
 # ---- evaluations.jsonl

@@ -13,6 +13,7 @@ import pytest
 from scaleprog.errors import ScaleprogError
 from scaleprog.launchers import slurm
 from scaleprog.launchers.again import may_stay
+from scaleprog.launchers.exits import UNHEARD
 from scaleprog.launchers.request import JobRequest
 from scaleprog.launchers.requeue import Attempt, End
 from scaleprog.launchers.task import port
@@ -42,6 +43,7 @@ def line(**changes: Any) -> dict[str, Any]:
         (CRASH, job(), 0, [], True),
         (End("stopped", 75, "SIGUSR2"), job(), 0, [], False),
         (CRASH, job(preempted=True), 0, [], False),
+        (End("crash", UNHEARD, "no rank stands apart"), job(), 0, [], False),
         (CRASH, job(end=time.time() + 10_000), 0, [], True),
         (CRASH, job(end=time.time() + 100), 0, [], False),
         (CRASH, job(), 1, [line()], False),
