@@ -38,7 +38,7 @@ FINE_TUNING = (
     "augment.smoothing=0", "augment.repeats=1", "augment.crop=padded", "augment.padding=2", "augment.flip=0",
     "sharding.precision=fp32", "sharding.engine=replicated", "data.lanes=8", "data.workers=1",
 )  # fmt: skip
-"""What it sets otherwise than `scaleprog finetune`: the digits are 897 small gray images, and a mirrored digit is none."""
+"""How this differs from `scaleprog finetune`: the digits are 897 small gray images, and a mirrored one is no digit."""
 
 
 def main() -> None:

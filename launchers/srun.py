@@ -3,8 +3,8 @@
 When a task fails, srun has Slurm end the others, and waits until every node has told it so. A node that reaches Slurm's
 controller, but not the node of the batch script, never can: no task runs any more, and the job would keep its nodes.
 
-`python -m scaleprog.launchers.srun RUN COMMAND...`, where COMMAND begins with srun, exits with its code, or with UNHEARD
-after it had to end it.
+`python -m scaleprog.launchers.srun RUN COMMAND...`, where COMMAND begins with srun, exits with its code, or with
+UNHEARD if it had to end it.
 """
 
 import signal
@@ -25,7 +25,7 @@ LOOK_SECONDS = 2.0
 ASK_AFTER = 10.0
 """Seconds after the first report of a task from which on Slurm is asked whether it has ended the step."""
 GIVE_UP_AFTER = 600.0
-"""Seconds after which srun is ended, whatever Slurm says. Until then, Slurm has noticed a lost node (`SlurmdTimeout`)."""
+"""Seconds after which srun is ended, whatever Slurm says. By then it has noticed a lost node (`SlurmdTimeout`)."""
 
 
 def attend(run: Path, command: Sequence[str], pause: Callable[[float], object] = time.sleep) -> int:

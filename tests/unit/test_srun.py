@@ -51,9 +51,7 @@ def test_the_tasks_have_ended_and_srun_has_not(
 ) -> None:
     own(tmp_path)
     fake.command("scontrol", RUNS)
-    pauses = Pauses(
-        at_100=lambda: report(tmp_path, START, 1, 1, "it"), at_200=lambda: fake.command("scontrol", GONE)
-    )
+    pauses = Pauses(at_100=lambda: report(tmp_path, START, 1, 1, "it"), at_200=lambda: fake.command("scontrol", GONE))
     why = srun.outlived(tmp_path, START, waiting, pauses)
     assert why == "Slurm has ended step 3, and srun has not heard so 102 s after a task failed"
     asked = fake.calls("scontrol")
