@@ -96,9 +96,9 @@ def _one_empty_chunk() -> Iterator[None]:
     FSDP2 looks at the chunks of two ranks only. On 4,096 ranks, the others took most of the seconds of a growth.
     """
 
-    def chunks(tensor: Tensor, count: int, dim: int) -> list[Tensor]:
-        full = list(tensor.chunk(count, dim))
-        return full + [full[0].new_empty(0)] * (count - len(full))
+    def chunks(tensor: Tensor, num_chunks: int, dim: int) -> list[Tensor]:
+        full = list(tensor.chunk(num_chunks, dim))
+        return full + [full[0].new_empty(0)] * (num_chunks - len(full))
 
     replaced, _fsdp_param._chunk_with_empty = _fsdp_param._chunk_with_empty, chunks
     try:

@@ -19,7 +19,8 @@ from scaleprog.files.atomic import write_whole
 from scaleprog.files.location import local_path
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.models import resolve_family
-from scaleprog.planning.plan import check_size, manifest_of
+from scaleprog.planning.checks import check_size
+from scaleprog.planning.plan import manifest_of
 from scaleprog.ranks.coordinator import Coordinator, process_group
 from scaleprog.recipe import FREE, Recipe, directories
 from scaleprog.rundir.accuracies import Accuracies
