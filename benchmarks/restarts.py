@@ -4,7 +4,8 @@
 
 Two ranks on two nodes of the development cluster train a small network, whose steps are made a third of a second longer
 by sleeping, so that other programs on the machine hardly lengthen them. Faults come at random while the ranks train:
-one rank is killed, or the node that does not hold the batch script loses its power, and gets it back a minute later.
+one rank is killed, or the node that does not hold the batch script loses its power, and gets it back a minute later. A
+job does not get a lost node back before it is requeued, so spare nodes run out.
 Wall time is from the first launch of ranks to the last step. The queue is empty, and holds a requeued job for 6 s, not
 for 121 s as Slurm's default does; Slurm notices a lost node after some 20 s, not after minutes. So a real cluster's
 requeues cost more.
@@ -51,6 +52,7 @@ CASES = {
     "a rank is killed; requeued": Case("rank", {"restart": "requeue"}),
     "a rank is killed; started again in the job": Case("rank", {}),
     "a node is lost; requeued": Case("node", {}),
+    "a node is lost; two spare nodes": Case("node", {"spare_nodes": "2"}),
 }
 
 
