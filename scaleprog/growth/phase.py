@@ -68,13 +68,15 @@ class Window:
         networks: in the order in which their time comes.
         spread: standard deviation, in networks; 0: always the nearest one.
         mix: the part of the steps that draws evenly.
-        length: steps of the phase.
+        length: steps in which it moves from the first network to the last.
+        cooldown: steps after them, which train only the last network.
     """
 
     networks: tuple[Subnet, ...]
     spread: float
     mix: float
     length: int
+    cooldown: int = 0
 
     def shares(self, progress: float) -> list[float]:
         """The probability of each network."""
@@ -90,6 +92,8 @@ class Window:
 
     def draw(self, seed: int, step: int) -> Subnet:
         """The network of a step, counted from the start of the phase; the same on every rank."""
+        if step >= self.length:
+            return self.networks[-1]
         shares = self.shares(step / max(1, self.length - 1))
         return random.Random(f"window {seed} {step}").choices(self.networks, shares)[0]
 
@@ -98,7 +102,9 @@ class Window:
         points = 1000
         shares = (self.shares(i / points) for i in range(points + 1))
         totals = [sum(column) / (points + 1) for column in zip(*shares)]
-        return sum(share * price(network) for share, network in zip(totals, self.networks, strict=True))
+        moving = sum(share * price(network) for share, network in zip(totals, self.networks, strict=True))
+        ending = self.cooldown * price(self.networks[-1])
+        return (self.length * moving + ending) / (self.length + self.cooldown)
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,7 @@ class Budget:
 
     def fails(self, search: Phase, choice: Choice) -> bool:
         """As `EqualStages.fails`."""
-        return self._probes(search) and choice.subnet == self.ladder[-1]
+        return self._probes(search) and choice.subnet == self.ladder[-1] and not choice.learned
 
     def proxy(self, subnet: Subnet) -> Subnet:
         """The Subnet whose loss a search uses to score `subnet`: if that sees only some patches, the one of its depth

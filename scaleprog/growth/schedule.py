@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Literal
@@ -177,7 +177,7 @@ class Schedule:
         if self.window is not None:
             everything = tuple(sorted(set(self.window.networks)))
         if self.kind == "supernet" and len(everything) > 1:
-            stop, base = step + self.steps - position, everything[0].depth
+            stop, base = step + self.steps - position, min(subnet.depth for subnet in everything)
             supernet = Phase(
                 number + 1, "supernet", step, stop, position, everything, base, began=began, window=self.window
             )
@@ -236,7 +236,8 @@ class Schedule:
                 )
             )
             step, position, stage = stop, position + count, stage + 1
-            progress = phases[-1].progress_of(stop)
+            # not what the phase's own sum gives, which may be rounded to just before the end
+            progress = float(end) if self._tiles_compute else phases[-1].progress_of(stop)
         return phases
 
     @property
@@ -304,7 +305,8 @@ class Schedule:
     def budget_state(self, phases: Sequence[Phase], price: Price, planned: Price | None = None) -> BudgetState:
         """The state of a run's budget after `phases`, the last of which is a search; see `Budget.state`."""
         assert self.budget is not None
-        return self.budget.state(phases[-1], *self._after(phases, price), price, planned)
+        state = self.budget.state(phases[-1], *self._after(phases, price), price, planned)
+        return replace(state, fixed=self.compute is not None)
 
     def expected(self, choices: Sequence[Choice], price: Price) -> list[Phase]:
         """All phases, if each future search makes the choice that the policy expects."""

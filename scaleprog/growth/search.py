@@ -25,8 +25,9 @@ class Decision:
     """The choice of a search, with the mean loss, the step time in seconds (or GMACs) and the score of each candidate.
 
     The published method sets `alpha`; its scores measure time in steps of the cheapest candidate. The budget method
-    sets `complete_from`, the schedule position of the takeover, and `why`, the reason for the choice as text; its
-    scores are loss per step saved (None: the complete model, and candidates that cannot save enough).
+    sets `complete_from`, the schedule position of the takeover, `why`, the reason for the choice as text, and `learned`
+    (see `Choice`); its scores are loss per step saved (None: the complete model, and candidates that cannot save
+    enough).
     """
 
     stage: int
@@ -38,6 +39,7 @@ class Decision:
     alpha: float | None = None
     complete_from: int | None = None
     why: str | None = None
+    learned: bool = False
 
     @property
     def because(self) -> str:
@@ -80,7 +82,7 @@ class Decision:
     @property
     def choice(self) -> Choice:
         """The part of the decision that determines the schedule."""
-        return Choice(self.chosen, self.complete_from)
+        return Choice(self.chosen, self.complete_from, self.learned)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class BudgetState:
         promised: whether the recipe names the budget, so that the run must not exceed it.
         probing: whether the search only asks if the smallest network learns at all: it continues, or the complete model
             takes over.
+        fixed: whether a run that resumes cannot have another budget.
     """
 
     position: int
@@ -103,6 +106,7 @@ class BudgetState:
     left: float
     promised: bool = False
     probing: bool = False
+    fixed: bool = False
 
     @property
     def saving(self) -> float:
@@ -113,11 +117,12 @@ class BudgetState:
         """The choice of `small`, whose step costs `price` < 1, until the complete model takes over.
 
         The takeover comes as early as the budget allows, but no later than `latest`, even if that saves too little. If
-        it would come immediately, the choice is `complete` itself.
+        it would come immediately, the choice is `complete` itself. At a probe, `small` counts as having learned.
         """
         takeover = self.position + math.ceil(self.saving / (1 - price) - 1e-9)
         takeover = max(self.position, min(takeover, self.latest))
-        return Choice(small if takeover > self.position else complete, takeover)
+        early = takeover > self.position
+        return Choice(small if early else complete, takeover, learned=self.probing and not early)
 
     def enough(self, price: float, missed: float = 1e-9) -> bool:
         """Whether a network whose step costs `price` can save enough; `missed` is a tolerance, as a part of the run."""
@@ -226,10 +231,13 @@ def decide_within(
         spent = (
             budget.steps - budget.position - max(0.0, 1 - prices[cheapest]) * max(0, budget.latest - budget.position)
         )
+        way = "to resume, run the same command with a larger search.budget"
+        if budget.fixed:
+            way = "growth.steps: compute cannot change its budget; begin again with a larger search.budget"
         raise OverBudget(
             f"search.budget: a step on {candidates[cheapest]} costs {prices[cheapest]:.0%} of a complete one as "
             f"measured here, so the rest of the run takes at least {spent:.0f} complete steps, but {budget.left:.0f} "
-            "are left; to resume, run the same command with a larger search.budget"
+            f"are left; {way}"
         )
     noise = errors or {}
     gaps = [
@@ -237,7 +245,7 @@ def decide_within(
         for candidate, loss in zip(candidates, losses)
     ]
     scores = {i: gaps[i] / (1 - prices[i]) for i in open_to or [i for i in cheaper if i == cheapest]}
-    choice = Choice(candidates[complete], budget.position)
+    choice = Choice(candidates[complete], budget.position, learned=budget.probing and not early)
     if scores:
         tied = [i for i, score in scores.items() if score <= min(scores.values()) * (1 + TIE)]
         small = min(tied, key=lambda i: (prices[i], candidates[i]))
@@ -259,7 +267,15 @@ def decide_within(
         why = "it needs the rest of the budget"
     shown = tuple(scores.get(i) for i in range(len(candidates)))
     return Decision(
-        stage, candidates, losses, seconds, shown, choice.subnet, complete_from=choice.complete_from, why=why
+        stage,
+        candidates,
+        losses,
+        seconds,
+        shown,
+        choice.subnet,
+        complete_from=choice.complete_from,
+        why=why,
+        learned=choice.learned,
     )
 
 

@@ -34,10 +34,12 @@ class Subnet:
 @dataclass(frozen=True)
 class Choice:
     """The result of a search: the Subnet of its stage and, with a budget, `complete_from`, the schedule position of the
-    takeover (None: no budget)."""
+    takeover (None: no budget). `learned`: whether a probe that chose the complete model found that the network before
+    it has learned, so that it grows instead of starting afresh."""
 
     subnet: Subnet
     complete_from: int | None = None
+    learned: bool = False
 
 
 @dataclass(frozen=True)

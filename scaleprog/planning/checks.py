@@ -11,6 +11,7 @@ from scaleprog.growth.space import Subnet
 from scaleprog.models.cost import parameters
 from scaleprog.models.elastic import ElasticModel
 from scaleprog.recipe import Recipe
+from scaleprog.recipe.keys import RegularizationSettings
 from scaleprog.recipe.numbers import MOST_PIXELS, ceil_div
 
 MOST_PARAMETERS, MOST_TOKENS = 10**11, 2**16
@@ -108,6 +109,13 @@ def check_growth(recipe: Recipe, family: type[ElasticModel], full: Subnet, strid
             f"growth.window: needs stages to draw from, and growth.schedule: {growth.schedule} has none; use linear, "
             "or a list of stages"
         )
+    if growth.window is not None and growth.adaptive_regularization:
+        raise RecipeError(
+            "growth.adaptive_regularization: true follows the stages, and growth.window draws from all of them at each "
+            "step; use false"
+        )
+    if growth.regularization_from != RegularizationSettings() and not growth.adaptive_regularization:
+        raise RecipeError("growth.regularization_from: needs growth.adaptive_regularization: true")
     if growth.window is not None and recipe.parent is not None and recipe.parent.phases:
         raise RecipeError(
             "growth.window: cannot continue a run with other stages; take only its weights, with init.from"

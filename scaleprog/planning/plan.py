@@ -114,6 +114,7 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
     check_groups(recipe, family, [*present, *(s.at_least(p) for s in ladder for p in present or [s])])
     cooldown = recipe.optimizer.cooldown_steps(epoch)
     steps, search_steps = _lengths(recipe, kind, 1 if kind == "supernet" else len(ladder), epoch)
+    window = growth.window and Window(ladder, growth.window.spread, growth.window.mix, steps - cooldown, cooldown)
     scoring = search.measurements * _search_batches(recipe, epoch) / FORWARDS_PER_STEP
     patch = stride if growth.patches == "subset" else None
     make = partial(
@@ -127,7 +128,7 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
         operator=growth.operator,
         adaptive_regularization=growth.adaptive_regularization,
         whole=full if full != ladder[-1] else None,
-        window=None if growth.window is None else Window(ladder, growth.window.spread, growth.window.mix, steps),
+        window=window,
         first=Regularization(**growth.regularization_from.model_dump()),
         patch=patch,
         curriculum=growth.curriculum,
@@ -304,6 +305,10 @@ def _counted(recipe: Recipe, family: type[ElasticModel], schedule: Schedule) -> 
     """`schedule`, which counts compute if the recipe says so. Raises RecipeError if it cannot."""
     if recipe.growth.steps == "epochs":
         return schedule
+    if schedule.window is not None:
+        raise RecipeError(
+            "growth.steps: compute needs stages that follow each other, and growth.window draws from all; use epochs"
+        )
     if schedule.kind == "supernet":
         raise RecipeError("growth.steps: compute needs stages, which growth.schedule: supernet has not; use epochs")
     if not recipe.growth.recycle:
@@ -317,7 +322,8 @@ def _counted(recipe: Recipe, family: type[ElasticModel], schedule: Schedule) -> 
         )
     compute = Compute.of(schedule, partial(gmacs_of, recipe, family, schedule))
     stage = (schedule.steps - schedule.policy.cooldown) // schedule.stages
-    if schedule.kind == "automatic" and compute.pace((schedule.full,)) * schedule.search_steps >= stage:
+    published = schedule.kind == "automatic" and schedule.budget is None
+    if published and compute.pace((schedule.full,)) * schedule.search_steps >= stage:
         raise RecipeError(
             f"search.epochs: a search of {schedule.search_steps} steps may cost more than a stage; with growth.steps: "
             "compute, use shorter searches or fewer growth.stages"

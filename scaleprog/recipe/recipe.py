@@ -156,10 +156,12 @@ class Recipe(Settings):
     def differences(self, other: "Recipe") -> list[str]:
         """Keys (with both values) in which two recipes differ so that a run cannot go on from one to the other."""
         mine, theirs = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+        # with growth.steps: compute, the learning rates so far depend on the budget
+        free = [key for key in FREE if key != "search.budget" or self.growth.steps == "epochs"]
         return [
             f"{key}: {mine.get(key)} here, {theirs.get(key)} there"
             for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key) != theirs.get(key) and not any(key == f or key.startswith(f + ".") for f in FREE)
+            if mine.get(key) != theirs.get(key) and not any(key == f or key.startswith(f + ".") for f in free)
         ]
 
 

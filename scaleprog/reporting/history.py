@@ -154,7 +154,8 @@ class RunRecord:
         if not isinstance(growth["schedule"], str):
             return "by hand"
         ratio = "" if growth["schedule"] == "original" else f" {growth['smallest']:g}Ω"
-        return NAMES[growth["schedule"]] + ratio
+        how = {"by compute": growth.get("steps") == "compute", "in a window": growth.get("window") is not None}
+        return ", ".join([NAMES[growth["schedule"]] + ratio, *(name for name, used in how.items() if used)])
 
     @property
     def stages(self) -> str:

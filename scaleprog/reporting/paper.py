@@ -53,7 +53,7 @@ class Scheme:
     def fits(self, run: RunRecord) -> bool:
         """Whether a run belongs to the row."""
         wants = {**USUAL, "growth.adaptive_regularization": family(run) == "VOLO-D1", **self.wants}
-        return all(run.says(key) == value for key, value in wants.items())
+        return all(said(run, key) == value for key, value in wants.items())
 
     def of(self, numbers: Mapping[str, Numbers]) -> Numbers:
         """The paper's numbers for the row."""
@@ -74,6 +74,12 @@ class SchemeTable:
     at_growth: bool = False
 
 
+def said(run: RunRecord, key: str) -> Any:
+    """What a recipe says for a dotted key; one that is older than `growth.steps` counts epochs."""
+    value = run.says(key)
+    return "epochs" if key == "growth.steps" and value is None else value
+
+
 def family(run: RunRecord) -> str:
     """The paper's model of the same family, with which its ablations are made."""
     return "VOLO-D1" if run.says("model.name").startswith("volo") else "DeiT-S"
@@ -88,7 +94,14 @@ def counterpart(run: RunRecord) -> tuple[str, int]:
 
 # ---- rows
 
-USUAL = {"growth.operator": "mogrow", "growth.optimizer": "reset", "growth.recycle": True, "growth.stages": 4}
+USUAL = {
+    "growth.operator": "mogrow",
+    "growth.optimizer": "reset",
+    "growth.recycle": True,
+    "growth.stages": 4,
+    "growth.steps": "epochs",
+    "growth.window": None,
+}
 """The paper's defaults; AdaReg is on for VOLO and off for DeiT."""
 ADAREG = "growth.adaptive_regularization"
 SMALL_IMAGES = {"growth.patches": "resolution"}

@@ -71,7 +71,8 @@ def read_plan(run: Path, parent: ParentSettings | None = None) -> tuple[Schedule
         )
     begun = begun_by(parent)
     named = {name: fields[name] for name in SCHEDULE}  # type: ignore[literal-required]
-    window = None if (drawn := fields.get("window")) is None else Window(ladder, *drawn, fields["steps"])
+    moving = fields["steps"] - cooldown
+    window = None if (drawn := fields.get("window")) is None else Window(ladder, *drawn, moving, cooldown)
     whole = None if (sides := fields.get("whole")) is None else Subnet(*sides)
     schedule = Schedule(ladder=ladder, policy=policy, begun=begun, whole=whole, window=window, **named)
     gmacs = {Subnet(resolution, depth): cost for resolution, depth, cost in values["gmacs"]}

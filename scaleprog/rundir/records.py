@@ -156,6 +156,7 @@ class Chosen(TypedDict):
     alpha: Number | None
     complete_from: NotRequired[Count | None]
     why: NotRequired[Text | None]
+    learned: NotRequired[bool]
 
 
 def _whole(choice: Any) -> Any:

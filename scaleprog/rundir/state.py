@@ -128,7 +128,7 @@ def _stage(phase: Phase, decision: Decision | None, steps_per_epoch: int) -> dic
 def decision_to_json(decision: Decision) -> dict[str, Any]:
     """Plain values that `decision_from_json` turns back into an equal decision."""
     return {
-        **vars(decision),
+        **{key: value for key, value in vars(decision).items() if value or key != "learned"},
         "candidates": [[c.resolution, c.depth] for c in decision.candidates],
         "chosen": [decision.chosen.resolution, decision.chosen.depth],
     }
@@ -146,6 +146,7 @@ def decision_from_json(values: Mapping[str, Any]) -> Decision:
         alpha=values["alpha"],
         complete_from=values.get("complete_from"),  # missing in events of runs before budgets existed
         why=values.get("why"),
+        learned=values.get("learned", False),  # only there if it is true
     )
 
 
@@ -187,6 +188,7 @@ class _DecisionValues(BaseModel):
     alpha: Annotated[float, Field(ge=0)] | None
     complete_from: Count | None
     why: Annotated[str, Field(max_length=2**14)] | None
+    learned: bool = False
 
 
 class _StateValues(BaseModel):

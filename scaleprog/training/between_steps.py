@@ -341,7 +341,7 @@ def evaluate_now(run: Run, phase: Phase) -> None:
     Raises:
         AskedToStop: the ranks have agreed to stop; the evaluation stays pending.
     """
-    state, recipe, schedule, network = run.state, run.recipe, run.plan.schedule, phase.candidates[-1]
+    state, recipe, schedule, network = run.state, run.recipe, run.plan.schedule, phase.network
     began = time.perf_counter()
     run.patience.at("evaluating", kind="the beginning of an evaluation")
 

@@ -142,4 +142,6 @@ def _way(folder: Path, kept: list[Path], then: Plan, now: Plan) -> str:
     for path in reversed(kept):
         if not _difference(state_of(path, then), then, now):
             return f"--from {folder}@{step_of(path)} trains on from a checkpoint up to which both are the same"
+    if now.schedule.compute is not None or now.schedule.window is not None:
+        return f"init.from={folder} begins a new run with its weights; this schedule cannot continue another one"
     return f"--from {folder} trains on in a new run, under the new schedule"

@@ -377,8 +377,22 @@ def test_a_probe_continues_with_the_smallest_network_or_gives_up() -> None:
     assert hopeless.choice == Choice(CORNERS[-1], 48)
     assert "too early to save: the loss is 9% below a uniform guess's, not yet 10%" in hopeless.because
     dear = probe(2.0, small=9.5)
-    assert dear.choice == Choice(CORNERS[-1], 48)
+    assert dear.choice == Choice(CORNERS[-1], 48, learned=True)
     assert "nothing to save: a step on 128 px, 6 layers costs 95%" in dear.because
+
+
+def test_a_budget_that_pays_for_the_complete_model_keeps_what_a_probe_finds_learned() -> None:
+    """search.budget: 1 is not promised, because searches may exceed it, so it is probed."""
+    whole = of(rule="corners", budget=1.0, search_steps=8)
+    price = dict(zip(CORNERS, (0.3, 0.1, 0.5, 1.0))).__getitem__
+    state = replace(whole.budget_state(whole.phases([]), price), left=352.0)
+    assert state.probing
+    losses = dict.fromkeys(CORNERS, 0.5)
+    decision = decide_within(state, 2, [losses], dict(zip(CORNERS, (3.0, 1.0, 5.0, 10.0))), guessing=2.3)
+    assert "the budget covers it to the end" in decision.because
+    for choice in (decision.choice, whole.budget.expected(whole.phases([])[-1], 48, 0.0, price)):
+        assert choice.learned
+        assert [p.began for p in whole.phases([choice])] == [0, 0, 0]
 
 
 def test_only_a_budget_that_nobody_has_asked_for_is_probed() -> None:
@@ -392,6 +406,9 @@ def test_only_a_budget_that_nobody_has_asked_for_is_probed() -> None:
     hopeless = free.phases([Choice(DEIT, 48)])
     assert [(p.kind, p.start, p.stop, p.began) for p in hopeless[2:]] == [("train", 48, 400, 48)]
     assert free.entry(hopeless, 2).layer_map.rest == "fresh", "nothing is kept of what has not learned"
+    learned = free.phases([Choice(DEIT, 48, learned=True)])
+    assert [(p.kind, p.start, p.stop, p.began) for p in learned[2:]] == [("train", 48, 400, 0)]
+    assert free.entry(learned, 2).layer_map.rest != "fresh", "the network before has learned"
     soon = free.phases([Choice(CORNERS[0], 70)])
     assert [(p.network, p.start, p.stop, p.began) for p in soon[2:]] == [(CORNERS[0], 48, 70, 0), (DEIT, 70, 400, 0)]
     assert free.entry(soon, 3).layer_map.rest == "ema"

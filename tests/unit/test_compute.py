@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaleprog.errors import RecipeError
+from scaleprog.errors import OverBudget, RecipeError
 from scaleprog.growth.phase import Phase, Regularization
 from scaleprog.growth.schedule import Compute, Schedule
+from scaleprog.growth.search import decide_within
 from scaleprog.growth.space import Choice, Subnet
 from scaleprog.planning.plan import describe, outline
 from scaleprog.recipe import Recipe
@@ -175,6 +176,48 @@ def test_what_cannot_count_compute_is_refused(settings: list[str], words: str) -
 
 
 # ---- the schedules of others
+
+
+def test_stages_end_where_they_end_whatever_their_steps_sum_up_to() -> None:
+    """The sums of these are rounded to just before the end."""
+    recipe = Recipe.load(
+        CONFIGS / "imagenet" / "deit_small_original_300.yaml",
+        ["growth.steps=compute", "optimizer.schedule=smooth", "train.epochs=10", "optimizer.cooldown_epochs=20",
+         "growth.schedule=[{resolution: 112, depth: 6}, {resolution: 224, depth: 12}]"],
+    )  # fmt: skip
+    assert [phase.stage for phase in outline(recipe, 1251)[1].phases([])] == [1, 2]
+    recipe = Recipe.load(
+        CONFIGS / "imagenet" / "deit_small_autoprog_published_100.yaml", ["growth.stages=3", "train.epochs=50"]
+    )
+    networks = [
+        [phase.network for phase in outline(counting, 937)[1].expected([], price) if phase.kind == "train"]
+        for counting in (recipe, by_compute(recipe))
+    ]
+    assert networks[0] == networks[1]
+
+
+def by_compute(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"growth": recipe.growth.model_copy(update={"steps": "compute"})})
+
+
+def test_a_run_that_counts_compute_keeps_its_budget() -> None:
+    """Its learning rates so far depend on it."""
+    one, other = (
+        Recipe.load(CONFIGS / "fashion_mnist" / "autoprog.yaml", [f"search.budget={budget}"]) for budget in (0.45, 0.8)
+    )
+    assert one.differences(other) == []
+    assert by_compute(one).differences(by_compute(other)) == ["search.budget: 0.45 here, 0.8 there"]
+    _, schedule = outline(by_compute(one), 937)
+    (search,) = [phase for phase in schedule.phases([]) if phase.searched]
+    state = schedule.budget_state([search], price)
+    losses, times = dict.fromkeys(search.candidates, 1.0), dict.fromkeys(search.candidates, 1.0)
+    with pytest.raises(OverBudget, match="compute cannot change its budget; begin again with a larger"):
+        decide_within(state, 2, [losses], times)
+
+
+def test_a_budget_may_search_for_as_long_as_it_does_otherwise() -> None:
+    path = CONFIGS / "fashion_mnist" / "autoprog.yaml"
+    outline(Recipe.load(path, ["growth.steps=compute", "search.budget=0.5", "search.epochs=1"]), 937)
 
 
 def test_efficienttrain_is_the_schedule_of_its_authors() -> None:

@@ -134,6 +134,21 @@ def test_a_run_belongs_to_a_row_by_its_recipe(trained: Trained) -> None:
     assert "- run4-seed0: Prog 0.5Ω; it belongs to no row, or" in text
 
 
+def test_what_the_paper_has_not_is_in_no_row(trained: Trained) -> None:
+    linear = {"growth.schedule": "linear", "growth.smallest": 0.5}
+    earlier = trained.run(**linear)
+    recipe = yaml.safe_load((earlier / "recipe.yaml").read_text())
+    del recipe["growth"]["steps"]
+    del recipe["growth"]["window"]
+    (earlier / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    trained.run(**linear, **{"growth.steps": "compute"})
+    trained.run(**linear, **{"growth.window": {"spread": 0.65}})
+    text = trained.write(2)
+    assert by_scheme(tables(text)[0])["Prog"]["seeds"] == "1", "the one of an earlier version"
+    assert "- run1-seed0: Prog 0.5Ω, by compute; it belongs to no row, or" in text
+    assert "- run2-seed0: Prog 0.5Ω, in a window; it belongs to no row, or" in text
+
+
 def test_an_ablation_needs_more_than_runs_of_table_2(trained: Trained) -> None:
     trained.run(**ORIGINAL)
     trained.run(**PUBLISHED)

@@ -98,3 +98,43 @@ def test_only_stages_have_a_window(schedule: str) -> None:
 def test_a_window_does_not_count_compute() -> None:
     with pytest.raises(RecipeError, match=r"growth\.steps: compute needs stages"):
         outline(prog("growth.window.spread=0.5", "growth.steps=compute"), 10)
+
+
+def test_adareg_follows_stages_that_a_window_has_not() -> None:
+    with pytest.raises(RecipeError, match=r"growth\.adaptive_regularization: true follows the stages"):
+        outline(prog("growth.window.spread=0.5", "growth.adaptive_regularization=true"), 10)
+    with pytest.raises(RecipeError, match=r"growth\.regularization_from: needs growth\.adaptive_regularization"):
+        outline(prog("growth.regularization_from.magnitude=0.2"), 10)
+
+
+def test_the_cooldown_trains_the_last_network_only(tmp_path: Path) -> None:
+    recipe = prog("growth.window={spread: 3, mix: 0.5}", "optimizer.cooldown_epochs=20")
+    _, schedule = outline(recipe, 10)
+    (phase,) = schedule.phases([])
+    assert schedule.steps == phase.stop == 1200
+    assert {phase.subnet(0, step) for step in range(1000, 1200)} == {schedule.full}
+    assert len({phase.subnet(0, step) for step in range(900, 1000)}) > 1
+    price = {network: float(network.resolution) for network in phase.candidates}.__getitem__
+    drawn = sum(price(phase.subnet(seed, step)) for seed in range(20) for step in range(1200))
+    assert phase.mean(price) == pytest.approx(drawn / 20 / 1200, rel=0.01)
+    write_plan(tmp_path, schedule, lambda subnet: 1.0)
+    assert read_plan(tmp_path)[0].phases([]) == schedule.phases([])
+
+
+stages = st.lists(st.tuples(st.sampled_from([128, 160, 192, 224]), st.integers(6, 12)), max_size=4)
+
+
+@given(stages, st.sampled_from([224, 128]))
+def test_stages_whose_images_do_not_grow_have_a_window_too(sizes: list[tuple[int, int]], last: int) -> None:
+    """All depths of the list can be drawn, and what is evaluated is the complete model."""
+    depths = sorted(depth for _, depth in sizes)
+    ladder = [*((side, depth) for (side, _), depth in zip(sizes, depths)), (last, 12)]
+    by_hand = [{"resolution": side, "depth": depth} for side, depth in ladder]
+    patches = "resolution" if last == 224 else "subset"
+    values = prog("growth.window.spread=1", f"growth.patches={patches}").model_dump(mode="json", by_alias=True)
+    recipe = Recipe.of({**values, "growth": {**values["growth"], "schedule": by_hand}}, "test")
+    _, schedule = outline(recipe, 10)
+    for phase in schedule.phases([]):
+        for subnet in phase.candidates:
+            assert sum(map(len, schedule.active(phase, subnet))) == subnet.depth
+        assert phase.network.depth == 12, "what is evaluated"
