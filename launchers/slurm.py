@@ -7,7 +7,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -193,16 +193,26 @@ def one_thread() -> Iterator[None]:
 
     The environment is as before afterwards, because sbatch passes it on to the job.
     """
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ |= dict.fromkeys(names, "1")
+    with environment(**dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")):
+        yield
+
+
+@contextmanager
+def environment(**values: str | None) -> Iterator[None]:
+    """Inside, variables of the environment have these values; None: they are not there."""
+    before = {name: os.environ.get(name) for name in values}
     try:
+        _set(values)
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 def check_cluster(request: JobRequest) -> None:
@@ -238,6 +248,10 @@ def make_executor(run: Path, request: JobRequest) -> Any:
 
         def _num_tasks(self) -> int:
             return request.world  # submitit's own method cannot handle a range of nodes
+
+        def _submit_command(self, command: str) -> Any:
+            with environment(SLURM_RESTART_COUNT=None):  # of the job that submits this one, if Slurm has restarted it
+                return super()._submit_command(command)
 
     python = None if request.python is None else shlex.quote(_program(request.python))
     executor = Executor(run / "jobs" / time.strftime("%Y%m%d-%H%M%S"), python=python)
@@ -316,16 +330,15 @@ def srun_again(srun: str, again: str, spare: bool) -> list[str]:
         again: the command that decides, for the exit code in `$code`.
         spare: whether it also says where, because other nodes may take the place of lost ones.
     """
-    exclude, decide = "", [f"{again} || return $code"]
+    decide = [f"{again} || return $code"]
     if spare:
-        exclude = f'${{{slurm_queue.LOST}:+--exclude="${slurm_queue.LOST}"}} '
         place = [f"place=$({again}) || return $code", f'read -r NODES {slurm_queue.LOST} <<< "$place"']
         decide = [*place, f"export {slurm_queue.LOST}", *STEP]
     return [
         "function srun {  # starts the tasks, again and again where that is enough",
         "  local code place",
         "  while :; do",
-        f'    {srun} {exclude}"$@" && return',
+        f'    {srun} "$@" && return',
         "    code=$?",
         *(f"    {line}" for line in decide),
         f"    export {slurm_queue.REPEAT}=$(({slurm_queue.REPEAT} + 1))",

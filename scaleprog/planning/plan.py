@@ -114,7 +114,9 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
     check_groups(recipe, family, [*present, *(s.at_least(p) for s in ladder for p in present or [s])])
     cooldown = recipe.optimizer.cooldown_steps(epoch)
     steps, search_steps = _lengths(recipe, kind, 1 if kind == "supernet" else len(ladder), epoch)
-    window = growth.window and Window(ladder, growth.window.spread, growth.window.mix, steps - cooldown, cooldown)
+    window = None
+    if growth.window is not None:
+        window = Window(ladder, growth.window.spread, growth.window.mix, steps - cooldown, cooldown)
     scoring = search.measurements * _search_batches(recipe, epoch) / FORWARDS_PER_STEP
     patch = stride if growth.patches == "subset" else None
     make = partial(

@@ -28,13 +28,15 @@ pytestmark = pytest.mark.process
 ROOT = Path(__file__).parents[2]
 
 
-def run_batch(arguments: list[str | Path], cwd: Path, restart: int = 0) -> subprocess.CompletedProcess[str]:
+def run_batch(
+    arguments: list[str | Path], cwd: Path, restart: int = 0, python: str | Path = sys.executable
+) -> subprocess.CompletedProcess[str]:
     """A batch script as job 7 would run it, in an environment of Slurm's."""
     environment = os.environ | {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "scaleprog", "SLURM_SUBMIT_DIR": str(cwd)}
     if restart:
         environment["SLURM_RESTART_COUNT"] = str(restart)
     environment["SLURM_JOB_NUM_NODES"] = "2"
-    environment["PYTHON"] = sys.executable
+    environment["PYTHON"] = str(python)
     return subprocess.run(
         ["bash", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -64,11 +66,16 @@ def test_a_batch_script_requeues_from_its_snapshot(
 def test_train_sbatch(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     script, recipe, run = ROOT / "slurm" / "train.sbatch", tmp_path / "my recipe.yaml", tmp_path / "a run"
     recipe.write_text(make_recipe().dump())
-    fake.command("srun", "exit 1")
+    fake.command("srun", 'exec "${@:3:2}" "${5/..15/..1}" "$RUN/nothing"')  # what is to be asked, asked here
     done = run_batch([script, recipe, "a run", "seed=3"], tmp_path)
     assert done.returncode == 2
     assert f"scaleprog: {run}: missing on a node" in done.stderr
     assert "requeue" not in " ".join(fake.calls("scontrol"))
+    fake.command("srun", "echo 'srun: error: Unable to create step' >&2; exit 1")
+    done = run_batch([script, recipe, "a run", "seed=3"], tmp_path)
+    assert done.returncode == 1
+    assert "missing" not in done.stderr, "nobody has looked"
+    assert fake.calls("scontrol")[-1] == "scontrol requeue 7"
     seen = 'case $* in *bash*) exec "${@:3}" ;; esac'  # what is to be asked on every node, asked here
     fake.command("srun", f'{seen}; printf "%s\\n" "$PYTHONPATH" "$@" > "{tmp_path}/srun-arguments"; exit 1')
     done = run_batch([script, recipe, "a run", "seed=3"], tmp_path)
@@ -100,6 +107,45 @@ def test_train_sbatch(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) 
     assert "requeue" not in " ".join(fake.calls("scontrol")[calls:])
     assert not (tmp_path / "another run" / "recipe.yaml").exists()
     assert run_batch([script, recipe], tmp_path).stderr.startswith("usage: sbatch")
+
+
+def test_a_restart_of_train_sbatch_does_not_need_the_working_tree(
+    fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    script, recipe, run = ROOT / "slurm" / "train.sbatch", tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(make_recipe().dump())
+    fake.command("srun", "exit 1")
+    fake.show(restarts=1)
+    assert run_batch([script, recipe, run], tmp_path, restart=1).returncode == 1
+    changed = tmp_path / "python"
+    changed.write_text(
+        f'#!/bin/bash\n[[ $* != *scaleprog* || $PYTHONPATH == {run}/code/* ]] || exit 1\nexec {sys.executable} "$@"\n'
+    )
+    changed.chmod(0o755)
+    requeued = fake.calls("scontrol requeue")
+    done = run_batch([script, recipe, run], tmp_path, restart=1, python=changed)
+    assert done.returncode == 1
+    assert fake.calls("scontrol requeue") == [*requeued, "scontrol requeue 7"], done.stderr
+    fake.show(restarts=0)
+    done = run_batch([script, recipe, tmp_path / "other"], tmp_path, python=changed)
+    assert done.returncode == 1
+    assert not (tmp_path / "other").exists(), "a first start copies the tree"
+
+
+def test_the_restarts_of_the_job_that_submits_another_are_not_those_of_the_other(
+    fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    fake.command("sbatch", f"env > {tmp_path}/environment; echo Submitted batch job 7")
+    slurm.submit(make_recipe(), tmp_path / "submitted", JobRequest())
+    assert "SLURM_RESTART_COUNT" not in (tmp_path / "environment").read_text()
+    assert os.environ["SLURM_RESTART_COUNT"] == "2"
+    (tmp_path / "recipe.yaml").write_text(make_recipe().dump())
+    fake.command("srun", "exit 1")
+    batch = [ROOT / "slurm" / "train.sbatch", tmp_path / "recipe.yaml", tmp_path / "run"]
+    done = run_batch(batch, tmp_path, restart=2)  # sbatch itself hands the count on
+    assert "job 7 starts again" in done.stderr
+    assert [row["restart"] for row in read_rows(tmp_path / "run" / "requeues.jsonl")] == [0]
 
 
 def hide_pyc(code: Path, ruin: str) -> None:
