@@ -56,6 +56,24 @@ def test_the_watch_requeues_a_job_that_has_lost_its_batch_script(
 
 
 @pytest.mark.timeout(600)
+def test_ranks_that_crash_before_slurm_notices_the_lost_node_start_again(
+    cluster: Cluster, undisturbed: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    """Their step stays in the books of Slurm before 23.11, with its cores."""
+    recipe, reference = undisturbed
+    job = TrainingJob(cluster, recipe, tmp_path / "run", "sbatch")
+    job.control.slow_down(0.3)
+    job.submit(spare_nodes="1")
+    job.wait("some steps", lambda: job.trained() >= 9)
+    cluster.kill_node(1)
+    job.wait("tasks that start again", lambda: job.repeats)
+    job.finish()
+    assert job.restarts == 0
+    assert "starts its tasks again, without node1" in job.log()
+    assert differences(recipe, job.run, reference) == []
+
+
+@pytest.mark.timeout(600)
 def test_a_lost_watch_starts_on_another_node_and_a_spare_node_replaces_a_lost_one(
     cluster: Cluster, undisturbed: tuple[Recipe, Path], tmp_path: Path
 ) -> None:
