@@ -49,9 +49,10 @@ RECIPE = "configs/imagenet/deit_small_autoprog_100.yaml"
 STEPS = 200
 DEPTHS = 6, 12
 BOUND = (
-    "A growth on 4,096 ranks took 5.7 s while torch's FSDP2 made an empty tensor of every parameter for each rank that gets "
-    "none of its rows; now it makes one for all of them (`sharding/fsdp.py`). Who writes what is exchanged in the first save "
-    "of a start and after a growth; it took 9.8 s on 4,096 ranks while they exchanged the names with the numbers."
+    "A growth on 4,096 ranks took 5.7 s while torch's FSDP2 made an empty tensor of every parameter for each rank that "
+    "gets none of its rows; now it makes one for all of them (`sharding/fsdp.py`). Who writes what is exchanged in the "
+    "first save of a start and after a growth; it took 9.8 s on 4,096 ranks while they exchanged the names with the "
+    "numbers."
 )
 
 
