@@ -7,9 +7,10 @@ without a manifest and without `.building` are someone else's, and stay untouche
 """
 
 import json
+import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -19,11 +20,11 @@ from pydantic import TypeAdapter
 
 from scaleprog.data.manifest import NAME, Manifest, Shard
 from scaleprog.errors import DataError, WorkerDied
-from scaleprog.files.atomic import read_text, sync_folder, write_whole
+from scaleprog.files.atomic import lock, read_text, sync_folder, unlock, write_whole
 from scaleprog.shards.pool import run_all
 from scaleprog.shards.samples import Sample, write_shard
 
-STAGING = ".building"
+STAGING, LOCK = ".building", ".building.lock"
 SOURCE = "source.json"
 """File in STAGING that says what the shards there are built from."""
 SPLITS = ("train", "val")
@@ -87,7 +88,7 @@ def build(
 
     Raises:
         DataError: `out` cannot be written (for example, a full disk): finished shards are kept, and the same call
-            resumes. Or a sample cannot be used: no shard is left behind.
+            resumes. Or a sample cannot be used: no shard is left behind. Or another process is building in `out`.
         Unavailable: a sample cannot be read now, or a worker died; as with a full disk.
     """
     jobs = [
@@ -96,11 +97,12 @@ def build(
         for index, samples in enumerate(contents)
     ]
     try:
-        _prepare(out, source)
-        shards = _write_all(out, jobs, workers)
-        written = {split: tuple(shard for job, shard in zip(jobs, shards) if job[0] == split) for split in splits}
-        manifest = Manifest(str(out), tuple(classes), written, source, sound=True)
-        _publish(manifest)
+        with _alone(out):
+            _prepare(out, source)
+            shards = _write_all(out, jobs, workers)
+            written = {split: tuple(shard for job, shard in zip(jobs, shards) if job[0] == split) for split in splits}
+            manifest = Manifest(str(out), tuple(classes), written, source, sound=True)
+            _publish(manifest)
     except OSError as error:
         raise DataError(
             f"{out}: cannot write shards: {error}. Fix this, then run the same command again; it keeps finished shards."
@@ -108,6 +110,27 @@ def build(
     counts = ", ".join(f"{manifest.samples(split)} {split} samples in {len(written[split])} shards" for split in splits)
     print(f"{out}: built {counts}, {len(classes)} classes")
     return manifest
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Inside, no other process builds in `out`. Raises DataError if one does, or OSError."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = Path(out, LOCK)
+    with path.open("w") as file:
+        try:
+            lock(file, 0, 0)
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise TimeoutError  # the file of a build that has just ended
+        except (TimeoutError, FileNotFoundError):
+            raise DataError(
+                f"{out}: another process is building shards there; wait for it, or choose another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            unlock(file)
 
 
 def shard_files(out: Path) -> list[Path]:

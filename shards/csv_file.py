@@ -1,11 +1,12 @@
 """Builds shards from a CSV file of image paths and labels. Images keep their bytes, unless they are to be reduced.
 
 path,label,split             a header, and a row for each image; paths are relative to the CSV file's folder
-photos/1.jpg,cat,train       labels are names of classes; classes are numbered in sorted order
+photos/1.jpg,cat,train       labels are names of classes, which are numbered in sorted order; numbers by their value
 photos/2.jpg,dog,val         without the column `split`, a part drawn by seed becomes the validation split
 """
 
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,17 @@ from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
 from scaleprog.files.atomic import read_text
 from scaleprog.shards.build import SPLITS
-from scaleprog.shards.image_files import Image, build_shards, digest_of_labels, fingerprint, shuffled, split_off
+from scaleprog.shards.image_files import (
+    Image,
+    build_shards,
+    check_apart,
+    digest_of_labels,
+    fingerprint,
+    labeled,
+    once,
+    shuffled,
+    split_off,
+)
 from scaleprog.shards.pool import listed
 from scaleprog.shards.reduction import Reduction
 
@@ -69,18 +80,23 @@ def build(
 def _images_by_split(src: Path, seed: int, val_fraction: float) -> tuple[list[str], dict[str, list[Image]]]:
     """The class names, and the images of each split in the order of the shards."""
     rows = _rows(src)
-    classes = sorted({row["label"] for row in rows})
+    names = {row["label"] for row in rows}
+    numbers = all(re.fullmatch("[0-9]{1,18}", name) for name in names)
+    classes = sorted(names, key=lambda name: (int(name) if numbers else 0, name))
     labels = {name: label for label, name in enumerate(classes)}
+    files = [(row["label"], src.parent / row["path"]) for row in rows]
+    apart = once(files)
     if "split" not in rows[0]:
-        images = [Image(src.parent / row["path"], labels[row["label"]]) for row in rows]
-        return classes, split_off(shuffled(images, [seed, 0]), val_fraction, src)
-    images_of = {
-        split: [Image(src.parent / row["path"], labels[row["label"]]) for row in rows if row["split"] == split]
-        for split in SPLITS
-    }
-    if empty := [split for split in SPLITS if not images_of[split]]:
+        if len(apart) < len(files):
+            print(
+                f"note: {src} names {len(files) - len(apart)} images again; without a column `split`, each counts once"
+            )
+        return classes, split_off(shuffled(labeled(apart, labels), [seed, 0]), val_fraction, src)
+    found = {split: [file for file, row in zip(files, rows) if row["split"] == split] for split in SPLITS}
+    if empty := [split for split in SPLITS if not found[split]]:
         raise DataError(f"{src}: no rows of the split {empty[0]}; add some, or remove the column `split`")
-    return classes, {split: shuffled(images_of[split], [seed, i]) for i, split in enumerate(SPLITS)}
+    check_apart(*found.values())
+    return classes, {split: shuffled(labeled(found[split], labels), [seed, i]) for i, split in enumerate(SPLITS)}
 
 
 def _rows(src: Path) -> Sequence[dict[str, str]]:

@@ -25,7 +25,7 @@ from scaleprog.data.source import NO_FILE
 from scaleprog.errors import DataError, Unavailable
 from scaleprog.files.atomic import open_regular
 from scaleprog.shards.build import SPLITS, build, finished
-from scaleprog.shards.pool import listed
+from scaleprog.shards.pool import listed, some
 from scaleprog.shards.reduction import Reduction, images_per_core_second
 from scaleprog.shards.samples import SourceSample, sniff
 
@@ -199,13 +199,35 @@ def _stored(content: bytes, reduction: Reduction | None) -> tuple[str, bytes]:
 def _print_savings(manifest: Manifest, images: Sequence[Image], reduction: Reduction) -> None:
     """Compares bytes, and the speed of decoding on some of the images, evenly chosen."""
     original, stored = sum(image.size() for image in images), sum(s.bytes for s in chain(*manifest.splits.values()))
-    some = [image.read() for image in images[:: math.ceil(len(images) / MEASURED)]]
-    before, after = (images_per_core_second(each) for each in (some, [reduction.apply(content) for content in some]))
+    read = [image.read() for image in images[:: math.ceil(len(images) / MEASURED)]]
+    before, after = (images_per_core_second(each) for each in (read, [reduction.apply(content) for content in read]))
     print(
         f"{manifest.root}: {original / 1e6:.1f} MB of images became {stored / 1e6:.1f} MB of shards. Measured here "
-        f"and now, on {len(some)} of the images: a core decodes and crops {after:.0f} images/s, and {before:.0f} before"
+        f"and now, on {len(read)} of the images: a core decodes and crops {after:.0f} images/s, and {before:.0f} before"
     )
 
 
 def extension_of(path: Path) -> str:
     return path.suffix.lower().lstrip(".")
+
+
+def check_apart(train: Sequence[tuple[str, Path]], val: Sequence[tuple[str, Path]]) -> None:
+    """Raises DataError if links lead from both splits to the same file."""
+    trained = {os.path.realpath(path): path for _, path in train}
+    if shared := [f"{path} is {trained[real]}" for _, path in val if (real := os.path.realpath(path)) in trained]:
+        raise DataError(f"validation images that are training images, too: {some(shared)}. Remove one of each.")
+
+
+def labeled(files: Sequence[tuple[str, Path]], labels: Mapping[str, int]) -> list[Image]:
+    """Images with the index of their class; `files`: the class and the file of each."""
+    return [Image(path, labels[name]) for name, path in files]
+
+
+def once(files: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    """The files without those that a link leads to again. Raises DataError if one is in two classes."""
+    first: dict[str, tuple[str, Path]] = {}
+    for name, path in files:
+        other, known = first.setdefault(os.path.realpath(path), (name, path))
+        if other != name:
+            raise DataError(f"{path}: the same file as {known}, so it is in two classes; remove one of them")
+    return list(first.values())

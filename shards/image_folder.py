@@ -9,14 +9,24 @@ keep their bytes, unless they are to be reduced.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.shard import ENCODED_EXTENSIONS
 from scaleprog.errors import DataError
 from scaleprog.files.display import as_text
-from scaleprog.shards.image_files import Image, build_shards, extension_of, fingerprint, shuffled, split_off
+from scaleprog.shards.image_files import (
+    Image,
+    build_shards,
+    check_apart,
+    extension_of,
+    fingerprint,
+    labeled,
+    once,
+    shuffled,
+    split_off,
+)
 from scaleprog.shards.pool import some
 from scaleprog.shards.reduction import Reduction
 
@@ -100,12 +110,12 @@ def _images_by_split(src: Path, seed: int, val_fraction: float) -> tuple[list[st
     train_folder, val_folder = _split_folders(src)
     classes, train = scan(train_folder)
     labels = {name: label for label, name in enumerate(classes)}
-    images = {"train": shuffled(_labeled(train, labels), [seed, 0])}
+    images = {"train": shuffled(labeled(train, labels), [seed, 0])}
     if val_folder is not None:
         val_classes, val = scan(val_folder)
-        _check_apart(train, val)
+        check_apart(train, val)
         compare_classes(train_folder, classes, val_folder, val_classes)
-        images["val"] = shuffled(_labeled(val, labels), [seed, 1])
+        images["val"] = shuffled(labeled(val, labels), [seed, 1])
         return classes, images
     images = split_off(images["train"], val_fraction, src)
     count = len(images["val"])
@@ -124,17 +134,6 @@ def compare_classes(train: Path, classes: Iterable[str], val: Path, val_classes:
         )
     if missing := sorted(set(classes) - set(val_classes)):
         print(as_text(f"note: {val} has no images of {len(missing)} classes: {some(missing)}"))
-
-
-def _check_apart(train: Sequence[tuple[str, Path]], val: Sequence[tuple[str, Path]]) -> None:
-    """Raises DataError if links lead from both splits to the same file."""
-    trained = {os.path.realpath(path): path for _, path in train}
-    if shared := [f"{path} is {trained[real]}" for _, path in val if (real := os.path.realpath(path)) in trained]:
-        raise DataError(f"validation images that are training images, too: {some(shared)}. Remove one of each.")
-
-
-def _labeled(files: Sequence[tuple[str, Path]], labels: Mapping[str, int]) -> list[Image]:
-    return [Image(path, labels[name]) for name, path in files]
 
 
 def scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
@@ -169,7 +168,7 @@ def scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
     if ignored:
         note = f"note: left out {len(ignored)} files that are not images in class folders: {some(ignored)}"
         print(as_text(note))
-    return classes, _once(files)
+    return classes, once(files)
 
 
 def _counts(name: str) -> bool:
@@ -187,13 +186,3 @@ def _walk(folder: Path) -> list[Path]:
         ]
         found += [Path(parent, name) for name in names if _counts(name)]
     return sorted(found)
-
-
-def _once(files: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
-    """The files without those that a link leads to again. Raises DataError if one is in two classes."""
-    first: dict[str, tuple[str, Path]] = {}
-    for name, path in files:
-        other, known = first.setdefault(os.path.realpath(path), (name, path))
-        if other != name:
-            raise DataError(f"{path}: the same file as {known}, so it is in two classes; remove one of them")
-    return list(first.values())

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from mmap import mmap
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -137,11 +138,12 @@ class ShardReader:
         path = self._source.path(shard.name)
         if shard.name.endswith(GZIPPED):
             return None
-        file = packed.opened(path)
-        if file is None and self.on_disk:
-            file = self._source.open(shard, verify)
+        found = packed.opened(path)
+        file = self._source.open(shard, verify) if found is None and self.on_disk else found
         if file is None:
             return None
+        if isinstance(file, mmap):
+            return self._parsed(file, len(file), memoryview(file).toreadonly(), shard)
         data, size = OpenFile(file), os.fstat(file.fileno()).st_size
         check_size(path, size, shard)
         try:

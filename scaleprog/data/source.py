@@ -94,8 +94,9 @@ class Source(Protocol):
             Unavailable: it cannot be read now.
         """
 
-    def open(self, shard: Shard, verify: bool) -> BufferedReader | None:
-        """The shard as a file on a local disk; None if it cannot be stored there. Raises like `read`."""
+    def open(self, shard: Shard, verify: bool) -> BufferedReader | mmap | None:
+        """The shard as a file on a local disk; its bytes if a store has no room for it; None without a store. Raises
+        like `read`."""
 
 
 def source_of(location: str | os.PathLike[str], store: Store | None = None) -> Source:
@@ -212,13 +213,13 @@ class Remote:
             self.store.keep(shard.sha256, downloaded)
             return downloaded
 
-    def open(self, shard: Shard, verify: bool) -> BufferedReader | None:
+    def open(self, shard: Shard, verify: bool) -> BufferedReader | mmap | None:
         if self.store is None:
             return None
         file = None if verify else self.store.held(shard.sha256, shard.bytes)
         if file is None:
-            self.read(shard, verify)
-            file = self.store.held(shard.sha256, shard.bytes)
+            content = self.read(shard, verify)
+            return self.store.held(shard.sha256, shard.bytes) or content  # a store may have no room for it
         return file
 
     def _stored(self, store: Store, shard: Shard, verify: bool) -> mmap | None:

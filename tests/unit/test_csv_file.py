@@ -65,9 +65,35 @@ def test_other_labels_are_another_build(photos: Path) -> None:
             build(source, photos / "out")
 
 
+def test_classes_that_are_numbers_are_in_their_order(photos: Path) -> None:
+    rows = [f"photos/{i}.png,{i}" for i in range(12)]
+    manifest = build(write(photos, "path,label", *rows), photos / "out")
+    assert manifest.classes == tuple(map(str, range(12)))
+    found = labels(photos / "out", "train") | labels(photos / "out", "val")
+    assert found == {str(i): i for i in range(12)}
+    mixed = build(write(photos, "path,label", *rows[:-1], "photos/11.png,none"), photos / "mixed")
+    assert mixed.classes == tuple(sorted([*map(str, range(11)), "none"]))
+
+
+def test_an_image_that_is_named_again(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [f"photos/{i}.png,{i % 2}" for i in range(12)]
+    build(write(photos, "path,label", *rows, *rows[:3]), photos / "out")
+    assert "names 3 images again; without a column `split`, each counts once" in capsys.readouterr().out
+    found = [labels(photos / "out", split) for split in ("train", "val")]
+    assert not found[0].keys() & found[1].keys(), "none is in both splits"
+    split = [f"{row},{'val' if i > 8 else 'train'}" for i, row in enumerate(rows)]
+    manifest = build(write(photos, "path,label,split", *split, split[0]), photos / "more")
+    assert manifest.samples("train") == 10, "an image may count twice in training"
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
+        (
+            ["path,label,split", "photos/1.png,a,train", "photos/1.png,a,val"],
+            r"validation images that are training images, too: \S+1.png is",
+        ),
+        (["path,label", "photos/1.png,a", "photos/2.png,b", "photos/1.png,b"], "it is in two classes"),
         ([], "the first line must be path,label or path,label,split; here it is ''"),
         (["file,class", "a,b"], "the first line must be .* it is 'file,class'"),
         (["path,label"], "no rows after the header"),

@@ -94,3 +94,20 @@ def test_torchvision_downloads_what_is_not_installed(tmp_path: Path, mirror: str
         fashion_mnist.build(tmp_path / "downloaded", limit=5)
     monkeypatch.setattr(FashionMNIST, "mirrors", [mirror])
     assert fashion_mnist.build(tmp_path / "downloaded", limit=5).splits == expected.splits
+
+
+@needs_fashion_mnist
+def test_other_files_are_another_build(tmp_path: Path) -> None:
+    """MNIST has files of the same names."""
+    original, other = tmp_path / "original", tmp_path / "other"
+    original.symlink_to(fashion_mnist.DEBIAN_FOLDER)
+    first = fashion_mnist.build(tmp_path / "shards", limit=20)
+    assert fashion_mnist.build(tmp_path / "shards", original, limit=20) == first
+    other.mkdir()
+    for path in original.iterdir():
+        if path.name.endswith("ubyte.gz"):
+            content = bytearray(gzip.decompress(path.read_bytes()))
+            content[-1] ^= 1
+            (other / path.name).write_bytes(gzip.compress(content, 1))
+    with pytest.raises(DataError, match=r"holds shards of another build .*files"):
+        fashion_mnist.build(tmp_path / "shards", other, limit=20)

@@ -7,7 +7,9 @@ import re
 import resource
 import shutil
 import tarfile
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -28,11 +30,11 @@ from scaleprog.data.shard import ShardReader
 from scaleprog.errors import DataError
 from scaleprog.recipe.keys import AugmentSettings
 from scaleprog.shards import image_files, image_folder
-from scaleprog.shards.build import STAGING, shard_files
+from scaleprog.shards.build import STAGING, build, shard_files
 from scaleprog.shards.check import check, write_manifest
 from scaleprog.shards.cli import app
 from scaleprog.shards.reduction import Reduction
-from scaleprog.shards.samples import read_label, read_members
+from scaleprog.shards.samples import SourceSample, read_label, read_members
 from tests.augmented import evaluation_images, train_images
 from tests.damage import write_shards
 
@@ -667,3 +669,30 @@ def test_command_line(tmp_path: Path, tree: Path):
     assert Manifest.load(out).classes == ("flower", "church")
     with pytest.raises(DataError, match="works only with"):
         run("check", out, "--classes", names)
+
+
+def test_two_builds_of_one_folder_leave_each_other_alone(tmp_path: Path) -> None:
+    """As two jobs do that both begin with building the shards."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def slow() -> Iterator[SourceSample]:
+        yield SourceSample("a", "png", encoded(np.zeros((4, 4, 3), np.uint8), "PNG"), 0)
+        begun.set()
+        may_end.wait(60)
+
+    def samples() -> list[SourceSample]:
+        return [SourceSample(key, "png", encoded(np.zeros((4, 4, 3), np.uint8), "PNG"), 0) for key in "ab"]
+
+    common = {"classes": ("x",), "source": {"builder": "test"}, "workers": 1}
+    splits = {"train": [slow(), samples()], "val": [samples()]}
+    first = threading.Thread(target=build, args=(tmp_path / "out",), kwargs={**common, "splits": splits})
+    first.start()
+    begun.wait(60)
+    with pytest.raises(DataError, match="out: another process is building shards there"):
+        build(tmp_path / "out", **common, splits={"train": [samples()], "val": [samples()]})
+    may_end.set()
+    first.join()
+    check(tmp_path / "out", workers=1)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        NAME, "train-000000.tar", "train-000001.tar", "val-000000.tar"
+    }  # fmt: skip

@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -14,6 +15,7 @@ import pytest
 
 from scaleprog.data import store as stores
 from scaleprog.data.manifest import Manifest
+from scaleprog.data.shard import ShardReader
 from scaleprog.data.source import Remote, Shard
 from scaleprog.data.store import Store
 from tests.unit.faulty_server import FaultyServer, serve
@@ -52,6 +54,18 @@ def test_a_shard_is_downloaded_once(patterns: Path, tmp_path: Path) -> None:
         assert another.read(shards[1], verify=True)[:] == (patterns / shards[1].name).read_bytes()
         assert downloads(server) == len(shards)
     assert stored(tmp_path / "new/store") == {shard.sha256: shard.bytes for shard in shards}
+
+
+def test_a_shard_for_which_there_is_no_room_is_downloaded_once_each_time(patterns: Path, tmp_path: Path) -> None:
+    """Also where it is to be read from a file, because memory is short."""
+    with serve(patterns) as server:
+        source, shard = Remote(server.url, Store(tmp_path, 1)), shards_of(server)[0]
+        for times in (1, 2):
+            assert source.open(shard, verify=times == 1)[:] == (patterns / shard.name).read_bytes()
+            assert downloads(server) == times
+        reader = ShardReader(replace(Manifest.load(server.url), store=Store(tmp_path, 1)), "train", on_disk=True)
+        assert len(reader.load(0).keys) == shard.samples
+        assert downloads(server) == 3
 
 
 @pytest.mark.parametrize("damage", [b"short", None])
