@@ -295,6 +295,20 @@ class Schedule:
             return None
         return Entry(grow(self.operator, self.split(before.network.depth), depths), rewind_to)
 
+    def rewinds_to(self, choices: Sequence[Choice], phase: Phase) -> int | None:
+        """The step whose checkpoint a run needs during `phase`; None if it needs none.
+
+        Without recycling, the network after a search grows from the one before it. While that trains, too, a run that
+        falls back to an older checkpoint may need it once more.
+        """
+        if self.recycle:
+            return None
+        if phase.searched:
+            return phase.start
+        return next(
+            (before.start for before, at in pairwise(self.phases(choices)) if at == phase and before.searched), None
+        )
+
     # ---- cost
 
     def cost(self, phases: Sequence[Phase], price: Price) -> float:

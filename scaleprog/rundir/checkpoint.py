@@ -61,6 +61,8 @@ class Commit:
     error: str | None = None
     poisoned: bool = False
     """Whether the save failed because some numbers were not finite."""
+    left: str | None = None
+    """Why older checkpoints are still there that should have been deleted; None if none are."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class Checkpoints:
         self._finished: list[Commit] = []
         self._holding: tuple[dict[str, int], list[int]] | None = None  # at the last save
         self._chunks: Chunks = {}
+        self._permanent: frozenset[int] = frozenset()  # steps of checkpoints that are known to be so, or foreign
 
     def save(
         self,
@@ -181,21 +184,23 @@ class Checkpoints:
     def newest(self, report: Callable[[str], None]) -> Path | None:
         """The newest checkpoint that verifies, the same on all ranks; None if there are no checkpoints.
 
-        Rank 0 calls `report` with a sentence for each checkpoint that it skips. If an older one verifies, it renames
-        those that are damaged.
+        Rank 0 calls `report` with a sentence for each checkpoint that it skips. If an older one verifies, a start
+        renames those that it skips: its steps are not those that an unreadable one would bring back later.
 
         Raises:
             CheckpointError: there are checkpoints, and all of them are damaged.
             OtherFormat: the newest undamaged checkpoint was written by another version of scaleprog.
             OtherRun: the newest undamaged checkpoint belongs to another run or step.
-            Unavailable: no checkpoint verifies, and some cannot be read now.
+            Unavailable: no checkpoint verifies, and some cannot be read now; or one that cannot be read cannot be
+                renamed either.
         """
 
         def find() -> str | None:
             damaged: list[Path] = []
-            unreadable: Unavailable | None = None
+            unreadable: dict[Path, Unavailable] = {}
             run = run_of(self.folder.parent)
-            for path in reversed(committed(self.folder)):
+            there = committed(self.folder)
+            for path in reversed(there):
                 try:
                     self._verify(path, run)
                 except (OtherFormat, OtherRun):
@@ -205,12 +210,15 @@ class Checkpoints:
                     damaged.append(path)
                 except Unavailable as error:
                     report(f"skipped a checkpoint that cannot be read: {error}")
-                    unreadable = error
+                    unreadable[path] = error
                 else:
-                    set_aside(damaged)
+                    if self._generation:
+                        set_aside(damaged, unreadable)
                     return path.name
-            if unreadable is not None:
-                raise unreadable
+            if unreadable:
+                raise next(iter(unreadable.values()))
+            if damaged and not self._generation and committed(self.folder) != there:
+                return find()  # the run trains on, and has replaced those that a reader was reading
             if damaged:
                 raise CheckpointError(
                     f"{self.folder}: all checkpoints are damaged ({len(damaged)}), and a run does not start over by "
@@ -219,11 +227,17 @@ class Checkpoints:
                 )
             return None
 
-        def set_aside(damaged: list[Path]) -> None:
-            if damaged and self._generation:
+        def set_aside(damaged: list[Path], unreadable: Mapping[Path, Unavailable]) -> None:
+            if damaged:
                 with self._fence(), suppress(OSError):
                     for path in damaged:
                         path.rename(path.with_name(f"{path.name}.damaged"))
+            for path, error in unreadable.items():
+                try:
+                    with self._fence():
+                        path.rename(path.with_name(f"{path.name}.unreadable"))
+                except OSError:
+                    raise error from None
 
         name = self.coordinator.on_rank_0("checkpoint to resume from", find)
         return self.folder / name if name else None
@@ -304,9 +318,9 @@ class Checkpoints:
         def delete_older() -> None:
             with self._fence():
                 before = [at for at in map(step_of, committed(self.folder)) if at < replayable]
-                retire(self.folder, step, self.keep, {*protect, *before[-1:]})
+                self._permanent |= retire(self.folder, step, self.keep, {*protect, *before[-1:], *self._permanent})
 
-        size, error, poisoned = 0, None, False
+        size, error, poisoned, left = 0, None, False, None
         saves.at("saving", step)
         try:
             group.on_rank_0("prepare", lambda: _on_disk(temporary, make_room))
@@ -316,16 +330,21 @@ class Checkpoints:
             written = group.gather(mine_written)
             saves.at("saving: the checkpoint becomes visible", step)
             size = group.on_rank_0("publish", lambda: _on_disk(final, make_visible))
+            seconds = time.monotonic() - began
             saves.at("saving: older checkpoints are deleted", step)
-            group.on_rank_0("retire", lambda: _on_disk(self.folder, delete_older))
+            try:
+                group.on_rank_0("retire", lambda: _on_disk(self.folder, delete_older))
+            except (CheckpointError, Unavailable) as failure:
+                left = f"{self.folder}: older checkpoints are not deleted ({reason(failure)})"
         except (CheckpointError, Unavailable) as failure:
+            seconds = time.monotonic() - began
             poisoned = POISONED in str(failure)
             hint = "" if poisoned else "; is the disk full or over quota?"
             error = f"{temporary}: not written ({reason(failure)}){hint}"
             group.on_rank_0("remove", lambda: discard(temporary))  # it may fill the disk
         finally:
             saves.rest()
-        return Commit(final, step, stall, time.monotonic() - began, size, error, poisoned)
+        return Commit(final, step, stall, seconds, size, error, poisoned, left)
 
     def _share_out(self, parts: Mapping[str, LocalSlice]) -> Chunks:
         """Which rank saves what. The ranks tell each other what they hold only if it has changed since then."""

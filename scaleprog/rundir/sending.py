@@ -79,7 +79,7 @@ class Sender:
             return
         tracker = self._opened()
         for rows, end in _parts(self._new_rows(last), MOST_STEPS):
-            tracker.scalars([_point(row) for row in rows if is_drawn(row, self._log_every)])
+            tracker.scalars([point for row, point in zip(rows, _points(rows)) if is_drawn(row, self._log_every)])
             self._step, self._offset = rows[-1]["step"], end
             if tracker.keeps:
                 self._keep(step=self._step)
@@ -265,8 +265,12 @@ def keep_sending(run: Path, name: str, log_every: int, generation: int, last: Ca
                 return False
 
 
-def _point(row: dict[str, Any]) -> Point:
-    return Point(row["step"], row.get("time", time.time()), points(row))
+def _points(rows: list[dict[str, Any]]) -> Iterator[Point]:
+    """The points of rows; an evaluation, which has no time of its own, has that of the row before it."""
+    moment = next((row["time"] for row in rows if "time" in row), time.time())
+    for row in rows:
+        moment = row.get("time", moment)
+        yield Point(row["step"], moment, points(row))
 
 
 def _parts(rows: Iterator[tuple[dict[str, Any], int]], most: int) -> Iterator[tuple[list[dict[str, Any]], int]]:

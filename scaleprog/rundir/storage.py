@@ -359,12 +359,18 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def retire(folder: Path, step: int, keep: int, protect: Collection[int]) -> None:
-    """Deletes the checkpoints before `step`, except the newest `keep - 1`, permanent ones and those in `protect`."""
-    older = [p for p in committed(folder) if step_of(p) < step and step_of(p) not in protect and not _permanent(p)]
+def retire(folder: Path, step: int, keep: int, protect: Collection[int]) -> set[int]:
+    """Deletes the checkpoints before `step`, except the newest `keep - 1`, permanent ones and those in `protect`.
+
+    Returns the steps of the permanent ones that are not in `protect`: to find them, this reads all their manifests.
+    """
+    found = [path for path in committed(folder) if step_of(path) < step and step_of(path) not in protect]
+    permanent = {step_of(path) for path in found if _permanent(path)}
+    older = [path for path in found if step_of(path) not in permanent]
     for path in older[: max(0, len(older) - keep + 1)]:
         os.rename(path, _aside(path))  # hides it first: an interrupted deletion must not look like damage
         shutil.rmtree(_aside(path), ignore_errors=True)
+    return permanent
 
 
 def _aside(path: Path) -> Path:

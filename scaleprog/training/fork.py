@@ -140,6 +140,12 @@ def _continued(recipe: Recipe, then: Recipe, run: Path, checkpoint: Path, manife
     except CheckpointError as error:
         raise RecipeError(f"{error}; `scaleprog finetune` trains the weights on other data") from None
     phases = before.schedule.phases(state.choices)
+    if not before.schedule.recycle and (search := phases[state.phase]).searched and state.step > search.start:
+        raise RecipeError(
+            f"--from {run}@{state.step}: with growth.recycle: false, the network after this search grows from the "
+            f"checkpoint of step {search.start}, which a fork would not have; take that step, or one after the search; "
+            f"kept are {_kept(run)}"
+        )
     position = phases[state.phase].position_of(state.step)
     known = run_of(run)
     if known not in (None, manifest.run):

@@ -54,6 +54,7 @@ from scaleprog.training.process import (
     name_of,
     out_of_memory,
     process_seconds,
+    require_checkpoint,
     restore,
     save,
     stopped_early,
@@ -316,6 +317,8 @@ def enter(run: Run, phases: list[Phase], index: int) -> None:
     state, backend, schedule = run.state, run.backend, run.plan.schedule
     run.patience.at("growing", state.step, kind=f"growth into phase {index}")
     phase, growth = phases[index], run.recipe.growth
+    if phase.searched and schedule.rewinds_to(state.choices, phase) == state.step > 0:
+        require_checkpoint(run)
     if (entry := schedule.entry(phases, index)) is not None:
         layer_map, began = entry.layer_map, time.perf_counter()
         if entry.rewind_to is not None:

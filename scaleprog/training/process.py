@@ -13,7 +13,7 @@ import torch
 
 from scaleprog.data.evaluation import EvaluationReader
 from scaleprog.data.reader import TrainReader
-from scaleprog.errors import EXIT_CODE, CheckpointError, OutOfMemory, Preempted
+from scaleprog.errors import EXIT_CODE, CheckpointError, OutOfMemory, Preempted, Unavailable
 from scaleprog.growth.phase import Phase
 from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.planning.plan import Plan
@@ -121,8 +121,7 @@ def load_network(checkpoint: Path, state: RunState, backend: Backend, may_skip_l
 def save(run: Run, phase: Phase, permanent: bool) -> None:
     """Starts a checkpoint of the current step, which belongs to `phase`; a `permanent` one is never deleted."""
     run.recorder.sync()
-    # without recycling, the training phase starts from the weights before its search
-    protect = {phase.start} if phase.searched and not run.plan.schedule.recycle else set()
+    protect = {step} if (step := run.plan.schedule.rewinds_to(run.state.choices, phase)) is not None else set()
     protect |= {run.state.best_step} if run.recipe.checkpoint.keep_best else set()
     last_skipped = max(run.state.skipped, default=0)  # `scaleprog replay` needs the checkpoint before it
     run.checkpoints.save(run.state.step, run.state.to_json(), run.backend.state(), protect, permanent, last_skipped)
@@ -144,12 +143,24 @@ def collect_commits(run: Run, wait: bool = False) -> Commit | None:
             run.recorder.event(
                 "checkpoint", step=commit.step, seconds=commit.seconds, stall=commit.stall, bytes=commit.bytes
             )
+            if commit.left is not None:
+                run.progress.say(commit.left)
         else:
             run.recorder.event("checkpoint_failed", step=commit.step, message=commit.error, stall=commit.stall)
             run.progress.say(
                 f"NO CHECKPOINT of step {commit.step}, training continues; older ones are kept: {commit.error}"
             )
     return commit
+
+
+def require_checkpoint(run: Run) -> None:
+    """Raises Unavailable on every rank if there is no checkpoint of the present step, which the run will need."""
+    collect_commits(run, wait=True)
+    path = run.checkpoints.folder / f"step-{run.state.step:08d}"
+    if not run.coordinator.on_rank_0("checkpoint before a search", path.is_dir):
+        raise Unavailable(
+            f"{path}: could not be written, and with growth.recycle: false the network grows from it after the search"
+        )
 
 
 def leave(run: Run, reason: str) -> None:

@@ -132,9 +132,54 @@ def test_a_file_system_that_does_not_answer_is_no_damage(
     found, told = newest(checkpoint_folder)
     assert found == "step-00000001"
     assert "cannot be read" in told[0]
+    assert names(checkpoint_folder) == ["step-00000001", "step-00000002"], "a reader changes nothing"
     failing(1, 2)
-    with pytest.raises(Unavailable, match="Input/output error"):  # rather than to begin anew
-        newest(checkpoint_folder)
+    start = Checkpoints(checkpoint_folder, Coordinator(), keep=1, generation=1)
+    for read in (lambda: newest(checkpoint_folder), lambda: start.newest(print)):
+        with pytest.raises(Unavailable, match="Input/output error"):  # rather than to begin anew
+            read()
+    failing(2)
+    assert start.newest(print) == checkpoint_folder / "step-00000001"
+    failing()
+    assert start.newest(print) == checkpoint_folder / "step-00000001", "it would not continue what has trained since"
+    assert names(checkpoint_folder) == ["step-00000001", "step-00000002.unreadable"]
+
+
+def test_a_start_does_not_go_on_from_an_older_one_while_the_newest_may_come_back(
+    one_rank: None, checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(checkpoint_folder, 1, {}, tensors())
+    commit(checkpoint_folder, 2, {}, tensors())
+    check = scaleprog.rundir.tensorfile.check
+
+    def check_file(file: BinaryIO, *expected: Any) -> None:
+        if Path(file.name).parent.name.endswith("2"):
+            raise OSError(errno.ESTALE, "stale file handle")
+        check(file, *expected)
+
+    def rename(path: Path, target: Path) -> None:
+        raise OSError(errno.ESTALE, "stale file handle")
+
+    monkeypatch.setattr("scaleprog.rundir.tensorfile.check", check_file)
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(Unavailable, match=r"step-00000002.*stale file handle"):
+        Checkpoints(checkpoint_folder, Coordinator(), keep=1, generation=1).newest(print)
+
+
+def test_a_reader_of_a_run_that_trains_on_finds_what_replaces_what_it_read(
+    one_rank: None, checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(checkpoint_folder, 10, {}, tensors())
+    check, kept = scaleprog.rundir.tensorfile.check, Checkpoints(checkpoint_folder, Coordinator(), keep=1)
+
+    def check_file(file: BinaryIO, *expected: Any) -> None:
+        monkeypatch.setattr("scaleprog.rundir.tensorfile.check", check)
+        kept.save(20, {}, parts(tensors()))
+        kept.wait()
+        raise CheckpointError("missing")
+
+    monkeypatch.setattr("scaleprog.rundir.tensorfile.check", check_file)
+    assert newest(checkpoint_folder)[0] == "step-00000020"
 
 
 def test_there_is_no_newest_where_nothing_was_saved(one_rank: None, checkpoint_folder: Path) -> None:
@@ -195,6 +240,38 @@ def test_a_permanent_one_stays(one_rank: None, checkpoint_folder: Path) -> None:
     for step in (10, 20, 30, 40):
         commit(checkpoint_folder, step, {}, tensors(), keep=1, permanent=step == 20)
     assert [step_of(path) for path in committed(checkpoint_folder)] == [20, 40]
+
+
+def test_permanent_ones_are_read_once(one_rank: None, checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    manifest_of = scaleprog.rundir.storage.read_manifest
+    monkeypatch.setattr(
+        "scaleprog.rundir.storage.read_manifest", lambda path: read.append(path.name) or manifest_of(path)
+    )
+    checkpoints = Checkpoints(checkpoint_folder, Coordinator(), keep=1)
+    for step in range(1, 6):
+        checkpoints.save(step, {}, parts(tensors()), permanent=step <= 3)
+    checkpoints.wait()
+    assert names(checkpoint_folder) == [f"step-{step:08d}" for step in (1, 2, 3, 5)]
+    assert read == [f"step-{step:08d}" for step in (1, 2, 3, 4)]
+
+
+def test_older_ones_that_cannot_be_deleted_do_not_make_a_save_fail(
+    one_rank: None, checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    checkpoints = Checkpoints(checkpoint_folder, Coordinator(), keep=1)
+    checkpoints.save(1, {}, parts(tensors()))
+    checkpoints.wait()
+    monkeypatch.setattr("scaleprog.rundir.checkpoint.retire", fails)
+    checkpoints.save(2, {}, parts(tensors()))
+    checkpoints.wait()
+    (_, ended) = checkpoints.finished()
+    assert ended.error is None
+    assert "older checkpoints are not deleted" in ended.left
+    assert newest(checkpoint_folder)[0] == "step-00000002"
 
 
 def test_what_an_interruption_left_is_tidied_away(save_checkpoint: Save, checkpoint_folder: Path) -> None:

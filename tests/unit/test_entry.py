@@ -148,3 +148,16 @@ def test_identity_opens_no_gate_on_the_way_out_of_a_supernet() -> None:
     into, out = map_of(schedule, phases, 2), map_of(schedule, phases, 3)
     assert [o.gate for o in into.groups[0]] == [1, 0] * 6
     assert [o.source for o in out.groups[0]] == [0, 2, 4, 6, 8, 9, 10, 11]
+
+
+def test_the_checkpoint_from_before_a_search_is_needed_until_what_follows_it_has_trained() -> None:
+    schedule = of(rule="all", recycle=False)
+    choices = published((128, 6), (160, 10), (192, 12))
+    phases = schedule.phases(choices)
+    for index, phase in enumerate(phases):
+        entry, needed = schedule.entry(phases, index), schedule.rewinds_to(choices, phase)
+        if entry is not None and entry.rewind_to is not None:
+            assert needed == entry.rewind_to == phases[index - 1].start
+            assert schedule.rewinds_to(choices[: index // 2], phases[index - 1]) == needed, "before it is decided, too"
+        assert (needed is None) == (not phase.searched and (index == 0 or not phases[index - 1].searched))
+        assert of(rule="all").rewinds_to(choices, phase) is None

@@ -30,12 +30,13 @@ SAVED = {"every_steps": 5, "keep": 3}
 
 @pytest.fixture(scope="module")
 def parents(patterns: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Recipe, Path]]:
-    """Runs that nobody changes: `searching` has stopped in a search, and keeps the step before it."""
+    """Runs that nobody changes: `searching` and `rewinding` have stopped in a search, and keep the step before it."""
     folder = tmp_path_factory.mktemp("parents dir")
     found = {}
     for name, stop, groups in (
         ("done", None, {"growth": {"schedule": "original"}, "train": {"epochs": 1}, "checkpoint": SAVED}),
         ("searching", 30, {}),
+        ("rewinding", 40, {"growth": {"recycle": False}}),
     ):
         recipe = short_recipe(patterns, **groups)
         run(recipe, folder / name, max_steps=stop)
@@ -121,6 +122,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a step beyond the end": ("done", {"train": {"epochs": 0.5}}, "nothing is left to train"),
     "a search under another schedule": ("searching", {"train": {"epochs": 8}}, "a supernet of several; .*26, 30"),
     "a search with other settings": ("searching", {"search": {"subset": 8}}, "a supernet of several"),
+    "a search whose steps are taken back": ("rewinding", {}, "checkpoint of step 36, which a fork .* take that step"),
     "lanes that do not fit": ("done", {"data": {"lanes": 3}}, "data.lanes: 8 images in 3 lanes"),
 }
 

@@ -120,6 +120,13 @@ def test_only_what_no_restart_takes_back_is_sent_and_each_step_once(run: Path, s
     assert stub.closed == [False, False, True]
 
 
+def test_an_evaluation_has_the_time_of_its_step(run: Path, stub: type[Stub]) -> None:
+    trained(run, last=8, checkpoint=8, evaluated=(4, 6))
+    (run / "results.json").write_text("{}")
+    send_now(run, "mlflow", 3)
+    assert [(point.step, point.moment) for point in stub.got] == [(step, 1e9 + step) for step in (3, 4, 6, 6)]
+
+
 def test_what_a_tracker_refuses_is_sent_again(run: Path, stub: type[Stub], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sending, "MOST_STEPS", 4)
     trained(run, last=30, checkpoint=30)
