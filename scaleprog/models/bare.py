@@ -3,11 +3,13 @@
 import copy
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer, init_weights_vit_timm
+from timm.models._input import update_model_args
+from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import nn
 
 from scaleprog.errors import RecipeError
 from scaleprog.growth.operators import Origin, grow
+from scaleprog.models.vit import is_plain, last_linears
 from scaleprog.recipe.keys import Operator
 
 
@@ -26,11 +28,13 @@ def grow_model(model: nn.Module, depth: int, operator: Operator = "interpolation
         RecipeError: `model` is of another kind.
         ValueError: `depth` is too small, or there is no such operator.
     """
-    if not (isinstance(model, VisionTransformer) and all(isinstance(block, Block) for block in model.blocks)):
+    if not (isinstance(model, VisionTransformer) and all(map(is_plain, model.blocks))):
         raise RecipeError(f"cannot grow {type(model).__name__}: only a timm VisionTransformer of plain blocks can grow")
     layer_map = grow(operator, (len(model.blocks),), (depth,))
     grown = copy.deepcopy(model)
     grown.blocks = nn.Sequential(*(_layer(model.blocks, origin) for origin in layer_map.groups[0]))
+    update_model_args(grown, depth=depth)  # timm writes them beside weights that it saves
+    grown.feature_info = [{**model.feature_info[-1], "module": f"blocks.{place}"} for place in range(depth)]
     return grown
 
 
@@ -43,7 +47,7 @@ def _layer(blocks: nn.Sequential, origin: Origin) -> nn.Module:
                 module.reset_parameters()
             init_weights_vit_timm(module, name)
     if origin.gate == 0:
-        for last in (layer.get_submodule("attn.proj"), layer.get_submodule("mlp.fc2")):
+        for last in last_linears(layer):
             for parameter in last.parameters():
                 parameter.zero_()
     return layer

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from scaleprog.errors import RecipeError
@@ -49,12 +50,8 @@ class ElasticViT(ElasticModel):
 
     @classmethod
     def fits(cls, net: nn.Module) -> bool:
-        # only plain blocks have the two residual branches, and a growth does not move buffers
-        return (
-            isinstance(net, VisionTransformer)
-            and all(isinstance(block, Block) for block in net.blocks)
-            and not list(net.buffers())
-        )
+        # a growth does not move buffers
+        return isinstance(net, VisionTransformer) and all(map(is_plain, net.blocks)) and not list(net.buffers())
 
     @classmethod
     def split(cls, depth: int) -> tuple[int, ...]:
@@ -96,7 +93,7 @@ class ElasticViT(ElasticModel):
     @torch.no_grad()
     def fold_gates(self) -> None:
         for block in self.net.blocks:
-            lasts = block.get_submodule("attn.proj"), block.get_submodule("mlp.fc2")
+            lasts = last_linears(block)
             scales = block.get_submodule("ls1"), block.get_submodule("ls2")
             for end, scale, last in zip(residuals(block), scales, lasts):
                 if end.gate is None:
@@ -104,6 +101,18 @@ class ElasticViT(ElasticModel):
                 for parameter in scale.parameters() if list(scale.parameters()) else last.parameters():
                     parameter.mul_(end.gate)
                 end.gate = None
+
+
+def is_plain(block: nn.Module) -> bool:
+    """Whether a block has the two residual branches, and computes the same at every depth: differential attention, for
+    one, has a number that follows from its position."""
+    return isinstance(block, Block) and isinstance(block.attn, Attention)
+
+
+def last_linears(block: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The last linear layer of each residual branch of a block."""
+    mlp = block.get_submodule("mlp")
+    return block.get_submodule("attn.proj"), mlp.get_submodule("w2" if isinstance(mlp, GeGluMlp) else "fc2")
 
 
 def _with_positions(net: VisionTransformer, patches: Tensor) -> Tensor:

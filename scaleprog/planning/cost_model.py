@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from scaleprog.data.tensor_operations import WORKING
 from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet, View
@@ -266,7 +268,8 @@ def images_at_a_time(recipe: Recipe, family: type[ElasticModel], world: int) -> 
 
 
 def engines(recipe: Recipe, world: int, device: Device) -> dict[str, Recipe]:
-    """The recipe under every engine, by the engine's name. Its own engine gets a star; the others do not offload.
+    """The recipe under every engine that can train it, by the engine's name. Its own engine gets a star; the others do
+    not offload.
 
     hsdp shards inside a node of `device`, unless the recipe has a `sharding.shard` that divides `world`.
     """
@@ -286,7 +289,10 @@ def engines(recipe: Recipe, world: int, device: Device) -> dict[str, Recipe]:
     for name, choice in choices.items():
         same = all(getattr(own, key) == value for key, value in choice.items() if key != "shard")
         offload = own.offload if same else None
-        sharding = ShardingSettings.model_validate({**shared, **choice, "offload": offload})
+        try:
+            sharding = ShardingSettings.model_validate({**shared, **choice, "offload": offload})
+        except ValidationError:  # the engine cannot do that
+            continue
         found[f"{name} *" if same else name] = recipe.model_copy(update={"sharding": sharding})
     return found
 

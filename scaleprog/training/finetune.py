@@ -9,7 +9,7 @@ from scaleprog.data.manifest import Manifest
 from scaleprog.errors import RecipeError
 from scaleprog.recipe import Recipe
 from scaleprog.training.export import MODEL
-from scaleprog.training.initial import read_metadata
+from scaleprog.training.initial import read_metadata, timms_images
 
 TRANSFER: dict[str, dict[str, Any]] = {
     "augment": {
@@ -54,6 +54,8 @@ def transfer_recipe(source: Path, data: str | Path, overrides: Sequence[str] = (
             f"{source}: does not say which model it holds, as files of `scaleprog export` do; add model.name=NAME, a "
             "name of timm's"
         )
+    if not shown:
+        shown = timms_images(_recipe(source, data, {**model, "classes": classes}, {}, overrides).model)
     return _recipe(source, data, {**model, "classes": classes, "drop_path": 0.0}, shown, overrides)
 
 

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import Tensor
 
+from scaleprog.data.augment import normalization
 from scaleprog.errors import AbsentWeights, CheckpointError, RecipeError
 from scaleprog.files.atomic import open_regular
 from scaleprog.growth.operators import LayerMap, fresh, grow
@@ -20,7 +21,7 @@ from scaleprog.models import resolve_family
 from scaleprog.models.given import Given, fit
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.recipe import Recipe
-from scaleprog.recipe.keys import TIMM
+from scaleprog.recipe.keys import TIMM, ModelSettings
 from scaleprog.training.process import Run
 from scaleprog.training.saved import read_saved
 
@@ -74,7 +75,27 @@ def _given(run: Run, first: tuple[int, ...]) -> Given:
         depths=given.depths, resampled=given.resampled, left=given.left, new=given.new,
     )  # fmt: skip
     run.progress.say(f"{where}: {given.report()}")
+    if source == TIMM and (unlike := _shown_otherwise(run.recipe)):
+        run.progress.say(f"{where}: {unlike}")
     return given
+
+
+def timms_images(model: ModelSettings) -> Mapping[str, Any]:
+    """How timm shows images to its weights for a model, as settings; empty if it has none, or none of these sizes."""
+    found = timm.get_pretrained_cfg(model.name, allow_unregistered=True)
+    resized = any((model.patch, model.width, model.depth, model.heads))
+    if found is None or not found.has_weights or resized or len(found.mean) != model.channels:
+        return {}
+    return {"mean": found.mean, "std": found.std, "eval_crop": found.crop_pct}
+
+
+def _shown_otherwise(recipe: Recipe) -> str:
+    """What to set so that timm's weights see images as they have always seen them; empty if they do."""
+    theirs, ours = timms_images(recipe.model), normalization(recipe.augment, recipe.model.channels)
+    if not theirs or (tuple(theirs["mean"]), tuple(theirs["std"])) == ours:
+        return ""
+    keys = " ".join(f"augment.{key}={list(theirs[key])}" for key in ("mean", "std"))
+    return f"these weights were trained on images normalized otherwise than by this recipe: {keys}".replace(", ", ",")
 
 
 def read_plain(recipe: Recipe, coordinator: Coordinator) -> Mapping[str, Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 
 import scaleprog
 from scaleprog.errors import RecipeError
@@ -83,8 +84,22 @@ def test_fresh_layers_are_those_on_top(small: torch.nn.Module) -> None:
     assert not fresh.bias.any()
 
 
+def test_timm_saves_and_loads_what_has_grown(small: torch.nn.Module, tmp_path: Path) -> None:
+    grown = grow_model(small, 5).eval()
+    assert [info["module"] for info in grown.feature_info] == [f"blocks.{place}" for place in range(5)]
+    save_for_hf(grown, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), grown(images))
+    assert len(small.feature_info) == 3
+
+
 def test_what_cannot_be_grown(small: torch.nn.Module) -> None:
     with pytest.raises(RecipeError, match="cannot grow Linear"):
         grow_model(torch.nn.Linear(2, 2), 3)
+    with torch.device("meta"):
+        differential = timm.create_model("vit_dwee_patch16_reg1_gap_256")
+    with pytest.raises(RecipeError, match="only a timm VisionTransformer of plain blocks"):
+        grow_model(differential, 13)  # a number in each layer follows from its position
     with pytest.raises(ValueError, match="cannot grow 3 layers into 2"):
         grow_model(small, 2)

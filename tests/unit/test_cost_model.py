@@ -294,6 +294,11 @@ def test_a_forecast_marks_the_recipes_engine_and_its_growths() -> None:
     assert peak == max(prediction.memory.device, sum(ladder))
 
 
+def test_an_engine_that_cannot_train_the_recipe_is_left_out() -> None:
+    chosen = recipe("sharding={precision: bf16, recompute: true}")
+    assert list(forecast(chosen, 8, H100)) == ["fsdp *", "hsdp/8", "zero 1", "zero 2", "zero 3"]
+
+
 def test_every_engine_keeps_what_the_recipe_says_and_its_own_stays_as_it_is() -> None:
     chosen = recipe("sharding={engine: zero, stage: 2, offload: optimizer, recompute: true}")
     found = engines(chosen, 16, H100)

@@ -13,6 +13,7 @@ from scaleprog.errors import RecipeError
 from scaleprog.recipe import Recipe
 from scaleprog.training.export import export_run
 from scaleprog.training.finetune import TRANSFER, transfer_recipe
+from scaleprog.training.initial import _shown_otherwise
 from tests.compare import differences
 from tests.conftest import CLASSES, SIDE, MakeRecipe, draw_patterns, run
 from tests.unit.command import Command, is_mistake
@@ -114,3 +115,25 @@ def test_what_cannot_be_fine_tuned(command: Command, patterns: Path, tmp_path: P
     assert is_mistake(command("finetune", missing, "--data", patterns), f"{missing}: no such file of weights")
     assert is_mistake(command("finetune", tmp_path, "--data", patterns), "not a run directory")
     assert is_mistake(command("finetune", missing, "--data", tmp_path), "has no manifest.json")
+
+
+def test_weights_of_timms_see_images_as_they_have_always_seen_them(others: Path, tmp_path: Path) -> None:
+    """A file of timm's does not say how, but timm does: augreg's weights know images from -1 to 1."""
+    path, half = tmp_path / "weights.safetensors", (0.5, 0.5, 0.5)
+    safetensors.torch.save_file({"x": torch.zeros(1)}, path)
+    shown = transfer_recipe(path, others, ["model.name=vit_small_patch16_224"]).augment
+    assert (shown.mean, shown.std, shown.eval_crop) == (half, half, 0.9)
+    assert transfer_recipe(path, others, ["model.name=vit_small_patch16_224", "augment.mean=[0,0,0]"]).augment.mean == (
+        0, 0, 0
+    )  # fmt: skip
+    for other in ("model.depth=3", "model.channels=1"):
+        assert transfer_recipe(path, others, ["model.name=vit_small_patch16_224", other]).augment.mean is None
+    values = {
+        "model": {"name": "vit_small_patch16_224"}, "data": {"path": "x"}, "init": {"from": "timm"},
+        "train": {"epochs": 1, "batch": 8},
+    }  # fmt: skip
+    told = _shown_otherwise(Recipe.of(values, "test"))
+    assert "augment.mean=[0.5,0.5,0.5] augment.std=[0.5,0.5,0.5]" in told
+    right = Recipe.overridden(values, told.rpartition(": ")[2].split(), "test")
+    assert _shown_otherwise(right) == ""
+    assert _shown_otherwise(Recipe.overridden(values, ["model.name=deit_small_patch16_224"], "test")) == ""

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from scaleprog.errors import RecipeError
 from scaleprog.growth.operators import fresh, grow, keep
+from scaleprog.models import resolve_family
 from scaleprog.models.elastic import Structure, draw_patches, drop_scales, residuals
 from scaleprog.models.vit import ElasticViT
 from scaleprog.recipe.keys import ModelSettings
@@ -324,6 +326,33 @@ def test_folded_gates_leave_plain_timm_with_the_same_logits(name: str) -> None:
     assert all(torch.equal(dict(network.net.named_parameters())[n], p) for n, p in ungated.items())
     network.fold_gates()
     assert_close(network(images()), before, 1e-6)
+
+
+@torch.no_grad()
+def test_gates_fold_into_the_last_linear_layers_whatever_the_mlp() -> None:
+    """timm names them fc2, and w2 in ViTamin's."""
+    for name, sizes in (
+        ("vitamin_small_224", {"resolution": 64}),
+        ("vit_giant_patch14_dinov2", {"resolution": 56, "width": 32, "heads": 2}),
+        ("aimv2_large_patch14_224", {"resolution": 56, "width": 32, "heads": 2}),
+    ):
+        settings = ModelSettings(name=name, classes=4, depth=2, **sizes)
+        family, _, _ = resolve_family(settings)
+        torch.manual_seed(0)
+        network = family(settings, Structure(((True, False),))).eval()
+        for gate in gates(network):
+            gate.fill_(0.5)
+        seen = torch.randn(2, 3, sizes["resolution"], sizes["resolution"])
+        before = network(seen)
+        network.fold_gates()
+        assert_close(network(seen), before, 1e-5)
+        family(settings, Structure(((False, False),))).fold_gates()
+
+
+def test_layers_that_know_their_position_do_not_grow() -> None:
+    for name in ("vit_dwee_patch16_reg1_gap_256", "vit_dlittle_patch16_reg1_gap_256"):
+        with pytest.raises(RecipeError, match="is not in an elastic family"):
+            resolve_family(ModelSettings(name=name))
 
 
 # ---- structure
