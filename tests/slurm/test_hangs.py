@@ -5,6 +5,8 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
+
 from scaleprog.launchers.status import restarts
 from scaleprog.recipe import Recipe
 from tests.compare import differences
@@ -29,6 +31,7 @@ def start_again(job: TrainingJob) -> None:
     assert job.restarts == 0, job.by
 
 
+@pytest.mark.timeout(1200)
 def test_a_stopped_task_and_parted_nodes(cluster: Cluster, patterns: Path, tmp_path: Path) -> None:
     """Slurm notices neither."""
     recipe = hang_recipe(patterns)
