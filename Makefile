@@ -14,7 +14,8 @@ SEED := 0
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
-	test -x $(PYTHON) || python3 -m venv $(VENV)
+	@$(PYTHON) -c 'import pip' 2> /dev/null || python3 -m venv --clear $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "scaleprog needs Python 3.11 or later, and $(VENV) has " + sys.version.split()[0] + "; remove $(VENV), and put a newer python3 first on the PATH")'
 	$(PYTHON) -m pip install --quiet --editable '.[dev]'
 	touch $@
 

@@ -21,8 +21,8 @@ from tests.distributed import ranks
 MODEL, DEPTH = ModelSettings(name="deit_small_patch16_224", resolution=224), 12
 RECIPE = "configs/imagenet/deit_small_autoprog_100.yaml"
 PRINTED = (
-    [RECIPE, "--world", "8,64,512,4096", "--device", "h100"],
-    [RECIPE, "data.lanes=4096", "train.batch=8192", "--world", "512,4096", "--device", "h100"],
+    [RECIPE, "--world", "8,64", "--device", "h100"],
+    [RECIPE, "data.lanes=4096", "train.batch=24576", "--world", "512,4096", "--device", "h100"],
 )
 COUNTED = (
     *(("fsdp", "fp32", world, True) for world in (1, 2, 4)),

@@ -100,7 +100,11 @@ def exit_code(run: Path, job: slurm_queue.Job | None) -> int:
         last = next(reversed(read(run / REQUEUES, LEFT).rows), None)
         _say(last["cause"] if last is not None and last.get("job") == file.job else standing(run)[1])
         return CRASHED if job is None else job.exit_code or CRASHED
-    ends = [event for event in read(run / EVENTS, EVENT).rows if event["event"] in ("error", "preempted", "hang")]
+    events = read(run / EVENTS, EVENT).rows
+    begun = max((i for i, event in enumerate(events) if event["event"] == "start"), default=0)
+    ends = [event for event in events[begun:] if event["event"] in ("error", "preempted", "hang", "stopped_early")]
+    if ends and ends[-1]["event"] == "stopped_early":
+        return FINISHED
     if not ends:
         _say("it has not trained, or ended without notice")
         return CRASHED

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scaleprog.errors import CheckpointError, ScaleprogError
-from scaleprog.files.display import as_text, first_line
+from scaleprog.files.display import as_text
 from scaleprog.launchers.status import Status, cancel, span, standing, status
 from scaleprog.reporting.text_tables import cell, plain_table
 from scaleprog.rundir.folders import runs_at, short_names
@@ -26,7 +26,7 @@ def statuses(paths: Sequence[Path]) -> tuple[list[Status], list[str]]:
         try:
             found.append(status(run))
         except ScaleprogError as error:
-            left_out.append(first_line(str(error)))
+            left_out.append(" ".join(map(str.strip, str(error).splitlines())))
     if not found:
         raise CheckpointError("; ".join(left_out))
     return found, left_out

@@ -362,7 +362,13 @@ def _finite(value: float) -> float | None:
 
 
 def _seconds(rows: Sequence[Row]) -> float:
-    return sum(row["step_seconds"] + row["data_wait_seconds"] for row in rows)
+    """Seconds of steps. The waits for data that overlap the device's work are in the recorded rate, but not apart."""
+    return sum(
+        row["images"] / row["images_per_second"]
+        if row.get("images") and row.get("images_per_second")
+        else row["step_seconds"] + row["data_wait_seconds"]
+        for row in rows
+    )
 
 
 def _age(path: Path) -> float | None:

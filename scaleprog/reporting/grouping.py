@@ -13,6 +13,7 @@ from scaleprog.reporting.figures import Curve
 from scaleprog.reporting.history import RunRecord, read_run
 from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.folders import runs_at, short_names
+from scaleprog.rundir.records import EVENTS, METRICS
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,24 @@ class Group:
 def read_groups(runs: Sequence[Path]) -> tuple[list[RunRecord], list[Group]]:
     """Reads run directories, and those in folders of several, and groups the runs by recipe.
 
-    Raises CheckpointError: no directory is given, or one of them holds no run.
+    Runs in a folder of several that have not begun, such as those of a sweep that wait, are left out.
+
+    Raises CheckpointError: no directory is given, one of them holds no run, or no run has begun.
     """
-    folders = list(dict.fromkeys(run.resolve() for path in runs for run in runs_at(Path(path)) or [Path(path)]))
-    if not folders:
+    named = [Path(path) for path in runs]
+    found = [run for path in named for run in runs_at(path) or [path]]
+    folders = list(dict.fromkeys(run.resolve() for run in found if run in named or has_begun(run)))
+    if not found:
         raise CheckpointError("no run directory given; name at least one")
+    if not folders:
+        raise CheckpointError(f"{named[0]}: none of its {len(found)} runs has begun")
     told = [read_run(folder, name) for folder, name in zip(folders, short_names(folders))]
     return told, _groups(told)
+
+
+def has_begun(run: Path) -> bool:
+    """Whether anything has been recorded in a run directory."""
+    return any((run / name).exists() for name in (METRICS, EVENTS))
 
 
 def curve(name: str, run: RunRecord) -> Curve:
@@ -69,7 +81,7 @@ def _curve(name: str, run: RunRecord, spent: str, begins: tuple[float, ...]) -> 
 def _groups(runs: Sequence[RunRecord]) -> list[Group]:
     """Groups runs by recipe; a second run with a seed begins a second group.
 
-    A group's name is its first run's, without the seed unless another group has that name.
+    A group's name is its first run's, without the seed unless another group or its first run has that name.
     """
     twins: dict[tuple[str, int], list[RunRecord]] = {}
     seeds = Counter[tuple[str, int]]()
@@ -78,8 +90,9 @@ def _groups(runs: Sequence[RunRecord]) -> list[Group]:
         twins.setdefault((run.twins, seeds[own]), []).append(run)
         seeds[own] += 1
     groups: dict[str, Group] = {}
+    full_names = {members[0].name for members in twins.values()}
     for members in twins.values():
         short = re.sub(r"[-_/]seed\d+$", "", members[0].name)
-        name = short if short not in groups else members[0].name
+        name = members[0].name if short in groups.keys() | full_names else short
         groups[name] = Group(name, members)
     return list(groups.values())

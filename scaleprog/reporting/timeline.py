@@ -128,7 +128,9 @@ def read_timeline(folder: Path, name: str, rows: Sequence[Row], events: Sequence
     marks += _superseded(events, zero)
     marks.sort(key=lambda mark: mark.seconds)
     lost = sum(event.get("repeated_steps", 0) for event in begun)
-    return Timeline(name, zero, starts, marks, lost, _costs(starts, steps, rows, events))
+    own_events = [event for event in events if event.get("generation") != 0]  # a fork has those of its parent, too
+    own_steps, own_rows = ([row for row in told if row["step"] > begun[0]["step"]] for told in (steps, rows))
+    return Timeline(name, zero, starts, marks, lost, _costs(starts, own_steps, own_rows, own_events))
 
 
 def describe(timeline: Timeline | None, events: Sequence[Row]) -> list[str]:

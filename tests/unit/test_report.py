@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import yaml
 from PIL import Image
 
 from scaleprog.errors import CheckpointError, ScaleprogError
+from scaleprog.reporting.grouping import read_groups
+from scaleprog.reporting.history import read_run
 from scaleprog.reporting.report import write_report
 
 EPOCH = 10  # steps
@@ -413,3 +416,46 @@ def test_no_runs_and_no_folder(runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ScaleprogError, match="cannot create a folder for the report"):
         write_report(runs, tmp_path / "file")
+
+
+@pytest.mark.parametrize("order", [("photos-seed0", "photos"), ("photos", "photos-seed0")])
+def test_a_recipe_whose_short_name_is_anothers_run_is_not_lost(order: tuple[str, str], tmp_path: Path) -> None:
+    schedules = {"photos-seed0": ("original", ORIGINAL), "photos": ("linear", PROG)}
+    runs = [finished(tmp_path / name, *schedules[name]) for name in order]
+    _, groups = read_groups(runs)
+    assert {group.name: group.runs[0].schedule.split()[0] for group in groups} == {
+        "photos-seed0": "Original", "photos": "Prog"
+    }  # fmt: skip
+
+
+def test_runs_of_a_sweep_that_wait_are_left_out(tmp_path: Path) -> None:
+    finished(tmp_path / "sweep/a-seed0", "original", ORIGINAL)
+    (tmp_path / "sweep/b-seed0").mkdir()
+    shutil.copy(tmp_path / "sweep/a-seed0/recipe.yaml", tmp_path / "sweep/b-seed0")
+    told, _ = read_groups([tmp_path / "sweep"])
+    assert [run.name for run in told] == ["a-seed0"]
+    with pytest.raises(CheckpointError, match="has not recorded anything yet"):
+        read_groups([tmp_path / "sweep/b-seed0"])
+    shutil.rmtree(tmp_path / "sweep/a-seed0")
+    with pytest.raises(CheckpointError, match="none of its 1 runs has begun"):
+        read_groups([tmp_path / "sweep"])
+
+
+def test_the_time_of_a_fork_is_its_own(tmp_path: Path) -> None:
+    """Its records begin with those of its parent, as `write_fork` leaves them."""
+    run = Writer(tmp_path / "fork", "original")
+    run.train("train", 1, FULL, 40)
+    parents, kept = run.train_seconds, [e for e in run.events if e["event"] in ("growth", "measurement")]
+    run.events = [{**event, "generation": 0} for event in kept]
+    run.event("forked", generation=0, run="parent")
+    run.event("start", generation=1, world=2, startup_seconds=1.0)
+    own = run.step
+    run.train("train", 1, FULL, 20)
+    for row in run.rows:
+        row["time"] = 2e9 + row["step"]
+    for event in run.events:
+        event["time"] = 2e9 + own
+    timeline = read_run(run.save(finished=False), "fork").timeline
+    assert timeline is not None
+    assert timeline.costs["training"] == pytest.approx(run.train_seconds - parents)
+    assert timeline.costs["growth"] == 0.25

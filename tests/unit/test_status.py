@@ -96,6 +96,17 @@ def test_a_straggler_is_named_until_it_ends_or_the_run_starts_again(made_up: Pat
     assert "slow" not in status.status(made_up).text()
 
 
+def test_waiting_that_overlaps_the_devices_work_counts_once(made_up: Path) -> None:
+    """On a GPU, the recorded rate is that of both together."""
+    rows = [
+        json.loads(line) | {"step_seconds": 0.05, "data_wait_seconds": 0.03, "images": 8, "images_per_second": 160.0}
+        for line in (made_up / "metrics.jsonl").read_text().splitlines()
+        if '"loss"' in line
+    ]
+    write_lines(made_up / "metrics.jsonl", rows)
+    assert status.status(made_up).images_per_second == pytest.approx(160)
+
+
 def test_status_of_a_run_directory(made_up: Path) -> None:
     found = status.status(made_up)
     assert (found.state, found.detail, found.job) == ("stopped", "never started", None)
