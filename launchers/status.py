@@ -362,13 +362,14 @@ def _finite(value: float) -> float | None:
 
 
 def _seconds(rows: Sequence[Row]) -> float:
-    """Seconds of steps. The waits for data that overlap the device's work are in the recorded rate, but not apart."""
-    return sum(
-        row["images"] / row["images_per_second"]
-        if row.get("images") and row.get("images_per_second")
-        else row["step_seconds"] + row["data_wait_seconds"]
-        for row in rows
-    )
+    """Seconds of steps, with the waits for data that did not overlap the device's work: the recorded rate has those."""
+
+    def both(row: Row) -> float:
+        apart = row["step_seconds"] + row["data_wait_seconds"]
+        rate = row.get("images_per_second")
+        return min(apart, max(row["step_seconds"], row.get("images", 0) / rate)) if rate else apart
+
+    return sum(map(both, rows))
 
 
 def _age(path: Path) -> float | None:

@@ -130,7 +130,7 @@ def truncate(path: Path, step: int, redo_evaluation: bool) -> dict[str, Any]:
         seconds = [row["step_seconds"] + row["data_wait_seconds"] for row in lost]
         told |= {
             "repeated_seconds": sum(seconds),
-            "repeated_since": lost[0]["time"] - seconds[0],
+            "repeated_since": max(0.0, lost[0]["time"] - seconds[0]),
             "repeated_until": lost[-1]["time"],
         }
     return told
