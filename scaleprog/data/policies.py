@@ -127,32 +127,15 @@ class ThreeAugment:
         return first, *self._jitter.draw(uniform)
 
 
-class InTurn:
-    """Two policies, one after the other."""
-
-    def __init__(self, first: Policy, second: Policy) -> None:
-        self._policies = first, second
-        self.numbers, self.most = first.numbers + second.numbers, first.most + second.most
-
-    def draw(self, uniform: Iterator[float]) -> tuple[Operation, ...]:
-        return tuple(operation for policy in self._policies for operation in policy.draw(uniform))
-
-
 @lru_cache(maxsize=64)
 def _rand_augment(config: str, factor: float, rounded: bool) -> RandAugment:
     return RandAugment(config, factor, rounded)
 
 
 def policy_of(settings: AugmentSettings, factor: float = 1.0) -> Policy:
-    """The policy of a recipe; `factor` multiplies RandAugment's magnitude (AdaReg).
-
-    As in timm, RandAugment replaces color jitter, except with 3-Augment's operations (t3a, t3aw).
-    """
+    """The policy of a recipe; `factor` multiplies RandAugment's magnitude (AdaReg)."""
     if settings.randaugment is not None:
-        drawn = _rand_augment(settings.randaugment, factor, settings.round_magnitude)
-        if settings.color_jitter and {"t3a", "t3aw"} & set(settings.randaugment.split("-")):
-            return InTurn(drawn, ColorJitter(settings.color_jitter))
-        return drawn
+        return _rand_augment(settings.randaugment, factor, settings.round_magnitude)
     if settings.three_augment:
         return ThreeAugment(settings.color_jitter)
     return ColorJitter(settings.color_jitter) if settings.color_jitter else Unchanged()

@@ -21,7 +21,7 @@ from scaleprog.data.augment import Augmentation, BatchRequest, Encoded, central_
 from scaleprog.data.mixing import mix
 from scaleprog.data.on_device import low_pass
 from scaleprog.data.order import Order
-from scaleprog.data.policies import RandAugment, policy_of
+from scaleprog.data.policies import RandAugment
 from scaleprog.errors import DataError
 from scaleprog.recipe.keys import AugmentSettings
 from tests.augmented import evaluation_images, train_images
@@ -163,15 +163,6 @@ def test_randaugment_survives_both_ends_of_its_scale(config: str) -> None:
     """timm asks Pillow for a posterisation to 0 bits there, which Pillow 13 refuses."""
     chosen = AugmentSettings(crop="none", randaugment=config)
     train_images(Augmentation(chosen, 1), encoded(1, 1, 16) * 200, BatchRequest(0, 0, 16), 0)
-
-
-def test_color_jitter_is_kept_with_the_operations_of_3_augment_only() -> None:
-    """As timm's create_transform does."""
-    for config, most in (("rand-m9-n1-t3a-inc1", 4), ("rand-m9-n1-t3aw", 4), ("rand-m9-n1-mstd0.5-inc1", 1)):
-        policy = policy_of(AugmentSettings(randaugment=config, color_jitter=0.3))
-        assert policy.most == most, config
-        drawn = {operation.name for operation in policy.draw(iter([0.2] * policy.numbers))}
-        assert ({"brightness", "contrast", "color"} <= drawn) == (most == 4), config
 
 
 def test_adareg_scales_how_often_is_erased() -> None:
