@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scaleprog.errors import ScaleprogError
-from scaleprog.files.display import as_text
+from scaleprog.files.display import say
+from scaleprog.launchers.attempt import Attempt, refused
 from scaleprog.launchers.exits import UNHEARD
 from scaleprog.launchers.request import CHECKPOINT_SECONDS
-from scaleprog.launchers.requeue import Attempt, End, Remains, Verdict, decide, refused
+from scaleprog.launchers.requeue import End, Remains, Verdict, decide
 from scaleprog.launchers.world import nodes_of_job, nodes_to_use
 from scaleprog.rundir import slurm_queue
 
@@ -142,7 +143,7 @@ if __name__ == "__main__":
         code, limit, notice, *needed = map(int, texts)
         place = again(Path(folder), code, limit, notice, Need(*needed) if needed else None)
     except (ScaleprogError, OSError, ValueError) as error:
-        print(f"scaleprog: the tasks do not start again inside the job: {as_text(error)}", file=sys.stderr)
+        say(f"the tasks do not start again inside the job: {error}")
         place = None
     if place is None:
         sys.exit(1)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from scaleprog.files.display import as_text, clock
+from scaleprog.files.display import as_text, clock, say
 from scaleprog.launchers.exits import CRASHED, FINISHED, STOPPED
 from scaleprog.launchers.snapshot import JobFile
 from scaleprog.launchers.status import cause_of, standing, status
@@ -98,7 +98,7 @@ def exit_code(run: Path, job: slurm_queue.Job | None) -> int:
     file = JobFile.read(run)
     if file is not None:
         last = next(reversed(read(run / REQUEUES, LEFT).rows), None)
-        _say(last["cause"] if last is not None and last.get("job") == file.job else standing(run)[1])
+        say(last["cause"] if last is not None and last.get("job") == file.job else standing(run)[1])
         return CRASHED if job is None else job.exit_code or CRASHED
     events = read(run / EVENTS, EVENT).rows
     begun = max((i for i, event in enumerate(events) if event["event"] == "start"), default=0)
@@ -106,10 +106,10 @@ def exit_code(run: Path, job: slurm_queue.Job | None) -> int:
     if ends and ends[-1]["event"] == "stopped_early":
         return FINISHED
     if not ends:
-        _say("it has not trained, or ended without notice")
+        say("it has not trained, or ended without notice")
         return CRASHED
     stopped = ends[-1]["event"] == "preempted"
-    _say(f"{'stopped: ' if stopped else ''}{cause_of(ends[-1])}")
+    say(f"{'stopped: ' if stopped else ''}{cause_of(ends[-1])}")
     return STOPPED if stopped else CRASHED
 
 
@@ -135,10 +135,6 @@ def _frame(run: Path, out: TextIO) -> Iterator[Callable[[Look], None]]:
     """Shows the whole status, each time in place of the last one."""
     with Live(console=Console(file=out), auto_refresh=False) as live:
         yield lambda _: live.update(Text(status(run).text()), refresh=True)
-
-
-def _say(text: str) -> None:
-    print(f"scaleprog: {as_text(text, lines=True)}", file=sys.stderr)
 
 
 def _now(job: slurm_queue.Job | None) -> str:

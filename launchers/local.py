@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import torch
 
 from scaleprog.errors import Preempted, ScaleprogError
-from scaleprog.files.display import as_text
+from scaleprog.files.display import say
 from scaleprog.launchers.exits import CRASHED, MISTAKE, STOPPED, exit_by
 from scaleprog.launchers.hangs import Guard
 from scaleprog.launchers.world import Count, largest
@@ -94,9 +94,8 @@ def launch(
                 if error.mistake or left == 0:
                     raise
                 left -= 1
-                told = as_text(error, lines=True)
-                text = f"scaleprog: {told}\nscaleprog: restarting the ranks; retries left: {left}"
-                print(text, file=sys.stderr, flush=True)
+                say(error)
+                say(f"restarting the ranks; retries left: {left}")
 
 
 def ranks_to_start(count: Count, worlds: Worlds) -> int:
@@ -122,9 +121,7 @@ def ranks_to_start(count: Count, worlds: Worlds) -> int:
     if taken < wanted:
         why.append(worlds.obstacle(wanted))
     if why:
-        print(
-            f"scaleprog: starting {taken} of at most {count.most} ranks; {'; '.join(why)}", file=sys.stderr, flush=True
-        )
+        say(f"starting {taken} of at most {count.most} ranks; {'; '.join(why)}")
     return taken
 
 
@@ -255,7 +252,7 @@ def _end(processes: Sequence[BaseProcess]) -> None:
         process.kill()
         process.join(KILL_SECONDS)
         if process.is_alive():
-            print(f"scaleprog: process {process.pid} waits in the kernel; left behind", file=sys.stderr, flush=True)
+            say(f"process {process.pid} waits in the kernel; left behind")
 
 
 @contextmanager

@@ -6,29 +6,27 @@ each task that exits for a known reason writes a report (`report`). SIGNAL_BEFOR
 limit Slurm signals it.
 """
 
-import os
 import re
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass, replace
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from scaleprog.errors import ScaleprogError
-from scaleprog.files.atomic import write_whole
-from scaleprog.files.display import as_text
+from scaleprog.files.display import say as _say
+from scaleprog.launchers.attempt import Attempt, hurried_by, object_in, refused, report_files, reports_of, rows_in
+from scaleprog.launchers.attempt import report as report  # also imported from here
 from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED
 from scaleprog.launchers.hangs import Hang
-from scaleprog.ranks.patience import Stand, stand_of
+from scaleprog.ranks.patience import stand_of
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.folders import committed_step
-from scaleprog.rundir.reading import is_torn, open_to_append, read, read_object, to_line
-from scaleprog.rundir.records import EVENT, EVENTS, LEFT, REQUEUES, Job, Measured, Owner, Report
+from scaleprog.rundir.reading import is_torn, open_to_append, to_line
+from scaleprog.rundir.records import LEFT, REQUEUES, Measured
 
 INTERRUPTED, USR2, TERM = (128 + number for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM))
 """Exit codes of a task that gets a signal before the run handles signals."""
@@ -36,38 +34,9 @@ FRUITLESS = 3  # after this many consecutive restarts without a new checkpoint, 
 PAUSES = (1, 1, 2, 4, 8, 15, 30, 60, 60)  # seconds before each retry; short at first: a grace time may be running
 MAX_RESTARTS, SIGNAL_BEFORE = 20, 120  # used if the batch script does not pass a number
 EARLY_SECONDS = 60  # how much earlier than that Slurm may signal a time limit
-MOST_REPORTS = 100_000
 AGAIN = "submit it again to resume from the last checkpoint"
 
 Kind = Literal["finished", "mistake", "interrupted", "stopped", "crash"]
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One start of a job's tasks.
-
-    Args:
-        job: the id of the job.
-        restart: how many times Slurm had restarted the job before.
-        repeat: how many times the batch script had started the tasks again since then, see `again.py`.
-    """
-
-    job: str
-    restart: int
-    repeat: int = 0
-
-    @classmethod
-    def current(cls, variables: Mapping[str, str] = os.environ) -> "Attempt":
-        """The start of this process, from its environment. Raises ScaleprogError outside a job."""
-        job = slurm_queue.own_job(variables)
-        if job is None:
-            given = as_text(variables.get("SLURM_JOB_ID", ""), most=60)
-            raise ScaleprogError(f"SLURM_JOB_ID is {given!r}, so this is not a Slurm job")
-        return cls(job, *slurm_queue.own_start(variables))
-
-    def __str__(self) -> str:
-        return f"{self.job}-{self.restart}{f'.{self.repeat}' if self.repeat else ''}"
 
 
 @dataclass(frozen=True)
@@ -89,41 +58,6 @@ class Verdict:
     """Whether it starts again without Slurm: the batch script starts the tasks once more."""
 
 
-def report(
-    run: Path, start: Attempt, rank: int, code: int, cause: str, reason: str | None = None, stand: Stand | None = None
-) -> None:
-    """Writes a report of why a task exits with `code`.
-
-    If it cannot write the report, it raises no error: the exit code alone must suffice.
-
-    Args:
-        run: the run directory.
-        start: the start that the task belongs to.
-        rank: the rank of the task.
-        code: the exit code of the task.
-        cause: why it exits, in words.
-        reason: the `reason` of a Preempted; None for every other error.
-        stand: where the task stands, if it hangs.
-    """
-    with suppress(OSError):
-        path = _report(run, start, rank)
-        (run / "jobs").mkdir(exist_ok=True)
-        path.parent.mkdir(exist_ok=True)
-        row = {"time": time.time(), "rank": rank, "code": code, "cause": cause, "reason": reason}
-        row |= {} if stand is None else {"stand": asdict(stand)}
-        write_whole(path, to_line(row).decode())
-
-
-def reports_of(run: Path, start: Attempt) -> list[Report]:
-    """The reports of the tasks of a start."""
-    return [row for path in _report_files(run, start) if (row := _object(path, Report)) is not None]
-
-
-def has_reported(run: Path, start: Attempt, rank: int) -> bool:
-    """Whether a task has written its report."""
-    return _report(run, start, rank).exists()
-
-
 def how_it_ended(
     code: int,
     reports: Sequence[Mapping[str, Any]],
@@ -142,19 +76,19 @@ def how_it_ended(
     """
     if code == FINISHED:
         return End("finished", FINISHED, "finished")
-    first = sorted(reports, key=lambda report: report["time"])
-    for report in first:
-        if report["code"] == MISTAKE:
-            return End("mistake", MISTAKE, report["cause"])
+    first = sorted(reports, key=lambda row: row["time"])
+    for row in first:
+        if row["code"] == MISTAKE:
+            return End("mistake", MISTAKE, row["cause"])
     if code == MISTAKE:
         return End("mistake", MISTAKE, "see the log")
-    for report in first:
-        if report["code"] == STOPPED:
-            return _stop(report["cause"], report.get("reason"))
+    for row in first:
+        if row["code"] == STOPPED:
+            return _stop(row["cause"], row.get("reason"))
     if hang is not None:
         return End("crash", code, hang.message)
-    for report in first:
-        return End("crash", code, f"rank {report['rank']}: {report['cause']}")
+    for row in first:
+        return End("crash", code, f"rank {row['rank']}: {row['cause']}")
     if signals:
         return _stop(f"stopped at once by {' and '.join(signals)}", *signals)
     if code in (INTERRUPTED, USR2, STOPPED) or (code == TERM and preempted):
@@ -250,7 +184,7 @@ def after(run: Path, code: int, limit: int, notice: int = SIGNAL_BEFORE) -> int:
     try:
         start = Attempt.current()
     except ScaleprogError as error:
-        print(f"scaleprog: {error}; scaleprog restarts nothing", file=sys.stderr, flush=True)
+        _say(f"{error}; scaleprog restarts nothing")
         return code
     remains = Remains.by(run, start, code, notice)
     end, verdict, preempted = _decide_and_requeue(remains, limit)
@@ -293,7 +227,7 @@ class Remains:
         reports = reports_of(run, start)
         stands = [stand_of(report["stand"]) for report in reports if "stand" in report]
         hang = Hang.of(stands, run) if stands else None
-        signals, earlier = _hurried(run, start), _lines(run / REQUEUES, LEFT)
+        signals, earlier = hurried_by(run, start), rows_in(run / REQUEUES, LEFT)
         return cls(run, start, code, notice, reports, signals, hang, earlier, progress_of(run), time.time())
 
     def end(self, job: slurm_queue.Job | None) -> End:
@@ -314,7 +248,7 @@ class Remains:
             if not refused(self.run, self.start):
                 with open_to_append(self.run / REQUEUES) as file:
                     file.write((b"\n" if is_torn(file) else b"") + to_line(line))
-            for path in _report_files(self.run, self.start):
+            for path in report_files(self.run, self.start):
                 path.unlink()
         except OSError as error:
             _say(str(error))
@@ -356,83 +290,10 @@ def _decide_and_requeue(remains: Remains, limit: int) -> tuple[End, Verdict, boo
         time.sleep(pauses.pop(0))
 
 
-def refused(run: Path, start: Attempt) -> bool:
-    """Whether the run directory is that of another job."""
-    job = _object(run / "job.json", Job)
-    return job is not None and job["job"] != start.job
-
-
-def latest(run: Path, start: Attempt) -> Attempt:
-    """The last start of the tasks since Slurm's restart `start`, as far as they have begun to train."""
-    owner = _object(run / "owner.json", Owner)
-    if owner is None or (owner["job"], owner["restart"]) != (start.job, start.restart):
-        return start
-    return replace(start, repeat=owner.get("repeat", 0))
-
-
 def progress_of(run: Path) -> tuple[int, int]:
     """The step of the newest checkpoint, and how much of an unfinished measurement the last stop saved."""
-    half = _object(run / "measuring.json", Measured)
+    half = object_in(run / "measuring.json", Measured)
     return committed_step(run), 0 if half is None else half["done"]
-
-
-def step_of(run: Path, start: Attempt) -> str | None:
-    """The number of Slurm's step in which a start trains; None while it has not begun to."""
-    owner = _owner(run, start)
-    return None if owner is None else owner.get("step")
-
-
-def _owner(run: Path, start: Attempt) -> Owner | None:
-    """What owner.json says of a start; None if the last start that has begun to train is another one."""
-    owner = _object(run / "owner.json", Owner)
-    if owner is None or (owner["job"], owner["restart"], owner.get("repeat", 0)) != astuple(start):
-        return None
-    return owner
-
-
-def _hurried(run: Path, start: Attempt) -> list[str]:
-    """The names of the signals, if `events.jsonl` says that they made this start exit at once; otherwise empty."""
-    owner = _owner(run, start)
-    if owner is None:
-        return []
-    mine = [event for event in _lines(run / EVENTS, EVENT) if event.get("generation") == owner["generation"]]
-    hurried = any(event["event"] == "hurried" for event in mine)
-    signals = (event["signal"] for event in mine if event["event"] == "signal")  # one event from every rank
-    return list(dict.fromkeys(signals)) if hurried else []
-
-
-def _lines(path: Path, kind: Any) -> list[Any]:
-    """The records in a file. Invalid lines count as absent, and a message says so."""
-    told = read(path, kind)
-    if told.trouble:
-        _say(told.trouble)
-    return told.rows
-
-
-def _object(path: Path, kind: type[T]) -> T | None:
-    """The record in a small file. An invalid file counts as absent (None), and a message says so."""
-    try:
-        return read_object(path, kind)
-    except ScaleprogError as error:
-        _say(f"{error}; the file counts as absent")
-        return None
-
-
-def _say(text: str) -> None:
-    with suppress(OSError):  # the log may lie on a full disk
-        print(f"scaleprog: {as_text(text, lines=True)}", file=sys.stderr, flush=True)
-
-
-def _report(run: Path, start: Attempt, rank: int) -> Path:
-    return _reports(run) / f"{start}-{rank}.json"
-
-
-def _report_files(run: Path, start: Attempt) -> list[Path]:
-    return list(islice(_reports(run).glob(f"{start}-*.json"), MOST_REPORTS))
-
-
-def _reports(run: Path) -> Path:
-    return run / "jobs" / "reports"
 
 
 def _main(run: str, code: str, limit: str, notice: str = str(SIGNAL_BEFORE)) -> int:

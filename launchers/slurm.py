@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scaleprog.errors import AbsentWeights, ScaleprogError
+from scaleprog.files.display import say
 from scaleprog.launchers import integrity
 from scaleprog.launchers.request import JobRequest
 from scaleprog.launchers.snapshot import JobFile, check_free, check_name, code_folder, take
@@ -108,7 +109,7 @@ def narrow(recipe: Recipe, request: JobRequest) -> JobRequest:
     if nodes != request.nodes:
         end = request.nodes.most if most < request.nodes.most else request.nodes.least
         why = worlds.obstacle(end * request.tasks, request.tasks)
-        print(f"scaleprog: --nodes {request.nodes}: requesting {nodes} from Slurm; {why}", file=sys.stderr)
+        say(f"--nodes {request.nodes}: requesting {nodes} from Slurm; {why}")
     return replace(request, nodes=nodes)
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import scaleprog
 from scaleprog.errors import CheckpointError, InUse, ScaleprogError
 from scaleprog.files.atomic import read_text, write_whole
-from scaleprog.files.display import as_text, clock
+from scaleprog.files.display import as_text, clock, say
 from scaleprog.launchers import integrity
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.records import JOB_ID
@@ -258,5 +258,5 @@ if __name__ == "__main__":
     try:
         print(prepare(Path(sys.argv[1]), Path(sys.argv[2]).absolute(), sys.argv[3:]))
     except ScaleprogError as mistake:
-        print(f"scaleprog: {as_text(mistake, lines=True)}", file=sys.stderr)
+        say(mistake)
         sys.exit(mistake.exit_code)

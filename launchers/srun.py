@@ -18,9 +18,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from scaleprog.files.display import as_text
+from scaleprog.files.display import say
+from scaleprog.launchers.attempt import Attempt, reports_of, step_of
 from scaleprog.launchers.exits import FINISHED, UNHEARD
-from scaleprog.launchers.requeue import Attempt, reports_of, step_of
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.reading import read_results
 
@@ -66,7 +66,7 @@ def attend(run: Path, command: Sequence[str], patience: Patience = Patience(), l
                 if why and process.poll() is None:
                     unheard.set()
                     process.kill()
-                    print(f"scaleprog: {as_text(why)}; ended srun", file=sys.stderr, flush=True)
+                    say(f"{why}; ended srun")
 
         threading.Thread(target=watch, daemon=True).start()  # not in this thread: the file system may not answer
         code = process.wait()

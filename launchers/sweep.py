@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from scaleprog.errors import ScaleprogError
-from scaleprog.files.display import as_text, first_line
+from scaleprog.files.display import first_line, say
 from scaleprog.launchers import local
 from scaleprog.launchers.exits import CRASHED, FINISHED, STOPPED, exit_by
 from scaleprog.launchers.local import (
@@ -101,7 +101,7 @@ def train_all(tasks: Sequence[Task], places: Sequence[Slot]) -> dict[Path, Ended
         while True:
             stopped = asked.value or any(end.code == STOPPED for end in ended.values())
             while waiting and free and not stopped:
-                _say(f"{waiting[0].run.name}: starts, {len(tasks) - len(waiting) + 1} of {len(tasks)}")
+                say(f"{waiting[0].run.name}: starts, {len(tasks) - len(waiting) + 1} of {len(tasks)}")
                 running.append(_start(asked, waiting.popleft(), free.pop(0), logged=len(places) > 1))
             if not running:
                 return ended
@@ -110,11 +110,11 @@ def train_all(tasks: Sequence[Task], places: Sequence[Slot]) -> dict[Path, Ended
                 running.remove(each)
                 free.append(each.slot)
                 end = ended[each.task.run] = _end_of(each, bool(asked.value))
-                _say(f"{each.task.run.name}: {first_line(end.why) or 'finished'}")
+                say(f"{each.task.run.name}: {first_line(end.why) or 'finished'}")
             if len(places) > 1 and time.monotonic() - shown > TELL_SECONDS:
                 shown = time.monotonic()
                 for each in running:
-                    _say(f"{each.task.run.name}: {_progress(each.task.run)}")
+                    say(f"{each.task.run.name}: {_progress(each.task.run)}")
 
 
 def _start(asked: c_int, task: Task, slot: Slot, logged: bool) -> _Running:
@@ -156,7 +156,7 @@ def _train(asked: c_int, task: Task, slot: Slot, telling: Connection, logged: bo
         end = exit_by(error)
         telling.send((end.code, end.cause))
         if logged or end.code == CRASHED:  # with the traceback of a bug; otherwise the launcher tells the cause
-            print(f"scaleprog: {as_text(end.text, lines=True)}", file=sys.stderr)
+            say(end.text)
         leave(end.code)
     leave()
 
@@ -169,7 +169,3 @@ def _progress(run: Path) -> str:
     loss = "" if now.loss is None else f", loss {now.loss:.3f}"
     rate = "" if now.images_per_second is None else f", {now.images_per_second:.0f} images/s"
     return f"step {now.step}{'' if now.steps is None else f' of {now.steps}'}{loss}{rate}"
-
-
-def _say(text: str) -> None:
-    print(f"scaleprog: {as_text(text)}", file=sys.stderr, flush=True)

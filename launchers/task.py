@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from scaleprog.errors import HANG_CODE, Absent, CheckpointError, ScaleprogError
-from scaleprog.files.display import as_text
+from scaleprog.files.display import as_text, say
+from scaleprog.launchers.attempt import Attempt, has_reported, report
 from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED, exit_by
 from scaleprog.launchers.hangs import SETTLE_SECONDS, Guard, said
-from scaleprog.launchers.requeue import Attempt, has_reported, report
 from scaleprog.launchers.snapshot import JobFile
 from scaleprog.ranks.patience import GUARD, LOOK_SECONDS, PULSE, WRITE_SECONDS, Pulse, Stand, within
 from scaleprog.ranks.processes import kill_with_children
@@ -70,7 +70,7 @@ def leave(run: Path, start: Attempt, rank: int, error: Exception) -> NoReturn:
             time.sleep(0.2)
         _exit(STOPPED)
     if end.code != STOPPED:
-        print(f"scaleprog: rank {rank}: {as_text(end.text, lines=True)}", file=sys.stderr, flush=True)
+        say(f"rank {rank}: {end.text}")
         time.sleep(end.delay)
     report(run, start, rank, end.code, end.cause, end.reason)
     _exit(end.code)
@@ -116,7 +116,7 @@ def watch(guard: Guard, task: int, tell: Callable[[Stand], object]) -> None:
 
 def report_hang(run: Path, start: Attempt, rank: int, stand: Stand) -> None:
     """Writes the report of a task that hangs."""
-    print(f"scaleprog: {as_text(said(stand))}", file=sys.stderr, flush=True)
+    say(said(stand))
     report(run, start, rank, HANG_CODE, said(stand), stand=stand)
 
 
@@ -264,7 +264,7 @@ def tell_time_limit(start: Attempt) -> None:
     try:
         job = slurm_queue.find(start.job)
     except slurm_queue.NoAnswer as error:
-        print(f"scaleprog: the job's time limit is unknown until Slurm signals it: {error}", file=sys.stderr)
+        say(f"the job's time limit is unknown until Slurm signals it: {error}")
         return
     if job is not None and job.end is not None:
         os.environ["SLURM_JOB_END_TIME"] = str(int(job.end))
@@ -272,6 +272,6 @@ def tell_time_limit(start: Attempt) -> None:
 
 if __name__ == "__main__":
     if "SLURM_JOB_ID" not in os.environ or "SLURM_PROCID" not in os.environ:
-        print("scaleprog: not a task of a Slurm job: srun starts this module; use `scaleprog train`", file=sys.stderr)
+        say("not a task of a Slurm job: srun starts this module; use `scaleprog train`")
         sys.exit(MISTAKE)
     task(Path(sys.argv[1]))

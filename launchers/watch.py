@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
 from scaleprog.errors import ScaleprogError
-from scaleprog.files.display import as_text
+from scaleprog.files.display import say
+from scaleprog.launchers.attempt import Attempt, latest
 from scaleprog.launchers.exits import MISTAKE
-from scaleprog.launchers.requeue import Attempt, End, Remains, Verdict, latest
+from scaleprog.launchers.requeue import End, Remains, Verdict
 from scaleprog.rundir import slurm_queue
 
 LOOK_SECONDS = 15.0  # far less than Slurm takes to notice a lost node, unless a cluster says otherwise
@@ -227,12 +228,6 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for `srun`, from that of the batch script."""
     options = ("SLURM_", "SRUN_", "SBATCH_")
     return {name: value for name, value in environment.items() if name in KEPT or not name.startswith(options)}
-
-
-def say(text: str) -> None:
-    """Writes a line into the log of the job."""
-    with suppress(OSError):
-        print(f"scaleprog: {as_text(text)}", file=sys.stderr, flush=True)
 
 
 def _leave(*_: object) -> NoReturn:

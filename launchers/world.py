@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scaleprog.errors import CheckpointError, RecipeError, ScaleprogError, Unavailable
-from scaleprog.files.display import as_text
+from scaleprog.files.display import as_text, say
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.launchers.exits import exit_by
 from scaleprog.recipe import Recipe
@@ -125,7 +125,7 @@ def nodes_to_use(run: Path, there: Sequence[str], least: int, most: int, each: i
     if used < len(there):
         why = worlds.obstacle(most * each, each) if used < most else "spare"
         idle = as_text(", ".join(there[used:]))
-        print(f"scaleprog: {used} of {len(there)} nodes train, idle: {idle}; {why}", file=sys.stderr, flush=True)
+        say(f"{used} of {len(there)} nodes train, idle: {idle}; {why}")
     return used
 
 
@@ -143,5 +143,5 @@ if __name__ == "__main__":
         print(_main(*sys.argv[1:]))
     except Exception as error:
         end = exit_by(error)
-        print(f"scaleprog: cannot choose the number of nodes: {as_text(end.text, lines=True)}", file=sys.stderr)
+        say(f"cannot choose the number of nodes: {end.text}")
         sys.exit(end.code)

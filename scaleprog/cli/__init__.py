@@ -14,7 +14,6 @@ from typing import Annotated
 import typer
 
 import scaleprog
-from scaleprog.cli.arguments import say
 from scaleprog.cli.jobs import cancel, show_status, submit
 from scaleprog.cli.observing import profile, track
 from scaleprog.cli.planning import keys, plan
@@ -24,6 +23,7 @@ from scaleprog.cli.simulating import simulate
 from scaleprog.cli.sweep import SweepCommand
 from scaleprog.cli.training import finetune, train
 from scaleprog.errors import INTERRUPTED_CODE, Preempted, ScaleprogError
+from scaleprog.files.display import say
 from scaleprog.shards.cli import app as shards_app
 from scaleprog.version import VERSION
 

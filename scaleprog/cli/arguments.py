@@ -1,6 +1,5 @@
 """The arguments that several commands take, and how commands speak to the user."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,7 +7,6 @@ import typer
 
 from scaleprog.cli.completion import key_words, recipe_words, run_words
 from scaleprog.errors import ScaleprogError
-from scaleprog.files.display import as_text
 
 if TYPE_CHECKING:
     from scaleprog.recipe import Recipe
@@ -69,8 +67,3 @@ def in_job(restart: str) -> bool:
     if restart not in ("in-job", "requeue"):
         raise ScaleprogError(f"--restart: {restart[:100]!r} is neither in-job nor requeue")
     return restart == "in-job"
-
-
-def say(message: str) -> None:
-    """Prints a message that is no result."""
-    print(f"scaleprog: {as_text(message, lines=True)}", file=sys.stderr)

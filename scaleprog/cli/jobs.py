@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TextIO
 
 import typer
 
-from scaleprog.cli.arguments import Overrides, RecipePath, RunPath, RunPaths, Source, default_folder, in_job, say
+from scaleprog.cli.arguments import Overrides, RecipePath, RunPath, RunPaths, Source, default_folder, in_job
 from scaleprog.cli.sweep import Jobs, Sweep, check_no_sweep, sweep_runs, unfinished
 from scaleprog.cli.training import show
 from scaleprog.errors import INTERRUPTED_CODE, ScaleprogError
-from scaleprog.files.display import as_text, counted
+from scaleprog.files.display import as_text, counted, say
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.rundir.folders import runs_at
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scaleprog.cli.arguments import RunPath, say
+from scaleprog.cli.arguments import RunPath
 from scaleprog.errors import RecipeError, ScaleprogError
-from scaleprog.files.display import as_text, counted
+from scaleprog.files.display import as_text, counted, say
 
 if TYPE_CHECKING:
     from scaleprog.rundir.profiles import Request

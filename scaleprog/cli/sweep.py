@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from scaleprog.cli.arguments import say
 from scaleprog.errors import CRASH_CODE, CheckpointError, InUse, Preempted, ScaleprogError
+from scaleprog.files.display import say
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.recipe.recipe import KEY
 
@@ -24,8 +24,8 @@ Sweep = Annotated[
     typer.Option(
         OPTION,
         metavar="KEY=V1,V2 [KEY=A:B]...",
-        help="Train a run for every combination of these values (A:B: whole numbers without B), each in a directory "
-        "of its own under --run-dir, by default runs/RECIPE-sweep.",
+        help="Train a run for every combination of these values (A:B stands for the whole numbers from A to B - 1), "
+        "each in a directory of its own under --run-dir, by default runs/RECIPE-sweep.",
     ),
 ]
 

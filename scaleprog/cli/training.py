@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scaleprog.cli.arguments import MOST_HERE, Overrides, RanksHere, RecipePath, Restarts, Source, default_folder, say
+from scaleprog.cli.arguments import MOST_HERE, Overrides, RanksHere, RecipePath, Restarts, Source, default_folder
 from scaleprog.cli.sweep import Jobs, Sweep, check_no_sweep, sweep_runs, train_sweep
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.atomic import write_whole
-from scaleprog.files.display import as_text
+from scaleprog.files.display import as_text, say
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.rundir.reading import read_object
 from scaleprog.rundir.records import RESULTS, Baseline, Results

@@ -9,7 +9,6 @@ import fcntl
 import mmap
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import IO, Any
 
 from scaleprog.errors import Unavailable
 from scaleprog.files.atomic import lock, open_regular, unlock
+from scaleprog.files.display import say
 from scaleprog.recipe.keys import DataSettings
 
 LONGEST_DOWNLOAD_SECONDS = 1800.0
@@ -156,9 +156,7 @@ class Store:
         if not self._warned[0]:
             self._warned[0] = 1
             told = error.strerror or str(error)
-            print(
-                f"scaleprog: data.store {self.folder}: {told}; shards are read without it", file=sys.stderr, flush=True
-            )
+            say(f"data.store {self.folder}: {told}; shards are read without it")
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """Shows untrusted text as plain text, no matter what it contains, wherever text is printed or written; and tables."""
 
 import re
+import sys
 import time
 import unicodedata
+from contextlib import suppress
 
 from rich import box
 from rich.table import Table
@@ -25,6 +27,12 @@ def as_text(text: object, lines: bool = False, most: int = MOST) -> str:
         letter if letter.isprintable() or (lines and letter == "\n") else _escaped(letter) for letter in whole[:most]
     )
     return f"{shown} ... ({len(whole) - most} more characters)" if len(whole) > most else shown
+
+
+def say(message: object) -> None:
+    """Prints a message that is no result on stderr, after the program's name; loses it if the log's disk is full."""
+    with suppress(OSError):
+        print(f"scaleprog: {as_text(message, lines=True)}", file=sys.stderr, flush=True)
 
 
 def as_markdown(text: object) -> str:

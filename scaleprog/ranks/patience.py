@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from scaleprog.errors import HANG_CODE
 from scaleprog.files.atomic import write_whole
+from scaleprog.files.display import say
 from scaleprog.ranks import processes
 
 PULSE = "SCALEPROG_PULSE"
@@ -266,12 +267,11 @@ class Patience:
             return
         self._warned = True
         kind, seconds = max(slow.items(), key=lambda item: item[1])
-        print(
-            f"scaleprog: train.patience={self.seconds / 60:g} is {self.seconds:.3g} s, but {kind} takes {seconds:.3g} "
-            f"s; a hang in it is noticed only after {LONG_FACTOR * seconds:.3g} s; set train.patience="
-            f"{max(LONG_FACTOR * seconds / 60, 0.01):.2g} or more",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        say(
+            f"train.patience={self.seconds / 60:g} is {self.seconds:.3g} s, but {kind} takes {seconds:.3g} s; "
+            f"a hang in it is noticed only after {LONG_FACTOR * seconds:.3g} s; set train.patience="
+            f"{max(LONG_FACTOR * seconds / 60, 0.01):.2g} or more"
+        )
 
     def _hang(self, mark: Mark, waited: float) -> None:
         """Writes the stacks, tells the launcher, waits for other ranks to do so, too, and ends the process."""

@@ -25,7 +25,7 @@ from typing_extensions import TypedDict
 
 from scaleprog.errors import CheckpointError, InUse, ScaleprogError, Unavailable
 from scaleprog.files.atomic import lock, open_regular, unlock, write_whole
-from scaleprog.files.display import as_text, first_line
+from scaleprog.files.display import first_line, say
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.drawn import is_drawn, points, story
 from scaleprog.rundir.folders import committed_step
@@ -211,7 +211,7 @@ class Senders:
                     [*words, name], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=variables
                 )
             except OSError as error:
-                _say(f"nothing is sent to {name} now, because its process cannot be started: {error}")
+                say(f"nothing is sent to {name} now, because its process cannot be started: {error}")
 
     def close(self) -> None:
         """Gives each process some seconds to send the rest, and says what remains. Never raises."""
@@ -227,7 +227,7 @@ class Senders:
             if process.returncode != 0:
                 process.kill()  # loses nothing: the position file says what is sent
                 process.wait()
-                _say(f"{name} does not have all points of {self._run}; they are sent at the next start, or by "
+                say(f"{name} does not have all points of {self._run}; they are sent at the next start, or by "
                      f"`scaleprog track {self._run} {name}`")  # fmt: skip
 
 
@@ -255,7 +255,7 @@ def keep_sending(run: Path, name: str, log_every: int, generation: int, last: Ca
                 pause, told = LOOK_SECONDS, False
             except Exception as error:
                 if not told:
-                    _say(f"{name}: {_reason(error)}; training continues, and what is missing is sent later")
+                    say(f"{name}: {_reason(error)}; training continues, and what is missing is sent later")
                 pause, told = min(MOST_PAUSE, 2 * pause), True
             if over:
                 return False
@@ -293,11 +293,6 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(str(error))}"
 
 
-def _say(text: str) -> None:
-    with suppress(OSError):
-        print(f"scaleprog: {as_text(text)}", file=sys.stderr, flush=True)
-
-
 def main(words: list[str]) -> int:
     """What the process of a tracker does; `words` as in `Senders`."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):  # they are for rank 0, which then ends this process
@@ -314,7 +309,7 @@ def main(words: list[str]) -> int:
     try:
         return 0 if keep_sending(Path(run), name, int(log_every), int(generation), over) else 1
     except ScaleprogError as error:
-        _say(f"{name}: {error}")
+        say(f"{name}: {error}")
         return 1
 
 

@@ -6,13 +6,12 @@ docs/tracking.md says how to use them, and `sending.py` is what drives them.
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from scaleprog.files.display import as_text
+from scaleprog.files.display import say
 
 MOST_METRICS, MOST_PARAMETERS = 1000, 100  # that MLflow takes at a time
 MOST_TEXT = 5000  # characters that MLflow takes in a tag or as a parameter
@@ -171,9 +170,7 @@ class WandB:
             if os.environ.get("WANDB_MODE"):
                 raise
             where = run.folder / "wandb"
-            print(
-                f"scaleprog: wandb: no connection ({as_text(error)}); writing to {where}", file=sys.stderr, flush=True
-            )
+            say(f"wandb: no connection ({error}); writing to {where}")
             self._run = self._begin(run, number, "offline")
         has = -1 if self._run.offline else self._run.starting_step - 1
         return number, has

@@ -14,6 +14,7 @@ import torch
 from scaleprog.data.evaluation import EvaluationReader
 from scaleprog.data.reader import TrainReader
 from scaleprog.errors import EXIT_CODE, CheckpointError, OutOfMemory, Preempted, Unavailable
+from scaleprog.files.display import say
 from scaleprog.growth.phase import Phase
 from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.planning.plan import Plan
@@ -191,7 +192,7 @@ def watched_patience(recipe: Recipe, folder: Path) -> Iterator[Patience]:
 def tell_hang(recorder: Recorder, stand: Stand) -> None:
     """Records that this rank hangs, where no launcher does."""
     told = f"{stand} hung for {stand.seconds:.0f} s in step {stand.step}: {stand.doing}, at {stand.where}"
-    print(f"scaleprog: {told}", file=sys.stderr, flush=True)
+    say(told)
     recorder.own_event("hang", step=stand.step, culprits=[stand.rank], doing=stand.doing, message=told)
 
 

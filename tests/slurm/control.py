@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import scaleprog
-from scaleprog.launchers.requeue import Attempt
+from scaleprog.launchers.attempt import Attempt
 
 POLL_SECONDS = 0.05
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from scaleprog.launchers.requeue import Attempt
+from scaleprog.launchers.attempt import Attempt
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.folders import committed_step
 from scaleprog.rundir.reading import read_rows

@@ -13,9 +13,10 @@ import pytest
 from scaleprog.errors import ScaleprogError
 from scaleprog.launchers import slurm
 from scaleprog.launchers.again import may_stay
+from scaleprog.launchers.attempt import Attempt
 from scaleprog.launchers.exits import UNHEARD
 from scaleprog.launchers.request import JobRequest
-from scaleprog.launchers.requeue import Attempt, End
+from scaleprog.launchers.requeue import End
 from scaleprog.launchers.task import port
 from scaleprog.launchers.world import Count
 from scaleprog.rundir.reading import read_rows

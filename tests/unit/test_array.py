@@ -9,8 +9,8 @@ import pytest
 
 from scaleprog.errors import ScaleprogError
 from scaleprog.launchers import array, slurm
+from scaleprog.launchers.attempt import Attempt
 from scaleprog.launchers.request import JobRequest
-from scaleprog.launchers.requeue import Attempt
 from scaleprog.launchers.snapshot import JobFile
 from scaleprog.launchers.world import Count
 from scaleprog.recipe import Recipe

@@ -8,9 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from rich.text import Text
 
 from scaleprog import cli
 from scaleprog.errors import DataError, Preempted, ScaleprogError, Unavailable, WorkerDied
@@ -113,6 +117,23 @@ def test_help_names_the_commands(command: Command) -> None:
     told = command("--help")
     assert told.code == 0
     assert all(name in told.out for name in ("plan", "train", "finetune", "evaluate", "export", "report", "shards"))
+
+
+def test_help_is_shown_as_it_is_written() -> None:
+    """typer reads help as rich's markup, which swallows [words] and draws :b: as a picture."""
+    texts = [text for command in commands(typer.main.get_command(cli.app)) for text in help_texts(command)]
+    assert len(texts) > 100
+    assert [text for text in texts if Text.from_markup(text).plain != text] == []
+
+
+def commands(command: Any) -> Iterator[Any]:
+    yield command
+    for subcommand in getattr(command, "commands", {}).values():
+        yield from commands(subcommand)
+
+
+def help_texts(command: Any) -> list[str]:
+    return [text for text in (command.help, *(getattr(each, "help", None) for each in command.params)) if text]
 
 
 def test_help_need_not_wait_for_torch() -> None:

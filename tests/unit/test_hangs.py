@@ -14,8 +14,9 @@ import pytest
 
 from scaleprog.errors import HANG_CODE
 from scaleprog.launchers import hangs, requeue, task
+from scaleprog.launchers.attempt import Attempt, reports_of
 from scaleprog.launchers.hangs import Guard, Hang
-from scaleprog.launchers.requeue import Attempt, how_it_ended
+from scaleprog.launchers.requeue import how_it_ended
 from scaleprog.ranks import patience, processes
 from scaleprog.ranks.patience import LONG_SECONDS, PULSE, Pulse, Stand, Track
 from scaleprog.rundir.reading import read, read_rows
@@ -166,7 +167,7 @@ def test_a_stopped_task_is_reported_and_killed(tmp_path: Path, pulse: Pulse) -> 
     task.watch(Guard(tmp_path, [pulse]), handle, lambda stand: task.report_hang(tmp_path, attempt, 1, stand))
     os.close(handle)
     assert rank.wait() == -signal.SIGKILL
-    (row,) = requeue.reports_of(tmp_path, attempt)
+    (row,) = reports_of(tmp_path, attempt)
     assert (row["rank"], row["code"], row["stand"]["state"]) == (1, HANG_CODE, "T (stopped)")
     hang = Hang.of([requeue.stand_of(row["stand"])], tmp_path)
     assert hang.culprits == (1,)
@@ -178,7 +179,7 @@ GUARDED = """
 import os, signal, sys, time
 from pathlib import Path
 from scaleprog.launchers import task
-from scaleprog.launchers.requeue import Attempt
+from scaleprog.launchers.attempt import Attempt
 from scaleprog.ranks.patience import Patience
 if sys.argv[2] == "stopped":
     task.SETTLE_SECONDS = 0.5
@@ -198,7 +199,7 @@ with rank.watching():
 @pytest.mark.parametrize(("kind", "code", "state"), [("stopped", -signal.SIGKILL, "T (stopped)"), ("asleep", 76, "")])
 def test_a_task_has_a_process_that_watches_it(kind: str, code: int, state: str, tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", GUARDED, tmp_path, kind], check=False).returncode == code
-    (row,) = requeue.reports_of(tmp_path, Attempt("7", 0))
+    (row,) = reports_of(tmp_path, Attempt("7", 0))
     assert (row["rank"], row["code"], row["stand"]["step"], row["stand"]["state"]) == (1, HANG_CODE, 12, state)
     assert (tmp_path / "stacks/stack-generation-2-rank-1.txt").exists()
 

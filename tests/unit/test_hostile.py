@@ -22,7 +22,7 @@ from scaleprog.data.augment import BatchRequest
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files.display import as_text
 from scaleprog.growth.space import Subnet, View
-from scaleprog.launchers import requeue, status
+from scaleprog.launchers import attempt, requeue, status
 from scaleprog.reporting import history, report
 from scaleprog.reporting.figures import draw_accuracy, draw_schedules, draw_searches
 from scaleprog.reporting.timeline import describe, read_timeline, table_row
@@ -245,7 +245,7 @@ def test_requeue_where_something_else_lies(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     hostile.put_in_the_way(tmp_path / "run" / name, kind)
     began = time.monotonic()
-    requeue.report(tmp_path / "run", requeue.Attempt("7", 0), 0, 75, "stopped", "SIGTERM")
+    attempt.report(tmp_path / "run", attempt.Attempt("7", 0), 0, 75, "stopped", "SIGTERM")
     assert requeue._main(str(tmp_path / "run"), "75", "20") == 75
     assert "job 7 starts again" in capsys.readouterr().err
     assert fake.calls("scontrol")[-1] == "scontrol requeue 7"

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from scaleprog.launchers import requeue
-from scaleprog.launchers.requeue import Attempt, End, decide, how_it_ended
+from scaleprog.launchers.attempt import Attempt, report
+from scaleprog.launchers.requeue import End, decide, how_it_ended
 from scaleprog.ranks.stop import SIGNALS
 from scaleprog.rundir.reading import read_rows
 from scaleprog.rundir.slurm_queue import Job
@@ -151,8 +152,8 @@ def test_after(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert requeue.after(tmp_path, 0, limit=3) == 0
     assert not (tmp_path / "requeues.jsonl").exists()
 
-    requeue.report(tmp_path, start, 0, 75, "stopped by SIGUSR2 after step 9 with a checkpoint", "SIGUSR2")
-    requeue.report(tmp_path, Attempt("7", 1), 1, 2, "a report of another start")
+    report(tmp_path, start, 0, 75, "stopped by SIGUSR2 after step 9 with a checkpoint", "SIGUSR2")
+    report(tmp_path, Attempt("7", 1), 1, 2, "a report of another start")
     (tmp_path / "measuring.json").write_text('{"where": {}, "done": 48}')
     assert requeue.after(tmp_path, 137, limit=3) == 75
     assert fake.calls("scontrol")[-1] == "scontrol requeue 7"
@@ -163,7 +164,7 @@ def test_after(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         "cause": "stopped by SIGUSR2 after step 9 with a checkpoint", "measured": 48, "preempted": False,
     }  # fmt: skip
     assert len(list((tmp_path / "jobs" / "reports").iterdir())) == 1  # read once
-    requeue.report(tmp_path / "not on this node", start, 0, 2, "x")
+    report(tmp_path / "not on this node", start, 0, 2, "x")
     assert not (tmp_path / "not on this node").exists()
 
     fake.show(state="CANCELLED")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from scaleprog.launchers import srun
+from scaleprog.launchers.attempt import Attempt, report
 from scaleprog.launchers.exits import UNHEARD
-from scaleprog.launchers.requeue import Attempt, report
 from tests.unit.fake_slurm import FakeSlurm
 
 START = Attempt("7", 0, 1)

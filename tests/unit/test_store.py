@@ -132,9 +132,9 @@ def test_a_full_disk_is_read_around_with_one_warning(
         trouble(monkeypatch, folder)
         for shard in (*shards, *shards):
             assert source.read(shard, verify=True)[:] == (patterns / shard.name).read_bytes()
-        if os.fork() == 0:  # a worker; it must not warn again
+        if (worker := os.fork()) == 0:  # it must not warn again
             os._exit(source.read(shards[0], verify=True)[:] != (patterns / shards[0].name).read_bytes())
-        assert os.wait()[1] == 0
+        assert os.waitpid(worker, 0)[1] == 0
     told = capfd.readouterr().err
     assert told.count(f"data.store {folder}: ") == 1
     assert told.count("shards are read without it") == 1

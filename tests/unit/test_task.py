@@ -8,7 +8,7 @@ import pytest
 
 from scaleprog.errors import AbsentData, DataError, Preempted, ScaleprogError, Unavailable
 from scaleprog.launchers import task
-from scaleprog.launchers.requeue import Attempt
+from scaleprog.launchers.attempt import Attempt
 from scaleprog.launchers.snapshot import JobFile
 from scaleprog.ranks.stop import deadline
 from scaleprog.rundir.reading import read_rows

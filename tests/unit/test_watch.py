@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from scaleprog.launchers import watch
-from scaleprog.launchers.requeue import Attempt
+from scaleprog.launchers.attempt import Attempt
 from scaleprog.rundir.reading import read_rows
 from scaleprog.rundir.slurm_queue import Job
 from tests.unit.fake_slurm import FakeSlurm
