@@ -20,6 +20,7 @@ import scaleprog
 from scaleprog.errors import CheckpointError, InUse, ScaleprogError
 from scaleprog.files.atomic import read_text, write_whole
 from scaleprog.files.display import as_text, clock, say
+from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.launchers import integrity
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.records import JOB_ID
@@ -120,7 +121,7 @@ def write_recipe(recipe: "Recipe", run: Path) -> None:
 
     try:
         run.mkdir(parents=True, exist_ok=True)
-        write_whole(run / "recipe.yaml", recipe.dump())
+        write_whole(run / RECIPE, recipe.dump())
         directories.note(run)
     except OSError as error:
         raise ScaleprogError(f"{run}: cannot be used as a run directory: {error}") from error

@@ -77,7 +77,8 @@ def finetune(
     if show_recipe:
         print(recipe.dump(), end="")
         return
-    folder = run_dir or Path("runs") / f"{source.resolve().stem}-{Path(data).resolve().name}-seed{recipe.seed}"
+    name = source.resolve().name if source.is_dir() else source.resolve().stem
+    folder = run_dir or Path("runs") / f"{name}-{Path(data).resolve().name}-seed{recipe.seed}"
     say(f"fine-tuning in {folder}; to repeat it: scaleprog train {shlex.quote(str(folder / RECIPE))} --run-dir OTHER")
     run_here(recipe, folder, nproc, restarts)
 

@@ -16,6 +16,8 @@ from scaleprog.recipe.keys import ModelSettings
 
 MOST_SHOWN = 8
 """Misfits in one message."""
+WRAPPERS = re.compile(r"((module|model|backbone|_orig_mod|state_dict(_ema)?)\.)+")
+"""What wrappers such as torch's DistributedDataParallel and torch.compile put before the names of a model's tensors."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,11 @@ def fit(
     depths = _depths(family, rest)
     if not all(depths):
         names = ", ".join(_shown(*item) for item in list(plain.items())[:MOST_SHOWN])
+        wrapped = WRAPPERS.match(next(iter(plain), ""))
+        remedy = f"; remove {wrapped[0]!r} from the names" if wrapped else ""
         raise RecipeError(
             f"{where}: these are not weights of {settings.name}, which has layers {' and '.join(family.layer_groups)}; "
-            f"there are {names or 'no tensors'}"
+            f"there are {names or 'no tensors'}{remedy}"
         )
     if any(theirs > ours for theirs, ours in zip(depths, first, strict=True)):
         raise RecipeError(
@@ -91,7 +95,9 @@ def fit(
         given = rest.pop(name, None)
         head = name.rpartition(".")[0] in family.heads
         fitted = None if given is None else model.resized(name, given.float())
-        if fitted is not None and fitted.shape == parameter.shape:
+        if given is not None and (flaw := _flaw(given)):
+            misfits.append(f"{name}: {flaw}")
+        elif fitted is not None and fitted.shape == parameter.shape:
             tensors[full] = fitted
             if given is not None and given.shape != fitted.shape:
                 resampled.append(f"{_shown(name, given)} to {tuple(fitted.shape)}")
@@ -105,10 +111,14 @@ def fit(
         statistics = [rest.pop(f"{name}.running_{what}", None) for what in ("mean", "var")]
         rest.pop(f"{name}.num_batches_tracked", None)
         fitting = [found.float() for found in statistics if found is not None and found.shape == (norm.num_features,)]
-        if len(fitting) == 2:
-            tensors[name] = torch.stack(fitting)
-        else:
+        if len(fitting) < 2:
             misfits.append(f"{name}: needs running_mean and running_var of {(norm.num_features,)}")
+        elif flaws := [flaw for found in statistics if found is not None and (flaw := _flaw(found))]:
+            misfits.append(f"{name}: {flaws[0]}")
+        elif fitting[1].min() < 0:
+            misfits.append(f"{name}: running_var is negative")
+        else:
+            tensors[name] = torch.stack(fitting)
     misfits += [f"{name}: has {tuple(tensor.shape)}, but {settings.name} has none" for name, tensor in rest.items()]
     if misfits:
         raise _refusal(misfits, settings.name, where)
@@ -119,6 +129,13 @@ def _depths(family: type[ElasticModel], names: Iterable[str]) -> tuple[int, ...]
     """The layers of each group, counted up to the first that is missing."""
     layers = [{m[1] for name in names if (m := re.match(rf"{group}\.(\d+)\.", name))} for group in family.layer_groups]
     return tuple(next(depth for depth in range(len(found) + 1) if str(depth) not in found) for found in layers)
+
+
+def _flaw(tensor: Tensor) -> str:
+    """Why no network can begin with a tensor; empty if one can."""
+    if not tensor.is_floating_point():
+        return f"holds {tensor.dtype}".replace("torch.", "") + ", not floating point"
+    return "" if tensor.float().isfinite().all() else "holds NaN or infinity"
 
 
 def _refusal(misfits: Sequence[str], model: str, where: str) -> RecipeError:

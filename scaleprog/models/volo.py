@@ -181,11 +181,12 @@ class ElasticVolo(ElasticModel):
 
     @classmethod
     def elastic_names(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Puts the transformers of all stages into one."""
+        """Puts the transformers of all stages into one. A layer or a stage that is missing leaves a gap."""
         found = {name: re.fullmatch(r"network\.([2-9])\.(\d{1,3})\.(.+)", name) for name in tensors}
-        layers = sorted({(int(match[1]), int(match[2])) for match in found.values() if match})
+        places = [(int(match[1]), int(match[2])) for match in found.values() if match]
+        depths = [max([1, *(layer + 1 for of, layer in places if of == stage)]) for stage in range(2, 10)]
         return {
-            f"network.2.{layers.index((int(match[1]), int(match[2])))}.{match[3]}" if match else name: tensors[name]
+            f"network.2.{sum(depths[: int(match[1]) - 2]) + int(match[2])}.{match[3]}" if match else name: tensors[name]
             for name, match in found.items()
         }
 

@@ -101,6 +101,11 @@ class InitSettings(Settings):
     weights: Literal["best", "online", "ema"] = "best"
     """Which weights of a run; best: the better ones in its last evaluation."""
 
+    @property
+    def told(self) -> str:
+        """What the recipe names, for a message."""
+        return "none" if self.source is None else f"{self.source} ({self.weights})"
+
 
 class DataSettings(Settings):
     """Where the samples come from, and how they are read."""

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from scaleprog.errors import CheckpointError, ScaleprogError, Superseded, Unavailable
 from scaleprog.files.atomic import lock, open_regular, read_text, unlock, write_whole
+from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.recipe import Recipe
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.records import JOB_ID
@@ -193,8 +194,8 @@ def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
         check_recipe(folder, recipe)
         check_folders(folder)
         try:
-            if not (folder / "recipe.yaml").exists():
-                write_whole(folder / "recipe.yaml", recipe.dump())
+            if not (folder / RECIPE).exists():
+                write_whole(folder / RECIPE, recipe.dump())
             write_whole(folder / OWNER, json.dumps(asdict(me)))
             os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # never closed: `ask_to_stop` looks for it
         except OSError as error:
@@ -244,12 +245,19 @@ def _this_process(generation: int) -> Owner:
 
 
 def check_recipe(folder: Path, recipe: Recipe) -> None:
-    """Raises CheckpointError if `folder` is the run directory of another recipe."""
-    path = folder / "recipe.yaml"
-    if path.exists() and (differences := recipe.differences(Recipe.of_run(folder))):
+    """Raises CheckpointError if `folder` is the run directory of another recipe, or began with other weights."""
+    if not (folder / RECIPE).exists():
+        return
+    theirs = Recipe.of_run(folder)
+    if differences := recipe.differences(theirs):
         listing = "\n".join(f"  {line}" for line in differences)
         raise CheckpointError(
             f"{folder} is the run directory of another recipe:\n{listing}\nuse another --run-dir, or that recipe"
+        )
+    if recipe.init.source is not None and recipe.init != theirs.init:
+        raise CheckpointError(
+            f"{folder} began with other weights: init is {recipe.init.told} here, {theirs.init.told} there; use "
+            "another --run-dir, or resume without init"
         )
 
 

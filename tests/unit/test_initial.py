@@ -264,6 +264,12 @@ def truncate(path: Path) -> None:
             lambda path: saved(nn.Linear(2, 3), path.parent),
             r"has layers blocks; there are bias \(3,\), weight \(3, 2\)",
         ),
+        (
+            lambda path: saved(nn.ModuleDict({"module": timms()}), path.parent),
+            r"has layers blocks; .*; remove 'module\.' from the names",
+        ),
+        (lambda path: changed(path, "blocks.1.attn.proj.weight", lambda t: t.char()), "holds int8, not floating point"),
+        (lambda path: changed(path, "head.bias", lambda t: t / 0), r"head\.bias: holds NaN or infinity"),
     ],
 )
 def test_weights_that_do_not_fit(spoil: Callable[[Path], object], message: str, tmp_path: Path) -> None:
@@ -271,6 +277,45 @@ def test_weights_that_do_not_fit(spoil: Callable[[Path], object], message: str, 
     spoil(path)
     with pytest.raises(RecipeError, match=message):
         fit(ElasticViT, SMALL, (4,), initial.read_tensors(path), "here")
+
+
+def changed(path: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    tensors = initial.read_tensors(path)
+    save_file({**tensors, name: change(tensors[name])}, path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda name, tensor: None if name.startswith("network.2.1.") else tensor, r"network\.2\.2\..*: .* has none"),
+        (lambda name, tensor: None if name.startswith("network.3.0.") else tensor, r"network\.2\.4\..*: .* has none"),
+        (lambda name, tensor: None if name.startswith("network.3.") else tensor, r"network\.2\.4\..*: .* has none"),
+        (lambda name, tensor: tensor - 9 if name.endswith("running_var") else tensor, "running_var is negative"),
+        (lambda name, tensor: tensor / 0 if name.endswith("running_mean") else tensor, "holds NaN or infinity"),
+    ],
+)  # fmt: skip
+def test_weights_of_a_volo_with_a_gap_or_impossible_statistics(
+    spoil: Callable[[str, Tensor], Tensor | None], message: str
+) -> None:
+    torch.manual_seed(1)
+    net = drawn(VOLO(**ElasticVolo.arguments(MICRO, (2, 9)) | {"layers": (2, 3, 2, 2)}))
+    found = {name: spoil(name, tensor) for name, tensor in net.state_dict().items()}
+    whole = {name: tensor for name, tensor in found.items() if tensor is not None}
+    with pytest.raises(RecipeError, match=message):
+        fit(ElasticVolo, MICRO, (2, 9), whole, "here")
+
+
+def test_a_run_does_not_go_on_with_other_weights(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    mine, others = saved(timms(), tmp_path), saved(drawn(timms()), tmp_path / "other")
+    recipe = make_recipe(init={"from": mine}, growth=ORIGINAL, train={"epochs": 1})
+    run(recipe, tmp_path / "run", max_steps=1)
+    other = make_recipe(init={"from": others}, growth=ORIGINAL, train={"epochs": 1})
+    with pytest.raises(CheckpointError, match=f"began with other weights: init is {others} .best. here, {mine} .best."):
+        run(other, tmp_path / "run")
+    run(make_recipe(growth=ORIGINAL, train={"epochs": 1}), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="began with other weights"):
+        run(other, tmp_path / "run")
 
 
 def test_a_place_that_holds_no_weights(make_recipe: MakeRecipe, tmp_path: Path) -> None:

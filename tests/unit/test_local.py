@@ -258,4 +258,5 @@ def test_ranks_whose_launcher_is_killed_are_asked_to_stop(tmp_path: Path) -> Non
     launcher.start()
     until((tmp_path / "waits").exists)
     launcher.kill()
+    launcher.join()
     until((tmp_path / f"heard {signal.SIGINT}").exists)
