@@ -2,10 +2,12 @@
 
 `build` writes shards into `OUT/.building`, and beside each finished shard its entry of the manifest. When all shards
 are on disk, it moves them to their final names; it writes the manifest last. So a folder with `.building`, but without
-a manifest, is an interrupted build: the same build keeps its finished shards, and another one starts over. Shards
-without a manifest and without `.building` are someone else's, and stay untouched.
+a manifest, is an interrupted build: the same build keeps its finished shards. Another one starts over beside them, in
+case it was a slip, and removes them when it is finished. Shards without a manifest and without `.building` are someone
+else's, and stay untouched.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -75,6 +77,7 @@ def build(
     splits: Mapping[str, Sequence[Iterable[Sample]]],
     source: Mapping[str, Any],
     workers: int | None = None,
+    keep: bool = False,
 ) -> Manifest:
     """Writes the shards, then the manifest. Replaces the shards in `out`, so call `finished` first.
 
@@ -85,10 +88,12 @@ def build(
             in other processes.
         source: as in `finished`; goes into the manifest.
         workers: number of processes; default: one per CPU.
+        keep: whether finished shards are kept if a sample cannot be used. So it must be if `source` tells samples
+            apart by their content: they still hold when what is wrong has been mended.
 
     Raises:
         DataError: `out` cannot be written (for example, a full disk): finished shards are kept, and the same call
-            resumes. Or a sample cannot be used: no shard is left behind. Or another process is building in `out`.
+            resumes. Or a sample cannot be used. Or another process is building in `out`.
         Unavailable: a sample cannot be read now, or a worker died; as with a full disk.
     """
     jobs = [
@@ -99,7 +104,7 @@ def build(
     try:
         with _alone(out):
             _prepare(out, source)
-            shards = _write_all(out, jobs, workers)
+            shards = _write_all(out, jobs, workers, keep)
             written = {split: tuple(shard for job, shard in zip(jobs, shards) if job[0] == split) for split in splits}
             manifest = Manifest(str(out), tuple(classes), written, source, sound=True)
             _publish(manifest)
@@ -138,14 +143,15 @@ def shard_files(out: Path) -> list[Path]:
     return [path for split in SPLITS for path in sorted(out.glob(f"{split}-*.tar"))]
 
 
-def _write_all(out: Path, jobs: Sequence[Job], workers: int | None) -> list[Shard]:
-    """Writes the shards into STAGING. Removes all of them if a sample cannot be used: its source must change."""
+def _write_all(out: Path, jobs: Sequence[Job], workers: int | None, keep: bool) -> list[Shard]:
+    """Writes the shards into STAGING. If a sample cannot be used, removes all of them, unless they are to be kept."""
     try:
         return run_all(_write, jobs, label=f"{out}: shards written", workers=workers)
     except WorkerDied:
         raise
     except DataError:
-        shutil.rmtree(out / STAGING, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(out / STAGING, ignore_errors=True)
         raise
 
 
@@ -164,19 +170,40 @@ def _write(job: Job) -> Shard:
 
 
 def _prepare(out: Path, source: Mapping[str, Any]) -> None:
-    """Creates OUT/.building, or resumes what the same build has left there; removes what another one has left."""
+    """Creates OUT/.building, or resumes what the same build has left there; puts aside what another one has left."""
     staging, description = Path(out, STAGING), json.dumps(source, sort_keys=True)
-    try:
-        same = read_text(staging / SOURCE) == description
-    except (OSError, UnicodeDecodeError):
-        same = False
-    if same:
+    if (found := _described(staging)) != description:
+        if found is not None and (entries := _entries(out)):
+            _withdraw(out)
+            aside = _aside(out, found)
+            shutil.rmtree(aside, ignore_errors=True)
+            staging.rename(aside)
+            print(
+                f"{out}: keeps {len(entries)} finished shards of another, interrupted build until this one is finished"
+            )
+        shutil.rmtree(staging, ignore_errors=True)
+        if _aside(out, description).exists():
+            _aside(out, description).rename(staging)
+    if _described(staging) == description:
         _withdraw(out)
         print(f"{out}: resuming an interrupted build, of which {len(_entries(out))} shards are finished")
         return
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     write_whole(staging / SOURCE, description)
+
+
+def _described(staging: Path) -> str | None:
+    """What the shards in a staging folder are built from; None if it does not say."""
+    try:
+        return read_text(staging / SOURCE)
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _aside(out: Path, description: str) -> Path:
+    """Where another build puts aside what a build of this description has left."""
+    return Path(out, f"{STAGING}.{hashlib.sha256(description.encode()).hexdigest()[:16]}")
 
 
 def _entries(out: Path) -> list[Path]:
@@ -197,7 +224,8 @@ def _publish(manifest: Manifest) -> None:
     except BaseException:
         _withdraw(out)
         raise
-    shutil.rmtree(Path(out, STAGING), ignore_errors=True)
+    for staging in out.glob(f"{STAGING}*/"):
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _withdraw(out: Path) -> None:

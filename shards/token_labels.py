@@ -132,7 +132,7 @@ def build(
         return manifest
     labels = [_Labels(images, index, model, side, batch) for index in range(len(images.split(SPLIT)))]
     count = workers or max(1, torch.cuda.device_count())
-    return build_shards(out, classes=images.classes, splits={SPLIT: labels}, source=source, workers=count)
+    return build_shards(out, classes=images.classes, splits={SPLIT: labels}, source=source, workers=count, keep=True)
 
 
 @dataclass(frozen=True)

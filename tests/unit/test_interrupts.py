@@ -19,6 +19,7 @@ class Slow:  # Ctrl-C while the module NAME is imported, which a library may tur
     def find_spec(self, name, path=None, target=None):
         if name == os.environ["NAME"] and os.environ["WHO"] in sys.orig_argv:
             os.environ["NAME"] = ""
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under nohup and `&`
             os.kill(os.getpid(), signal.SIGINT)
             try:
                 for _ in range(10**6): pass

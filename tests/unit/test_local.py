@@ -169,17 +169,22 @@ def test_a_signal_before_a_start_lets_nothing_start(
     assert begun(tmp_path) == len(launches) == starts
 
 
-def when_spawned() -> None:
+def when_spawned(over: threading.Event) -> None:
     """Signals this process as soon as its first rank is there, which then still imports torch."""
     while not multiprocessing.active_children():
-        time.sleep(0.001)
+        if over.wait(0.001):
+            return
     signal_me(signal.SIGTERM)
 
 
 def test_a_signal_while_ranks_start_is_no_crash(tmp_path: Path) -> None:
-    watching = threading.Thread(target=when_spawned, daemon=True)
-    with pytest.raises(Preempted, match="stopped by SIGTERM") as caught:
-        launch(2, begin, tmp_path, restarts=2, progress=watching.start)
+    over = threading.Event()
+    watching = threading.Thread(target=when_spawned, args=[over], daemon=True)
+    try:
+        with pytest.raises(Preempted, match="stopped by SIGTERM") as caught:
+            launch(2, begin, tmp_path, restarts=2, progress=watching.start)
+    finally:
+        over.set()
     assert caught.value.reason == "SIGTERM"
     assert begun(tmp_path) == 0
 

@@ -68,21 +68,23 @@ def test_what_the_run_cannot_give_is_refused(
 
 
 def test_the_command_waits_for_all_traces(run: Path, running: list[str], command: Command) -> None:
+    requests: list[Any] = []
+
     def train() -> None:
         inbox = Inbox(run)
         while not inbox.holds_one():
             time.sleep(0.05)
-        taken = inbox.take(8)
-        assert taken is not None
-        assert (taken["steps"], taken["ranks"], taken["memory"]) == (5, [0, 1], False)
-        for rank in taken["ranks"]:
+        requests.append(inbox.take(8))
+        for rank in (0, 1):
             time.sleep(0.2)
             (folder_of(run, 8) / trace_name(rank)).write_text("")
 
-    rank = threading.Thread(target=train)
+    rank = threading.Thread(target=train, daemon=True)
     rank.start()
     told = command("profile", run, "--steps=5", "--ranks=1,0,1")
-    rank.join()
+    rank.join(60)
+    (taken,) = requests
+    assert (taken["steps"], taken["ranks"], taken["memory"]) == (5, [0, 1], False)
     assert told.code == 0
     assert told.out.splitlines() == [str(run / "profiles/step_8" / trace_name(rank)) for rank in (0, 1)]
 

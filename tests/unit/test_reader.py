@@ -394,10 +394,8 @@ def test_closing_early_leaves_no_process(manifest: Manifest) -> None:
     batches = make_reader(manifest, workers=3).stream(requests(0, 900), 16)
     next(batches)
     assert len(multiprocessing.active_children()) == 3
-    start = time.monotonic()
     batches.close()
     assert multiprocessing.active_children() == []
-    assert time.monotonic() - start < 5, "the workers left by themselves"
     batches.close()
     with pytest.raises(StopIteration):
         next(batches)

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from datetime import timedelta
 
 import pytest
@@ -60,11 +59,9 @@ def test_ranks_that_do_not_come_are_waited_for_within_bounds(rank: int, monkeypa
     monkeypatch.setattr("scaleprog.ranks.rendezvous.MEET_LIMIT", timedelta(seconds=2))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    began = time.monotonic()
-    message = rf"rank {rank} on .*: the 3 ranks have not met at 127\.0\.0\.1:{port} within .*; do all of them run"
+    message = rf"rank {rank} on .*: the 3 ranks have not met at 127\.0\.0\.1:{port} within 0 min; do all of them run"
     with pytest.raises(Unavailable, match=message), Place(rank, 3, 0, 1, f"tcp:127.0.0.1:{port}").joined("gloo"):
         pass
-    assert time.monotonic() - began < 60
 
 
 def test_more_ranks_on_a_node_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.search_lab import Case, Grid, Record, Records, Trial, by_hand, table
 
-GRIDS = sorted(Path("benchmarks/grids").glob("*.yaml"))
+GRIDS = sorted((Path(__file__).parents[2] / "benchmarks/grids").glob("*.yaml"))
 ORIGINAL = Case("Original", "", "configs/fashion_mnist/base.yaml", ("growth.schedule=original",), curve=False)
 PROG = Case("Prog", "", "configs/fashion_mnist/base.yaml", ("growth.schedule=linear",), curve=False)
 

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,10 +104,14 @@ def test_the_time_limit_stops_early_enough_for_a_checkpoint(ears: Ears, one_rank
     assert until(slow) == Agreement(stop="time limit"), "three times what the last checkpoint took"
 
 
-def test_a_checkpoint_is_due_by_the_clock_and_then_not_again(ears: Ears, one_rank: None) -> None:
-    watching = watch(ears, every_minutes=0.1 / 60)
+def test_a_checkpoint_is_due_by_the_clock_and_then_not_again(
+    ears: Ears, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("scaleprog.ranks.stop.time", SimpleNamespace(**vars(time) | {"monotonic": lambda: now}))
+    watching = watch(ears, every_minutes=1)
     assert watching.agree() == Agreement()
-    time.sleep(0.11)
+    now = 60.0
     assert until(watching) == Agreement(save=True)
     watching.saved()
     watching.save_every(3600.0)

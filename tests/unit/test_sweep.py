@@ -191,7 +191,8 @@ def soon(condition: Callable[[], bool], then: Callable[[], None]) -> threading.T
         end = time.monotonic() + 120
         while not condition() and time.monotonic() < end:
             time.sleep(0.05)
-        then()
+        if condition():
+            then()
 
     thread = threading.Thread(target=wait)
     thread.start()
