@@ -4,7 +4,7 @@ import math
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +26,8 @@ from scaleprog.rundir.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUE
 from scaleprog.rundir.state import decision_from_json
 
 RECENT_STEPS = 50
+ORDERLY = {"stopped_early": "reached train.max_steps", "finish": "finished, then made longer"}
+"""Events that end a start as its recipe asks, and what comes of that if there is another start."""
 LAST_BYTES = 8 * 2**20  # read only the end of metrics.jsonl (thousands of steps); the file may be long
 MOST_RESTARTS = 50  # the most restarts shown
 Row = Mapping[str, Any]
@@ -231,7 +233,7 @@ def restarts(events: Sequence[Row], ends: Sequence[Row]) -> Iterator[Restart]:
         if before is not None:
             own = [e for e in events if e.get("generation") == before.get("generation") and e["time"] < start["time"]]
             signals = [e for e in own if e["event"] == "signal"]
-            ended = [e for e in own if e["event"] in ("error", "preempted")]
+            ended = [e for e in own if e["event"] in ("error", "preempted", *ORDERLY)]
             words = [e for e in ends if before["time"] < e["time"] < start["time"]]
             hung = [e for e in own if e["event"] == "hang"]
             told = [*signals[-1:], *ended[:1], *words[-1:], *hung[-1:]]
@@ -260,6 +262,8 @@ def cause_of(row: Row) -> str:
     """Why a start ended, from a line of `requeues.jsonl` or from the event that ended it."""
     if "cause" in row:
         return first_line(row["cause"])
+    if row["event"] in ORDERLY:
+        return ORDERLY[row["event"]]
     keys = {"preempted": "reason", "error": "message", "signal": "signal", "hang": "message"}
     return first_line(row[keys[row["event"]]])
 
@@ -293,8 +297,7 @@ def time_left(
     choices = possible(schedule, [decision_from_json(event).choice for event in told])
     try:
         phases = schedule.expected(choices, gmacs.__getitem__)
-        left = [replace(phase, start=max(phase.start, step)) for phase in phases if phase.stop > step]
-        work = schedule.cost(left, gmacs.__getitem__)
+        work = schedule.cost([phase for phase in phases if phase.stop > step], gmacs.__getitem__, step)
         trained = sum(gmacs[Subnet(row["resolution"], row["depth"])] for row in recent)
     except (LookupError, ArithmeticError):  # the plan does not contain such a network, or is invalid
         return None, None, ""

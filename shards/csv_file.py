@@ -25,7 +25,7 @@ from scaleprog.shards.image_files import (
     shuffled,
     split_off,
 )
-from scaleprog.shards.pool import listed
+from scaleprog.shards.pool import listed, some
 from scaleprog.shards.reduction import Reduction
 
 MOST_BYTES = 2**30
@@ -95,6 +95,12 @@ def _images_by_split(src: Path, seed: int, val_fraction: float) -> tuple[list[st
     found = {split: [file for file, row in zip(files, rows) if row["split"] == split] for split in SPLITS}
     if empty := [split for split in SPLITS if not found[split]]:
         raise DataError(f"{src}: no rows of the split {empty[0]}; add some, or remove the column `split`")
+    trained = {name for name, _ in found["train"]}
+    if unknown := sorted({name for name, _ in found["val"]} - trained):
+        raise DataError(
+            f"{src}: labels of the split val that no row of the split train has: {some(unknown)}. Add training images "
+            "of them, or correct the labels."
+        )
     check_apart(*found.values())
     return classes, {split: shuffled(labeled(found[split], labels), [seed, i]) for i, split in enumerate(SPLITS)}
 

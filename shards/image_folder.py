@@ -11,12 +11,14 @@ keep their bytes, unless they are to be reduced.
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from scaleprog.data.manifest import Manifest
 from scaleprog.data.shard import ENCODED_EXTENSIONS
-from scaleprog.errors import DataError
+from scaleprog.errors import DataError, Unavailable
 from scaleprog.files.display import as_text
 from scaleprog.shards.image_files import (
+    REFUSED,
     Image,
     build_shards,
     check_apart,
@@ -177,12 +179,23 @@ def _counts(name: str) -> bool:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """The files in a folder at any depth, sorted. Follows links, but not in circles."""
+    """The files in a folder at any depth, sorted. Follows links, but not in circles.
+
+    Raises DataError if a folder cannot be listed, or Unavailable if it cannot be listed now.
+    """
     found = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
         here = Path(parent).resolve()
         folders[:] = [
             name for name in folders if _counts(name) and not here.is_relative_to(Path(parent, name).resolve())
         ]
         found += [Path(parent, name) for name in names if _counts(name)]
     return sorted(found)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """Raises the error for a folder whose images would be left out."""
+    told = f"{error.filename}: cannot be listed: {error.strerror}"
+    if error.errno in REFUSED:
+        raise DataError(f"{told}; make it readable, or remove it") from error
+    raise Unavailable(f"{told}; run the command again") from error

@@ -17,14 +17,14 @@ from scaleprog.data import tar
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
 from scaleprog.files.display import as_text
-from scaleprog.shards.image_files import Image, build_shards, digest_of_labels, fingerprint, shuffled
+from scaleprog.shards.image_files import Image, build_shards, check_apart, digest_of_labels, fingerprint, shuffled
 from scaleprog.shards.image_folder import compare_classes, scan
 from scaleprog.shards.imagenet_labels import DEVKIT, from_devkit, from_list
 from scaleprog.shards.imagenet_tars import TRAIN, VAL, WNID, training_members, validation_members
 from scaleprog.shards.pool import some
 from scaleprog.shards.reduction import Reduction
 
-CLASSES = 1000
+CLASSES, TRAIN_IMAGES, VAL_IMAGES = 1000, 1_281_167, 50_000
 
 
 class Found(NamedTuple):
@@ -71,8 +71,12 @@ def build(
     train = _training_images(train_source, workers)
     classes = sorted({found.wnid for found in train})
     compare_classes(train_source, classes, val_source, {found.wnid for found in val})
+    check_apart(*([(found.wnid, found.path) for found in side if found.member is None] for side in (train, val)))
     if len(classes) != CLASSES:
         print(as_text(f"note: {train_source} holds {len(classes)} of the {CLASSES} classes of ImageNet"))
+    for side, whole, where in ((train, TRAIN_IMAGES, train_source), (val, VAL_IMAGES, val_source)):
+        if len(classes) == CLASSES and len(side) != whole:
+            print(as_text(f"note: {where} holds {len(side)} of the {whole} images of ImageNet"))
     labels = {wnid: label for label, wnid in enumerate(classes)}
     images = {
         "train": shuffled(_labeled(train, labels), [seed, 0]),

@@ -45,7 +45,7 @@ def build(shards: Path, out: Path, *, shorter_side: int, workers: int | None = N
         split: [_Packing(images, split, index, shorter_side) for index in range(len(images.split(split)))]
         for split in names
     }
-    return build_shards(out, classes=images.classes, splits=splits, source=source, workers=workers, keep=True)
+    return build_shards(out, classes=images.classes, splits=splits, source=source, workers=workers)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ ends in a grid of features and a classifier of their mean; the classifier is app
 """
 
 import hashlib
+import pickle
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -63,12 +64,14 @@ class Teacher:
             net = self._create(pretrained=False)
             side = self.resolution or resolve_model_data_config(net, use_test_size=True)["input_size"][-1]
             try:
-                features = net.forward_features(torch.empty(1, 3, side, side))
-                grid = _places(net, features)[1]
+                places, grid = _places(net, net.forward_features(torch.empty(1, 3, side, side)))
+                net.forward_head(places)
             except (RuntimeError, AssertionError, AttributeError, ValueError) as error:
                 raise DataError(f"--teacher: {self.name} cannot label places of {side} px images ({error})") from error
         if max(grid) > MOST_CELLS or self.top > self.classes:
             raise DataError(f"--teacher: {self.name} gives maps of {grid} with {self.top} of {self.classes} classes")
+        if net.num_classes != self.classes:
+            raise DataError(self._unlike(net))
         return side, (*grid, self.top)
 
     def load(self, device: torch.device) -> nn.Module:
@@ -87,11 +90,14 @@ class Teacher:
                     f"{self.weights}: not weights of {self.name} for the {self.classes} classes of the shards: {error}"
                 ) from error
         if net.num_classes != self.classes:
-            raise DataError(
-                f"--teacher: {self.name} knows {net.num_classes} classes, but the shards have {self.classes}; give "
-                "the weights of one that knows these with --weights FILE"
-            )
+            raise DataError(self._unlike(net))
         return net.eval().to(device)
+
+    def _unlike(self, net: Any) -> str:
+        return (
+            f"--teacher: {self.name} knows {net.num_classes} classes, but the shards have {self.classes}; give the "
+            "weights of one that knows these with --weights FILE"
+        )
 
     def _create(self, pretrained: bool) -> Any:
         if self.weights is None:
@@ -171,7 +177,10 @@ class _Labels:
             for first in range(0, len(shard.keys), self.batch):
                 keys = shard.keys[first : first + self.batch]
                 images = torch.from_numpy(np.stack(list(islice(pixels, len(keys))))).to(device)
-                logits = place_logits(net, ((images.permute(0, 3, 1, 2) / 255) - mean) / std)
+                try:
+                    logits = place_logits(net, ((images.permute(0, 3, 1, 2) / 255) - mean) / std)
+                except torch.OutOfMemoryError as error:
+                    raise DataError(f"--batch {self.batch} does not fit on {device}; use a smaller one") from error
                 top = logits.float().topk(self.teacher.top, dim=-1)
                 values, classes = top.values.cpu().numpy(), top.indices.cpu().numpy()
                 if not np.isfinite(values.astype(np.float16)).all():
@@ -232,6 +241,11 @@ def _state(path: Path) -> dict[str, Tensor]:
     try:
         found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return dict(found.get("state_dict", found))
+    except pickle.UnpicklingError as error:  # torch's text advises to unpickle whatever the file holds
+        raise DataError(
+            f"{path}: holds more than tensors, which could run code when read; save the state dict alone, or as "
+            "safetensors"
+        ) from error
     except Exception as error:  # a file of a stranger raises anything
         raise DataError(f"{path}: cannot read the weights: {error}") from error
 

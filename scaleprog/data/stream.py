@@ -16,6 +16,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing.connection import Connection
@@ -312,7 +313,11 @@ class _Worker:
 
 def _page_locked(memory: Tensor) -> bool:
     """Locks memory so that a GPU copies from it while the host goes on; whether that could be done."""
-    return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0
+    if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)) == 0:
+        return True
+    with suppress(RuntimeError):  # CUDA keeps the error for whoever launches the next kernel
+        torch.zeros(1, device="cuda")
+    return False
 
 
 def _shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

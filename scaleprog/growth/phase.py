@@ -97,14 +97,17 @@ class Window:
         shares = self.shares(step / max(1, self.length - 1))
         return random.Random(f"window {seed} {step}").choices(self.networks, shares)[0]
 
-    def mean(self, price: Callable[[Subnet], float]) -> float:
-        """The mean price of a step."""
-        points = 1000
-        shares = (self.shares(i / points) for i in range(points + 1))
+    def mean(self, price: Callable[[Subnet], float], begun: int = 0) -> float:
+        """The mean price of the steps after the first `begun`."""
+        last = price(self.networks[-1])
+        if begun >= self.length:
+            return last
+        points, progress = 1000, begun / max(1, self.length - 1)
+        shares = (self.shares(progress + (1 - progress) * i / points) for i in range(points + 1))
         totals = [sum(column) / (points + 1) for column in zip(*shares)]
         moving = sum(share * price(network) for share, network in zip(totals, self.networks, strict=True))
-        ending = self.cooldown * price(self.networks[-1])
-        return (self.length * moving + ending) / (self.length + self.cooldown)
+        length = self.length - begun
+        return (length * moving + self.cooldown * last) / (length + self.cooldown)
 
 
 @dataclass(frozen=True)
@@ -150,10 +153,10 @@ class Phase:
             return self.window.draw(seed, step - self.start)
         return self.candidates[0] if self.kind == "train" else sample(self.candidates, seed, step)
 
-    def mean(self, price: Callable[[Subnet], float]) -> float:
-        """The mean price of a step."""
+    def mean(self, price: Callable[[Subnet], float], begun: int = 0) -> float:
+        """The mean price of the steps after the first `begun`."""
         if self.window is not None:
-            return self.window.mean(price)
+            return self.window.mean(price, begun)
         return sum(map(price, self.candidates)) / len(self.candidates)
 
     def active(self, subnet: Subnet, operator: Operator, split: Split) -> tuple[tuple[int, ...], ...]:

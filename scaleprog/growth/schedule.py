@@ -311,9 +311,13 @@ class Schedule:
 
     # ---- cost
 
-    def cost(self, phases: Sequence[Phase], price: Price) -> float:
-        """The cost of `phases` in the unit of `price`: that of their steps and of the scoring in their searches."""
-        steps = sum((phase.stop - phase.start) * phase.mean(price) for phase in phases)
+    def cost(self, phases: Sequence[Phase], price: Price, step: int = 0) -> float:
+        """The cost of `phases` in the unit of `price`: that of their steps and of the scoring in their searches.
+
+        `step`: how many steps of them, counted as in `Phase.start`, are left out.
+        """
+        begun = [max(0, step - phase.start) for phase in phases]
+        steps = sum((p.stop - p.start - done) * p.mean(price, done) for p, done in zip(phases, begun, strict=True))
         return steps + self.scoring * sum(sum(map(price, self.scoring_targets(p))) for p in phases if p.searched)
 
     def budget_state(self, phases: Sequence[Phase], price: Price, planned: Price | None = None) -> BudgetState:

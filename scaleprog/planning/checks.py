@@ -99,6 +99,10 @@ def check_growth(recipe: Recipe, family: type[ElasticModel], full: Subnet, strid
         )
     if isinstance(growth.schedule, tuple):
         _check_by_hand(recipe, full, stride)
+    if growth.schedule == "automatic" and recipe.model.classes < 2:
+        raise RecipeError(
+            "growth.schedule: automatic compares losses, which are all 0 with model.classes: 1; use linear, or original"
+        )
     if growth.patches == "subset" and not family.sees_subsets:
         raise RecipeError(
             f"growth.patches: subset, but the outlookers of {recipe.model.name} need the whole grid of patches; use "

@@ -42,6 +42,7 @@ def process_group(
             pin_algorithms()
         device = torch.device("cuda", place.local_rank)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, as in matrix products, where torch has it so
         backend = "cpu:gloo,cuda:nccl"
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(RECORDED))
     else:

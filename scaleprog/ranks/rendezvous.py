@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 from scaleprog.errors import ScaleprogError, Unavailable
@@ -78,9 +79,9 @@ class Place:
         os.environ |= changed
         try:
             try:
-                dist.init_process_group(
-                    backend, store=self._open(), rank=self.rank, world_size=self.world, timeout=limit
-                )
+                store = self._open()
+                dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=limit)
+                store.set_timeout(limit)  # NCCL's first collective waits there for rank 0
             except dist.DistError as error:
                 raise Unavailable(
                     f"rank {self.rank} on {socket.gethostname()}: the {self.world} ranks have not met at "
@@ -106,6 +107,13 @@ class Place:
         return dist.TCPStore(
             address, int(port), self.world, listener is not None, MEET_LIMIT, master_listen_fd=listener
         )
+
+
+def limit_as_world(group: dist.ProcessGroup) -> None:
+    """Gives a group the limit of a collective of all ranks, which torch gives to the group of all ranks alone."""
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    dist.set_timeout(everyone._get_backend(torch.device("cpu")).options._timeout, group)
 
 
 def of_another_launcher(variables: Mapping[str, str] = os.environ) -> str:

@@ -193,10 +193,16 @@ def read_run(folder: Path, name: str) -> RunRecord:
         events,
         read_timeline(folder, name, rows, events),
         steps[-1].get("epoch", 0.0) if steps else 0.0,
-        {row["resolution"]: Accuracies(row).best for row in records[-1].rows},
+        {row["resolution"]: Accuracies(row).best for row in _newest(records[-1].rows, steps if results else ())},
         _at_growth(steps, evaluations),
         troubles,
     )
+
+
+def _newest(evaluations: Sequence[Row], trained: Sequence[Row]) -> list[Row]:
+    """Those of `scaleprog evaluate` that are of the last step of `trained` or, if that is empty, of their own last."""
+    last = max((row["step"] for row in trained or evaluations), default=0)
+    return [row for row in evaluations if row["step"] == last]
 
 
 def _last_told(rows: Iterable[Mapping[str, Any]]) -> list[Any]:

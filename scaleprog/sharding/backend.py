@@ -201,6 +201,10 @@ class Backend(ABC):
         steps = {name: torch.zeros(1) for name, _ in model.named_parameters()}
         # an engine may group parameters by their counts, so `build` needs them first
         load({f"step/{name}": LocalSlice.whole(step) for name, step in steps.items()}, subset=True)
+        if self._network is not None:  # nothing of it is needed, and it would lie beside the next two in a growth
+            self.release()
+            self._network = None
+            gc.collect()
         self._replace(model, {name: float(step) for name, step in steps.items()}, may_skip_layers)
         load(self.state())
         self.refresh_compute_weights()
@@ -270,7 +274,7 @@ class Backend(ABC):
         norm = self.update(lr)
         weights = list(self.network.weights.values())
         statistics = list(self.network.statistics.values())
-        skipped = (~norm.isfinite()).float().to(weights[0].device, non_blocking=True)
+        skipped = (~norm.isfinite()).float().to(weights[0].device)  # offloaded weights: the host reads it at once
         self._follow_batches(skipped)
         for momentum, ema in zip(self.ema.momenta, self.network.emas, strict=True):
             ema.update(weights, statistics, momentum_of(momentum, step, self.ema.warmup), skipped)
@@ -313,12 +317,19 @@ class Backend(ABC):
             [*network.weights.values(), *network.statistics.values()],
             [*network.emas[ema].weights.values(), *network.emas[ema].statistics.values()],
         )
+        self._await_gathers()
         _exchange(*pair)
         self.refresh_compute_weights()
         try:
             yield
         finally:
+            self._await_gathers()
             _exchange(*pair)
+
+    def _await_gathers(self) -> None:
+        """Waits for the device if it may still be copying offloaded weights, which the host is about to change."""
+        if self.sharding.offload and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def state(self) -> dict[str, LocalSlice]:
         """This rank's part of everything that a checkpoint must hold, by name; writing into it restores the network.

@@ -16,6 +16,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGath
 
 from scaleprog.models.elastic import Active, ElasticModel
 from scaleprog.ranks.coordinator import ranks_per_node
+from scaleprog.ranks.rendezvous import limit_as_world
 from scaleprog.ranks.waits import Waits
 from scaleprog.recipe.numbers import ceil_div
 from scaleprog.sharding.native import NativeBackend
@@ -39,6 +40,8 @@ class FsdpBackend(NativeBackend):
         if self.sharding.engine == "hsdp":
             mesh = init_device_mesh(self.device.type, (world // ranks, ranks), mesh_dim_names=("replicate", "shard"))
             self.group = mesh["shard"].get_group()
+            for group in mesh.get_all_groups():
+                limit_as_world(group)
         else:
             mesh = init_device_mesh(self.device.type, (world,))
             self.group = mesh.get_group()
@@ -49,6 +52,8 @@ class FsdpBackend(NativeBackend):
             offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         self._shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
         copies = self.sharding.engine == "hsdp"
+        if self.device.type == "cuda":  # there, computation overlaps most of the time in collectives
+            self.waits = Waits(self.device, known=False)
         self._gather, self._reduce = _Gather(self.waits), _Reduce(self.waits, ends=not copies)
         self._prefetched: Active | None = None
 

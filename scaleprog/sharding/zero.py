@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from scaleprog.errors import RecipeError
 from scaleprog.models.elastic import Active, ElasticModel
+from scaleprog.ranks.rendezvous import limit_as_world
 from scaleprog.ranks.waits import Waits
 from scaleprog.sharding.backend import Backend, Network
 from scaleprog.sharding.optimizer import MOMENTS, adamw, alike, moments
@@ -48,6 +49,7 @@ class ZeroBackend(Backend):
         deepspeed.ops.__compatible_ops__ = {}  # no DeepSpeed op is used, yet the check for ops would compile one
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         self.group = deepspeed.utils.groups._get_data_parallel_group()
+        limit_as_world(self.group)
         self._dtype = torch.bfloat16 if self.sharding.precision == "bf16" else torch.float32
         self._engine: Any = None
 
@@ -163,7 +165,18 @@ class ZeroBackend(Backend):
     def prepare_forward(self, images: Tensor, active: Active) -> Tensor:
         if self.sharding.stage == 3:
             self._retrace((active, torch.is_grad_enabled()))
+            self._order_gathers()
         return images.to(self._dtype)
+
+    def _order_gathers(self) -> None:
+        """Has the next gathers wait for the update of the weights; DeepSpeed leaves that to its timers, which are off.
+
+        It gathers on a stream of its own, which nothing else makes wait.
+        """
+        if self.device.type == "cuda":
+            coordinator = self._zero.parameter_offload.get_param_coordinator()
+            gathers = coordinator._PartitionedParameterCoordinator__allgather_stream
+            gathers.wait_stream(torch.cuda.current_stream(self.device))
 
     def _retrace(self, pass_: tuple[Active, bool]) -> None:
         """Makes DeepSpeed forget its prefetch order if `pass_` differs from the last pass."""

@@ -95,7 +95,8 @@ def lengthen(recipe: Recipe, folder: Path, dry_run: bool = False) -> Recipe:
             step = step_of(kept[-1]) if kept else 0
             if (folder / RESULTS).exists():
                 os.rename(folder / RESULTS, folder / f"results-{step}.json")
-            event = {"event": "lengthened", "step": step, "before": before.train.epochs, "epochs": recipe.train.epochs}
+            event = {"event": "lengthened", "generation": 0, "step": step}  # of no start
+            event |= {"before": before.train.epochs, "epochs": recipe.train.epochs}
             with open_to_append(folder / EVENTS) as file:
                 mend = b"\n" if is_torn(file) else b""
                 file.write(mend + to_line({"time": time.time(), **event}))

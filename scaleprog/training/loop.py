@@ -144,7 +144,9 @@ def train(
     state = restore(plan, checkpoints, backend, progress)
     timed_on = f"{world} x {name_of(device)}, {recipe.sharding}, micro_batch={recipe.train.micro_batch}"
     if state.timed_on != timed_on:  # times of different machines must not be mixed
-        state.step_seconds, state.timed_on = {}, timed_on
+        if "choice" not in state.pending:  # which has all its times already
+            state.step_seconds = {}
+        state.timed_on = timed_on
     finished = state.step == plan.schedule.phases(state.choices)[-1].stop
     if finished and (results := coordinator.on_rank_0("results", lambda: read_results(folder))) is not None:
         progress.say(f"{folder} is finished: {state.step} steps")

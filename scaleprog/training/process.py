@@ -122,9 +122,11 @@ def load_network(checkpoint: Path, state: RunState, backend: Backend, may_skip_l
 def save(run: Run, phase: Phase, permanent: bool) -> None:
     """Starts a checkpoint of the current step, which belongs to `phase`; a `permanent` one is never deleted."""
     run.recorder.sync()
-    protect = {step} if (step := run.plan.schedule.rewinds_to(run.state.choices, phase)) is not None else set()
-    protect |= {run.state.best_step} if run.recipe.checkpoint.keep_best else set()
     last_skipped = max(run.state.skipped, default=0)  # `scaleprog replay` needs the checkpoint before it
+    schedule, choices = run.plan.schedule, run.state.choices
+    needing = [phase, *(each for each in schedule.phases(choices) if each.start < last_skipped <= each.stop)]
+    protect = {step for each in needing if (step := schedule.rewinds_to(choices, each)) is not None}
+    protect |= {run.state.best_step} if run.recipe.checkpoint.keep_best else set()
     run.checkpoints.save(run.state.step, run.state.to_json(), run.backend.state(), protect, permanent, last_skipped)
     run.watch.saved()
 

@@ -58,13 +58,13 @@ def copied(run: Path, step: int) -> Iterator[tuple[Recipe, Path, int]]:
         shutil.copytree(path, copy / "checkpoints" / path.name, copy_function=_link)
         shutil.copy(run / RUN_ID, copy)
     changes: dict[str, dict[str, Any]] = {
-        "train": {"max_steps": step - 1, "accept_arithmetic": ARITHMETIC},  # 0: not even the first step
+        "train": {"max_steps": step - 1, "accept_arithmetic": ARITHMETIC, "profile": None},  # 0: not even step 1
         "checkpoint": {"every": None, "every_steps": None, "every_minutes": None, "keep": len(saved) + 1},
         "optimizer": {"nonfinite": "skip", "most_skipped": step},
     }
     groups = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
     try:
-        yield recipe.model_copy(update=groups), copy, starts[-1].get("world", 1)
+        yield recipe.model_copy(update={**groups, "tracking": ()}), copy, starts[-1].get("world", 1)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
 
@@ -92,7 +92,7 @@ def examine(run: Run) -> None:
     found: list[str] = []
     with watched(run.backend.network.model, found):
         loss = forward_and_backward(run, phase, subnet, schedule.active(phase, subnet), batch)
-    images = run.plan.data.images(batch, torch.device("cpu"))
+    images = run.plan.data.images(batch, run.backend.device).cpu()
     gradients = [
         name
         for name, parameter in run.backend.network.model.named_parameters()

@@ -102,6 +102,10 @@ def test_an_image_that_is_named_again(photos: Path, capsys: pytest.CaptureFixtur
         (["path,label", "photos/1.png,a,b"], "row 2 must have 2 nonempty values"),
         (["path,label,split", "photos/1.png,a,test"], "row 2: split is 'test', not train or val"),
         (["path,label,split", "photos/1.png,a,train"], "no rows of the split val"),
+        (
+            ["path,label,split", "photos/1.png,cat,train", "photos/2.png,Cat,val"],
+            "labels of the split val that no row of the split train has: Cat",
+        ),
         (["path,label", "photos/1.png,a"], "1 images are too few to split off 1"),
         (["path,label", "photos/1.png,a", "photos/99.png,b"], "photos/99.png: cannot be read"),
         (["path,label", "photos/1.png,a", '"photos/2.png,b'], "line"),

@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import pkgutil
+import shutil
 import signal
 import tarfile
 from collections import Counter
@@ -376,6 +377,16 @@ def test_labels_of_class_folders_are_refused(files: SmallImageNet, tmp_path: Pat
     (files.folder / VAL).unlink()
     with pytest.raises(DataError, match="val: has class folders, so --val-labels has no meaning"):
         build_in(tmp_path, "out", val_labels=tmp_path / "labels")
+
+
+def test_validation_images_that_are_the_training_images_are_refused(files: SmallImageNet, tmp_path: Path) -> None:
+    extract(files, files.folder, val_in_classes=True)
+    (files.folder / TRAIN).unlink()
+    (files.folder / VAL).unlink()
+    shutil.rmtree(files.folder / "val")
+    (files.folder / "val").symlink_to("train")
+    with pytest.raises(DataError, match="validation images that are training images, too"):
+        build_in(tmp_path, "out")
 
 
 def test_the_command(files: SmallImageNet, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Ctrl-C while a command, or a process that it has started, imports its modules: no traceback, and no success."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -19,7 +20,6 @@ class Slow:  # Ctrl-C while the module NAME is imported, which a library may tur
     def find_spec(self, name, path=None, target=None):
         if name == os.environ["NAME"] and os.environ["WHO"] in sys.orig_argv:
             os.environ["NAME"] = ""
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under nohup and `&`
             os.kill(os.getpid(), signal.SIGINT)
             try:
                 for _ in range(10**6): pass
@@ -39,6 +39,7 @@ def interrupted(
     return subprocess.run(
         [sys.executable, *map(str, command)], env=environment, cwd=tmp_path, capture_output=True, text=True,
         timeout=120, start_new_session=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored under nohup and `&`
     )  # fmt: skip
 
 

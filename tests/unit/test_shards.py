@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from typer.testing import CliRunner
 from scaleprog.data.augment import Augmentation, BatchRequest
 from scaleprog.data.manifest import NAME, Manifest, Shard
 from scaleprog.data.shard import ShardReader
-from scaleprog.errors import DataError
+from scaleprog.errors import DataError, Unavailable
 from scaleprog.recipe.keys import AugmentSettings
 from scaleprog.shards import image_files, image_folder
 from scaleprog.shards.build import STAGING, build, shard_files
@@ -238,6 +239,26 @@ def test_a_file_is_in_one_class_and_in_one_split(tmp_path: Path, tree: Path):
         DataError, match=r"validation images that are training images, too: .*val/blossom/n\.\d\.JPEG is "
     ):
         image_folder.build(tmp_path / "src", tmp_path / "out", workers=1)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "advice"),
+    [(errno.EACCES, DataError, "make it readable, or remove it"), (errno.EIO, Unavailable, "run the command again")],
+)
+def test_a_folder_that_cannot_be_listed_is_not_left_out(
+    code: int, error: type[Exception], advice: str, tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tree / "tower" / "more").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("more"):
+            raise OSError(code, os.strerror(code), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(error, match=rf"tower/more: cannot be listed: .*; {advice}"):
+        image_folder.build(tree, tmp_path / "out", workers=1)
 
 
 # Builder, check and training agree

@@ -133,10 +133,12 @@ def test_status_of_a_run_directory(made_up: Path) -> None:
         ([("signal", 2, "SIGTERM"), ("error", 2, "OSError: gone")], [], "OSError: gone"),
         ([("preempted", 2, "SIGINT"), ("error", 2, "RuntimeError: Connection closed")], [], "SIGINT"),
         ([("error", 2, "RuntimeError: Connection closed")], ["a task was killed"], "a task was killed"),
+        ([("stopped_early", 2, "")], [], "reached train.max_steps"),
+        ([("finish", 2, "")], [], "finished, then made longer"),
     ],
 )
 def test_the_cause_of_a_restart(between: list[tuple[str, int, str]], ends: list[str], cause: str) -> None:
-    said = {"error": "message", "signal": "signal", "preempted": "reason"}
+    said = {"error": "message", "signal": "signal", "preempted": "reason", "stopped_early": "", "finish": ""}
     events = [{"time": float(g), "event": "start", "generation": g, "step": 20} for g in (1, 2)]
     events += [{"time": 3.0 + i, "event": e, "generation": g, said[e]: t} for i, (e, g, t) in enumerate(between)]
     events.append({"time": 9.0, "event": "start", "generation": 3, "step": 20})

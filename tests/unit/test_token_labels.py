@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,8 @@ from scaleprog.data.token_labels import LabelShards, aligned, dense_logits, enco
 from scaleprog.errors import DataError
 from scaleprog.planning.plan import Plan
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
+from scaleprog.shards import token_labels as labels_builder
+from scaleprog.shards.build import STAGING
 from scaleprog.shards.token_labels import Teacher, build, place_logits
 from tests.augmented import train_images_with_origins
 from tests.conftest import CLASSES, MakeRecipe, draw_patterns
@@ -216,6 +219,26 @@ def test_label_shards_hold_what_the_teacher_says_of_the_whole_image(
             assert stored["logit"][row] == pytest.approx(top.values.numpy(), rel=2e-3, abs=2e-3)
 
 
+def test_an_image_that_cannot_be_labeled_costs_no_finished_shard(
+    images: Manifest, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = labels_builder.place_logits, []
+
+    def overflow(net: Any, pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        return original(net, pixels) / (len(seen) <= 10)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(labels_builder, "place_logits", overflow)
+        with pytest.raises(DataError, match="not finite in half precision"):
+            build(Path(images.root), tmp_path / "labels", TEACHER, weights, 96, 3, 8, 1)
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "labels" / STAGING).glob("*.tar")}
+    assert len(kept) >= 2
+    build(Path(images.root), tmp_path / "labels", TEACHER, weights, 96, 3, 8, 1)
+    done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "labels").glob("*.tar")}
+    assert len(kept.items() & done.items()) >= 2
+
+
 def test_labels_do_not_depend_on_the_number_of_workers_and_are_built_once(
     images: Manifest, labels: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -330,12 +353,16 @@ def test_labels_of_other_images_or_classes_are_refused(
         (("--teacher", TEACHER, "--weights", "missing.pth"), "missing.pth: cannot read the weights"),
         (("--teacher", "resnet18", "--weights", "WEIGHTS"), "not weights of resnet18 for the 4 classes"),
         (("--teacher", TEACHER, "--top", "5"), "with 5 of 4 classes"),
+        (("--teacher", "resnet18"), "resnet18 knows 1000 classes, but the shards have 4"),
+        (("--teacher", TEACHER, "--weights", "MORE"), "holds more than tensors, which could run code when read"),
     ],
 )
 def test_a_teacher_that_cannot_teach_is_refused(
     options: tuple[str, ...], told: str, images: Manifest, weights: Path, tmp_path: Path, command: Command
 ) -> None:
-    chosen = [str(weights) if option == "WEIGHTS" else option for option in options]
+    torch.save({"state_dict": {}, "args": Namespace(lr=1)}, tmp_path / "more.pth")
+    places = {"WEIGHTS": str(weights), "MORE": str(tmp_path / "more.pth")}
+    chosen = [places.get(option, option) for option in options]
     ended = command("shards", "token-labels", images.root, tmp_path / "out", "--top", "3", *chosen)
     assert ended.code == 2
     assert told in ended.err

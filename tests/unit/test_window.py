@@ -1,6 +1,7 @@
 """A window over the stages: which networks the steps of a run draw, and what they cost."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,9 @@ def test_steps_draw_what_the_window_says_and_cost_its_mean() -> None:
         assert [found[network] / 10_000 for network in LADDER] == pytest.approx([10 * e for e in expected], abs=0.02)
     price = {network: float(network.resolution**2 * network.depth) for network in LADDER}
     assert window.mean(price.__getitem__) == pytest.approx(sum(price[network] for network in drawn) / 40_000, rel=0.01)
+    rest = sum(price[network] for network in drawn[30_000:]) / 10_000
+    assert window.mean(price.__getitem__, 30_000) == pytest.approx(rest, rel=0.01)
+    assert replace(window, cooldown=9).mean(price.__getitem__, 40_003) == price[LADDER[-1]]
     assert drawn[:100] != [window.draw(1, step) for step in range(100)]
 
 
