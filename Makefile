@@ -109,5 +109,6 @@ cluster:
 cluster-down:
 	slurm/dev_cluster.sh down
 
+# Deletes ALL that was made here: runs with their checkpoints, shards in data/, build/, and .venv.
 clean:
 	rm -rf runs data build $(VENV)
