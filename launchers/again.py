@@ -11,7 +11,6 @@ Then it prints on how many nodes to start the tasks, and which nodes the job has
 """
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from scaleprog.launchers.exits import UNHEARD
 from scaleprog.launchers.request import CHECKPOINT_SECONDS
 from scaleprog.launchers.requeue import End, Remains, Verdict, decide
 from scaleprog.launchers.world import nodes_of_job, nodes_to_use
+from scaleprog.ranks.stop import ignore_stops
 from scaleprog.rundir import slurm_queue
 
 
@@ -136,8 +136,7 @@ def may_stay(
 
 
 if __name__ == "__main__":
-    for ending in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(ending, signal.SIG_IGN)  # they are for the tasks
+    ignore_stops()  # they are for the tasks
     folder, *texts = sys.argv[1:]
     try:
         code, limit, notice, *needed = map(int, texts)

@@ -23,9 +23,10 @@ from scaleprog.launchers.attempt import report as report  # also imported from h
 from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED
 from scaleprog.launchers.hangs import Hang
 from scaleprog.ranks.patience import stand_of
+from scaleprog.ranks.stop import ignore_stops
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.folders import committed_step
-from scaleprog.rundir.reading import is_torn, open_to_append, to_line
+from scaleprog.rundir.reading import append_row
 from scaleprog.rundir.records import LEFT, REQUEUES, Measured
 
 INTERRUPTED, USR2, TERM = (128 + number for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM))
@@ -246,8 +247,7 @@ class Remains:
         line = {key: value for key, value in line.items() if value or key not in ("repeat", "here")}
         try:
             if not refused(self.run, self.start):
-                with open_to_append(self.run / REQUEUES) as file:
-                    file.write((b"\n" if is_torn(file) else b"") + to_line(line))
+                append_row(self.run / REQUEUES, line)
             for path in report_files(self.run, self.start):
                 path.unlink()
         except OSError as error:
@@ -315,6 +315,5 @@ def _number(name: str, text: str, otherwise: int) -> int:
 
 
 if __name__ == "__main__":
-    for ending in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(ending, signal.SIG_IGN)  # signals for the tasks, and Slurm's signal after a requeue
+    ignore_stops()  # they are for the tasks, or Slurm's after a requeue
     sys.exit(_main(*sys.argv[1:5]))

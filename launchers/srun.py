@@ -21,6 +21,7 @@ from pathlib import Path
 from scaleprog.files.display import say
 from scaleprog.launchers.attempt import Attempt, reports_of, step_of
 from scaleprog.launchers.exits import FINISHED, UNHEARD
+from scaleprog.ranks.stop import SIGNALS
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.reading import read_results
 
@@ -133,7 +134,7 @@ def again_options(variables: Mapping[str, str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, lambda *_: None)  # for the tasks; srun does not inherit it
     program, *arguments = sys.argv[2:]
     sys.exit(attend(Path(sys.argv[1]), [program, *again_options(os.environ), *arguments]))

@@ -27,7 +27,7 @@ from scaleprog.launchers.snapshot import JobFile
 from scaleprog.ranks.patience import GUARD, LOOK_SECONDS, PULSE, WRITE_SECONDS, Pulse, Stand, within
 from scaleprog.ranks.processes import kill_with_children
 from scaleprog.ranks.rendezvous import INTERFACES, LOOPBACK, MEET_LIMIT, STORE
-from scaleprog.ranks.stop import SIGNALS
+from scaleprog.ranks.stop import SIGNALS, ignore_stops
 from scaleprog.recipe import Recipe
 from scaleprog.rundir import slurm_queue
 from scaleprog.training.loop import train_rank
@@ -89,8 +89,7 @@ def guard(run: Path, start: Attempt, rank: int) -> None:
         os.close(this)
         return
     try:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # Slurm signals every process of a job
+        ignore_stops()  # Slurm signals every process of a job
         watch(Guard(run, [Pulse(descriptor, 0)]), this, partial(report_hang, run, start, rank))
     finally:
         os._exit(0)

@@ -231,7 +231,7 @@ def decide_within(
         spent = (
             budget.steps - budget.position - max(0.0, 1 - prices[cheapest]) * max(0, budget.latest - budget.position)
         )
-        way = "to resume, run the same command with a larger search.budget"
+        way = "to resume, run the same command with a larger search.budget, below 1"
         if budget.fixed:
             way = "growth.steps: compute cannot change its budget; begin again with a larger search.budget"
         raise OverBudget(

@@ -343,7 +343,7 @@ def _limit(recipe: Recipe, frugal: Schedule, price: Price) -> float:
     least = frugal.cost(frugal.expected((), price), price) / (price(frugal.full) * frugal.steps)
     if asked is None:
         prog = sum(map(price, frugal.ladder)) / price(frugal.full) / stages
-        return max(prog, least)
+        return min(1.0, max(prog, least))
     if asked >= least:
         return asked
     if frugal.budget.short:

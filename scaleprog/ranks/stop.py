@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from scaleprog.ranks.coordinator import Coordinator
+if TYPE_CHECKING:
+    from scaleprog.ranks.coordinator import Coordinator
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 DEADLINE = 128  # stands for the time limit among the signal numbers
@@ -25,6 +26,12 @@ LOOK_SECONDS = 2.0  # roughly, between two reductions of the flags
 FLIGHT_SECONDS = 0.1  # roughly, from the start of a reduction until the ranks read its result
 MOST_STEPS = 1000  # most steps between two reductions
 SECOND_SIGNAL_SECONDS = 2.0  # a sooner signal repeats the first: terminals and launchers may both send it
+
+
+def ignore_stops() -> None:
+    """Leaves the signals that ask to stop to the other processes that get them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Watch:
 
     def __init__(
         self,
-        coordinator: Coordinator,
+        coordinator: "Coordinator",
         tell: Callable[[str], None],
         hurry: Callable[[], None],
         every_minutes: float | None = None,

@@ -148,13 +148,22 @@ class RunRecord:
         return value
 
     @property
+    def grown_before(self) -> bool:
+        """Whether it continues a run whose network had grown."""
+        return len(self.says("parent.phases") or ()) > 1
+
+    @property
     def schedule(self) -> str:
         """The growth schedule, by the paper's name for it."""
         growth = self.recipe["growth"]
         if not isinstance(growth["schedule"], str):
             return "by hand"
         ratio = "" if growth["schedule"] == "original" else f" {growth['smallest']:g}Ω"
-        how = {"by compute": growth.get("steps") == "compute", "in a window": growth.get("window") is not None}
+        how = {
+            "by compute": growth.get("steps") == "compute",
+            "in a window": growth.get("window") is not None,
+            "of a grown network": growth["schedule"] == "original" and self.grown_before,
+        }
         return ", ".join([NAMES[growth["schedule"]] + ratio, *(name for name, used in how.items() if used)])
 
     @property

@@ -53,7 +53,7 @@ class Scheme:
     def fits(self, run: RunRecord) -> bool:
         """Whether a run belongs to the row."""
         wants = {**USUAL, "growth.adaptive_regularization": family(run) == "VOLO-D1", **self.wants}
-        return all(said(run, key) == value for key, value in wants.items())
+        return not run.grown_before and all(said(run, key) == value for key, value in wants.items())
 
     def of(self, numbers: Mapping[str, Numbers]) -> Numbers:
         """The paper's numbers for the row."""
@@ -103,7 +103,6 @@ USUAL = {
     "growth.window": None,
 }
 """The paper's defaults; AdaReg is on for VOLO and off for DeiT."""
-ADAREG = "growth.adaptive_regularization"
 SMALL_IMAGES = {"growth.patches": "resolution"}
 HALF, TWO_FIFTHS = "AutoProg 0.5Ω", "AutoProg 0.4Ω"
 

@@ -190,6 +190,12 @@ def is_torn(file: IO[bytes]) -> bool:
     return False
 
 
+def append_row(path: Path, row: object) -> None:
+    """Appends a record to a file; ends a line that a killed process left unfinished. Raises OSError."""
+    with open_to_append(path) as file:
+        file.write((b"\n" if is_torn(file) else b"") + to_line(row))
+
+
 def reason(error: OSError) -> str:
     """What went wrong, without the path."""
     return error.strerror or str(error)

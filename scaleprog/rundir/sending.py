@@ -9,7 +9,6 @@ import json
 import math
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from typing_extensions import TypedDict
 from scaleprog.errors import CheckpointError, InUse, ScaleprogError, Unavailable
 from scaleprog.files.atomic import lock, open_regular, unlock, write_whole
 from scaleprog.files.display import first_line, say
+from scaleprog.ranks.stop import ignore_stops
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.drawn import is_drawn, points, story
 from scaleprog.rundir.folders import committed_step
@@ -295,8 +295,7 @@ def _reason(error: Exception) -> str:
 
 def main(words: list[str]) -> int:
     """What the process of a tracker does; `words` as in `Senders`."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):  # they are for rank 0, which then ends this process
-        signal.signal(number, signal.SIG_IGN)
+    ignore_stops()  # they are for rank 0, which then ends this process
     run, generation, parent, log_every, name = words
 
     def over(seconds: float) -> bool:

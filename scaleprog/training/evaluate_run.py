@@ -25,7 +25,7 @@ from scaleprog.ranks.coordinator import Coordinator, process_group
 from scaleprog.recipe import FREE, Recipe, directories
 from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.progress import ProgressLine
-from scaleprog.rundir.reading import open_to_append, to_line
+from scaleprog.rundir.reading import append_row
 from scaleprog.rundir.records import EVALUATIONS
 from scaleprog.rundir.state import RunState
 from scaleprog.training.evaluate import Measured, Network, evaluate
@@ -199,8 +199,8 @@ def _fitting(recipe: Recipe, resolution: int, stride: int) -> int:
 
 def _note(run: Path, evaluation: dict[str, Any]) -> None:
     """Keeps an evaluation for `scaleprog report --table 2`, if the run directory can be written."""
-    with suppress(OSError), open_to_append(run / EVALUATIONS) as file:
-        file.write(to_line(evaluation))
+    with suppress(OSError):
+        append_row(run / EVALUATIONS, evaluation)
 
 
 def _evaluation(found: Measured, request: Request, step: int, resolution: int, manifest: Manifest) -> Evaluation:

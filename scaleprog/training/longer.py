@@ -12,7 +12,7 @@ from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe, directories
 from scaleprog.rundir.checkpoint import run_of
 from scaleprog.rundir.lease import held_idle
-from scaleprog.rundir.reading import is_torn, open_to_append, reason, to_line
+from scaleprog.rundir.reading import append_row, reason
 from scaleprog.rundir.records import EVENTS, RESULTS
 from scaleprog.rundir.state import RunState
 from scaleprog.rundir.storage import committed, read_manifest, rename_recipe, step_of
@@ -97,9 +97,7 @@ def lengthen(recipe: Recipe, folder: Path, dry_run: bool = False) -> Recipe:
                 os.rename(folder / RESULTS, folder / f"results-{step}.json")
             event = {"event": "lengthened", "generation": 0, "step": step}  # of no start
             event |= {"before": before.train.epochs, "epochs": recipe.train.epochs}
-            with open_to_append(folder / EVENTS) as file:
-                mend = b"\n" if is_torn(file) else b""
-                file.write(mend + to_line({"time": time.time(), **event}))
+            append_row(folder / EVENTS, {"time": time.time(), **event})
         except OSError as error:
             raise ScaleprogError(f"{error.filename or folder}: cannot be written: {reason(error)}") from error
     return recipe

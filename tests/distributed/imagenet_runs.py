@@ -57,10 +57,10 @@ def labels_of(data: Path) -> Path:
     return data.with_name(f"{data.name}-token-labels")
 
 
-def shortened(name: str, engine: str, data: Path) -> Recipe:
+def shortened(name: str, engine: str, data: Path, *overrides: str) -> Recipe:
     """The recipe `name` with 3 steps an epoch, of which each search takes one epoch and each stage two.
 
-    A lane holds four images, or the six that Mixup needs with DeiT's repeated augmentation.
+    `overrides` are laid over it. A lane holds four images, or the six that Mixup needs with repeated augmentation.
     """
     path = CONFIGS / "imagenet" / f"{name}.yaml"
     whole = Recipe.load(path)
@@ -80,12 +80,12 @@ def shortened(name: str, engine: str, data: Path) -> Recipe:
         "evaluate.every=100",
         "evaluate.batch=4",
     )
-    return Recipe.load(path, [*lengths, *ENGINES[engine]])
+    return Recipe.load(path, [*lengths, *ENGINES[engine], *overrides])
 
 
-def run_short(name: str, engine: str, data: Path, folder: Path) -> Outcome:
+def run_short(name: str, engine: str, data: Path, folder: Path, *overrides: str) -> Outcome:
     """Trains the shortened recipe in the run directory `folder`."""
-    recipe = shortened(name, engine, data)
+    recipe = shortened(name, engine, data, *overrides)
     launch(RANKS, measured_rank, recipe, folder)
     rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
     _, planned = forecast(recipe, RANKS, Device.named("h100"))[f"{engine} *"]

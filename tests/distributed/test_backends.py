@@ -13,7 +13,8 @@ from scaleprog.launchers.local import RankFailed, launch
 from tests.distributed import ranks
 
 ZERO = [{"engine": "zero", "stage": stage} for stage in (1, 2, 3)]
-ENGINES = [{"engine": "fsdp"}, *ZERO, {"engine": "replicated"}]
+REFERENCE = {"engine": "replicated"}
+ENGINES = [{"engine": "fsdp"}, *ZERO, REFERENCE]
 SHARDINGS = {
     1: [*ENGINES, {"engine": "hsdp"}],
     2: [
@@ -27,7 +28,7 @@ SHARDINGS = {
         {"engine": "fsdp", "precision": "bf16", "recompute": True},
         *({**engine, "precision": precision} for engine in ENGINES for precision in ("autocast", "bf16")),
     ],
-    4: [*ENGINES, {"engine": "hsdp", "shard": 2}, {"engine": "zero", "stage": 3, "recompute": True}],
+    4: [{"engine": "fsdp"}, *ZERO, {"engine": "hsdp", "shard": 2}],
 }
 """What is tried on how many ranks."""
 
@@ -47,13 +48,18 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict
 
 @pytest.mark.parametrize(
     ("world", "sharding"),
-    [(world, sharding) for world in SHARDINGS for sharding in SHARDINGS[world] if "precision" not in sharding],
+    [
+        (world, sharding)
+        for world in SHARDINGS
+        for sharding in SHARDINGS[world]
+        if "precision" not in sharding and (world, sharding) != (1, REFERENCE)
+    ],
     ids=str,
 )
 def test_engines_train_what_one_unsharded_process_trains(
     world: int, sharding: dict[str, Any], lives: Callable[[int], list[dict[str, Any]]]
 ) -> None:
-    reference = lives(1)[SHARDINGS[1].index({"engine": "replicated"})]
+    reference = lives(1)[SHARDINGS[1].index(REFERENCE)]
     found = lives(world)[SHARDINGS[world].index(sharding)]
     assert len(reference["record"]) == 2 * (3 + 5 * 5 + 2) + 5 * 3
     assert found["record"] == pytest.approx(reference["record"], rel=1e-5)
@@ -61,7 +67,11 @@ def test_engines_train_what_one_unsharded_process_trains(
     assert found["ema"] == pytest.approx(reference["ema"], rel=5e-4)
 
 
-@pytest.mark.parametrize("sharding", [sharding for sharding in SHARDINGS[2] if "precision" in sharding], ids=str)
+@pytest.mark.parametrize(
+    "sharding",
+    [settings for settings in SHARDINGS[2] if "precision" in settings and settings["engine"] != "replicated"],
+    ids=str,
+)
 def test_a_precision_is_the_same_arithmetic_in_every_engine(
     sharding: dict[str, Any], lives: Callable[[int], list[dict[str, Any]]]
 ) -> None:

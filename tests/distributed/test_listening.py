@@ -40,9 +40,7 @@ def test_listeners_are_found() -> None:
     assert [Listener("tcp", a, 1).local for a in ("127.0.0.1", "::1", "::ffff:127.0.0.1")] == [True] * 3
 
 
-@pytest.mark.parametrize(
-    ("ranks", "sharding"), [(2, {"engine": "fsdp"}), (2, {"engine": "zero", "stage": 3}), (1, {"engine": "replicated"})]
-)
+@pytest.mark.parametrize(("ranks", "sharding"), [(2, {"engine": "zero", "stage": 3}), (1, {"engine": "replicated"})])
 def test_a_run_on_one_machine_listens_on_loopback_only(
     ranks: int, sharding: dict[str, Any], make_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:

@@ -194,4 +194,5 @@ def test_a_checkpoint_of_weights_that_are_not_finite_is_never_committed(
         run(recipe, tmp_path)
     assert [step_of(path) for path in committed(tmp_path / "checkpoints")] == [3], "the good one is not replaced"
     failed = [event for event in read_rows(tmp_path / "events.jsonl") if event["event"] == "checkpoint_failed"]
+    assert failed
     assert all("disk" not in event["message"] for event in failed)

@@ -116,7 +116,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[list[list[
 
 
 @pytest.mark.parametrize(
-    ("world", "number"), [(world, i) for world in ENGINES for i in range(len(ENGINES[world]))], ids=str
+    ("world", "number"), [(w, i) for w in ENGINES for i in range(len(ENGINES[w])) if (w, i) != (1, 0)], ids=str
 )
 def test_engines_train_what_one_process_trains(
     world: int, number: int, found: dict[int, list[list[list[float]]]]
@@ -137,7 +137,7 @@ def whole_run(shards: Path, labels: Path, sharding: dict[str, Any], micro_batch:
         model={"name": "volo_d1_224", "patch": 4, "width": 32, "depth": 6, "heads": 2, "drop_path": 0.1},
         data={"token_labels": str(labels)},
         augment={"crop": "resized", "scale": (0.4, 1.0), "mix_token": True, "erase": 0.25},
-        train={"batch": 16, "epochs": 3, "micro_batch": micro_batch},
+        train={"batch": 16, "epochs": 3, "micro_batch": micro_batch}, search={"measurements": 2},
         optimizer={"lr": lr, "clip": 1.0}, sharding=sharding,
     )  # fmt: skip
 
@@ -176,10 +176,11 @@ def test_a_whole_run_trains_what_one_unsharded_process_trains(world: int, number
 
 def test_a_run_resumes_bit_for_bit(patterns: Path, labels: Path, tmp_path: Path) -> None:
     recipe = whole_run(patterns, labels, {"engine": "fsdp"}, None, 5e-4)
-    run(recipe, tmp_path / "straight", ranks=2)
-    for stop in (2, 8, 13, 18, 24):  # in each phase
-        run(recipe, tmp_path / "resumed", ranks=2, max_steps=stop)
-    run(recipe, tmp_path / "resumed", ranks=2)
+    runs = [(recipe, tmp_path / "straight")]
+    for stop in (2, 8, 13, 18, 24, None):  # in each phase
+        train = recipe.train.model_copy(update={"max_steps": stop})
+        runs.append((recipe.model_copy(update={"train": train}), tmp_path / "resumed"))
+    train_all(2, runs)
     assert differences(recipe, tmp_path / "resumed", tmp_path / "straight") == []
     names = final_tensors(tmp_path / "straight", recipe)
     assert sum("statistics/" in name for name in names) == 6, "of three batch norms, online and EMA"

@@ -9,8 +9,11 @@ import scaleprog.training.between_steps
 import scaleprog.training.loop
 from scaleprog.errors import Preempted
 from scaleprog.growth.phase import Phase
+from scaleprog.growth.space import Subnet
+from scaleprog.planning.plan import Plan
 from scaleprog.ranks.stop import Watch
 from scaleprog.recipe import Recipe
+from scaleprog.rundir.recorder import read_rows
 from scaleprog.training.between_steps import run_pending
 from scaleprog.training.process import Run
 from tests.compare import differences
@@ -81,3 +84,21 @@ def test_what_is_left_is_done_later(
             assert before + after == straight, f"{name}: every batch was measured once"
         else:
             assert before[:-1] + after == straight, f"{name}: evaluated from the start"
+
+
+def test_a_choice_that_is_pending_keeps_the_times_of_its_search(
+    make_recipe: Callable[..., Recipe], asked: Callable[[int | None], Asked], tmp_path: Path
+) -> None:
+    """Whatever it continues on: no step of the search is left that could be timed there."""
+    recipe = make_recipe(growth={"schedule": "automatic", "stages": 3}, search={"times": "measured"})
+    straight = asked(None)
+    run(recipe, tmp_path / "straight", max_steps=11)
+    asked(straight.index(("measurement", 10)) + 1)
+    with pytest.raises(Preempted, match="after step 10 with a checkpoint"):
+        run(recipe, tmp_path / "run")
+    asked(None)
+    run(recipe, tmp_path / "run", max_steps=11, micro_batch=4)
+    (choice,) = (event for event in read_rows(tmp_path / "run" / "events.jsonl") if event["event"] == "choice")
+    plan = Plan.of(recipe)
+    counted = [plan.gmacs(Subnet(*candidate)) for candidate in choice["candidates"]]
+    assert choice["times"] != pytest.approx(counted)

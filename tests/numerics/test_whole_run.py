@@ -35,7 +35,7 @@ class Runs:
         self.reference, self.trained = cache(self._reference), cache(self._trained)
 
     def recipe(self, operator: Operator, sharding: dict[str, Any], micro_batch: int | None) -> Recipe:
-        searched = WITHIN_A_BUDGET if operator in BUDGETED else {"growth": {}, "search": {}}
+        searched = WITHIN_A_BUDGET if operator in BUDGETED else {"growth": {}, "search": {"measurements": 2}}
         optimizer = "inherit" if operator in ("stacking", "identity") else "reset"
         return short_recipe(
             self.shards,

@@ -23,7 +23,7 @@ def heard_by(job: TrainingJob) -> list[set[Listener]]:
     job.submit()
     job.wait_held()
     found = [listeners(pid for own in job.processes(rank) for pid in descendants(own)) for rank in range(job.ranks)]
-    job.finish()
+    job.cluster.cancel_all()
     return found
 
 

@@ -124,7 +124,6 @@ STORIES = {
         Settings(user_signal=False, grace=60, kill_wait=30),
         Row("preemption, signal off", preempt, "SIGTERM", False, AGAIN, TERM),
         Row("scontrol requeue", requeue, "SIGTERM", False, AGAIN, TERM),
-        Row("scancel --signal=USR2", scancel("--signal=USR2"), "SIGUSR2", False, AGAIN, USR2),
         Row("time limit", reach_the_time_limit, "SIGUSR2", False, AGAIN, LIMIT, restore_the_time_limit),
         Row("scancel --signal=INT", scancel("--signal=INT"), "SIGINT", False, FAILED, INT),
         Row("scancel", scancel(), "SIGTERM", False, CANCELLED, TERM),
