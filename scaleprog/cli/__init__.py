@@ -3,6 +3,7 @@
 Each command imports what it needs, so that `scaleprog --help` does not wait for torch, nor training for matplotlib.
 """
 
+import errno
 import platform
 import signal
 import sys
@@ -22,10 +23,13 @@ from scaleprog.cli.results import evaluate, export, replay, report
 from scaleprog.cli.simulating import simulate
 from scaleprog.cli.sweep import SweepCommand
 from scaleprog.cli.training import finetune, train
-from scaleprog.errors import INTERRUPTED_CODE, Preempted, ScaleprogError
+from scaleprog.errors import INTERRUPTED_CODE, MISTAKE_CODE, Preempted, ScaleprogError
 from scaleprog.files.display import say
 from scaleprog.shards.cli import app as shards_app
 from scaleprog.version import VERSION
+
+UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.EIO}
+"""What a command says of a path in plain words, where it does not say it better: only the user can mend it."""
 
 app = typer.Typer(no_args_is_help=True)
 app.add_typer(shards_app, name="shards", help="Build and check WebDataset shards.")
@@ -77,6 +81,11 @@ def main() -> None:
     except ScaleprogError as error:
         say(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None or error.errno not in UNUSABLE:
+            raise
+        say(f"{error.filename}: {error.strerror}")
+        sys.exit(MISTAKE_CODE)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED_CODE)
     finally:

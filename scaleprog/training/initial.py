@@ -107,7 +107,9 @@ def read_plain(recipe: Recipe, coordinator: Coordinator) -> Mapping[str, Tensor]
         return read_tensors(Path(coordinator.on_rank_0("timm's weights", lambda: _from_hub(recipe.model.name))))
     if source.endswith(SUFFIX):
         return read_tensors(Path(source))
-    if not Path(source).is_dir():
+    with _legible(Path(source)):
+        is_folder = Path(source).is_dir()
+    if not is_folder:
         raise AbsentWeights(f"init.from: {source} is neither timm, nor a {SUFFIX} file, nor the directory of a run")
     saved = read_saved(Path(source), recipe.init.weights, coordinator)
     theirs, ours = (resolve_family(model)[0] for model in (saved.model, recipe.model))

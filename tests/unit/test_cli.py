@@ -164,6 +164,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(
+    "words", [("shards", "image-folder", "LONG", "out"), ("evaluate", "LONG"), ("shards", "check", "LONG")]
+)
+def test_a_path_that_cannot_be_looked_at_is_named(words: tuple[str, ...], command: Command, tmp_path: Path) -> None:
+    path = str(tmp_path / ("a" * 300))
+    told = command(*(path if word == "LONG" else word for word in words))
+    assert (told.code, "Traceback" in told.err) == (2, False)
+    assert "a" * 300 in told.err
+    assert "File name too long" in told.err
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, write_recipe: WriteRecipe) -> None:
     monkeypatch.setattr("scaleprog.planning.plan.describe", lambda *_: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["scaleprog", "plan", str(write_recipe())])

@@ -1,6 +1,7 @@
 """The paper's tables from run directories: which run belongs to which row, and whose numbers stand beside it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,16 @@ def test_a_model_stands_beside_the_papers(
 ) -> None:
     folder = trained.run(recipe, **{"growth.schedule": "original", **settings})
     assert counterpart(read_run(folder, "run")) == beside
+
+
+def test_a_grown_network_that_trains_on_is_no_original(trained: Trained) -> None:
+    record = read_run(trained.run(**ORIGINAL), "run")
+    parent = {"run": "runs/prog", "phases": [{"stage": 1}, {"stage": 2}]}
+    fork = replace(record, recipe={**record.recipe, "parent": parent})
+    assert (record.schedule, fork.schedule) == ("Original", "Original, of a grown network")
+    rows = [row for table in TABLES.values() for row in table.rows]
+    assert any(row.fits(record) for row in rows)
+    assert not any(row.fits(fork) for row in rows)
 
 
 def test_top_1_at_growth_is_that_after_the_first_epoch_of_stage_2(trained: Trained) -> None:

@@ -57,6 +57,11 @@ def test_the_search_subset_is_whole_batches_of_an_epoch(subset: int, batches: in
     assert Plan.of(make_recipe(search={"subset": subset})).search_batches == batches
 
 
+def test_one_class_leaves_a_search_nothing_to_compare(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(RecipeError, match=r"compares losses, which are all 0 with model\.classes: 1; use linear"):
+        describe(make_recipe(model={"classes": 1}, data={"path": "none"}))
+
+
 def test_a_search_is_a_part_of_the_run_where_the_recipe_does_not_say(make_recipe: MakeRecipe) -> None:
     plan = Plan.of(make_recipe(search={"subset": None, "epochs": None}, train={"epochs": 40, "batch": 4}))
     assert (plan.order.steps_per_epoch, plan.schedule.search_steps, plan.search_batches) == (40, 20, 1)
