@@ -36,10 +36,13 @@ class LabelShards:
     Args:
         manifest: lists the label shards; `source` says how a teacher made them.
         grid: (h, w) cells, and K entries per cell.
+        other_images: whether the teacher has seen other files, as far as that is known: the same images in another
+            size or form, or images that only have the same keys.
     """
 
     manifest: Manifest
     grid: tuple[int, int, int]
+    other_images: bool = False
 
     @classmethod
     def of(cls, folder: str, images: Manifest) -> "LabelShards":
@@ -62,7 +65,9 @@ class LabelShards:
                 f"has {images.samples(SPLIT)} in {len(theirs)}; {HINT}"
             )
         splits = {SPLIT: ours[: len(theirs)]}
-        return cls(Manifest(labels.root, labels.classes, splits, labels.source, images.store), grid)
+        seen, there = labels.source.get("images"), (images.identity()[SPLIT], images.source.get(SPLIT))
+        other = len(ours) == len(theirs) and seen is not None and seen not in there  # packed shards name theirs
+        return cls(Manifest(labels.root, labels.classes, splits, labels.source, images.store), grid, other)
 
     def load(self, index: int, keys: Sequence[str], verify: bool) -> np.ndarray:
         """The maps (samples, h, w, K) of ENTRY of the training shard `index`, in the order of its `keys`.

@@ -141,6 +141,11 @@ def train(
     if rank == 0:
         with lease.fence():
             checkpoints.tidy()
+    if plan.data.token_labels is not None and plan.data.token_labels.other_images:
+        progress.say(
+            f"data.token_labels: {recipe.data.token_labels} was made of other files than {recipe.data.path} holds; if "
+            "these are not the same images in another size or form, build the token labels again"
+        )
     state = restore(plan, checkpoints, backend, progress)
     timed_on = f"{world} x {name_of(device)}, {recipe.sharding}, micro_batch={recipe.train.micro_batch}"
     if state.timed_on != timed_on:  # times of different machines must not be mixed

@@ -339,7 +339,9 @@ def test_labels_of_other_images_or_classes_are_refused(
         LabelShards.of(str(labels), fewer)
     with pytest.raises(DataError, match=r"no token labels; build them with `scaleprog shards token-labels`"):
         LabelShards.of(images.root, images)
+    assert not LabelShards.of(str(labels), images).other_images
     other = draw_patterns(tmp_path / "other", seed=9)
+    assert LabelShards.of(str(labels), Manifest.load(other)).other_images, "only their keys are the same"
     with pytest.raises(DataError, match=r"another build \(images: "):
         build(other, labels, TEACHER, weights, 96, 3, 8, 1)
 
