@@ -28,7 +28,6 @@ from scaleprog.errors import CheckpointError, ScaleprogError, Superseded, Unavai
 from scaleprog.files.atomic import lock, open_regular, read_text, unlock, write_whole
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.recipe import Recipe
-from scaleprog.recipe.keys import InitSettings
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.folders import committed_step
 from scaleprog.rundir.records import JOB_ID
@@ -196,8 +195,8 @@ def _take_over(folder: Path, recipe: Recipe) -> tuple[int, str]:
         check_recipe(folder, recipe)
         check_folders(folder)
         try:
-            if not (folder / RECIPE).exists() or Recipe.of_run(folder).init != recipe.init != InitSettings():
-                write_whole(folder / RECIPE, recipe.dump())  # as `check_recipe` allows, other weights of a new run
+            if not (folder / RECIPE).exists() or _names_other_weights(recipe, Recipe.of_run(folder)):
+                write_whole(folder / RECIPE, recipe.dump())  # nothing has been trained yet, see `check_recipe`
             write_whole(folder / OWNER, json.dumps(asdict(me)))
             os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # never closed: `ask_to_stop` looks for it
         except OSError as error:
@@ -256,11 +255,16 @@ def check_recipe(folder: Path, recipe: Recipe) -> None:
         raise CheckpointError(
             f"{folder} is the run directory of another recipe:\n{listing}\nuse another --run-dir, or that recipe"
         )
-    if committed_step(folder) and recipe.init.source is not None and recipe.init != theirs.init:
+    if committed_step(folder) and _names_other_weights(recipe, theirs):
         raise CheckpointError(
             f"{folder} began with other weights: init is {recipe.init.told} here, {theirs.init.told} there; use "
             "another --run-dir, or resume without init"
         )
+
+
+def _names_other_weights(recipe: Recipe, theirs: Recipe) -> bool:
+    """Whether a recipe names other weights to begin with than that of a run; one that names none resumes any run."""
+    return recipe.init.source is not None and recipe.init != theirs.init
 
 
 def check_folders(folder: Path) -> None:
