@@ -113,7 +113,9 @@ def limit_as_world(group: dist.ProcessGroup) -> None:
     """Gives a group the limit of a collective of all ranks, which torch gives to the group of all ranks alone."""
     everyone = dist.group.WORLD
     assert everyone is not None
-    dist.set_timeout(everyone._get_backend(torch.device("cpu")).options._timeout, group)
+    options = everyone._get_backend(torch.device("cpu")).options
+    if options is not None:  # a group whose ranks are made up has no limit
+        dist.set_timeout(options._timeout, group)
 
 
 def of_another_launcher(variables: Mapping[str, str] = os.environ) -> str:
