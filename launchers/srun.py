@@ -25,7 +25,7 @@ from scaleprog.ranks.stop import SIGNALS
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.reading import read_results
 
-LOOK_SECONDS = 2.0
+LOOK_SECONDS, TELL_SECONDS = 2.0, 5.0
 STEP_SECONDS = 300
 """For how long srun may wait until Slurm lets the tasks start again."""
 
@@ -69,8 +69,11 @@ def attend(run: Path, command: Sequence[str], patience: Patience = Patience(), l
                     process.kill()
                     say(f"{why}; ended srun")
 
-        threading.Thread(target=watch, daemon=True).start()  # not in this thread: the file system may not answer
+        watching = threading.Thread(target=watch, daemon=True)
+        watching.start()  # not in this thread: the file system may not answer
         code = process.wait()
+        if unheard.is_set():
+            watching.join(TELL_SECONDS)  # or its message would be lost
     if unheard.is_set():
         return UNHEARD if read_results(run) is None else FINISHED
     return code if code >= 0 else 128 - code
