@@ -38,4 +38,5 @@ class ParentSettings(Settings):
     began: NoOrMoreSteps = 0
     """The position at which the weights were initialized; not 0 after a probe that found nothing learned."""
     phases: Annotated[tuple[TrainedSettings, ...], Field(max_length=64)] = ()
-    """The phases that the parent trained up to `step`; empty if this recipe's own are the same."""
+    """Phases that the parent, or one of its own parents, trained up to a step from which on this recipe's schedule
+    continues them; empty if its own phases are the same."""

@@ -151,7 +151,11 @@ def _continued(recipe: Recipe, then: Recipe, run: Path, checkpoint: Path, manife
     if known not in (None, manifest.run):
         raise CheckpointError(f"{checkpoint}: a checkpoint of another run; move it to its own run directory")
     parent: dict[str, Any] = {"run": str(run), "id": manifest.run, "step": state.step, "position": position}
-    if not same_so_far(state, before, now):
+    if (begun := then.parent) is not None and begun.phases:  # a fork whose own parent had another schedule
+        as_then = Plan.of(recipe.model_copy(update={"parent": begun}))
+        if same_so_far(state, before, as_then):
+            parent |= begun.model_dump(mode="json", include={"began", "phases"})
+    if "phases" not in parent and not same_so_far(state, before, now):
         parent |= _rescheduled(run, state, before, now)
     values = recipe.model_dump(mode="json") | {"parent": parent}
     continued = Plan.of(Recipe.of(values, f"--from {run}@{state.step}"))

@@ -87,6 +87,21 @@ def test_a_longer_fork_keeps_what_has_grown_and_goes_on_in_the_new_schedule(
     assert [stage["searched"] for stage in results["stages"]] == [True, True, False, True, False]
 
 
+def test_a_fork_of_such_a_fork_goes_on_as_that_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(**WITHIN_A_BUDGET)
+    run(recipe, tmp_path / "first", max_steps=44)
+    longer = changed(recipe, train={"epochs": 8})
+    second = fork(longer, str(tmp_path / "first"), tmp_path / "second")
+    assert second.parent is not None
+    assert second.parent.phases != ()
+    for stop in (60, None):
+        run(second, tmp_path / "second", max_steps=stop)
+        if stop:
+            third = fork(longer, str(tmp_path / "second"), tmp_path / "third")
+    run(third, tmp_path / "third")
+    assert differences(longer, tmp_path / "third", tmp_path / "second") == []
+
+
 def test_another_batch_keeps_the_epoch(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe(growth={"schedule": "linear"}, train={"epochs": 2})
     run(recipe, tmp_path / "parent", max_steps=20)
