@@ -2,8 +2,8 @@
 
 `python -m scaleprog.launchers.requeue RUN CODE MAX_RESTARTS [SIGNAL_BEFORE]`, where CODE is srun's exit code. That code
 is not enough: if srun kills the other tasks, its exit code shows their signal and hides how the first task failed. So
-each task that exits for a known reason writes a report (`report`). SIGNAL_BEFORE says how many seconds before the time
-limit Slurm signals it.
+each task that exits for a known reason writes a report (`attempt.report`). SIGNAL_BEFORE says how many seconds before
+the time limit Slurm signals it.
 """
 
 import re
