@@ -8,7 +8,11 @@ import sys
 import traceback
 from importlib import import_module
 
-if "TASK_HOOKS" in os.environ and {"scaleprog.launchers.task", "submitit.core._submit"} & set(sys.orig_argv):
+TASKS = ("scaleprog.launchers.task", "submitit.core._submit")
+
+# The module that Python runs: what watches srun has that of its tasks among its arguments.
+_, _, module = " ".join(sys.orig_argv).partition(" -m ")
+if "TASK_HOOKS" in os.environ and module.startswith(TASKS):
     try:
         for hook in os.environ["TASK_HOOKS"].split():
             module, _, function = hook.partition(":")
