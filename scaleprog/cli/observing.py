@@ -1,8 +1,9 @@
 """Looks into runs with other tools: profile · track."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,14 +46,19 @@ def profile(
 
 
 def _awaited(run: Path, request: "Request") -> dict[int, Path]:
-    """The traces of all ranks, once they are there. Raises ScaleprogError if the run ends before."""
+    """The traces of all ranks, once they are there. Raises ScaleprogError if that start of the run ends before."""
     from scaleprog.rundir import profiles
+    from scaleprog.rundir.lease import read_owner
 
-    asked = time.monotonic()
+    asked, profiled = time.monotonic(), None
     while True:
-        found = profiles.answer(run, request)
+        owner, found = read_owner(run), profiles.answer(run, request)
         if found is not None and len(found) == len(request["ranks"]):
             return found
+        if found is not None and owner is not None:
+            profiled = profiled or owner.generation
+            if profiled != owner.generation:
+                raise ScaleprogError(f"{run} has started again before its profile was written; ask again")
         if time.monotonic() - asked > ASK_SECONDS:
             _check_running(run, "it ended before its profile was written")
             asked = time.monotonic()
@@ -72,11 +78,7 @@ def _check_running(run: Path, advice: str) -> None:
 
 def _check_fits(run: Path, ranks: list[int], memory: bool) -> None:
     """Raises ScaleprogError if the run's latest start has no such ranks, or no device memory to follow."""
-    from scaleprog.rundir.reading import read
-    from scaleprog.rundir.records import EVENT, EVENTS
-
-    starts = [event for event in read(run / EVENTS, EVENT).rows if event["event"] == "start"]
-    latest = starts[-1] if starts else {}
+    latest = _latest_start(run)
     world, device = latest.get("world"), latest.get("device", "")
     if world is not None and (beyond := [rank for rank in ranks if rank >= world]):
         raise ScaleprogError(f"--ranks {beyond[0]}: {run} has the ranks 0 to {world - 1}")
@@ -84,6 +86,15 @@ def _check_fits(run: Path, ranks: list[int], memory: bool) -> None:
         raise ScaleprogError(
             f"--memory: {run} trains on the CPU, and only CUDA's allocator keeps a history; leave out --memory"
         )
+
+
+def _latest_start(run: Path) -> Mapping[str, Any]:
+    """The event of a run's latest start; empty if it has none."""
+    from scaleprog.rundir.reading import read
+    from scaleprog.rundir.records import EVENT, EVENTS
+
+    starts = [event for event in read(run / EVENTS, EVENT).rows if event["event"] == "start"]
+    return starts[-1] if starts else {}
 
 
 def _ranks(text: str) -> list[int]:
@@ -105,8 +116,8 @@ def track(
     from scaleprog.rundir.sending import send_now
     from scaleprog.rundir.trackers import TRACKERS
 
-    recipe = Recipe.of_run(run)
-    names = list(dict.fromkeys(trackers or recipe.tracking))
+    recipe, latest = Recipe.of_run(run), _latest_start(run)  # the recipe is that of the first start
+    names = list(dict.fromkeys(trackers or latest.get("tracking", recipe.tracking)))
     if not names:
         raise RecipeError(f"{run}: its recipe names no tracker; name one: {', '.join(TRACKERS)}")
     for name in names:
@@ -114,5 +125,5 @@ def track(
             raise RecipeError(f"{name[:100]!r} is not a tracker; scaleprog knows {', '.join(TRACKERS)}")
     check_trackers(names)
     for name in names:
-        step = send_now(run, name, recipe.train.log_every)
+        step = send_now(run, name, latest.get("log_every", recipe.train.log_every))
         print(f"{as_text(run)}: {name} has everything up to step {max(step, 0)}")

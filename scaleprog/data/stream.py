@@ -141,6 +141,8 @@ class Stream:
         self._count = slots_of(prefetch)
         self._slots = _shared((self._count if workers else 1, layout.bytes), torch.uint8)
         self._taken = 0
+        self.waited = 0.0
+        """Seconds until the last batch was there; not those until the device had copied an earlier one."""
         bounds = [units * part // workers for part in range(workers + 1)] if workers else []
         each = layout.rows // units
         self._workers = [
@@ -154,17 +156,20 @@ class Stream:
 
     def __next__(self) -> Batch:
         try:
+            if self._taken and self._workers:
+                self._give_back()
+            began = time.perf_counter()
             if not self._workers:
                 resolution, fill = next(self._alone)
                 batch = self._layout.batch(self._slots[0], resolution)
                 fill(batch)
+                self.waited = time.perf_counter() - began
                 return batch
-            if self._taken:
-                self._give_back()
             resolution, *_ = [worker.take() for worker in self._workers]  # all workers end at the same batch
         except BaseException:
             self.close()
             raise
+        self.waited = time.perf_counter() - began
         self._taken += 1
         return self._layout.batch(self._slots[(self._taken - 1) % self._count], resolution)
 

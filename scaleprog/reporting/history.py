@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 from scaleprog.errors import CheckpointError
 from scaleprog.files import plain_yaml
 from scaleprog.growth.space import Subnet
+from scaleprog.recipe import directories
 from scaleprog.reporting.figures import Search, Segment
 from scaleprog.reporting.timeline import Timeline, read_timeline
 from scaleprog.rundir.accuracies import Accuracies
@@ -35,6 +36,12 @@ from scaleprog.rundir.records import (
 from scaleprog.rundir.state import decision_from_json, unpaired
 
 Row = dict[str, Any]
+UNSEEN = (
+    "tracking", "checkpoint", "train.max_steps", "train.log_every", "train.patience", "train.rank_curves",
+    "train.profile", "train.accept_arithmetic", "data.workers", "data.prefetch", "data.memory", "data.cache",
+    "data.store", "data.store_gib", "data.trace",
+)  # fmt: skip
+"""Settings, or groups of them, that change no result of a run; a run directory keeps those of its first start."""
 MOST_STAGES = 32  # at most this many are shown
 NAMES = {"original": "Original", "linear": "Prog", "automatic": "AutoProg", "supernet": "Supernet"}  # the paper's
 
@@ -87,6 +94,7 @@ class RunRecord:
     `top1_at`: by resolution, what `scaleprog evaluate` measured last, of the better weights.
     `top1_at_growth`: of the better weights after the first epoch of stage 2; None if the run was not evaluated then.
     `troubles`: a sentence on each file that could not be read completely.
+    `directories`: where the relative paths of the recipe may lead.
     """
 
     name: str
@@ -102,13 +110,24 @@ class RunRecord:
     top1_at: Mapping[int, float]
     top1_at_growth: float | None
     troubles: Sequence[str] = ()
+    directories: Sequence[Path] = ()
 
     @property
     def twins(self) -> str:
-        """A text that is equal for runs whose recipes differ only in the seed and, if they are forks, the parent."""
+        """A text that is equal for runs whose recipes differ only in the seed, in what changes no result (`UNSEEN`), in
+        where the shards lie and, if they are forks, in the parent."""
         parent = self.recipe.get("parent")
         step = parent.get("step") if isinstance(parent, Mapping) else None
-        return json.dumps({**self.recipe, "seed": None, "parent": step}, sort_keys=True)
+        told: dict[str, Any] = {**self.recipe, "seed": None, "parent": step}
+        for key in UNSEEN:
+            group, _, name = key.partition(".")
+            if isinstance(told.get(group), Mapping):
+                told[group] = {k: value for k, value in told[group].items() if name and k != name}
+            elif not name:
+                told.pop(group, None)
+        if isinstance(told.get("data"), Mapping):
+            told["data"] = {**told["data"], "path": self.data}
+        return json.dumps(told, sort_keys=True)
 
     @property
     def data(self) -> str:
@@ -133,12 +152,19 @@ class RunRecord:
 
     @property
     def joules(self) -> float | None:
-        """The measured energy of all starts; None unless every start measured it."""
+        """The measured energy of all starts; None unless every start measured that of all its GPUs and nodes."""
         measured = [event for event in self.events if event["event"] == "energy"]
-        starts = [event for event in self.events if event["event"] == "start"]
-        if {event.get("generation") for event in measured} != {event.get("generation") for event in starts}:
-            return None
-        return sum(event["gpu_joules"] + event["cpu_joules"] for event in measured)
+        for start in (event for event in self.events if event["event"] == "start"):
+            ranks = {event.get("rank") for event in measured if event.get("generation") == start.get("generation")}
+            on_gpus = start.get("device", "").startswith("cuda")
+            if len(ranks) < (start.get("world", 1) if on_gpus else len(start.get("hosts", [""]))):
+                return None
+        return sum(event["gpu_joules"] + (event["cpu_joules"] or 0) for event in measured) if measured else None
+
+    @property
+    def without_cpus(self) -> bool:
+        """Whether `joules` leaves out CPUs, because a start found no counter of theirs."""
+        return any(event["event"] == "energy" and event["cpu_joules"] is None for event in self.events)
 
     def says(self, key: str) -> Any:
         """What the recipe says for a dotted key; None if it has no such key."""
@@ -191,13 +217,14 @@ def read_run(folder: Path, name: str) -> RunRecord:
     results = read_object(folder / RESULTS, Results)
     steps = _last_told(row for row in rows if "loss" in row)
     evaluations = _last_told(row for row in rows if "top1" in row)
+    scoring = [dict(event) for event in still_told(events) if event["event"] == "measurement"]
     return RunRecord(
         name,
         recipe,
         results is not None,
-        _so_far(steps, evaluations) if results is None else results,
+        _so_far(steps, evaluations, scoring) if results is None else results,
         evaluations,
-        _segments(steps),
+        _segments(steps, scoring),
         _read_searches(events, steps),
         events,
         read_timeline(folder, name, rows, events),
@@ -205,6 +232,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
         {row["resolution"]: Accuracies(row).best for row in _newest(records[-1].rows, steps if results else ())},
         _at_growth(steps, evaluations),
         troubles,
+        directories.to_read(folder),
     )
 
 
@@ -219,13 +247,13 @@ def _last_told(rows: Iterable[Mapping[str, Any]]) -> list[Any]:
     return sorted({row["step"]: row for row in rows}.values(), key=lambda row: row["step"])
 
 
-def _so_far(steps: Sequence[Row], evaluations: Sequence[Row]) -> Row:
+def _so_far(steps: Sequence[Row], evaluations: Sequence[Row], scoring: Sequence[Row]) -> Row:
     last = evaluations[-1] if evaluations else {"top1": None, "top1_ema": None}
     return {
         "top1": last["top1"],
         "top1_ema": last["top1_ema"],
         "top1_best": Accuracies(last).best if evaluations else None,
-        "train_seconds": sum(row["step_seconds"] for row in steps),
+        "train_seconds": sum(row["step_seconds"] for row in steps) + _seconds(scoring),
         "train_cpu_seconds": sum(row.get("cpu_seconds", 0.0) for row in steps),
         "search_seconds": None,
         "wall_seconds": None,
@@ -240,15 +268,20 @@ def _at_growth(steps: Sequence[Row], evaluations: Sequence[Row]) -> float | None
     return evaluated.get(first[-1]) if first else None
 
 
-def _segments(steps: Sequence[Row]) -> list[Segment]:
-    """The phases of the recorded steps."""
+def _seconds(scoring: Iterable[Row]) -> float:
+    return sum(event.get("seconds", 0.0) for event in scoring)
+
+
+def _segments(steps: Sequence[Row], scoring: Sequence[Row]) -> list[Segment]:
+    """The phases of the recorded steps; their time of training includes what the searches took to score before."""
     before = list(accumulate((row["step_seconds"] for row in steps), initial=0.0))
     segments = []
     for (stage, phase), group in groupby(enumerate(steps), lambda item: (item[1]["stage"], item[1]["phase"])):
         indices, rows = zip(*group)
         largest = Subnet(max(row["resolution"] for row in rows), max(row["depth"] for row in rows))
         span = rows[0]["step"] - 1, rows[-1]["step"]
-        segments.append(Segment(stage, phase, *span, largest, before[indices[0]], _waiting(rows)))
+        began = before[indices[0]] + _seconds(event for event in scoring if event["step"] <= span[0])
+        segments.append(Segment(stage, phase, *span, largest, began, _waiting(rows)))
     return segments
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -124,6 +125,8 @@ def _known(what: str, numbers: Iterable[int], known: Sequence[int]) -> list[int]
 def _why_left_out(run: RunRecord) -> str:
     if not run.finished:
         return "it has not finished"
+    if run.says("model.classes") in TRANSFER and isinstance(run.says("init.from"), str) and _pretrained(run) is None:
+        return f"{as_text(run.says('init.from'))}, whose weights it began with, is not a run that can be read"
     return f"{run.schedule}; it belongs to no row, or there is nothing to compare it with"
 
 
@@ -309,7 +312,8 @@ def _kwh(runs: Sequence[RunRecord], watts: float | None) -> tuple[float | None, 
     """The mean energy of runs in kWh, and where the figure comes from; None if it is neither measured nor assumed."""
     measured = [run.joules for run in runs if run.joules is not None]
     if len(measured) == len(runs):
-        return mean(measured) / 3.6e6, "measured"
+        only = ", GPUs only" if any(run.without_cpus for run in runs) else ""
+        return mean(measured) / 3.6e6, f"measured{only}"
     hours = mean(run.rank_hours for run in runs)
     if watts is None:
         return None, f"not measured: {hours:.3g} rank-hours"
@@ -337,10 +341,13 @@ def _transfer(groups: Sequence[Group]) -> Section:
 def _pretrained(run: RunRecord) -> RunRecord | None:
     """The run whose weights a run started from; None if it did not, or if that run is not there."""
     source = run.says("init.from")
-    try:
-        return read_run(Path(source), source) if isinstance(source, str) and Path(source).is_dir() else None
-    except (CheckpointError, OSError):
+    if not isinstance(source, str):
         return None
+    for folder in (directory / source for directory in run.directories):
+        with suppress(CheckpointError, OSError):
+            if folder.is_dir():
+                return read_run(folder, source)
+    return None
 
 
 # ---- figures

@@ -95,8 +95,8 @@ def write_report(runs: Sequence[Path], out: Path) -> str:
         *(f"![Seconds of training and final accuracy]({picture})" for picture in pictures),
         _about_baselines(list(baselines.values()), told),
         markdown_table(rows),
-        "train s: forward, backward and optimizer of all training steps, supernets included; CPU s: CPU time of rank 0 "
-        "during these steps; scoring s: measuring the candidates of the searches; wall s: everything.",
+        "train s: forward, backward and optimizer of all training steps, supernets included, and scoring; CPU s: CPU "
+        "time of rank 0 during that; scoring s: the part in which searches measure candidates; wall s: everything.",
         *_means(groups, baselines),
         "## Accuracy over training time\n\n![Top-1 against training seconds](accuracy_over_time.png)",
         "## Growth schedules\n\n![Resolution and depth over the steps](schedule.png)",

@@ -114,6 +114,9 @@ class Began(_Event):
     step: Count
     world: NotRequired[Size]
     device: NotRequired[Name]
+    hosts: NotRequired[list[Name]]
+    tracking: NotRequired[list[Name]]
+    log_every: NotRequired[Size]
     startup_seconds: NotRequired[Seconds]
     repeated_steps: NotRequired[Count]
     repeated_seconds: NotRequired[Seconds]
@@ -244,7 +247,8 @@ class Energy(_Event):
 
     event: Literal["energy"]
     gpu_joules: Joules
-    cpu_joules: Joules
+    cpu_joules: Joules | None
+    """None: no counter was found."""
 
 
 @with_config(STRICT)

@@ -37,7 +37,7 @@ class StepTimer:
 def memory(device: torch.device) -> dict[str, float]:
     """MiB that this process holds on the host and, by torch's allocator, on a CUDA device; waits for nothing.
 
-    `device_peak_mib`: the most that tensors held since the process began.
+    `device_peak_mib`: the most that tensors held since this start began.
     """
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     found = {"host_mib": pages * os.sysconf("SC_PAGE_SIZE") / MIB}

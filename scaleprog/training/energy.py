@@ -24,7 +24,7 @@ def metered(recorder: Recorder, device: torch.device, first_of_node: bool) -> It
         yield
     finally:
         if monitor is not None:
-            _end(monitor, recorder)
+            _end(monitor, recorder, first_of_node)
 
 
 def _begin(device: torch.device, first_of_node: bool) -> Any:
@@ -43,13 +43,14 @@ def _begin(device: torch.device, first_of_node: bool) -> Any:
     return monitor
 
 
-def _end(monitor: Any, recorder: Recorder) -> None:
+def _end(monitor: Any, recorder: Recorder, first_of_node: bool) -> None:
     try:
         used = monitor.end_window(WINDOW, sync_execution=False)
         gpu, cpu, memory = (joules or {} for joules in (used.gpu_energy, used.cpu_energy, used.dram_energy))
         if gpu or cpu:
-            joules = {"gpu_joules": sum(gpu.values()), "cpu_joules": sum(cpu.values()) + sum(memory.values())}
-            recorder.own_event("energy", **joules)
+            counted = cpu or not first_of_node  # zeus may find no counter of the CPUs
+            of_cpus = sum(cpu.values()) + sum(memory.values()) if counted else None
+            recorder.own_event("energy", gpu_joules=sum(gpu.values()), cpu_joules=of_cpus)
     except Exception as error:
         _tell(error)
 

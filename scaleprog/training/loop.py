@@ -53,7 +53,7 @@ from scaleprog.training.process import (
     make_backend,
     name_of,
     out_of_memory,
-    process_seconds,
+    process_began,
     require_checkpoint,
     restore,
     save,
@@ -76,11 +76,12 @@ def train_rank(recipe: Recipe, folder: Path, own_process: bool = True) -> dict[s
 
     `own_process`: whether this process only trains, and may end itself if it hangs.
     """
+    began = process_began() if own_process else time.clock_gettime(time.CLOCK_BOOTTIME)
     with (
         watched_patience(recipe, folder) if own_process else nullcontext(Patience()) as patience,
         process_group(recipe.train.deterministic, patience.limit) as (coordinator, device),
     ):
-        return train(recipe, folder, coordinator, device, patience=patience)
+        return train(recipe, folder, coordinator, device, patience=patience, began=began)
 
 
 def train(
@@ -90,10 +91,18 @@ def train(
     device: torch.device,
     at_stop: Callable[[Run], None] = lambda run: None,
     patience: Patience | None = None,
+    began: float | None = None,
 ) -> dict[str, Any]:
     """Trains `recipe` in the run directory `folder`, from its newest checkpoint on; every rank calls this.
 
-    `at_stop`: called if `train.max_steps` ends the run before its last step. `patience`: watches this rank.
+    Args:
+        recipe: what is trained.
+        folder: the run directory.
+        coordinator: the ranks.
+        device: of this rank.
+        at_stop: called if `train.max_steps` ends the run before its last step.
+        patience: watches this rank.
+        began: the reading of CLOCK_BOOTTIME, in seconds, when this start began; default: when the process did.
 
     Returns:
         The contents of `results.json`; empty if `train.max_steps` ended the run before its last step.
@@ -114,6 +123,9 @@ def train(
     typed, recipe = recipe, recipe.located(directories.to_train(folder))
     plan = with_own_cores(plan_start(recipe, coordinator.world, ranks_per_node()), coordinator)
     rank, world = coordinator.rank, coordinator.world
+    began = process_began() if began is None else began
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # an earlier run in this process may have held more
     coordinator.verify("recipe", typed.dump())
     coordinator.verify("shards", [plan.data.identity(), [[s.name, s.sha256] for s in plan.manifest.split("train")]])
     reader = TrainReader(plan.data, plan.order, recipe.seed, rank, world)
@@ -155,6 +167,8 @@ def train(
     finished = state.step == plan.schedule.phases(state.choices)[-1].stop
     if finished and (results := coordinator.on_rank_0("results", lambda: read_results(folder))) is not None:
         progress.say(f"{folder} is finished: {state.step} steps")
+        trackers = recipe.tracking if rank == 0 else ()
+        Senders(folder, trackers, recipe.train.log_every, lease.generation).close()  # what one may have missed
         return dict(results)
     nodes = coordinator.gather(os.uname().nodename)
     peak = PEAKS.get(name_of(device))
@@ -201,7 +215,9 @@ def train(
             device=str(device),
             hosts=[host for host, _ in groupby(nodes)],
             job=slurm_queue.own_job(),
-            startup_seconds=process_seconds(),
+            startup_seconds=max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began),
+            tracking=recipe.tracking,
+            log_every=recipe.train.log_every,
             **recorder.lost,
             reader_bytes=reader.memory(plan.schedule.full.resolution),
         )
@@ -214,12 +230,12 @@ def train(
     # ---- loop
     senders = Senders(folder, recipe.tracking if rank == 0 else (), recipe.train.log_every, lease.generation)
     gc.disable()
-    began = time.perf_counter() - state.wall_seconds
+    zero = time.perf_counter() - state.wall_seconds
     try:
         # the workers of the evaluation end before the watch does, because they hold its sockets, too
         with metered(recorder, device, nodes.index(nodes[rank]) == rank), watch, closing(evaluation):
             try:
-                train_phases(run, began)
+                train_phases(run, zero)
                 patience.at("finishing", state.step)
                 wait_for_checkpoint(run)
             except AskedToStop as asked:
@@ -230,7 +246,7 @@ def train(
             except Diverged:  # on all ranks after the same step; a checkpoint that is being written is from before it
                 collect_commits(run, wait=True)
                 raise
-        state.wall_seconds = time.perf_counter() - began
+        state.wall_seconds = time.perf_counter() - zero
         if current_phase(run) is None:
             return finish(run)
         recorder.event("stopped_early", step=state.step)
@@ -254,10 +270,10 @@ def train(
         senders.close()
 
 
-def train_phases(run: Run, began: float) -> None:
+def train_phases(run: Run, zero: float) -> None:
     """Trains every step of every phase, from the current step on. Raises AskedToStop or OverBudget.
 
-    `began`: the reading of `time.perf_counter` at which the run's `wall_seconds` were 0.
+    `zero`: the reading of `time.perf_counter` at which the run's `wall_seconds` were 0.
     """
     state, plan = run.state, run.plan
     if state.pending:
@@ -272,14 +288,12 @@ def train_phases(run: Run, began: float) -> None:
         with run.reader.stream(PhaseRequests(run, phase), pixels) as batches:
             while state.step < phase.stop and not stopped_early(run):
                 run.patience.at("waiting for data", state.step + 1)
-                waited = time.perf_counter()
                 batch = next(batches)
-                waited = time.perf_counter() - waited
                 subnet = phase.subnet(run.recipe.seed, state.step)
                 run.profiling.before(state.step + 1)
                 run.patience.at("training", kind=f"a step of {subnet}" if run.recipe.sharding.compile else "a step")
-                train_step(run, phase, subnet, actives[subnet], batch, waited)
-                state.wall_seconds = time.perf_counter() - began
+                train_step(run, phase, subnet, actives[subnet], batch, batches.waited)
+                state.wall_seconds = time.perf_counter() - zero
                 run.patience.at("after the step", kind="what follows a step")
                 if state.step == phase.start + 1:
                     show_growth(run)

@@ -3,7 +3,6 @@
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -245,10 +244,10 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
-def process_seconds() -> float:
-    """Seconds since this process started; when training begins, the time that imports and the rendezvous took."""
+def process_began() -> float:
+    """The reading of CLOCK_BOOTTIME, in seconds, when this process started."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def stopped_early(run: Run) -> bool:

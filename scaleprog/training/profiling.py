@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from scaleprog.files.atomic import write_whole
+from scaleprog.files.display import counted
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.recipe.keys import ProfileSettings
 from scaleprog.rundir.profiles import PROFILES, Inbox, error_name, folder_of, memory_name, trace_name
@@ -71,6 +73,7 @@ class Profiling:
             asked = self._coordinator.decide("profile", lambda: self._inbox.take(step + 1))
             if asked is not None:
                 self._window = Window(step + 1, step + asked["steps"], asked["ranks"], asked["memory"])
+                self._refuse_absent(self._window)
 
     def end(self, step: int) -> None:
         """Ends a profile that has begun, after `step`, and writes it."""
@@ -82,10 +85,12 @@ class Profiling:
             return
         folder, rank = folder_of(self._run, window.first), self._coordinator.rank
         try:
-            running.stop()
-            if window.memory:
-                _snapshot(folder / memory_name(rank))
-                torch.cuda.memory._record_memory_history(enabled=None)
+            try:
+                running.stop()
+                if window.memory:
+                    _snapshot(folder / memory_name(rank))
+            finally:
+                _follow_memory(window, False)
             temporary = folder / f".{os.getpid()}.{trace_name(rank)}"
             running.export_chrome_trace(str(temporary))
             os.replace(temporary, folder / trace_name(rank))
@@ -94,22 +99,33 @@ class Profiling:
             return
         self._recorder.own_event("profile", step=window.first, steps=step - window.first + 1, folder=str(folder))
 
+    def _refuse_absent(self, window: Window) -> None:
+        """Says of ranks that are asked for, by someone who knows an earlier start, that this start has none of them."""
+        world = self._coordinator.world
+        for rank in window.ranks:
+            if rank >= world and self._coordinator.rank == 0:
+                with suppress(OSError):
+                    told = f"this start has {counted(world, 'rank')}"
+                    write_whole(folder_of(self._run, window.first) / error_name(rank), told)
+
     def _begin(self, window: Window) -> None:
         if self._coordinator.rank not in window.ranks:
             return
+        on_cuda = self._device.type == "cuda"
         try:
             folder = folder_of(self._run, window.first)
             folder.mkdir(parents=True, exist_ok=True)
-            on_cuda = self._device.type == "cuda"
             if window.memory:
                 if not on_cuda:
                     raise ValueError(f"memory is followed on CUDA devices only, not on {self._device.type}")
-                torch.cuda.memory._record_memory_history(max_entries=MOST_ENTRIES)
+                _follow_memory(window, True)
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
             running = profile(activities=activities)
             running.start()
             self._profile = running
         except Exception as error:  # such as another profiler in this process
+            if on_cuda:
+                _follow_memory(window, False)
             self._tell(window, error)
 
     def _tell(self, window: Window, error: Exception) -> None:
@@ -119,6 +135,13 @@ class Profiling:
         except OSError as other:
             message = f"{message}; {other}"
         self._recorder.own_event("profile_failed", step=window.first, message=message)
+
+
+def _follow_memory(window: Window, follow: bool) -> None:
+    """Begins or ends the history of allocations, if the profile has one; while it lasts, each of them keeps a stack."""
+    if window.memory:
+        memory: Any = torch.cuda.memory
+        memory._record_memory_history(**({"max_entries": MOST_ENTRIES} if follow else {"enabled": None}))
 
 
 def keep_snapshot(run: Path, rank: int, device: torch.device) -> Path | None:

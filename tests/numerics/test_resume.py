@@ -159,12 +159,27 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint_without_doubled_
     assert_same_run(recipe, tmp_path / "run", reference)
 
 
-def test_results_that_were_cut_off_are_written_again(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_results_that_were_cut_off_are_written_again(
+    make_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a start of a finished run sends to its trackers what they have missed."""
     recipe = make_recipe(growth={"schedule": "original"}, train={"epochs": 1})
     whole = run(recipe, tmp_path)
     (tmp_path / "results.json").write_text('{"top1": ')
     assert run(recipe, tmp_path)["top1"] == whole["top1"]
     assert json.loads((tmp_path / "results.json").read_text())["top1"] == whole["top1"]
+    sent: list[Any] = []
+
+    class Senders:
+        def __init__(self, *given: Any) -> None:
+            sent.append(given[:2])
+
+        def close(self) -> None:
+            sent.append("closed")
+
+    monkeypatch.setattr("scaleprog.training.loop.Senders", Senders)
+    run(recipe.model_copy(update={"tracking": ("mlflow",)}), tmp_path)
+    assert sent == [(tmp_path, ("mlflow",)), "closed"]
 
 
 SHARDINGS: dict[str, dict[str, Any]] = {

@@ -71,6 +71,12 @@ def test_the_first_rank_of_a_node_records_its_cpus(zeus: type[Monitor]) -> None:
     assert measure(first_of_node=False) == [], "the other ranks would count the same CPUs again"
 
 
+@pytest.mark.parametrize(("first_of_node", "of_cpus"), [(True, None), (False, 0)])
+def test_a_gpu_is_counted_where_cpus_are_not(zeus: type[Monitor], first_of_node: bool, of_cpus: int | None) -> None:
+    zeus.end_window = lambda *_, **__: SimpleNamespace(gpu_energy={0: 9.0}, cpu_energy=None, dram_energy=None)  # type: ignore[assignment]
+    assert measure(first_of_node) == [{"event": "energy", "gpu_joules": 9.0, "cpu_joules": of_cpus}]
+
+
 def test_a_start_that_fails_is_measured_too(zeus: type[Monitor]) -> None:
     assert len(measure(work=lambda: 1 / 0)) == 1
 

@@ -242,12 +242,54 @@ def test_measured_energy_counts_only_if_every_start_measured_it(trained: Trained
     assert tables(trained.write(1, energy=Energy(watts=250)))[0][-1]["energy from"].startswith("modeled")
 
 
+@pytest.mark.parametrize(
+    ("ranks", "cpu", "source"),
+    [
+        ((0, 1, 2, 3), 6e5, "measured"),
+        ((0, 1, 2, 3), None, "measured, GPUs only"),
+        ((0, 2), 6e5, "not measured"),  # the other ranks were killed
+    ],
+)
+def test_energy_is_measured_if_every_gpu_of_a_start_is(
+    trained: Trained, ranks: tuple[int, ...], cpu: float | None, source: str
+) -> None:
+    folder = trained.run(**ORIGINAL)
+    told: dict[str, Any] = {"generation": 1, "step": 0, "world": 4, "device": "cuda:0", "hosts": ["a", "b"]}
+    events: list[dict[str, Any]] = [{"time": 1e9, "event": "start", **told}]
+    for rank in ranks:
+        joules = {"gpu_joules": 1e6, "cpu_joules": 0.0 if rank % 2 else cpu}
+        events.append({"time": 2e9, "event": "energy", "rank": rank, "generation": 1, **joules})
+    write_lines(folder / "events.jsonl", events)
+    assert tables(trained.write(1))[0][-1]["energy from"].partition(":")[0] == source
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"tracking": ["mlflow"], "checkpoint": {"keep": 3}},
+        {"train": {"max_steps": 3, "log_every": 7}, "data": {"workers": 5, "path": "/elsewhere/fashion_mnist"}},
+    ],
+)
+def test_seeds_belong_together_whatever_their_runs_log_and_wherever_their_shards_lie(
+    trained: Trained, other: dict[str, dict[str, Any]]
+) -> None:
+    trained.run(seed=0, **ORIGINAL)
+    folder = trained.run(seed=1, **ORIGINAL)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    for group, settings in other.items():
+        recipe[group] = {**recipe[group], **settings} if isinstance(settings, dict) else settings
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert by_scheme(tables(trained.write(2))[0])["Original"]["seeds"] == "2"
+
+
 def test_transferred_runs_are_told_by_whose_weights_they_started_from(trained: Trained) -> None:
     original, autoprog = trained.run(**ORIGINAL), trained.run(**PUBLISHED)
     for source, top1 in ((original, 98.0), (autoprog, 98.5)):
         folder = trained.run(top1=top1, **ORIGINAL)
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-        (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "init": {"from": str(source)}}))
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "init": {"from": source.name}}))
+        started = {"run": str(folder.resolve()), "directories": [str(source.parent)]}
+        (folder / "directories.json").write_text(json.dumps(started))
     second, third = tables(trained.write(2, 3))
     assert by_scheme(second)["Original"]["seeds"] == "1"
     assert [(row["scheme"], row["top-1, paper"], row["top-1"]) for row in third] == [

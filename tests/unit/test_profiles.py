@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -14,7 +15,7 @@ from scaleprog.errors import ScaleprogError
 from scaleprog.launchers import status
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.ranks.stop import Agreement, Watch
-from scaleprog.rundir import profiles
+from scaleprog.rundir import lease, profiles
 from scaleprog.rundir.profiles import Inbox, answer, ask, folder_of, memory_name, trace_name, withdraw
 from scaleprog.rundir.recorder import Recorder
 from scaleprog.training import profiling
@@ -98,6 +99,24 @@ def test_a_run_that_ends_leaves_no_request(
     assert not (run / "profiles/request.json").exists()
 
 
+def test_a_run_that_starts_again_with_a_request_writes_no_trace_for_it(
+    run: Path, running: list[str], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owners = iter([SimpleNamespace(generation=generation) for generation in (1, 1, 1, 2)])
+    looks: list[int] = []
+
+    def owner(_: Path) -> SimpleNamespace:
+        looks.append(1)
+        if len(looks) == 2:
+            Inbox(run).take(4)
+        return next(owners)
+
+    monkeypatch.setattr(lease, "read_owner", owner)
+    monkeypatch.setattr(observing, "LOOK_SECONDS", 0.0)
+    assert is_mistake(command("profile", run), "has started again before its profile was written; ask again")
+    assert len(looks) == 4
+
+
 # ---- requests
 
 
@@ -156,6 +175,14 @@ def make(run: Path, one_rank: None) -> Callable[[str], tuple[Profiling, Told]]:
     return made
 
 
+def test_ranks_that_a_later_start_has_not_are_refused(run: Path, make: Callable[[str], tuple[Profiling, Told]]) -> None:
+    request = ask(run, 1, [0, 7], False)
+    profiler, _ = make("cpu")
+    profiler.after(6, profiler.requested())
+    with pytest.raises(ScaleprogError, match=r"rank 7 could not be profiled: this start has 1 rank$"):
+        answer(run, request)
+
+
 def test_a_profiler_that_fails_ends_no_run(
     run: Path, make: Callable[[str], tuple[Profiling, Told]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +227,25 @@ def test_memory_is_followed_during_the_profile_only(
     assert memory.calls == [{"max_entries": profiling.MOST_ENTRIES}, {"enabled": None}]
     assert {path.name for path in folder_of(run, 7).iterdir()} == {"request.json", trace_name(0), memory_name(0)}
     assert [kind for kind, _ in told.events] == ["profile"]
+
+
+@pytest.mark.parametrize("where", ["start", "snapshot"])
+def test_no_memory_is_followed_after_a_profile_that_failed(
+    where: str, run: Path, make: Callable[[str], tuple[Profiling, Told]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Memory()
+    monkeypatch.setattr(torch.cuda, "memory", memory)
+    if where == "start":
+        monkeypatch.setattr(profiling, "profile", lambda **_: 1 / 0)
+    else:
+        monkeypatch.setattr(Memory, "_dump_snapshot", lambda *_: 1 / 0)
+    ask(run, 1, [0], memory=True)
+    profiler, told = make("cuda")
+    profiler.after(6, profiler.requested())
+    profiler.before(7)
+    profiler.after(7, False)
+    assert memory.calls[-1] == {"enabled": None}
+    assert [kind for kind, _ in told.events] == ["profile_failed"]
 
 
 def test_out_of_device_memory_leaves_a_snapshot(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

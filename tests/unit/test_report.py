@@ -441,6 +441,22 @@ def test_runs_of_a_sweep_that_wait_are_left_out(tmp_path: Path) -> None:
         read_groups([tmp_path / "sweep"])
 
 
+def test_scoring_is_part_of_the_time_of_training(tmp_path: Path) -> None:
+    """As in results.json, so that a curve and the marks of its stages have one clock."""
+    run = Writer(tmp_path / "run", "automatic")
+    run.train("supernet", 1, FULL, 2 * EPOCH)
+    run.train("train", 1, (16, 4), EPOCH)
+    scored = [event for event in run.events if event["event"] == "measurement"]
+    for event in scored:
+        event["seconds"] = 0.5
+    record = read_run(run.save(finished=False), "run")
+    steps = sum(row["step_seconds"] for row in run.rows if "loss" in row)
+    supernet = sum(row["step_seconds"] for row in run.rows[: 2 * EPOCH])
+    assert len(scored) == 3
+    assert record.results["train_seconds"] == pytest.approx(steps + 1.5)
+    assert [segment.seconds for segment in record.segments] == pytest.approx([0.5, supernet + 1.5])
+
+
 def test_the_time_of_a_fork_is_its_own(tmp_path: Path) -> None:
     """Its records begin with those of its parent, as `write_fork` leaves them."""
     run = Writer(tmp_path / "fork", "original")

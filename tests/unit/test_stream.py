@@ -101,8 +101,9 @@ def test_a_worker_does_not_collect_the_garbage_that_it_inherits() -> None:
 
 
 def test_with_a_gpu_a_batch_stays_until_its_copies_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One batch longer than without; the workers' memory is page-locked meanwhile."""
+    """One batch longer than without; the workers' memory is page-locked meanwhile. It is no wait for data."""
     told: list[str] = []
+    clock = [0.0]
 
     class Event:
         def record(self) -> None:
@@ -110,7 +111,9 @@ def test_with_a_gpu_a_batch_stays_until_its_copies_are_complete(monkeypatch: pyt
 
         def synchronize(self) -> None:
             told.append("synchronize")
+            clock[0] += 100.0
 
+    monkeypatch.setattr("scaleprog.data.stream.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.Event", Event)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: told.append("synchronize all"))
@@ -126,8 +129,8 @@ def test_with_a_gpu_a_batch_stays_until_its_copies_are_complete(monkeypatch: pyt
         time.sleep(0.5)
         assert torch.equal(first.images, before.images)
         assert told == ["lock", "record"]
-        numbers = [batch.ids[0].item() for batch in batches]
-    assert numbers == [23, 33, 43]
+        found = [(batch.ids[0].item(), batches.waited) for batch in batches]
+    assert found == [(23, 0.0), (33, 0.0), (43, 0.0)]
     assert told[2:6] == ["record", "synchronize", "record", "synchronize"]
     assert told[-2:] == ["synchronize all", "unlock"]
 

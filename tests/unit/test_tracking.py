@@ -281,6 +281,16 @@ def test_track_sends_a_run_that_was_trained_without_trackers(run: Path, stub: ty
     assert len(stub.opened) == 1
 
 
+def test_track_sends_what_the_latest_start_would(run: Path, stub: type[Stub], command: Command) -> None:
+    """recipe.yaml is that of the first start, which had no tracker and other points."""
+    trained(run, last=20, checkpoint=20)
+    starts = [{"time": 1.0, "event": "start", "step": 0}]
+    starts.append({**starts[0], "time": 2.0, "tracking": ["mlflow"], "log_every": 2})
+    write_lines(run / "events.jsonl", starts)
+    assert command("track", run).out == f"{run}: mlflow has everything up to step 20\n"
+    assert as_curves(stub.got) == of_records(run, 2)
+
+
 def test_what_cannot_be_tracked_is_refused(
     run: Path, stub: type[Stub], command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
