@@ -97,9 +97,9 @@ def _reports(run: Path) -> Path:
 
 
 def refused(run: Path, start: Attempt) -> bool:
-    """Whether the run directory is that of another job."""
-    job = object_in(run / "job.json", Job)
-    return job is not None and job["job"] != start.job
+    """Whether the run directory is that of another job: by `job.json`, unless the job of `start` trains there."""
+    job, owner = object_in(run / "job.json", Job), object_in(run / "owner.json", Owner)
+    return job is not None and job["job"] != start.job and (owner is None or owner["job"] != start.job)
 
 
 def latest(run: Path, start: Attempt) -> Attempt:

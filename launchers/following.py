@@ -98,8 +98,11 @@ def exit_code(run: Path, job: slurm_queue.Job | None) -> int:
     file = JobFile.read(run)
     if file is not None:
         last = next(reversed(read(run / REQUEUES, LEFT).rows), None)
-        say(last["cause"] if last is not None and last.get("job") == file.job else standing(run)[1])
-        return CRASHED if job is None else job.exit_code or CRASHED
+        mine = last if last is not None and last.get("job") == file.job else None
+        say(standing(run)[1] if mine is None else mine["cause"])
+        if job is not None or mine is None or mine.get("requeue") or mine.get("here"):
+            return (0 if job is None else job.exit_code) or CRASHED
+        return mine.get("code") or CRASHED  # Slurm has forgotten the job
     events = read(run / EVENTS, EVENT).rows
     begun = max((i for i, event in enumerate(events) if event["event"] == "start"), default=0)
     ends = [event for event in events[begun:] if event["event"] in ("error", "preempted", "hang", "stopped_early")]

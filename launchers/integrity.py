@@ -7,6 +7,7 @@ import hashlib
 import os
 import stat
 import sys
+import time
 
 
 def digest(files: dict[str, bytes]) -> str:
@@ -58,6 +59,18 @@ def _fail(error: OSError) -> None:
 
 MOST_BYTES, MOST_FILES = 2**24, 1000
 
+PAUSES = (1, 5, 15, 40)  # seconds; a file system may need that long on a node that has just booted
+
 if __name__ == "__main__":
+    for pause in (*PAUSES, 0):
+        try:
+            read(sys.argv[1])
+            break
+        except OSError as error:
+            if not pause:
+                sys.exit(f"scaleprog: the job's code cannot be read on this node: {error}; submit the same again")
+            time.sleep(pause)
+        except ValueError:
+            break
     if wrong := problem(sys.argv[1], sys.argv[2]):
         sys.exit(f"scaleprog: the job's code is not the submitted code: {wrong}; remove the folder and submit again")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files.display import as_text
+from scaleprog.launchers.snapshot import JobFile
 from scaleprog.launchers.status import Status, cancel, span, standing, status
 from scaleprog.reporting.text_tables import cell, plain_table
 from scaleprog.rundir.folders import runs_at, short_names
@@ -63,9 +64,12 @@ def cancel_all(runs: Sequence[Path]) -> str:
     told: list[str] = []
     failed = False
     for run in runs:
-        if standing(run)[0] in ("finished", "stopped"):
+        state = standing(run)[0]
+        if state == "finished":
             continue
         try:
+            if state == "stopped" and not _is_queued(run):
+                continue
             told.append(f"{run.name}: {cancel(run)}")
         except ScaleprogError as error:
             failed = True
@@ -73,3 +77,10 @@ def cancel_all(runs: Sequence[Path]) -> str:
     if failed or not told:
         raise ScaleprogError("\n".join(told) or f"nothing to cancel; none of {len(runs)} runs is queued or running")
     return "\n".join(told)
+
+
+def _is_queued(run: Path) -> bool:
+    """Whether a run's job, according to Slurm, is not over. Raises NoAnswer: `standing` calls such a run stopped."""
+    file = JobFile.read(run)
+    job = None if file is None else file.ask()
+    return job is not None and not job.over

@@ -17,7 +17,7 @@ from scaleprog.errors import AbsentWeights, ScaleprogError
 from scaleprog.files.display import say
 from scaleprog.launchers import integrity
 from scaleprog.launchers.request import JobRequest
-from scaleprog.launchers.snapshot import JobFile, check_free, check_name, code_folder, take
+from scaleprog.launchers.snapshot import JobFile, check_free, check_job, check_name, code_folder, take
 from scaleprog.launchers.world import Count, largest, usable
 from scaleprog.recipe import Recipe, directories
 from scaleprog.recipe.worlds import Worlds
@@ -32,6 +32,13 @@ STEP = (  # srun reads these variables, and starts that many tasks on that many 
     "export SLURM_JOB_NUM_NODES=$NODES SLURM_NNODES=$NODES SLURM_NTASKS_PER_NODE=$TASKS",
     "export SLURM_NTASKS=$((NODES * TASKS)) SLURM_NPROCS=$((NODES * TASKS))",
 )
+VARIABLES = {
+    "array": ("SBATCH_ARRAY_INX",),
+    "mem": ("SBATCH_MEM_PER_NODE",),
+    "requeue": ("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE"),
+    "time": ("SBATCH_TIMELIMIT",),
+}
+"""sbatch's variables for options, where their names are not those of the options."""
 NO_ARRAY = "unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID  # a task of an array that submits a job hands them on"
 RANK_CORES = 2  # for a rank's own threads, besides its data workers
 SHOWN = 8
@@ -177,6 +184,7 @@ def check_quickly(recipe: Recipe, run: Path, request: JobRequest) -> None:
     """Raises ScaleprogError for the errors that can be found without torch, which takes seconds to import."""
     request.check()
     Worlds.of(recipe).check(request.world, request.tasks)
+    check_job(run, sure=True)
     check_free(recipe, run)
     check_weights(recipe, run)
 
@@ -251,7 +259,9 @@ def make_executor(run: Path, request: JobRequest) -> Any:
             return request.world  # submitit's own method cannot handle a range of nodes
 
         def _submit_command(self, command: str) -> Any:
-            with environment(SLURM_RESTART_COUNT=None):  # of the job that submits this one, if Slurm has restarted it
+            names = overriding(self._make_submission_file_text(command, ""))
+            # the count is that of the job that submits this one, if Slurm has restarted it
+            with environment(SLURM_RESTART_COUNT=None, **dict.fromkeys(names)):
                 return super()._submit_command(command)
 
     python = None if request.python is None else shlex.quote(_program(request.python))
@@ -282,6 +292,14 @@ def make_executor(run: Path, request: JobRequest) -> Any:
     return executor
 
 
+def overriding(script: str) -> list[str]:
+    """The variables by which sbatch would override options that a batch script sets; those of others count."""
+    options = re.findall("^#SBATCH --([a-z-]+)", script, re.MULTILINE)
+    return [
+        name for option in options for name in VARIABLES.get(option, (f"SBATCH_{option.upper().replace('-', '_')}",))
+    ]
+
+
 def setup(run: str, code: Path, request: JobRequest) -> list[str]:
     """The lines of the batch script before it starts the tasks; slurm/train.sbatch has the same commands.
 
@@ -300,6 +318,7 @@ def setup(run: str, code: Path, request: JobRequest) -> list[str]:
         f"{shlex.join([sys.executable, '-I', '-S', '-c', text, str(code), code.name])} || exit 2",
         "export PYTHONDONTWRITEBYTECODE=1  # no .pyc files in the copied code",
         f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export SLURM_EXPORT_ENV=ALL  # the tasks get all variables, also after sbatch --export=NONE",
         "export SUBMITIT_PREEMPT_SIGNAL=USR2",
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
         f"export {slurm_queue.REPEAT}=0 {slurm_queue.LOST}=",

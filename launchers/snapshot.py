@@ -197,12 +197,19 @@ def check_free(recipe: "Recipe", run: Path, mine: str | None = None) -> None:
         raise InUse(f"{run} is in use by process {owner.pid} on {owner.host}; use another --run-dir")
 
 
-def check_job(run: Path) -> None:
-    """Raises CheckpointError if the Slurm job that `job.json` names is queued or running."""
+def check_job(run: Path, sure: bool = False) -> None:
+    """Raises CheckpointError if the Slurm job that `job.json` names is queued or running.
+
+    `sure`: raise NoAnswer if Slurm does not say; otherwise the job counts as over.
+    """
     job = None
     if (last := JobFile.read(run)) is not None:
-        with suppress(slurm_queue.NoAnswer):
+        try:
             job = last.ask()
+        except slurm_queue.NoAnswer as error:
+            if sure:
+                unknown = f"{run}: Slurm does not say whether job {last.job} is over: {error}"
+                raise slurm_queue.NoAnswer(unknown) from error
     if job is not None and not job.over:
         quoted = shlex.quote(str(run))
         raise InUse(

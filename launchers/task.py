@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from scaleprog.errors import HANG_CODE, Absent, CheckpointError, ScaleprogError
+from scaleprog.errors import HANG_CODE, Absent, CheckpointError, ScaleprogError, Unavailable
 from scaleprog.files.display import as_text, say
 from scaleprog.launchers.attempt import Attempt, has_reported, report
 from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED, exit_by
@@ -30,6 +30,7 @@ from scaleprog.ranks.rendezvous import INTERFACES, LOOPBACK, MEET_LIMIT, STORE
 from scaleprog.ranks.stop import SIGNALS, ignore_stops
 from scaleprog.recipe import Recipe
 from scaleprog.rundir import slurm_queue
+from scaleprog.rundir.folders import committed_step
 from scaleprog.training.loop import train_rank
 
 PORTS = range(15_000, 30_000)  # below the ephemeral ports of Linux
@@ -63,7 +64,11 @@ def leave(run: Path, start: Attempt, rank: int, error: Exception) -> NoReturn:
 
     After a stop, ranks other than 0 wait up to LINGER_SECONDS for the report of rank 0 and write none of their own.
     """
-    end = exit_by(missing_here(run, error) if isinstance(error, Absent) else error)
+    if isinstance(error, Absent):
+        error = missing_here(run, error)
+        if (start.restart or start.repeat) and committed_step(run):  # it was there before
+            error = Unavailable(f"{error}; an earlier start of this job had it")
+    end = exit_by(error)
     if end.code == STOPPED and rank > 0:  # the first task to exit ends them all, and rank 0 may still be writing
         give_up = time.monotonic() + LINGER_SECONDS
         while time.monotonic() < give_up and not has_reported(run, start, rank=0):
@@ -161,15 +166,19 @@ def rank_variables(slurm: Mapping[str, str], start: Attempt) -> dict[str, str]:
         "WORLD_SIZE": slurm["SLURM_NTASKS"],
         "LOCAL_RANK": "0" if bound else slurm["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": str(counts[node]),
-        "MASTER_PORT": str(port(start)),
+        "MASTER_PORT": str(port(start, slurm.get("SLURM_JOB_ID"))),
     }
 
 
-def port(start: Attempt) -> int:
-    """The TCP port where the ranks meet. It differs at each start, so leftover processes cannot interfere."""
-    job, _, index = start.job.partition("_")  # in an array, the tasks' numbers follow that of the array
-    number = 7 * (int(job) + int(index or 0)) + start.restart + 1009 * start.repeat
-    return PORTS[number % len(PORTS)]
+def port(start: Attempt, number: str | None = None) -> int:
+    """The TCP port where the ranks meet. It differs at each start, so leftover processes cannot interfere.
+
+    Args:
+        start: the start.
+        number: SLURM_JOB_ID, which also tells the tasks of arrays apart from all other jobs; default: that of `start`.
+    """
+    job = int(number or start.job.partition("_")[0])
+    return PORTS[(7 * job + start.restart + 1009 * start.repeat) % len(PORTS)]
 
 
 def tasks_per_node(text: str) -> list[int]:
@@ -197,10 +206,12 @@ def network_variables(slurm: Mapping[str, str]) -> dict[str, str]:
     names = slurm_queue.hosts(slurm.get("SLURM_STEP_NODELIST") or slurm["SLURM_JOB_NODELIST"])
     if len(names) == 1:
         return {"MASTER_ADDR": "127.0.0.1", **dict.fromkeys(INTERFACES, LOOPBACK)}
-    master = address(names[0]) or slurm.get("SLURM_LAUNCH_NODE_IPADDR", "")
+    told = slurm.get("SLURM_LAUNCH_NODE_IPADDR", "")
+    master = address(names[0]) or ("" if ":" in told else told)
     if not master:
         raise ScaleprogError(
-            f"{names[0]}: cannot resolve the address of this node, which runs rank 0; add it to DNS or /etc/hosts"
+            f"{names[0]}: cannot resolve the address of this node, which runs rank 0; add it to DNS or /etc/hosts (its "
+            "IPv4 address: ranks do not meet by IPv6)"
         )
     peer = master
     if slurm.get("SLURM_NODEID") == "0":

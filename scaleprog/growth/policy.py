@@ -106,6 +106,7 @@ class Budget:
         complete_steps: fewest steps that the complete model trains.
         subset: whether Subnets see some of the patches of an image, not smaller images.
         cooldown: positions at the end that only the complete model trains, besides the last of the equal parts.
+        recycle: whether a search's steps advance the schedule.
     """
 
     ladder: tuple[Subnet, ...]
@@ -118,6 +119,7 @@ class Budget:
     complete_steps: int = 0
     subset: bool = False
     cooldown: int = 0
+    recycle: bool = True
 
     @property
     def part(self) -> int:
@@ -209,7 +211,8 @@ class Budget:
             return self.part
         # another search, which scores at most three networks, would delay the takeover by its cost
         later = choice.complete_from + self.search_steps + math.ceil(3 * self.scoring)
-        if self.proxy(choice.subnet) == self.ladder[-1] or later > self.latest:
+        costly = self.promised and not self.recycle  # its steps would come on top, and could not be saved again
+        if self.proxy(choice.subnet) == self.ladder[-1] or later > self.latest or costly:
             return choice.complete_from  # another search could not tell the two apart, or would come too late
         start = round(position)
         before = choice.complete_from - start

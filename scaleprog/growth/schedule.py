@@ -284,7 +284,8 @@ class Schedule:
         """
         phase = phases[index]
         depths = self.split(phase.network.depth)
-        if phase.position == phase.began:
+        continues = self.begun and index <= len(self.begun)  # a position may be rounded to where growth began
+        if phase.position == phase.began and not continues:
             return Entry(fresh(depths))
         before, rewind_to = phases[index - 1], None
         if before.searched:

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from timm.layers import DropPath
 from timm.models._input import update_model_args
 from timm.models.vision_transformer import VisionTransformer, init_weights_vit_timm
 from torch import nn
@@ -33,9 +34,17 @@ def grow_model(model: nn.Module, depth: int, operator: Operator = "interpolation
     layer_map = grow(operator, (len(model.blocks),), (depth,))
     grown = copy.deepcopy(model)
     grown.blocks = nn.Sequential(*(_layer(model.blocks, origin) for origin in layer_map.groups[0]))
+    _spread_drop_path(grown.blocks, getattr(model.blocks[-1].drop_path1, "drop_prob", 0.0))
     update_model_args(grown, depth=depth)  # timm writes them beside weights that it saves
     grown.feature_info = [{**model.feature_info[-1], "module": f"blocks.{place}"} for place in range(depth)]
     return grown
+
+
+def _spread_drop_path(blocks: nn.Sequential, last: float) -> None:
+    """Makes the rates of stochastic depth rise from 0 to that of the last layer, as in a model that timm creates."""
+    for block, rate in zip(blocks, torch.linspace(0, last, len(blocks)).tolist()):
+        for name in ("drop_path1", "drop_path2"):
+            setattr(block, name, DropPath(rate) if rate else nn.Identity())
 
 
 @torch.no_grad()

@@ -156,6 +156,7 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
         cooldown=cooldown,
         # with a budget of all of Original's cost, searches may exceed it
         promised=search.budget is not None and search.budget < 1,
+        recycle=growth.recycle,
         # a setting in steps means nothing if SCALE positions stand for the steps
         complete_steps=search.complete_steps if steps_per_epoch is not None else 0,
     )
@@ -342,7 +343,8 @@ def _limit(recipe: Recipe, frugal: Schedule, price: Price) -> float:
     asked, stages, smallest = recipe.search.budget, len(frugal.ladder), frugal.ladder[0]
     least = frugal.cost(frugal.expected((), price), price) / (price(frugal.full) * frugal.steps)
     if asked is None:
-        prog = sum(map(price, frugal.ladder)) / price(frugal.full) / stages
+        mean, cooldown = sum(map(price, frugal.ladder)) / price(frugal.full) / stages, frugal.budget.cooldown
+        prog = (mean * (frugal.steps - cooldown) + cooldown) / frugal.steps
         return min(1.0, max(prog, least))
     if asked >= least:
         return asked

@@ -7,13 +7,14 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import takewhile
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from scaleprog import errors
-from scaleprog.errors import Disagreement, ScaleprogError
+from scaleprog.errors import Disagreement, ScaleprogError, Unavailable
 from scaleprog.ranks.rendezvous import JOIN_LIMIT, Place
 
 NAMED = 8  # most different values that an error names
@@ -28,11 +29,19 @@ def process_group(
 
     `deterministic`: whether CUDA computes the same bits in every process. `limit`: how long a collective waits.
 
-    Raises Unavailable, or ScaleprogError if this node has fewer CUDA devices than ranks.
+    Raises Unavailable, also if CUDA does not find a GPU that CUDA_VISIBLE_DEVICES lists; or ScaleprogError if this node
+    was given fewer GPUs than ranks.
     """
     place = Place.current()
-    if torch.cuda.is_available():
-        if place.local_rank >= torch.cuda.device_count():
+    found, listed = torch.cuda.device_count() if torch.cuda.is_available() else 0, _listed_gpus()
+    if place.local_rank >= found and place.local_rank < listed:
+        raise Unavailable(
+            f"rank {place.rank}: CUDA finds {found} of the {listed} GPUs that CUDA_VISIBLE_DEVICES lists on "
+            f"{socket.gethostname()}; one may be broken (see nvidia-smi and dmesg there); to train on the CPU, set "
+            "CUDA_VISIBLE_DEVICES= (nothing)"
+        )
+    if found:
+        if place.local_rank >= found:
             raise ScaleprogError(
                 f"rank {place.rank} is number {place.local_rank + 1} of the {place.local_world} ranks on "
                 f"{socket.gethostname()}, and needs a CUDA device of its own; CUDA devices available there: "
@@ -60,6 +69,13 @@ def process_group(
             if deterministic:
                 torch.use_deterministic_algorithms(False)
         dist.destroy_process_group()
+
+
+def _listed_gpus() -> int:
+    """How many GPUs CUDA_VISIBLE_DEVICES lists; 0 without the variable, and where torch is built without CUDA."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if torch.backends.cuda.is_built() else []
+    usable = takewhile(lambda name: name.strip() not in ("", "-1", "NoDevFiles"), names)  # CUDA ignores what follows
+    return len(list(usable))
 
 
 def collectives() -> str | None:

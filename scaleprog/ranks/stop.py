@@ -5,6 +5,7 @@ inside C code. So a handler only wakes a thread, and the thread sets a flag. Eve
 flags over the ranks. It starts after one step, and the ranks read its result after a later step, so no step waits.
 """
 
+import math
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ DEADLINE = 128  # stands for the time limit among the signal numbers
 TIME_LIMIT = "time limit"
 LOOK_SECONDS = 2.0  # roughly, between two reductions of the flags
 FLIGHT_SECONDS = 0.1  # roughly, from the start of a reduction until the ranks read its result
+ASK_AGAIN_SECONDS = 60.0  # so long before a deadline is acted upon, it is asked for again, up to three times
 MOST_STEPS = 1000  # most steps between two reductions
 SECOND_SIGNAL_SECONDS = 2.0  # a sooner signal repeats the first: terminals and launchers may both send it
 
@@ -64,6 +66,7 @@ class Watch:
             stop by then; it should end the process at once.
         every_minutes: minutes between two agreements to save (None: never).
         deadline: when this job ends, in seconds since the epoch (None: never).
+        deadline_now: asks for it again, from a separate thread, before the deadline is acted upon: it may have moved.
         requested: whether someone asks something of the run; rank 0 calls it each time that the ranks agree.
     """
 
@@ -75,8 +78,10 @@ class Watch:
         every_minutes: float | None = None,
         deadline: float | None = None,
         requested: Callable[[], bool] = lambda: False,
+        deadline_now: Callable[[], float | None] | None = None,
     ) -> None:
-        self._requested = requested
+        self._requested, self._deadline_now = requested, deadline_now
+        self._asked_deadline = -math.inf
         self._coordinator, self._tell, self._hurry = coordinator, tell, hurry
         self._every = None if every_minutes is None else 60 * every_minutes
         self._deadline = deadline
@@ -153,11 +158,28 @@ class Watch:
         """This rank's flags: its reason to stop (0: none), whether to save, and whether there is a request."""
         stop, save, requested = self._signal, False, False
         if self._coordinator.rank == 0:  # only one rank's clock may count
-            if self._deadline is not None and time.time() > self._deadline - self._margin:
+            left = math.inf if self._deadline is None else self._deadline - self._margin - time.time()
+            if left < ASK_AGAIN_SECONDS:
+                self._ask_for_deadline()
+            if left < 0:
                 stop = max(stop, DEADLINE)
             save = self._every is not None and time.monotonic() - self._saved >= self._every
             requested = self._requested()
         return float(stop), float(save), float(requested)
+
+    def _ask_for_deadline(self) -> None:
+        """Adopts a later deadline soon, unless this was done just now."""
+        now = time.monotonic()
+        if self._deadline_now is None or now - self._asked_deadline < ASK_AGAIN_SECONDS / 3:
+            return
+        self._asked_deadline, ask, before = now, self._deadline_now, self._deadline
+
+        def adopt() -> None:
+            end = ask()
+            if end is None or (before is not None and end > before):
+                self._deadline = end
+
+        threading.Thread(target=adopt, name="deadline", daemon=True).start()
 
     def _decided(self, stop: float, save: float, requested: float = 0.0) -> Agreement:
         """The agreement, from the maximum of each flag over all ranks."""

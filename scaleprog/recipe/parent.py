@@ -34,7 +34,8 @@ class ParentSettings(Settings):
     step: Steps
     """The checkpoint's optimizer step."""
     position: NoOrMoreSteps
-    """The position in this recipe's schedule from which the fork trains."""
+    """The position in this recipe's schedule from which the fork trains; with `phases` of an earlier fork, as if every
+    step since then had advanced it."""
     began: NoOrMoreSteps = 0
     """The position at which the weights were initialized; not 0 after a probe that found nothing learned."""
     phases: Annotated[tuple[TrainedSettings, ...], Field(max_length=64)] = ()

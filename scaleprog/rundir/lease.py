@@ -358,12 +358,16 @@ def _doubt(owner: Owner, folder: Path) -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process on this host started, in kernel clock ticks; None if it does not exist or is a zombie."""
+    """When a process on this host started, in kernel clock ticks; None if it does not exist or will run no more."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        pending = re.findall(r"^(?:Sig|Shd)Pnd:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     except OSError:
         return None
-    return None if fields[0] == "Z" else fields[19]
+    killed = any(
+        int(mask, 16) & 1 << signal.SIGKILL - 1 for mask in pending
+    )  # and waits in the kernel, such as for a disk
+    return None if killed or fields[0] == "Z" else fields[19]
 
 
 def _sees(folder: Path, nonce: str) -> bool:

@@ -360,6 +360,7 @@ class Left(TypedDict):
     cause: Text
     requeue: NotRequired[bool]
     here: NotRequired[bool]
+    code: NotRequired[Count]
     job: NotRequired[Name]
     restart: NotRequired[Count]
     repeat: NotRequired[Count]

@@ -163,8 +163,8 @@ def cancel(job: str) -> None:
 
 
 def partitions() -> list[str]:
-    """The names of the partitions. Raises NoAnswer."""
-    told = _ask("sinfo", "-h", "-o", "%R")
+    """The names of the partitions, also of hidden ones. Raises NoAnswer."""
+    told = _ask("sinfo", "--all", "-h", "-o", "%R")
     if told.code:
         raise NoAnswer(
             f"no Slurm cluster answers here ({_last_line(told.err)}); `scaleprog train` trains on this machine, and "

@@ -155,6 +155,7 @@ def _continued(recipe: Recipe, then: Recipe, run: Path, checkpoint: Path, manife
         as_then = Plan.of(recipe.model_copy(update={"parent": begun}))
         if same_so_far(state, before, as_then):
             parent |= begun.model_dump(mode="json", include={"began", "phases"})
+            parent["position"] = begun.position - begun.step + state.step  # counted as in these phases
     if "phases" not in parent and not same_so_far(state, before, now):
         parent |= _rescheduled(run, state, before, now)
     values = recipe.model_dump(mode="json") | {"parent": parent}
@@ -194,9 +195,16 @@ def same_so_far(state: RunState, then: Plan, now: Plan) -> bool:
     if next(misplaced(state, now), None) is not None:
         return False
     mine, theirs = (plan.schedule.phases(state.choices) for plan in (now, then))
-    if theirs[state.phase].searched:
-        whole, searches = (mine[state.phase], theirs[state.phase]), (now.recipe.search, then.recipe.search)
-        if whole[0].stop != whole[1].stop or len({s.model_copy(update={"budget": None}) for s in searches}) > 1:
+    here, there = mine[state.phase], theirs[state.phase]
+    if there.kind == "supernet":
+        layers = [[p.schedule.active(at, s) for s in there.candidates] for p, at in ((now, here), (then, there))]
+        if here.candidates != there.candidates or layers[0] != layers[1]:  # of another growth.operator
+            return False
+    if there.searched:
+        searches = (now.recipe.search, then.recipe.search)
+        if here.stop != there.stop or len({s.model_copy(update={"budget": None}) for s in searches}) > 1:
+            return False
+        if state.step > there.start and now.schedule.recycle != then.schedule.recycle:
             return False
     return networks(trained(mine, state.step)) == networks(trained(theirs, state.step))
 

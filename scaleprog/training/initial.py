@@ -43,7 +43,11 @@ def build_initial(run: Run, layer_map: LayerMap, may_skip_layers: bool) -> None:
     if run.recipe.init.source is None and not run.state.weights:
         backend.regrow(layer_map, inherit=False, may_skip_layers=may_skip_layers)
         return
-    given = _given(run, layer_map.depths)
+    schedule = run.plan.schedule
+    first, least = schedule.phases(())[0], layer_map.depths
+    if first.searched and not schedule.recycle:  # the network that it chooses begins with the same weights
+        least = schedule.split(first.candidates[0].depth)
+    given = _given(run, least)
     grows = given.depths != layer_map.depths
     backend.regrow(
         fresh(given.depths), inherit=False, may_skip_layers=may_skip_layers and not grows, given=given.tensors

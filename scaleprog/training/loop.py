@@ -193,13 +193,15 @@ def train(
             device=device,
         )
     profiling = Profiling(folder, coordinator, recorder, device, recipe.train.profile)
+    job = slurm_queue.own_job()
     watch = Watch(
         coordinator,
         partial(tell_signal, recorder, checkpoints, state),
         partial(leave_at_once, recorder),
         recipe.checkpoint.minutes,
-        slurm_queue.end_of_job(slurm_queue.own_job(), deadline()) if rank == 0 else None,
+        slurm_queue.end_of_job(job, deadline()) if rank == 0 else None,
         profiling.requested,
+        lambda: slurm_queue.end_of_job(job, deadline()),
     )
     run = Run(
         folder, recipe, plan, coordinator, lease, backend, reader, evaluation, checkpoints, watch, recorder, progress,
@@ -214,7 +216,7 @@ def train(
             engine=recipe.sharding.engine,
             device=str(device),
             hosts=[host for host, _ in groupby(nodes)],
-            job=slurm_queue.own_job(),
+            job=job,
             startup_seconds=max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began),
             tracking=recipe.tracking,
             log_every=recipe.train.log_every,

@@ -1,12 +1,14 @@
 """A fork with nothing changed ends, bit for bit, where its parent ends; so does a run that is made longer in place."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scaleprog.recipe import Recipe
+from scaleprog.rundir.reading import read_rows
 from scaleprog.training.fork import fork
 from scaleprog.training.longer import begin
 from tests.compare import differences, final_tensors, without_clock
@@ -100,6 +102,39 @@ def test_a_fork_of_such_a_fork_goes_on_as_that_one(make_recipe: MakeRecipe, tmp_
             third = fork(longer, str(tmp_path / "second"), tmp_path / "third")
     run(third, tmp_path / "third")
     assert differences(longer, tmp_path / "third", tmp_path / "second") == []
+
+
+def test_a_fork_of_a_fork_counts_the_steps_of_a_search_that_did_not_advance_it(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = make_recipe(growth={"schedule": "linear"}, train={"epochs": 2})
+    run(recipe, tmp_path / "first", max_steps=4)
+    searching = changed(
+        recipe, growth={"schedule": "automatic", "recycle": False, "smallest": 0.75}, train={"epochs": 3}
+    )
+    second = fork(searching, str(tmp_path / "first"), tmp_path / "second")
+    results = run(second, tmp_path / "second")
+    assert results["steps"] > 60, "a search has taken steps of its own"
+    phases = [(row["phase"], row["epoch"]) for row in step_rows(tmp_path / "second").values()]
+    stop = max(step for step, (phase, _) in enumerate(phases, 1) if phase == "supernet") + 3
+    shutil.rmtree(tmp_path / "second")
+    fork(searching, str(tmp_path / "first"), tmp_path / "second")
+    run(second, tmp_path / "second", max_steps=stop)
+    third = fork(searching, str(tmp_path / "second"), tmp_path / "third")
+    run(third, tmp_path / "third")
+    assert [(row["phase"], row["epoch"]) for row in step_rows(tmp_path / "third").values()] == phases
+
+
+def test_a_larger_batch_after_few_steps_keeps_the_weights(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """The new batch is so large that the fork's place in its schedule is rounded to 0."""
+    recipe = make_recipe(growth={"schedule": "original"}, train={"epochs": 2})
+    run(recipe, tmp_path / "parent", max_steps=3)
+    made = fork(changed(recipe, train={"batch": 80}), str(tmp_path / "parent"), tmp_path / "fork")
+    assert made.parent is not None
+    assert made.parent.position == 0
+    run(made, tmp_path / "fork", max_steps=4)
+    growths = [event for event in read_rows(tmp_path / "fork/events.jsonl") if event["event"] == "growth"]
+    assert [event["step"] for event in growths] == [0]
 
 
 def test_another_batch_keeps_the_epoch(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -75,6 +75,19 @@ def test_layers_are_copies_of_their_sources(small: torch.nn.Module, operator: st
     assert weight.data_ptr() != small.blocks[0].mlp.fc1.weight.data_ptr()  # type: ignore[index]
 
 
+@pytest.mark.parametrize("operator", ["interpolation", "stacking", "rand_init"])
+def test_stochastic_depth_is_that_of_timms_own_model_of_that_depth(operator: str) -> None:
+    few, many = (
+        timm.create_model(
+            "vit_tiny_patch16_224", depth=depth, embed_dim=32, num_heads=2, img_size=32, drop_path_rate=0.2
+        )
+        for depth in (3, 7)
+    )
+    grown = grow_model(few, 7, operator)  # type: ignore[arg-type]
+    rates = [[getattr(b.drop_path2, "drop_prob", 0.0) for b in net.blocks] for net in (grown, many)]
+    assert rates[0] == pytest.approx(rates[1])
+
+
 def test_fresh_layers_are_those_on_top(small: torch.nn.Module) -> None:
     grown = grow_model(small, 4, "rand_init")
     assert torch.equal(grown.blocks[2].mlp.fc1.weight, small.blocks[2].mlp.fc1.weight)  # type: ignore[index]

@@ -19,7 +19,7 @@ from scaleprog.rundir.recorder import read_rows
 from scaleprog.rundir.storage import MANIFEST, committed, step_of
 from scaleprog.training.fork import fork
 from scaleprog.training.longer import begin
-from tests.conftest import draw_patterns, run, short_recipe, step_rows
+from tests.conftest import WITHIN_A_BUDGET, draw_patterns, run, short_recipe, step_rows
 from tests.unit.command import Command, is_mistake
 from tests.unit.fake_slurm import FakeSlurm
 
@@ -30,13 +30,15 @@ SAVED = {"every_steps": 5, "keep": 3}
 
 @pytest.fixture(scope="module")
 def parents(patterns: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Recipe, Path]]:
-    """Runs that nobody changes: `searching` and `rewinding` have stopped in a search, and keep the step before it."""
+    """Runs that nobody changes. `searching`, `rewinding`, and `saving` have stopped in a search, and keep the step
+    before it."""
     folder = tmp_path_factory.mktemp("parents dir")
     found = {}
     for name, stop, groups in (
         ("done", None, {"growth": {"schedule": "original"}, "train": {"epochs": 1}, "checkpoint": SAVED}),
         ("searching", 30, {}),
         ("rewinding", 40, {"growth": {"recycle": False}}),
+        ("saving", 30, WITHIN_A_BUDGET),
     ):
         recipe = short_recipe(patterns, **groups)
         run(recipe, folder / name, max_steps=stop)
@@ -122,6 +124,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a step beyond the end": ("done", {"train": {"epochs": 0.5}}, "nothing is left to train"),
     "a search under another schedule": ("searching", {"train": {"epochs": 8}}, "a supernet of several; .*26, 30"),
     "a search with other settings": ("searching", {"search": {"subset": 8}}, "a supernet of several"),
+    "a search of which steps would be taken back": (
+        "saving",
+        {"growth": {"recycle": False}, "search": {"budget": 0.9}},
+        "a supernet of several",
+    ),
+    "a search among other layers": ("searching", {"growth": {"operator": "stacking"}}, "a supernet of several"),
     "a search whose steps are taken back": ("rewinding", {}, "checkpoint of step 36, which a fork .* take that step"),
     "lanes that do not fit": ("done", {"data": {"lanes": 3}}, "data.lanes: 8 images in 3 lanes"),
 }

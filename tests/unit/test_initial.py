@@ -169,6 +169,16 @@ def test_six_layers_grow_into_twelve(operator: str, make_recipe: MakeRecipe, tmp
     run(recipe, tmp_path / "run", max_steps=2)  # a resume accepts a state with two networks in its first phase
 
 
+def test_weights_deeper_than_what_a_first_search_may_choose_are_refused_at_once(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """Without recycling, its choice begins with these weights, too; the supernet is as deep as its largest."""
+    recipe = make_recipe(init={"from": saved(timms(depth=3), tmp_path)}, growth={"recycle": False})
+    with pytest.raises(RecipeError, match="3 layers, more than the first network of the schedule, 2"):
+        run(recipe, tmp_path / "run", max_steps=1)
+    run(make_recipe(init={"from": recipe.init.source}), tmp_path / "recycled", max_steps=1)
+
+
 def test_a_schedule_that_begins_with_as_many_layers_begins_with_exactly_those(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:

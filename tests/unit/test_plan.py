@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from scaleprog.errors import DataError, RecipeError
 from scaleprog.growth.space import Choice, Subnet
-from scaleprog.planning.plan import Plan, describe, outline, plan_start
+from scaleprog.planning.plan import Plan, describe, gmacs_of, outline, plan_start
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.planned import read_plan, write_plan
 from tests.conftest import CONFIGS, MakeRecipe
@@ -225,6 +226,17 @@ def test_the_budget_is_what_prog_costs_unless_the_recipe_says() -> None:
     assert outline(deit("autoprog", "search.budget=0.7"), 1000)[1].budget.limit == 0.7
     assert outline(deit("autoprog", "search.method=published", "search.candidates=window"), 1000)[1].budget is None
     assert outline(deit("prog"), 1000)[1].budget is None
+
+
+def test_the_default_budget_also_pays_for_a_cooldown() -> None:
+    """As Prog does, whose last stage trains it, too."""
+    prog, autoprog = (Recipe.load(CONFIGS / f"imagenet/volo_d1_{name}_100.yaml") for name in ("prog", "autoprog"))
+    assert prog.optimizer.cooldown_epochs == 10
+    autoprog = autoprog.model_copy(update={"growth": autoprog.growth.model_copy(update={"patches": "resolution"})})
+    family, ladder = outline(prog, 1000)
+    cost = partial(gmacs_of, prog, family, ladder)
+    expected = ladder.cost(ladder.phases(()), cost) / cost(ladder.full) / ladder.steps
+    assert outline(autoprog, 1000)[1].budget.limit == pytest.approx(expected, rel=1e-3)
     coarse = describe(deit("autoprog", "growth.patches=resolution", "growth.resolution_multiple=64", "growth.stages=3",
                            "growth.smallest=0.9"))  # fmt: skip
     assert 1 / coarse["budget"] - 1 == pytest.approx(coarse["speedup"]), "or as little as it can, where that is more"

@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from scaleprog.errors import ScaleprogError, Unavailable
+from scaleprog.ranks import coordinator
 from scaleprog.ranks.coordinator import process_group, ranks_per_node
 from scaleprog.ranks.rendezvous import STORE, Place, of_another_launcher
 
@@ -72,6 +73,27 @@ def test_more_ranks_on_a_node_than_gpus_are_refused(monkeypatch: pytest.MonkeyPa
     message = "rank 7 is number 4 of the 4 ranks on .*; CUDA devices available there: 2; request as many GPUs as ranks"
     with pytest.raises(ScaleprogError, match=message), process_group():
         pass
+
+
+@pytest.mark.parametrize(("found", "listed"), [(0, "0,1"), (1, "GPU-1f,GPU-2e")])
+def test_a_gpu_that_is_gone_may_come_back(found: int, listed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the job starts again, and no rank trains on the CPU in place of it."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: found > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: found)
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    for name, value in Place(7, 8, 1, 2, "tcp:192.0.2.1:1").variables().items():
+        monkeypatch.setenv(name, value)
+    message = rf"rank 7: CUDA finds {found} of the 2 GPUs that CUDA_VISIBLE_DEVICES lists on .*; one may be broken"
+    with pytest.raises(Unavailable, match=message), process_group():
+        pass
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles"])
+def test_hidden_gpus_are_none(hidden: str, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert coordinator._listed_gpus() == 0
 
 
 def test_another_launcher_is_one_that_starts_several() -> None:

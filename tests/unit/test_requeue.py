@@ -176,6 +176,10 @@ def test_after(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert requeue.after(tmp_path, 2, limit=3) == 2
     assert len(read_rows(tmp_path / "requeues.jsonl")) == 2
 
+    (tmp_path / "owner.json").write_text(json.dumps({"generation": 1, "job": "7", "restart": 0}))  # 6 was
+    requeue.after(tmp_path, 1, limit=3)
+    assert len(read_rows(tmp_path / "requeues.jsonl")) == 3
+
 
 SILENT = "echo 'Socket timed out on send/recv operation' >&2; exit 1"
 

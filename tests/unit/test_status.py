@@ -17,7 +17,7 @@ import pytest
 
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.growth.space import Subnet
-from scaleprog.launchers import following, snapshot, status
+from scaleprog.launchers import following, several, snapshot, status
 from scaleprog.launchers.snapshot import JobFile
 from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
@@ -238,6 +238,21 @@ def process_called(*command: Any) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+def test_cancel_several_says_so_if_slurm_is_silent(made_up: Path, fake: FakeSlurm) -> None:
+    JobFile("7", "scaleprog-a b", "code/x").write(made_up)
+    fake.command("scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(ScaleprogError, match=f"^{made_up.name}: Unable to contact slurm controller$"):
+        several.cancel_all([made_up])
+
+
+def test_cancel_a_run_of_an_array_from_within(made_up: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    JobFile("7_0", "scaleprog-a b", "code/x").write(made_up)
+    script = made_up.parent / "jobs/1/submission.sh"
+    fake.show(command=f" ArrayJobId=7 ArrayTaskId=0 Command={script} WorkDir=/home/me StdErr=/dev/null")
+    monkeypatch.chdir(made_up)
+    assert status.cancel(Path(".")).startswith("canceled job ")
+
+
 def test_cancel_a_process(made_up: Path) -> None:
     with process_called(sys.executable, "-c", TRAINS, "scaleprog", "train", made_up) as process:
         owned_by_process(made_up, process.pid)
@@ -417,6 +432,17 @@ def test_follow_a_process(
     told, wrong = capfd.readouterr()
     assert f"running, process {process.pid}" in told
     assert wrong == f"scaleprog: {message}\n"
+
+
+@pytest.mark.parametrize(("last", "code"), [({"code": 75}, 75), ({"code": 75, "requeue": True}, 1), ({}, 1)])
+def test_follow_a_job_that_slurm_has_forgotten(
+    last: dict[str, Any], code: int, made_up: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    JobFile("7", "scaleprog-a b", "code/x").write(made_up)
+    write_lines(made_up / "requeues.jsonl", [{"time": 9.0, "job": "7", "cause": "stopped by SIGTERM", **last}])
+    fake.command("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    monkeypatch.setattr(following, "POLL_SECONDS", 0.0)
+    assert following.follow(made_up, out=StringIO()) == code
 
 
 def test_follow_ends_at_once_where_the_run_has_finished(

@@ -124,6 +124,29 @@ def test_the_end_of_a_job_is_read_from_slurms_environment() -> None:
     assert deadline({"SLURM_JOB_END_TIME": "Unknown"}) is None
 
 
+@pytest.mark.parametrize("end", [3600.0, None])
+def test_a_time_limit_that_has_been_extended_is_not_acted_upon(end: float | None, one_rank: None) -> None:
+    asked = threading.Event()
+
+    def deadline_now() -> float | None:
+        asked.set()
+        return None if end is None else time.time() + end
+
+    watching = Watch(Coordinator(), print, print, deadline=time.time() + 60, deadline_now=deadline_now)
+    assert watching.agree() == Agreement()  # there are still 30 s
+    assert asked.wait(60)
+    while threading.active_count() > 1 and any(thread.name == "deadline" for thread in threading.enumerate()):
+        time.sleep(0.01)
+    watching.saved(100.0)  # now the first deadline would leave no time
+    assert watching.agree() == Agreement()
+
+
+def test_a_time_limit_that_stays_is_acted_upon(one_rank: None) -> None:
+    end = time.time() + 1
+    watching = Watch(Coordinator(), print, print, deadline=end, deadline_now=lambda: end)
+    assert watching.agree() == Agreement(stop="time limit")
+
+
 def step_until_stopped(folder: Path, signalled: int, name: str, end_in: float | None) -> None:
     """What a rank of the test below does; only one of them is signalled."""
     with process_group() as (coordinator, _):

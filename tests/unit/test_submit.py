@@ -132,6 +132,27 @@ def test_submit(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path) -> Non
     assert slurm.submit(recipe, run, JobRequest()).job == "7"
 
 
+def test_variables_of_sbatch_win_over_no_option(
+    fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a batch script they would; others count as they do for sbatch."""
+    for given in ("PARTITION=low", "TIMELIMIT=1", "NO_REQUEUE=", "JOB_NAME=x", "ACCOUNT=mine", "EXPORT=NONE"):
+        monkeypatch.setenv(*f"SBATCH_{given}".split("="))
+    fake.command("sbatch", f"env | grep ^SBATCH_ > {tmp_path}/told; echo Submitted batch job 7")
+    slurm.submit(make_recipe(), tmp_path / "run", JobRequest(partition="high", time="10"))
+    assert set((tmp_path / "told").read_text().splitlines()) == {"SBATCH_ACCOUNT=mine", "SBATCH_EXPORT=NONE"}
+    assert os.environ["SBATCH_PARTITION"] == "low"
+
+
+def test_a_run_whose_job_may_still_live_is_not_submitted(
+    fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    slurm.submit(make_recipe(), tmp_path / "run", JobRequest())
+    fake.command("scontrol", "echo 'Socket timed out on send/recv operation' >&2; exit 1")
+    with pytest.raises(ScaleprogError, match="Slurm does not say whether job 7 is over: Socket timed out"):
+        slurm.submit(make_recipe(), tmp_path / "run", JobRequest())
+
+
 def test_script(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     request = JobRequest(
         nodes=Count(2, 2), gpus_per_node=2, cpus_per_task=3, time="2:00:00", account="me", qos="long", signal_before=90,
@@ -151,6 +172,8 @@ def test_script(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     assert srun[srun.index("--container-image=a b.sqsh") + 1 :][:3] == ["--container-writable", "/opt/a b/python", "-u"]
     assert ' "$1" 5 90; exit' in text
     assert "time=" not in slurm.script(make_recipe(), tmp_path / "run", JobRequest())  # the partition's own
+    (export,) = (line for line in text.splitlines() if "SLURM_EXPORT_ENV" in line)
+    assert export in (ROOT / "slurm" / "train.sbatch").read_text().splitlines()
     (threads,) = (line for line in text.splitlines() if "OMP_NUM_THREADS" in line)
     assert threads in (ROOT / "slurm" / "train.sbatch").read_text().splitlines()
     for given, expected in (({}, "1"), ({"SLURM_CPUS_PER_TASK": "3"}, "3"), ({"OMP_NUM_THREADS": "2"}, "2")):

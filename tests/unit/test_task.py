@@ -37,6 +37,8 @@ def test_ports_differ_between_starts() -> None:
     starts = [Attempt(str(job), restart) for job in (1, 2, 3, 10**8) for restart in range(6)]
     ports = {task.port(start) for start in starts}
     assert len(ports) == len(starts)
+    tasks = [("100", "100_0"), ("101", "100_1"), ("102", "102_0"), ("103", "102_1"), ("104", "104")]  # of arrays, a job
+    assert len({task.port(Attempt(job, 0), number) for number, job in tasks}) == len(tasks)
     assert min(ports) >= 15_000
     assert max(ports) < 32_768  # where Linux begins to give ports out
 
@@ -67,8 +69,9 @@ def test_network_over_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert variables == {"MASTER_ADDR": "10.0.0.1", "GLOO_SOCKET_IFNAME": chosen}
     unknown = {"SLURM_JOB_NODELIST": "gone[0-1]", "SLURM_NODEID": "1"}
     assert task.network_variables(unknown | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"})["MASTER_ADDR"] == "10.0.0.1"
-    with pytest.raises(ScaleprogError, match="gone0: cannot resolve the address"):
-        task.network_variables(unknown)
+    for told in ({}, {"SLURM_LAUNCH_NODE_IPADDR": "fd00::1"}):
+        with pytest.raises(ScaleprogError, match=r"gone0: cannot resolve the address.*ranks do not meet by IPv6"):
+            task.network_variables(unknown | told)
 
 
 def test_interface() -> None:
@@ -116,6 +119,22 @@ def test_a_task_that_leaves_says_why(
         assert told == f"scaleprog: rank 1: {error}\n"
     else:
         assert told == "scaleprog: rank 1: failed\nValueError: x\ny\n\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "step", "code"), [(Attempt("7", 0), 9, 2), (Attempt("7", 1), 0, 2), (Attempt("7", 1), 9, 1)]
+)
+def test_what_an_earlier_start_had_may_come_back(
+    start: Attempt, step: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another node may have the file system that this one has not."""
+    (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    monkeypatch.setattr(task, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as left:
+        task.leave(tmp_path, start, 0, AbsentData("data/x: no folder. Build it.", "data/x: no folder"))
+    assert left.value.code == code
+    (row,) = read_rows(tmp_path / "jobs" / "reports" / f"{start}-0.json")
+    assert row["cause"].endswith("an earlier start of this job had it") == (code == 1)
 
 
 def test_what_a_node_does_not_have_was_seen_where_the_job_was_submitted(

@@ -287,6 +287,7 @@ def test_track_sends_what_the_latest_start_would(run: Path, stub: type[Stub], co
     starts = [{"time": 1.0, "event": "start", "step": 0}]
     starts.append({**starts[0], "time": 2.0, "tracking": ["mlflow"], "log_every": 2})
     write_lines(run / "events.jsonl", starts)
+    (run / "results.json").write_text("{}")
     assert command("track", run).out == f"{run}: mlflow has everything up to step 20\n"
     assert as_curves(stub.got) == of_records(run, 2)
 
