@@ -217,6 +217,11 @@ def _shards_in(source: Source) -> dict[str, list[str]]:
             f"each name says train or val{hint}"
         )
     taken = set(chain(*splits.values()))
+    bare: dict[str, str] = {}
+    for name in sorted(taken):
+        other = bare.setdefault(re.sub(r"\.(tar|tar\.gz|tgz)$", "", name), name)
+        if other != name:
+            raise DataError(f"{source.root}: {other} and {name} look like one shard, once compressed; remove one")
     if left := [
         name for name in files if name.endswith((".tar", *GZIPPED)) and not name.startswith(".") and name not in taken
     ]:

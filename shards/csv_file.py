@@ -6,6 +6,7 @@ photos/2.jpg,dog,val         without the column `split`, a part drawn by seed be
 """
 
 import csv
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,10 +109,10 @@ def _images_by_split(src: Path, seed: int, val_fraction: float) -> tuple[list[st
 def _rows(src: Path) -> Sequence[dict[str, str]]:
     """The rows of the file, at least one. Raises DataError with a list of the first invalid rows."""
     try:
-        lines = read_text(src, MOST_BYTES).splitlines()
+        text = read_text(src, MOST_BYTES).removeprefix("\ufeff")  # with which Excel begins a file
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{src}: cannot be read: {error}") from error
-    reader = csv.DictReader(lines, strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         header, rows = reader.fieldnames or [], list(reader)
     except csv.Error as error:
@@ -124,6 +125,10 @@ def _rows(src: Path) -> Sequence[dict[str, str]]:
     for line, row in enumerate(rows, start=2):
         if None in row or not all(row.values()):
             problems.append(f"{src}: row {line} must have {len(header)} nonempty values")
+        elif wrong := [value for value in row.values() if re.search(r"[\0\r\n]", value)]:
+            problems.append(f"{src}: row {line}: {wrong[0][:40]!r} has a line break or a NUL")
+        elif row["label"] != row["label"].strip():
+            problems.append(f"{src}: row {line}: the label {row['label'][:40]!r} begins or ends with a blank")
         elif row.get("split", "train") not in SPLITS:
             problems.append(f"{src}: row {line}: split is {row['split'][:20]!r}, not {' or '.join(SPLITS)}")
     if problems or not rows:

@@ -59,12 +59,21 @@ def build(out: Path, source: Path | None = None, *, limit: int | None = None, se
         return manifest
     with _originals(source) as folder:
         splits = {split: _shuffled(folder, split, limit, seed) for split in PREFIX}
-    return build_shards(out, classes=CLASSES, splits=splits, source=description, workers=1)
+    classes: tuple[str, ...] = CLASSES
+    if "files" in description:  # whose names are not known
+        most = max(int(shard.labels.max()) for shards in splits.values() for shard in shards)
+        classes = tuple(map(str, range(max(most + 1, len(CLASSES)))))
+    return build_shards(out, classes=classes, splits=splits, source=description, workers=1)
 
 
 def _shuffled(folder: Path, split: str, limit: int | None, seed: int) -> list[Pixels]:
     """The shards of one split: its samples in an order drawn from `seed`, cut as evenly as possible."""
     images, labels = (read_idx(folder / f"{PREFIX[split]}-{kind}.gz") for kind in KINDS)
+    if (images.ndim, labels.ndim) != (3, 1):
+        raise DataError(
+            f"{folder}: images of {images.ndim} and labels of {labels.ndim} dimensions for {split}, not 3 and 1; has "
+            "one file the name of another?"
+        )
     if len(images) != len(labels):
         raise DataError(
             f"{folder}: {len(images)} images but {len(labels)} labels for {split}; download the files again"

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ import numpy as np
 from scaleprog.data import tar
 from scaleprog.data.decode import problem_of
 from scaleprog.data.manifest import Manifest
+from scaleprog.data.source import MOST_BYTES as SHARD_BYTES
 from scaleprog.data.source import NO_FILE
 from scaleprog.errors import DataError, Unavailable
 from scaleprog.files.atomic import open_regular
@@ -31,6 +33,8 @@ from scaleprog.shards.samples import SourceSample, sniff
 
 MOST_BYTES = 2**28
 """The largest image file that is read, in bytes."""
+SAMPLE_BYTES = 5 * tar.BLOCK
+"""What a sample takes in a shard besides its image, at most: two headers, the label, and padding."""
 MEASURED = 64
 """The most images whose decoding is timed."""
 REFUSED = (errno.EACCES, errno.EPERM, *NO_FILE)
@@ -121,12 +125,27 @@ def build_shards(
     description = {**source, "samples_per_shard": samples_per_shard, **(asdict(reduction) if reduction else {})}
     if manifest := finished(out, description):
         return manifest
+    if reduction is None:
+        _check_size(images, samples_per_shard)
     splits = {split: cut(images[split], samples_per_shard, reduction) for split in SPLITS}
     manifest = build(out, classes=classes, splits=splits, source=description, workers=workers)
     if reduction:
         with suppress(OSError, ValueError):  # the build is finished, whatever becomes of the originals
             _print_savings(manifest, list(chain(*images.values())), reduction)
     return manifest
+
+
+def _check_size(images: Mapping[str, Sequence[Image]], samples_per_shard: int) -> None:
+    """Raises DataError if a shard of images that keep their bytes would be larger than one may be."""
+    for files in (files for split in SPLITS for files in cut(images[split], samples_per_shard)):
+        size = sum(image.size() + SAMPLE_BYTES for image in files.images)
+        if size > SHARD_BYTES:
+            fits = max(1, int(samples_per_shard * SHARD_BYTES / size))
+            raise DataError(
+                f"a shard of {len(files.images)} images, from {files.images[0]} on, would have {size} bytes, and may "
+                f"have at most {SHARD_BYTES}; use --samples-per-shard {fits}, or less, or reduce large images with "
+                "--shorter-side"
+            )
 
 
 def shuffled(images: Sequence[Image], seed: Sequence[int]) -> list[Image]:
@@ -136,7 +155,7 @@ def shuffled(images: Sequence[Image], seed: Sequence[int]) -> list[Image]:
 
 
 def split_off(images: Sequence[Image], fraction: float, where: Path) -> dict[str, list[Image]]:
-    """Splits off the first `fraction` of the images, at least one, for validation.
+    """Splits off the first `fraction` of the images, at least one, for validation; a class keeps an image to train.
 
     `where` names the source of the images in error messages.
 
@@ -148,7 +167,16 @@ def split_off(images: Sequence[Image], fraction: float, where: Path) -> dict[str
     count = max(1, round(fraction * len(images)))
     if count >= len(images):
         raise DataError(f"{where}: {len(images)} images are too few to split off {count} for validation; add images")
-    return {"train": list(images[count:]), "val": list(images[:count])}
+    split: dict[str, list[Image]] = {"train": [], "val": []}
+    left = Counter(image.label for image in images)
+    for image in images:
+        spare = len(split["val"]) < count and left[image.label] > 1
+        left[image.label] -= spare
+        split["val" if spare else "train"].append(image)
+    if not split["val"]:
+        print(f"note: {where}: each class has one image, so those of validation are of classes that nothing trains")
+        return {"train": list(images[count:]), "val": list(images[:count])}
+    return split
 
 
 def cut(images: Sequence[Image], samples_per_shard: int, reduction: Reduction | None = None) -> list[Files]:
@@ -213,8 +241,8 @@ def extension_of(path: Path) -> str:
 
 def check_apart(train: Sequence[tuple[str, Path]], val: Sequence[tuple[str, Path]]) -> None:
     """Raises DataError if links lead from both splits to the same file."""
-    trained = {os.path.realpath(path): path for _, path in train}
-    if shared := [f"{path} is {trained[real]}" for _, path in val if (real := os.path.realpath(path)) in trained]:
+    trained = {_file_of(path): path for _, path in train}
+    if shared := [f"{path} is {trained[file]}" for _, path in val if (file := _file_of(path)) in trained]:
         raise DataError(f"validation images that are training images, too: {some(shared)}. Remove one of each.")
 
 
@@ -225,9 +253,18 @@ def labeled(files: Sequence[tuple[str, Path]], labels: Mapping[str, int]) -> lis
 
 def once(files: Sequence[tuple[str, Path]]) -> list[tuple[str, Path]]:
     """The files without those that a link leads to again. Raises DataError if one is in two classes."""
-    first: dict[str, tuple[str, Path]] = {}
+    first: dict[object, tuple[str, Path]] = {}
     for name, path in files:
-        other, known = first.setdefault(os.path.realpath(path), (name, path))
+        other, known = first.setdefault(_file_of(path), (name, path))
         if other != name:
             raise DataError(f"{path}: the same file as {known}, so it is in two classes; remove one of them")
     return list(first.values())
+
+
+def _file_of(path: Path) -> object:
+    """What is equal for paths that lead to the same file, by symbolic or by hard links."""
+    with suppress(OSError):
+        found = os.stat(path)
+        if found.st_nlink > 1:
+            return found.st_dev, found.st_ino
+    return os.path.realpath(path)

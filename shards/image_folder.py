@@ -150,6 +150,8 @@ def scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
         entries = sorted(entry for entry in folder.iterdir() if _counts(entry.name))
     except OSError as error:
         raise DataError(f"{folder}: cannot be read as a folder of class folders: {error.strerror}") from error
+    if foreign := [ascii(entry.name) for entry in entries if entry.is_dir() and not _is_text(entry.name)]:
+        raise DataError(f"{folder}: class folders whose names are not UTF-8: {some(foreign)}. Rename them.")
     files: list[tuple[str, Path]] = []
     ignored = [str(entry) for entry in entries if entry.is_file()]
     classes = [entry.name for entry in entries if entry.is_dir()]
@@ -171,6 +173,14 @@ def scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
         note = f"note: left out {len(ignored)} files that are not images in class folders: {some(ignored)}"
         print(as_text(note))
     return classes, once(files)
+
+
+def _is_text(name: str) -> bool:
+    """Whether the name of a file is UTF-8, and so can be the name of a class."""
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _counts(name: str) -> bool:

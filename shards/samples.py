@@ -82,6 +82,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
 
     Raises:
         OSError: the file exists or cannot be written (for example, a full disk). A partly written file stays behind.
+        DataError: the samples are more than a shard may hold.
     """
     count = 0
     with open(path, "xb") as file:
@@ -89,6 +90,11 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> Shard:
             for sample in samples:
                 tar.write({"__key__": sample.key, **sample.members()})
                 count += 1
+                if file.tell() > MOST_BYTES:
+                    raise DataError(
+                        f"{path}: more than {MOST_BYTES} bytes after {count} samples, the limit of a shard; build with "
+                        "fewer samples per shard"
+                    )
         file.flush()
         os.fsync(file.fileno())
     return Shard.measure(path, count)

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from scaleprog.data import tar
-from scaleprog.errors import DamagedSample, DataError, Unavailable
+from scaleprog.errors import DataError, Unavailable
 from scaleprog.files.atomic import open_regular
 
 EXTENSION, CHECKSUM = "npy", "crc"
@@ -115,8 +115,7 @@ class PackedImage:
         """The rows `first` to `last`, (last - first, W, C) uint8. The first call reads and verifies the whole image.
 
         Raises:
-            DamagedSample: the image is damaged.
-            DataError: the file has been cut off.
+            DataError: the image or its label is damaged, or the file has been cut off.
             Unavailable: it cannot be read now.
         """
         height, width, channels = self.shape
@@ -125,7 +124,7 @@ class PackedImage:
         content = self._read(0, (HEADER_BYTES + height * width * channels,))
         of_label, stored = self.shard.checksums[self.index].tolist()
         if zlib.crc32(content.data, of_label) != stored:
-            raise DamagedSample(f"{self.where}: damaged: its checksum differs from .{CHECKSUM}; {HINT}", self.where)
+            raise DataError(f"{self.where}: damaged: its checksum differs from .{CHECKSUM}; {HINT}")
         self.shard.checked[self.index] = True
         return content[HEADER_BYTES:].reshape(self.shape)[first:last]
 

@@ -67,8 +67,10 @@ def fetch(url: str, size: int) -> mmap.mmap:
                 raise _OtherLength(f"{what}: {len(received)} bytes in place of {stop - start}")
             return received
 
+        # without ranges, the first part is the whole file; what must arrive in a minute is the next of its bytes
+        parts = -(-size // PART_BYTES) if start == 0 and url.startswith("http") else 1
         async with streams:
-            received = await _persist(attempt, url)
+            received = await _persist(attempt, url, seconds=ANSWER_SECONDS * parts)
         content[start : start + len(received)] = received
         return len(received)
 
@@ -163,13 +165,21 @@ def _run(url: str, work: Callable[[AsyncFileSystem, str], Coroutine[Any, Any, Re
     return result
 
 
-async def _persist(attempt: Callable[[], Awaitable[Result]], url: str, missing: Exception | None = None) -> Result:
-    """The result of an attempt, repeated while it may yet succeed; `missing`: the error where there is no file."""
+async def _persist(
+    attempt: Callable[[], Awaitable[Result]],
+    url: str,
+    missing: Exception | None = None,
+    seconds: float | None = None,
+) -> Result:
+    """The result of an attempt, repeated while it may yet succeed.
+
+    `missing`: the error where there is no file. `seconds`: the most that an attempt may take (None: ANSWER_SECONDS).
+    """
     clock = asyncio.get_running_loop().time
     give_up, others = clock() + PATIENCE_SECONDS, 0
     for failures in count():
         try:
-            return await asyncio.wait_for(attempt(), ANSWER_SECONDS)
+            return await asyncio.wait_for(attempt(), seconds or ANSWER_SECONDS)
         except Exception as raised:  # each library has its own errors of a connection
             error = _underlying(raised)
             if isinstance(error, DataError):
@@ -253,7 +263,7 @@ async def _session(**settings: Any) -> Any:
     usual: dict[str, Any] = {
         "auto_decompress": False,
         "headers": {"Accept-Encoding": "identity"},
-        "timeout": aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+        "timeout": aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS),
         "trace_configs": [trace],
         "trust_env": True,
     }

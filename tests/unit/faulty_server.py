@@ -25,6 +25,8 @@ class FaultyServer:
         self.folder, self.ranges = folder, ranges
         self.drops = self.cuts = self.delays = 0.0
         """Of all answers: the share that ends early, that is short without a sign, and that waits 20 ms."""
+        self.trickles = 0.0
+        """The seconds that a shard takes, in six pieces."""
         self.redirect, self.status, self.dead = "", 200, False
         self.moved = ""
         """A folder whose files have moved to the top."""
@@ -116,7 +118,11 @@ class _Answer(BaseHTTPRequestHandler):
         self.end_headers()
         dropped = with_body and faults.chance(faults.drops)
         if with_body:
-            self.wfile.write(part[: len(part) // 2] if dropped else part)
+            part = part[: len(part) // 2] if dropped else part
+            pieces = 6 if faults.trickles and path.suffix == ".tar" else 1
+            for piece in range(pieces):
+                time.sleep(faults.trickles / pieces if pieces > 1 else 0)
+                self.wfile.write(part[len(part) * piece // pieces : len(part) * (piece + 1) // pieces])
         if dropped:
             self._hang_up()
 

@@ -86,6 +86,23 @@ def test_an_image_that_is_named_again(photos: Path, capsys: pytest.CaptureFixtur
     assert manifest.samples("train") == 10, "an image may count twice in training"
 
 
+def test_a_class_keeps_an_image_to_train(photos: Path) -> None:
+    """Whatever the seed draws: here two classes have one image each."""
+    rows = [f"photos/{i}.png,{'a' if i < 10 else i}" for i in range(12)]
+    for seed in range(8):
+        out = photos / f"out{seed}"
+        build(write(photos, "path,label", *rows), out, val_fraction=0.5, seed=seed)
+        assert len(labels(out, "val")) == 6
+        assert {"10", "11"} <= labels(out, "train").keys()
+
+
+def test_the_file_of_a_spreadsheet(photos: Path) -> None:
+    """It begins with a mark, and fields may have what only some programs take for the end of a line."""
+    rows = [f"photos/{i}.png,a\u2028{i % 2}" for i in range(12)]
+    (photos / "list.csv").write_text("\ufeff" + "\r\n".join(["path,label", *rows]), newline="")
+    assert build(photos / "list.csv", photos / "out").classes == ("a\u20280", "a\u20281")
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -100,6 +117,9 @@ def test_an_image_that_is_named_again(photos: Path, capsys: pytest.CaptureFixtur
         (["path,label", "photos/1.png"], "row 2 must have 2 nonempty values"),
         (["path,label", "photos/1.png,"], "row 2 must have 2 nonempty values"),
         (["path,label", "photos/1.png,a,b"], "row 2 must have 2 nonempty values"),
+        (["path,label", "photos/1.png,a", "photos/2.png,a "], "row 3: the label 'a ' begins or ends with a blank"),
+        (["path,label", 'photos/1.png,"a\nb"'], r"row 2: 'a\\nb' has a line break or a NUL"),
+        (["path,label", "photos/1.png\0,a"], r"row 2: 'photos/1.png\\x00' has a line break or a NUL"),
         (["path,label,split", "photos/1.png,a,test"], "row 2: split is 'test', not train or val"),
         (["path,label,split", "photos/1.png,a,train"], "no rows of the split val"),
         (

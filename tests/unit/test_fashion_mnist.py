@@ -72,6 +72,32 @@ def test_read_idx(tmp_path_factory: pytest.TempPathFactory, values: list[int]):
     assert fashion_mnist.read_idx(path).tolist() == [values]
 
 
+def write_idx(folder: Path, most: int) -> None:
+    """Files of the form of MNIST: 70 images with the labels 0 to `most` in both splits."""
+    labels = bytes(range(most + 1)) + bytes(69 - most)
+    for prefix in fashion_mnist.PREFIX.values():
+        head = bytes([0, 0, 8, 3]) + b"".join(size.to_bytes(4) for size in (70, 2, 2))
+        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(head + bytes(280)))
+        head = bytes([0, 0, 8, 1]) + (70).to_bytes(4)
+        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(head + labels))
+
+
+@pytest.mark.parametrize(("most", "classes"), [(9, 10), (61, 62)])
+def test_the_classes_of_other_files_are_numbers(most: int, classes: int, tmp_path: Path) -> None:
+    """Such as MNIST and EMNIST."""
+    write_idx(tmp_path, most)
+    manifest = fashion_mnist.build(tmp_path / "out", tmp_path)
+    assert manifest.classes == tuple(map(str, range(classes)))
+
+
+def test_files_in_each_others_place(tmp_path: Path) -> None:
+    write_idx(tmp_path, 9)
+    labels = (tmp_path / "train-labels-idx1-ubyte.gz").read_bytes()
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(labels)
+    with pytest.raises(DataError, match="images of 1 and labels of 1 dimensions for train, not 3 and 1"):
+        fashion_mnist.build(tmp_path / "out", tmp_path)
+
+
 @pytest.fixture
 def mirror() -> Iterator[str]:
     """Address of a server on this machine that offers the Debian package's files."""

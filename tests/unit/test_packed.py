@@ -27,7 +27,7 @@ from scaleprog.data.reader import BatchRequest, DataSet, TrainReader
 from scaleprog.data.shard import ShardReader
 from scaleprog.data.stream import Batch
 from scaleprog.data.token_labels import LabelShards
-from scaleprog.errors import DataError
+from scaleprog.errors import DamagedSample, DataError
 from scaleprog.recipe.keys import AugmentSettings, DataSettings
 from scaleprog.shards import pack
 from scaleprog.shards.build import STAGING, shard_files
@@ -293,8 +293,9 @@ def test_damage_is_named_in_training_and_by_check(kind: str, out: Path) -> None:
     Manifest(str(out), manifest.classes, {"train": (Shard.measure(path, first.samples), *others)}).save()
     with pytest.raises(DataError, match=rf"train-000000\.tar: key 'n001': .*{message}"):
         check(out, workers=1)
-    with pytest.raises(DataError, match=rf"train-000000\.tar: sample 'n001'.*{message}"):
+    with pytest.raises(DataError, match=rf"train-000000\.tar: sample 'n001'.*{message}") as raised:
         training_batches(out, 0)
+    assert not isinstance(raised.value, DamagedSample), "data.damaged=replace is for images, not for wrong copies"
 
 
 @given(st.sampled_from(("npy", "cls", "crc")), st.integers(0), st.integers(1, 255))

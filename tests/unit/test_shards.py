@@ -1,6 +1,7 @@
 """Building, checking and indexing shards, of photographs that come with scikit-learn and scikit-image."""
 
 import errno
+import gzip
 import io
 import os
 import re
@@ -223,6 +224,43 @@ def test_every_file_counts_once_whatever_leads_to_it(tmp_path: Path, tree: Path)
     (tree / "blossom" / "elsewhere" / "back").symlink_to(tree / "blossom")
     manifest = image_folder.build(tree, tmp_path / "out", workers=1)
     assert manifest.samples("train") + manifest.samples("val") == 14
+
+
+def test_hard_links_lead_to_one_file_too(tmp_path: Path, tree: Path):
+    (tree / "tower" / "same.JPEG").hardlink_to(tree / "tower" / "n.0.JPEG")
+    manifest = image_folder.build(tree, tmp_path / "out", workers=1)
+    assert manifest.samples("train") + manifest.samples("val") == 14
+    (tree / "blossom" / "other.JPEG").hardlink_to(tree / "tower" / "n.0.JPEG")
+    with pytest.raises(DataError, match=r"the same file as .*, so it is in two classes"):
+        image_folder.build(tree, tmp_path / "again", workers=1)
+    (tree / "blossom" / "other.JPEG").unlink()
+    (tmp_path / "src" / "val" / "tower").mkdir(parents=True)
+    tree.rename(tmp_path / "src" / "train")
+    (tmp_path / "src/val/tower/v.JPEG").hardlink_to(tmp_path / "src/train/tower/n.1.JPEG")
+    with pytest.raises(DataError, match=r"training images, too: .*val/tower/v\.JPEG is .*train/tower/n\.1\.JPEG"):
+        image_folder.build(tmp_path / "src", tmp_path / "out2", workers=1)
+
+
+def test_a_class_folder_whose_name_is_no_text_is_refused_first(tmp_path: Path, tree: Path):
+    (tree / "tower").rename(tree / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(DataError, match=r"class folders whose names are not UTF-8: 'caf\\udce9'. Rename them"):
+        image_folder.build(tree, tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_larger_than_one_may_be_are_refused_first(tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch):
+    sizes = [path.stat().st_size for path in tree.glob("*/*")]
+    monkeypatch.setattr(image_files, "SHARD_BYTES", 6 * max(sizes))
+    with pytest.raises(DataError, match=r"a shard of \d+ images, from .*JPEG on, .* --samples-per-shard \d+, or less"):
+        image_folder.build(tree, tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+    assert image_folder.build(tree, tmp_path / "out", samples_per_shard=2, workers=1)
+
+
+def test_a_shard_that_becomes_too_large_is_no_shard(tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("scaleprog.shards.samples.MOST_BYTES", 20_000)
+    with pytest.raises(DataError, match=r"more than 20000 bytes after .* the limit of a shard; build with fewer"):
+        image_folder.build(tree, tmp_path / "out", reduction=Reduction(48), workers=1)
 
 
 def test_a_file_is_in_one_class_and_in_one_split(tmp_path: Path, tree: Path):
@@ -604,6 +642,13 @@ def test_compressed_shards_are_named_where_there_are_no_others(name: str, tmp_pa
     (tmp_path / name).write_bytes(b"\x1f\x8b")
     with pytest.raises(DataError, match=f"no shards named .*{name} is compressed: unpack it to a plain tar"):
         write_manifest(tmp_path, workers=1)
+
+
+@pytest.mark.parametrize("ending", ["tar.gz", "tgz"])
+def test_a_shard_beside_its_compressed_self_is_not_indexed_twice(ending: str, foreign: Path) -> None:
+    (foreign / f"train-0.{ending}").write_bytes(gzip.compress((foreign / "train-0.tar").read_bytes()))
+    with pytest.raises(DataError, match=rf"train-0\.tar and train-0\.{ending} look like one shard"):
+        write_manifest(foreign, workers=1)
 
 
 def test_write_manifest_refuses_unsound_shards(foreign: Path, photographs: list[bytes]):

@@ -192,6 +192,19 @@ def test_images_one_by_one_from_a_store(server: FaultyServer, patterns: Path, tm
     assert server.asked.count("/train-000000.tar") > 1
 
 
+def test_a_server_without_ranges_may_take_longer_than_one_answer(
+    patterns: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte must come within the limit, not all of them."""
+    monkeypatch.setattr(transfer, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(transfer, "PATIENCE_SECONDS", 20.0)
+    with serve(patterns, ranges=False) as server:
+        server.trickles = 3.6
+        shard = first_shard(server)
+        content = Remote(server.url).read(shard, verify=True)
+        assert bytes(content) == (patterns / shard.name).read_bytes()
+
+
 def test_a_library_without_coroutines(patterns: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As that of huggingface."""
     root = "hf://datasets/user/set"
