@@ -111,6 +111,17 @@ def test_weights_change_once_for_each_network_and_as_many_images_as_memory_holds
     assert len(between) == networks.passes - 2
 
 
+def test_shards_of_which_memory_cannot_hold_one_for_each_worker_stay_on_disk(patterns: Path) -> None:
+    found = []
+    for memory in (None, 1):
+        data = DataSettings(path=str(patterns), workers=8, cache=0, memory=memory)
+        dataset = DataSet(Manifest.load(patterns), data, AugmentSettings(crop="none", eval_crop=1.0), 3)
+        with closing(EvaluationReader(dataset, VALIDATION, 8, 0, 1)) as reader:
+            assert reader._shards.on_disk == (memory is not None)
+            found.append([batch.clone() for batch in reader.batches(8)])
+    assert all(torch.equal(mine.images, theirs.images) for mine, theirs in zip(*found, strict=True))
+
+
 def test_an_evaluation_that_ends_early_takes_its_weights_back(patterns: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = DataSet(Manifest.load(patterns), DataSettings(path=str(patterns), workers=0), AugmentSettings(), 3)
     monkeypatch.setattr(DataSet, "images", lambda self, batch, device: numbered(batch, device))
