@@ -4,6 +4,7 @@ Each command imports what it needs, so that `scaleprog --help` does not wait for
 """
 
 import errno
+import os
 import platform
 import signal
 import sys
@@ -82,6 +83,10 @@ def main() -> None:
         say(str(error))
         sys.exit(error.exit_code)
     except OSError as error:
+        if error.errno == errno.ENOSPC and error.filename is None:  # of what the command prints
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would print the rest when it exits
+            say("cannot print the rest: no space left")
+            sys.exit(MISTAKE_CODE)
         if error.filename is None or error.errno not in UNUSABLE:
             raise
         say(f"{error.filename}: {error.strerror}")

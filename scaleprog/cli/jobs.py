@@ -52,7 +52,10 @@ def submit(
     ] = 0,
     restart: Annotated[
         str,
-        typer.Option(metavar="in-job|requeue", help="Where crashed ranks start again if they can, or must."),
+        typer.Option(
+            metavar="in-job|requeue",
+            help="Where crashed ranks start again: inside if they can.",
+        ),
     ] = "in-job",
     max_restarts: Annotated[int, typer.Option(min=0, max=10**6, help="Most restarts after crashes.")] = 20,
     sbatch: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other option for sbatch.")] = None,
@@ -246,8 +249,13 @@ def show_status(
 
 def cancel(run: RunPath) -> None:
     """Stops a queued or running run, or all of a sweep, under Slurm or on this machine, and reports what remains."""
+    from scaleprog.files.plain_yaml import read_run
     from scaleprog.launchers.several import cancel_all
+    from scaleprog.launchers.snapshot import JOB
     from scaleprog.launchers.status import cancel as cancel_one
+    from scaleprog.rundir.lease import OWNER
 
     runs = runs_at(run)
+    if not runs and not any((run / name).exists() for name in (JOB, OWNER)):
+        read_run(run)  # which says that it is no run directory
     print(as_text(cancel_one(run) if runs in ([], [run]) else cancel_all(runs), lines=True))

@@ -37,7 +37,9 @@ COSTS = (
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
-    nproc: Annotated[int, typer.Option(min=1, max=MOST_RANKS)] = 1,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, max=MOST_RANKS, help="Ranks that share the memory; default: 1.")
+    ] = None,
     world: Annotated[
         str | None,
         typer.Option(help="Numbers of ranks, e.g. 8,64,512: also show the cost of a step under each engine."),
@@ -62,6 +64,7 @@ def plan(
     from scaleprog.planning.devices import Device
     from scaleprog.planning.plan import describe
     from scaleprog.recipe import Recipe
+    from scaleprog.recipe.worlds import Worlds
 
     loaded = Recipe.load(recipe, overrides or ())
     worlds, described = rank_counts(world) if world is not None else (), Device.named(device)
@@ -69,7 +72,9 @@ def plan(
         raise ScaleprogError(f"--cores {cores}: add the numbers of ranks that have so many each, e.g. --world 8")
     if utilization is not None:
         described = replace(described, achieved=utilization)
-    prediction = describe(loaded, nproc)
+    if nproc is not None and (obstacle := Worlds.of(loaded).obstacle(nproc)):
+        raise ScaleprogError(f"--nproc {nproc}: {obstacle}")
+    prediction = describe(loaded, nproc or 1)
     stages = table("stage", "phase", "px", "layers", "parameters", "GMACs", "memory/rank", "epochs", words=2)
     for row in prediction["stages"]:
         stages.add_row(

@@ -45,7 +45,7 @@ def simulate(
         float | None, typer.Option(help="Seconds of a step; default: as `plan --world` models it.")
     ] = None,
     device: Annotated[str, typer.Option(help="The device of the model: h100, a100 or cpu.")] = "h100",
-    spare_nodes: Annotated[int, typer.Option(min=0, max=1000, help="Nodes that the job holds besides.")] = 0,
+    spare_nodes: Annotated[int, typer.Option(min=0, max=1000, help="Nodes held besides those that train.")] = 0,
     restart: Annotated[
         str, typer.Option(metavar="in-job|requeue", help="Whether a run starts again on the nodes that it holds.")
     ] = "in-job",

@@ -71,12 +71,15 @@ def finetune(
 
     The recipe lies in the run directory; `scaleprog train` repeats it.
     """
+    from scaleprog.rundir.storage import committed
     from scaleprog.training.finetune import transfer_recipe
 
     recipe = transfer_recipe(source, data, overrides or ())
     if show_recipe:
         print(recipe.dump(), end="")
         return
+    if source.is_dir() and not committed(source / "checkpoints"):
+        raise ScaleprogError(f"{source}: no checkpoint yet; has the run trained?")
     name = source.resolve().name if source.is_dir() else source.resolve().stem
     folder = run_dir or Path("runs") / f"{name}-{Path(data).resolve().name}-seed{recipe.seed}"
     say(f"fine-tuning in {folder}; to repeat it: scaleprog train {shlex.quote(str(folder / RECIPE))} --run-dir OTHER")

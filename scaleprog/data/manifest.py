@@ -66,6 +66,10 @@ class Manifest:
         source = source_of(root)
         path = file or source.path(NAME)
         if file is None and isinstance(source, Folder) and not Path(source.root).is_dir():
+            if Path(source.root).is_file():
+                raise DataError(f"{root}: a file; give the folder that holds the shards and {NAME}")
+            if str(root).startswith("~"):
+                raise DataError(f"{root}: the folder of shards does not exist: ~ is not expanded here; write $HOME")
             raise AbsentData(
                 f"{root}: the folder of shards does not exist. Build it with `scaleprog shards image-folder SRC "
                 f"{root}` or, to try scaleprog, `scaleprog shards fashion-mnist {root}`.",

@@ -109,6 +109,10 @@ def _check(node: Node) -> None:
     """Raises yaml.YAMLError for a value that no recipe needs."""
     if isinstance(node, ScalarNode):
         number = node.tag in (f"{_TAG}int", f"{_TAG}float")
+        if number and re.match(r"[-+]?(0[0-9_]|[0-9_]+:)", node.value):
+            wrong = f"the number {node.value[:40]}, which YAML reads in base {60 if ':' in node.value else 8}"
+            hint = ", or put A:B after --sweep" if ":" in node.value else ""
+            raise _error(f"{wrong}; write it without {'colons' if hint else 'leading zeros'}{hint}", node.start_mark)
         if len(node.value) > (LONGEST_NUMBER if number else LONGEST_TEXT):
             raise _error(f"a {'number' if number else 'text'} of {len(node.value)} characters", node.start_mark)
         if not all(char.isprintable() or char in "\n\t" for char in node.value):

@@ -298,6 +298,11 @@ def _lengths(recipe: Recipe, kind: ScheduleKind, stages: int, epoch: int) -> tup
     if before_cooldown < stages:
         raise RecipeError(f"train.epochs: {before_cooldown} steps are fewer than the {stages} stages")
     if kind == "automatic" and stages > 1 and search_steps >= before_cooldown // stages:
+        if recipe.search.epochs is None:
+            raise RecipeError(
+                f"train.epochs: a stage of {before_cooldown // stages} steps has no room for {search_steps} of a "
+                "search and one more; train longer, or use growth.schedule: linear or original"
+            )
         raise RecipeError(
             f"search.epochs: {searched:g} epochs do not fit into a stage of {recipe.train.epochs / stages:g} epochs"
         )

@@ -6,7 +6,7 @@ This room imports no torch, so whatever only reads a recipe starts fast. `number
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from scaleprog.recipe.numbers import (
     Aspect,
@@ -45,6 +45,7 @@ from scaleprog.recipe.numbers import (
     WholeEpochs,
     Width,
     Workers,
+    number,
 )
 
 Operator = Literal["rand_init", "stacking", "interpolation", "identity", "mogrow"]
@@ -128,8 +129,8 @@ class DataSettings(Settings):
     lanes: Ranks = 64
     """V, the number of lanes: a divisor of the batch, and a multiple of every number of ranks that may train it."""
     workers: Workers | Literal["auto"] = 4
-    """Decoding processes per rank; 0 decodes in the training process. auto: one for each core that the rank may use but
-    one, which is the rank's own; also for that one if steps wait for data; fewer where memory is short."""
+    """Decoding processes per rank; 0 decodes in the training process. auto: as many as the rank may use cores, less one
+    for the rank itself; one more if steps wait for data; fewer where memory is short."""
     prefetch: Few = 2
     """Steps that each worker decodes ahead."""
     cache: Mebibytes = 256
@@ -480,7 +481,7 @@ class ShardingSettings(Settings):
     """Precision of forward and backward. autocast: torch.autocast to bf16, as DeiT is trained: matrix products in bf16,
     residual stream and parameters in fp32; bf16: parameters and activations cast to bf16 as a whole, half the bytes
     between ranks."""
-    stage: Literal[1, 2, 3] = 3
+    stage: Annotated[Literal[1, 2, 3], BeforeValidator(number)] = 3
     """zero: optimizer and EMA sharded (1), gradients too (2), parameters too (3)."""
     shard: Ranks | None = None
     """hsdp: number of ranks that share one copy of the model; default: the ranks of a node."""

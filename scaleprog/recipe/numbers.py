@@ -31,8 +31,9 @@ class Settings(BaseModel):
     )
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):  # to Python, YAML's yes and no are 1 and 0
+def number(value: Any) -> Any:
+    """The value, unless it is YAML's yes or no."""
+    if isinstance(value, bool):  # to Python, these are 1 and 0
         raise PydanticCustomError("number", "Input should be a number")
     return value
 
@@ -52,7 +53,7 @@ def _local(path: str) -> str:
     return path
 
 
-_Number = BeforeValidator(_number)
+_Number = BeforeValidator(number)
 
 Number = Annotated[float, _Number]
 """One whose bounds a group checks itself."""

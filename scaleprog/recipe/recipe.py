@@ -30,7 +30,7 @@ from scaleprog.recipe.keys import (
     TrackerName,
     TrainSettings,
 )
-from scaleprog.recipe.numbers import Settings
+from scaleprog.recipe.numbers import Index, Settings
 from scaleprog.recipe.parent import ParentSettings
 
 # Keys that may change between two starts of one run: they alter speed or bookkeeping, never the weights; but
@@ -84,7 +84,7 @@ KEY = r"[\w-]+(\.[\w-]+)*"
 class Recipe(Settings):
     """Everything that determines a run."""
 
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: Index = Field(default=0, ge=0, lt=2**32)
     """Seed of initialization, of the order of samples and of augmentation."""
     model: ModelSettings
     init: InitSettings = InitSettings()
@@ -185,6 +185,10 @@ def _read(path: Path, parents: tuple[Path, ...], read: list[Path]) -> dict[str, 
         near = near or difflib.get_close_matches(shipped.name_of(str(path)), shipped.recipes(), 1, cutoff=0.8)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise RecipeError(f"{path}: no such recipe{of}{hint}") from None
+    except IsADirectoryError:
+        kept = path / RECIPE
+        hint = f" (to resume it, use {kept} --run-dir {path})" if kept.exists() else ""
+        raise RecipeError(f"{path}: not readable as YAML: a folder{of}{hint}") from None
     except OSError as error:
         raise RecipeError(f"{path}: not readable as YAML: {error}{of}") from error
     resolved = path.resolve()
@@ -240,15 +244,13 @@ def _explain(error: ValidationError) -> Iterator[str]:
         if any(len(other) > len(location) and other[: len(location)] == location for other, _ in problems):
             continue  # of a value that may have several forms, the deeper problem is the one to mend
         if problem["type"] == "extra_forbidden":
-            valid = _keys_at(location[:-1])
-            near = difflib.get_close_matches(location[-1], valid, 1, cutoff=0.5)
-            yield f"{key}: unknown key; " + (
-                f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"valid here: {', '.join(valid)}"
-            )
+            yield f"{key}: unknown key; {_hint(location)}"
         elif problem["type"] == "missing":
             yield f"{key}: missing"
         elif problem["type"] == "value_error":  # our own checks across a group name keys and values themselves
             yield f"{key}: {problem['msg'].removeprefix('Value error, ')}"
+        elif problem["type"] == "tuple_type":
+            yield f"{key}: Input should be a list, such as [{_shown(problem['input'])}], got {_shown(problem['input'])}"
         else:
             forms = [other["msg"] for at, other in problems if at == location]  # of a value that may have several
             if problem["msg"] == forms[0]:
@@ -256,6 +258,29 @@ def _explain(error: ValidationError) -> Iterator[str]:
                 yield f"{key}: {alternatives}, got {_shown(problem['input'])}"
     if error.error_count() > MOST_PROBLEMS:
         yield f"... and {error.error_count() - MOST_PROBLEMS} more problems"
+
+
+def _hint(location: Sequence[str]) -> str:
+    """What may be meant by the last part of an unknown key."""
+    *groups, name = location
+    keys, valid = list(_flat(_names())), _keys_at(groups)
+    if name in keys:
+        group, _, rest = name.partition(".")
+        return f"in a file, each group is a mapping of its own: {group}: {{{rest}: ...}}"
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == name][:2]
+    here = [".".join([*groups, each]) for each in difflib.get_close_matches(name, valid, 1, 0.75 if elsewhere else 0.5)]
+    near = here or elsewhere
+    return f"did you mean {' or '.join(near)}?" if near else f"valid here: {', '.join(valid)}"
+
+
+def _names(settings: type[BaseModel] | None = None) -> dict[str, Any]:
+    """The names of all keys, as mappings of groups."""
+    fields = (settings or Recipe).model_fields
+    groups = {field.alias or name: field.annotation for name, field in fields.items()}
+    return {
+        name: _names(kind) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+        for name, kind in groups.items()
+    }
 
 
 def _shown(value: Any) -> str:

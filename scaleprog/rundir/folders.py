@@ -16,11 +16,12 @@ def runs_at(path: Path) -> list[Path]:
     found: list[Path] = []
     with suppress(OSError):  # there is no such folder, or it is not readable
         found = [entry for entry in path.iterdir() if os.path.lexists(entry / RECIPE)]
-    return sorted(found, key=lambda run: [int(part) if part.isdigit() else part for part in _parts(run.name)])
+    return sorted(found, key=lambda run: _parts(run.name))
 
 
-def _parts(name: str) -> list[str]:
-    return re.split("([0-9]{1,18})", name)
+def _parts(name: str) -> list[str | int]:
+    """Texts and numbers in turn."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split("([0-9]{1,18})", name))]
 
 
 def short_names(runs: Sequence[Path]) -> list[str]:

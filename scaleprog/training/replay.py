@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.ranks.coordinator import process_group
 from scaleprog.recipe import Recipe, directories
 from scaleprog.rundir.checkpoint import RUN_ID
-from scaleprog.rundir.reading import read_rows
-from scaleprog.rundir.records import EVENTS
+from scaleprog.rundir.reading import each_row, read_rows
+from scaleprog.rundir.records import EVENTS, METRICS
 from scaleprog.rundir.storage import committed, read_manifest, step_of
 from scaleprog.training.inputs import PhaseRequests
 from scaleprog.training.loop import enter_phase, forward_and_backward, train
@@ -51,6 +51,11 @@ def copied(run: Path, step: int) -> Iterator[tuple[Recipe, Path, int]]:
     starts = [event for event in read_rows(run / EVENTS) if event["event"] == "start" and event["step"] < step]
     if not starts:
         raise ScaleprogError(f"{run}: no start of this run has trained step {step}")
+    trained = max([step_of(path) for path in committed(run / "checkpoints")], default=0)
+    for row in each_row(run / METRICS):
+        trained = max(trained, row["step"] if "loss" in row and isinstance(row.get("step"), int) else 0)
+    if step > trained + recipe.train.log_every:  # so many may have been trained and not recorded
+        raise ScaleprogError(f"{run}: has trained {trained} steps, not step {step}")
     copy = result(run, step) / "run"
     shutil.rmtree(copy.parent, ignore_errors=True)
     (copy / "checkpoints").mkdir(parents=True)
@@ -67,6 +72,8 @@ def copied(run: Path, step: int) -> Iterator[tuple[Recipe, Path, int]]:
         yield recipe.model_copy(update={**groups, "tracking": ()}), copy, starts[-1].get("world", 1)
     finally:
         shutil.rmtree(copy, ignore_errors=True)
+        with suppress(OSError):  # unless it holds reports
+            copy.parent.rmdir()
 
 
 def result(run: Path, step: int) -> Path:

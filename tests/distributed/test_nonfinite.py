@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scaleprog.errors import Diverged
+from scaleprog.errors import Diverged, ScaleprogError
 from scaleprog.growth.operators import fresh
 from scaleprog.launchers.local import RankFailed, launch
 from scaleprog.models.elastic import ElasticModel
@@ -156,6 +156,9 @@ def test_a_run_stops_names_the_rank_and_the_samples_and_resumes(recipe: Recipe, 
     assert float(told["grad_norm"]) == pytest.approx(step_rows(folder)[8]["grad_norm"], rel=1e-12)
     assert (told["step"], told["layers"]) == (8, [])
     rows = step_rows(folder)
+    with pytest.raises(ScaleprogError, match=f"has trained {max(rows)} steps, not step 9999"), copied(folder, 9999):
+        pass
+    assert not result(folder, 9999).exists()
     assert [step for step, row in rows.items() if not math.isfinite(row["grad_norm"])] == [5]
     assert json.loads((folder / "results.json").read_text())["top1"] > 0
 

@@ -50,6 +50,18 @@ def test_plan_shares_memory_out_over_ranks(command: Command, write_recipe: Write
     assert one == pytest.approx(4 * four, abs=4)
 
 
+def test_plan_refuses_ranks_that_cannot_train(command: Command, write_recipe: WriteRecipe) -> None:
+    assert is_mistake(command("plan", write_recipe(), "--nproc=3"), "--nproc 3: 3 ranks do not divide data.lanes, 4")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_to_a_full_disk_is_told_in_a_line() -> None:
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "scaleprog", "keys"]
+        told = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (told.returncode, told.stderr) == (2, "scaleprog: cannot print the rest: no space left\n")
+
+
 def test_plan_prints_worlds_and_engines(
     command: Command, write_recipe: WriteRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

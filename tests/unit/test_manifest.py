@@ -94,6 +94,11 @@ def test_two_classes_may_have_the_same_name(tmp_path: Path):
 
 
 def test_missing_folder_and_missing_manifest_say_how_to_build(tmp_path: Path):
+    (tmp_path / "train-0.tar").touch()
+    with pytest.raises(DataError, match=r"train-0\.tar: a file; give the folder that holds the shards"):
+        Manifest.load(tmp_path / "train-0.tar")
+    with pytest.raises(DataError, match=r"~/data: the folder of shards does not exist: ~ is not expanded"):
+        Manifest.load("~/data")
     with pytest.raises(DataError, match=r"gone: the folder of shards does not exist.*scaleprog shards"):
         Manifest.load(tmp_path / "gone")
     with pytest.raises(DataError, match=rf"{tmp_path}: .*no manifest.json.*--write-manifest"):

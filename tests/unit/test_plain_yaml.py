@@ -157,6 +157,20 @@ def test_many_mistakes_are_told_in_part(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 10**5
 
 
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("1:4", r"the number 1:4, which YAML reads in base 60; write it without colons, or put A:B after --sweep"),
+        ("-1:30.5", "the number -1:30.5, which YAML reads in base 60"),
+        ("010", "the number 010, which YAML reads in base 8; write it without leading zeros"),
+    ],
+)
+def test_a_number_that_yaml_would_change_is_refused(written: str, message: str) -> None:
+    with pytest.raises(yaml.YAMLError, match=message):
+        parse(written)
+    assert parse(f'["{written}", 0, 0.5, -0.1, 60]') == [written, 0, 0.5, -0.1, 60]
+
+
 def test_what_looks_like_a_date_is_text() -> None:
     assert parse("a: 2020-01-01\nb: 2001-99-99") == {"a": "2020-01-01", "b": "2001-99-99"}
 

@@ -209,6 +209,11 @@ def test_stages_by_hand_that_cannot_be_trained_are_refused(stages: str, message:
 
 
 def test_a_search_must_leave_something_of_its_stage() -> None:
+    short = deit("autoprog", "train.epochs=0.004", "optimizer.schedule=smooth", "optimizer.warmup_epochs=0")
+    with pytest.raises(
+        RecipeError, match=r"train\.epochs: a stage of 1 steps has no room for 1 of a search and one more;"
+    ):
+        outline(short, 1000)
     with pytest.raises(RecipeError, match=r"search\.epochs: 25 epochs do not fit into a stage of 25 epochs$"):
         outline(deit("autoprog_published", "search.epochs=25"), 1000)
     outline(deit("autoprog_published", "search.epochs=24"), 1000)

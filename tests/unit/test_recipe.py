@@ -165,6 +165,12 @@ def test_an_override_whose_value_is_no_yaml(least: Path) -> None:
     ("override", "message"),
     [
         ("sede=3", "sede: unknown key; did you mean seed?"),
+        ("lr=1e-3", "lr: unknown key; did you mean optimizer.lr?"),
+        ("epochs=3", "epochs: unknown key; did you mean train.epochs or search.epochs?"),
+        ("data.batch=3", "data.batch: unknown key; did you mean train.batch or evaluate.batch?"),
+        ("ema.momenta=0.99", "ema.momenta: Input should be a list, such as [0.99], got 0.99"),
+        ("seed=yes", "seed: Input should be a number, got True"),
+        ("sharding.stage=yes", "sharding.stage: Input should be a number, got True"),
         ("growht.stages=3", "growht: unknown key; did you mean growth?"),
         ("growth.stagess=3", "growth.stagess: unknown key; did you mean growth.stages?"),
         ("train.maxsteps=3", "train.maxsteps: unknown key; did you mean train.max_steps?"),
@@ -181,6 +187,21 @@ def test_an_override_whose_value_is_no_yaml(least: Path) -> None:
 )
 def test_an_unknown_key_is_named_with_the_nearest_valid_one(override: str, message: str, least: Path) -> None:
     assert problems(least, override) == [message]
+
+
+def test_a_dotted_key_belongs_into_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "dotted.yaml"
+    path.write_text("train.epochs: 3\n")
+    with pytest.raises(RecipeError, match=r"in a file, each group is a mapping of its own: train: \{epochs: \.\.\.\}"):
+        Recipe.load(path)
+
+
+def test_a_run_directory_in_the_place_of_a_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"{tmp_path}: not readable as YAML: a folder$"):
+        Recipe.load(tmp_path)
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(RecipeError, match=f"to resume it, use {tmp_path}/recipe.yaml --run-dir {tmp_path}"):
+        Recipe.load(tmp_path)
 
 
 def test_an_unknown_key_of_a_stage_by_hand(least: Path) -> None:

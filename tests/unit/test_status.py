@@ -238,6 +238,11 @@ def process_called(*command: Any) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+def test_cancel_of_what_is_no_run_is_a_mistake(command: Command, tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        assert is_mistake(command("cancel", path), f"{path}: not a run directory")
+
+
 def test_cancel_several_says_so_if_slurm_is_silent(made_up: Path, fake: FakeSlurm) -> None:
     JobFile("7", "scaleprog-a b", "code/x").write(made_up)
     fake.command("scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
