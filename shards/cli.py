@@ -14,7 +14,7 @@ from scaleprog.recipe.numbers import MOST_PIXELS
 
 app = typer.Typer(no_args_is_help=True, help="Build WebDataset shards, check them, and index shards made elsewhere.")
 
-Out = Annotated[Path, typer.Argument(help="Folder of the shards and their manifest.json.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the shards and their manifest.json.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the order of the samples.")]
 SamplesPerShard = Annotated[int, typer.Option(min=1, max=10**6, help="The most samples in a shard.")]
 ShorterSide = Annotated[
@@ -52,7 +52,9 @@ def digits(out: Out, seed: Seed = 0) -> None:
 
 @app.command("cifar")
 def cifar(
-    src: Annotated[Path, typer.Argument(help="Folder of the extracted binary version, e.g. cifar-10-batches-bin.")],
+    src: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder of the extracted binary version, e.g. cifar-10-batches-bin.")
+    ],
     out: Out,
     seed: Seed = 0,
 ) -> None:
@@ -64,7 +66,9 @@ def cifar(
 
 @app.command("image-folder")
 def image_folder(
-    src: Annotated[Path, typer.Argument(help="Folder with train/CLASS/ and val/CLASS/ (ImageNet), or with CLASS/.")],
+    src: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder with train/CLASS/ and val/CLASS/ (ImageNet), or with CLASS/.")
+    ],
     out: Out,
     samples_per_shard: SamplesPerShard = 1000,
     val_fraction: Annotated[float, typer.Option(help="Fraction to split off if SRC has no val/.")] = 0.1,
@@ -90,7 +94,9 @@ def image_folder(
 
 @app.command("imagenet")
 def imagenet(
-    src: Annotated[Path, typer.Argument(help="Folder with the tars of ILSVRC2012, or with train/ and val/.")],
+    src: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Folder with the tars of ILSVRC2012, or with train/ and val/.")
+    ],
     out: Out,
     val_labels: Annotated[
         Path | None,
@@ -119,7 +125,9 @@ def imagenet(
 
 @app.command("csv")
 def csv(
-    src: Annotated[Path, typer.Argument(help="CSV file with the columns path, label, and optionally split.")],
+    src: Annotated[
+        Path, typer.Argument(metavar="SRC", help="CSV file with the columns path, label, and optionally split.")
+    ],
     out: Out,
     samples_per_shard: SamplesPerShard = 1000,
     val_fraction: Annotated[float, typer.Option(help="Fraction to split off if SRC has no column split.")] = 0.1,
@@ -145,7 +153,9 @@ def csv(
 
 @app.command("pack")
 def pack(
-    shards: Annotated[Path, typer.Argument(help="Folder of the shards whose images are to be packed.")],
+    shards: Annotated[
+        Path, typer.Argument(metavar="SHARDS", help="Folder of the shards whose images are to be packed.")
+    ],
     out: Out,
     shorter_side: Annotated[
         int, typer.Option(min=1, max=MOST_PIXELS, help="Reduce larger images to this shorter side in pixels.")
@@ -160,7 +170,9 @@ def pack(
 
 @app.command("token-labels")
 def token_labels(
-    shards: Annotated[Path, typer.Argument(help="Folder of the shards whose training images get labels.")],
+    shards: Annotated[
+        Path, typer.Argument(metavar="SHARDS", help="Folder of the shards whose training images get labels.")
+    ],
     out: Out,
     teacher: Annotated[str, typer.Option(help="timm's name of a convolutional model, such as dm_nfnet_f6.")],
     weights: Annotated[
@@ -183,7 +195,7 @@ def token_labels(
 
 @app.command("check")
 def check(
-    out: Annotated[str, typer.Argument(help="Folder of the shards, a path or URL.")],
+    out: Annotated[str, typer.Argument(metavar="SHARDS", help="Folder of the shards, a path or URL.")],
     write_manifest: Annotated[bool, typer.Option("--write-manifest", help="Index the shards in the folder.")] = False,
     manifest: Annotated[
         str | None, typer.Option(help="Local file of the manifest; default: manifest.json in the folder.")
@@ -217,9 +229,9 @@ def check(
 
 @app.command("speed")
 def speed(
-    shards: Annotated[str, typer.Argument(help="Folder of the shards; the first ones are measured.")],
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="Folder of the shards; the first ones are measured.")],
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Whose augmentation and sizes are measured.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
     images: Annotated[int, typer.Option(min=1, max=10**6, help="Images in one measurement.")] = 256,
     turns: Annotated[int, typer.Option(min=1, max=1000, help="Measurements of each kind; the median counts.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

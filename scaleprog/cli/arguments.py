@@ -23,7 +23,7 @@ RecipePath = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.epochs=8", autocompletion=key_words),
+    typer.Argument(metavar="KEY=VALUE", help="e.g. train.epochs=8", autocompletion=key_words),
 ]
 Source = Annotated[
     str | None,
@@ -35,7 +35,7 @@ Source = Annotated[
     ),
 ]
 RunPaths = Annotated[
-    list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of some.", autocompletion=run_words)
+    list[Path], typer.Argument(metavar="RUN", help="Run directories, or folders of some.", autocompletion=run_words)
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", autocompletion=run_words)]
 RanksHere = Annotated[

@@ -41,7 +41,7 @@ def submit(
         int | None, typer.Option(min=1, max=1024, help="CPU cores per rank; default data.workers + 2.")
     ] = None,
     time: Annotated[str | None, typer.Option(help="Time limit of one start: minutes, HH:MM:SS or D-HH:MM:SS.")] = None,
-    partition: Annotated[str | None, typer.Option()] = None,
+    partition: Annotated[str | None, typer.Option(help="As for sbatch; so are --account and --qos.")] = None,
     account: Annotated[str | None, typer.Option()] = None,
     qos: Annotated[str | None, typer.Option()] = None,
     signal_before: Annotated[

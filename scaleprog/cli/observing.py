@@ -107,7 +107,7 @@ def _ranks(text: str) -> list[int]:
 def track(
     run: RunPath,
     trackers: Annotated[
-        list[str] | None, typer.Argument(metavar="[TRACKER]...", help="mlflow, wandb; default: those of the recipe.")
+        list[str] | None, typer.Argument(metavar="TRACKER", help="mlflow, wandb; default: those of the recipe.")
     ] = None,
 ) -> None:
     """Sends what a tracker does not have yet of a run, running or ended, for nodes that cannot reach the tracker."""

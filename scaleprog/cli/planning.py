@@ -111,7 +111,9 @@ def plan(
 def keys(
     group: Annotated[
         str | None,
-        typer.Argument(help="A group of keys, e.g. search; default: all groups.", autocompletion=group_words),
+        typer.Argument(
+            metavar="GROUP", help="A group of keys, e.g. search; default: all groups.", autocompletion=group_words
+        ),
     ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="The JSON schema, for editors.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="The text of docs/recipe.md.")] = False,

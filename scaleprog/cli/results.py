@@ -24,7 +24,7 @@ MANY = 5
 def evaluate(
     run: RunPath,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. data.workers=8 augment.eval_crop=0.95")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. data.workers=8 augment.eval_crop=0.95")
     ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="SHARDS", help="Folder of other shards, a path or URL; default: the run's.")
@@ -102,7 +102,7 @@ def export(
 
 def replay(
     run: RunPath,
-    step: Annotated[int, typer.Argument(min=1, help="Number of the step, as in metrics.jsonl.")],
+    step: Annotated[int, typer.Argument(min=1, metavar="STEP", help="Number of the step, as in metrics.jsonl.")],
     nproc: Annotated[
         int | None, typer.Option(min=1, max=MOST_HERE, help="Ranks; default: as many as the run had at this step.")
     ] = None,
@@ -117,7 +117,7 @@ def replay(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories, or folders of some.")],
     out: Annotated[Path, typer.Option(help="Folder for report.md (or paper.md) and its pictures.")],
     table: Annotated[str, typer.Option(help="Instead, fill these tables of the paper, e.g. 2,4,5.")] = "",
     figure: Annotated[str, typer.Option(help="Instead, draw these figures of the paper: 1, 4, or both.")] = "",

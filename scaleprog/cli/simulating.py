@@ -53,8 +53,8 @@ def simulate(
         str | None, typer.Option(metavar="NAME=SECONDS,...", help="Other values of the inputs in seconds.")
     ] = None,
     runs: Annotated[int, typer.Option(min=2, max=10_000, help="Simulated runs.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the faults that are drawn.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Simulates a run under faults: effective training time, what each cause costs, and what would change it."""
     from scaleprog.planning import scenario
