@@ -5,6 +5,7 @@ process reads metrics.jsonl. A tracker cannot take a point back, so a step is se
 which the next start would return at most. What has been sent is kept in `tracking/NAME.json`.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -52,6 +53,8 @@ class Sent(TypedDict):
     unclosed: NotRequired[Name | None]
     finished: NotRequired[bool]
     """Whether the tracker knows that the run is finished."""
+    where: NotRequired[Name]
+    """A digest of what `Tracker.place` said when the run was first sent: a URL may hold a password."""
 
 
 class Sender:
@@ -63,7 +66,14 @@ class Sender:
         recipe = Recipe.of_run(run)
         self._unit = "GMACs" if recipe.search.times == "modelled" else "step ms"
         self._path = run / FOLDER / f"{name}.json"
+        place: tuple[str, ...] = getattr(TRACKERS[name], "place", ())
+        self._where = hashlib.sha256("\n".join(os.environ.get(each, "") for each in place).encode()).hexdigest()[:16]
         self._sent = read_object(self._path, Sent) or Sent(id=uuid.uuid4().hex[:16], step=-1)
+        if self._sent.get("where", self._where) != self._where:
+            raise ScaleprogError(
+                f"{name} has this run elsewhere: {', '.join(place)} said something else when it was first sent; set "
+                f"the same again, or delete {self._path} to send all of it here"
+            )
         self._shown = Shown(run, self._sent["id"], run.resolve().name, recipe.settings())
         self._name = name
         self._tracker: Tracker | None = None
@@ -103,7 +113,7 @@ class Sender:
             tracker = TRACKERS[self._name]()
             known, has = tracker.open(self._shown, self._sent.get("known"), self._sent.get("unclosed"))
             self._step = max(self._sent["step"], has)
-            self._keep(step=self._sent["step"], known=known, unclosed=tracker.session)
+            self._keep(step=self._sent["step"], known=known, unclosed=tracker.session, where=self._where)
             self._tracker = tracker
         return self._tracker
 

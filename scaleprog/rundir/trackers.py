@@ -49,6 +49,8 @@ class Tracker(Protocol):
 
     keeps: bool
     """Whether points are safe as soon as `scalars` returns; otherwise, once `close` has returned."""
+    place: tuple[str, ...] = ()
+    """The environment variables that say where it sends."""
 
     def open(self, run: Shown, known: str | None, unclosed: str | None) -> tuple[str, int]:
         """Begins to send, as the same run at every start.
@@ -84,6 +86,7 @@ class MLflow:
 
     keeps = True
     session = None
+    place: tuple[str, ...] = ("MLFLOW_TRACKING_URI",)
 
     def __init__(self) -> None:
         # the sender repeats requests itself
@@ -153,6 +156,7 @@ class WandB:
     """
 
     keeps = False
+    place: tuple[str, ...] = ("WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT")
 
     def __init__(self) -> None:
         import wandb

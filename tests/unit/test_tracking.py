@@ -281,6 +281,23 @@ def test_track_sends_a_run_that_was_trained_without_trackers(run: Path, stub: ty
     assert len(stub.opened) == 1
 
 
+def test_a_run_is_not_said_to_be_where_it_was_never_sent(
+    run: Path, stub: type[Stub], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(run, last=20, checkpoint=20)
+    stub.place = ("MLFLOW_TRACKING_URI",)  # type: ignore[attr-defined]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@first")
+    assert command("track", run, "mlflow").code == 0
+    assert "secret" not in (run / "tracking/mlflow.json").read_text()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@second")
+    told = command("track", run, "mlflow")
+    assert is_mistake(told, "mlflow has this run elsewhere: MLFLOW_TRACKING_URI", f"delete {run}/tracking/mlflow.json")
+    (run / "tracking/mlflow.json").unlink()
+    stub.got.clear()
+    assert command("track", run, "mlflow").code == 0
+    assert as_curves(stub.got) == of_records(run, 5, 19)
+
+
 def test_track_sends_what_the_latest_start_would(run: Path, stub: type[Stub], command: Command) -> None:
     """recipe.yaml is that of the first start, which had no tracker and other points."""
     trained(run, last=20, checkpoint=20)
