@@ -333,9 +333,8 @@ def cancel(run: Path) -> str:
     file, owner = JobFile.read(run), read_owner(run)
     job = None if file is None else file.ask()
     if job is not None and not job.over:
-        if not job.names(
-            run.absolute().parent if "_" in job.id else run
-        ):  # the script of an array is in the sweep's folder
+        scripts = run.absolute().parent if "_" in job.id else run  # that of an array is in the sweep's folder
+        if not job.names(scripts):
             raise ScaleprogError(
                 f"{run / JOB} names job {job.id}, but Slurm's record of its command does not name this run directory; "
                 f"nothing was canceled; if the job does train this run, use `scancel {job.id}`"

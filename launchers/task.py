@@ -175,9 +175,9 @@ def port(start: Attempt, number: str | None = None) -> int:
 
     Args:
         start: the start.
-        number: SLURM_JOB_ID, which also tells the tasks of arrays apart from all other jobs; default: that of `start`.
+        number: SLURM_JOB_ID, which also tells the tasks of arrays from all other jobs; default: what `start` says.
     """
-    job = int(number or start.job.partition("_")[0])
+    job = int(number) if number else sum(map(int, start.job.split("_")))
     return PORTS[(7 * job + start.restart + 1009 * start.repeat) % len(PORTS)]
 
 

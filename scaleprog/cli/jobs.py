@@ -52,10 +52,7 @@ def submit(
     ] = 0,
     restart: Annotated[
         str,
-        typer.Option(
-            metavar="in-job|requeue",
-            help="Where crashed ranks start again: inside if they can.",
-        ),
+        typer.Option(metavar="in-job|requeue", help="Where crashed ranks start again; in the job if they can."),
     ] = "in-job",
     max_restarts: Annotated[int, typer.Option(min=0, max=10**6, help="Most restarts after crashes.")] = 20,
     sbatch: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Any other option for sbatch.")] = None,

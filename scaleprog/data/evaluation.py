@@ -65,7 +65,7 @@ class EvaluationReader:
     def _exceeds_memory(self, split: str) -> bool:
         """Whether the whole shards that the workers hold would take more than `data.memory`."""
         memory, held = self.data.settings.memory, 2 * max(1, self.data.workers)  # a batch may end in another shard
-        most = max(shard.bytes for shard in self.data.manifest.split(split))
+        most = max((shard.bytes for shard in self.data.manifest.split(split)), default=0)
         return memory is not None and held * most > memory * 2**20
 
     def batches(self, resolution: int) -> Iterator[Batch]:

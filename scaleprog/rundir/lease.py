@@ -364,9 +364,8 @@ def _started(pid: int) -> str | None:
         pending = re.findall(r"^(?:Sig|Shd)Pnd:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     except OSError:
         return None
-    killed = any(
-        int(mask, 16) & 1 << signal.SIGKILL - 1 for mask in pending
-    )  # and waits in the kernel, such as for a disk
+    kill = 1 << (signal.SIGKILL - 1)
+    killed = any(int(mask, 16) & kill for mask in pending)  # and waits in the kernel, such as for a disk
     return None if killed or fields[0] == "Z" else fields[19]
 
 
