@@ -51,7 +51,7 @@ test-gpu: install
 test-fast: install
 	$(PYTHON) -m pytest -n 2 -m "not process" tests/unit
 
-# The paper's Tables 2 to 8 and Figure 4 at micro scale, on half of Fashion-MNIST: about 3 hours on two idle cores.
+# The paper's Tables 2 to 8 and Figure 4 at micro scale, on half of Fashion-MNIST: about 5 hours on two idle cores.
 # It may be stopped and started again. docs/results/paper.md gets what has finished.
 tables: install data/fashion_mnist data/digits
 	nice -n 10 $(PYTHON) -m benchmarks.paper
