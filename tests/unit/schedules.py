@@ -42,7 +42,16 @@ def of(
     policy = EqualStages(ladder, steps, rule if kind == "automatic" else None)
     if budget is not None:
         policy = Budget(
-            ladder, steps, rule, search_steps, scoring, budget, promised, complete_steps, subset=patch is not None
+            ladder,
+            steps,
+            rule,
+            search_steps,
+            scoring,
+            budget,
+            promised,
+            complete_steps,
+            patch is not None,
+            recycle=settings.recycle,
         )
     return Schedule(
         kind, ladder, steps, search_steps, scoring, policy, settings.recycle, settings.adaptive_regularization, patch,

@@ -222,6 +222,16 @@ def test_a_budget_that_was_asked_for_is_never_exceeded() -> None:
     assert kept.because == "complete from schedule step 100: the budget covers it to the end"
 
 
+@pytest.mark.parametrize(("recycle", "promised", "another"), [(True, True, 1), (False, False, 1), (False, True, 0)])
+def test_no_search_is_made_whose_steps_a_promise_could_not_win_back(
+    recycle: bool, promised: bool, another: bool
+) -> None:
+    """Without recycling, they come on top of those of the schedule."""
+    policy = of(rule="corners", budget=0.6, stages=6, recycle=recycle, promised=promised).policy
+    end = policy.end(2, 70, Choice(policy.ladder[0], 300))
+    assert end < 300 if another else end == 300
+
+
 @given(budgets(), st.lists(positive, min_size=4, max_size=4), times())
 def test_a_promise_is_kept_or_refused(here: BudgetState, losses: list[float], seconds: list[float]) -> None:
     prices = dict(zip(CORNERS, (s / seconds[-1] for s in seconds)))

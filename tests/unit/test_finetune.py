@@ -15,7 +15,7 @@ from scaleprog.training.export import export_run
 from scaleprog.training.finetune import TRANSFER, transfer_recipe
 from scaleprog.training.initial import _shown_otherwise
 from tests.compare import differences
-from tests.conftest import CLASSES, SIDE, MakeRecipe, draw_patterns, run
+from tests.conftest import CLASSES, SIDE, MakeRecipe, draw_patterns, run, short_recipe
 from tests.unit.command import Command, is_mistake
 
 pytestmark = pytest.mark.process
@@ -114,6 +114,12 @@ def test_what_cannot_be_fine_tuned(command: Command, patterns: Path, tmp_path: P
     missing = tmp_path / "missing.safetensors"
     assert is_mistake(command("finetune", missing, "--data", patterns), f"{missing}: no such file of weights")
     assert is_mistake(command("finetune", tmp_path, "--data", patterns), "not a run directory")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/recipe.yaml").write_text(short_recipe(patterns).dump())
+    tuned = tmp_path / "tuned"
+    told = command("finetune", tmp_path / "begun", "--data", patterns, "--run-dir", tuned)
+    assert is_mistake(told, f"{tmp_path}/begun: no checkpoint yet")
+    assert not tuned.exists()
     assert is_mistake(command("finetune", missing, "--data", tmp_path), "has no manifest.json")
 
 

@@ -8,6 +8,7 @@ import py_compile
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,6 +203,28 @@ def test_code_that_is_not_what_was_submitted_never_runs(
         assert "does not match the digest in its name" in done.stderr
     assert fake.calls("srun") == []
     assert not (tmp_path / "ruined").exists()
+
+
+def test_code_that_cannot_be_read_now_is_looked_for_again(tmp_path: Path) -> None:
+    """Another node may mount its folder late."""
+    text = Path(integrity.__file__).read_text()
+    pauses = "PAUSES = (1, 5, 15, 40)"
+    assert pauses in text
+    code = tmp_path / "code"
+
+    def checked(waits: str, digest: str) -> "subprocess.Popen[str]":
+        words = [sys.executable, "-I", "-S", "-c", text.replace(pauses, f"PAUSES = {waits}"), str(code), digest]
+        return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+    never = checked("(0, 0)", "x")
+    assert "cannot be read on this node: [Errno 2]" in never.communicate()[1]
+    assert never.returncode == 1
+    late = checked("(0.2,) * 300", integrity.digest({"a.py": b"1"}))
+    time.sleep(1)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/a.py").write_bytes(b"1")
+    (tmp_path / "new").rename(code)
+    assert (late.communicate()[1], late.returncode) == ("", 0)
 
 
 def test_a_job_file_that_somebody_else_wrote_names_no_code(

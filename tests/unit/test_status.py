@@ -22,6 +22,7 @@ from scaleprog.launchers.snapshot import JobFile
 from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
 from scaleprog.rundir import slurm_queue
+from scaleprog.rundir.folders import runs_at
 from scaleprog.rundir.lease import read_owner
 from scaleprog.rundir.planned import write_plan
 from tests.conftest import MakeRecipe, write_lines
@@ -236,6 +237,14 @@ def process_called(*command: Any) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
+
+
+def test_runs_are_in_the_order_of_the_numbers_in_their_names(tmp_path: Path) -> None:
+    names = ["2r", "lr5", "lr5²", "lr10", "r"]  # to Python, ² is a digit
+    for name in reversed(names):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").touch()
+    assert [run.name for run in runs_at(tmp_path)] == names
 
 
 def test_cancel_of_what_is_no_run_is_a_mistake(command: Command, tmp_path: Path) -> None:
