@@ -47,8 +47,16 @@ def read(folder: str) -> dict[str, bytes]:
 def problem(folder: str, expected: str) -> str:
     """Why a folder does not match the digest `expected`; empty if it matches."""
     try:
+        return _problem(folder, expected)
+    except OSError as error:
+        return str(error)
+
+
+def _problem(folder: str, expected: str) -> str:
+    """Like `problem`, but raises OSError if something in the folder cannot be read."""
+    try:
         found = digest(read(folder))
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         return str(error)
     return "" if found == expected else f"{folder!r}: files were changed, added, or removed after the copy was made"
 
@@ -62,15 +70,14 @@ MOST_BYTES, MOST_FILES = 2**24, 1000
 PAUSES = (1, 5, 15, 40)  # seconds; a file system may need that long on a node that has just booted
 
 if __name__ == "__main__":
+    wrong = ""
     for pause in (*PAUSES, 0):
         try:
-            read(sys.argv[1])
+            wrong = _problem(sys.argv[1], sys.argv[2])
             break
         except OSError as error:
             if not pause:
                 sys.exit(f"scaleprog: the job's code cannot be read on this node: {error}; submit the same again")
             time.sleep(pause)
-        except ValueError:
-            break
-    if wrong := problem(sys.argv[1], sys.argv[2]):
+    if wrong:
         sys.exit(f"scaleprog: the job's code is not the submitted code: {wrong}; remove the folder and submit again")

@@ -17,7 +17,7 @@ from scaleprog.errors import AbsentWeights, ScaleprogError
 from scaleprog.files.display import say
 from scaleprog.launchers import integrity
 from scaleprog.launchers.request import JobRequest
-from scaleprog.launchers.snapshot import JobFile, check_free, check_job, check_name, code_folder, take
+from scaleprog.launchers.snapshot import JobFile, check_free, check_name, code_folder, take
 from scaleprog.launchers.world import Count, largest, usable
 from scaleprog.recipe import Recipe, directories
 from scaleprog.recipe.worlds import Worlds
@@ -184,8 +184,7 @@ def check_quickly(recipe: Recipe, run: Path, request: JobRequest) -> None:
     """Raises ScaleprogError for the errors that can be found without torch, which takes seconds to import."""
     request.check()
     Worlds.of(recipe).check(request.world, request.tasks)
-    check_job(run, sure=True)
-    check_free(recipe, run)
+    check_free(recipe, run, sure=True)
     check_weights(recipe, run)
 
 

@@ -179,7 +179,7 @@ def check_name(run: Path) -> None:
         )
 
 
-def check_free(recipe: "Recipe", run: Path, mine: str | None = None) -> None:
+def check_free(recipe: "Recipe", run: Path, mine: str | None = None, sure: bool = False) -> None:
     """Raises CheckpointError if `run` is not free.
 
     Args:
@@ -187,11 +187,12 @@ def check_free(recipe: "Recipe", run: Path, mine: str | None = None) -> None:
         run: the run directory.
         mine: the id of this job, if any. `run` is not free if a queued or running job, or a live process that does not
             belong to job `mine`, owns it.
+        sure: see `check_job`.
     """
     from scaleprog.rundir.lease import check_recipe, is_alive, read_owner
 
     check_recipe(run, recipe)
-    check_job(run)
+    check_job(run, sure)
     owner = read_owner(run)
     if owner is not None and (mine is None or owner.job != mine) and is_alive(owner, run):
         raise InUse(f"{run} is in use by process {owner.pid} on {owner.host}; use another --run-dir")

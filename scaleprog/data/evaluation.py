@@ -50,7 +50,8 @@ class EvaluationReader:
 
     def __init__(self, data: DataSet, split: str, batch_local: int, rank: int, world: int) -> None:
         self.data = data
-        self._shards = ShardReader(data.manifest, split, on_disk=self._exceeds_memory(split))
+        held = 2 * max(1, data.workers)  # a batch may end in another shard
+        self._shards = ShardReader(data.manifest, split, on_disk=data.exceeds_memory(split, held))
         self._augmentation = Augmentation(data.augment, data.channels)
         self._rows = batch_local
         total = data.manifest.samples(split)
@@ -61,12 +62,6 @@ class EvaluationReader:
         self._stream: Stream | None = None
         self._between_passes = True
         self._kept: list[Batch] = []
-
-    def _exceeds_memory(self, split: str) -> bool:
-        """Whether the whole shards that the workers hold would take more than `data.memory`."""
-        memory, held = self.data.settings.memory, 2 * max(1, self.data.workers)  # a batch may end in another shard
-        most = max((shard.bytes for shard in self.data.manifest.split(split)), default=0)
-        return memory is not None and held * most > memory * 2**20
 
     def batches(self, resolution: int) -> Iterator[Batch]:
         """The `count` batches at a resolution. Raises as `groups` does."""

@@ -63,6 +63,11 @@ class DataSet:
         """Decoding processes of this rank, unless there is less to share out."""
         return self.settings.processes(self.cores)
 
+    def exceeds_memory(self, split: str, held: int) -> bool:
+        """Whether `held` whole shards of a split would take more than `data.memory`."""
+        most, memory = max((shard.bytes for shard in self.manifest.split(split)), default=0), self.settings.memory
+        return memory is not None and held * most > memory * 2**20
+
     def identity(self) -> dict[str, str]:
         """What tells this data set's contents from another's, wherever they lie: a line per part."""
         labels = {"token_labels": self.token_labels.identity()} if self.token_labels else {}
@@ -102,7 +107,7 @@ class TrainReader:
         self._labels = data.token_labels
         maps_of = self._labels.load if self._labels else None
         self._root = os.path.join(data.manifest.root, "")
-        on_disk = self._exceeds_memory(data.manifest)
+        on_disk = data.exceeds_memory(TRAIN, self._held)
         self._shards = ShardReader(data.manifest, TRAIN, self.data.cache * 2**20, maps_of, on_disk)
         if order.counts != tuple(shard.samples for shard in self._shards.shards):
             raise DataError(f"{data.manifest.root}: the shards of {TRAIN!r} do not match the order")
@@ -144,12 +149,6 @@ class TrainReader:
     def _held(self) -> int:
         """The most shards that are in memory at a time: one per lane, and those that each worker reads ahead."""
         return len(self.lanes) + AHEAD * max(self.workers, 1)
-
-    def _exceeds_memory(self, manifest: Manifest) -> bool:
-        """Whether whole shards would take more than `data.memory`."""
-        if self.data.memory is None:
-            return False
-        return self._held * max(shard.bytes for shard in manifest.split(TRAIN)) > self.data.memory * 2**20
 
     def _layout(self, resolution: int) -> Layout:
         numbers = self._labels.numbers if self._labels else 0

@@ -21,6 +21,7 @@ from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.ranks.coordinator import process_group
 from scaleprog.recipe import Recipe, directories
 from scaleprog.rundir.checkpoint import RUN_ID
+from scaleprog.rundir.folders import committed_step
 from scaleprog.rundir.reading import each_row, read_rows
 from scaleprog.rundir.records import EVENTS, METRICS
 from scaleprog.rundir.storage import committed, read_manifest, step_of
@@ -51,7 +52,7 @@ def copied(run: Path, step: int) -> Iterator[tuple[Recipe, Path, int]]:
     starts = [event for event in read_rows(run / EVENTS) if event["event"] == "start" and event["step"] < step]
     if not starts:
         raise ScaleprogError(f"{run}: no start of this run has trained step {step}")
-    trained = max([step_of(path) for path in committed(run / "checkpoints")], default=0)
+    trained = committed_step(run)
     for row in each_row(run / METRICS):
         trained = max(trained, row["step"] if "loss" in row and isinstance(row.get("step"), int) else 0)
     if step > trained + recipe.train.log_every:  # so many may have been trained and not recorded
