@@ -12,14 +12,18 @@ import argparse
 import json
 import os
 import shutil
+from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from benchmarks.search_lab import Case, Grid, Record, Records, Trial, attempt
+from benchmarks.search_lab import CHOICE, Case, Grid, Record, Records, Trial, attempt, costs
 from scaleprog.files.plain_yaml import RECIPE
-from scaleprog.reporting.paper_tables import Energy, write_paper
+from scaleprog.reporting.figures import COST
+from scaleprog.reporting.paper_tables import Costs, Energy, write_paper
 from scaleprog.rundir.recorder import read_rows
 from scaleprog.rundir.records import EVALUATIONS, EVENTS, METRICS, RESULTS
 from scaleprog.training.evaluate_run import Request, evaluate_run
@@ -60,8 +64,10 @@ def main() -> None:
                 f"{record.name}, seed {record.seed}: {record.best:.2f} % at a cost of {record.cost:.0f} steps",
                 flush=True,
             )
-    finished = [folder for trial in trials if trial in records for folder in trial.kept_runs]
-    print(write_paper(finished, options.out, TABLES, FIGURES, Energy()))
+    finished = [trial for trial in trials if trial in records]
+    folders = [folder for trial in finished for folder in trial.kept_runs]
+    spent = pooled(finished, records)
+    print(write_paper(folders, options.out, TABLES, FIGURES, Energy(), Costs(COST, spent)))
 
 
 class PaperTrial(Trial):
@@ -92,6 +98,24 @@ class PaperTrial(Trial):
         with open(f"{folder}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
             train_rank(transfer_recipe(self.folder, DIGITS, [*FINE_TUNING, f"seed={self.seed}"]), folder)
         return folder
+
+
+def pooled(trials: Sequence[PaperTrial], records: Records) -> dict[str, list[float]]:
+    """What each run had cost at each evaluation, by its digest, in steps of the complete model.
+
+    A kind of step costs the same in all runs of a recipe: the median of their prices. In one run alone, what else its
+    cores did during a stage changes the price by tens of percent. Measurements cost what they cost in their own run.
+    """
+    prices: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for trial in trials:
+        for kind, price in records[trial].prices.items():
+            prices[trial.case.recipe, kind].append(price)
+    found = {}
+    for trial in trials:
+        record = records[trial]
+        own = {k: p if k == CHOICE else median(prices[trial.case.recipe, k]) for k, p in record.prices.items()}
+        found[trial.digest] = costs(record.counts, own)
+    return found
 
 
 def keep(run: Path, kept: Path) -> None:

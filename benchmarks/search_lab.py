@@ -12,7 +12,8 @@ was interrupted goes on. What is kept of a finished run is a line in the file of
 again, on any machine: it stands for all settings that differ from their defaults, so a changed default wants new lines.
 
 A cost is counted in steps of the complete model: a step costs the median CPU seconds of its kind over those of a
-complete step of the same run, and scoring its CPU seconds likewise. So neither neighbours nor another machine move it.
+complete step of the same run, and scoring its CPU seconds likewise. So a faster machine does not move it, and other
+programs on the same cores move it only where they are there for a part of the run.
 Accuracy is the better of online and EMA top-1 at the end.
 
 `--out` gets the table and pictures: accuracy against cost and, from the run directories that are still there, the
@@ -26,13 +27,13 @@ import os
 import platform
 import statistics
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import accumulate, groupby
+from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ from scaleprog.reporting.history import read_run
 from scaleprog.reporting.timeline import still_told
 from scaleprog.rundir.recorder import read_rows
 from scaleprog.training.loop import train_rank
+
+CHOICE = "choice"
+"""Beside the kinds of steps, what has a price: all measurements of a search."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,10 @@ class Record:
 
     `loss`: of training, the mean over the last twentieth of the steps, which all train the complete model: it says what
     accuracy does with less noise; `scoring`: the part of `cost` that the searches' measurements were; `prices`: of a
-    step, by phase and size; `stages`: what was trained, and for how many epochs; `curve`: (cost, accuracy) of each
-    evaluation; `searches`: of each, its candidates' losses at each measurement.
+    step, by phase and size, and of a choice, with all its measurements; `stages`: what was trained, and for how many
+    epochs; `curve`: (cost, accuracy) of each evaluation; `searches`: of each, its candidates' losses at each
+    measurement; `counts`: how much of what has a price was done before each evaluation (records from before
+    2026-11-28 may lack it).
     """
 
     digest: str
@@ -143,6 +149,7 @@ class Record:
     stages: list[tuple[str, float]]
     curve: list[tuple[float, float]]
     searches: list[list[dict[str, float]]]
+    counts: list[dict[str, int]] = field(default_factory=list)
 
     @classmethod
     def of(cls, run: Trial) -> "Record":
@@ -152,12 +159,20 @@ class Record:
         seconds: dict[str, list[float]] = defaultdict(list)
         for row in steps:
             seconds[_kind(row)].append(row["cpu_seconds"])
-        complete = statistics.median(seconds[_kind(steps[-1])])
+        largest = max(steps, key=lambda row: (row["resolution"], row["depth"], row["phase"] == "train"))
+        complete = statistics.median(seconds[_kind(largest)])
         prices = {kind: statistics.median(found) / complete for kind, found in seconds.items()}
         choices = [event["step"] for event in events if event["event"] == "choice"]
         scoring = (results["train_cpu_seconds"] - sum(row["cpu_seconds"] for row in steps)) / complete
-        each = scoring / max(1, len(choices))  # paid when it chooses
-        spent = list(accumulate((prices[_kind(r)] + each * choices.count(r["step"]) for r in steps), initial=0.0))
+        if choices:
+            prices[CHOICE] = scoring / len(choices)
+        evaluations = [row for row in rows if "top1" in row]
+        counts = [
+            Counter(_kind(row) for row in steps if row["step"] <= evaluation["step"])
+            + Counter(CHOICE for step in choices if step <= evaluation["step"])
+            for evaluation in evaluations
+        ]
+        spent = costs(counts, prices)
         sizes = [(f"{s['resolution']}x{s['depth']}", s["epochs"]) for s in results["stages"]]
         searches: list[list[dict[str, float]]] = []
         for event in events:
@@ -178,8 +193,9 @@ class Record:
             steps=len(steps),
             prices={kind: round(price, 4) for kind, price in prices.items()},
             stages=[(size, round(sum(e for _, e in same), 3)) for size, same in groupby(sizes, key=lambda s: s[0])],
-            curve=[(round(spent[r["step"]], 1), max(r["top1"], r["top1_ema"])) for r in rows if "top1" in r],
+            curve=[(round(cost, 1), max(row["top1"], row["top1_ema"])) for cost, row in zip(spent, evaluations)],
             searches=searches,
+            counts=list(map(dict, counts)),
         )
 
     @property
@@ -191,6 +207,11 @@ class Record:
     def schedule(self) -> str:
         """What was trained, and for how many epochs."""
         return " → ".join(f"{epochs:.3g} · {size}" for size, epochs in self.stages)
+
+
+def costs(counts: Sequence[Mapping[str, int]], prices: Mapping[str, float]) -> list[float]:
+    """What a run had cost at each evaluation, if all that it did has these prices."""
+    return [sum(prices[kind] * count for kind, count in done.items()) for done in counts]
 
 
 def _kind(row: dict[str, Any]) -> str:

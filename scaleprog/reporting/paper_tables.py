@@ -1,7 +1,7 @@
 """Fills the paper's tables and figures from run directories: its own numbers beside ours, seeds, and spread."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files.atomic import write_whole
 from scaleprog.files.display import as_markdown, as_text
-from scaleprog.reporting.figures import draw_accuracy
+from scaleprog.reporting.figures import Curve, draw_accuracy
 from scaleprog.reporting.grouping import Group, cpu_curve, curve, read_groups
 from scaleprog.reporting.history import RunRecord, read_run
 from scaleprog.reporting.paper import (
@@ -29,6 +29,7 @@ from scaleprog.reporting.paper import (
     counterpart,
 )
 from scaleprog.reporting.text_tables import cell, markdown_table, spread
+from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.reading import reason
 
 Rows = list[dict[str, str]]
@@ -40,9 +41,10 @@ ENLARGED, NEAR = 288 / 224, 0.05
 ABOUT = (
     f"paper: {SOURCE}. top-1: in percent, of the better of online and EMA weights. ±: the sample standard deviation "
     "over the seeds; for Δ, the standard error of the mean difference between runs of the same seed. order: whether Δ "
-    "has the sign of the paper's; a Δ within two standard errors is too close to tell. Speedup: mean seconds of "
-    "Original's training, searches included, / those of the row - 1; in CPU time for runs on the CPU."
+    "has the sign of the paper's; a Δ within two standard errors is too close to tell. Speedup: the mean {spent} of "
+    "Original, searches included, / that of the row - 1."
 )
+SECONDS = "seconds of training, or of its CPU time for runs on the CPU,"
 AT_GROWTH = "top-1 @growth: after the first epoch of stage 2, whatever trains then."
 AT_288 = (
     "top-1 @288: at 288 px without fine-tuning, as `scaleprog evaluate RUN --resolution 288` records it; for a smaller "
@@ -71,7 +73,25 @@ class Energy:
     watts: float | None = None
 
 
-def write_paper(runs: Sequence[Path], out: Path, tables: Iterable[int], figures: Iterable[int], energy: Energy) -> str:
+@dataclass(frozen=True)
+class Costs:
+    """What runs had cost at each of their evaluations, where it is known better than by their seconds.
+
+    unit: as an axis is labeled; of: by the run's name.
+    """
+
+    unit: str
+    of: Mapping[str, Sequence[float]]
+
+
+def write_paper(
+    runs: Sequence[Path],
+    out: Path,
+    tables: Iterable[int],
+    figures: Iterable[int],
+    energy: Energy,
+    costs: Costs | None = None,
+) -> str:
     """Writes some of the paper's tables and figures into `out`, as paper.md with its pictures.
 
     Args:
@@ -80,6 +100,7 @@ def write_paper(runs: Sequence[Path], out: Path, tables: Iterable[int], figures:
         tables: numbers of tables, 1 to 8.
         figures: numbers of figures, 1 or 4.
         energy: what Table 1 assumes.
+        costs: what the speedups and figures count; without it seconds of training, of the CPU for runs on the CPU.
 
     Returns:
         The path of paper.md, and a sentence on each run that is in no table.
@@ -99,13 +120,14 @@ def write_paper(runs: Sequence[Path], out: Path, tables: Iterable[int], figures:
         elif number == 3:
             sections.append(_transfer(finished))
         else:
-            sections.append(_schemes(number, settings))
+            sections.append(_schemes(number, settings, costs))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        sections += [_figure(number, settings, out) for number in figures]
+        sections += [_figure(number, settings, out, costs) for number in figures]
         shown = {run.name for _, members in sections for group in members for run in group.runs if run.finished}
         left_out = [f"{run.name}: {_why_left_out(run)}" for run in told if run.name not in shown]
-        parts = [f"# The paper's tables\n\n{ABOUT}", *(text for text, _ in sections)]
+        about = ABOUT.format(spent=costs.unit if costs else SECONDS)
+        parts = [f"# The paper's tables\n\n{about}", *(text for text, _ in sections)]
         if left_out:
             parts.append("\n".join(["## Runs in no table", "", *(f"- {as_markdown(line)}" for line in left_out)]))
         write_whole(out / "paper.md", "\n\n".join(parts) + "\n")
@@ -157,7 +179,7 @@ def _model(run: RunRecord) -> str:
 # ---- Tables 2 and 4 to 8
 
 
-def _schemes(number: int, settings: Sequence[Setting]) -> Section:
+def _schemes(number: int, settings: Sequence[Setting], costs: Costs | None) -> Section:
     """A table that compares schemes, once for each setting with runs for it, in an ablation beside those of Table 2."""
     table, shown = TABLES[number], list[Group]()
     parts = [f"## Table {number}: {table.title}"]
@@ -167,7 +189,7 @@ def _schemes(number: int, settings: Sequence[Setting]) -> Section:
             continue
         shown += members
         title = f"### {as_markdown(setting.title)}\n\nBeside the paper's {setting.paper[0]}, {setting.paper[1]} epochs."
-        parts += [title, markdown_table(_rows(table, setting))]
+        parts += [title, markdown_table(_rows(table, setting, costs))]
     if not shown:
         parts.append("No finished run belongs to this table.")
     parts += [AT_GROWTH] if table.at_growth else []
@@ -179,11 +201,11 @@ def _in_table_2(group: Group) -> bool:
     return any(scheme.fits(group.runs[0]) for scheme in TABLES[2].rows)
 
 
-def _rows(table: SchemeTable, setting: Setting) -> Rows:
+def _rows(table: SchemeTable, setting: Setting, costs: Costs | None) -> Rows:
     """A line for each group of each scheme; one without runs is shown where the paper has numbers for it."""
     numbers = table.numbers.get(setting.paper, {})
     schemes = {scheme.name: scheme for scheme in table.rows}
-    speedup = _speedup(setting)
+    speedup = _speedup(setting, costs)
     rows = []
     for scheme in table.rows:
         paper, mine = scheme.of(numbers), setting.of(scheme)
@@ -218,16 +240,20 @@ def _beside(column: str, paper: float | None, mine: Sequence[float | None]) -> d
     return {f"{column}, paper": cell(paper, ".2f"), column: spread(known, ".2f")}
 
 
-def _speedup(setting: Setting) -> Callable[[Group], float | None]:
+def _speedup(setting: Setting, costs: Costs | None) -> Callable[[Group], float | None]:
     """The speedup of a group over the setting's Original; None for Original itself and without one."""
     baseline = next(iter(setting.of(ORIGINAL)), None)
     on_cpu = all(run.on_cpu for group in setting.groups for run in group.runs)
     key = "train_cpu_seconds" if on_cpu else "train_seconds"
 
+    def spent(group: Group) -> float:
+        runs = [run for run in group.runs if run.finished]
+        return mean(costs.of[run.name][-1] if costs else run.results[key] for run in runs) if runs else 0.0
+
     def of(group: Group) -> float | None:
-        if baseline is None or group is baseline or not group.values(key) or not group.mean(key):
+        if baseline is None or group is baseline or not spent(group):
             return None
-        return baseline.mean(key) / group.mean(key) - 1
+        return spent(baseline) / spent(group) - 1
 
     return of
 
@@ -353,7 +379,7 @@ def _pretrained(run: RunRecord) -> RunRecord | None:
 # ---- figures
 
 
-def _figure(number: int, settings: Sequence[Setting], out: Path) -> Section:
+def _figure(number: int, settings: Sequence[Setting], out: Path, costs: Costs | None) -> Section:
     """Draws a figure: 1, models of several sizes; or 4, schemes in each setting. Raises OSError."""
     pictures: dict[str, list[tuple[str, RunRecord]]] = {}
     shown = list[Group]()
@@ -367,8 +393,18 @@ def _figure(number: int, settings: Sequence[Setting], out: Path) -> Section:
     parts = [f"## Figure {number}: accuracy during training"]
     for place, (title, members) in enumerate(pictures.items(), 1):
         name = f"paper_figure_{number}_{place}.png"
-        on_cpu = all(run.on_cpu for _, run in members)
-        draw, spent = (cpu_curve, "CPU time of training (s)") if on_cpu else (curve, "training time (s)")
-        draw_accuracy(out / name, [draw(label, run) for label, run in members], spent)
+        if costs:
+            spent, drawn = costs.unit, [_cost_curve(label, run, costs) for label, run in members]
+        elif all(run.on_cpu for _, run in members):
+            spent, drawn = "CPU time of training (s)", [cpu_curve(label, run) for label, run in members]
+        else:
+            spent, drawn = "training time (s)", [curve(label, run) for label, run in members]
+        draw_accuracy(out / name, drawn, spent)
         parts.append(f"### {as_markdown(title)}\n\n![Top-1 over {spent}]({name})")
     return "\n\n".join(parts if pictures else [*parts, "No finished run belongs to this figure."]), shown
+
+
+def _cost_curve(label: str, run: RunRecord, costs: Costs) -> Curve:
+    """A run's accuracy over its cost."""
+    top1 = tuple(Accuracies(row).best for row in run.evaluations)
+    return Curve(label, tuple(costs.of[run.name]), top1, (), run.finished)

@@ -9,13 +9,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from benchmarks.paper import GRID, RECIPES, enlarged
-from benchmarks.search_lab import Grid, Trial
+from benchmarks.paper import GRID, RECIPES, PaperTrial, enlarged, pooled
+from benchmarks.search_lab import Grid, Record, Records, Trial
 from scaleprog.errors import ScaleprogError
 from scaleprog.recipe import Recipe
 from scaleprog.reporting.history import read_run
 from scaleprog.reporting.paper import TABLES, VOLO_D1, Numbers, counterpart
-from scaleprog.reporting.paper_tables import Energy, write_paper
+from scaleprog.reporting.paper_tables import Costs, Energy, write_paper
 from tests.conftest import write_lines
 from tests.unit.test_report import tables
 
@@ -59,8 +59,14 @@ class Trained:
         self.folders.append(folder)
         return folder
 
-    def write(self, *numbers: int, figures: tuple[int, ...] = (), energy: Energy | None = None) -> str:
-        write_paper(self.folders, self.root / "out", numbers, figures, energy or Energy())
+    def write(
+        self,
+        *numbers: int,
+        figures: tuple[int, ...] = (),
+        energy: Energy | None = None,
+        costs: Costs | None = None,
+    ) -> str:
+        write_paper(self.folders, self.root / "out", numbers, figures, energy or Energy(), costs)
         return (self.root / "out/paper.md").read_text()
 
 
@@ -106,6 +112,30 @@ def test_the_papers_numbers_stand_beside_means_over_the_seeds(trained: Trained) 
     assert (found["Original"]["Δ"], found["Original"]["speedup"]) == ("–", "–")
     assert found["AutoProg 0.5Ω, as published"]["seeds"] == "0"
     assert "AutoProg 0.4Ω, as published" not in found, "neither the paper nor we have it"
+
+
+def test_speedups_and_figures_are_by_cost_where_that_is_known(trained: Trained) -> None:
+    for seed in (0, 1):
+        trained.run(seed=seed, seconds=100.0, **ORIGINAL)
+        trained.run(seed=seed, seconds=500.0, **{"growth.schedule": "linear"})
+    spent = {folder.name: [4.0, 6.0, 8.0, 10.0 if i % 2 else 15.0] for i, folder in enumerate(trained.folders)}
+    text = trained.write(2, figures=(4,), costs=Costs("cost (steps)", spent))
+    assert by_scheme(tables(text)[0])["Prog"]["speedup"] == "+50.0%"
+    assert "Speedup: the mean cost (steps) of Original" in text
+    assert "![Top-1 over cost (steps)](paper_figure_4_1.png)" in text
+
+
+def test_a_kind_of_step_costs_the_same_in_every_run_of_a_recipe(tmp_path: Path) -> None:
+    cases = Grid.load(GRID, DEIT).cases[:2]
+    trials = [PaperTrial(case, seed, tmp_path, tmp_path) for case in cases for seed in (0, 1, 2)]
+    records = Records(tmp_path / "records.jsonl")
+    for trial, small, scoring in zip(trials, (0.2, 0.3, 0.7, 0.3, 0.3, 0.3), (8.0, *[1.0] * 5)):
+        prices = {"train 16x3": small, "train 28x6": 1.0, "choice": scoring}
+        counts = [{"train 16x3": 10}, {"train 16x3": 10, "train 28x6": 10, "choice": 1}]
+        records.add(Record(trial.digest, "", trial.seed, "", 0.0, 0.0, 0.0, 0.0, 0.0, 20, prices, [], [], [], counts))
+    found = pooled(trials, records)
+    assert found[trials[0].digest] == pytest.approx([3.0, 21.0])
+    assert [found[trial.digest] for trial in trials[1:]] == [pytest.approx([3.0, 14.0])] * 5
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.search_lab import Case, Grid, Record, Records, Trial, by_hand, table
+from benchmarks.search_lab import Case, Grid, Record, Records, Trial, by_hand, costs, table
 
 GRIDS = sorted((Path(__file__).parents[2] / "benchmarks/grids").glob("*.yaml"))
 ORIGINAL = Case("Original", "", "configs/fashion_mnist/base.yaml", ("growth.schedule=original",), curve=False)
@@ -68,8 +68,23 @@ def test_costs_are_in_complete_steps_whatever_the_machine(tmp_path: Path) -> Non
     )  # 2 quarters, 2 whole, half a step scored
     assert vars(one) == vars(slow)
     assert one.curve == [(3.0, 80.0)]
+    assert one.counts == [{"train 16x3": 2, "train 28x6": 2, "choice": 1}]
+    assert costs(one.counts, {"train 16x3": 0.5, "train 28x6": 1.0, "choice": 0.0}) == [3.0]
     assert one.searches == [[{"16x3": 0.5, "28x6": 0.4}]]
     assert one.schedule == "1 · 16x3 → 1 · 28x6"
+
+
+def test_a_supernet_is_counted_in_steps_of_its_largest_subnet(tmp_path: Path) -> None:
+    run = Trial(PROG, 0, tmp_path)
+    run.folder = tmp_path / "supernet"
+    recorded(run, run.folder, (0.1, 0.4), 80.0)
+    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [{**row, "phase": "supernet"} for row in rows[3::-1]]  # ends with the small ones
+    renumbered = [{**row, "step": i + 1} for i, row in enumerate(steps)]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*renumbered, rows[4]]))
+    record = Record.of(run)
+    assert record.prices == {"supernet 28x6": 1.0, "supernet 16x3": 0.25, "choice": 0.5}
+    assert record.cost == 3.0
 
 
 def test_the_table_compares_the_same_seeds(tmp_path: Path) -> None:
