@@ -139,13 +139,13 @@ class ElasticVolo(ElasticModel):
         tokens = net.pos_drop(tokens + resampled(*positions, antialias=False).view(1, *tokens.shape[1:]))
         for position in active[1]:
             tokens = self.run_layer(transformers[position], tokens)
-        grid = tokens.shape[1:3]
         ended = net.norm(net.forward_cls(tokens.flatten(1, 2)))
         whole, dense = net.head(net.head_drop(ended[:, 0])), cast(nn.Linear, net.aux_head)(ended[:, 1:])
         if not self.training:
             return whole + DENSE * dense.max(1).values
         if mixed is not None:
-            dense = mixed.swapped(dense.unflatten(1, grid)).flatten(1, 2)
+            # flat, because a view of the grid makes FSDP2 warn of in-place operations
+            dense = torch.where(mixed.inside.flatten(1).unsqueeze(-1), dense[mixed.partner], dense)
         return whole, dense
 
     @classmethod
