@@ -1,40 +1,26 @@
-"""One whole run, from top to bottom: world, data, model, resume, loop, and results."""
+"""One whole run, from top to bottom: its start, the loop over phases and steps, and its results."""
 
 import gc
-import os
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
-from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scaleprog.data.evaluation import VALIDATION, EvaluationReader
-from scaleprog.data.reader import TrainReader
 from scaleprog.data.stream import Batch
 from scaleprog.errors import Diverged, OverBudget, Preempted, Unavailable
 from scaleprog.growth.phase import Phase
 from scaleprog.growth.space import Subnet
 from scaleprog.models.elastic import Active
-from scaleprog.planning.devices import PEAKS
-from scaleprog.planning.plan import plan_start
 from scaleprog.planning.savings import is_out_of_memory
-from scaleprog.ranks.coordinator import Coordinator, process_group, ranks_per_node
+from scaleprog.ranks.coordinator import Coordinator, process_group
 from scaleprog.ranks.patience import Patience
-from scaleprog.ranks.stop import AskedToStop, Watch, deadline
-from scaleprog.recipe import Recipe, directories
-from scaleprog.rundir import slurm_queue
-from scaleprog.rundir.board import About
-from scaleprog.rundir.checkpoint import Checkpoints
-from scaleprog.rundir.lease import take_lease
-from scaleprog.rundir.planned import write_plan
-from scaleprog.rundir.progress import ProgressLine
-from scaleprog.rundir.reading import read_results
-from scaleprog.rundir.recorder import Recorder, StepTimer
+from scaleprog.ranks.stop import AskedToStop
+from scaleprog.recipe import Recipe
+from scaleprog.rundir.recorder import StepTimer
 from scaleprog.rundir.sending import Senders
 from scaleprog.sharding.optimizer import learning_rate
 from scaleprog.training.between_steps import after_step, measuring_steps, run_pending
@@ -42,30 +28,23 @@ from scaleprog.training.damaged import note_damaged
 from scaleprog.training.energy import metered
 from scaleprog.training.initial import build_initial
 from scaleprog.training.inputs import PhaseRequests, drop_rows, micro_batches, mixed_batch, patches_seen
-from scaleprog.training.interval import AutomaticInterval
 from scaleprog.training.pictures import show_first_images, show_growth
 from scaleprog.training.process import (
     Run,
     collect_commits,
     leave,
-    leave_at_once,
     load_network,
-    make_backend,
-    name_of,
     out_of_memory,
     process_began,
     require_checkpoint,
-    restore,
     save,
     stopped_early,
-    tell_hang,
-    tell_signal,
     watched_patience,
 )
-from scaleprog.training.profiling import Profiling
 from scaleprog.training.results import finish
-from scaleprog.training.resume import owner_of, state_of
-from scaleprog.training.workers import adapt_workers, with_own_cores
+from scaleprog.training.resume import state_of
+from scaleprog.training.start import begin
+from scaleprog.training.workers import adapt_workers
 
 FLOPS_PER_GMAC = 6e9
 """Of an image: two for each multiply-accumulate of the forward pass, and twice as many in the backward."""
@@ -119,123 +98,20 @@ def train(
         Superseded: a later start has taken over the run directory.
         Unavailable: something failed that may work at the next start, such as a full disk.
     """
-    # ---- data
-    typed, recipe = recipe, recipe.located(directories.to_train(folder))
-    plan = with_own_cores(plan_start(recipe, coordinator.world, ranks_per_node()), coordinator)
-    rank, world = coordinator.rank, coordinator.world
-    began = process_began() if began is None else began
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # an earlier run in this process may have held more
-    coordinator.verify("recipe", typed.dump())
-    coordinator.verify("shards", [plan.data.identity(), [[s.name, s.sha256] for s in plan.manifest.split("train")]])
-    reader = TrainReader(plan.data, plan.order, recipe.seed, rank, world)
-    evaluation = EvaluationReader(plan.data, VALIDATION, recipe.evaluate.batch, rank, world)
-    lease = take_lease(folder, typed, coordinator)
-    patience = patience or Patience()
-    patience.generation = lease.generation
-
-    # ---- model
-    backend = make_backend(recipe.sharding.engine, recipe, plan.family, device)
-    gc.collect()
-    gc.freeze()  # modules and the like stay for good: later collections need not look at them
-
-    # ---- resume
-    progress = ProgressLine(plan.schedule.steps, 0, rank == 0)
-    checkpoints = Checkpoints(
-        folder / "checkpoints",
-        coordinator,
-        recipe.checkpoint.keep,
-        lease.fence,
-        lease.generation,
-        owner_of(typed),
-        patience,
-    )
-    if rank == 0:
-        with lease.fence():
-            checkpoints.tidy()
-    if plan.data.token_labels is not None and plan.data.token_labels.other_images:
-        progress.say(
-            f"data.token_labels: {recipe.data.token_labels} was made of other files than {recipe.data.path} holds; if "
-            "these are not the same images in another size or form, build the token labels again"
-        )
-    state = restore(plan, checkpoints, backend, progress)
-    timed_on = f"{world} x {name_of(device)}, {recipe.sharding}, micro_batch={recipe.train.micro_batch}"
-    if state.timed_on != timed_on:  # times of different machines must not be mixed
-        if "choice" not in state.pending:  # which has all its times already
-            state.step_seconds = {}
-        state.timed_on = timed_on
-    finished = state.step == plan.schedule.phases(state.choices)[-1].stop
-    if finished and (results := coordinator.on_rank_0("results", lambda: read_results(folder))) is not None:
-        progress.say(f"{folder} is finished: {state.step} steps")
-        trackers = recipe.tracking if rank == 0 else ()
-        Senders(folder, trackers, recipe.train.log_every, lease.generation).close()  # what one may have missed
-        return dict(results)
-    nodes = coordinator.gather(os.uname().nodename)
-    peak = PEAKS.get(name_of(device))
-    with lease.fence() if rank == 0 else nullcontext():  # a start superseded by now must not truncate the records
-        if rank == 0:
-            with suppress(OSError):  # only other commands read them
-                directories.note(folder)
-                write_plan(folder, plan.schedule, plan.gmacs)
-        recorder = Recorder(
-            folder,
-            coordinator,
-            lease.generation,
-            state.step,
-            recipe.train.log_every,
-            redo_evaluation=bool(state.pending),
-            rank_curves=recipe.train.rank_curves,
-            unit="GMACs" if recipe.search.times == "modelled" else "step ms",
-            about=About.of(typed),
-            hosts=nodes,
-            skipped=len(state.skipped),
-            peak_flops=None if peak is None else world * peak,
-            device=device,
-        )
-    profiling = Profiling(folder, coordinator, recorder, device, recipe.train.profile)
-    job = slurm_queue.own_job()
-    watch = Watch(
-        coordinator,
-        partial(tell_signal, recorder, checkpoints, state),
-        partial(leave_at_once, recorder),
-        recipe.checkpoint.minutes,
-        slurm_queue.end_of_job(job, deadline()) if rank == 0 else None,
-        profiling.requested,
-        lambda: slurm_queue.end_of_job(job, deadline()),
-    )
-    run = Run(
-        folder, recipe, plan, coordinator, lease, backend, reader, evaluation, checkpoints, watch, recorder, progress,
-        state, profiling, patience,
-    )  # fmt: skip
-    patience.alone = partial(tell_hang, recorder)
-    if rank == 0:
-        recorder.event(
-            "start",
-            step=state.step,
-            world=world,
-            engine=recipe.sharding.engine,
-            device=str(device),
-            hosts=[host for host, _ in groupby(nodes)],
-            job=job,
-            startup_seconds=max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began),
-            tracking=recipe.tracking,
-            log_every=recipe.train.log_every,
-            **recorder.lost,
-            reader_bytes=reader.memory(plan.schedule.full.resolution),
-        )
-        if recipe.checkpoint.every == "auto":
-            run.on_saved = AutomaticInterval(run, nodes=len(set(nodes))).saved
-
-    if plan.schedule.budget and plan.schedule.budget.short:
-        progress.say(plan.schedule.budget.short)
-
-    # ---- loop
-    senders = Senders(folder, recipe.tracking if rank == 0 else (), recipe.train.log_every, lease.generation)
+    patience, rank = patience or Patience(), coordinator.rank
+    run = begin(recipe, folder, coordinator, device, patience, began)
+    trackers = recipe.tracking if rank == 0 else ()
+    senders = Senders(folder, trackers, recipe.train.log_every, patience.generation)
+    if not isinstance(run, Run):
+        senders.close()  # which sends what a tracker may have missed
+        return run
+    recorder, state = run.recorder, run.state
+    first_on_host = run.hosts.index(run.hosts[rank]) == rank
     gc.disable()
     zero = time.perf_counter() - state.wall_seconds
     try:
         # the workers of the evaluation end before the watch does, because they hold its sockets, too
-        with metered(recorder, device, nodes.index(nodes[rank]) == rank), watch, closing(evaluation):
+        with metered(recorder, device, first_on_host), run.watch, closing(run.evaluation):
             try:
                 train_phases(run, zero)
                 patience.at("finishing", state.step)
@@ -260,14 +136,14 @@ def train(
         if is_out_of_memory(error):
             error = out_of_memory(run, error)
         recorder.own_event("error", step=state.step, message=f"{type(error).__name__}: {error}")
-        if world == 1:
+        if coordinator.world == 1:
             with suppress(Exception):
-                checkpoints.wait()  # with more ranks it could hang: the others may be gone
+                run.checkpoints.wait()  # with more ranks it could hang: the others may be gone
         raise error
     finally:
         gc.unfreeze()
         gc.enable()
-        progress.close()
+        run.progress.close()
         recorder.close()
         senders.close()
 

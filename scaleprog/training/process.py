@@ -3,7 +3,7 @@
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +56,7 @@ class Run:
     state: RunState
     profiling: Profiling
     patience: Patience = field(default_factory=Patience)
+    hosts: Sequence[str] = ()  # of all ranks
     compilations: int = 0  # as last recorded
     on_saved: Callable[[Commit], None] = lambda commit: None  # called for every checkpoint that is visible
     damaged: set[str] = field(default_factory=set)  # names of the samples that this rank found since the last count
