@@ -182,17 +182,16 @@ def doubling(data: str, length: int, grid: Grid, found: Found) -> str:
 def by_accuracy(data: str, grid: Grid, found: Found) -> str:
     """The cost at which both methods reach an accuracy, on the means of the seeds that have all lengths."""
     lengths = [n for n in sorted(grid.seeds) if any((data, n, s, grid.name) in found for s in grid.seeds[n])]
-    each_length = [{s for s in grid.seeds[n] if (data, n, s, grid.name) in found} for n in lengths]
+    needed = grid.name, ORIGINAL, SAME_COST
+    each_length = [{s for s in grid.seeds[n] if all((data, n, s, name) in found for name in needed)} for n in lengths]
     seeds = sorted(set.intersection(*each_length)) if each_length else []
     if not seeds:
         return ""
 
     def curves(name: str) -> list[list[tuple[float, float]]]:
         names = (ORIGINAL, SAME_COST) if name == ORIGINAL else (name,)
-        return [
-            [(r.cost, r.best) for n in lengths for each in names if (r := found.get((data, n, s, each))) is not None]
-            for s in seeds
-        ]
+        cells = [[found[data, n, s, each] for n in lengths for each in names] for s in seeds]
+        return [[(record.cost, record.best) for record in records] for records in cells]
 
     mine, theirs = curves(grid.name), curves(ORIGINAL)
 

@@ -224,8 +224,10 @@ def show_supply(
     console: Console,
 ) -> None:
     """Which phases wait for images, a table for every number of ranks, and what is left of the speedup."""
-    from scaleprog.planning.supply import Supply
+    from scaleprog.errors import RecipeError
+    from scaleprog.planning.supply import Supply, check_rates
 
+    check_rates(recipe, rates)
     console.print(
         f"\nimages/s of all ranks: eaten, as {device.name} would at {device.achieved:.0%} of its peak (an estimate "
         "from a model, not a measurement), and prepared, at "
@@ -233,7 +235,11 @@ def show_supply(
         highlight=False,
     )
     for world in worlds:
-        supply = Supply.of(recipe, world, device, cores, rates)
+        try:
+            supply = Supply.of(recipe, world, device, cores, rates)
+        except RecipeError as error:
+            console.print(as_text(f"\n{world} ranks: cannot run: {error}", lines=True), markup=False, highlight=False)
+            continue
         console.print(
             f"\n{world} ranks, {cores} cores each, of which {supply.decoders} prepare images", highlight=False
         )

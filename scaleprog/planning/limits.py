@@ -44,17 +44,17 @@ def limit(scenario: Scenario, name: str, seed: int, target: float = TARGET) -> L
         return simulate(replace(short, **changed), RUNS, seed, MOST_FAULTS).mean >= target
 
     now, best = getattr(scenario, name), scenario.best_interval if name == "interval" else 0.0
-    if reaches(now):
-        low, high = now, 2 * now or FIRST.get(name, 1.0)
+    low = now if reaches(now) else best
+    if low != now and not reaches(low):
+        return Limit(name, None, reached=False)
+    high = now
+    if low >= now:  # no value is known to be too large
+        high = 2 * low or FIRST.get(name, 1.0)
         most = high * 2**DOUBLINGS
         while reaches(high):
             if high >= most:
                 return Limit(name, None, reached=True)
             low, high = high, 2 * high
-    elif reaches(best):
-        low, high = best, now
-    else:
-        return Limit(name, None, reached=False)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if reaches(middle) else (low, middle)

@@ -48,12 +48,8 @@ class Supply:
             RecipeError: the ranks cannot run the recipe, or `rates` lack a resolution.
             DataError: the recipe's shards are damaged.
         """
+        check_rates(recipe, rates)
         family, schedule = outline(recipe, steps_per_epoch(recipe))
-        if missing := [str(size) for size in schedule.pixels if size not in rates]:
-            raise RecipeError(
-                f"images per second of a core are not known at {', '.join(missing)} px, where this recipe may train; "
-                "`scaleprog shards speed` measures all its sizes"
-            )
         subnets = schedule.networks
         decoders = max(1, min(recipe.data.processes(cores), cores))
         prepared = {subnet: rates[schedule.view(subnet).pixels] * decoders * world for subnet in subnets}
@@ -88,3 +84,13 @@ class Supply:
         """Original's seconds / the run's - 1, searches included, if steps took so long."""
         original = seconds[self.schedule.full] * self.schedule.steps
         return original / self.schedule.cost(self.phases, seconds.__getitem__) - 1
+
+
+def check_rates(recipe: Recipe, rates: Mapping[int, float]) -> None:
+    """Checks that `rates` have every resolution at which a recipe may train. Raises RecipeError."""
+    _, schedule = outline(recipe, steps_per_epoch(recipe))
+    if missing := [str(size) for size in schedule.pixels if size not in rates]:
+        raise RecipeError(
+            f"images per second of a core are not known at {', '.join(missing)} px, where this recipe may train; "
+            "`scaleprog shards speed` measures all its sizes"
+        )

@@ -1,6 +1,7 @@
 """Fills the paper's tables and figures from run directories: its own numbers beside ours, seeds, and spread."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -290,11 +291,9 @@ def _order(paper: float | None, deltas: Sequence[float]) -> str:
     """Whether the paper's order of two rows shows in ours."""
     if paper is None or len(deltas) < 2:
         return "–"
-    apart = abs(mean(deltas)) > 2 * _error(deltas)
-    if paper and not apart:
+    if abs(mean(deltas)) <= 2 * _error(deltas):
         return "too close to tell"
-    same = (mean(deltas) > 0) == (paper > 0) if paper else not apart
-    return "as in the paper" if same else "unlike the paper"
+    return "as in the paper" if paper * mean(deltas) > 0 else "unlike the paper"
 
 
 # ---- Tables 1 and 3
@@ -348,17 +347,20 @@ def _kwh(runs: Sequence[RunRecord], watts: float | None) -> tuple[float | None, 
 
 def _transfer(groups: Sequence[Group]) -> Section:
     """Table 3: fine-tuned runs, by the scheme that trained the weights they started from."""
-    found: dict[tuple[str, int, str], list[Group]] = {}
+    found: dict[tuple[str, int, str, str], list[Group]] = {}
     for group in groups:
         run, source = group.runs[0], _pretrained(group.runs[0])
         for scheme in FIGURE_4:
             if source is not None and run.says("model.classes") in TRANSFER and scheme.fits(source):
-                found.setdefault((_title(run), run.says("model.classes"), scheme.name), []).append(group)
+                twins = json.dumps([{**json.loads(run.twins), "init": None}, source.twins])
+                found.setdefault((_title(run), run.says("model.classes"), scheme.name, twins), []).append(group)
     rows, schemes = Rows(), {scheme.name: scheme for scheme in FIGURE_4}
-    for (title, classes, name), members in sorted(found.items()):
+    alike = Counter(key[:3] for key in found)
+    for (title, classes, name, _), members in sorted(found.items()):
         data, numbers = TRANSFER[classes]
         top1 = [value for group in members for value in group.values("top1_best")]
-        row = {"run": f"{title}, beside {data}", "scheme": f"from {name}", "seeds": str(len(top1))}
+        label = f"from {name} ({members[0].name})" if alike[title, classes, name] > 1 else f"from {name}"
+        row = {"run": f"{title}, beside {data}", "scheme": label, "seeds": str(len(top1))}
         rows.append(row | _beside("top-1", schemes[name].of(numbers).top1, top1))
     text = markdown_table(rows) if rows else "No finished run started from another run's weights (`init.from`)."
     return f"## Table 3: transfer\n\n{text}", [group for members in found.values() for group in members]

@@ -49,6 +49,14 @@ def test_what_doubling_gains_is_shared_out_to_the_next_length() -> None:
     assert doubling("digits", 400, GRID, found()) == "–"
 
 
+def test_seeds_that_lack_a_run_are_left_out_of_the_costs() -> None:
+    cells = found()
+    del cells["digits", 400, 1, SAME_COST]
+    assert "| 90.00 (the best of Original - 0) | 200 | 200 | 1.00  |" in tables(GRID, cells)
+    del cells["digits", 400, 0, SAME_COST]
+    assert "the best of Original" not in tables(GRID, cells)
+
+
 def test_the_tables_compare_at_the_same_cost_and_at_the_same_accuracy() -> None:
     text = tables(GRID, found())
     assert "| 100 | 2 | 80.50 | 80.50 | 50 | +1.00 [+0.00, +2.00] | +0.00 [+0.00, +0.00] | +5.00 |" in text

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from benchmarks.paper import GRID, RECIPES, PaperTrial, enlarged, pooled
+from benchmarks.paper import GRID, RECIPES, PaperTrial, enlarged, pooled, whole_seeds
 from benchmarks.search_lab import Grid, Record, Records, Trial
 from scaleprog.errors import ScaleprogError
 from scaleprog.recipe import Recipe
@@ -136,6 +136,38 @@ def test_a_kind_of_step_costs_the_same_in_every_run_of_a_recipe(tmp_path: Path) 
     found = pooled(trials, records)
     assert found[trials[0].digest] == pytest.approx([3.0, 21.0])
     assert [found[trial.digest] for trial in trials[1:]] == [pytest.approx([3.0, 14.0])] * 5
+
+
+def test_a_supernets_prices_are_converted_to_complete_steps(tmp_path: Path) -> None:
+    trials = [PaperTrial(case, 0, tmp_path, tmp_path) for case in Grid.load(GRID, DEIT).cases[:2]]
+    prices = (
+        {"train 28x6": 1.0, "supernet 28x6": 1.2, "supernet 16x3": 0.24},
+        {"supernet 28x6": 1.0, "supernet 16x3": 0.2, "supernet 20x3": 0.3},
+    )
+    records = Records(tmp_path / "records.jsonl")
+    for trial, own in zip(trials, prices):
+        counts = [dict.fromkeys(own, 10)]
+        records.add(Record(trial.digest, "", 0, "", 0.0, 0.0, 0.0, 0.0, 0.0, 30, own, [], [], [], counts))
+    for _ in range(2):
+        found = pooled(trials, records)
+        assert [found[trial.digest] for trial in trials] == [pytest.approx([24.4]), pytest.approx([18.0])]
+
+
+def test_rows_have_the_same_seeds_once_one_is_whole(tmp_path: Path) -> None:
+    cases = Grid.load(GRID, DEIT).cases[:2]
+    trials = [PaperTrial(case, seed, tmp_path, tmp_path) for seed in (0, 1) for case in cases]
+    records = Records(tmp_path / "records.jsonl")
+    for trial in trials[:3]:
+        records.add(Record(trial.digest, "", trial.seed, "", 0.0, 0.0, 0.0, 0.0, 0.0, 0, {}, [], [], []))
+    assert whole_seeds(trials, records) == trials[:2]
+
+
+def test_what_the_paper_finds_equal_is_too_close_to_tell_from_few_seeds(trained: Trained) -> None:
+    for seed, (without, with_recycling) in enumerate(((83.2, 81.8), (80.1, 80.8))):
+        trained.run(VOLO, seed=seed, top1=without, **PUBLISHED, **{"growth.recycle": False})
+        trained.run(VOLO, seed=seed, top1=with_recycling, **PUBLISHED)
+    row = by_scheme(tables(trained.write(6))[0])["with recycling"]
+    assert (row["Δ, paper"], row["order"]) == ("+0.00", "too close to tell")
 
 
 @pytest.mark.parametrize(
@@ -325,6 +357,18 @@ def test_transferred_runs_are_told_by_whose_weights_they_started_from(trained: T
     assert [(row["scheme"], row["top-1, paper"], row["top-1"]) for row in third] == [
         ("from AutoProg 0.5Ω, as published", "99.00", "98.50"), ("from Original", "99.00", "98.00")
     ]  # fmt: skip
+
+
+def test_transfers_by_different_recipes_are_never_averaged(trained: Trained) -> None:
+    source = trained.run(**ORIGINAL)
+    for rate in (1e-3, 1e-7):
+        folder = trained.run(**ORIGINAL, **{"optimizer.lr": rate})
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "init": {"from": source.name}}))
+        started = {"run": str(folder.resolve()), "directories": [str(source.parent)]}
+        (folder / "directories.json").write_text(json.dumps(started))
+    (third,) = tables(trained.write(3))
+    assert sorted(row["scheme"] for row in third) == ["from Original (run1)", "from Original (run2)"]
 
 
 def test_the_figures_are_drawn_once_per_setting(trained: Trained) -> None:

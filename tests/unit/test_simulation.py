@@ -170,6 +170,15 @@ def test_the_limit_of_an_input_is_where_the_target_breaks(changes: dict[str, Any
     assert kept >= TARGET > broken
 
 
+@pytest.mark.parametrize("crash", [OFTEN / 100, 0.0])
+def test_an_interval_that_is_too_short_has_the_limit_of_long_ones(crash: float) -> None:
+    scenario = replace(CALM, training=100_000.0, crash=crash, pause=10.0)
+    assert simulate(scenario, 10, 0).mean < TARGET, "a save of 10 s every 100 s"
+    long = limit(scenario, "interval", 0)
+    assert long.reached
+    assert (long.value is None) if crash == 0 else long.value >= scenario.best_interval
+
+
 def test_an_input_without_a_limit() -> None:
     bad = replace(CALM, training=100_000.0, crash=OFTEN)
     assert limit(bad, "reading", 0).reached is False, "no value is low enough"

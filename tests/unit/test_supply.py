@@ -100,6 +100,15 @@ def test_plan_says_which_stages_wait(
     assert "not a measurement" in " ".join(told.out.split())
 
 
+def test_plan_goes_on_after_ranks_that_cannot_train(command: Command, write_recipe: WriteRecipe) -> None:
+    rates = "--images-per-core-second=16=100,24=100,32=100"
+    told = command("plan", write_recipe(data={"lanes": 4}), "--world=8,4", "--device=cpu", "--cores=2", rates)
+    assert (told.code, told.err) == (0, "")
+    words = " ".join(told.out.split())
+    assert words.count("8 ranks: cannot run: ") == 2, "of costs, and of images"
+    assert "4 ranks, 2 cores each" in words
+
+
 def test_plan_measures_the_shards_if_nobody_says_how_fast(command: Command, write_recipe: WriteRecipe) -> None:
     told = command("plan", write_recipe(), "--world=1", "--device=cpu", "--cores=2")
     assert (told.code, told.err) == (0, "")
