@@ -55,7 +55,14 @@ def write_fork(folder: Path, parent: Path, checkpoint: Path, manifest: Manifest,
     except CheckpointError as error:
         raise CheckpointError(str(error).replace(str(copy), str(checkpoint))) from None
     _copy_metrics(parent, folder, manifest.step)
-    forked = {"time": time.time(), "event": "forked", "generation": 0, "step": manifest.step, "run": str(parent)}
+    forked = {
+        "time": time.time(),
+        "event": "forked",
+        "generation": 0,
+        "step": manifest.step,
+        "run": str(parent),
+        "wall_seconds": manifest.state["wall_seconds"],
+    }
     write_parts(folder / EVENTS, map(to_line, [*_events(parent / EVENTS, manifest.step), forked]))
     write_whole(folder / RUN_ID, run)
     write_whole(folder / RECIPE, recipe.dump())

@@ -290,11 +290,15 @@ class Hung(_Event):
 
 @with_config(STRICT)
 class Forked(_Event):
-    """The beginning of a fork: the run that it continues, and the step of that run's checkpoint."""
+    """The beginning of a fork: the run that it continues, and the step of that run's checkpoint.
+
+    `wall_seconds`: what that run had taken by then; missing in records of earlier versions.
+    """
 
     event: Literal["forked"]
     step: Count
     run: Name
+    wall_seconds: NotRequired[Seconds]
 
 
 @with_config(STRICT)

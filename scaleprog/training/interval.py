@@ -28,6 +28,8 @@ class AutomaticInterval:
         events = read(run.folder / EVENTS, EVENT).rows
         self._run, self._nodes, self._told = run, nodes, 0.0
         self._faults, self._repeated = faults_of(events, run.lease.generation), repeated_seconds(events)
+        inherited = [event.get("wall_seconds", 0.0) for event in events if event["event"] == "forked"]
+        self._inherited = inherited[-1] if inherited else 0.0  # the parent's, whose faults are not here either
         saves = [event for event in events if event["event"] == "checkpoint" and "stall" in event]
         self._saves = [(event["stall"], event["seconds"]) for event in saves[-RECENT:]]
         if self._saves:
@@ -42,7 +44,7 @@ class AutomaticInterval:
         run = self._run
         pauses, saves = zip(*self._saves)
         pause, save = median_low(pauses), median(saves)
-        seconds = run.state.wall_seconds + self._repeated
+        seconds = max(0.0, run.state.wall_seconds - self._inherited) + self._repeated
         mtbf = estimated_mtbf(self._faults, seconds, self._nodes)
         interval = young_daly(pause, mtbf, save)
         run.watch.save_every(interval)

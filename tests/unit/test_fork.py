@@ -16,7 +16,7 @@ from scaleprog.recipe import Recipe
 from scaleprog.rundir import forked
 from scaleprog.rundir.checkpoint import run_of
 from scaleprog.rundir.recorder import read_rows
-from scaleprog.rundir.storage import MANIFEST, committed, step_of
+from scaleprog.rundir.storage import MANIFEST, committed, read_manifest, step_of
 from scaleprog.training.fork import fork
 from scaleprog.training.longer import begin
 from tests.conftest import WITHIN_A_BUDGET, draw_patterns, run, short_recipe, step_rows
@@ -75,8 +75,9 @@ def test_a_fork_stands_where_its_parent_stood(done: tuple[Recipe, Path], tmp_pat
     assert os.path.samefile(data, parent / "checkpoints" / kept.name / data.name)
     found = status(tmp_path / "new")
     assert (found.state, found.step, found.commit_step, found.parent) == ("stopped", 15, 15, f"{parent}, step 15")
-    kinds = [event["event"] for event in read_rows(tmp_path / "new/events.jsonl")]
-    assert kinds == ["growth", "forked"]
+    growth, begun = read_rows(tmp_path / "new/events.jsonl")
+    assert (growth["event"], begun["event"]) == ("growth", "forked")
+    assert begun["wall_seconds"] == read_manifest(kept).state["wall_seconds"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["done", "new"]
 
 

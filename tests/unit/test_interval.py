@@ -2,14 +2,16 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from scaleprog.planning.interval import DAY
+from scaleprog.rundir.checkpoint import Commit
 from scaleprog.rundir.recorder import read_rows
-from scaleprog.training.interval import faults_of, repeated_seconds
-from tests.conftest import MakeRecipe, run
+from scaleprog.training.interval import AutomaticInterval, faults_of, repeated_seconds
+from tests.conftest import MakeRecipe, run, write_lines
 
 
 def start(generation: int, **more: Any) -> dict[str, Any]:
@@ -57,3 +59,21 @@ def test_a_run_saves_by_what_saving_costs_and_says_so_at_every_start(make_recipe
     first = next(event for event in events if event["event"] == "checkpoint")
     assert (told[0]["pause"], told[0]["save"]) == (first["stall"], first["seconds"])
     assert told[1]["step"] == 10, "known from the start before"
+
+
+def test_a_fork_counts_its_own_time_as_it_counts_its_own_faults(tmp_path: Path) -> None:
+    forked = {"time": 1.0, "event": "forked", "generation": 0, "step": 7, "run": "parent", "wall_seconds": 10 * DAY}
+    about = {"time": 1.0, "step": 7, "world": 1, "device": "cpu"}
+    write_lines(tmp_path / "events.jsonl", [forked, start(1, **about), start(2, **about, repeated_seconds=5.0)])
+    told: list[dict[str, Any]] = []
+    recorder = SimpleNamespace(event=lambda kind, **values: told.append(values))
+    run: Any = SimpleNamespace(
+        folder=tmp_path,
+        lease=SimpleNamespace(generation=2),
+        state=SimpleNamespace(wall_seconds=10 * DAY + 100.0, step=8),
+        watch=SimpleNamespace(save_every=lambda seconds: None),
+        recorder=recorder,
+        progress=SimpleNamespace(say=lambda text: None),
+    )
+    AutomaticInterval(run, nodes=1).saved(Commit(tmp_path, 8, 0.1, 1.0, 0))
+    assert (told[0]["trained_seconds"], told[0]["faults"]) == (105.0, 1)
