@@ -18,6 +18,7 @@ import numpy as np
 
 from scaleprog.data.manifest import Manifest
 from scaleprog.errors import DataError
+from scaleprog.files.atomic import open_regular
 from scaleprog.shards.build import build as build_shards
 from scaleprog.shards.build import finished
 from scaleprog.shards.samples import Pixels
@@ -31,6 +32,7 @@ KINDS = "images-idx3-ubyte", "labels-idx1-ubyte"
 ORIGINAL = "eee656c63c1c7a3b7c885d28c97fd74dc039264ce75eae7cb8d991df379ef736"
 """`_digest` of Fashion-MNIST."""
 SHARDS = {"train": 8, "val": 4}
+MOST_BYTES = 2**30  # of a file when inflated; EMNIST's largest has 547 MB
 UNSIGNED_BYTES = 0x08
 """The data type of unsigned bytes in an idx file."""
 
@@ -98,9 +100,12 @@ def read_idx(path: Path) -> np.ndarray:
         DataError: the file is missing or damaged.
     """
     try:
-        content = gzip.decompress(path.read_bytes())
+        with open_regular(path) as packed, gzip.open(packed) as unpacked:
+            content = unpacked.read(MOST_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}. {_where_from()}") from error
+    if len(content) > MOST_BYTES:
+        raise DataError(f"{path}: inflates to more than {MOST_BYTES} bytes. {_where_from()}")
     # Format: two zero bytes, the data type, the number of dimensions, each dimension as a big-endian integer, values.
     start = 4 + 4 * (content[3] if len(content) > 3 else 0)
     shape = [int.from_bytes(content[at : at + 4]) for at in range(4, start, 4)]

@@ -61,7 +61,10 @@ class Teacher:
         if not re.fullmatch(r"\w+(\.\w+)?", self.name) or not timm.is_model(self.name):
             raise DataError(f"--teacher: timm has no model {self.name!r}; `timm.list_models()` lists all")
         with torch.device("meta"):
-            net = self._create(pretrained=False)
+            try:
+                net = self._create(pretrained=False)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise DataError(f"--teacher: timm cannot build {self.name} ({error})") from error
             side = self.resolution or resolve_model_data_config(net, use_test_size=True)["input_size"][-1]
             try:
                 places, grid = _places(net, net.forward_features(torch.empty(1, 3, side, side)))

@@ -45,8 +45,8 @@ class LabelShards:
     other_images: bool = False
 
     @classmethod
-    def of(cls, folder: str, images: Manifest) -> "LabelShards":
-        """Those in `folder`, a path or URL.
+    def of(cls, folder: str, images: Manifest, whole: Manifest | None = None) -> "LabelShards":
+        """Those in `folder`, a path or URL. `whole`: the manifest of all shards, if `images` lists the first of them.
 
         Raises DataError if they do not belong to the training shards that `images` lists.
         """
@@ -65,8 +65,10 @@ class LabelShards:
                 f"has {images.samples(SPLIT)} in {len(theirs)}; {HINT}"
             )
         splits = {SPLIT: ours[: len(theirs)]}
-        seen, there = labels.source.get("images"), (images.identity()[SPLIT], images.source.get(SPLIT))
-        other = len(ours) == len(theirs) and seen is not None and seen not in there  # packed shards name theirs
+        whole = whole or images
+        seen, there = labels.source.get("images"), (whole.identity()[SPLIT], whole.source.get(SPLIT))
+        as_many = len(ours) == len(whole.split(SPLIT))
+        other = as_many and seen is not None and seen not in there  # packed shards name theirs
         return cls(Manifest(labels.root, labels.classes, splits, labels.source, images.store), grid, other)
 
     def load(self, index: int, keys: Sequence[str], verify: bool) -> np.ndarray:

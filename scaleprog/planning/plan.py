@@ -53,7 +53,8 @@ class Plan:
     @classmethod
     def of(cls, recipe: Recipe) -> "Plan":
         """Checks a recipe against its model and its shards. Raises RecipeError or DataError."""
-        manifest = manifest_of(recipe)
+        whole = whole_manifest(recipe)
+        manifest = whole.first("train", recipe.data.shards)
         for split in ("train", "val"):
             manifest.verify_sizes(split)
             manifest.verify_counts(split)
@@ -64,7 +65,7 @@ class Plan:
         order = _order(recipe, manifest)
         family, schedule = outline(recipe, order.steps_per_epoch)
         folder = recipe.data.token_labels
-        labels = LabelShards.of(folder, manifest) if folder else None
+        labels = LabelShards.of(folder, manifest, whole) if folder else None
         data = DataSet(manifest, recipe.data, recipe.augment, recipe.model.channels, labels)
         return cls(recipe, family, data, order, schedule)
 
@@ -262,11 +263,15 @@ def steps_per_epoch(recipe: Recipe) -> int | None:
 
 def manifest_of(recipe: Recipe) -> Manifest:
     """The manifest of the shards that a recipe trains on. Raises RecipeError, DataError, or Unavailable."""
+    return whole_manifest(recipe).first("train", recipe.data.shards)
+
+
+def whole_manifest(recipe: Recipe) -> Manifest:
+    """The manifest of all shards in a recipe's `data.path`. Raises RecipeError, DataError, or Unavailable."""
     data = recipe.data
     if data.memory is not None and data.store is None and local_path(data.path) is None:
         raise RecipeError("data.memory: images are read one by one from a local disk only; add data.store: FOLDER")
-    manifest = replace(Manifest.load(data.path, data.manifest), store=Store.of(data))
-    return manifest.first("train", data.shards)
+    return replace(Manifest.load(data.path, data.manifest), store=Store.of(data))
 
 
 def _order(recipe: Recipe, manifest: Manifest) -> Order:

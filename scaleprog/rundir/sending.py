@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import select
 import subprocess
 import sys
@@ -300,7 +301,8 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(str(error))}"
+    """The first line of an error, without the user and password of a URL in it."""
+    return re.sub(r"(?<=://)[^/\s@]*@", "***@", f"{type(error).__name__}: {first_line(str(error))}")
 
 
 def main(words: list[str]) -> int:

@@ -20,6 +20,7 @@ from scaleprog.files.display import counted
 from scaleprog.files.location import local_path
 from scaleprog.ranks.coordinator import process_group
 from scaleprog.recipe import directories
+from scaleprog.reporting.model_card import CARD, CURVE
 from scaleprog.training.export import Dtype, preprocessing
 from scaleprog.training.saved import Saved, Weights, read_saved
 from scaleprog.version import VERSION
@@ -134,10 +135,11 @@ def write_model(run: Path, folder: Path, weights: Weights, dtype: Dtype) -> Expo
 
 
 def is_export(folder: Path) -> bool:
-    """Whether `write_model` has written a folder."""
+    """Whether a folder is an exported model and nothing else, such as a repository with a license."""
     with suppress(OSError, ValueError, RecursionError):
         config = json.loads(read_text(folder / CONFIG))
-        return isinstance(config, dict) and MARK in config
+        others = {path.name for path in folder.iterdir()} - {CONFIG, TENSORS, CARD, CURVE}
+        return isinstance(config, dict) and MARK in config and not others
     return False
 
 

@@ -1,6 +1,7 @@
 """Shards of Fashion-MNIST: every pixel and label as in the original files."""
 
 import gzip
+import os
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -63,6 +64,18 @@ def test_damaged_idx_file(tmp_path: Path, content: bytes):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz.*dataset-fashion-mnist"):
         fashion_mnist.build(tmp_path / "out", tmp_path)
+
+
+def test_what_inflates_too_far_or_is_no_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fashion_mnist, "MOST_BYTES", 1000)
+    path = tmp_path / "idx.gz"
+    path.write_bytes(gzip.compress(bytes(2000)))
+    with pytest.raises(DataError, match=r"idx\.gz: inflates to more than 1000 bytes"):
+        fashion_mnist.read_idx(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="not a regular file"):
+        fashion_mnist.read_idx(path)
 
 
 @given(st.lists(st.integers(0, 255), min_size=1, max_size=20))

@@ -102,6 +102,11 @@ def test_no_foreign_folder_is_replaced_and_nothing_half_done_is_left(
 
     mine.mkdir()
     command("export", tmp_path / "run", mine, "--weights", "online")
+    license = mine / "LICENSE"
+    license.write_text("the user's")
+    assert is_mistake(command("export", tmp_path / "run", mine, "--weights", "online"), "the folder is not empty")
+    assert license.read_text() == "the user's"
+    license.unlink()
     before = {path.name: path.read_bytes() for path in mine.iterdir()}
     assert before.keys() == FILES
     (tmp_path / "run/metrics.jsonl").unlink()

@@ -342,6 +342,9 @@ def test_labels_of_other_images_or_classes_are_refused(
     assert not LabelShards.of(str(labels), images).other_images
     other = draw_patterns(tmp_path / "other", seed=9)
     assert LabelShards.of(str(labels), Manifest.load(other)).other_images, "only their keys are the same"
+    for whole, expected in ((images, False), (Manifest.load(other), True)):
+        few = whole.first("train", 1)
+        assert LabelShards.of(str(labels), few, whole).other_images == expected, "whether or not all shards are used"
     with pytest.raises(DataError, match=r"another build \(images: "):
         build(other, labels, TEACHER, weights, 96, 3, 8, 1)
 
@@ -351,6 +354,7 @@ def test_labels_of_other_images_or_classes_are_refused(
     [
         (("--teacher", "resnet1"), "timm has no model 'resnet1'"),
         (("--teacher", "hf-hub:timm/resnet18"), "timm has no model 'hf-hub:timm/resnet18'"),
+        (("--teacher", "resnet18.nonsense"), "timm cannot build resnet18.nonsense (Invalid pretrained tag"),
         (("--teacher", "deit_tiny_patch16_224"), "it ends in tokens, not in a grid of features"),
         (("--teacher", TEACHER, "--weights", "missing.pth"), "missing.pth: cannot read the weights"),
         (("--teacher", "resnet18", "--weights", "WEIGHTS"), "not weights of resnet18 for the 4 classes"),

@@ -24,6 +24,11 @@ from tests.unit.command import Command, is_mistake
 STEP = {"phase": "train", "stage": 1, "images": 8, "lr": 0.1, "data_wait_seconds": 0.0}
 
 
+def test_an_error_tells_no_password() -> None:
+    error = RuntimeError("API request to https://me:secret@host/api failed\nmore")
+    assert sending._reason(error) == "RuntimeError: API request to https://***@host/api failed"
+
+
 class Stub:
     """A tracker that keeps what it is sent; `broken` makes its next calls fail."""
 
