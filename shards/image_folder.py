@@ -99,11 +99,17 @@ def _split_folders(src: Path) -> tuple[Path, Path | None]:
         return src, None
     if not train:
         raise DataError(
-            f"{src}: has {val[0].name}/ but no train/; add train/, or give the folder that holds the class folders"
+            f"{src}: has {val[0].name}/ but no train/; add train/, or give the folder that holds the class folders. If "
+            f"{val[0].name} is a class, put all class folders into a folder train/ of their own."
         )
     if len(train) > 1 or len(val) > 1:
         several = ", ".join(f"{folder.name}/" for folder in (train if len(train) > 1 else val))
         raise DataError(f"{src}: has {several}, which could all be the same split; rename or move all but one")
+    others = [folder for folder in sorted(src.iterdir()) if folder.is_dir() and folder not in (*train, *val)]
+    if dropped := [folder.name for folder in others if _counts(folder.name) and any(map(_is_image, _walk(folder)))]:
+        name = train[0].name
+        note = f"note: {src} has images beside {name}/, which are left out: {some(dropped)}. "
+        print(as_text(f"{note}If {name} is a class, put all class folders into a folder train/ of their own."))
     return train[0], val[0] if val else None
 
 
@@ -138,6 +144,10 @@ def compare_classes(train: Path, classes: Iterable[str], val: Path, val_classes:
         print(as_text(f"note: {val} has no images of {len(missing)} classes: {some(missing)}"))
 
 
+def _is_image(path: Path) -> bool:
+    return extension_of(path) in ENCODED_EXTENSIONS
+
+
 def scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
     """The class names in a folder of class folders, and (class name, file) for each image; both sorted.
 
@@ -158,8 +168,8 @@ def scan(folder: Path) -> tuple[list[str], list[tuple[str, Path]]]:
     empty = []
     for name in classes:
         found = _walk(folder / name)
-        images = [(name, path) for path in found if extension_of(path) in ENCODED_EXTENSIONS]
-        ignored += [str(path) for path in found if extension_of(path) not in ENCODED_EXTENSIONS]
+        images = [(name, path) for path in found if _is_image(path)]
+        ignored += [str(path) for path in found if not _is_image(path)]
         files += images
         if not images:
             empty.append(name)

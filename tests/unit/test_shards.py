@@ -163,7 +163,7 @@ def test_image_folder_refuses(tmp_path: Path, tree: Path, photographs: list[byte
     (tree / "hollow").rmdir()
     (tmp_path / "both" / "val" / "weed").mkdir(parents=True)
     (tmp_path / "both" / "val" / "weed" / "w.jpg").write_bytes(photographs[0])
-    refused(tmp_path / "both", "has val/ but no train/")
+    refused(tmp_path / "both", "has val/ but no train/.*If val is a class, put all class folders into a folder train/")
     tree.rename(tmp_path / "both" / "train")
     refused(tmp_path / "both", "classes that are not in .*both/train: weed")
     with pytest.raises(DataError, match="lies inside"):
@@ -196,6 +196,19 @@ def test_folders_of_the_splits_have_the_names_that_people_give_them(
     manifest = image_folder.build(src, tmp_path / "out", workers=1)
     assert manifest.classes == ("blossom", "tower")
     assert (manifest.samples("train"), manifest.samples("val")) == (14, 1)
+
+
+def test_classes_beside_a_folder_that_is_named_like_a_split_are_told(
+    tmp_path: Path, tree: Path, photographs: list[bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = tmp_path / "src"
+    for name in ("bus", "notes"):
+        (src / name).mkdir(parents=True)
+    (src / "bus" / "b.jpg").write_bytes(photographs[0])
+    (src / "notes" / "n.txt").write_text("no image")
+    tree.rename(src / "train")
+    image_folder.build(src, tmp_path / "out", workers=1)
+    assert "has images beside train/, which are left out: bus. If train is a class, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("names", [("train", "training"), ("train", "val", "test")])
