@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
@@ -231,11 +232,11 @@ class Checkpoints:
             if damaged:
                 with self._fence(), suppress(OSError):
                     for path in damaged:
-                        path.rename(path.with_name(f"{path.name}.damaged"))
+                        path.rename(_free_name(path, "damaged"))
             for path, error in unreadable.items():
                 try:
                     with self._fence():
-                        path.rename(path.with_name(f"{path.name}.unreadable"))
+                        path.rename(_free_name(path, "unreadable"))
                 except OSError:
                     raise error from None
 
@@ -388,3 +389,9 @@ def _on_disk(path: Path, action: Callable[[], Any]) -> Any:
         return action()
     except OSError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _free_name(path: Path, why: str) -> Path:
+    """Where a checkpoint is set aside: NAME.WHY, or NAME.WHY.2 and so on if an earlier one of that step is there."""
+    names = (path.with_name(f"{path.name}.{why}{f'.{n}' if n > 1 else ''}") for n in count(1))
+    return next(name for name in names if not os.path.lexists(name))

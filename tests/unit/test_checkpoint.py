@@ -143,6 +143,10 @@ def test_a_file_system_that_does_not_answer_is_no_damage(
     failing()
     assert start.newest(print) == checkpoint_folder / "step-00000001", "it would not continue what has trained since"
     assert names(checkpoint_folder) == ["step-00000001", "step-00000002.unreadable"]
+    commit(checkpoint_folder, 2, {}, tensors())
+    failing(2)
+    assert start.newest(print) == checkpoint_folder / "step-00000001", "the same again"
+    assert names(checkpoint_folder)[1:] == ["step-00000002.unreadable", "step-00000002.unreadable.2"]
 
 
 def test_a_start_does_not_go_on_from_an_older_one_while_the_newest_may_come_back(
