@@ -6,7 +6,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -25,6 +25,14 @@ def fork_ranks(patch: pytest.MonkeyPatch) -> None:
     """
     multiprocessing.set_forkserver_preload(PRELOADED)
     patch.setattr(local, "START_METHOD", "forkserver")
+
+
+@pytest.fixture(scope="package", autouse=True)
+def forked() -> Iterator[None]:
+    """For a conftest to import: all tests of its folder fork their ranks, also those of a module's fixtures."""
+    with pytest.MonkeyPatch.context() as patch:
+        fork_ranks(patch)
+        yield
 
 
 def start(

@@ -159,8 +159,7 @@ def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", con
         try:
             found = forecast(recipe, world, device)
         except RecipeError as error:
-            told = as_text(f"\n{world} ranks: cannot run: {error}", lines=True)
-            console.print(told, markup=False, highlight=False)
+            say_cannot_run(world, error, console)
             continue
         console.print(f"\n{world} ranks, {next(iter(found.values()))[0].images} images each", highlight=False)
         costs = table("", *found)
@@ -215,6 +214,11 @@ def core_rates(recipe: "Recipe", given: str | None) -> dict[int, float]:
     return measure(recipe, images=128, turns=3).whole
 
 
+def say_cannot_run(world: int, error: Exception, console: Console) -> None:
+    """Tells why a number of ranks cannot run the recipe, in the place of what would be shown of it."""
+    console.print(as_text(f"\n{world} ranks: cannot run: {error}", lines=True), markup=False, highlight=False)
+
+
 def show_supply(
     recipe: "Recipe",
     worlds: tuple[int, ...],
@@ -225,9 +229,10 @@ def show_supply(
 ) -> None:
     """Which phases wait for images, a table for every number of ranks, and what is left of the speedup."""
     from scaleprog.errors import RecipeError
+    from scaleprog.planning.plan import outline, steps_per_epoch
     from scaleprog.planning.supply import Supply, check_rates
 
-    check_rates(recipe, rates)
+    check_rates(outline(recipe, steps_per_epoch(recipe))[1], rates)
     console.print(
         f"\nimages/s of all ranks: eaten, as {device.name} would at {device.achieved:.0%} of its peak (an estimate "
         "from a model, not a measurement), and prepared, at "
@@ -238,7 +243,7 @@ def show_supply(
         try:
             supply = Supply.of(recipe, world, device, cores, rates)
         except RecipeError as error:
-            console.print(as_text(f"\n{world} ranks: cannot run: {error}", lines=True), markup=False, highlight=False)
+            say_cannot_run(world, error, console)
             continue
         console.print(
             f"\n{world} ranks, {cores} cores each, of which {supply.decoders} prepare images", highlight=False

@@ -54,6 +54,11 @@ def first_line(message: str) -> str:
     return line if len(line) <= LINE else f"{line[: LINE - 3]}..."
 
 
+def without_password(message: str) -> str:
+    """A message in which `***` stands for the user and the password of every URL."""
+    return re.sub(r"(?<=://)[^/\s@]*@", "***@", message)
+
+
 def clock(moment: float) -> str:
     """A moment, given in seconds since 1970, as local time."""
     return time.strftime("%d %b %H:%M:%S", time.localtime(moment))

@@ -44,8 +44,8 @@ def limit(scenario: Scenario, name: str, seed: int, target: float = TARGET) -> L
         return simulate(replace(short, **changed), RUNS, seed, MOST_FAULTS).mean >= target
 
     now, best = getattr(scenario, name), scenario.best_interval if name == "interval" else 0.0
-    low = now if reaches(now) else best
-    if low != now and not reaches(low):
+    low = next((value for value in (now, best) if reaches(value)), None)
+    if low is None:
         return Limit(name, None, reached=False)
     high = now
     if low >= now:  # no value is known to be too large

@@ -48,8 +48,8 @@ class Supply:
             RecipeError: the ranks cannot run the recipe, or `rates` lack a resolution.
             DataError: the recipe's shards are damaged.
         """
-        check_rates(recipe, rates)
         family, schedule = outline(recipe, steps_per_epoch(recipe))
+        check_rates(schedule, rates)
         subnets = schedule.networks
         decoders = max(1, min(recipe.data.processes(cores), cores))
         prepared = {subnet: rates[schedule.view(subnet).pixels] * decoders * world for subnet in subnets}
@@ -86,9 +86,8 @@ class Supply:
         return original / self.schedule.cost(self.phases, seconds.__getitem__) - 1
 
 
-def check_rates(recipe: Recipe, rates: Mapping[int, float]) -> None:
-    """Checks that `rates` have every resolution at which a recipe may train. Raises RecipeError."""
-    _, schedule = outline(recipe, steps_per_epoch(recipe))
+def check_rates(schedule: Schedule, rates: Mapping[int, float]) -> None:
+    """Checks that `rates` have every resolution at which a run may train. Raises RecipeError."""
     if missing := [str(size) for size in schedule.pixels if size not in rates]:
         raise RecipeError(
             f"images per second of a core are not known at {', '.join(missing)} px, where this recipe may train; "

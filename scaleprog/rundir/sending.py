@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import select
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing_extensions import TypedDict
 
 from scaleprog.errors import CheckpointError, InUse, ScaleprogError, Unavailable
 from scaleprog.files.atomic import lock, open_regular, unlock, write_whole
-from scaleprog.files.display import first_line, say
+from scaleprog.files.display import first_line, say, without_password
 from scaleprog.ranks.stop import ignore_stops
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.drawn import is_drawn, points, story
@@ -301,8 +300,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, without the user and password of a URL in it."""
-    return re.sub(r"(?<=://)[^/\s@]*@", "***@", f"{type(error).__name__}: {first_line(str(error))}")
+    return f"{type(error).__name__}: {first_line(without_password(str(error)))}"
 
 
 def main(words: list[str]) -> int:

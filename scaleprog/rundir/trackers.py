@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from scaleprog.files.display import say
+from scaleprog.files.display import say, without_password
 
 MOST_METRICS, MOST_PARAMETERS = 1000, 100  # that MLflow takes at a time
 MOST_TEXT = 5000  # characters that MLflow takes in a tag or as a parameter
@@ -174,7 +174,7 @@ class WandB:
             if os.environ.get("WANDB_MODE"):
                 raise
             where = run.folder / "wandb"
-            say(f"wandb: no connection ({error}); writing to {where}")
+            say(f"wandb: no connection ({without_password(str(error))}); writing to {where}")
             self._run = self._begin(run, number, "offline")
         has = -1 if self._run.offline else self._run.starting_step - 1
         return number, has

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import fork_ranks
+from tests.forked import forked  # noqa: F401  # for runs outside of Slurm, with which those inside are compared
 from tests.slurm.cluster import CannotRunHere, Cluster
 
 
@@ -24,14 +24,6 @@ def own_number() -> Iterator[int]:
             yield number
             return
     raise RuntimeError("a hundred test sessions hold a cluster each")
-
-
-@pytest.fixture(scope="package", autouse=True)
-def forked() -> Iterator[None]:
-    """Runs outside of Slurm, with which those inside are compared, start fast."""
-    with pytest.MonkeyPatch.context() as patch:
-        fork_ranks(patch)
-        yield
 
 
 @pytest.fixture(scope="session")

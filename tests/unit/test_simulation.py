@@ -182,6 +182,8 @@ def test_an_interval_that_is_too_short_has_the_limit_of_long_ones(crash: float) 
 def test_an_input_without_a_limit() -> None:
     bad = replace(CALM, training=100_000.0, crash=OFTEN)
     assert limit(bad, "reading", 0).reached is False, "no value is low enough"
+    for name, tuned in (("reading", replace(bad, reading=0.0)), ("interval", bad.with_best_interval())):
+        assert limit(tuned, name, 0).reached is False, "nor is the best, where that is the present one"
     calm = limit(CALM, "reading", 0)
     assert (calm.value, calm.reached) == (None, True), "a run without faults reads no checkpoint"
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from scaleprog.errors import InUse, RecipeError, Unavailable
+from scaleprog.files.display import LINE
 from scaleprog.recipe import extras
 from scaleprog.rundir import sending
 from scaleprog.rundir.drawn import points
@@ -27,6 +28,8 @@ STEP = {"phase": "train", "stage": 1, "images": 8, "lr": 0.1, "data_wait_seconds
 def test_an_error_tells_no_password() -> None:
     error = RuntimeError("API request to https://me:secret@host/api failed\nmore")
     assert sending._reason(error) == "RuntimeError: API request to https://***@host/api failed"
+    cut_off = sending._reason(RuntimeError(f"{'x' * (LINE - 20)} https://me:secret@a.host"))
+    assert "https://***@" in cut_off, "also where the line is cut within the URL"
 
 
 class Stub:
