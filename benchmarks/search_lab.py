@@ -42,6 +42,8 @@ import yaml
 
 from benchmarks.figures import draw_cloud
 from scaleprog.errors import ScaleprogError
+from scaleprog.growth.space import Subnet
+from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
 from scaleprog.reporting.figures import COST, Curve, draw_accuracy, draw_schedules, draw_searches
 from scaleprog.reporting.history import RunRecord as Told
@@ -123,6 +125,12 @@ class Trial:
         return Record.of(self)
 
 
+def times_larger(recipe: Recipe, row: Mapping[str, Any]) -> float:
+    """How many times the GMACs of a recorded step's network the complete model has."""
+    plan = Plan.of(recipe)
+    return plan.gmacs(plan.schedule.full) / plan.gmacs(Subnet(row["resolution"], row["depth"]))
+
+
 @dataclass(frozen=True)
 class Record:
     """What is kept of a finished run. Costs in steps of the complete model, accuracies in percent.
@@ -160,7 +168,7 @@ class Record:
         for row in steps:
             seconds[_kind(row)].append(row["cpu_seconds"])
         largest = max(steps, key=lambda row: (row["resolution"], row["depth"], row["phase"] == "train"))
-        complete = statistics.median(seconds[_kind(largest)])
+        complete = statistics.median(seconds[_kind(largest)]) * times_larger(run.recipe, largest)
         prices = {kind: statistics.median(found) / complete for kind, found in seconds.items()}
         choices = [event["step"] for event in events if event["event"] == "choice"]
         scoring = (results["train_cpu_seconds"] - sum(row["cpu_seconds"] for row in steps)) / complete

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -55,9 +54,7 @@ def submit(
         executor.folder.mkdir(parents=True, exist_ok=True)
         job = executor._submit_command(_command(executor))
     except RuntimeError as error:  # all of submitit's errors are RuntimeErrors
-        for path in new:
-            shutil.rmtree(path, ignore_errors=True)
-        raise ScaleprogError(f"Slurm refuses the jobs: {str(error).strip()}") from error
+        raise slurm.refused(error, "jobs", new) from error
     files = {}
     for index, run in enumerate(runs):
         id_ = f"{job.job_id}_{index}"

@@ -25,7 +25,10 @@ OWN_OPTIONS = {
     "no-kill": "--spare-nodes",
 }
 ONE = Count(1, 1)
-RESERVED = dict.fromkeys(("ntasks", "array", "requeue", "no-requeue", "open-mode", "output", "error", "chdir"))
+PRINTING = ("clusters", "parsable", "quiet", "test-only", "wait", "wrap")  # they change what sbatch prints, and when
+RESERVED = dict.fromkeys(
+    ("ntasks", "array", "requeue", "no-requeue", "open-mode", "output", "error", "chdir", *PRINTING)
+)
 SRUN_RESERVED = {
     "cpus-per-task": "--cpus-per-task",
     "nodes": "--nodes",

@@ -20,7 +20,7 @@ from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import say as _say
 from scaleprog.launchers.attempt import Attempt, hurried_by, object_in, refused, report_files, reports_of, rows_in
 from scaleprog.launchers.attempt import report as report  # also imported from here
-from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED
+from scaleprog.launchers.exits import CRASHED, FINISHED, MISTAKE, STOPPED
 from scaleprog.launchers.hangs import Hang
 from scaleprog.ranks.patience import stand_of
 from scaleprog.ranks.stop import ignore_stops
@@ -235,6 +235,11 @@ class Remains:
         """How the start ended. `job`: Slurm's current record of it; None if there is none."""
         preempted = job is not None and job.preempted
         found = how_it_ended(self.code, self.reports, self.signals, preempted, self.hang)
+        told = any(report["code"] == MISTAKE for report in self.reports)
+        again = self.start.restart or self.start.repeat
+        if found.kind == "mistake" and not told and again and self.progress[0]:
+            # what has trained here is no mistake of the user's: a node may lack a program, or the run directory
+            found = End("crash", CRASHED, f"exit code {MISTAKE}, although the run has trained before; see the log")
         return with_limit(found, job, self.ended, self.notice)
 
     def record(self, end: End, verdict: Verdict, preempted: bool, outcome: str) -> None:

@@ -7,14 +7,14 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from scaleprog.errors import AbsentWeights, ScaleprogError
-from scaleprog.files.display import say
+from scaleprog.files.display import first_line, say
 from scaleprog.launchers import integrity
 from scaleprog.launchers.request import JobRequest
 from scaleprog.launchers.snapshot import JobFile, check_free, check_name, code_folder, take
@@ -39,6 +39,8 @@ VARIABLES = {
     "time": ("SBATCH_TIMELIMIT",),
 }
 """sbatch's variables for options, where their names are not those of the options."""
+CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+"""Variables of Slurm's programs that say where they find Slurm, and belong to no job."""
 NO_ARRAY = "unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID  # a task of an array that submits a job hands them on"
 RANK_CORES = 2  # for a rank's own threads, besides its data workers
 SHOWN = 8
@@ -77,13 +79,22 @@ def submit(recipe: Recipe, run: Path, request: JobRequest) -> JobFile:
     try:
         job = executor.submit(task, run)
     except RuntimeError as error:  # all of submitit's errors are RuntimeErrors
-        if new:
-            shutil.rmtree(run)
-        raise ScaleprogError(f"Slurm refuses the job: {str(error).strip()}") from error
+        raise refused(error, "job", [run] if new else []) from error
     code, log = (str(path.relative_to(run)) for path in (code_folder(run), job.paths.stdout))
     file = JobFile(job.job_id, job_name(run), code, log, socket.gethostname(), time.time())
     file.write(run)
     return file
+
+
+def refused(error: RuntimeError, what: str, new: Sequence[Path]) -> ScaleprogError:
+    """The error of a submission that failed. Removes the folders that it made, unless Slurm may have queued the job."""
+    from submitit.core.utils import FailedJobError
+
+    if not isinstance(error, FailedJobError):  # submitit found no job ID in what sbatch printed
+        return ScaleprogError(f"Slurm may have queued the {what}: {first_line(str(error))}; look at squeue")
+    for folder in new:
+        shutil.rmtree(folder, ignore_errors=True)
+    return ScaleprogError(f"Slurm refuses the {what}: {str(error).strip()}")
 
 
 def script(recipe: Recipe, run: Path, request: JobRequest) -> str:
@@ -258,9 +269,8 @@ def make_executor(run: Path, request: JobRequest) -> Any:
             return request.world  # submitit's own method cannot handle a range of nodes
 
         def _submit_command(self, command: str) -> Any:
-            names = overriding(self._make_submission_file_text(command, ""))
-            # the count is that of the job that submits this one, if Slurm has restarted it
-            with environment(SLURM_RESTART_COUNT=None, **dict.fromkeys(names)):
+            names = [*overriding(self._make_submission_file_text(command, "")), *of_this_job()]
+            with environment(SBATCH_WAIT=None, **dict.fromkeys(names)):
                 return super()._submit_command(command)
 
     python = None if request.python is None else shlex.quote(_program(request.python))
@@ -297,6 +307,16 @@ def overriding(script: str) -> list[str]:
     return [
         name for option in options for name in VARIABLES.get(option, (f"SBATCH_{option.upper().replace('-', '_')}",))
     ]
+
+
+def of_this_job() -> list[str]:
+    """The variables that tell a process of a job about its own job, which sbatch would hand on to another one.
+
+    Its srun would obey them: it would bind the ranks to the cores of this process, and give them its memory.
+    """
+    if "SLURM_JOB_ID" not in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
+        return []  # then such variables are what the user wants of srun
+    return [name for name in os.environ if re.match("(SLURM|SLURMD|SRUN|PMIX|PMI)_", name) and name not in CLUSTER]
 
 
 def setup(run: str, code: Path, request: JobRequest) -> list[str]:

@@ -23,6 +23,7 @@ from scaleprog.files.display import as_text, clock, say
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.launchers import integrity
 from scaleprog.rundir import slurm_queue
+from scaleprog.rundir.lease import kind_of
 from scaleprog.rundir.records import JOB_ID
 
 if TYPE_CHECKING:  # a job that starts again does not need this import
@@ -60,13 +61,18 @@ class JobFile:
 
     @classmethod
     def read(cls, run: Path) -> "JobFile | None":
-        """Reads the `job.json` of a run directory; None if there is none. Raises CheckpointError if it is invalid."""
+        """Reads the `job.json` of a run directory; None if there is none.
+
+        Raises CheckpointError if it is invalid, or Unavailable if it cannot be read now.
+        """
         try:
             file = cls(**json.loads(read_text(run / JOB, 2**16)))
             file._check()
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except OSError as error:
+            raise kind_of(error)(f"{run / JOB}: not readable: {error}") from error
+        except (ValueError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{run / JOB}: not readable: {error}") from error
         return file
 

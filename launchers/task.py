@@ -126,7 +126,7 @@ def report_hang(run: Path, start: Attempt, rank: int, stand: Stand) -> None:
 
 def missing_here(run: Path, error: Absent) -> ScaleprogError:
     """The error that something is not there, as this node's, with who has it; unchanged if nobody has looked for it."""
-    with suppress(CheckpointError):
+    with suppress(CheckpointError, Unavailable):
         file = JobFile.read(run)
         if file is not None and (seen := file.seen()):
             return ScaleprogError(f"{socket.gethostname()}: {error.what}; {seen}{_elsewhere()}")

@@ -134,6 +134,8 @@ def _validation_images(src: Path, source: Path, val_labels: Path | None) -> list
         return _in_class_folders(source)
     else:
         raise DataError(f"{source}: has class folders, so --val-labels has no meaning; leave it out")
+    if not places:
+        raise DataError(f"{source}: holds no images (*.JPEG)")
     wnids = _validation_labels(src, source, val_labels, places.keys())
     return [Found(wnids[name], *place) for name, place in places.items()]
 

@@ -243,7 +243,7 @@ def _state(path: Path) -> dict[str, Tensor]:
         return read_tensors(path)
     try:
         found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(found.get("state_dict", found))
+        state = dict(found.get("state_dict", found))
     except pickle.UnpicklingError as error:  # torch's text advises to unpickle whatever the file holds
         raise DataError(
             f"{path}: holds more than tensors, which could run code when read; save the state dict alone, or as "
@@ -251,6 +251,9 @@ def _state(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # a file of a stranger raises anything
         raise DataError(f"{path}: cannot read the weights: {error}") from error
+    if foreign := [key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]:
+        raise DataError(f"{path}: not the weights of a model: {foreign[0]!r} is no tensor with a name")
+    return state
 
 
 def _checksum(path: Path) -> str:

@@ -96,8 +96,8 @@ def plan(
         console.print(
             "a search will decide each stage; the table shows the equispaced schedule"
             if prediction["budget"] is None
-            else f"a search spends {prediction['budget']:.1%} of Original's cost; the table keeps the smallest "
-            "network until the takeover"
+            else f"a search spends at most {prediction['budget']:.1%} of Original's cost; the table, "
+            f"{1 / (1 + prediction['speedup']):.1%} of it by GMACs, keeps the smallest network until the takeover"
         )
     if not prediction["counted"]:
         unseen = f"{as_text(loaded.data.path)}: there are no shards yet, so their images are not counted"

@@ -70,9 +70,10 @@ class Manifest:
                 raise DataError(f"{root}: a file; give the folder that holds the shards and {NAME}")
             if str(root).startswith("~"):
                 raise DataError(f"{root}: the folder of shards does not exist: ~ is not expanded here; write $HOME")
+            example = "digits" if Path(source.root).name == "digits" else "fashion-mnist"
             raise AbsentData(
                 f"{root}: the folder of shards does not exist. Build it with `scaleprog shards image-folder SRC "
-                f"{root}` or, to try scaleprog, `scaleprog shards fashion-mnist {root}`.",
+                f"{root}` or, to try scaleprog, `scaleprog shards {example} {root}`.",
                 f"{root}: the folder of shards does not exist",
             )
         try:

@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ class LabelShards:
         """One map, (h, w, K) of ENTRY."""
         try:
             found = npy.read_array(io.BytesIO(content), allow_pickle=False)
-        except ValueError as error:
+        except (ValueError, SyntaxError, TokenError, MemoryError) as error:  # numpy parses the header as Python
             raise DataError(f"{where}: no label map ({error}); {HINT}") from error
         if found.dtype != ENTRY or found.shape != self.grid:
             raise DataError(f"{where}: a label map of {found.shape} {found.dtype}, not {self.grid} {ENTRY}; {HINT}")

@@ -170,6 +170,10 @@ class Phase:
         """The position of step `step` in the data order."""
         return self.position + step - self.start
 
+    def age(self, step: int) -> int:
+        """How many steps the weights have been trained for before step `step`: the EMA warms up by it."""
+        return self.position_of(step) - self.began
+
     def progress_of(self, step: int) -> float:
         """How far the schedule is before step `step`, in schedule positions: it sets the learning rate."""
         if self.course is None:

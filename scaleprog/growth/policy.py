@@ -209,8 +209,10 @@ class Budget:
             return self.probe if stage == 1 else min(self.part, choice.complete_from or self.steps)
         if choice.complete_from is None:
             return self.part
-        # another search, which scores at most three networks, would delay the takeover by its cost
-        later = choice.complete_from + self.search_steps + math.ceil(3 * self.scoring)
+        # another search would delay the takeover by its cost
+        candidates = GrowthSpace.of(self.ladder).candidates(choice.subnet, self.rule)
+        scored = max(3, len(set(map(self.proxy, candidates))))
+        later = choice.complete_from + self.search_steps + math.ceil(scored * self.scoring)
         costly = self.promised and not self.recycle  # its steps would come on top, and could not be saved again
         if self.proxy(choice.subnet) == self.ladder[-1] or later > self.latest or costly:
             return choice.complete_from  # another search could not tell the two apart, or would come too late

@@ -234,6 +234,8 @@ def decide_within(
         way = "to resume, run the same command with a larger search.budget, below 1"
         if budget.fixed:
             way = "growth.steps: compute cannot change its budget; begin again with a larger search.budget"
+        elif prices[cheapest] >= 1:
+            way = "no budget below 1 pays for that; begin again with growth.schedule: original"
         raise OverBudget(
             f"search.budget: a step on {candidates[cheapest]} costs {prices[cheapest]:.0%} of a complete one as "
             f"measured here, so the rest of the run takes at least {spent:.0f} complete steps, but {budget.left:.0f} "

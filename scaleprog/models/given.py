@@ -94,8 +94,9 @@ def fit(
         name = full.removeprefix("net.")
         given = rest.pop(name, None)
         head = name.rpartition(".")[0] in family.heads
-        fitted = None if given is None else model.resized(name, given.float())
-        if given is not None and (flaw := _flaw(given)):
+        flaw = None if given is None else _flaw(given)
+        fitted = None if given is None or flaw else model.resized(name, given.float())
+        if flaw:
             misfits.append(f"{name}: {flaw}")
         elif fitted is not None and fitted.shape == parameter.shape:
             tensors[full] = fitted
@@ -135,6 +136,8 @@ def _flaw(tensor: Tensor) -> str:
     """Why no network can begin with a tensor; empty if one can."""
     if not tensor.is_floating_point():
         return f"holds {tensor.dtype}".replace("torch.", "") + ", not floating point"
+    if not tensor.numel():
+        return f"is empty, {tuple(tensor.shape)}"
     return "" if tensor.float().isfinite().all() else "holds NaN or infinity"
 
 

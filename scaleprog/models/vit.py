@@ -83,7 +83,7 @@ class ElasticViT(ElasticModel):
         net = self.net
         if name == "patch_embed.proj.weight":
             return resized_kernel(tensor, net.patch_embed.proj.weight.shape)
-        if name == "pos_embed" and tensor.ndim == 3:
+        if name == "pos_embed" and tensor.ndim == 3 and len(tensor) == 1:
             prefix = 0 if net.no_embed_class else net.num_prefix_tokens
             side = math.isqrt(max(0, tensor.shape[1] - prefix))
             if side and side * side == tensor.shape[1] - prefix:

@@ -1,5 +1,6 @@
 """VOLO: timm's Vision Outlooker, two layer groups (outlookers on a fine grid, transformers on a coarse one)."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -69,16 +70,22 @@ class ElasticVolo(ElasticModel):
         narrow = settings.width // 2 if settings.width else fine.proj.out_channels
         stem = max(1, fine.conv[0].out_channels * wide // plain.pos_embed.shape[-1])
         few = max(1, settings.heads // 2) if settings.heads else first.attn.num_heads
-        patch = settings.patch or fine.proj.kernel_size[0] * fine.conv[0].stride[0]
+        own = fine.proj.kernel_size[0] * fine.conv[0].stride[0]
+        patch = settings.patch or own
         if patch not in PATCHES:
             raise RecipeError(f"model.patch: VOLO has patches of {', '.join(map(str, PATCHES))} pixels, not {patch}")
         stride = patch * plain.pooling_scale
-        side = settings.resolution or plain.pos_embed.shape[1] * stride
+        side = settings.resolution or plain.pos_embed.shape[1] * own * plain.pooling_scale
         if side % stride:
             near = side // stride * stride
             raise RecipeError(f"model.resolution: {side} is not a multiple of {stride}; use {near} or {near + stride}")
         if settings.init is not None:
             raise RecipeError(f"model.init: {settings.init}, but VOLO has one scheme of initialization; leave it out")
+        if wide % heads or narrow % few:
+            raise RecipeError(
+                f"model.heads: {heads} heads of transformers and {few} of outlookers do not divide the widths {wide} "
+                f"and {narrow}; set model.width to a multiple of {math.lcm(heads, 2 * few)}, or model.heads"
+            )
         layers = depths or cls.split(settings.depth or sum(cls._depths(plain)))
         return {
             "layers": (*layers, 0, 0),
@@ -194,7 +201,7 @@ class ElasticVolo(ElasticModel):
         net = self.net
         if name in ("patch_embed.conv.0.weight", "patch_embed.proj.weight"):
             return resized_kernel(tensor, net.get_parameter(name).shape)
-        if name == "pos_embed" and tensor.ndim == 4 and tensor.shape[1] == tensor.shape[2]:
+        if name == "pos_embed" and tensor.ndim == 4 and len(tensor) == 1 and tensor.shape[1] == tensor.shape[2]:
             side = net.pos_embed.shape[1]
             positions = resampled(tensor.flatten(1, 2), tensor.shape[1], side, antialias=False)
             return positions.view(1, side, side, -1)

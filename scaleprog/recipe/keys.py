@@ -334,11 +334,13 @@ class OptimizerSettings(Settings):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        if name != "adamw":
+        if name in ("lamb", "lars", "muon"):
             raise ValueError(
                 f"{name!r} cannot be sharded; use adamw. Engines cut tensors anywhere, so an optimizer must work "
                 "element by element; lamb, lars and muon need whole tensors"
             )
+        if name != "adamw":
+            raise ValueError(f"{name!r} is not there; the only optimizer is adamw")
         return name
 
 
@@ -393,7 +395,8 @@ class GrowthSettings(Settings):
     steps: Literal["epochs", "compute"] = "epochs"
     """How stages share the run, and what the learning rate follows. epochs: stages of equal length, and the learning
     rate falls by the step; compute: stages of equal cost, so that cheap ones have more steps, and the learning rate
-    falls by what the steps cost. The run costs the same either way. A budget sets the lengths of its stages itself, so
+    falls by what the steps cost. The run costs the same either way; with the published search,
+    compute has it cost what the ladder would, whatever is chosen. A budget sets the lengths of its stages itself, so
     there it is only the learning rate that follows the cost."""
     smallest: Part = 0.5
     """s1, resolution and depth of the smallest network, as fractions of the complete model's ("0.5 Omega")."""

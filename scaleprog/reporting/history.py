@@ -176,7 +176,8 @@ class RunRecord:
     @property
     def grown_before(self) -> bool:
         """Whether it continues a run whose network had grown."""
-        return len(self.says("parent.phases") or ()) > 1
+        phases = self.says("parent.phases")
+        return isinstance(phases, list) and len(phases) > 1
 
     @property
     def schedule(self) -> str:

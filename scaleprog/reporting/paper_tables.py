@@ -10,7 +10,7 @@ from statistics import mean
 
 from scaleprog.errors import CheckpointError, ScaleprogError
 from scaleprog.files.atomic import write_whole
-from scaleprog.files.display import as_markdown, as_text
+from scaleprog.files.display import as_label, as_markdown, as_text
 from scaleprog.reporting.figures import Curve, draw_accuracy
 from scaleprog.reporting.grouping import Group, cpu_curve, curve, read_groups
 from scaleprog.reporting.history import RunRecord, read_run
@@ -163,14 +163,15 @@ def _emissions(groups: list[Group], energy: Energy) -> Section:
 
 def _kwh(runs: Sequence[RunRecord], watts: float | None) -> tuple[float | None, str]:
     """The mean energy of runs in kWh, and where the figure comes from; None if it is neither measured nor assumed."""
+    own = ", without its parent's" if any(run.says("parent") for run in runs) else ""
     measured = [run.joules for run in runs if run.joules is not None]
     if len(measured) == len(runs):
         only = ", GPUs only" if any(run.without_cpus for run in runs) else ""
-        return mean(measured) / 3.6e6, f"measured{only}"
+        return mean(measured) / 3.6e6, f"measured{only}{own}"
     hours = mean(run.rank_hours for run in runs)
     if watts is None:
-        return None, f"not measured: {hours:.3g} rank-hours"
-    return hours * watts / 1000, f"modeled: {hours:.3g} rank-hours x {watts:g} W"
+        return None, f"not measured: {hours:.3g} rank-hours{own}"
+    return hours * watts / 1000, f"modeled: {hours:.3g} rank-hours x {watts:g} W{own}"
 
 
 def _transfer(groups: Sequence[Group]) -> Section:
@@ -211,17 +212,18 @@ def _pretrained(run: RunRecord) -> RunRecord | None:
 
 def _figure(number: int, settings: Sequence[Setting], out: Path, costs: Costs | None) -> Section:
     """Draws a figure: 1, models of several sizes; or 4, schemes in each setting. Raises OSError."""
-    pictures: dict[str, list[tuple[str, RunRecord]]] = {}
-    shown = list[Group]()
-    for setting in settings:
+    pictures: dict[tuple[str, int], list[tuple[str, Group]]] = {}
+    for place, setting in enumerate(settings):
         for scheme in (ORIGINAL,) if number == 1 else FIGURE_4:
             for group in setting.of(scheme):
-                title = group.runs[0].data if number == 1 else setting.title
-                label = model_of(group.runs[0]) if number == 1 else scheme.name
-                shown.append(group)
-                pictures.setdefault(title, []).extend((label, run) for run in group.runs if run.finished)
+                key = (group.runs[0].data, 0) if number == 1 else (setting.title, place)
+                label = as_label(model_of(group.runs[0]) if number == 1 else scheme.name)
+                pictures.setdefault(key, []).append((label, group))
     parts = [f"## Figure {number}: accuracy during training"]
-    for place, (title, members) in enumerate(pictures.items(), 1):
+    for place, ((title, _), groups) in enumerate(pictures.items(), 1):
+        alike = Counter(label for label, _ in groups)
+        named = [(f"{group.name}: {label}" if alike[label] > 1 else label, group) for label, group in groups]
+        members = [(label, run) for label, group in named for run in group.runs if run.finished]
         name = f"paper_figure_{number}_{place}.png"
         if costs:
             spent, drawn = costs.unit, [_cost_curve(label, run, costs) for label, run in members]
@@ -231,7 +233,9 @@ def _figure(number: int, settings: Sequence[Setting], out: Path, costs: Costs | 
             spent, drawn = "training time (s)", [curve(label, run) for label, run in members]
         draw_accuracy(out / name, drawn, spent)
         parts.append(f"### {as_markdown(title)}\n\n![Top-1 over {spent}]({name})")
-    return "\n\n".join(parts if pictures else [*parts, "No finished run belongs to this figure."]), shown
+    return "\n\n".join(parts if pictures else [*parts, "No finished run belongs to this figure."]), [
+        group for groups in pictures.values() for _, group in groups
+    ]
 
 
 def _cost_curve(label: str, run: RunRecord, costs: Costs) -> Curve:

@@ -26,6 +26,7 @@ from scaleprog.rundir.storage import (
     FileList,
     Manifest,
     Stored,
+    best_saved,
     committed,
     discard,
     opened,
@@ -127,6 +128,7 @@ class Checkpoints:
         protect: Collection[int] = (),
         permanent: bool = False,
         replayable: int = 0,
+        best: int = 0,
     ) -> None:
         """Copies the state to the host. A thread then writes and publishes it, and only then deletes older ones.
 
@@ -139,6 +141,7 @@ class Checkpoints:
             protect: steps of older checkpoints that must stay.
             permanent: whether this checkpoint is never deleted.
             replayable: a step; the newest checkpoint before it must stay.
+            best: step of the best checkpoint so far, which must stay; if it was never saved, the best before it.
 
         Raises:
             Superseded: a later start has taken the run directory over.
@@ -149,7 +152,7 @@ class Checkpoints:
         state = copy.deepcopy(dict(state))
         stall = time.monotonic() - began
         self._writing = self._writer.submit(
-            self._write, step, state, staged, stall, tuple(protect), permanent, replayable
+            self._write, step, state, staged, stall, tuple(protect), permanent, replayable, best
         )
 
     def wait(self) -> None:
@@ -284,6 +287,7 @@ class Checkpoints:
         protect: Collection[int],
         permanent: bool,
         replayable: int,
+        best: int,
     ) -> Commit:
         """Writes and publishes a checkpoint, then deletes older ones; runs in the thread."""
         began, saves = time.monotonic(), self._patience.saves
@@ -319,7 +323,8 @@ class Checkpoints:
         def delete_older() -> None:
             with self._fence():
                 before = [at for at in map(step_of, committed(self.folder)) if at < replayable]
-                self._permanent |= retire(self.folder, step, self.keep, {*protect, *before[-1:], *self._permanent})
+                stay = {*protect, *before[-1:], best_saved(self.folder, best)}
+                self._permanent |= retire(self.folder, step, self.keep, stay | self._permanent)
 
         size, error, poisoned, left = 0, None, False, None
         saves.at("saving", step)

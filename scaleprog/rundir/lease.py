@@ -9,6 +9,7 @@ takes over from an earlier attempt of its own job, and from a start that has end
 are a mistake, and the second one fails.
 """
 
+import errno
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaleprog.errors import CheckpointError, ScaleprogError, Superseded, Unavailable
-from scaleprog.files.atomic import lock, open_regular, read_text, unlock, write_whole
+from scaleprog.files.atomic import IN_THE_WAY, lock, open_regular, read_text, unlock, write_whole
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.recipe import Recipe
 from scaleprog.rundir import slurm_queue
@@ -41,6 +42,7 @@ SILENT_SECONDS = 120.0  # without a heartbeat for this long, an unreachable owne
 LOCK_SECONDS = 90.0  # longer than the holder of the lock waits for Slurm
 SHARED_SECONDS = 60.0  # a network file system may take this long to show a new file on other nodes
 OWNER_BYTES = 2**16
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 BATCH = "batch"
 LARGEST_PID = 2**22
 
@@ -130,7 +132,9 @@ class Lease:
 
     def beat(self) -> None:
         """Sends a heartbeat. Raises Superseded if another start has taken over."""
-        with suppress(CheckpointError, OSError):  # the file system does not respond now; commits check again
+        with suppress(
+            CheckpointError, Unavailable, OSError
+        ):  # the file system does not respond now; commits check again
             self._check()
             os.utime(self.folder / OWNER)
 
@@ -148,7 +152,7 @@ def take_lease(folder: Path, recipe: Recipe, coordinator: "Coordinator") -> Leas
         CheckpointError: on every rank: it belongs to another recipe, another start is alive in it, or some ranks
             cannot see what rank 0 writes there.
         Superseded: a later restart of the same job has taken it over.
-        Unavailable: it cannot be written, or another process holds its lock for too long.
+        Unavailable: it cannot be read or written now, or another process holds its lock for too long.
     """
     generation, nonce = coordinator.on_rank_0("run directory", lambda: _take_over(folder, recipe))
     give_up = time.monotonic() + SHARED_SECONDS
@@ -278,14 +282,21 @@ def check_folders(folder: Path) -> None:
             )
 
 
+def kind_of(error: OSError) -> type[CheckpointError] | type[Unavailable]:
+    """CheckpointError for what only the user can mend in a run directory, else Unavailable: another try may succeed."""
+    return CheckpointError if error.errno in (*IN_THE_WAY, *FORBIDDEN) else Unavailable
+
+
 def read_owner(folder: Path) -> Owner | None:
-    """The latest start in a run directory; None if there was none. Raises CheckpointError."""
+    """The latest start in a run directory; None if there was none. Raises CheckpointError or Unavailable."""
     try:
         return Owner.of(json.loads(read_text(folder / OWNER, OWNER_BYTES)))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / OWNER}: not readable ({error}); delete it if nothing trains there") from error
+        kind = kind_of(error) if isinstance(error, OSError) else CheckpointError
+        remedy = "" if kind is Unavailable else "; delete it if nothing trains there"
+        raise kind(f"{folder / OWNER}: not readable ({error}){remedy}") from error
 
 
 def is_alive(owner: Owner, folder: Path) -> bool:
@@ -372,7 +383,7 @@ def _started(pid: int) -> str | None:
 def _sees(folder: Path, nonce: str) -> bool:
     try:
         owner = read_owner(folder)
-    except CheckpointError:
+    except (CheckpointError, Unavailable):
         return False
     return owner is not None and owner.nonce == nonce
 
@@ -385,7 +396,7 @@ def _lock(folder: Path) -> Iterator[None]:
         # whatever lies there must not be followed, block this process or be truncated
         file = open_regular(folder / ".lock", "r+b", os.O_CREAT | os.O_NOFOLLOW, buffering=0)
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be a run directory: {error}") from error
+        raise kind_of(error)(f"{folder}: cannot be a run directory: {error}") from error
     with file:
         try:
             lock(file, LOCK_SECONDS, pause=0.05)  # on a file system without locks the generation number alone decides

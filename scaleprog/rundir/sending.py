@@ -270,9 +270,10 @@ def keep_sending(run: Path, name: str, log_every: int, generation: int, last: Ca
             if over:
                 return False
             over = last(pause)
-            owner = read_owner(run)
-            if owner is not None and owner.generation != generation:
-                return False
+            with suppress(CheckpointError, Unavailable):  # who owns the run is asked again
+                owner = read_owner(run)
+                if owner is not None and owner.generation != generation:
+                    return False
 
 
 def _points(rows: list[dict[str, Any]]) -> Iterator[Point]:

@@ -359,6 +359,17 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def best_saved(folder: Path, best: int) -> int:
+    """The step of the best checkpoint there is: `best`, or what was the best before if that could not be saved."""
+    before = [path for path in committed(folder) if step_of(path) <= best]
+    if not before or step_of(before[-1]) == best:
+        return best
+    try:
+        return int(read_manifest(before[-1]).state.get("best_step", 0))
+    except (CheckpointError, Unavailable):
+        return best
+
+
 def retire(folder: Path, step: int, keep: int, protect: Collection[int]) -> set[int]:
     """Deletes the checkpoints before `step`, except the newest `keep - 1`, permanent ones and those in `protect`.
 

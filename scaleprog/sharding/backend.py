@@ -266,7 +266,7 @@ class Backend(ABC):
 
         Args:
             lr: the learning rate.
-            step: how many optimizer steps the run has taken before this one.
+            step: how many optimizer steps the weights have been trained for before this one.
 
         Returns:
             The norm of the gradients before clipping, 0-D.

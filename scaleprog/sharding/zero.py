@@ -80,6 +80,8 @@ class ZeroBackend(Backend):
             "gradient_clipping": self.optimizer.clip or 0.0,
             "bf16": {"enabled": sharding.precision == "bf16", "check_grad_overflow": True},
             "communication_data_type": "fp32",
+            # for stage 1, fp32 would select another optimizer of DeepSpeed's, which keeps no shards that we could use
+            "data_types": {"grad_accum_dtype": "fp32" if sharding.stage > 1 else None},
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,

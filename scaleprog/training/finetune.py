@@ -86,7 +86,7 @@ def _of_file(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     try:
         model = json.loads(metadata.get(MODEL, "{}"))
         shown = {key: json.loads(metadata[name]) for key, name in names.items() if name in metadata}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: its metadata is damaged: {error}; export it again") from error
     if not isinstance(model, dict):
         raise RecipeError(f"{path}: its metadata is damaged: `{MODEL}` is not a mapping; export it again")

@@ -266,7 +266,7 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
     timer = StepTimer(run.backend.device)
     with run.backend.waits.measured(sampled=(step + 1) % recipe.train.log_every == 0) as in_collectives:
         loss = forward_and_backward(run, phase, subnet, active, batch)
-        grad_norm = run.backend.step(lr, step)
+        grad_norm = run.backend.step(lr, phase.age(step))
     timer.stop()
     flops = FLOPS_PER_GMAC * plan.gmacs(subnet) * recipe.train.batch if run.recorder.peak_flops else 0.0
 

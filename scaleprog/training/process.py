@@ -126,8 +126,9 @@ def save(run: Run, phase: Phase, permanent: bool) -> None:
     schedule, choices = run.plan.schedule, run.state.choices
     needing = [phase, *(each for each in schedule.phases(choices) if each.start < last_skipped <= each.stop)]
     protect = {step for each in needing if (step := schedule.rewinds_to(choices, each)) is not None}
-    protect |= {run.state.best_step} if run.recipe.checkpoint.keep_best else set()
-    run.checkpoints.save(run.state.step, run.state.to_json(), run.backend.state(), protect, permanent, last_skipped)
+    best = run.state.best_step if run.recipe.checkpoint.keep_best else 0
+    state, parts = run.state.to_json(), run.backend.state()
+    run.checkpoints.save(run.state.step, state, parts, protect, permanent, last_skipped, best)
     run.watch.saved()
 
 

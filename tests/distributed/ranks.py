@@ -46,7 +46,7 @@ def make(sharding: dict[str, Any], device: torch.device, model: ModelSettings = 
 
 
 class Trainer:
-    """Trains a backend on fixed random images, each rank on its rows, and keeps losses and gradient norms."""
+    """Trains a backend on fixed random images, each rank on its rows in two micro-batches; keeps losses and norms."""
 
     def __init__(self, backend: Backend, coordinator: Coordinator) -> None:
         self.backend, self.coordinator = backend, coordinator
@@ -56,16 +56,21 @@ class Trainer:
 
     def train(self, steps: int, actives: list, resolution: int) -> None:
         rows = BATCH // self.coordinator.world
-        mine = slice(self.coordinator.rank * rows, (self.coordinator.rank + 1) * rows)
+        first = self.coordinator.rank * rows
+        halves = slice(first, first + rows // 2), slice(first + rows // 2, first + rows)
         depth = sum(self.backend.structure.depths)
         for i in range(steps):
             images = torch.randn(BATCH, 1, resolution, resolution, generator=self.generator)
             labels = torch.randint(0, 10, (BATCH,), generator=self.generator)
-            drop = drop_scales(torch.linspace(0, 0.1, depth), BATCH, 0, self.step)[:, :, mine]
-            loss = F.cross_entropy(self.backend.forward(images[mine], actives[i % len(actives)], drop), labels[mine])
-            self.backend.backward(loss)
+            drop = drop_scales(torch.linspace(0, 0.1, depth), BATCH, 0, self.step)
+            total = 0.0
+            for mine in halves:
+                logits = self.backend.forward(images[mine], actives[i % len(actives)], drop[:, :, mine])
+                loss = F.cross_entropy(logits, labels[mine]) / 2
+                self.backend.backward(loss)
+                total += loss.item()
             norm = self.backend.step(1e-3, self.step)
-            self.record += [self.coordinator.mean([loss.item()])[0], float(norm)]
+            self.record += [self.coordinator.mean([total])[0], float(norm)]
             self.step += 1
 
     def infer(self, active: tuple, resolution: int) -> None:

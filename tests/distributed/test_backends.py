@@ -84,7 +84,9 @@ def test_a_precision_is_the_same_arithmetic_in_every_engine(
         )
     )
     found, reference = engines
-    assert found[:2] == pytest.approx(reference[:2], rel=2e-5), "loss and gradient norm of the first step"
+    sums_in_bf16 = sharding == {"engine": "zero", "stage": 1, "precision": "bf16"}
+    nearly = pytest.approx(reference[:2], rel=5e-4 if sums_in_bf16 else 2e-5)
+    assert found[:2] == nearly, "loss and gradient norm of the first step, of two micro-batches"
     assert apart[0][1] != pytest.approx(apart[1][1], rel=2e-5), "the other precision is told apart"
     assert found == pytest.approx(reference, rel=2e-2), "then the last digit of fp32 decides how bf16 is rounded"
 

@@ -47,10 +47,11 @@ def commit(
     keep: int = 9,
     protect: tuple[int, ...] = (),
     permanent: bool = False,
+    best: int = 0,
 ) -> Commit:
     """Saves, waits, and tells how it ended."""
     checkpoints = Checkpoints(folder, Coordinator(), keep)
-    checkpoints.save(step, state, parts(tensors), protect, permanent)
+    checkpoints.save(step, state, parts(tensors), protect, permanent, best=best)
     checkpoints.wait()
     [ended] = checkpoints.finished()
     return ended

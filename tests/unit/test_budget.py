@@ -415,9 +415,11 @@ def test_only_a_budget_that_nobody_has_asked_for_is_probed() -> None:
     assert (first.position, second.position) == (40, 100)
     hopeless = free.phases([Choice(DEIT, 48)])
     assert [(p.kind, p.start, p.stop, p.began) for p in hopeless[2:]] == [("train", 48, 400, 48)]
+    assert [p.age(p.start) for p in hopeless] == [0, 40, 0], "the EMA warms up again, as the learning rate does"
     assert free.entry(hopeless, 2).layer_map.rest == "fresh", "nothing is kept of what has not learned"
     learned = free.phases([Choice(DEIT, 48, learned=True)])
     assert [(p.kind, p.start, p.stop, p.began) for p in learned[2:]] == [("train", 48, 400, 0)]
+    assert [p.age(p.start) for p in learned] == [0, 40, 48]
     assert free.entry(learned, 2).layer_map.rest != "fresh", "the network before has learned"
     soon = free.phases([Choice(CORNERS[0], 70)])
     assert [(p.network, p.start, p.stop, p.began) for p in soon[2:]] == [(CORNERS[0], 48, 70, 0), (DEIT, 70, 400, 0)]

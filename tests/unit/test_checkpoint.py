@@ -240,6 +240,18 @@ def test_the_protected_one_stays_beyond_those(save_checkpoint: Save, checkpoint_
     assert [step_of(path) for path in committed(checkpoint_folder)] == [50, 60]
 
 
+def test_the_best_stays_until_a_better_one_is_saved(one_rank: None, checkpoint_folder: Path) -> None:
+    def save(step: int, best: int) -> list[int]:
+        commit(checkpoint_folder, step, {"best_step": best}, tensors(), keep=1, best=best)
+        return [step_of(path) for path in committed(checkpoint_folder)]
+
+    assert save(10, best=10) == [10]
+    assert save(15, best=10) == [10, 15]
+    for step in (30, 40):  # step 20 was better, but could not be saved
+        assert save(step, best=20) == [10, step]
+    assert save(50, best=50) == [50]
+
+
 def test_a_permanent_one_stays(one_rank: None, checkpoint_folder: Path) -> None:
     for step in (10, 20, 30, 40):
         commit(checkpoint_folder, step, {}, tensors(), keep=1, permanent=step == 20)

@@ -98,6 +98,7 @@ def test_a_file_says_which_model_it_holds(
     ("metadata", "message"),
     [
         ({"model": "{"}, "its metadata is damaged: Expecting"),
+        ({"model": "[" * 100_000}, "its metadata is damaged: maximum recursion"),
         ({"model": "[]"}, "its metadata is damaged: `model` is not a mapping"),
         ({"model": '{"name": 3}'}, r"the recipe for fine-tuning .*weights\.safetensors:\n  model.name: "),
         ({"model": '{"name": "x"}', "mean": '"red"'}, r"augment\.mean: "),

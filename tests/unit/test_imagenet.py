@@ -372,6 +372,14 @@ def test_labels_that_do_not_fit_the_images_are_refused(kind: str, files: SmallIm
         build_in(tmp_path, "out", val_labels=tmp_path / "labels")
 
 
+def test_a_folder_without_validation_images_is_refused(files: SmallImageNet, tmp_path: Path) -> None:
+    (files.folder / VAL).unlink()
+    (files.folder / "val").mkdir()
+    (tmp_path / "labels").touch()
+    with pytest.raises(DataError, match="val: holds no images"):
+        build_in(tmp_path, "out", val_labels=tmp_path / "labels")
+
+
 def test_labels_of_class_folders_are_refused(files: SmallImageNet, tmp_path: Path) -> None:
     extract(files, files.folder, val_in_classes=True)
     (files.folder / VAL).unlink()

@@ -280,6 +280,8 @@ def truncate(path: Path) -> None:
         ),
         (lambda path: changed(path, "blocks.1.attn.proj.weight", lambda t: t.char()), "holds int8, not floating point"),
         (lambda path: changed(path, "head.bias", lambda t: t / 0), r"head\.bias: holds NaN or infinity"),
+        (lambda path: changed(path, "pos_embed", lambda t: torch.cat([t, t])), r"pos_embed: has \(2, "),
+        (lambda path: changed(path, "patch_embed.proj.weight", lambda t: t[:, :, :0]), r"proj\.weight: is empty"),
     ],
 )
 def test_weights_that_do_not_fit(spoil: Callable[[Path], object], message: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Run directories: one start at a time, the latest one, and only of their own recipe."""
 
+import errno
 import json
 import os
 import socket
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from scaleprog.errors import CheckpointError, Superseded
+from scaleprog.errors import CheckpointError, Superseded, Unavailable
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.recipe import Recipe
 from scaleprog.rundir import lease as leases
@@ -258,6 +259,27 @@ def test_a_second_process_of_one_job_is_refused_while_the_first_lives(
         finally:
             first.kill()
     assert take_lease(folder, recipe, Coordinator()).generation == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ESTALE, Unavailable), (errno.EIO, Unavailable), (errno.EACCES, CheckpointError)]
+)
+def test_a_file_system_that_does_not_answer_is_no_mistake(
+    number: int, kind: type[Exception], take: Take, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = take()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for function in ("read_text", "open_regular"):
+        with monkeypatch.context() as patch:
+            patch.setattr(leases, function, fail)
+            with pytest.raises(kind):
+                take()
+    with monkeypatch.context() as patch:
+        patch.setattr(leases, "read_text", fail)
+        held.beat()  # commits ask again
 
 
 STEP_RUNS = "StepId=17.4 State=RUNNING"

@@ -13,6 +13,7 @@ from benchmarks.paper import GRID, RECIPES, PaperTrial, enlarged, pooled, whole_
 from benchmarks.search_lab import Grid, Record, Records, Trial
 from scaleprog.errors import ScaleprogError
 from scaleprog.recipe import Recipe
+from scaleprog.reporting import paper_tables
 from scaleprog.reporting.history import read_run
 from scaleprog.reporting.paper import TABLES, VOLO_D1, Numbers, counterpart
 from scaleprog.reporting.paper_tables import Costs, Energy, write_paper
@@ -381,6 +382,33 @@ def test_the_figures_are_drawn_once_per_setting(trained: Trained) -> None:
         with Image.open(trained.root / "out" / name) as picture:
             assert len(picture.convert("RGB").getcolors(2**24)) > 50
     assert text.count("](paper_figure") == 3
+
+
+def test_different_recipes_of_a_scheme_are_no_seeds_of_one_in_a_figure(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(paper_tables, "draw_accuracy", lambda _, curves, __: drawn.append([c.recipe for c in curves]))
+    for settings in ({}, {"optimizer.lr": 1e-7}, {"train.batch": 4096}):
+        trained.run(**ORIGINAL, **settings)
+    trained.write(figures=(4,))
+    assert drawn == [["run0: Original", "run1: Original"], ["Original"]]
+    trained.write(figures=(1,))
+    assert len(set(drawn[2])) == 3
+
+
+@pytest.mark.parametrize("phases", [3, "x", None])
+def test_a_parent_that_is_nonsense_has_not_grown(phases: object, trained: Trained) -> None:
+    record = read_run(trained.run(**ORIGINAL), "run")
+    assert not replace(record, recipe={**record.recipe, "parent": {"phases": phases}}).grown_before
+
+
+def test_a_forks_energy_is_its_own(trained: Trained) -> None:
+    folder = trained.run(**ORIGINAL)
+    parent = {"run": "runs/prog", "step": 4, "id": "0" * 32, "position": 4}
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"parent": parent}))
+    assert "without its parent's" in trained.write(1, energy=Energy(watts=350))
 
 
 def test_unfinished_runs_and_unknown_tables_are_named(trained: Trained) -> None:

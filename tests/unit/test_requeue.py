@@ -181,6 +181,30 @@ def test_after(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert len(read_rows(tmp_path / "requeues.jsonl")) == 3
 
 
+@pytest.mark.parametrize(
+    ("restart", "step", "told", "kind"),
+    [
+        (1, 9, False, "crash"),  # the node of this start lacks a program, or the run directory
+        (1, 9, True, "mistake"),
+        (0, 9, False, "mistake"),
+        (1, 0, False, "mistake"),
+    ],
+)
+def test_a_mistake_without_a_report_is_none_where_the_run_has_trained(
+    restart: int, step: int, told: bool, kind: str, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    fake.show(restarts=restart)
+    if step:
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    if told:
+        report(tmp_path, Attempt.current(), 0, 2, "a shard is damaged")
+    assert requeue.after(tmp_path, 2, limit=3) == (1 if kind == "crash" else 2)
+    (row,) = read_rows(tmp_path / "requeues.jsonl")
+    assert (row["kind"], row["requeue"]) == (kind, kind == "crash")
+
+
 SILENT = "echo 'Socket timed out on send/recv operation' >&2; exit 1"
 
 

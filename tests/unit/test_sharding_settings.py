@@ -33,6 +33,8 @@ def test_settings_that_contradict_each_other(sharding: dict, said: str, make_rec
 def test_an_optimizer_that_cannot_be_sharded(make_recipe: MakeRecipe) -> None:
     with pytest.raises(RecipeError, match=r"optimizer\.name: 'muon' cannot be sharded; use adamw.* element by element"):
         make_recipe(optimizer={"name": "muon"})
+    with pytest.raises(RecipeError, match=r"optimizer\.name: 'sgd' is not there; the only optimizer is adamw"):
+        make_recipe(optimizer={"name": "sgd"})
 
 
 def test_groups_that_do_not_divide_the_ranks(make_recipe: MakeRecipe) -> None:

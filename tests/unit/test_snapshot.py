@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import py_compile
+import re
 import shutil
 import subprocess
 import sys
@@ -137,9 +138,12 @@ def test_the_restarts_of_the_job_that_submits_another_are_not_those_of_the_other
     fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setenv("SLURM_CPU_BIND_LIST", "0x1")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     fake.command("sbatch", f"env > {tmp_path}/environment; echo Submitted batch job 7")
     slurm.submit(make_recipe(), tmp_path / "submitted", JobRequest())
-    assert "SLURM_RESTART_COUNT" not in (tmp_path / "environment").read_text()
+    handed_on = re.findall("^(SLURM_[A-Z_]+)=", (tmp_path / "environment").read_text(), re.MULTILINE)
+    assert handed_on == ["SLURM_CONF"], "neither are the cores to which it is bound"
     assert os.environ["SLURM_RESTART_COUNT"] == "2"
     (tmp_path / "recipe.yaml").write_text(make_recipe().dump())
     fake.command("srun", "exit 1")

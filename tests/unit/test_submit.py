@@ -65,6 +65,8 @@ def test_the_recipes_of_a_folder_have_jobs_of_different_names() -> None:
         (JobRequest(options=("nodes=3",)), "--sbatch nodes=3: use --nodes instead"),
         (JobRequest(options=("cpus_per_task=3",)), "--sbatch cpus_per_task=3: use --cpus-per-task instead"),
         (JobRequest(options=("array=1-3",)), "--sbatch array=1-3: scaleprog sets array itself"),
+        (JobRequest(options=("parsable",)), "--sbatch parsable: scaleprog sets parsable itself"),
+        (JobRequest(options=("wait",)), "--sbatch wait: scaleprog sets wait itself"),
         (JobRequest(options=("-N3",)), "--sbatch -N3: write KEY or KEY=VALUE"),
         (JobRequest(options=("comment=a\n#SBATCH --uid=0",)), "write KEY or KEY=VALUE"),
         (JobRequest(qos="a\nb"), "--qos: must be one line"),
@@ -97,6 +99,15 @@ def test_the_cluster_is_asked(fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path
     with pytest.raises(ScaleprogError, match="Slurm refuses the job: sbatch: error: invalid account or qos"):
         slurm.submit(recipe, run, JobRequest(qos="mine"))
     assert not run.exists()
+
+
+def test_a_run_directory_stays_if_the_job_may_be_queued(
+    fake: FakeSlurm, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    fake.command("sbatch", "echo something unheard of")
+    with pytest.raises(ScaleprogError, match=r"Slurm may have queued the job: .*; look at squeue"):
+        slurm.submit(make_recipe(), tmp_path / "run", JobRequest())
+    assert (tmp_path / "run" / "recipe.yaml").exists()
 
 
 def test_no_slurm(make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,13 @@ def test_the_mean_of_a_linear_teachers_places_is_what_it_says_of_the_image(name:
         assert torch.allclose(places.mean((1, 2)), net(shown), atol=1e-4)
 
 
+@pytest.mark.parametrize("state", [{0: torch.zeros(1)}, {"state_dict": {0: torch.zeros(1)}}, {"fc": 3}])
+def test_what_is_no_state_dict_is_refused(state: dict, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "file.pth")
+    with pytest.raises(DataError, match=r"file\.pth: not the weights of a model: (0|'fc') is no tensor with a name"):
+        Teacher(TEACHER, CLASSES, tmp_path / "file.pth").load(torch.device("cpu"))
+
+
 def test_label_shards_hold_what_the_teacher_says_of_the_whole_image(
     images: Manifest, labels: Path, weights: Path
 ) -> None:
@@ -301,6 +308,11 @@ def rewritten(labels: Path, out: Path, change: Any) -> Path:
     return out
 
 
+def headed(header: str) -> bytes:
+    """A file of numpy's form with this header and no content."""
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -315,6 +327,14 @@ def rewritten(labels: Path, out: Path, change: Any) -> Path:
             "'train00000': a label map of (2, 2, 3)",
         ),
         (lambda key, files: [(key, {"topk.npy": files["topk.npy"][:-3]})], "'train00000': no label map"),
+        (lambda key, files: [(key, {"topk.npy": headed("{'descr': (")})], "'train00000': no label map"),
+        (lambda key, files: [(key, {"topk.npy": headed("\n  x\n y")})], "'train00000': no label map"),
+        (
+            lambda key, files: [
+                (key, {"topk.npy": headed("{'descr': '<f4', 'fortran_order': False, 'shape': (4000000000000,)}")})
+            ],
+            "'train00000': no label map",
+        ),
         (
             lambda key, files: [(key, {"topk.npy": encode(np.zeros((3, 3, 3)), np.full((3, 3, 3), 9))})],
             "'train00000': a label map with a class that does not exist",

@@ -316,12 +316,22 @@ def test_what_cannot_be_is_refused(groups: dict[str, dict[str, Any]], message: s
         ({"resolution": 232}, "model.resolution: 232 is not a multiple of 16; use 224 or 240"),
         ({"resolution": 60, "patch": 4}, "model.resolution: 60 is not a multiple of 8; use 56 or 64"),
         ({"patch": 2}, "model.patch: VOLO has patches of 4, 8, 16 pixels, not 2"),
+        (
+            {"heads": 5},
+            "model.heads: 5 heads .* do not divide the widths 384 and 192; .* multiple of 20",
+        ),
+        ({"width": 64}, "model.heads: 12 heads .* do not divide the widths 64 and 32"),
         ({"init": "jax"}, "model.init: jax, but VOLO has one scheme"),
     ],
 )
 def test_sizes_that_cannot_be(change: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         resolve_family(ModelSettings(name="volo_d1_224", **change))
+
+
+@pytest.mark.parametrize("patch", [4, 8, 16])
+def test_other_patches_see_images_of_the_same_size(patch: int) -> None:
+    assert resolve_family(ModelSettings(name="volo_d1_224", patch=patch))[1].resolution == 224
 
 
 def test_a_batch_may_be_left_unmixed() -> None:
