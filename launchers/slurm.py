@@ -7,7 +7,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from scaleprog.files.display import first_line, say
 from scaleprog.launchers import integrity
 from scaleprog.launchers.request import JobRequest
 from scaleprog.launchers.snapshot import JobFile, check_free, check_name, code_folder, take
+from scaleprog.launchers.variables import environment, of_this_job, overriding
 from scaleprog.launchers.world import Count, largest, usable
 from scaleprog.recipe import Recipe, directories
 from scaleprog.recipe.worlds import Worlds
@@ -32,15 +33,6 @@ STEP = (  # srun reads these variables, and starts that many tasks on that many 
     "export SLURM_JOB_NUM_NODES=$NODES SLURM_NNODES=$NODES SLURM_NTASKS_PER_NODE=$TASKS",
     "export SLURM_NTASKS=$((NODES * TASKS)) SLURM_NPROCS=$((NODES * TASKS))",
 )
-VARIABLES = {
-    "array": ("SBATCH_ARRAY_INX",),
-    "mem": ("SBATCH_MEM_PER_NODE",),
-    "requeue": ("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE"),
-    "time": ("SBATCH_TIMELIMIT",),
-}
-"""sbatch's variables for options, where their names are not those of the options."""
-CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
-"""Variables of Slurm's programs that say where they find Slurm, and belong to no job."""
 NO_ARRAY = "unset SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID  # a task of an array that submits a job hands them on"
 RANK_CORES = 2  # for a rank's own threads, besides its data workers
 SHOWN = 8
@@ -216,24 +208,6 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def environment(**values: str | None) -> Iterator[None]:
-    """Inside, variables of the environment have these values; None: they are not there."""
-    before = {name: os.environ.get(name) for name in values}
-    try:
-        _set(values)
-        yield
-    finally:
-        _set(before)
-
-
-def _set(values: Mapping[str, str | None]) -> None:
-    for name, value in values.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-
-
 def check_cluster(request: JobRequest) -> None:
     """Raises ScaleprogError unless this machine has Slurm, and Slurm has the requested partitions and cores."""
     if shutil.which("sbatch") is None:
@@ -299,24 +273,6 @@ def make_executor(run: Path, request: JobRequest) -> Any:
         additional_parameters=further,
     )
     return executor
-
-
-def overriding(script: str) -> list[str]:
-    """The variables by which sbatch would override options that a batch script sets; those of others count."""
-    options = re.findall("^#SBATCH --([a-z-]+)", script, re.MULTILINE)
-    return [
-        name for option in options for name in VARIABLES.get(option, (f"SBATCH_{option.upper().replace('-', '_')}",))
-    ]
-
-
-def of_this_job() -> list[str]:
-    """The variables that tell a process of a job about its own job, which sbatch would hand on to another one.
-
-    Its srun would obey them: it would bind the ranks to the cores of this process, and give them its memory.
-    """
-    if "SLURM_JOB_ID" not in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
-        return []  # then such variables are what the user wants of srun
-    return [name for name in os.environ if re.match("(SLURM|SLURMD|SRUN|PMIX|PMI)_", name) and name not in CLUSTER]
 
 
 def setup(run: str, code: Path, request: JobRequest) -> list[str]:

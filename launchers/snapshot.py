@@ -23,7 +23,7 @@ from scaleprog.files.display import as_text, clock, say
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.launchers import integrity
 from scaleprog.rundir import slurm_queue
-from scaleprog.rundir.lease import kind_of
+from scaleprog.rundir.reading import kind_of
 from scaleprog.rundir.records import JOB_ID
 
 if TYPE_CHECKING:  # a job that starts again does not need this import

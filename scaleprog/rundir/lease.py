@@ -9,7 +9,6 @@ takes over from an earlier attempt of its own job, and from a start that has end
 are a mistake, and the second one fails.
 """
 
-import errno
 import json
 import os
 import re
@@ -26,11 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaleprog.errors import CheckpointError, ScaleprogError, Superseded, Unavailable
-from scaleprog.files.atomic import IN_THE_WAY, lock, open_regular, read_text, unlock, write_whole
+from scaleprog.files.atomic import lock, open_regular, read_text, unlock, write_whole
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.recipe import Recipe
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.folders import committed_step
+from scaleprog.rundir.reading import kind_of
 from scaleprog.rundir.records import JOB_ID
 
 if TYPE_CHECKING:  # a caller that only asks who owns a run should not wait for torch
@@ -42,7 +42,6 @@ SILENT_SECONDS = 120.0  # without a heartbeat for this long, an unreachable owne
 LOCK_SECONDS = 90.0  # longer than the holder of the lock waits for Slurm
 SHARED_SECONDS = 60.0  # a network file system may take this long to show a new file on other nodes
 OWNER_BYTES = 2**16
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 BATCH = "batch"
 LARGEST_PID = 2**22
 
@@ -280,11 +279,6 @@ def check_folders(folder: Path) -> None:
                 f"{path}: a symbolic link; a run directory needs folders of its own. To use another disk, link the "
                 "whole run directory, or use another --run-dir"
             )
-
-
-def kind_of(error: OSError) -> type[CheckpointError] | type[Unavailable]:
-    """CheckpointError for what only the user can mend in a run directory, else Unavailable: another try may succeed."""
-    return CheckpointError if error.errno in (*IN_THE_WAY, *FORBIDDEN) else Unavailable
 
 
 def read_owner(folder: Path) -> Owner | None:

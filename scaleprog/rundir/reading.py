@@ -23,6 +23,7 @@ from scaleprog.rundir.records import RESULTS, Results
 MOST_BYTES = 2**31  # of a .jsonl file
 MOST_LINE = 4 * 2**20  # bytes
 MOST_ROWS = 2**21
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 MOST_DAMAGED = 100_000  # lines, after which reading stops
 T = TypeVar("T")
 
@@ -143,6 +144,11 @@ def _skip_line(file: IO[bytes]) -> bytes:
     return b""
 
 
+def kind_of(error: OSError) -> type[CheckpointError] | type[Unavailable]:
+    """CheckpointError for what only the user can mend in a run directory, else Unavailable: another try may succeed."""
+    return CheckpointError if error.errno in (*IN_THE_WAY, *FORBIDDEN) else Unavailable
+
+
 def read_object(path: Path, kind: type[T]) -> T | None:
     """The record in a small JSON file; None if there is no such file.
 
@@ -153,8 +159,7 @@ def read_object(path: Path, kind: type[T]) -> T | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        kind_of = CheckpointError if error.errno in IN_THE_WAY else Unavailable
-        raise kind_of(f"{path}: not readable: {reason(error)}") from error
+        raise kind_of(error)(f"{path}: not readable: {reason(error)}") from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: not readable: it is not UTF-8") from error
     except ValidationError as error:

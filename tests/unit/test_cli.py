@@ -44,6 +44,11 @@ def test_plan_prints_stages_and_the_predicted_speedup(command: Command, write_re
     assert "a search will decide each stage" in command("plan", recipe, "growth.schedule=automatic").out
 
 
+def test_plan_says_what_a_search_may_spend_and_what_the_table_costs(command: Command) -> None:
+    told = " ".join(command("plan", "digits/autoprog", "search.budget=0.95").out.split())
+    assert "a search spends at most 95.0% of Original's cost; the table, 77.8% of it by GMACs, keeps" in told
+
+
 def test_plan_shares_memory_out_over_ranks(command: Command, write_recipe: WriteRecipe) -> None:
     recipe = write_recipe(model={"width": 384, "heads": 6}, sharding={"engine": "fsdp"})
     one, four = (int(re.findall(r"(\d+) MiB", command("plan", recipe, "--nproc", n).out)[-1]) for n in (1, 4))
