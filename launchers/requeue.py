@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from scaleprog.rundir.records import LEFT, REQUEUES, Measured
 INTERRUPTED, USR2, TERM = (128 + number for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM))
 """Exit codes of a task that gets a signal before the run handles signals."""
 FRUITLESS = 3  # after this many consecutive restarts without a new checkpoint, the cause is not bad luck
+LINE_BYTES = 4096  # more than a line of requeues.jsonl has
 PAUSES = (1, 1, 2, 4, 8, 15, 30, 60, 60)  # seconds before each retry; short at first: a grace time may be running
 MAX_RESTARTS, SIGNAL_BEFORE = 20, 120  # used if the batch script does not pass a number
 EARLY_SECONDS = 60  # how much earlier than that Slurm may signal a time limit
@@ -128,6 +130,7 @@ def decide(
     progress: tuple[int, int],
     limit: int,
     forgotten: bool = False,
+    unrecorded: int = 0,
 ) -> Verdict:
     """Decides whether the job starts again.
 
@@ -139,6 +142,7 @@ def decide(
         progress: the result of `progress_of` for the run.
         limit: the most restarts after crashes; requested stops do not count.
         forgotten: whether Slurm has answered that it does not know the job.
+        unrecorded: the result of `unrecorded`.
     """
     if end.kind == "finished":
         return Verdict(False)
@@ -158,6 +162,8 @@ def decide(
     crashes = sum(row.get("kind") == "crash" for row in own)
     if end.kind == "crash" and crashes >= limit:
         return Verdict(False, f"it has crashed {crashes + 1} times (--max-restarts {limit})")
+    if end.kind == "crash" and unrecorded >= FRUITLESS:
+        return Verdict(False, f"{unrecorded} restarts could not be counted, because {REQUEUES} cannot be written")
     last = [(row.get("kind"), row.get("step"), row.get("measured", 0)) for row in own[-FRUITLESS:]]
     if last == [(end.kind, *progress)] * FRUITLESS:
         if end.kind == "crash":
@@ -281,7 +287,8 @@ def _decide_and_requeue(remains: Remains, limit: int) -> tuple[End, Verdict, boo
         preempted = job is not None and job.preempted
         end = remains.end(job)
         forgotten = job is None and not unheard
-        verdict = decide(end, start, job, remains.earlier, remains.progress, limit, forgotten)
+        missing = unrecorded(remains.run, start, remains.earlier)
+        verdict = decide(end, start, job, remains.earlier, remains.progress, limit, forgotten, missing)
         if verdict.requeue:
             try:
                 slurm_queue.requeue(start.job)
@@ -293,6 +300,26 @@ def _decide_and_requeue(remains: Remains, limit: int) -> tuple[End, Verdict, boo
         if not pauses:
             return end, verdict, preempted
         time.sleep(pauses.pop(0))
+
+
+def unrecorded(run: Path, start: Attempt, earlier: Sequence[Mapping[str, Any]]) -> int:
+    """How many of Slurm's restarts of a job have no line in `requeues.jsonl`, if no line can be written now; else 0.
+
+    Slurm's own restarts, after the loss of a node, have none either, but then one can be written.
+    """
+    told = {row.get("restart") for row in earlier if row.get("job") == start.job}
+    missing = start.restart - len(told)
+    if missing < FRUITLESS:
+        return 0
+    trial = run / f".{REQUEUES}.{start}"
+    try:
+        trial.write_text(" " * LINE_BYTES)
+    except OSError:
+        return missing
+    finally:
+        with suppress(OSError):
+            trial.unlink()
+    return 0
 
 
 def progress_of(run: Path) -> tuple[int, int]:

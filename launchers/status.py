@@ -178,16 +178,15 @@ def standing(run: Path, troubles: list[str] | None = None) -> tuple[str, str, st
     """
     troubles = [] if troubles is None else troubles
     file, owner, unknown = _told(partial(JobFile.read, run), troubles), _told(partial(read_owner, run), troubles), ""
-    job = None
+    job, name = None, None if file is None else file.job
+    if (run / RESULTS).exists():
+        _told(partial(read_object, run / RESULTS, Results), troubles)
+        return "finished", "", name
     if file is not None:
         try:
             job = file.ask()
         except slurm_queue.NoAnswer as error:
             unknown = f"job {file.job}; {error}"
-    name = None if file is None else file.job
-    if (run / RESULTS).exists():
-        _told(partial(read_object, run / RESULTS, Results), troubles)
-        return "finished", "", name
     if job is not None and not job.over:
         about = [f"job {job.id}", job.nodes and f"on {job.nodes}", job.reason]
         return job.state.lower(), ", ".join(filter(None, about)), name

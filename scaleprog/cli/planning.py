@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -99,6 +99,8 @@ def plan(
             else f"a search spends at most {prediction['budget']:.1%} of Original's cost; the table, "
             f"{1 / (1 + prediction['speedup']):.1%} of it by GMACs, keeps the smallest network until the takeover"
         )
+    for doubt in doubts(loaded):
+        console.print(doubt, markup=False, soft_wrap=True)
     if not prediction["counted"]:
         unseen = f"{as_text(loaded.data.path)}: there are no shards yet, so their images are not counted"
         console.print(unseen, markup=False, soft_wrap=True)
@@ -141,6 +143,19 @@ def rank_counts(text: str) -> tuple[int, ...]:
             f"--world: {text[:100]!r} is not a list of at most 32 numbers of ranks from 1 to 999999, such as 8,64,512"
         )
     return tuple(map(int, parts))
+
+
+def doubts(recipe: "Recipe") -> Iterator[str]:
+    """What a recipe may say of its learning rate, and hardly anybody wants."""
+    optimizer = recipe.optimizer
+    if optimizer.warmup_epochs >= recipe.train.epochs:
+        yield (
+            f"optimizer.warmup_epochs, {optimizer.warmup_epochs:g}, is no less than train.epochs, "
+            f"{recipe.train.epochs:g}: the learning rate never falls"
+        )
+    for key in ("min_lr", "warmup_lr"):
+        if getattr(optimizer, key) > optimizer.lr:
+            yield f"optimizer.{key}, {getattr(optimizer, key):g}, is more than optimizer.lr, {optimizer.lr:g}"
 
 
 def show_worlds(recipe: "Recipe", worlds: tuple[int, ...], device: "Device", console: Console) -> None:

@@ -49,6 +49,22 @@ def test_plan_says_what_a_search_may_spend_and_what_the_table_costs(command: Com
     assert "a search spends at most 95.0% of Original's cost; the table, 77.8% of it by GMACs, keeps" in told
 
 
+@pytest.mark.parametrize(
+    ("setting", "doubt"),
+    [
+        (
+            "train.epochs=3",
+            "optimizer.warmup_epochs, 8, is no less than train.epochs, 3: the learning rate never falls",
+        ),
+        ("optimizer.min_lr=1", "optimizer.min_lr, 1, is more than optimizer.lr, 0.0025"),
+        ("optimizer.warmup_lr=1", "optimizer.warmup_lr, 1, is more than optimizer.lr, 0.0025"),
+    ],
+)
+def test_plan_doubts_learning_rates_that_hardly_anybody_wants(setting: str, doubt: str, command: Command) -> None:
+    assert doubt in command("plan", "digits/base", setting).out
+    assert "optimizer." not in command("plan", "digits/base").out
+
+
 def test_plan_shares_memory_out_over_ranks(command: Command, write_recipe: WriteRecipe) -> None:
     recipe = write_recipe(model={"width": 384, "heads": 6}, sharding={"engine": "fsdp"})
     one, four = (int(re.findall(r"(\d+) MiB", command("plan", recipe, "--nproc", n).out)[-1]) for n in (1, 4))

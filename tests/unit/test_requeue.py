@@ -1,5 +1,6 @@
 """How a start of a Slurm job ended, and whether the job starts again."""
 
+import errno
 import json
 import os
 import subprocess
@@ -203,6 +204,20 @@ def test_a_mistake_without_a_report_is_none_where_the_run_has_trained(
     assert requeue.after(tmp_path, 2, limit=3) == (1 if kind == "crash" else 2)
     (row,) = read_rows(tmp_path / "requeues.jsonl")
     assert (row["kind"], row["requeue"]) == (kind, kind == "crash")
+
+
+@pytest.mark.parametrize(("restart", "blocked", "again"), [(3, True, False), (2, True, True), (3, False, True)])
+def test_crashes_that_cannot_be_counted_end(
+    restart: int, blocked: bool, again: bool, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    fake.show(restarts=restart)
+    if blocked:
+        (tmp_path / "requeues.jsonl").mkdir()
+        monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EDQUOT, "quota")))
+    assert requeue.after(tmp_path, 137, limit=20) == 137
+    assert bool(fake.calls("scontrol requeue")) == again
 
 
 SILENT = "echo 'Socket timed out on send/recv operation' >&2; exit 1"
