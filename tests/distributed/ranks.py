@@ -46,27 +46,25 @@ def make(sharding: dict[str, Any], device: torch.device, model: ModelSettings = 
 
 
 class Trainer:
-    """Trains a backend on fixed random images, each rank on its rows in two micro-batches; keeps losses and norms."""
+    """Trains a backend on fixed random images, each rank on its rows in micro-batches; keeps losses and norms."""
 
-    def __init__(self, backend: Backend, coordinator: Coordinator) -> None:
-        self.backend, self.coordinator = backend, coordinator
+    def __init__(self, backend: Backend, coordinator: Coordinator, micro_batches: int = 1) -> None:
+        self.backend, self.coordinator, self.micro_batches = backend, coordinator, micro_batches
         self.record: list[float] = []
         self.step = 0
         self.generator = torch.Generator().manual_seed(1)
 
     def train(self, steps: int, actives: list, resolution: int) -> None:
-        rows = BATCH // self.coordinator.world
-        first = self.coordinator.rank * rows
-        halves = slice(first, first + rows // 2), slice(first + rows // 2, first + rows)
+        mine = torch.arange(BATCH).chunk(self.coordinator.world)[self.coordinator.rank].chunk(self.micro_batches)
         depth = sum(self.backend.structure.depths)
         for i in range(steps):
             images = torch.randn(BATCH, 1, resolution, resolution, generator=self.generator)
             labels = torch.randint(0, 10, (BATCH,), generator=self.generator)
             drop = drop_scales(torch.linspace(0, 0.1, depth), BATCH, 0, self.step)
             total = 0.0
-            for mine in halves:
-                logits = self.backend.forward(images[mine], actives[i % len(actives)], drop[:, :, mine])
-                loss = F.cross_entropy(logits, labels[mine]) / 2
+            for rows in mine:
+                logits = self.backend.forward(images[rows], actives[i % len(actives)], drop[:, :, rows])
+                loss = F.cross_entropy(logits, labels[rows]) / self.micro_batches
                 self.backend.backward(loss)
                 total += loss.item()
             norm = self.backend.step(1e-3, self.step)
@@ -104,7 +102,7 @@ def whole_lives(shardings: list[dict[str, Any]], out: Path) -> None:
 
 def whole_timeline(backend: Backend, coordinator: Coordinator) -> dict[str, Any]:
     """Every operator in turn, supernets with skipped layers, inference on EMAs in between, recycling at the end."""
-    trainer = Trainer(backend, coordinator)
+    trainer = Trainer(backend, coordinator, micro_batches=2)
     backend.regrow(fresh((3,)), inherit=False, may_skip_layers=False)
     trainer.train(3, [None], 16)
     for operator, depth in (
