@@ -33,6 +33,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,7 +44,7 @@ import yaml
 from benchmarks.figures import draw_cloud
 from scaleprog.errors import ScaleprogError
 from scaleprog.growth.space import Subnet
-from scaleprog.planning.plan import Plan
+from scaleprog.planning.plan import gmacs_of, outline, steps_per_epoch
 from scaleprog.recipe import Recipe
 from scaleprog.reporting.figures import COST, Curve, draw_accuracy, draw_schedules, draw_searches
 from scaleprog.reporting.history import RunRecord as Told
@@ -127,8 +128,9 @@ class Trial:
 
 def times_larger(recipe: Recipe, row: Mapping[str, Any]) -> float:
     """How many times the GMACs of a recorded step's network the complete model has."""
-    plan = Plan.of(recipe)
-    return plan.gmacs(plan.schedule.full) / plan.gmacs(Subnet(row["resolution"], row["depth"]))
+    family, schedule = outline(recipe, steps_per_epoch(recipe))
+    gmacs = partial(gmacs_of, recipe, family, schedule)
+    return gmacs(schedule.full) / gmacs(Subnet(row["resolution"], row["depth"]))
 
 
 @dataclass(frozen=True)

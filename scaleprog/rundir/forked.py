@@ -49,12 +49,7 @@ def write_fork(folder: Path, parent: Path, checkpoint: Path, manifest: Manifest,
     prepare(temporary)
     for name in manifest.files:
         _take(checkpoint / name, temporary / name)
-    state = dict(manifest.state)
-    if state["best_step"] != manifest.step:  # a checkpoint that the fork does not have cannot be its best
-        state |= {"best_step": 0, "best_top1": 0.0}
-    publish(
-        temporary, copy, replace(manifest, run=run, permanent=False, recipe=recipe.model_dump(mode="json"), state=state)
-    )
+    publish(temporary, copy, replace(manifest, run=run, permanent=False, recipe=recipe.model_dump(mode="json")))
     try:
         verify(copy)
     except CheckpointError as error:

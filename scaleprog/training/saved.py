@@ -90,7 +90,7 @@ def _chosen(state: RunState, emas: int, weights: Weights) -> tuple[int | None, s
             return 0, weights
         raise CheckpointError(
             f"step {state.step} has no evaluation yet, which would tell the best weights; use --weights online"
-            f"{' or ema' if emas == 1 else ''} (in a recipe, init.weights), or resume the run first"
+            f"{' or ema' if emas == 1 else ''}, or resume the run first (a recipe that begins with them: init.weights)"
         )
     found = Accuracies(state.accuracies)
     if weights == "best" and found.weights == "online":

@@ -20,7 +20,6 @@ from scaleprog.rundir.storage import MANIFEST, committed, read_manifest, step_of
 from scaleprog.training.fork import fork
 from scaleprog.training.longer import begin
 from tests.conftest import WITHIN_A_BUDGET, draw_patterns, run, short_recipe, step_rows
-from tests.unit.checkpoints import seal
 from tests.unit.command import Command, is_mistake
 from tests.unit.fake_slurm import FakeSlurm
 
@@ -80,19 +79,6 @@ def test_a_fork_stands_where_its_parent_stood(done: tuple[Recipe, Path], tmp_pat
     assert (growth["event"], begun["event"]) == ("growth", "forked")
     assert begun["wall_seconds"] == read_manifest(kept).state["wall_seconds"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["done", "new"]
-
-
-@pytest.mark.parametrize("best", [10, 15])
-def test_a_forks_best_step_is_one_of_its_own(best: int, done: tuple[Recipe, Path], tmp_path: Path) -> None:
-    recipe, parent = done
-    path = parent / "checkpoints/step-00000015"
-    manifest = json.loads((path / MANIFEST).read_text())
-    manifest["state"] |= {"best_step": best, "best_top1": 60.0}
-    seal(path, manifest)
-    fork(recipe, f"{parent}@15", tmp_path / "new")
-    (kept,) = committed(tmp_path / "new/checkpoints")
-    state = read_manifest(kept).state
-    assert (state["best_step"], state["best_top1"]) == ((15, 60.0) if best == 15 else (0, 0.0))
 
 
 def test_the_same_command_resumes_though_the_parent_is_gone(done: tuple[Recipe, Path], tmp_path: Path) -> None:
