@@ -278,6 +278,7 @@ def _decide_and_requeue(remains: Remains, limit: int) -> tuple[End, Verdict, boo
     """
     start = remains.start
     pauses = [*PAUSES] if shutil.which("scontrol") else []
+    missing = unrecorded(remains.run, start, remains.earlier)
     while True:
         job, unheard = None, ""
         try:
@@ -287,7 +288,6 @@ def _decide_and_requeue(remains: Remains, limit: int) -> tuple[End, Verdict, boo
         preempted = job is not None and job.preempted
         end = remains.end(job)
         forgotten = job is None and not unheard
-        missing = unrecorded(remains.run, start, remains.earlier)
         verdict = decide(end, start, job, remains.earlier, remains.progress, limit, forgotten, missing)
         if verdict.requeue:
             try:

@@ -70,10 +70,8 @@ class JobFile:
             file._check()
         except FileNotFoundError:
             return None
-        except OSError as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise kind_of(error)(f"{run / JOB}: not readable: {error}") from error
-        except (ValueError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{run / JOB}: not readable: {error}") from error
         return file
 
     def _check(self) -> None:

@@ -395,9 +395,9 @@ class GrowthSettings(Settings):
     steps: Literal["epochs", "compute"] = "epochs"
     """How stages share the run, and what the learning rate follows. epochs: stages of equal length, and the learning
     rate falls by the step; compute: stages of equal cost, so that cheap ones have more steps, and the learning rate
-    falls by what the steps cost. The run costs the same either way; with the published search,
-    compute has it cost what the ladder would, whatever is chosen. A budget sets the lengths of its stages itself, so
-    there it is only the learning rate that follows the cost."""
+    falls by what the steps cost. The run costs the same either way; with the published search, compute has it cost what
+    the ladder would, whatever is chosen. A budget sets the lengths of its stages itself, so there it is only the
+    learning rate that follows the cost."""
     smallest: Part = 0.5
     """s1, resolution and depth of the smallest network, as fractions of the complete model's ("0.5 Omega")."""
     recycle: bool = True

@@ -233,9 +233,8 @@ def _figure(number: int, settings: Sequence[Setting], out: Path, costs: Costs | 
             spent, drawn = "training time (s)", [curve(label, run) for label, run in members]
         draw_accuracy(out / name, drawn, spent)
         parts.append(f"### {as_markdown(title)}\n\n![Top-1 over {spent}]({name})")
-    return "\n\n".join(parts if pictures else [*parts, "No finished run belongs to this figure."]), [
-        group for groups in pictures.values() for _, group in groups
-    ]
+    shown = [group for groups in pictures.values() for _, group in groups]
+    return "\n\n".join(parts if pictures else [*parts, "No finished run belongs to this figure."]), shown
 
 
 def _cost_curve(label: str, run: RunRecord, costs: Costs) -> Curve:

@@ -131,9 +131,7 @@ class Lease:
 
     def beat(self) -> None:
         """Sends a heartbeat. Raises Superseded if another start has taken over."""
-        with suppress(
-            CheckpointError, Unavailable, OSError
-        ):  # the file system does not respond now; commits check again
+        with suppress(CheckpointError, Unavailable, OSError):  # what cannot be read now, commits check again
             self._check()
             os.utime(self.folder / OWNER)
 
@@ -288,7 +286,7 @@ def read_owner(folder: Path) -> Owner | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        kind = kind_of(error) if isinstance(error, OSError) else CheckpointError
+        kind = kind_of(error)
         remedy = "" if kind is Unavailable else "; delete it if nothing trains there"
         raise kind(f"{folder / OWNER}: not readable ({error}){remedy}") from error
 

@@ -144,9 +144,10 @@ def _skip_line(file: IO[bytes]) -> bytes:
     return b""
 
 
-def kind_of(error: OSError) -> type[CheckpointError] | type[Unavailable]:
-    """CheckpointError for what only the user can mend in a run directory, else Unavailable: another try may succeed."""
-    return CheckpointError if error.errno in (*IN_THE_WAY, *FORBIDDEN) else Unavailable
+def kind_of(error: Exception) -> type[CheckpointError] | type[Unavailable]:
+    """Unavailable for an error of the file system that another try may not meet, else CheckpointError."""
+    passing = isinstance(error, OSError) and error.errno not in (*IN_THE_WAY, *FORBIDDEN)
+    return Unavailable if passing else CheckpointError
 
 
 def read_object(path: Path, kind: type[T]) -> T | None:
