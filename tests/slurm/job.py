@@ -22,7 +22,7 @@ HOOK = ROOT / "tests" / "slurm" / "hook"
 SECONDS = 180.0  # more than anything takes, even on a machine that has other things to do
 By = Literal["submit", "sbatch"]
 BOTH: tuple[By, By] = ("submit", "sbatch")
-OWN = ("nodes", "spare_nodes", "restart", "tasks_per_node", "time", "signal_before", "partition", "account", "qos")
+OWN = ("nodes", "spare_nodes", "restart", "tasks_per_node", "time", "signal_before", "partition", "account", "qos", "sweep")
 """Options that `scaleprog submit` has itself."""
 T = TypeVar("T")
 
@@ -56,6 +56,7 @@ class TrainingJob:
         self.nodes, self.tasks_per_node = nodes, tasks_per_node
         self.hooks = ("tests.slurm.control:install", *hooks)
         self.id = ""
+        self.in_sweep = False
         self.held_step: int | None = None
         self.beside = beside or run.parent
         self.control = Control(self.beside / f"{run.name}.control")
@@ -66,14 +67,19 @@ class TrainingJob:
     # ---- what is done to it
 
     def submit(self, signal_before: int = 60, **options: str) -> None:
-        """Submits it, or the same again; `options` of sbatch. Raises RuntimeError with what was said against it."""
+        """Submits it, or the same again; `options` of sbatch. Raises RuntimeError with what was said against it.
+
+        With an option `sweep`, it is the first run of that sweep, whose folder is the parent of the run directory.
+        """
         options = {"nodes": str(self.nodes), "time": "60", **options}
+        self.in_sweep = "sweep" in options
+        folder = self.run.parent if self.in_sweep else self.run
         command: list[str | Path]
         spare = 0  # for sbatch; `submit` takes the option
         least, colon, most = options["nodes"].partition(":")
         if self.by == "submit":
             options |= {"tasks_per_node": str(self.tasks_per_node), "signal_before": str(signal_before)}
-            command = [sys.executable, "-m", "scaleprog", "submit", self.recipe_file, f"--run-dir={self.run}"]
+            command = [sys.executable, "-m", "scaleprog", "submit", self.recipe_file, f"--run-dir={folder}"]
             command += [
                 _option(*option) if option[0] in OWN else f"--sbatch={_option(*option)}" for option in options.items()
             ]
@@ -95,7 +101,7 @@ class TrainingJob:
         if spare:
             environment.append(f"SPARE_NODES={spare}")
         told = self.cluster.run(["env", f"--chdir={ROOT}", *environment, *command], seconds=SECONDS).stdout
-        self.id = re.findall(r"\d+", told)[0]
+        self.id = re.findall(r"\d+", told)[0] + "_0" * self.in_sweep
 
     def _environment(self) -> dict[str, str]:
         """What sbatch hands on to the job."""
@@ -194,7 +200,8 @@ class TrainingJob:
         if self.by == "sbatch":
             paths = [self.beside / f"{self.id}.log"]
         else:
-            paths = sorted(self.run.glob(f"jobs/*/{self.id}_*log.*"))
+            folder = self.run.parent if self.in_sweep else self.run
+            paths = sorted(folder.glob(f"jobs/*/{self.id}_*log.*"))
         return "".join(path.read_text(errors="replace") for path in paths if path.exists())
 
     def told(self) -> str:

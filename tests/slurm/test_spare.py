@@ -8,7 +8,7 @@ from scaleprog.launchers.status import restarts
 from scaleprog.recipe import Recipe
 from tests.compare import differences
 from tests.conftest import run, short_recipe
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, Settings
 from tests.slurm.job import By, TrainingJob
 
 
@@ -91,4 +91,35 @@ def test_a_lost_watch_starts_on_another_node_and_a_spare_node_replaces_a_lost_on
     assert "starts its tasks again, without node1, node3" in job.log()
     assert "2 ranks on node[0,2]" in job.log()
     assert [event["step"] for event in job.events("start")] == [0, 7]
+    assert differences(recipe, job.run, reference) == []
+
+
+@pytest.mark.timeout(600)
+def test_a_job_of_an_array_with_a_spare_node_loses_nodes_and_is_preempted(
+    cluster: Cluster, undisturbed: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    cluster.up(Settings(grace=60))
+    recipe, reference = undisturbed
+    job = TrainingJob(cluster, recipe, tmp_path / "sweep" / "seed=0", "submit", beside=tmp_path)
+    job.hold_at(9)
+    job.submit(spare_nodes="1", sweep=f"seed={recipe.seed}")
+    job.wait_held()
+    cluster.kill_node(1)
+    job.hold_at(16)
+    job.wait("tasks that start again", lambda: job.repeats)
+    job.wait_held()
+    cluster.start_node(1)
+    cluster.run(["sbatch", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true"])
+    job.wait("the notice", job.signals)
+    job.hold_at(30)
+    job.wait_state("RUNNING", restarts=1)
+    job.wait_held()
+    lost = cluster.job_nodes(job.id)[0]
+    wait_watched(job, cluster.job_nodes(job.id)[2], lost)
+    cluster.kill_node(lost)
+    job.wait_state("RUNNING", restarts=2)
+    job.finish()
+    causes = [restart.cause for restart in restarts(job.events(), job.requeues())]
+    assert causes == []
+    assert [event["step"] for event in job.events("start")] == [0, 7, 16, 28]
     assert differences(recipe, job.run, reference) == []
