@@ -1,11 +1,12 @@
 """What a run on a real Slurm loses to faults, where its job is requeued or starts its ranks again itself.
 
-    python -m benchmarks.restarts [--steps 900] [--every 120] [--seed 0] [--out docs/results/restarts.md]
+    python -m benchmarks.restarts [--steps 900] [--every 120] [--seed 13] [--out docs/results/restarts.md]
 
 Two ranks on two nodes of the development cluster train a small network, whose steps are made a third of a second longer
 by sleeping, so that other programs on the machine hardly lengthen them. Faults come at random while the ranks train:
 one rank is killed, or the node that does not hold the batch script loses its power, and gets it back a minute later. A
-job does not get a lost node back before it is requeued, so spare nodes run out.
+job does not get a lost node back before it is requeued, so spare nodes run out. With the default seed, as many faults
+strike as on average: three, after 36, 175, and 313 s of training, in every case.
 Wall time is from the first launch of ranks to the last step. The queue is empty, and holds a requeued job for 6 s, not
 for 121 s as Slurm's default does; Slurm notices a lost node after some 20 s, not after minutes. So a real cluster's
 requeues cost more.
@@ -25,7 +26,6 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from scaleprog.recipe import Recipe
@@ -62,7 +62,6 @@ class Row:
 
     Args:
         wall: from the first launch of ranks to the last step.
-        step: mean seconds of a step.
         steps: of the run.
         faults: that have struck.
         requeues: starts by Slurm after the first.
@@ -73,7 +72,6 @@ class Row:
     """
 
     wall: float
-    step: float
     steps: int
     faults: int
     requeues: int
@@ -87,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--every", type=float, default=120.0, help="mean seconds of training between two faults")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=13)
     parser.add_argument("--out", type=Path, default=Path("docs/results/restarts.md"))
     options = parser.parse_args()
     kept = options.out.with_suffix(".jsonl")
@@ -171,7 +169,6 @@ def row_of(job: TrainingJob, struck: list[float]) -> Row:
     ends = [next((at for at in ended if a < at < b), b) for a, b in zip(struck, launched[1:])]
     return Row(
         wall=rows[-1]["time"] - launched[0],
-        step=mean(row["step_seconds"] + row["data_wait_seconds"] for row in rows),
         steps=rows[-1]["step"],
         faults=len(struck),
         requeues=job.restarts,
@@ -187,13 +184,12 @@ def page(rows: list[dict[str, Any]], every: float) -> str:
     calm = rows[0]["wall"]
     about = (__doc__ or "").split("\n\n")[2].replace("\n", " ")
     head = ("case", "faults", "requeues", "wall s", "of no fault", "detection s", "waiting s", "start-up s",
-            "repeated steps", "step s")  # fmt: skip
+            "repeated steps")  # fmt: skip
     table = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         cells = (
             row["case"], row["faults"], row["requeues"], f"{row['wall']:.0f}", f"{row['wall'] / calm:.2f}",
             f"{row['detection']:.0f}", f"{row['waiting']:.0f}", f"{row['start_up']:.0f}", row["repeated"],
-            f"{row['step']:.2f}",
         )  # fmt: skip
         table.append("| " + " | ".join(map(str, cells)) + " |")
     told = f"{about} A fault strikes after {every:g} s of training on average."
