@@ -12,15 +12,14 @@ import argparse
 import json
 import os
 import shutil
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import groupby
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from benchmarks.search_lab import CHOICE, Case, Grid, Record, Records, Trial, attempt, costs
+from benchmarks.prices import pooled
+from benchmarks.search_lab import Case, Grid, Record, Records, Trial, attempt
 from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.reporting.figures import COST
 from scaleprog.reporting.paper_tables import Costs, Energy, write_paper
@@ -104,47 +103,6 @@ def whole_seeds(trials: Sequence[PaperTrial], records: Records) -> list[PaperTri
     """The trials of the seeds of which every row of a recipe has finished, so that rows have the same seeds."""
     begun = {(trial.case.recipe, trial.seed) for trial in trials if trial not in records}
     return [trial for trial in trials if (trial.case.recipe, trial.seed) not in begun]
-
-
-def pooled(trials: Sequence[PaperTrial], records: Records) -> dict[str, list[float]]:
-    """What each run had cost at each evaluation, by its digest, in steps of the complete model.
-
-    A kind of step costs the same in all runs of a recipe: the median of their prices. In one run alone, what else its
-    cores did during a stage changes the price by tens of percent. Measurements cost what they cost in their own run.
-    """
-    found = {}
-    for recipe in dict.fromkeys(trial.case.recipe for trial in trials):
-        members = [records[trial] for trial in trials if trial.case.recipe == recipe]
-        known = medians([record.prices for record in members if trains_alone(record)])
-        prices = {record.digest: in_complete_steps(record, known) for record in members}
-        common = medians(prices.values())
-        for record in members:
-            own = {k: price if k == CHOICE else common[k] for k, price in prices[record.digest].items()}
-            found[record.digest] = costs(record.counts, own)
-    return found
-
-
-def trains_alone(record: Record) -> bool:
-    """Whether a run trained anything but a supernet."""
-    return any(kind.startswith("train ") for kind in record.prices)
-
-
-def in_complete_steps(record: Record, known: Mapping[str, float]) -> dict[str, float]:
-    """A run's prices. Those of one that only trained a supernet are in steps of its largest network, of which `known`
-    says what one costs."""
-    if trains_alone(record):
-        return record.prices
-    unit = next(kind for kind, price in record.prices.items() if price == 1)
-    return {kind: price * known.get(unit, 1.0) for kind, price in record.prices.items()}
-
-
-def medians(prices: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The median price of each kind."""
-    found: dict[str, list[float]] = defaultdict(list)
-    for own in prices:
-        for kind, price in own.items():
-            found[kind].append(price)
-    return {kind: median(values) for kind, values in found.items()}
 
 
 def keep(run: Path, kept: Path) -> None:

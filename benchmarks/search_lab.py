@@ -52,6 +52,8 @@ from scaleprog.reporting.history import read_run
 from scaleprog.reporting.timeline import still_told
 from scaleprog.rundir.recorder import read_rows
 from scaleprog.training.loop import train_rank
+from scaleprog.training.resume import CHANGES
+from scaleprog.version import ARITHMETIC
 
 CHOICE = "choice"
 """Beside the kinds of steps, what has a price: all measurements of a search."""
@@ -137,12 +139,12 @@ def times_larger(recipe: Recipe, row: Mapping[str, Any]) -> float:
 class Record:
     """What is kept of a finished run. Costs in steps of the complete model, accuracies in percent.
 
-    `loss`: of training, the mean over the last twentieth of the steps, which all train the complete model: it says what
-    accuracy does with less noise; `scoring`: the part of `cost` that the searches' measurements were; `prices`: of a
-    step, by phase and size, and of a choice, with all its measurements; `stages`: what was trained, and for how many
-    epochs; `curve`: (cost, accuracy) of each evaluation; `searches`: of each, its candidates' losses at each
-    measurement; `counts`: how much of what has a price was done before each evaluation (records from before
-    2026-11-28 may lack it).
+    `loss`: of training, the mean over the last twentieth of the steps: where these train the complete model, it
+    says what accuracy does with less noise; `scoring`: the part of `cost` that the searches' measurements were;
+    `prices`: of a step, by phase and size, and of a choice, with all its measurements; `stages`: what was trained,
+    and for how many epochs; `curve`: (cost, accuracy) of each evaluation; `searches`: of each, its candidates'
+    losses at each measurement; `counts`: how much of what has a price was done before each evaluation (records from
+    before 2026-11-28 may lack it); `arithmetic`: of the scaleprog that trained it.
     """
 
     digest: str
@@ -160,6 +162,7 @@ class Record:
     curve: list[tuple[float, float]]
     searches: list[list[dict[str, float]]]
     counts: list[dict[str, int]] = field(default_factory=list)
+    arithmetic: int = ARITHMETIC
 
     @classmethod
     def of(cls, run: Trial) -> "Record":
@@ -229,7 +232,10 @@ def _kind(row: dict[str, Any]) -> str:
 
 
 class Records:
-    """All records, by the digest of their settings; a file of JSON lines to which several processes may add."""
+    """All records, by the digest of their settings; a file of JSON lines to which several processes may add.
+
+    A record does not count for a run that this scaleprog would compute otherwise.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -240,7 +246,10 @@ class Records:
         return self._found[run.digest]
 
     def __contains__(self, run: Trial) -> bool:
-        return run.digest in self._found
+        found = self._found.get(run.digest)
+        return found is not None and not any(
+            change.version > found.arithmetic and change.affects(run.recipe) for change in CHANGES
+        )
 
     def add(self, record: Record) -> None:
         """Appends a line."""
@@ -269,6 +278,8 @@ def main() -> None:
         for _ in attempt(runs, records, options.jobs):
             pass
     runs = [run for run in runs if run in records]
+    if not runs:
+        raise ScaleprogError(f"{options.records}: has no run of this grid that this scaleprog would compute likewise")
     text = table(grid, runs, records)
     print(text)
     if options.out is not None:
@@ -290,8 +301,8 @@ def attempt(runs: Sequence[Trial], records: Records, jobs: int) -> Iterator[Reco
             run = futures[future]
             try:
                 record = future.result()
-            except ScaleprogError as error:
-                print(f"failed: {run.case.name}, seed {run.seed}: {error}", file=sys.stderr)
+            except Exception as error:  # the other runs shall not be lost
+                print(f"failed: {run.case.name}, seed {run.seed}: {type(error).__name__}: {error}", file=sys.stderr)
                 continue
             records.add(record)
             yield record

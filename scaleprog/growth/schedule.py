@@ -163,6 +163,11 @@ class Schedule:
         undecided search."""
         return list(self._phases(tuple(choices)))
 
+    def takeover(self, choices: Sequence[Choice]) -> float:
+        """The schedule position from which the last network trains; infinite if a search has yet to decide it."""
+        last = (phase for phase in self.phases(choices) if phase.candidates == self.ladder[-1:])
+        return next((phase.progress_of(phase.start) for phase in last), math.inf)
+
     @cache  # noqa: B019 - called at every step; schedules and choices are few and hashable
     def _phases(self, choices: tuple[Choice, ...]) -> list[Phase]:
         phases, undecided = list(self.begun), list(choices[len(self.settled) :])

@@ -315,8 +315,9 @@ class OptimizerSettings(Settings):
     schedule: Literal["smooth", "timm", "wsd"] = "smooth"
     """smooth: a cosine from the end of the warm-up, by the step; timm: timm's cosine, from the first epoch, by the
     epoch; wsd: constant, then linear to min_lr."""
-    decay: Part = 0.2
-    """wsd: the last part of the steps, over which the rate falls."""
+    decay: Part | Literal["takeover"] = 0.2
+    """wsd: the last part of the steps, over which the rate falls; takeover: the steps of the last network,
+    which is usually the complete model."""
     cooldown_epochs: NoOrMoreEpochs = 0
     """Epochs at min_lr that follow the epochs of `train.epochs`; the last stage trains them."""
     clip: Norm | None = None

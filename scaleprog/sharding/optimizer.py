@@ -12,7 +12,14 @@ from scaleprog.recipe.keys import OptimizerSettings
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def learning_rate(settings: OptimizerSettings, position: float, steps: int, epoch: int, began: float = 0) -> float:
+def learning_rate(
+    settings: OptimizerSettings,
+    position: float,
+    steps: int,
+    epoch: int,
+    began: float = 0,
+    takeover: float = math.inf,
+) -> float:
     """The learning rate at `began` <= `position` < `steps`. A growth does not restart it.
 
     The warm-up rises linearly from `warmup_lr` to `lr`, and the cool-down stays at `min_lr`. Between them:
@@ -20,7 +27,8 @@ def learning_rate(settings: OptimizerSettings, position: float, steps: int, epoc
     - smooth: a cosine that begins where the warm-up ends, and changes at every step.
     - timm: the cosine of timm's CosineLRScheduler, by which DeiT, VOLO and AutoProg are trained. It counts from the
       first epoch, warm-up included, and changes once an epoch; so does the warm-up.
-    - wsd: constant, then linear to `min_lr` over the last part `decay` of the steps before the cool-down.
+    - wsd: constant, then linear to `min_lr` until the cool-down: over the last part `decay` of the steps, or from
+      `takeover` on.
 
     Args:
         settings: the recipe's optimizer settings.
@@ -29,6 +37,7 @@ def learning_rate(settings: OptimizerSettings, position: float, steps: int, epoc
         epoch: positions per epoch.
         began: position at which the weights were initialized. If that is not 0, the rest of the run is a run of its
             own.
+        takeover: position from which the last network trains; infinite if a search has yet to decide it.
     """
     position, length = position - began, steps - began - settings.cooldown_steps(epoch)
     warmup = round(settings.warmup_epochs * epoch)
@@ -43,8 +52,10 @@ def learning_rate(settings: OptimizerSettings, position: float, steps: int, epoc
         return settings.warmup_lr + (settings.lr - settings.warmup_lr) * position / warmup
     if settings.schedule == "smooth":
         return _cosine(settings, (position - warmup) / max(1, length - warmup))
-    decay = max(1, min(round(settings.decay * length), length - warmup))
-    return settings.min_lr + (settings.lr - settings.min_lr) * min(1.0, (length - position) / decay)
+    stable = takeover - began if settings.decay == "takeover" else length - round(settings.decay * length)
+    return settings.min_lr + (settings.lr - settings.min_lr) * min(
+        1.0, (length - position) / max(1, length - max(warmup, stable))
+    )
 
 
 def _cosine(settings: OptimizerSettings, progress: float) -> float:

@@ -128,6 +128,7 @@ def _difference(state: RunState, then: Plan, now: Plan) -> str:
                     plan.schedule.steps,
                     plan.order.steps_per_epoch,
                     phase.progress_began,
+                    plan.schedule.takeover(state.choices),
                 )
                 for plan in (then, now)
             )

@@ -262,7 +262,8 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
     recipe, plan, step = run.recipe, run.plan, run.state.step
     position = phase.position_of(step)
     progress, began = phase.progress_of(step), phase.progress_began
-    lr = learning_rate(recipe.optimizer, progress, plan.schedule.steps, plan.order.steps_per_epoch, began)
+    takeover = plan.schedule.takeover(run.state.choices)
+    lr = learning_rate(recipe.optimizer, progress, plan.schedule.steps, plan.order.steps_per_epoch, began, takeover)
     timer = StepTimer(run.backend.device)
     with run.backend.waits.measured(sampled=(step + 1) % recipe.train.log_every == 0) as in_collectives:
         loss = forward_and_backward(run, phase, subnet, active, batch)

@@ -12,10 +12,14 @@ from hypothesis import strategies as st
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 
+from scaleprog.errors import RecipeError
+from scaleprog.growth.space import Choice
 from scaleprog.models.elastic import Structure
 from scaleprog.models.vit import ElasticViT
 from scaleprog.recipe.keys import ModelSettings, OptimizerSettings
+from scaleprog.planning.plan import outline
 from scaleprog.sharding.optimizer import adamw, alike, learning_rate, moments
+from tests.conftest import MakeRecipe
 from tests.unit.schedules import of, published
 
 TINY = {"width": 16, "heads": 2, "depth": 2, "resolution": 32, "classes": 5}
@@ -96,6 +100,47 @@ def test_growth_does_not_restart_it(recycle: bool) -> None:
     ]
     assert trained == [learning_rate(settings, position, 400, 1) for position in range(400)]
     assert all(a > b for a, b in pairwise(trained[warmup:]))
+
+
+@pytest.mark.parametrize("steps", ["epochs", "compute"])
+def test_decay_takeover_falls_while_the_last_network_trains(steps: str, make_recipe: MakeRecipe) -> None:
+    settings = {"schedule": "wsd", "decay": "takeover", "lr": 1e-3, "min_lr": 1e-4, "warmup_epochs": 0}
+    small, full = {"resolution": 32, "depth": 2}, {"resolution": 64, "depth": 4}
+    growth = {"schedule": [small, small, small, full, full], "steps": steps}
+    recipe = make_recipe(model={"resolution": 64, "depth": 4}, growth=growth, optimizer=settings, train={"epochs": 10})
+    _, schedule = outline(recipe, 20)
+    takeover, phases = schedule.takeover([]), schedule.phases([])
+    rates = {
+        phase: [
+            learning_rate(recipe.optimizer, phase.progress_of(step), schedule.steps, 20, takeover=takeover)
+            for step in range(phase.start, phase.stop)
+        ]
+        for phase in phases
+    }
+    assert {rate for phase in phases if phase.network.depth == 2 for rate in rates[phase]} == {1e-3}
+    falling = [rate for phase in phases if phase.network.depth == 4 for rate in rates[phase]]
+    assert falling == pytest.approx([1e-3 - 0.9e-3 * step / len(falling) for step in range(len(falling))])
+
+
+def test_decay_takeover_waits_for_the_choice_of_a_search(make_recipe: MakeRecipe) -> None:
+    growth = {"schedule": "automatic", "patches": "subset", "stages": 4}
+    recipe = make_recipe(
+        growth=growth, search={"method": "budget", "budget": 0.6, "complete_steps": 10}, train={"epochs": 40}
+    )
+    _, schedule = outline(recipe, 20)
+    search = schedule.phases([])[-1]
+    assert search.searched
+    assert schedule.takeover([]) == math.inf
+    chosen = Choice(search.candidates[0], complete_from=500)
+    assert schedule.takeover([chosen]) == 500
+
+
+def test_decay_takeover_is_refused_where_every_step_draws_its_size(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(
+        growth={"schedule": "linear", "window": {}}, optimizer={"schedule": "wsd", "decay": "takeover"}
+    )
+    with pytest.raises(RecipeError, match=r"optimizer\.decay: takeover waits until the last network trains"):
+        outline(recipe, 20)
 
 
 @given(
