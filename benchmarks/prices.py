@@ -35,14 +35,16 @@ def pooled(trials: Sequence[Trial], records: Records) -> dict[str, list[float]]:
     """What each run had cost at each evaluation, by its digest, in steps of the complete model.
 
     A kind of step costs the same in all runs of a recipe: the median of their prices. In one run alone, what else its
-    cores did during a stage changes the price by tens of percent. Measurements cost what they cost in their own run.
+    cores did during a stage changes the price by tens of percent. A run that never trains the complete model has set
+    its prices by GMACs; they count where no other run has measured one. Measurements cost what they cost in their own run.
     """
     found = {}
     for recipe in dict.fromkeys(trial.case.recipe for trial in trials):
         members = [records[trial] for trial in trials if trial.case.recipe == recipe]
         known = medians([record.prices for record in members if trains_alone(record)])
         prices = {record.digest: in_complete_steps(record, known) for record in members}
-        common = medians(prices.values())
+        measured = [prices[record.digest] for record in members if 1 in record.prices.values()]
+        common = medians(prices.values()) | medians(measured)
         for record in members:
             own = {k: price if k == CHOICE else common[k] for k, price in prices[record.digest].items()}
             found[record.digest] = costs(record.counts, own)

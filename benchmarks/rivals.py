@@ -164,8 +164,8 @@ def each_case(rows: Sequence[Row]) -> str:
 def cheapest(rows: Sequence[Row]) -> str:
     """The largest saving at which a method has lost nothing, by its mean and by the lower end of its interval."""
     lines = [
-        f"How many times cheaper than Original (by GMACs) a method is where it is {MARGIN} points below Original, by its "
-        "mean, and by the lower end of its interval, below which it lies in one of twenty such comparisons:\n",
+        f"How many times cheaper than Original (by GMACs) a method is where it is {MARGIN} points below Original, by "
+        "its mean, and by the lower end of its interval, below which it lies in one of twenty such comparisons:\n",
         "| method | by the mean | by the lower end |\n|---|---|---|",
     ]
     for method in dict.fromkeys(row.method for row in rows if row.budget):

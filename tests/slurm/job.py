@@ -23,7 +23,8 @@ SECONDS = 180.0  # more than anything takes, even on a machine that has other th
 By = Literal["submit", "sbatch"]
 BOTH: tuple[By, By] = ("submit", "sbatch")
 OWN = (
-    "nodes", "spare_nodes", "restart", "tasks_per_node", "time", "signal_before", "partition", "account", "qos", "sweep",
+    "nodes", "spare_nodes", "restart", "tasks_per_node", "time", "signal_before", "partition", "account", "qos",
+    "sweep",
 )  # fmt: skip
 """Options that `scaleprog submit` has itself."""
 T = TypeVar("T")

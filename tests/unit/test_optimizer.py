@@ -16,8 +16,8 @@ from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Choice
 from scaleprog.models.elastic import Structure
 from scaleprog.models.vit import ElasticViT
-from scaleprog.recipe.keys import ModelSettings, OptimizerSettings
 from scaleprog.planning.plan import outline
+from scaleprog.recipe.keys import ModelSettings, OptimizerSettings
 from scaleprog.sharding.optimizer import adamw, alike, learning_rate, moments
 from tests.conftest import MakeRecipe
 from tests.unit.schedules import of, published
