@@ -36,7 +36,8 @@ def pooled(trials: Sequence[Trial], records: Records) -> dict[str, list[float]]:
 
     A kind of step costs the same in all runs of a recipe: the median of their prices. In one run alone, what else its
     cores did during a stage changes the price by tens of percent. A run that never trains the complete model has set
-    its prices by GMACs; they count where no other run has measured one. Measurements cost what they cost in their own run.
+    its prices by GMACs; they count where no other run has measured one. Measurements cost what they cost in their own
+    run.
     """
     found = {}
     for recipe in dict.fromkeys(trial.case.recipe for trial in trials):
