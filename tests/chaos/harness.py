@@ -233,12 +233,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=ENGINES, default="fsdp")
     parser.add_argument("--model", choices=MODELS, default="vit")
-    parser.add_argument("--out", type=Path, help="a file with a section for each engine; this one's is replaced")
+    parser.add_argument("--out", type=Path, help="a file with a section for each engine; every run replaces this one's")
     options = parser.parse_args()
     rows = [row(HEAD), row(["---"] * len(HEAD))]
     slurm = os.geteuid() == 0
     without = "" if slurm else "; no Slurm jobs: only root can bring a cluster up"
     print(f"{options.engine}, seed {options.seed}{without}", flush=True)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    command = f"make chaos N={options.runs} SEED={options.seed} ENGINE={options.engine} MODEL={options.model}"
     failed = 0
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -255,14 +257,12 @@ def main() -> None:
             rows.append(row([fault.kind, fault.moment, f"{fault.rank} of {ranks}", fault.by, outcome.step,
                              outcome.starts, outcome.lost, outcome.told, equal]))  # fmt: skip
             print(f"{rows[-1]} {time.monotonic() - began:.0f} s", flush=True)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    command = f"make chaos N={options.runs} SEED={options.seed} ENGINE={options.engine} MODEL={options.model}"
-    text = (
-        f"{ENGINES[options.engine]}. {options.runs} runs by `{command}` of commit {commit or 'unknown'}, {failed} not "
-        f"equal. A checkpoint every {SAVE_STEPS} steps; a signal that gave notice costs none."
-    )
-    if options.out:
-        put_section(options.out, f"{options.model}, {options.engine}", text + "\n\n" + "\n".join(rows))
+            text = (
+                f"{ENGINES[options.engine]}. {number + 1} runs by `{command}` of commit {commit or 'unknown'}, "
+                f"{failed} not equal. A checkpoint every {SAVE_STEPS} steps; a signal that gave notice costs none."
+            )
+            if options.out:
+                put_section(options.out, f"{options.model}, {options.engine}", text + "\n\n" + "\n".join(rows))
     print(text)
     sys.exit(bool(failed))
 
