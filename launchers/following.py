@@ -126,7 +126,7 @@ def _lines(run: Path, out: TextIO) -> Iterator[Callable[[Look], None]]:
         if seen.text != said:
             said = seen.text
             print(f"{clock(time.time())} {as_text(said)}", file=out, flush=True)
-        if time.monotonic() - told > TELL_SECONDS and (line := _last_step(run)) != step:
+        if time.monotonic() - told > TELL_SECONDS and (line := _last_step(run)) not in (step, None):
             step, told = line, time.monotonic()
             print(f"{clock(time.time())} {line}", file=out, flush=True)
 

@@ -365,14 +365,17 @@ def _finite(value: float) -> float | None:
 
 
 def _seconds(rows: Sequence[Row]) -> float:
-    """Seconds of steps, with the waits for data that did not overlap the device's work: the recorded rate has those."""
+    """Seconds of steps by the recorded rate, which has what any rank waited for data while its device was idle.
 
-    def both(row: Row) -> float:
-        apart = row["step_seconds"] + row["data_wait_seconds"]
-        rate = row.get("images_per_second")
-        return min(apart, max(row["step_seconds"], row.get("images", 0) / rate)) if rate else apart
+    Rows of early versions have no rate, and count the fastest rank's step and rank 0's wait one after the other.
+    """
 
-    return sum(map(both, rows))
+    def of(row: Row) -> float:
+        if row.get("images_per_second") and "images" in row:
+            return row["images"] / row["images_per_second"]
+        return row["step_seconds"] + row["data_wait_seconds"]
+
+    return sum(map(of, rows))
 
 
 def _age(path: Path) -> float | None:

@@ -27,6 +27,7 @@ from scaleprog.data.manifest import Manifest
 from scaleprog.data.shard import ShardReader
 from scaleprog.data.token_labels import BUILDER, EXTENSION, GRID, MOST_CELLS, MOST_CLASSES, SPLIT, encode
 from scaleprog.errors import DataError
+from scaleprog.planning.savings import is_out_of_memory
 from scaleprog.shards.build import build as build_shards
 from scaleprog.shards.build import finished
 from scaleprog.shards.pool import worker
@@ -182,7 +183,9 @@ class _Labels:
                 images = torch.from_numpy(np.stack(list(islice(pixels, len(keys))))).to(device)
                 try:
                     logits = place_logits(net, ((images.permute(0, 3, 1, 2) / 255) - mean) / std)
-                except torch.OutOfMemoryError as error:
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
                     raise DataError(f"--batch {self.batch} does not fit on {device}; use a smaller one") from error
                 top = logits.float().topk(self.teacher.top, dim=-1)
                 values, classes = top.values.cpu().numpy(), top.indices.cpu().numpy()

@@ -13,11 +13,18 @@ from scaleprog.planning.devices import Device
 from scaleprog.recipe import Recipe
 from scaleprog.recipe.numbers import ceil_div
 
+EXHAUSTED = (
+    "DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+"""What the RuntimeErrors of torch say that have no type of their own: of the host, the driver, and CUDA's libraries."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device or the host has no memory left."""
-    on_host = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return on_host or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in EXHAUSTED)
 
 
 def advice(recipe: Recipe, family: type[ElasticModel], subnet: Subnet, world: int) -> str:

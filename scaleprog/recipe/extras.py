@@ -25,5 +25,6 @@ def check_trackers(names: Iterable[str], where: str = "") -> None:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be imported; does not import it."""
-    return importlib.util.find_spec(module) is not None
+    """Whether a module is installed; does not import it. A folder of its name is importable, too, but has no origin."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None

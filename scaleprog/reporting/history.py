@@ -15,7 +15,7 @@ from scaleprog.files import plain_yaml
 from scaleprog.growth.space import Subnet
 from scaleprog.recipe import directories
 from scaleprog.reporting.figures import Search, Segment
-from scaleprog.reporting.timeline import Timeline, read_timeline
+from scaleprog.reporting.timeline import Timeline, read_timeline, waited
 from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.reading import checked, read, read_object, still_told
 from scaleprog.rundir.records import (
@@ -291,9 +291,8 @@ def _waiting(steps: Sequence[Row]) -> float | None:
     if not all(row.get("images_per_second") and row.keys() >= {"images", "data_wait_share"} for row in steps):
         return None
     seconds = [row["images"] / row["images_per_second"] for row in steps]
-    waited = sum(row["data_wait_share"] * own for row, own in zip(steps, seconds))
     idle = sum(seconds) - sum(row["step_seconds"] for row in steps)
-    return max(0.0, min(waited, idle)) / sum(seconds)
+    return max(0.0, min(sum(map(waited, steps)), idle)) / sum(seconds)
 
 
 def _read_searches(events: Sequence[Row], steps: Sequence[Row]) -> list[Search]:

@@ -353,7 +353,7 @@ def _costs(
     costs: dict[str, float | None] = {
         "training": sum(row["step_seconds"] for row in steps),
         "retrained": sum(e["repeated_seconds"] for e in lost) if all("repeated_seconds" in e for e in lost) else None,
-        "data wait": sum(row["data_wait_seconds"] for row in steps),
+        "data wait": sum(map(waited, steps)),
         "checkpoint stall": total("stall", "checkpoint", "checkpoint_failed"),
         "evaluation, scoring": total("seconds", "evaluation", "measurement") if evaluated else None,
         "growth": total("seconds", "growth"),
@@ -364,6 +364,13 @@ def _costs(
     rest = starts[-1].end - sum(filter(None, costs.values()))
     costs["data wait"] = max(0.0, (costs["data wait"] or 0.0) + min(0.0, rest))
     return costs | {"rest": max(0.0, rest)}
+
+
+def waited(step: Row) -> float:
+    """Seconds of a step for which the rank that waited longest waited for data; in old rows, those of rank 0."""
+    if step.get("images_per_second") and step.keys() >= {"images", "data_wait_share"}:
+        return step["data_wait_share"] * step["images"] / step["images_per_second"]
+    return step["data_wait_seconds"]
 
 
 def queued_from(before: Start, after: Start) -> float | None:

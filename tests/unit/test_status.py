@@ -108,6 +108,16 @@ def test_waiting_that_overlaps_the_devices_work_counts_once(made_up: Path) -> No
     assert status.status(made_up).images_per_second == pytest.approx(160)
 
 
+def test_the_rate_is_the_recorded_one_also_where_another_rank_waits_for_data(made_up: Path) -> None:
+    before = status.status(made_up)
+    rows = [json.loads(line) for line in (made_up / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    rate = before.images_per_second / 4  # another rank waits for three times as long as a step takes
+    write_lines(made_up / "metrics.jsonl", [row | {"images_per_second": rate} for row in rows])
+    now = status.status(made_up)
+    assert now.images_per_second == pytest.approx(rate)
+    assert now.seconds_left == pytest.approx(4 * before.seconds_left)
+
+
 def test_status_of_a_run_directory(made_up: Path) -> None:
     found = status.status(made_up)
     assert (found.state, found.detail, found.job) == ("stopped", "never started", None)
@@ -471,6 +481,17 @@ def test_follow_ends_at_once_where_the_run_has_finished(
     monkeypatch.setenv("PATH", "/nowhere")
     assert is_mistake(command("status", made_up, "--follow"), "no Slurm on", "scontrol not found")
     assert is_mistake(command("status", made_up, "--follow", "--json"), "leave out --json")
+
+
+def test_follow_says_nothing_of_steps_that_were_cut_off(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following, "TELL_SECONDS", -1.0)
+    out = StringIO()
+    with following._lines(made_up, out) as show:
+        show(following.Look("running", over=False))
+        write_lines(made_up / "metrics.jsonl", [])
+        show(following.Look("running", over=False))
+    assert "step 30" in out.getvalue()
+    assert "None" not in out.getvalue()
 
 
 def test_ctrl_c_ends_following_and_not_the_run(

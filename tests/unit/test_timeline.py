@@ -114,6 +114,13 @@ def test_a_device_that_is_busy_while_the_host_waits_is_not_counted_twice(told: T
     assert costs["rest"] == 0
 
 
+def test_the_data_wait_is_that_of_the_rank_that_waits_longest(told: Told) -> None:
+    told.start().train(10)
+    for row in told.rows:  # rank 0 never waited, another rank for a third of the time
+        row |= {"images": 8, "images_per_second": 8 / 0.75, "data_wait_seconds": 0.0, "data_wait_share": 1 / 3}
+    assert told.event("finish", step=10).timeline().costs["data wait"] == pytest.approx(2.5)
+
+
 def test_signals_and_orderly_ends(told: Told) -> None:
     told.start().train(2).signal("SIGTERM", 1, 0).after(1).checkpoint()
     told.event("preempted", step=2, reason="SIGTERM").after(5)

@@ -1,5 +1,6 @@
 """Trackers: what a sender sends of a run's records, to stubs, to MLflow's own server, and to wandb offline."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -221,6 +222,16 @@ def test_a_tracker_that_is_not_installed_names_its_extra(
     with pytest.raises(RecipeError, match=r"tracking: wandb is not installed: pip install 'scaleprog\[wandb\]'"):
         extras.check_extras(make_recipe(tracking=["wandb"]))
     extras.check_extras(make_recipe())
+
+
+def test_a_folder_of_its_name_is_no_installed_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as the folder `wandb` that a run without scaleprog has left in the working directory."""
+    (tmp_path / "a_tracker").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not extras.is_installed("a_tracker")
+    (tmp_path / "a_tracker" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert extras.is_installed("a_tracker")
 
 
 def test_a_tracker_that_nobody_knows_is_refused(make_recipe: MakeRecipe) -> None:
