@@ -134,7 +134,7 @@ def train(
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            error = out_of_memory(run, error)
+            error = out_of_memory(error, run.plan, run.checkpoints, run.backend.device, state)
         recorder.own_event("error", step=state.step, message=f"{type(error).__name__}: {error}")
         if coordinator.world == 1:
             with suppress(Exception):

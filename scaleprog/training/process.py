@@ -17,7 +17,7 @@ from scaleprog.files.display import say
 from scaleprog.growth.phase import Phase
 from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.planning.plan import Plan
-from scaleprog.planning.savings import advice
+from scaleprog.planning.savings import advice, is_out_of_memory
 from scaleprog.ranks.coordinator import Coordinator, collectives
 from scaleprog.ranks.patience import Patience, Stand
 from scaleprog.ranks.rendezvous import Place
@@ -70,6 +70,7 @@ def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: Pr
 
     Raises:
         CheckpointError: the checkpoint belongs to another run or version, or no run of `plan` can have written it.
+        OutOfMemory: this rank has too little memory for the network.
         Unavailable: none of the checkpoints can be read now.
     """
     newest = checkpoints.newest(progress.say)
@@ -88,7 +89,12 @@ def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: Pr
         check_arithmetic(newest, state, plan.recipe)
     state.arithmetic, state.data = ARITHMETIC, data
     phase = phases[state.phase]
-    load_network(newest, state, backend, may_skip_layers=phase.kind == "supernet")
+    try:
+        load_network(newest, state, backend, may_skip_layers=phase.kind == "supernet")
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(error, plan, checkpoints, backend.device, state) from error
     progress.say(f"resuming {newest}")
     return state
 
@@ -223,17 +229,18 @@ def leave_at_once(recorder: Recorder) -> None:
         os._exit(EXIT_CODE)
 
 
-def out_of_memory(run: Run, error: Exception) -> OutOfMemory:
-    """What to raise instead of an error by which memory has run out."""
-    phases = run.plan.schedule.phases(run.state.choices)
-    subnet = phases[run.state.phase].network if 0 <= run.state.phase < len(phases) else run.plan.schedule.full
-    where = name_of(run.backend.device)
+def out_of_memory(
+    error: Exception, plan: Plan, checkpoints: Checkpoints, device: torch.device, state: RunState
+) -> OutOfMemory:
+    """What to raise instead of an error by which the memory of this rank, on `device`, has run out."""
+    phases, coordinator = plan.schedule.phases(state.choices), checkpoints.coordinator
+    subnet = phases[state.phase].network if 0 <= state.phase < len(phases) else plan.schedule.full
     known = str(error).splitlines()[0] if str(error) else type(error).__name__
-    kept = keep_snapshot(run.folder, run.coordinator.rank, run.backend.device)
+    kept = keep_snapshot(checkpoints.folder.parent, coordinator.rank, device)
     shown = "" if kept is None else f"; {kept} shows what its memory held, at https://pytorch.org/memory_viz"
     return OutOfMemory(
-        f"rank {run.coordinator.rank} is out of memory on {where} after step {run.state.step}: "
-        f"{advice(run.recipe, run.plan.family, subnet, run.coordinator.world)}. The same command with one of these "
+        f"rank {coordinator.rank} is out of memory on {name_of(device)} after step {state.step}: "
+        f"{advice(plan.recipe, plan.family, subnet, coordinator.world)}. The same command with one of these "
         f"settings resumes from the last checkpoint ({known}){shown}"
     )
 

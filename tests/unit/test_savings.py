@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import scaleprog.training.loop
+import scaleprog.training.process
 from scaleprog.errors import OutOfMemory
 from scaleprog.growth.space import Subnet
 from scaleprog.launchers.exits import MISTAKE, exit_by
@@ -63,3 +64,20 @@ def test_a_run_that_is_out_of_memory_is_not_a_crash(
     ) as caught:
         run(make_recipe(), tmp_path)
     assert exit_by(caught.value).code == MISTAKE, "so no launcher starts it again"
+
+
+def test_a_run_whose_checkpoint_does_not_fit_any_more_is_not_a_crash(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one that resumes on smaller GPUs."""
+
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    run(make_recipe(), tmp_path, max_steps=2)
+    monkeypatch.setattr(scaleprog.training.process, "load_network", exhausted)
+    with pytest.raises(
+        OutOfMemory, match=r"rank 0 is out of memory .* after step 2: .*train.micro_batch=4.*2.00 GiB"
+    ) as caught:
+        run(make_recipe(), tmp_path)
+    assert exit_by(caught.value).code == MISTAKE
