@@ -30,6 +30,7 @@ ORDERLY = {"stopped_early": "reached train.max_steps", "finish": "finished, then
 """Events that end a start as its recipe asks, and what comes of that if there is another start."""
 LAST_BYTES = 8 * 2**20  # read only the end of metrics.jsonl (thousands of steps); the file may be long
 MOST_RESTARTS = 50  # the most restarts shown
+MOST_SLOW = 8  # the most slow ranks shown
 Row = Mapping[str, Any]
 T = TypeVar("T")
 
@@ -111,7 +112,8 @@ class Status:
             lines.append(("rate", f"{self.images_per_second:.0f} images/s{left}"))
         if self.damaged:
             lines.append(("damaged", f"{counted(self.damaged, 'sample')}, replaced by others; events.jsonl has names"))
-        lines += [("slow", sentence) for sentence in self.slow]
+        lines += [("slow", sentence) for sentence in self.slow[:MOST_SLOW]]
+        lines += [("slow", f"{len(self.slow) - MOST_SLOW} more ranks")] if len(self.slow) > MOST_SLOW else []
         if self.commit_age is None:
             lines.append(("checkpoint", "none yet"))
         else:

@@ -256,10 +256,11 @@ class Recorder:
         }
 
     def _tell_of_stragglers(self, step: int, change: Change) -> None:
-        """Says which ranks became stragglers by `step`, or are none any more, and writes events."""
+        """Says which ranks became stragglers by `step`, or are none any more, and writes events with all of them."""
         for sentence in change.sentences:
             _say(f"step {step}: {sentence}")
-        for kind, ranks in (("straggler", change.began), ("straggler_over", change.ended)):
+        began, ended = [*change.began, *change.more_began], [*change.ended, *change.more_ended]
+        for kind, ranks in (("straggler", began), ("straggler_over", ended)):
             if ranks:
                 slow = [vars(rank) for rank in ranks]
                 self.event(kind, step=step, median_seconds=change.median_seconds, slow=slow)

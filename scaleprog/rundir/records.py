@@ -238,7 +238,7 @@ class Straggling(_Event):
     event: Literal["straggler", "straggler_over"]
     step: Count
     median_seconds: Seconds
-    slow: Annotated[list[SlowRank], Field(max_length=1024)]
+    slow: Annotated[list[SlowRank], Field(max_length=2**16)]
 
 
 @with_config(STRICT)

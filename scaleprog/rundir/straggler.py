@@ -14,6 +14,7 @@ INTERVALS = 3
 LEAST_SECONDS = 10.0
 """An interval lasts at least this long, because a rank may be slow for a moment for many reasons."""
 MOST_NAMED = 8
+"""Of the ranks that change in one interval, so many get a sentence each."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,21 @@ class Slow:
 
 @dataclass(frozen=True)
 class Change:
-    """Who became a straggler after an interval, and who is one no more; at most `MOST_NAMED` each."""
+    """Who became a straggler after an interval, and who is one no more.
+
+    `began` and `ended` hold at most `MOST_NAMED` ranks, which the log names; `more_began` and `more_ended` the others.
+    """
 
     began: Sequence[Slow]
     ended: Sequence[Slow]
     median_seconds: float
     """Of all ranks, in the interval."""
+    more_began: Sequence[Slow] = ()
+    more_ended: Sequence[Slow] = ()
 
     @property
     def sentences(self) -> list[str]:
-        """One for each of these ranks."""
+        """One for each rank that the log names, and how many others there are."""
         median = f"the median rank takes {self.median_seconds:.3g} s"
         began = [
             f"rank {slow.rank} on {slow.host} is slow, and all ranks wait for it: a step takes it {slow.seconds:.3g} s "
@@ -51,6 +57,8 @@ class Change:
             f"rank {slow.rank} on {slow.host} is no longer slow: a step takes it {slow.seconds:.3g} s; {median}"
             for slow in self.ended
         ]
+        for sentences, more, are in ((began, self.more_began, "slow"), (ended, self.more_ended, "no longer slow")):
+            sentences += [f"{len(more)} more ranks are {are}; events.jsonl names them"] if more else []
         return began + ended
 
 
@@ -95,8 +103,11 @@ class Stragglers:
         self._present = (self._present | set(began)) - set(ended)
         if not began and not ended:
             return None
-        slow, slow_no_more = ([self._slow(rank) for rank in ranks[:MOST_NAMED]] for ranks in (began, ended))
-        return Change(slow, slow_no_more, float(np.median(self._own)) / self._taken)
+        slow, no_more = ([self._slow(rank) for rank in ranks] for ranks in (began, ended))
+        median = float(np.median(self._own)) / self._taken
+        return Change(
+            slow[:MOST_NAMED], no_more[:MOST_NAMED], median, more_began=slow[MOST_NAMED:], more_ended=no_more[MOST_NAMED:]
+        )
 
     def _slow(self, rank: int) -> Slow:
         own, data = (float(seconds[rank]) / self._taken for seconds in (self._own, self._data))

@@ -26,8 +26,10 @@ from scaleprog.ranks.waits import Waited
 from scaleprog.rundir.board import About, Board, event_files
 from scaleprog.rundir.progress import ProgressLine
 from scaleprog.rundir.recorder import Recorder, StepTimer, read_rows
+from scaleprog.rundir.reading import read
 from scaleprog.rundir.records import EVENT
 from scaleprog.rundir.state import decision_to_json
+from scaleprog.rundir.straggler import Change, Slow
 from tests.compare import curves, samples, texts
 
 DECISION = Decision(
@@ -353,6 +355,18 @@ def test_times_are_those_of_the_fastest_rank_and_rates_those_of_the_clock(
     record.flush()
     assert len(read_rows(tmp_path / "events.jsonl")) == 1, "it says so once"
     record.close()
+
+
+def test_the_event_has_all_ranks_that_the_log_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = [Slow(rank, "there", 2.0, 0.5) for rank in range(2000)]
+    record = recorder(tmp_path)
+    record._tell_of_stragglers(7, Change(slow[:8], slow[:1], 1.0, more_began=slow[8:], more_ended=slow[1:]))
+    record.close()
+    told = read(tmp_path / "events.jsonl", EVENT)
+    assert [(event["event"], len(event["slow"])) for event in told.rows] == [
+        ("straggler", 2000), ("straggler_over", 2000)
+    ]  # fmt: skip
+    assert capsys.readouterr().err.count("rank") < 100
 
 
 class Beside(Rank):

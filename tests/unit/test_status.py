@@ -93,6 +93,10 @@ def test_a_straggler_is_named_until_it_ends_or_the_run_starts_again(made_up: Pat
     assert "  slow       rank 1 on node1, seen" in status.status(made_up).text()
     (left,) = events(tell("straggler_over", 1))
     assert left.startswith("rank 2")
+    assert len(events(tell("straggler", *range(3, 23)))) == 21
+    assert status.status(made_up).text().count("seen after") == status.MOST_SLOW
+    assert "  slow       13 more ranks" in status.status(made_up).text()
+    assert len(events(tell("straggler_over", *range(3, 23)))) == 1
     assert events({"time": 11.0, "event": "start", "step": 25, "generation": 5}) == []
     assert "slow" not in status.status(made_up).text()
 

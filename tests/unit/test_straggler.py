@@ -63,6 +63,16 @@ def test_a_whole_node_is_named_and_a_crowd_only_in_part() -> None:
     assert len(change.began) == MOST_NAMED
 
 
+def test_every_rank_of_a_crowd_is_slow_until_it_is_no_more() -> None:
+    watched = watch(64)
+    (change,) = add(watched, ranks(64, *range(30)), INTERVALS)
+    assert [slow.rank for slow in (*change.began, *change.more_began)] == list(range(30))
+    assert change.sentences[MOST_NAMED:] == ["22 more ranks are slow; events.jsonl names them"]
+    (change,) = add(watched, ranks(64), INTERVALS)
+    assert [slow.rank for slow in (*change.ended, *change.more_ended)] == list(range(30))
+    assert change.sentences[MOST_NAMED:] == ["22 more ranks are no longer slow; events.jsonl names them"]
+
+
 def test_an_interval_lasts_long_enough_and_has_enough_steps() -> None:
     watched = watch(2, least_seconds=10.0)
     own = [0.1, 0.2]
