@@ -31,8 +31,8 @@ class Waits:
     """
 
     def __init__(self, device: torch.device, known: bool = True) -> None:
-        """`known`: whether the engine brackets its collectives; if not, `measured` yields None."""
-        self._cuda, self._known = device.type == "cuda", known
+        """`known`: whether the time in collectives can be measured; if not, `measured` yields None."""
+        self._cuda, self.known = device.type == "cuda", known
         self._waited: Waited | None = None
         self._begun: float | torch.cuda.Event | None = None
 
@@ -42,7 +42,7 @@ class Waits:
 
         `sampled`: whether to measure on CUDA, too, where events cost the host some microseconds for each collective.
         """
-        self._waited = Waited() if self._known and (sampled or not self._cuda) else None
+        self._waited = Waited() if self.known and (sampled or not self._cuda) else None
         try:
             yield self._waited
         finally:

@@ -106,7 +106,11 @@ class Stragglers:
         slow, no_more = ([self._slow(rank) for rank in ranks] for ranks in (began, ended))
         median = float(np.median(self._own)) / self._taken
         return Change(
-            slow[:MOST_NAMED], no_more[:MOST_NAMED], median, more_began=slow[MOST_NAMED:], more_ended=no_more[MOST_NAMED:]
+            slow[:MOST_NAMED],
+            no_more[:MOST_NAMED],
+            median,
+            more_began=slow[MOST_NAMED:],
+            more_ended=no_more[MOST_NAMED:],
         )
 
     def _slow(self, rank: int) -> Slow:

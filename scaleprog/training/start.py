@@ -29,6 +29,7 @@ from scaleprog.rundir.progress import ProgressLine
 from scaleprog.rundir.reading import read_results
 from scaleprog.rundir.recorder import Recorder
 from scaleprog.rundir.state import RunState
+from scaleprog.sharding import Backend
 from scaleprog.training.interval import AutomaticInterval
 from scaleprog.training.process import (
     Run,
@@ -141,7 +142,20 @@ def begin(
             run.on_saved = AutomaticInterval(run, nodes=len(set(hosts))).saved
     if plan.schedule.budget and plan.schedule.budget.short:
         progress.say(plan.schedule.budget.short)
+    if unmeasured := no_slow_ranks(backend, world):
+        progress.say(unmeasured)
     return run
+
+
+def no_slow_ranks(backend: Backend, world: int) -> str:
+    """Why no rank of a run will be called slow, as a sentence; empty if one may be, or if there is only one."""
+    if world == 1 or backend.waits.known:
+        return ""
+    where = " on GPUs" if backend.device.type == "cuda" and backend.sharding.engine != "zero" else ""
+    return (
+        f"no rank will be called slow: sharding.engine: {backend.sharding.engine}{where} does not measure the time in "
+        "collectives (docs/tensorboard.md)"
+    )
 
 
 def _recorder(

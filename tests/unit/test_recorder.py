@@ -25,8 +25,8 @@ from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.ranks.waits import Waited
 from scaleprog.rundir.board import About, Board, event_files
 from scaleprog.rundir.progress import ProgressLine
-from scaleprog.rundir.recorder import Recorder, StepTimer, read_rows
 from scaleprog.rundir.reading import read
+from scaleprog.rundir.recorder import Recorder, StepTimer, read_rows
 from scaleprog.rundir.records import EVENT
 from scaleprog.rundir.state import decision_to_json
 from scaleprog.rundir.straggler import Change, Slow

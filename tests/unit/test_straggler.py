@@ -2,12 +2,17 @@
 
 import statistics
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scaleprog.ranks.waits import Waits
 from scaleprog.rundir.straggler import INTERVALS, MARGIN, MOST_NAMED, Change, Stragglers, slow_ranks
+from scaleprog.training.start import no_slow_ranks
 
 STEPS = 5
 USUAL, SLOW = 0.1, 0.15
@@ -91,3 +96,19 @@ def test_a_slow_rank_takes_clearly_longer_than_the_median_of_the_others(own: lis
 
 def test_a_rank_alone_is_never_slow() -> None:
     assert not add(watch(1), [5.0], 10)
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "known", "told"),
+    [
+        ("fsdp", "cuda", False, "no rank will be called slow: sharding.engine: fsdp on GPUs does not measure"),
+        ("zero", "cpu", False, "no rank will be called slow: sharding.engine: zero does not measure"),
+        ("replicated", "cuda", True, ""),
+    ],
+)
+def test_a_run_that_cannot_name_slow_ranks_says_so(engine: str, device: str, known: bool, told: str) -> None:
+    where = torch.device(device)
+    backend: Any = SimpleNamespace(waits=Waits(where, known), device=where, sharding=SimpleNamespace(engine=engine))
+    assert no_slow_ranks(backend, 2).startswith(told)
+    assert bool(no_slow_ranks(backend, 2)) == bool(told)
+    assert no_slow_ranks(backend, 1) == ""
