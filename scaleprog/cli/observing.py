@@ -46,15 +46,21 @@ def profile(
 
 
 def _awaited(run: Path, request: "Request") -> dict[int, Path]:
-    """The traces of all ranks, once they are there. Raises ScaleprogError if that start of the run ends before."""
+    """The traces of all ranks, once they are there.
+
+    Raises ScaleprogError if that start of the run ends before, or could not take the request.
+    """
     from scaleprog.rundir import profiles
     from scaleprog.rundir.lease import read_owner
 
-    asked, profiled = time.monotonic(), None
+    asked, profiled, missed = time.monotonic(), None, 0
     while True:
         owner, found = read_owner(run), profiles.answer(run, request)
         if found is not None and len(found) == len(request["ranks"]):
             return found
+        missed = 0 if found is not None or profiles.waits(run, request) else missed + 1
+        if missed == 2:  # once may be while the run takes it
+            raise ScaleprogError(f"{run}: the run could not take the request: see its log")
         if found is not None and owner is not None:
             profiled = profiled or owner.generation
             if profiled != owner.generation:

@@ -4,6 +4,7 @@ This room imports no torch, so whatever only reads a recipe starts fast. `number
 """
 
 import re
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -259,11 +260,21 @@ class ProfileSettings(Settings):
     """Steps that a run profiles by itself; `scaleprog profile` asks a running run for others."""
 
     at: Annotated[tuple[Steps, ...], Field(min_length=1, max_length=100)]
-    """The first step of each profile, as numbered in metrics.jsonl."""
+    """The first step of each profile, as numbered in metrics.jsonl; profiles must not overlap."""
     steps: Few = 3
     """Steps of each profile."""
     ranks: Annotated[tuple[RankNumber, ...], Field(min_length=1, max_length=1024)] = (0,)
     """The ranks that write a trace; those that a run does not have write none."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ProfileSettings":
+        for one, other in pairwise(sorted(self.at)):
+            if other < one + self.steps:
+                raise ValueError(
+                    f"at: the profile of step {other} would begin before that of step {one}, of {self.steps} steps, "
+                    "has ended: at most one can run at a time"
+                )
+        return self
 
 
 class TrainSettings(Settings):

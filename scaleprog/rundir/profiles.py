@@ -20,10 +20,12 @@ from typing_extensions import TypedDict
 
 from scaleprog.errors import CheckpointError, ScaleprogError, Unavailable
 from scaleprog.files.atomic import read_text, write_whole
+from scaleprog.files.display import say
 from scaleprog.rundir.reading import read_object
 from scaleprog.rundir.records import STRICT
 
 PROFILES, REQUEST = "profiles", "request.json"
+PARTS = ("rank_*.json.gz", "memory_rank_*.pickle", "rank_*.error")  # of a profile, see below
 LOOK_SECONDS = 1.0  # between two looks for a request
 MOST_STEPS = 1000
 Rank = Annotated[int, Field(ge=0, lt=2**16)]
@@ -44,7 +46,7 @@ class Inbox:
 
     def __init__(self, run: Path) -> None:
         self._path = run / PROFILES / REQUEST
-        self._looked = 0.0
+        self._looked, self._told = 0.0, ""
 
     def holds_one(self) -> bool:
         """Whether there is a request."""
@@ -54,15 +56,23 @@ class Inbox:
         return self._path.exists()
 
     def take(self, step: int) -> Request | None:
-        """The request, which is now that of a profile from `step` on; None if there is none that can be read."""
+        """The request, which is now that of a profile from `step` on; None if there is none that can be taken.
+
+        Says why, if there is one, and deletes it. What an earlier profile of the same first step has left is deleted.
+        """
         try:
             request = read_object(self._path, Request)
             if request is not None:
                 folder = folder_of(self._path.parents[1], step)
                 folder.mkdir(exist_ok=True)
+                for path in [path for form in PARTS for path in folder.glob(form)]:
+                    path.unlink()
                 os.replace(self._path, folder / REQUEST)
             return request
-        except (ScaleprogError, OSError):
+        except (ScaleprogError, OSError) as error:
+            if (told := f"the request for a profile could not be taken: {error}") != self._told:
+                self._told = told
+                say(told)
             with suppress(OSError):
                 self._path.unlink()
             return None
@@ -85,6 +95,17 @@ def ask(run: Path, steps: int, ranks: list[int], memory: bool) -> Request:
     except OSError as error:
         raise Unavailable(f"{path}: cannot be written: {error}") from error
     return request
+
+
+def waits(run: Path, request: Request) -> bool:
+    """Whether a request is still there, so that no run has taken it; true also if that cannot be read now."""
+    try:
+        found = read_object(run / PROFILES / REQUEST, Request)
+    except Unavailable:
+        return True
+    except CheckpointError:
+        return False
+    return found is not None and found["id"] == request["id"]
 
 
 def withdraw(run: Path, request: Request) -> None:

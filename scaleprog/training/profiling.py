@@ -60,8 +60,11 @@ class Profiling:
 
     def before(self, step: int) -> None:
         """Call it before `step`, numbered from 1: begins the profile that is due."""
-        if self._window is None and (due := self._planned.pop(step, None)) is not None:
-            self._window = due
+        if (due := self._planned.pop(step, None)) is not None:
+            if self._window is None:
+                self._window = due
+            elif self._coordinator.rank in due.ranks:
+                self._recorder.own_event("profile_failed", step=step, message="another profile was running")
         if self._window is not None and self._window.first == step and self._profile is None:
             self._begin(self._window)
 

@@ -9,12 +9,14 @@ from typing import Any, cast
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from scaleprog.cli import observing
 from scaleprog.errors import ScaleprogError
 from scaleprog.launchers import status
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.ranks.stop import Agreement, Watch
+from scaleprog.recipe.keys import ProfileSettings
 from scaleprog.rundir import lease, profiles
 from scaleprog.rundir.profiles import Inbox, answer, ask, folder_of, memory_name, trace_name, withdraw
 from scaleprog.rundir.recorder import Recorder
@@ -117,6 +119,25 @@ def test_a_run_that_starts_again_with_a_request_writes_no_trace_for_it(
     assert len(looks) == 4
 
 
+def test_a_run_that_cannot_take_a_request_is_not_awaited(
+    run: Path, running: list[str], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox, looks = Inbox(run), []
+
+    def look(_: float) -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            (run / "profiles/step_8").write_text("in the way")
+            assert inbox.take(8) is None
+        assert len(looks) < 10
+
+    monkeypatch.setattr(observing, "time", SimpleNamespace(monotonic=time.monotonic, sleep=look))
+    told = command("profile", run)
+    assert is_mistake(told, f"{run}: the run could not take the request: see its log")
+    assert "the request for a profile could not be taken: [Errno 17] File exists" in told.err
+    assert len(looks) == 4, "the second look without it"
+
+
 # ---- requests
 
 
@@ -135,6 +156,18 @@ def test_one_request_at_a_time(run: Path) -> None:
     (folder_of(run, 4) / profiles.error_name(1)).write_text("no memory")
     with pytest.raises(ScaleprogError, match="rank 1 could not be profiled: no memory"):
         answer(run, second)
+
+
+def test_what_an_older_profile_of_the_same_step_left_answers_no_request(run: Path) -> None:
+    first = ask(run, 1, [0, 1], memory=True)
+    Inbox(run).take(4)
+    for name in (trace_name(0), memory_name(0), profiles.error_name(1)):
+        (folder_of(run, 4) / name).write_text("old")
+    request = ask(run, 1, [0, 1], memory=True)
+    Inbox(run).take(4)
+    assert answer(run, request) == {}
+    assert [path.name for path in folder_of(run, 4).iterdir()] == ["request.json"]
+    assert answer(run, first) is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"id": "x"}', '{"id": "0123456789abcdef", "steps": 0}'])
@@ -198,6 +231,27 @@ def test_a_profiler_that_fails_ends_no_run(
     assert told.events == [("profile_failed", {"step": 7, "message": "RuntimeError: Kineto is busy"})]
     with pytest.raises(ScaleprogError, match="Kineto is busy"):
         answer(run, request)
+
+
+def test_a_planned_profile_that_is_due_during_another_one_fails(run: Path, one_rank: None) -> None:
+    told = Told()
+    settings = ProfileSettings(at=(8, 12), steps=2)
+    profiler = Profiling(run, Coordinator(), cast(Recorder, told), torch.device("cpu"), settings)
+    ask(run, 3, [0], False)
+    profiler.after(6, profiler.requested())
+    for step in range(7, 15):
+        profiler.before(step)
+        profiler.after(step, False)
+    profiled = [(kind, fields["step"], fields.get("message")) for kind, fields in told.events]
+    assert profiled == [
+        ("profile_failed", 8, "another profile was running"), ("profile", 7, None), ("profile", 12, None)
+    ]  # fmt: skip
+
+
+def test_planned_profiles_that_overlap_are_refused() -> None:
+    ProfileSettings(at=(103, 100), steps=3)
+    with pytest.raises(ValidationError, match="profile of step 102 would begin before that of step 100, of 3 steps"):
+        ProfileSettings(at=(102, 100), steps=3)
 
 
 class Memory:
