@@ -193,11 +193,15 @@ class Recorder:
         owns = [step.own() for step in steps]
         waited = sum(step.row["data_wait_seconds"] for step in steps)
         wall = time.perf_counter() - (steps[0].timer.began - steps[0].row["data_wait_seconds"])
+        counts = 1.0  # of the waits for data, the part in which the device was idle
+        if self._device.type == "cuda" and waited:
+            idle = max(0.0, wall - sum(own["step_seconds"] for own in owns))
+            counts = min(1.0, idle / waited)
         held = memory(self._device)
-        busy = self._busy(steps, owns)
+        busy = self._busy(steps, owns, counts)
         means = self.coordinator.mean([*losses, *busy])
         least = [-own["step_seconds"] for own in owns]
-        *most, waiting = self.coordinator.maximum([*least, *held.values(), waited / wall])
+        *most, waiting = self.coordinator.maximum([*least, *held.values(), counts * waited / wall])
         shared = {
             "images_per_second": sum(step.row["images"] for step in steps) / wall,
             "data_wait_share": waiting,
@@ -222,16 +226,16 @@ class Recorder:
                 self._own_board.draw({key: row[key] for key in PER_RANK} | own)
         return rows
 
-    def _busy(self, steps: "list[_Pending]", owns: Sequence[Mapping[str, float]]) -> list[float]:
+    def _busy(self, steps: "list[_Pending]", owns: Sequence[Mapping[str, float]], counts: float) -> list[float]:
         """A sum over ranks of which holds each rank's own seconds of some steps, then each rank's waits for data.
 
-        Empty if there are no other ranks, or no step in which the time in collectives was measured.
+        `counts`: the part of this rank's waits for data that counts. Empty if there are no other ranks, or no step in which the time in collectives was measured.
         """
         world, rank = self.coordinator.world, self.coordinator.rank
         measured = [(step, own) for step, own in zip(steps, owns) if step.waited is not None]
         if world == 1 or not measured:
             return []
-        data = sum(step.row["data_wait_seconds"] for step, _ in measured)
+        data = counts * sum(step.row["data_wait_seconds"] for step, _ in measured)
         busy = sum(own["step_seconds"] - own["collective_wait_seconds"] for _, own in measured)
         found = [0.0] * (2 * world)
         found[rank], found[world + rank] = data + busy, data

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -367,6 +368,26 @@ def test_the_event_has_all_ranks_that_the_log_leaves_out(tmp_path: Path, capsys:
         ("straggler", 2000), ("straggler_over", 2000)
     ]  # fmt: skip
     assert capsys.readouterr().err.count("rank") < 100
+
+
+@pytest.mark.parametrize(("device", "share", "own"), [("cpu", 0.8, 3.5), ("cuda", 0.05, 2.0)])
+def test_a_wait_for_data_counts_while_the_device_is_idle(
+    device: str, share: float, own: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, nothing computes during a wait. A GPU computes the step before: here in 95 % of the time."""
+    monkeypatch.setattr("scaleprog.rundir.recorder.memory", lambda _: {})
+    monkeypatch.setattr("scaleprog.rundir.recorder.time.perf_counter", lambda: 102.0)
+    ranks = cast(Coordinator, Rank(0, 2))
+    record = Recorder(tmp_path, ranks, 1, 0, log_every=2, device=torch.device(device))
+    for step in (1, 2):
+        timer: Any = SimpleNamespace(began=99.8 + step, cpu_seconds=0.1, seconds=lambda: 0.95)
+        row = {"step": step, "phase": "train", "images": 8, "data_wait_seconds": 0.8, "lr": 0.1}
+        record.step(row, torch.tensor(1.0), torch.tensor(1.0), timer, torch.tensor([0]), waited=Waited())
+    rows = record.flush()
+    record.close()
+    assert [row["data_wait_share"] for row in rows] == pytest.approx([share] * 2)
+    assert [row["data_wait_seconds"] for row in rows] == [0.8] * 2
+    assert [row["slowest_rank_seconds"] for row in rows] == pytest.approx([own] * 2)
 
 
 class Beside(Rank):
