@@ -4,13 +4,14 @@ TensorBoard names a run after the folder of its event files, so they lie in the 
 curves by name, and opens the first two: `train` and `validation`. Names that sort after these have the rest.
 """
 
+import errno
 import json
 import os
 import re
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
@@ -23,12 +24,16 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, Sessi
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import custom_scalars, text
 
+from scaleprog.files.atomic import open_regular, write_parts
 from scaleprog.growth.search import Decision
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.appending import Appended
 from scaleprog.rundir.drawn import points, story
 
 EVENT_FILE = "events.out.tfevents."
+RECIPE = "run/recipe"
+OF_RECIPE = (metadata.SESSION_START_INFO_TAG, metadata.SESSION_END_INFO_TAG, f"{RECIPE}/text_summary")
+"""The tags that speak of a run's settings, recipe, and end."""
 LAYOUT = custom_scalars(  # each chart shows the curves whose names begin with one of its patterns
     {
         "The run": {
@@ -101,7 +106,7 @@ class Board:
             )
             setattr(started.hparams[key], form, shown)
         self._add_session(metadata.SESSION_START_INFO_TAG, session_start_info=started)
-        self._add(step=0, summary=text("run/recipe", indent(about.recipe, "    ")))
+        self._add(step=0, summary=text(RECIPE, indent(about.recipe, "    ")))
 
     def conclude(self) -> None:
         """Marks the run as finished in the table of runs."""
@@ -144,6 +149,46 @@ class Board:
 
     def _add(self, **event: Any) -> None:
         self._records.write(Event(**{"wall_time": time.time(), **event}).SerializeToString())
+
+
+def reintroduce(folder: Path, about: About, step: int) -> None:
+    """Replaces what the board of a run says of its settings and recipe, and removes that it has ended.
+
+    TensorBoard keeps what it reads first of these, so the old records are cut out of the files. All others stay.
+
+    Args:
+        folder: the run directory; one without a board stays as it is.
+        about: what to say instead.
+        step: the step from which the run continues.
+
+    Raises:
+        OSError: the files cannot be read or written now.
+    """
+    files = event_files(folder)
+    for path in files:
+        with open_regular(path, "rb") as file:
+            records = list(_records(file.read()))
+        kept = [record for record in records if not any(tag.encode() in record for tag in OF_RECIPE)]
+        if len(kept) < len(records):
+            write_parts(path, kept)
+    if files:
+        board = Board(folder, step)
+        board.introduce(about)
+        taken = board.sync()
+        board.close()
+        if not taken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def _records(content: bytes) -> Iterator[bytes]:
+    """The records of an event file, each with its length and its checksums; without what is torn at the end."""
+    begin = 0
+    while begin + 8 <= len(content):
+        end = begin + 16 + struct.unpack_from("<Q", content, begin)[0]
+        if end > len(content):
+            return
+        yield content[begin:end]
+        begin = end
 
 
 def event_files(folder: Path) -> list[Path]:

@@ -229,7 +229,9 @@ class Recorder:
     def _busy(self, steps: "list[_Pending]", owns: Sequence[Mapping[str, float]], counts: float) -> list[float]:
         """A sum over ranks of which holds each rank's own seconds of some steps, then each rank's waits for data.
 
-        `counts`: the part of this rank's waits for data that counts. Empty if there are no other ranks, or no step in which the time in collectives was measured.
+        `counts`: the part of this rank's waits for data that counts.
+
+        Empty if there are no other ranks, or no step in which the time in collectives was measured.
         """
         world, rank = self.coordinator.world, self.coordinator.rank
         measured = [(step, own) for step, own in zip(steps, owns) if step.waited is not None]

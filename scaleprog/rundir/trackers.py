@@ -101,22 +101,28 @@ class MLflow:
     def open(self, run: Shown, known: str | None, unclosed: str | None) -> tuple[str, int]:
         self._run = known or self._find_or_create(run)
         self._client.update_run(self._run, status="RUNNING")
+        self._show(run.settings)
         return self._run, -1
 
     def _find_or_create(self, run: Shown) -> str:
-        from mlflow.entities import Param
-
         experiment = self._experiment()
         found = self._client.search_runs([experiment], f"tags.`{MARK}` = '{run.id}'", max_results=1)
         if found:
-            number: str = found[0].info.run_id
-        else:
-            tags = {MARK: run.id, "mlflow.source.name": str(run.folder)}
-            number = self._client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
-        parameters = [Param(key, str(value)[:MOST_TEXT]) for key, value in run.settings.items()]
-        for first in range(0, len(parameters), MOST_PARAMETERS):
-            self._client.log_batch(number, params=parameters[first : first + MOST_PARAMETERS])
-        return number
+            return str(found[0].info.run_id)
+        tags = {MARK: run.id, "mlflow.source.name": str(run.folder)}
+        return str(self._client.create_run(experiment, run_name=run.name, tags=tags).info.run_id)
+
+    def _show(self, settings: Mapping[str, Any]) -> None:
+        """Shows settings as parameters, and those of a run made longer as tags: MLflow never changes a parameter."""
+        from mlflow.entities import Param, RunTag
+
+        shown = {key: str(value)[:MOST_TEXT] for key, value in settings.items()}
+        has = self._client.get_run(self._run).data.params
+        parameters = [Param(key, value) for key, value in shown.items() if key not in has]
+        tags = [RunTag(key, value) for key, value in shown.items() if has.get(key, value) != value]
+        for first in range(0, max(len(parameters), len(tags)), MOST_PARAMETERS):
+            part = slice(first, first + MOST_PARAMETERS)
+            self._client.log_batch(self._run, params=parameters[part], tags=tags[part])
 
     def _experiment(self) -> str:
         """The experiment that MLflow's environment variables name, by default MLflow's own default."""

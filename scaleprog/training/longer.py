@@ -10,6 +10,7 @@ from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.growth.begun import trained
 from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe, directories
+from scaleprog.rundir.board import About, reintroduce
 from scaleprog.rundir.checkpoint import run_of
 from scaleprog.rundir.lease import held_idle
 from scaleprog.rundir.reading import append_row, reason
@@ -57,7 +58,7 @@ def begin(recipe: Recipe, folder: Path, source: str | None = None, dry_run: bool
 def lengthen(recipe: Recipe, folder: Path, dry_run: bool = False) -> Recipe:
     """Makes the run in a directory longer, if `recipe` is the run's own with more epochs; does nothing otherwise.
 
-    The results of the shorter run become `results-STEP.json`.
+    The results of the shorter run become `results-STEP.json`, and TensorBoard shows the longer recipe.
 
     Args:
         recipe: what shall be trained.
@@ -88,11 +89,12 @@ def lengthen(recipe: Recipe, folder: Path, dry_run: bool = False) -> Recipe:
             )
         if dry_run:
             return before
+        step = step_of(kept[-1]) if kept else 0
         try:
+            reintroduce(folder, About.of(recipe), step)
             for path in kept:
                 rename_recipe(path, recipe.model_dump(mode="json"))
             write_whole(folder / RECIPE, recipe.dump())
-            step = step_of(kept[-1]) if kept else 0
             if (folder / RESULTS).exists():
                 os.rename(folder / RESULTS, folder / f"results-{step}.json")
             event = {"event": "lengthened", "generation": 0, "step": step}  # of no start

@@ -19,7 +19,8 @@ from scaleprog.rundir.recorder import read_rows
 from scaleprog.rundir.storage import MANIFEST, committed, read_manifest, step_of
 from scaleprog.training.fork import fork
 from scaleprog.training.longer import begin
-from tests.conftest import WITHIN_A_BUDGET, draw_patterns, run, short_recipe, step_rows
+from tests.compare import texts
+from tests.conftest import WITHIN_A_BUDGET, MakeRecipe, draw_patterns, run, short_recipe, step_rows
 from tests.unit.command import Command, is_mistake
 from tests.unit.fake_slurm import FakeSlurm
 
@@ -232,6 +233,14 @@ def test_a_decayed_run_is_not_made_longer(done: tuple[Recipe, Path]) -> None:
     assert {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} == {
         path for path in before if path.parent.name == "step-00000010"
     }
+
+
+def test_tensorboard_shows_the_recipe_of_a_run_made_longer(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(growth={"schedule": "original"}, optimizer={"lr": 1e-3, "min_lr": 1e-3, "warmup_epochs": 0})
+    run(recipe, tmp_path, max_steps=2)
+    more = longer(recipe, 9)
+    assert begin(more, tmp_path) == more
+    assert "epochs: 9" in texts(tmp_path)["run/recipe/text_summary"]
 
 
 def test_a_run_whose_stages_would_move_is_not_made_longer(

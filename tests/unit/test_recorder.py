@@ -18,13 +18,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import scaleprog.rundir.recorder
 from scaleprog.growth.search import Decision
 from scaleprog.growth.space import Subnet
 from scaleprog.ranks.coordinator import Coordinator
 from scaleprog.ranks.waits import Waited
-from scaleprog.rundir.board import About, Board, event_files
+from scaleprog.rundir.board import About, Board, event_files, reintroduce
+from scaleprog.rundir.pictures import grid
 from scaleprog.rundir.progress import ProgressLine
 from scaleprog.rundir.reading import read
 from scaleprog.rundir.recorder import Recorder, StepTimer, read_rows
@@ -225,6 +227,41 @@ def test_old_curves_stay_until_the_disk_has_the_new_ones(tmp_path: Path, monkeyp
     recorder(tmp_path, step=6, generation=3).close()
     assert not event_files(old)
     assert steps(tmp_path)["train/loss"] == [2, 4, 6]
+
+
+def test_a_run_made_longer_shows_the_longer_recipe_and_all_that_was_drawn(tmp_path: Path) -> None:
+    def about(epochs: int) -> About:
+        return About({"train.epochs": epochs}, f"epochs: {epochs}")
+
+    picture = grid(torch.zeros(1, 4, 4, 3, dtype=torch.uint8))
+    first = recorder(tmp_path, about=about(1))
+    train(first, *range(1, 5))
+    first.picture(2, "networks", picture)
+    first.choice(2, DECISION)
+    first.conclude()
+    first.close()
+    (drawn,) = event_files(tmp_path)
+    with drawn.open("ab") as file:
+        file.write(b"torn")
+    reintroduce(tmp_path, about(2), step=4)
+    second = recorder(tmp_path, step=4, generation=2, about=about(2))
+    train(second, 5, 6)
+    second.close()
+    assert steps(tmp_path)["train/loss"] == [2, 4, 6]
+    shown = texts(tmp_path)
+    assert shown.keys() == {"run/recipe/text_summary", "search/stage_2/text_summary"}
+    assert "epochs: 2" in shown["run/recipe/text_summary"]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [image.encoded_image_string for image in events.Images("networks")] == [picture]
+    sessions = events.PluginTagToContent("hparams")
+    assert sessions.keys() == {"_hparams_/session_start_info"}, "it has not ended"
+    told = HParamsPluginData.FromString(sessions["_hparams_/session_start_info"])
+    assert told.session_start_info.hparams["train.epochs"].number_value == 2
+
+
+def test_a_run_that_has_drawn_nothing_gets_no_board_when_it_is_made_longer(tmp_path: Path) -> None:
+    reintroduce(tmp_path, About({}, ""), step=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_samples_of_a_step_trained_again_on_fewer_ranks_count_once(tmp_path: Path) -> None:

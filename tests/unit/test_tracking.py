@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from scaleprog.rundir import sending
 from scaleprog.rundir.drawn import points
 from scaleprog.rundir.recorder import read_rows
 from scaleprog.rundir.sending import Sender, alone, keep_sending, send_now
-from scaleprog.rundir.trackers import TRACKERS, Point, Shown
+from scaleprog.rundir.trackers import MOST_PARAMETERS, TRACKERS, MLflow, Point, Shown
 from tests.conftest import MakeRecipe, write_lines
 from tests.tracked import Curves, MLflowServer, mlflow_server, wandb_curves  # noqa: F401
 from tests.unit.command import Command, is_mistake
@@ -263,6 +264,39 @@ def test_mlflow_has_the_curves_of_the_records_after_an_outage(run: Path, mlflow_
     (run / "results.json").write_text("{}")
     send_now(run, "mlflow", 1)
     assert mlflow_server.curves("run") == {tag: sorted(curve) for tag, curve in of_records(run, 1).items()}
+
+
+class Client:
+    """MLflow's client of a server with one run, of which no parameter can change."""
+
+    def __init__(self) -> None:
+        self.params: dict[str, str] = {}
+        self.tags: dict[str, str] = {}
+
+    def update_run(self, run: str, status: str) -> None:
+        assert (run, status) == ("one", "RUNNING")
+
+    def get_run(self, run: str) -> Any:
+        return SimpleNamespace(data=SimpleNamespace(params=dict(self.params)))
+
+    def log_batch(self, run: str, params: Sequence[Any] = (), tags: Sequence[Any] = ()) -> None:
+        assert max(len(params), len(tags)) <= MOST_PARAMETERS
+        assert not self.params.keys() & {param.key for param in params}
+        self.params |= {param.key: param.value for param in params}
+        self.tags |= {tag.key: tag.value for tag in tags}
+
+
+def test_mlflow_shows_what_a_longer_recipe_changes_as_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    client, tracker = Client(), MLflow()
+    monkeypatch.setattr(tracker, "_client", client)
+    settings = {f"data.{number}": number for number in range(150)}
+    for epochs in (1, 1, 2):
+        shown = Shown(tmp_path, "0" * 16, "run", settings | {"train.epochs": epochs})
+        assert tracker.open(shown, "one", None) == ("one", -1)
+        assert len(client.params) == 151
+        assert client.params["train.epochs"] == "1"
+        assert client.tags == ({} if epochs == 1 else {"train.epochs": "2"})
 
 
 @pytest.mark.process
