@@ -19,7 +19,7 @@ from scaleprog.recipe.parent import ParentSettings
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.folders import committed_step
-from scaleprog.rundir.lease import ask_to_stop, is_alive, read_owner, runs
+from scaleprog.rundir.lease import ask_to_stop, is_alive, launcher_lives, read_owner, runs
 from scaleprog.rundir.planned import read_plan
 from scaleprog.rundir.reading import read, read_object, still_told
 from scaleprog.rundir.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, RESULTS, Results
@@ -194,6 +194,8 @@ def standing(run: Path, troubles: list[str] | None = None) -> tuple[str, str, st
         return job.state.lower(), ", ".join(filter(None, about)), name
     if owner is not None and is_alive(owner, run):
         return "running", f"process {owner.pid} on {owner.host}", owner.job
+    if owner is not None and launcher_lives(owner):
+        return "running", f"its ranks have ended; their launcher, process {owner.launcher}, still runs", owner.job
     ends = read(run / REQUEUES, LEFT).rows
     last = ends[-1] if ends else {}
     if file is not None and last.get("job") == file.job and not (last.get("requeue") or last.get("here")):
@@ -353,6 +355,10 @@ def cancel(run: Path) -> str:
             raise ScaleprogError(f"{run} is being trained on {owner.host}; run `scaleprog cancel` there")
         ask_to_stop(owner, run)
         done = f"asked process {owner.pid} to save a checkpoint and stop"
+    elif owner is not None and launcher_lives(owner):
+        raise ScaleprogError(
+            f"{run}: its ranks have ended, but not their launcher; retry, or end process {owner.launcher}"
+        )
     else:
         raise ScaleprogError(f"{run}: nothing to cancel; no job and no process on this machine trains it")
     kept = committed_step(run)
@@ -367,15 +373,12 @@ def _finite(value: float) -> float | None:
 
 
 def _seconds(rows: Sequence[Row]) -> float:
-    """Seconds of steps by the recorded rate, which has what any rank waited for data while its device was idle.
-
-    Rows of early versions have no rate, and count the fastest rank's step and rank 0's wait one after the other.
-    """
+    """Seconds of steps by the recorded rate, which has what any rank waited for data while its device was idle."""
 
     def of(row: Row) -> float:
         if row.get("images_per_second") and "images" in row:
             return row["images"] / row["images_per_second"]
-        return row["step_seconds"] + row["data_wait_seconds"]
+        return row["step_seconds"] + row["data_wait_seconds"]  # a row of an early version
 
     return sum(map(of, rows))
 

@@ -5,6 +5,7 @@ set variables such as MASTER_ADDR and RANK (torchrun, Kubeflow), or its shell st
 """
 
 import fcntl
+import multiprocessing
 import os
 import re
 import socket
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -107,6 +109,19 @@ class Place:
         return dist.TCPStore(
             address, int(port), self.world, listener is not None, MEET_LIMIT, master_listen_fd=listener
         )
+
+
+def launcher() -> int | None:
+    """The process of scaleprog that started this one as a rank on one machine, and may start it again; None without."""
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.pid is None or not Place.current().store.startswith("file:"):
+        return None
+    try:
+        words = Path(f"/proc/{parent.pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    ours = b"--multiprocessing-fork" in words or b"scaleprog" in [os.path.basename(word) for word in words]
+    return parent.pid if ours else None  # another program may live on when the run has ended
 
 
 def limit_as_world(group: dist.ProcessGroup) -> None:

@@ -63,6 +63,9 @@ class Owner:
     `salloc` started, because such a process may outlive the allocation."""
     repeat: int = 0
     """How often the batch script had started the tasks again since Slurm's last restart."""
+    launcher: int | None = None
+    """The process on the same host that starts the ranks again after a crash; None without one."""
+    launcher_started: str | None = None
 
     @property
     def attempt(self) -> tuple[int, int]:
@@ -74,11 +77,13 @@ class Owner:
         """Builds an Owner from parsed JSON. Raises ValueError with the name of the bad field."""
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
-        # earlier versions wrote no step
+        # earlier versions wrote no step and no launcher
         values = {
             "nonce": "",
             "started": None,
             "repeat": 0,
+            "launcher": None,
+            "launcher_started": None,
             "step": None if values.get("job") is None else BATCH,
             **values,
         }
@@ -109,6 +114,8 @@ FITS: dict[str, Callable[[Any], bool]] = {
     "host": lambda value: isinstance(value, str) and value.isprintable() and 1 <= len(value) <= 255,
     "pid": _whole(1, LARGEST_PID),
     "started": lambda value: value is None or _text(r"[0-9]{1,20}")(value),
+    "launcher": lambda value: value is None or _whole(1, LARGEST_PID)(value),
+    "launcher_started": lambda value: value is None or _text(r"[0-9]{1,20}")(value),
     "step": lambda value: value is None or _text(rf"[0-9]{{1,10}}|{BATCH}")(value),
 }
 """Checks for the value of each field of an Owner."""
@@ -232,7 +239,9 @@ def job_of(variables: Mapping[str, str] = os.environ) -> tuple[str | None, int, 
 
 
 def _this_process(generation: int) -> Owner:
-    job, restart, step = job_of()
+    from scaleprog.ranks.rendezvous import launcher  # needs torch
+
+    (job, restart, step), parent = job_of(), launcher()
     return Owner(
         generation,
         nonce=uuid.uuid4().hex,
@@ -243,6 +252,8 @@ def _this_process(generation: int) -> Owner:
         pid=os.getpid(),
         started=_started(os.getpid()),
         repeat=0 if job is None else slurm_queue.own_start()[1],
+        launcher=parent,
+        launcher_started=None if parent is None else _started(parent),
     )
 
 
@@ -318,6 +329,13 @@ def runs(owner: Owner, folder: Path) -> bool:
     except OSError:
         return False
     return abs(silent) < SILENT_SECONDS  # a heartbeat in the future comes from a wrong clock or is forged
+
+
+def launcher_lives(owner: Owner) -> bool:
+    """Whether that start's launcher lives, on this host: it may start the ranks again that have ended."""
+    if owner.launcher is None or owner.launcher_started is None or owner.host != socket.gethostname():
+        return False
+    return _started(owner.launcher) == owner.launcher_started
 
 
 def ask_to_stop(owner: Owner, folder: Path) -> None:

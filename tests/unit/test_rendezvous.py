@@ -1,5 +1,6 @@
 """Where the ranks of a run meet, and that nobody but a launcher of ours says so."""
 
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from scaleprog.errors import ScaleprogError, Unavailable
 from scaleprog.ranks import coordinator
 from scaleprog.ranks.coordinator import process_group, ranks_per_node
-from scaleprog.ranks.rendezvous import STORE, Place, of_another_launcher
+from scaleprog.ranks.rendezvous import STORE, Place, launcher, of_another_launcher
 
 STRANGERS = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "192.0.2.1",
              "MASTER_PORT": "1", "GLOO_SOCKET_IFNAME": "none0", "NCCL_SOCKET_IFNAME": "none0"}  # fmt: skip
@@ -123,3 +124,23 @@ def test_a_group_leaves_nothing_behind_for_what_is_started_later(monkeypatch: py
     with process_group():
         assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "store", "found"),
+    [
+        (["scaleprog", "train", "recipe.yaml"], "file:/proc/self/fd/3", True),
+        (["--multiprocessing-fork"], "file:/proc/self/fd/3", True),  # a run of a sweep
+        (["scaleprog", "train", "recipe.yaml"], "", False),
+        (["notebook"], "file:/proc/self/fd/3", False),  # which may live on when the run has ended
+    ],
+)
+def test_only_a_process_of_scaleprog_is_the_launcher_of_a_rank(
+    words: list[str], store: str, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()", *words], stdin=subprocess.PIPE) as parent:
+        monkeypatch.setattr(multiprocessing, "parent_process", lambda: parent)
+        for name, value in Place(0, 1, 0, 1, store).variables().items():
+            monkeypatch.setenv(name, value)
+        assert launcher() == (parent.pid if found else None)
+        parent.kill()

@@ -462,6 +462,36 @@ def test_follow_a_process(
     assert wrong == f"scaleprog: {message}\n"
 
 
+def test_follow_waits_while_the_launcher_may_start_the_ranks_again(
+    made_up: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with process_called(sys.executable, "-c", TRAINS, made_up) as launcher:
+        started = Path(f"/proc/{launcher.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        owner = OWNER | {"launcher": launcher.pid, "launcher_started": started}
+        (made_up / "owner.json").write_text(json.dumps(owner))
+        with (made_up / "events.jsonl").open("a") as file:
+            file.write(json.dumps({"time": 10.0, "generation": 4, "event": "error", "message": "OSError: gone"}) + "\n")
+        told = f"its ranks have ended; their launcher, process {launcher.pid}, still runs"
+        assert status.standing(made_up) == ("running", told, None)
+        with pytest.raises(ScaleprogError, match="its ranks have ended, but not their launcher; retry"):
+            status.cancel(made_up)
+        looks: list[int] = []
+
+        def end(_: float) -> None:
+            looks.append(1)
+            if len(looks) == 5:
+                launcher.kill()
+                launcher.wait()
+
+        monkeypatch.setattr(following, "time", SimpleNamespace(**vars(time) | {"sleep": end}))
+        assert following.follow(made_up) == 1
+    assert len(looks) == 6
+    assert told in capfd.readouterr().out
+    assert status.standing(made_up)[0] == "stopped"
+    (made_up / "owner.json").write_text(json.dumps(owner | {"launcher_started": None}))
+    assert status.standing(made_up)[0] == "stopped", "any process may have that number now"
+
+
 @pytest.mark.parametrize(("last", "code"), [({"code": 75}, 75), ({"code": 75, "requeue": True}, 1), ({}, 1)])
 def test_follow_a_job_that_slurm_has_forgotten(
     last: dict[str, Any], code: int, made_up: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
