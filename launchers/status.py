@@ -31,6 +31,7 @@ ORDERLY = {"stopped_early": "reached train.max_steps", "finish": "finished, then
 LAST_BYTES = 8 * 2**20  # read only the end of metrics.jsonl (thousands of steps); the file may be long
 MOST_RESTARTS = 50  # the most restarts shown
 MOST_SLOW = 8  # the most slow ranks shown
+MOST_SECONDS = 1e9  # a rate by which a step took longer is not believed
 Row = Mapping[str, Any]
 T = TypeVar("T")
 
@@ -376,9 +377,9 @@ def _seconds(rows: Sequence[Row]) -> float:
     """Seconds of steps by the recorded rate, which has what any rank waited for data while its device was idle."""
 
     def of(row: Row) -> float:
-        if row.get("images_per_second") and "images" in row:
-            return row["images"] / row["images_per_second"]
-        return row["step_seconds"] + row["data_wait_seconds"]  # a row of an early version
+        rate, apart = row.get("images_per_second"), row["step_seconds"] + row["data_wait_seconds"]
+        seconds = row["images"] / rate if rate and "images" in row else math.inf  # an early version wrote no rate
+        return seconds if seconds <= MOST_SECONDS else apart
 
     return sum(map(of, rows))
 
