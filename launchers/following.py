@@ -79,7 +79,7 @@ def look(run: Path) -> Look:
         return Look(text, over=False, job=job)
     if owner is not None and is_alive(owner, run):
         return Look(f"running, {owner}", over=False)
-    if owner is not None and launcher_lives(owner):
+    if owner is not None and launcher_lives(owner) and not is_finished(run):
         return Look(f"its ranks have ended; their launcher, process {owner.launcher}, still runs", over=False)
     if unheard is None or is_finished(run):
         return Look(text, over=True, job=job)

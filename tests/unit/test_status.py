@@ -475,6 +475,9 @@ def test_follow_waits_while_the_launcher_may_start_the_ranks_again(
         assert status.standing(made_up) == ("running", told, None)
         with pytest.raises(ScaleprogError, match="its ranks have ended, but not their launcher; retry"):
             status.cancel(made_up)
+        (made_up / "results.json").write_text("{}")
+        assert following.look(made_up) == following.Look("finished", over=True)
+        (made_up / "results.json").unlink()
         looks: list[int] = []
 
         def end(_: float) -> None:
