@@ -46,7 +46,7 @@ class Guard:
 
     def __init__(self, folder: Path, pulses: Sequence[Pulse]) -> None:
         self._folder, self._pulses = folder, pulses
-        self._heard: dict[int, tuple[int, float]] = {}  # rank -> its beats, seconds since they last changed
+        self._heard: dict[int, tuple[Stand, float]] = {}  # rank -> its last word, seconds since its beats changed
         self._hung: dict[int, Stand] = {}
         self._looked = self._noticed = time.monotonic()
 
@@ -63,18 +63,19 @@ class Guard:
         now = time.monotonic()
         elapsed, self._looked = min(now - self._looked, 2 * LOOK_SECONDS), now
         for pulse in self._pulses:
-            stand = pulse.read()
-            if stand is None or pulse.rank in self._hung:
+            stand, known = pulse.read(), self._hung.get(pulse.rank)
+            if stand is None or (known is not None and known.state):
                 continue
-            beats, silent = self._heard.get(pulse.rank, (-1, 0.0))
-            silent = silent + elapsed if stand.beats == beats else 0.0
-            self._heard[pulse.rank] = stand.beats, silent
+            before, silent = self._heard.get(pulse.rank, (None, 0.0))
+            silent = silent + elapsed if before is not None and stand.beats == before.beats else 0.0
+            self._heard[pulse.rank] = stand, silent
             if not stand.hung and silent > stand.patience + 2 * LOOK_SECONDS and processes.lives(stand.pid):
                 stand = self._ask_kernel(replace(stand, hung=True, seconds=round(stand.seconds + silent, 1)))
             if stand.hung:
                 self._noticed = self._noticed if self._hung else now
                 self._hung[pulse.rank] = stand
-        awaited = not last and len(self._hung) < len(self._pulses) and now - self._noticed < SETTLE_SECONDS
+        complete = len(self._hung) == len(self._pulses) and all(s.where or s.state for s in self._hung.values())
+        awaited = not last and not complete and now - self._noticed < SETTLE_SECONDS
         if not self._hung or awaited:
             return None
         return [self._hung[rank] for rank in sorted(self._hung)]
@@ -88,6 +89,10 @@ class Guard:
     def _ask_kernel(self, stand: Stand) -> Stand:
         """Writes down what the kernel knows about a rank that cannot say where it stands."""
         stand = replace(stand, state=processes.state_of(stand.pid))
+        within(WRITE_SECONDS, lambda: self._write(stand))  # to ask may hang, too
+        return stand
+
+    def _write(self, stand: Stand) -> None:
         text = f"{stand} does not answer: state {stand.state}\n\n{processes.describe(stand.pid)}\n"
         if stand.state[0] not in "TtD" and processes.handles(stand.pid, STACKS):
             with suppress(OSError):
@@ -96,8 +101,7 @@ class Guard:
                 text += f"\n{read_all(memory)}"
                 os.close(memory)
         text += "".join(f"\n{processes.describe(child)}\n" for child in processes.children_of(stand.pid))
-        within(WRITE_SECONDS, lambda: write_stacks(self._folder, stand.generation, stand.rank, text))
-        return stand
+        write_stacks(self._folder, stand.generation, stand.rank, text)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +74,7 @@ class Stand:
     together: bool = False
     """Whether it waits for other ranks."""
     where: str = ""
-    """The line of scaleprog in which it is, once it is hung."""
+    """The line of scaleprog in which it is; empty until it is hung, and has collected its stacks."""
     state: str = ""
     """What the kernel says of a rank that could not tell by itself where it stands."""
     stacks: int = -1
@@ -267,29 +267,34 @@ class Patience:
             return
         self._warned = True
         kind, seconds = max(slow.items(), key=lambda item: item[1])
-        say(
+        told = (
             f"train.patience={self.seconds / 60:g} is {self.seconds:.3g} s, but {kind} takes {seconds:.3g} s; "
             f"a hang in it is noticed only after {LONG_FACTOR * seconds:.3g} s; set train.patience="
             f"{max(LONG_FACTOR * seconds / 60, 0.01):.2g} or more"
         )
+        within(WRITE_SECONDS, lambda: say(told))  # the log may be on a file system that hangs
 
     def _hang(self, mark: Mark, waited: float) -> None:
-        """Writes the stacks, tells the launcher, waits for other ranks to do so, too, and ends the process."""
-        frames = _frames(mark.thread)
-        stand = Stand(**{
-            **asdict(self._stand(mark, waited)), "hung": True, "where": _where(frames), "together": _together(frames),
-        })  # fmt: skip
-        stacks = f"{stand} hangs: {mark.doing}, step {mark.step}, {waited:.0f} s, at {stand.where}\n\n{self._stacks()}"
-        self._tell(stand)
-        began = time.monotonic()
-        if self.folder is None or not within(WRITE_SECONDS, lambda: self._write(stacks)):
-            print(stacks, file=sys.stderr, flush=True)
-        if self._pulse is None:
-            within(WRITE_SECONDS, lambda: self.alone(stand))
-        else:
-            time.sleep(max(0.0, LINGER_SECONDS - (time.monotonic() - began)))
-        processes.kill(*_workers())
-        os._exit(HANG_CODE)
+        """Tells the launcher, writes the stacks, waits for other ranks to do so, too, and ends the process."""
+        try:
+            stand = replace(self._stand(mark, waited), hung=True)
+            self._tell(stand)  # first, because all that follows may hang or fail, too
+            frames, found = _frames(mark.thread), list[str]()
+            stand = replace(stand, where=_where(frames), together=_together(frames))
+            within(WRITE_SECONDS, lambda: found.append(self._stacks()))
+            self._tell(stand)
+            began = time.monotonic()
+            stacks = f"{stand} hangs: {mark.doing}, step {mark.step}, {waited:.0f} s, at {stand.where}\n\n"
+            stacks += found[0] if found else read_all(self._memory)
+            if self.folder is None or not within(WRITE_SECONDS, lambda: self._write(stacks)):
+                within(WRITE_SECONDS, lambda: print(stacks, file=sys.stderr, flush=True))
+            if self._pulse is None:
+                within(WRITE_SECONDS, lambda: self.alone(stand))
+            else:
+                time.sleep(max(0.0, LINGER_SECONDS - (time.monotonic() - began)))
+            processes.kill(*_workers())
+        finally:
+            os._exit(HANG_CODE)
 
     def _stacks(self) -> str:
         """The stacks of all threads of this process and of its workers, and what the kernel knows of the workers."""
@@ -359,9 +364,14 @@ def _workers() -> list[int]:
 
 
 def _frames(thread: int) -> list[traceback.FrameSummary]:
-    """The stack of a thread, the innermost frame first; empty if the thread has ended."""
+    """The stack of a thread, the innermost frame first; empty if the thread has ended. Reads no source files, because
+    their file system may be what hangs."""
     frame = sys._current_frames().get(thread)
-    return [] if frame is None else list(reversed(traceback.extract_stack(frame)))
+    stack = () if frame is None else traceback.walk_stack(frame)
+    return [
+        traceback.FrameSummary(each.f_code.co_filename, line, each.f_code.co_name, lookup_line=False)
+        for each, line in stack
+    ]
 
 
 def _where(frames: list[traceback.FrameSummary]) -> str:
@@ -369,7 +379,7 @@ def _where(frames: list[traceback.FrameSummary]) -> str:
     for frame in frames:
         if frame.filename.startswith(PACKAGE):
             return f"scaleprog/{frame.filename.removeprefix(PACKAGE)}:{frame.lineno} in {frame.name}"
-    return f"{frames[0].filename}:{frames[0].lineno} in {frames[0].name}" if frames else ""
+    return f"{frames[0].filename}:{frames[0].lineno} in {frames[0].name}" if frames else "the end of its thread"
 
 
 def _together(frames: list[traceback.FrameSummary]) -> bool:

@@ -32,6 +32,12 @@ rank.at("training", 12)
 with rank.watching():
     {body}
 """
+FULL_LOG = """
+    patience = sys.modules["scaleprog.ranks.patience"]
+    patience.WRITE_SECONDS, rank.rank, pipe = 0.2, 0, os.pipe()
+    os.dup2(pipe[1], 2), os.write(2, bytes(2**16))
+"""
+"""What the process writes into its log waits until somebody reads it."""
 
 
 def start(folder: Path, body: str, seconds: float = 0.4, pulse: Pulse | None = None) -> subprocess.Popen[bytes]:
@@ -90,6 +96,25 @@ def test_a_rank_that_makes_no_progress_ends_with_its_workers(tmp_path: Path) -> 
     assert f"process {worker}: sleep 600" in told
     while processes.lives(worker):
         time.sleep(0.01)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import linecache; linecache.checkcache = lambda *_: time.sleep(600)",  # reads the source files
+        f"{FULL_LOG}    rank.folder = None",
+        f"{FULL_LOG}    [(rank.at('training', 12, 'a step'), time.sleep(0.5)) for _ in range(4)]",
+        "rank._memory = -1",
+    ],
+    ids=["source files", "log", "log that warns", "error"],
+)
+def test_a_rank_ends_though_what_it_writes_about_its_hang_hangs_or_fails(body: str, tmp_path: Path) -> None:
+    rank = start(tmp_path, f"{body}\n    time.sleep(600)", 0.3)
+    try:
+        assert rank.wait(60) == HANG_CODE
+    finally:
+        rank.kill()
 
 
 @pytest.mark.process
@@ -155,6 +180,18 @@ def test_a_rank_that_has_ended_does_not_hang(tmp_path: Path, pulse: Pulse) -> No
     while time.monotonic() < give_up:
         assert guard.look() is None
         time.sleep(0.05)
+
+
+def test_the_launcher_waits_until_a_hung_rank_has_collected_its_stacks(
+    tmp_path: Path, pulse: Pulse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hangs, "SETTLE_SECONDS", 600)
+    guard = Guard(tmp_path, [pulse])
+    pulse.write(replace(STAND, where="", together=False))
+    assert guard.look() is None
+    assert guard.has_noticed
+    pulse.write(STAND)
+    assert guard.look() == [STAND]
 
 
 @pytest.mark.process
