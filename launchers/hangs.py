@@ -7,7 +7,7 @@ stopped or waits in the kernel, the launcher writes down what the kernel knows, 
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,12 @@ from scaleprog.rundir.records import EVENTS
 SETTLE_SECONDS = WRITE_SECONDS + LINGER_SECONDS
 """How long after the first hung rank the launcher waits for the other ranks to say where they stand."""
 MOST_NAMED = 8
+SILENT_LOOKS = 3
+"""After so many looks without a word, a rank counts as unable to answer once another rank hangs."""
+ALONE = ("waiting for data", "writing a checkpoint")
+"""What a rank does without the others."""
+IN_STEP = ("training", "after the step")
+"""What a rank may do while its device waits for the others."""
 
 
 class Guard:
@@ -70,7 +76,7 @@ class Guard:
             silent = silent + elapsed if before is not None and stand.beats == before.beats else 0.0
             self._heard[pulse.rank] = stand, silent
             if not stand.hung and silent > stand.patience + 2 * LOOK_SECONDS and processes.lives(stand.pid):
-                stand = self._ask_kernel(replace(stand, hung=True, seconds=round(stand.seconds + silent, 1)))
+                stand = self._ask_kernel(stand, silent)
             if stand.hung:
                 self._noticed = self._noticed if self._hung else now
                 self._hung[pulse.rank] = stand
@@ -78,17 +84,21 @@ class Guard:
         awaited = not last and not complete and now - self._noticed < SETTLE_SECONDS
         if not self._hung or awaited:
             return None
+        for rank, (stand, silent) in self._heard.items():
+            if rank not in self._hung and silent > SILENT_LOOKS * LOOK_SECONDS and processes.lives(stand.pid):
+                self._hung[rank] = self._ask_kernel(stand, silent)
         return [self._hung[rank] for rank in sorted(self._hung)]
 
     def conclude(self, stands: Sequence[Stand]) -> "Hang":
         """What to conclude from where the ranks stand; writes the event."""
-        hang = Hang.of(stands, self._folder)
+        hang = Hang.of(stands, self._folder, self._heard)
         hang.record(self._folder)
         return hang
 
-    def _ask_kernel(self, stand: Stand) -> Stand:
-        """Writes down what the kernel knows about a rank that cannot say where it stands."""
-        stand = replace(stand, state=processes.state_of(stand.pid))
+    def _ask_kernel(self, stand: Stand, silent: float) -> Stand:
+        """Writes down what the kernel knows about a rank that has not said for `silent` seconds where it stands."""
+        state = processes.state_of(stand.pid)
+        stand = replace(stand, hung=True, seconds=round(stand.seconds + silent, 1), state=state)
         within(WRITE_SECONDS, lambda: self._write(stand))  # to ask may hang, too
         return stand
 
@@ -123,28 +133,30 @@ class Hang:
     message: str
 
     @classmethod
-    def of(cls, stands: Sequence[Stand], folder: Path) -> "Hang":
-        """What to conclude from where the hung ranks of a run stand; at least one."""
-        culprits = _culprits(stands)
+    def of(cls, stands: Sequence[Stand], folder: Path, heard: Collection[int] = ()) -> "Hang":
+        """What to conclude from where the hung ranks of a run stand; at least one.
+
+        `heard`: ranks that are known to have been able to answer.
+        """
+        absent = _absent(stands, heard)
+        culprits = [stand for stand in stands if stand.state] if absent else _culprits(stands)
         waiting = [stand for stand in stands if stand not in culprits]
         first, step = (culprits or waiting)[0], max(stand.step for stand in stands)
-        told = [said(stand) for stand in culprits[:MOST_NAMED]]
+        told = [f"{_ranks(absent)} said nothing"] if absent else []
+        told += [said(stand) for stand in culprits[:MOST_NAMED]]
         told += [f"{len(culprits) - MOST_NAMED} more ranks did not come"] if len(culprits) > MOST_NAMED else []
-        if waiting:
-            hosts = sorted({stand.host for stand in waiting})
+        alike = not (absent or culprits)
+        if waiting and (not alike or waiting[0].together):
             where = f" in {waiting[0].where}" if waiting[0].where else ""
-            told.append(
-                f"{_ranks(waiting)} waited for the others in step {waiting[0].step} ({waiting[0].doing}){where}"
-            )
-            if not culprits and len(hosts) > 1:
-                told.append(f"no rank stands apart; is the network between {', '.join(hosts[:MOST_NAMED])} whole?")
-            elif not culprits:
-                told.append("no rank stands apart")
+            ranks = _ranks([stand.rank for stand in waiting])
+            told.append(f"{ranks} waited for the others in step {waiting[0].step} ({waiting[0].doing}){where}")
+        told += _alike(stands) if alike else []
         message = (
             f"hung for {first.seconds:.0f} s in step {step}: {'; '.join(told)}. Stacks: {folder / FOLDER}. If "
             f"that may take so long, raise train.patience (now {first.patience / 60:g} min)"
         )
-        return cls(tuple(stand.rank for stand in culprits), first.generation, step, first.doing, message)
+        named = (*absent, *(stand.rank for stand in culprits))
+        return cls(named, first.generation, step, first.doing, message)
 
     def record(self, folder: Path) -> None:
         """Writes the event `hang`, unless the file system does not answer."""
@@ -161,17 +173,31 @@ class Hang:
         within(WRITE_SECONDS, write)
 
 
+def _absent(stands: Sequence[Stand], heard: Collection[int]) -> list[int]:
+    """The ranks that should stand somewhere, and do not. Empty if a rank stands alone, because the others may only
+    have had more patience, and have ended with it."""
+    if any(_alone(stand) for stand in stands):
+        return []
+    return sorted(set(range(max(stand.world for stand in stands))) - {stand.rank for stand in stands} - set(heard))
+
+
 def _culprits(stands: Sequence[Stand]) -> list[Stand]:
-    """The ranks that the others waited for: those that could not answer, or else did something by themselves, or else
-    are steps behind. Empty if no rank stands apart."""
+    """The ranks that the others waited for: those that could not answer or stand alone, or else did something by
+    themselves, or else did it outside a step, or else are steps behind. Empty if no rank stands apart."""
     for apart in (
-        [stand for stand in stands if stand.state],
+        [stand for stand in stands if stand.state or _alone(stand)],
         [stand for stand in stands if not stand.together],
+        [stand for stand in stands if not stand.together and stand.doing not in IN_STEP],
         [stand for stand in stands if stand.step < max(other.step for other in stands)],
     ):
         if apart and (len(apart) < len(stands) or len(stands) == 1 or any(stand.state for stand in apart)):
             return apart
     return []
+
+
+def _alone(stand: Stand) -> bool:
+    """Whether a rank hangs in what it does without the others."""
+    return stand.doing in ALONE and not stand.together and not stand.state
 
 
 def said(stand: Stand) -> str:
@@ -181,7 +207,22 @@ def said(stand: Stand) -> str:
     return f"{stand} did not come: {stand.doing}, at {stand.where or 'an unknown line'}"
 
 
-def _ranks(stands: Sequence[Stand]) -> str:
-    names = ", ".join(str(stand.rank) for stand in stands[:MOST_NAMED])
-    more = f" and {counted(len(stands) - MOST_NAMED, 'more rank')}" if len(stands) > MOST_NAMED else ""
-    return f"rank{'s' if len(stands) > 1 else ''} {names}{more}"
+def _alike(stands: Sequence[Stand]) -> list[str]:
+    """What to look at if no rank stands apart: the network if all waited for each other, or else what all use."""
+    told, hosts = ["no rank stands apart"], sorted({stand.host for stand in stands})
+    if not any(stand.together for stand in stands):
+        places = list(dict.fromkeys(f"{stand.doing} at {stand.where or 'an unknown line'}" for stand in stands))
+        maybe = ", or on CUDA a collective" if all(stand.doing in IN_STEP for stand in stands) else ""
+        told.append(
+            f"all ranks hang by themselves: {'; '.join(places[:MOST_NAMED])}; a file system or device that all "
+            f"share{maybe}?"
+        )
+    elif len(hosts) > 1:
+        told.append(f"is the network between {', '.join(hosts[:MOST_NAMED])} whole?")
+    return told
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    names = ", ".join(map(str, ranks[:MOST_NAMED]))
+    more = f" and {counted(len(ranks) - MOST_NAMED, 'more rank')}" if len(ranks) > MOST_NAMED else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {names}{more}"

@@ -233,7 +233,7 @@ class Remains:
         """What a start has left behind."""
         reports = reports_of(run, start)
         stands = [stand_of(report["stand"]) for report in reports if "stand" in report]
-        hang = Hang.of(stands, run) if stands else None
+        hang = Hang.of(stands, run, {report["rank"] for report in reports}) if stands else None
         signals, earlier = hurried_by(run, start), rows_in(run / REQUEUES, LEFT)
         return cls(run, start, code, notice, reports, signals, hang, earlier, progress_of(run), time.time())
 

@@ -79,6 +79,8 @@ class Stand:
     """What the kernel says of a rank that could not tell by itself where it stands."""
     stacks: int = -1
     """The descriptor, in the rank, of the memory with its stacks."""
+    world: int = 0
+    """How many ranks train; 0: unknown."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} (host {self.host}, process {self.pid})"
@@ -192,6 +194,7 @@ class Patience:
     generation: int = 0
     steps: Track = field(default_factory=Track)
     saves: Track = field(default_factory=Track)
+    world: int = 0
 
     def __post_init__(self) -> None:
         self._pulse, self._beats, self._warned = Pulse.current(), 0, False
@@ -252,7 +255,7 @@ class Patience:
     def _stand(self, mark: Mark, waited: float) -> Stand:
         return Stand(
             self.rank, socket.gethostname(), os.getpid(), self.generation, mark.step, mark.doing, round(waited, 1),
-            self.seconds, self._beats, stacks=self._memory,
+            self.seconds, self._beats, stacks=self._memory, world=self.world,
         )  # fmt: skip
 
     def _tell(self, stand: Stand) -> None:

@@ -390,6 +390,7 @@ class Standing(TypedDict):
     together: bool
     where: Name
     state: Name
+    world: NotRequired[Annotated[int, Field(ge=0, le=2**20)]]
 
 
 @with_config(STRICT)

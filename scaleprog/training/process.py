@@ -192,7 +192,7 @@ def leave(run: Run, reason: str) -> None:
 def watched_patience(recipe: Recipe, folder: Path) -> Iterator[Patience]:
     """The patience of this process, a rank of a run; inside, the process ends if it hangs."""
     place = Place.current()
-    patience = Patience(60 * recipe.train.patience, folder, place.rank, collectives)
+    patience = Patience(60 * recipe.train.patience, folder, place.rank, collectives, world=place.world)
     patience.at("starting", 0, kind="a start")
     with patience.watching():
         yield patience

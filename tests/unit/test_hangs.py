@@ -7,20 +7,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from scaleprog.errors import HANG_CODE
 from scaleprog.launchers import hangs, requeue, task
-from scaleprog.launchers.attempt import Attempt, reports_of
+from scaleprog.launchers.attempt import Attempt, report, reports_of
 from scaleprog.launchers.hangs import Guard, Hang
 from scaleprog.launchers.requeue import how_it_ended
 from scaleprog.ranks import patience, processes
 from scaleprog.ranks.patience import LONG_SECONDS, PULSE, Pulse, Stand, Track
+from scaleprog.ranks.rendezvous import Place
 from scaleprog.rundir.reading import read, read_rows
 from scaleprog.rundir.records import EVENT, EVENTS
+from scaleprog.training.process import watched_patience
+from tests.conftest import MakeRecipe
 
 STAND = Stand(0, "n0", 10, 3, 12, "training", 61.0, 60.0, hung=True, together=True, where="scaleprog/a.py:1 in b")
 PREPARED = """
@@ -171,6 +174,29 @@ def test_a_rank_in_which_no_thread_of_python_runs(tmp_path: Path, pulse: Pulse) 
 
 
 @pytest.mark.process
+def test_a_rank_that_is_stopped_in_a_long_step_is_named_once_another_hangs(
+    tmp_path: Path, pulse: Pulse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hangs, "SETTLE_SECONDS", 0.0)
+    other = Pulse(pulse.descriptor, 1)
+    rank = start(tmp_path, "time.sleep(600)", 60, other)
+    guard = Guard(tmp_path, [pulse, other])
+    while other.read() is None:
+        time.sleep(0.01)
+    rank.send_signal(signal.SIGSTOP)
+    for _ in range(4 * hangs.SILENT_LOOKS):
+        assert guard.look() is None
+        time.sleep(hangs.LOOK_SECONDS)
+    pulse.write(replace(STAND, together=True))
+    waiting, stopped = guard.look() or ()
+    assert waiting.rank == 0
+    assert (stopped.rank, stopped.state) == (1, "T (stopped)")
+    assert "rank 1" in guard.conclude([waiting, stopped]).message.partition(" did not come")[0]
+    processes.kill_with_children(rank.pid)
+    assert rank.wait() == -signal.SIGKILL
+
+
+@pytest.mark.process
 def test_a_rank_that_has_ended_does_not_hang(tmp_path: Path, pulse: Pulse) -> None:
     assert start(tmp_path, "time.sleep(0.1)", 0.5, pulse).wait() == 0
     assert pulse.read() is None
@@ -244,6 +270,41 @@ def test_a_task_has_a_process_that_watches_it(kind: str, code: int, state: str, 
 # ---- what is said of it
 
 
+def test_ranks_that_hang_by_themselves_waited_neither_for_others_nor_for_the_network(tmp_path: Path) -> None:
+    alone = replace(STAND, together=False)
+    hang = Hang.of([alone, replace(alone, rank=1, host="n1")], tmp_path)
+    assert "waited" not in hang.message
+    assert "network" not in hang.message
+
+
+def test_ranks_that_have_answered_are_not_missing(tmp_path: Path) -> None:
+    stand = replace(STAND, world=3)
+    assert Hang.of([stand], tmp_path, {0, 1}).culprits == (2,)
+    old = {key: value for key, value in asdict(stand).items() if key != "world"}
+    assert Hang.of([requeue.stand_of(old)], tmp_path).culprits == (), "a report of an earlier version"
+
+
+def test_a_task_that_left_no_report_did_not_come(tmp_path: Path) -> None:
+    attempt = Attempt("7", 0)
+    task.report_hang(tmp_path, attempt, 0, replace(STAND, world=2))
+    hang = requeue.Remains.by(tmp_path, attempt, 1, 120).hang
+    assert hang is not None
+    assert hang.culprits == (1,)
+    report(tmp_path, attempt, 1, 1, "RuntimeError: the connection was closed")
+    hang = requeue.Remains.by(tmp_path, attempt, 1, 120).hang
+    assert hang is not None
+    assert hang.culprits == ()
+
+
+def test_a_rank_knows_how_many_there_are(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in Place(1, 3, 1, 3, "file:none").variables().items():
+        monkeypatch.setenv(name, value)
+    with watched_patience(make_recipe(), tmp_path) as rank:
+        assert (rank.rank, rank.world) == (1, 3)
+
+
 @pytest.mark.parametrize(
     ("stands", "culprits", "message"),
     [
@@ -252,6 +313,13 @@ def test_a_task_has_a_process_that_watches_it(kind: str, code: int, state: str, 
         ([{"step": 11}, {}, {}], (0,), "ranks 1, 2 waited for the others in step 12 (training)"),
         ([{}, {"host": "n1"}], (), "no rank stands apart; is the network between n0, n1 whole?"),
         ([{"together": False}, {"together": False}], (), "no rank stands apart"),
+        ([{"together": False}, {"together": False, "host": "n1"}], (), "all ranks hang by themselves: training at "),
+        ([{"doing": "waiting for data", "together": False}] * 2, (), "b; a file system or device that all share?"),
+        ([{"together": False}, {"together": False, "doing": "evaluating"}], (1,), "; rank 0 waited for the others"),
+        ([{"together": False}, {"together": False, "doing": "waiting for data"}, {}], (1,), "ranks 0, 2 waited for"),
+        ([{"world": 2}], (1,), "rank 1 said nothing; rank 0 waited for the others in step 12 (training)"),
+        ([{"world": 3, "state": "D (waits)"}, {}], (2, 0), "rank 2 said nothing; rank 0 (host n0, process 10) did not"),
+        ([{"world": 3, "doing": "waiting for data", "together": False}], (0,), "rank 0 (host n0, process 10) did not"),
         ([{"together": False}], (0,), "rank 0 (host n0, process 10) did not come: training"),
         ([{"state": "T (stopped)"}] * 2, (0, 1), "rank 1 (host n0, process 10) did not come: state T"),
         ([{"state": "T (stopped)"}] + [{}] * 511, (0,), "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 503 more ranks waited"),
