@@ -123,6 +123,7 @@ class Mark(NamedTuple):
     kind: str | None
     began: float
     thread: int
+    like: str | None = None
 
 
 class Track:
@@ -134,30 +135,44 @@ class Track:
         """The fewest seconds that something of a kind took."""
         self.often: set[str] = set()
         """The kinds that were measured more than once."""
+        self.known: set[str | None] = set()
+        """What the measured kinds were like."""
 
-    def at(self, doing: str, step: int | None = None, kind: str | None = None) -> None:
+    def at(self, doing: str, step: int | None = None, kind: str | None = None, like: str | None = None) -> None:
         """Notes progress: this thread now begins, or continues, something.
 
         Args:
             doing: what, in words.
             step: the training step that it belongs to (None: that of the last mark).
             kind: names things that take about as long each time. The first of a kind may take long.
+            like: names kinds of which only the first one's first may take that long; the others' LONG_FACTOR times the
+                patience.
         """
         before, now = self.mark, time.monotonic()
         self._measure(before, now)
         if step is None:
             step = 0 if before is None else before.step
-        self.mark = Mark(doing, step, kind, now, threading.get_ident())
+        self.mark = Mark(doing, step, kind, now, threading.get_ident(), like)
 
     def rest(self) -> None:
         """Nothing is to be watched until the next `at`."""
         self._measure(self.mark, time.monotonic())
         self.mark = None
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is to be watched; then what was begun before begins now, and was never measured."""
+        mark, self.mark = self.mark, None
+        try:
+            yield
+        finally:
+            self.mark = None if mark is None else mark._replace(began=time.monotonic())
+
     def _measure(self, mark: Mark | None, now: float) -> None:
         if mark is not None and mark.kind is not None:
             if mark.kind in self.least:
                 self.often.add(mark.kind)
+            self.known |= {mark.like} - {None}
             self.least[mark.kind] = min(self.least.get(mark.kind, now - mark.began), now - mark.began)
 
     def allowed(self, mark: Mark, patience: float) -> float:
@@ -165,7 +180,7 @@ class Track:
         if mark.kind is None:
             return patience
         if mark.kind not in self.least:
-            return long_wait(patience)
+            return LONG_FACTOR * patience if mark.like in self.known else long_wait(patience)
         return max(patience, LONG_FACTOR * self.least[mark.kind])
 
 
@@ -207,9 +222,9 @@ class Patience:
         """How long a collective may wait: longer than this rank, so that the rank says where it stands."""
         return timedelta(seconds=long_wait(self.seconds) + 300)
 
-    def at(self, doing: str, step: int | None = None, kind: str | None = None) -> None:
+    def at(self, doing: str, step: int | None = None, kind: str | None = None, like: str | None = None) -> None:
         """Notes progress of the steps; see `Track.at`."""
-        self.steps.at(doing, step, kind)
+        self.steps.at(doing, step, kind, like)
 
     @contextmanager
     def watching(self) -> Iterator["Patience"]:
@@ -264,8 +279,8 @@ class Patience:
 
     def _warn(self) -> None:
         """Says once that something takes long in comparison with the patience; rank 0 speaks for all."""
-        least, often = self.steps.least, self.steps.often
-        slow = {kind: least[kind] for kind in often.copy() if LONG_FACTOR * least[kind] > self.seconds}
+        taken = {kind: track.least[kind] for track in (self.steps, self.saves) for kind in track.often.copy()}
+        slow = {kind: seconds for kind, seconds in taken.items() if LONG_FACTOR * seconds > self.seconds}
         if not slow or self._warned or self.rank:
             return
         self._warned = True
@@ -370,11 +385,8 @@ def _frames(thread: int) -> list[traceback.FrameSummary]:
     """The stack of a thread, the innermost frame first; empty if the thread has ended. Reads no source files, because
     their file system may be what hangs."""
     frame = sys._current_frames().get(thread)
-    stack = () if frame is None else traceback.walk_stack(frame)
-    return [
-        traceback.FrameSummary(each.f_code.co_filename, line, each.f_code.co_name, lookup_line=False)
-        for each, line in stack
-    ]
+    calls = [] if frame is None else [(each.f_code, line) for each, line in traceback.walk_stack(frame)]
+    return [traceback.FrameSummary(code.co_filename, line, code.co_name, lookup_line=False) for code, line in calls]
 
 
 def _where(frames: list[traceback.FrameSummary]) -> str:

@@ -297,9 +297,10 @@ class TrainSettings(Settings):
     """Steps between two points in TensorBoard, and between two reductions of the losses."""
     patience: Minutes = 8.0
     """Minutes for which a rank may make no progress: in a step, for a batch, in a save, or waiting for the others. Then
-    it hangs: every rank writes its stacks into the run directory, and the run starts again. A start, a growth, the
-    first step of a start, and that of each compiled network may take 25 minutes, or 3 times as long as this if that is
-    more."""
+    it hangs: every rank writes its stacks into the run directory, and the run starts again. What is slow at first may
+    take 25 minutes, or 3 times as long as this if that is more: a start, a growth, the first batch of a phase, and a
+    start's first step, measurement, evaluation, and save. So may the first step of each compiled network; that of any
+    other network may take 3 times as long as this. What always takes long may take 3 times as long as it took."""
     rank_curves: bool = False
     """Whether every rank also draws the seconds of its own steps and waits, as a run of its own in TensorBoard."""
     profile: ProfileSettings | None = None

@@ -58,8 +58,10 @@ class Layout:
         return cls(header, {name: len(header) + at for name, at in offsets.items()}, len(header) + offset)
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[], object] = lambda: None) -> tuple[int, str]:
-    """Writes 1-D tensors in host memory and syncs them to disk; calls `wrote` after each block.
+def write(
+    path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[str], object] = lambda _: None
+) -> tuple[int, str]:
+    """Writes 1-D tensors in host memory and syncs them to disk; calls `wrote` after each block, with what comes next.
 
     Returns bytes and SHA-256. Raises OSError.
     """
@@ -71,8 +73,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[], object]
                 block = content[start : start + BLOCK]
                 digest.update(block)  # of the data in memory, so that a reader notices a disk that corrupted it
                 file.write(block)
-                wrote()
+                wrote("a block")
         file.flush()
+        wrote("the sync")
         os.fsync(file.fileno())
     return layout.size, digest.hexdigest()
 

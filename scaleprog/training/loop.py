@@ -114,7 +114,7 @@ def train(
         with metered(recorder, device, first_on_host), run.watch, closing(run.evaluation):
             try:
                 train_phases(run, zero)
-                patience.at("finishing", state.step)
+                patience.at("finishing", state.step, kind="the end")
                 wait_for_checkpoint(run)
             except AskedToStop as asked:
                 leave(run, asked.reason)
@@ -158,18 +158,20 @@ def train_phases(run: Run, zero: float) -> None:
         phase = plan.schedule.phases(state.choices)[state.phase]
         run_pending(run, phase)
         save(run, phase, permanent=False)
+    like = None if run.recipe.sharding.compile else "a step"
     while current_phase(run) is not None and not stopped_early(run):
         phase = enter_phase(run)
         actives = {s: plan.schedule.active(phase, s) for s in phase.candidates}
         pixels = plan.schedule.view(phase.network).pixels
         adapt_workers(run, pixels)
+        kind = f"the first batch of phase {state.phase}"
         with run.reader.stream(PhaseRequests(run, phase), pixels) as batches:
             while state.step < phase.stop and not stopped_early(run):
-                run.patience.at("waiting for data", state.step + 1)
-                batch = next(batches)
+                run.patience.at("waiting for data", state.step + 1, kind)
+                kind, batch = "a batch", next(batches)
                 subnet = phase.subnet(run.recipe.seed, state.step)
                 run.profiling.before(state.step + 1)
-                run.patience.at("training", kind=f"a step of {subnet}" if run.recipe.sharding.compile else "a step")
+                run.patience.at("training", kind=f"a step of {subnet}", like=like)
                 train_step(run, phase, subnet, actives[subnet], batch, batches.waited)
                 state.wall_seconds = time.perf_counter() - zero
                 run.patience.at("after the step", kind="what follows a step")

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import scaleprog.ranks.patience
 import scaleprog.ranks.stop
 import scaleprog.rundir.checkpoint
 import scaleprog.rundir.storage
@@ -136,6 +137,8 @@ def arm_task() -> None:
 def arm(fault: Fault, folder: Path, rank: int) -> None:
     """Wraps what the moment is made of, if it is to strike this rank and has not yet."""
     scaleprog.ranks.stop.LOOK_SECONDS = 0.05  # the whole run takes few seconds
+    if fault.kind in WAIT_LONG:
+        scaleprog.ranks.patience.LONG_SECONDS = 100.0  # also the first measurement of a start may be struck
     if fault.kind == "clock set back" and (folder / STRUCK).exists():
         time.time = lambda now=time.time: now() - DAY
     if rank == fault.rank and not (folder / STRUCK).exists():

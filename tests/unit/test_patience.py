@@ -1,0 +1,101 @@
+"""Patience: for how long a rank may do something, and that each part of a run says what it does."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from scaleprog.growth.space import Subnet
+from scaleprog.ranks import patience
+from scaleprog.ranks.coordinator import Coordinator, process_group
+from scaleprog.ranks.patience import LONG_SECONDS, Track
+from scaleprog.rundir import tensorfile
+from scaleprog.rundir.checkpoint import Checkpoints
+from scaleprog.training.loop import train
+from tests.conftest import MakeRecipe, step_rows
+from tests.unit.checkpoints import parts, tensors
+
+
+def test_a_small_network_tells_nothing_about_the_steps_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    track = Track()
+    for network, seconds, may in (("small", 1.0, LONG_SECONDS), ("large", 100.0, 180), ("large", 100.0, 300)):
+        track.at("training", kind=f"a step of {network}", like="a step")
+        assert track.mark is not None
+        assert track.allowed(track.mark, 60) == may
+        now += seconds
+        track.at("after the step")
+
+
+def test_what_is_paused_begins_where_it_continues(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    track = Track()
+    track.at("growing", 5, "a growth")
+    now = 1.0
+    with track.paused():
+        assert track.mark is None
+        now = 9.0
+    assert track.mark is not None
+    assert track.mark[:4] == ("growing", 5, "a growth", 9.0)
+    assert track.allowed(track.mark, 60) == LONG_SECONDS, "it is still the first growth"
+    now = 11.0
+    track.rest()
+    assert track.least == {"a growth": 2.0}
+
+
+class Noting(Track):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: list[str | None] = []
+
+    def at(self, doing: str, step: int | None = None, kind: str | None = None, like: str | None = None) -> None:
+        super().at(doing, step, kind, like)
+        self.kinds.append(kind)
+
+
+@pytest.mark.process
+def test_everything_in_a_run_has_a_kind_and_each_phase_and_network_its_own(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    heard = patience.Patience(steps=Noting(), saves=Noting())
+    with process_group(False, heard.limit) as (coordinator, device):
+        train(make_recipe(), tmp_path, coordinator, device, patience=heard)
+    steps, saves = (track.kinds for track in (heard.steps, heard.saves) if isinstance(track, Noting))
+    assert None not in [*steps, *saves]
+    firsts = [kind for kind in steps if "the first batch" in str(kind)]
+    assert firsts == [f"the first batch of phase {index}" for index in range(len(firsts))]
+    assert len(firsts) > 2
+    networks = {Subnet(row["resolution"], row["depth"]) for row in step_rows(tmp_path).values()}
+    assert {kind for kind in steps if "a step of" in str(kind)} == {f"a step of {network}" for network in networks}
+    assert {"a batch", "the beginning of a measurement", "the end"} < set(steps)
+    assert len({kind for kind in steps if "a measurement of" in str(kind)}) > 1
+
+
+def test_a_save_waits_for_the_disk_with_a_kind_of_its_own(
+    one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard, synced, sync = patience.Patience(saves=Noting()), list[str | None](), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(heard.saves.mark and heard.saves.mark.kind)
+        sync(descriptor)
+
+    monkeypatch.setattr(tensorfile.os, "fsync", fsync)
+    heard.at("growing", 1, "a growth")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", Coordinator(), keep=1, patience=heard)
+    checkpoints.save(1, {}, parts(tensors()))
+    checkpoints.wait()
+    assert synced[0] == "the sync of a checkpoint"
+    assert "the wait for the other ranks' files" in heard.saves.least
+    assert heard.steps.least == {}, "the growth lasts"
+
+
+def test_slow_saves_are_named_too(capfd: pytest.CaptureFixture[str]) -> None:
+    rank = patience.Patience(60.0)
+    rank.saves.least, rank.saves.often = {"a save": 30.0}, {"a save"}
+    rank._warn()
+    assert "is 60 s, but a save takes 30 s" in capfd.readouterr().err
