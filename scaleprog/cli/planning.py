@@ -15,6 +15,7 @@ from scaleprog.cli.arguments import Overrides, RecipePath
 from scaleprog.cli.completion import group_words
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.display import as_text, table
+from scaleprog.ranks.patience import LONG_FACTOR
 from scaleprog.recipe.numbers import MOST_RANKS
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def plan(
 ) -> None:
     """Shows stages, parameters, GMACs, memory per rank and predicted speedup, without training."""
     from scaleprog.planning.devices import Device
-    from scaleprog.planning.plan import describe
+    from scaleprog.planning.plan import describe, longest_step
     from scaleprog.recipe import Recipe
     from scaleprog.recipe.worlds import Worlds
 
@@ -99,7 +100,7 @@ def plan(
             else f"a search spends at most {prediction['budget']:.1%} of Original's cost; the table, "
             f"{1 / (1 + prediction['speedup']):.1%} of it by GMACs, keeps the smallest network until the takeover"
         )
-    for doubt in doubts(loaded):
+    for doubt in doubts(loaded, longest_step(loaded, worlds or (nproc or 1,), described)):
         console.print(doubt, markup=False, soft_wrap=True)
     if not prediction["counted"]:
         unseen = f"{as_text(loaded.data.path)}: there are no shards yet, so their images are not counted"
@@ -145,9 +146,14 @@ def rank_counts(text: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def doubts(recipe: "Recipe") -> Iterator[str]:
-    """What a recipe may say of its learning rate, and hardly anybody wants."""
-    optimizer = recipe.optimizer
+def doubts(recipe: "Recipe", step: float) -> Iterator[str]:
+    """What a recipe may say, and hardly anybody wants. `step`: the predicted seconds of its longest step."""
+    optimizer, patience = recipe.optimizer, recipe.train.patience
+    if 60 * patience < LONG_FACTOR * step:
+        yield (
+            f"train.patience, {patience:g} min, is less than three times the longest step, predicted to take "
+            f"{step:.3g} s: a rank that only waits for a slow one may count as hung"
+        )
     if optimizer.warmup_epochs >= recipe.train.epochs:
         yield (
             f"optimizer.warmup_epochs, {optimizer.warmup_epochs:g}, is no less than train.epochs, "

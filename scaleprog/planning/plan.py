@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -244,6 +246,16 @@ def forecast(recipe: Recipe, world: int, device: Device) -> dict[str, tuple[Pred
         growths = [held[i - 1] + held[i] for i in range(1, len(phases)) if schedule.entry(phases, i) is not None]
         prediction = predict(variant, family, schedule.full, world, device)
         found[name] = prediction, max(prediction.memory.device, *growths, 0)
+    return found
+
+
+def longest_step(recipe: Recipe, worlds: Sequence[int], device: Device) -> float:
+    """Predicted seconds of a step on the complete model, on those numbers of ranks that can run it; 0 if none can."""
+    family, schedule = outline(recipe, steps_per_epoch(recipe))
+    found = 0.0
+    for world in worlds:
+        with suppress(RecipeError):
+            found = max(found, predict(recipe, family, schedule.full, world, device).step)
     return found
 
 

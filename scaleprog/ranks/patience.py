@@ -39,6 +39,7 @@ LONG_SECONDS = 25 * 60.0
 LONG_FACTOR = 3.0
 """Such things may take this many times the patience, and anything as many times as long as it took before."""
 LOOK_SECONDS = 1.0
+LEAST_LOOK = 0.05
 LINGER_SECONDS = 5.0
 """How long a hung rank waits for the others to notice, because the end of one rank may end all."""
 WRITE_SECONDS = 10.0
@@ -246,7 +247,7 @@ class Patience:
     # ---- the thread
 
     def _watch(self) -> None:
-        look = min(LOOK_SECONDS, self.seconds / 20)
+        look = max(LEAST_LOOK, min(LOOK_SECONDS, self.seconds / 20))
         last = time.monotonic()
         while not self._ended.wait(look):
             now = time.monotonic()

@@ -32,6 +32,7 @@ from scaleprog.recipe.numbers import (
     Norm,
     Number,
     Part,
+    PatienceMinutes,
     Pixels,
     RankNumber,
     Ranks,
@@ -295,7 +296,7 @@ class TrainSettings(Settings):
     On the CPU that is always so."""
     log_every: Steps = 20
     """Steps between two points in TensorBoard, and between two reductions of the losses."""
-    patience: Minutes = 8.0
+    patience: PatienceMinutes = 8.0
     """Minutes for which a rank may make no progress: in a step, for a batch, in a save, or waiting for the others. Then
     it hangs: every rank writes its stacks into the run directory, and the run starts again. What is slow at first may
     take 25 minutes, or 3 times as long as this if that is more: a start, a growth, the first batch of a phase, and a

@@ -92,6 +92,8 @@ WholeEpochs = Annotated[int, Field(ge=1, le=10**5), _Number]
 Epochs = Annotated[float, Field(gt=0, le=10**5), _Number]
 NoOrMoreEpochs = Annotated[float, Field(ge=0, le=10**5), _Number]
 Minutes = Annotated[float, Field(gt=0, le=10**6), _Number]
+PatienceMinutes = Annotated[float, Field(ge=0.01, le=10**6), _Number]
+"""Less would end every run."""
 Rate = Annotated[float, Field(gt=0, le=10**3), _Number]
 """A learning rate."""
 NoOrMore = Annotated[float, Field(ge=0, le=10**3), _Number]

@@ -66,6 +66,13 @@ def test_plan_doubts_learning_rates_that_hardly_anybody_wants(setting: str, doub
     assert "optimizer." not in command("plan", "digits/base").out
 
 
+def test_plan_doubts_a_patience_that_is_short_for_the_steps(command: Command) -> None:
+    planned = "plan", "imagenet/deit_small_original_100", "--device=cpu", "train.patience=0.01"
+    assert "train.patience, 0.01 min, is less than three times the longest step" in command(*planned).out
+    assert "train.patience" not in command(*planned, "--world=512").out, "fewer images for each rank"
+    assert "train.patience" not in command(*planned[:-1]).out
+
+
 def test_plan_shares_memory_out_over_ranks(command: Command, write_recipe: WriteRecipe) -> None:
     recipe = write_recipe(model={"width": 384, "heads": 6}, sharding={"engine": "fsdp"})
     one, four = (int(re.findall(r"(\d+) MiB", command("plan", recipe, "--nproc", n).out)[-1]) for n in (1, 4))

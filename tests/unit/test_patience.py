@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from scaleprog.errors import RecipeError
 from scaleprog.growth.space import Subnet
 from scaleprog.ranks import patience
 from scaleprog.ranks.coordinator import Coordinator, process_group
@@ -92,6 +93,18 @@ def test_a_save_waits_for_the_disk_with_a_kind_of_its_own(
     assert synced[0] == "the sync of a checkpoint"
     assert "the wait for the other ranks' files" in heard.saves.least
     assert heard.steps.least == {}, "the growth lasts"
+
+
+def test_a_patience_that_ends_every_run_is_refused(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(RecipeError, match=r"train\.patience"):
+        make_recipe(train={"patience": 1e-6})
+
+
+def test_a_short_patience_does_not_keep_a_core_busy() -> None:
+    rank, looks = patience.Patience(1e-5), list[float | None]()
+    rank._ended.wait = lambda timeout=None: looks.append(timeout) or True  # type: ignore[method-assign]
+    rank._watch()
+    assert looks == [patience.LEAST_LOOK]
 
 
 def test_slow_saves_are_named_too(capfd: pytest.CaptureFixture[str]) -> None:
