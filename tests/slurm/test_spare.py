@@ -100,7 +100,7 @@ def test_a_job_of_an_array_with_a_spare_node_loses_nodes_and_is_preempted(
 ) -> None:
     cluster.up(Settings(grace=60))
     recipe, reference = undisturbed
-    job = TrainingJob(cluster, recipe, tmp_path / "sweep" / "seed=0", "submit", beside=tmp_path)
+    job = TrainingJob(cluster, recipe, tmp_path / "sweep" / "seed0", "submit", beside=tmp_path)
     job.hold_at(9)
     job.submit(spare_nodes="1", sweep=f"seed={recipe.seed}")
     job.wait_held()
