@@ -139,7 +139,7 @@ class Hang:
         `heard`: ranks that are known to have been able to answer.
         """
         absent = _absent(stands, heard)
-        culprits = [stand for stand in stands if stand.state] if absent else _culprits(stands)
+        culprits = [] if absent else _culprits(stands)
         waiting = [stand for stand in stands if stand not in culprits]
         first, step = (culprits or waiting)[0], max(stand.step for stand in stands)
         told = [f"{_ranks(absent)} said nothing"] if absent else []
@@ -174,9 +174,9 @@ class Hang:
 
 
 def _absent(stands: Sequence[Stand], heard: Collection[int]) -> list[int]:
-    """The ranks that should stand somewhere, and do not. Empty if a rank stands alone, because the others may only
-    have had more patience, and have ended with it."""
-    if any(_alone(stand) for stand in stands):
+    """The ranks that should stand somewhere, and do not. Empty if a rank could not answer or stands alone, because
+    the others may only have had more patience, and have ended with it."""
+    if any(stand.state or _alone(stand) for stand in stands):
         return []
     return sorted(set(range(max(stand.world for stand in stands))) - {stand.rank for stand in stands} - set(heard))
 
@@ -197,7 +197,7 @@ def _culprits(stands: Sequence[Stand]) -> list[Stand]:
 
 def _alone(stand: Stand) -> bool:
     """Whether a rank hangs in what it does without the others."""
-    return stand.doing in ALONE and not stand.together and not stand.state
+    return stand.doing in ALONE and not stand.together
 
 
 def said(stand: Stand) -> str:

@@ -318,7 +318,7 @@ def test_a_rank_knows_how_many_there_are(
         ([{"together": False}, {"together": False, "doing": "evaluating"}], (1,), "; rank 0 waited for the others"),
         ([{"together": False}, {"together": False, "doing": "waiting for data"}, {}], (1,), "ranks 0, 2 waited for"),
         ([{"world": 2}], (1,), "rank 1 said nothing; rank 0 waited for the others in step 12 (training)"),
-        ([{"world": 3, "state": "D (waits)"}, {}], (2, 0), "rank 2 said nothing; rank 0 (host n0, process 10) did not"),
+        ([{"world": 3, "state": "D (waits)"}, {}], (0,), "rank 0 (host n0, process 10) did not come: state D (waits)"),
         ([{"world": 3, "doing": "waiting for data", "together": False}], (0,), "rank 0 (host n0, process 10) did not"),
         ([{"together": False}], (0,), "rank 0 (host n0, process 10) did not come: training"),
         ([{"state": "T (stopped)"}] * 2, (0, 1), "rank 1 (host n0, process 10) did not come: state T"),
