@@ -124,7 +124,7 @@ class Mark(NamedTuple):
     kind: str | None
     began: float
     thread: int
-    like: str | None = None
+    size: float = 0.0
 
 
 class Track:
@@ -136,24 +136,24 @@ class Track:
         """The fewest seconds that something of a kind took."""
         self.often: set[str] = set()
         """The kinds that were measured more than once."""
-        self.known: set[str | None] = set()
-        """What the measured kinds were like."""
+        self.sizes: dict[str, float] = {}
+        """Of the measured kinds that have one."""
 
-    def at(self, doing: str, step: int | None = None, kind: str | None = None, like: str | None = None) -> None:
+    def at(self, doing: str, step: int | None = None, kind: str | None = None, size: float = 0.0) -> None:
         """Notes progress: this thread now begins, or continues, something.
 
         Args:
             doing: what, in words.
             step: the training step that it belongs to (None: that of the last mark).
             kind: names things that take about as long each time. The first of a kind may take long.
-            like: names kinds of which only the first one's first may take that long; the others' LONG_FACTOR times the
-                patience.
+            size: of the work, in comparison with that of other kinds that have one; the first of such a kind may take
+                long only until one of the others has been measured.
         """
         before, now = self.mark, time.monotonic()
         self._measure(before, now)
         if step is None:
             step = 0 if before is None else before.step
-        self.mark = Mark(doing, step, kind, now, threading.get_ident(), like)
+        self.mark = Mark(doing, step, kind, now, threading.get_ident(), size)
 
     def rest(self) -> None:
         """Nothing is to be watched until the next `at`."""
@@ -173,16 +173,18 @@ class Track:
         if mark is not None and mark.kind is not None:
             if mark.kind in self.least:
                 self.often.add(mark.kind)
-            self.known |= {mark.like} - {None}
+            if mark.size:
+                self.sizes[mark.kind] = mark.size
             self.least[mark.kind] = min(self.least.get(mark.kind, now - mark.began), now - mark.began)
 
     def allowed(self, mark: Mark, patience: float) -> float:
         """How many seconds what `mark` says may take, with so many seconds of patience."""
         if mark.kind is None:
             return patience
-        if mark.kind not in self.least:
-            return LONG_FACTOR * patience if mark.like in self.known else long_wait(patience)
-        return max(patience, LONG_FACTOR * self.least[mark.kind])
+        expected = self.least.get(mark.kind)
+        if expected is None and mark.size and self.sizes:
+            expected = min(self.least[kind] * max(1.0, mark.size / size) for kind, size in self.sizes.copy().items())
+        return long_wait(patience) if expected is None else max(patience, LONG_FACTOR * expected)
 
 
 def long_wait(patience: float) -> float:
@@ -223,9 +225,9 @@ class Patience:
         """How long a collective may wait: longer than this rank, so that the rank says where it stands."""
         return timedelta(seconds=long_wait(self.seconds) + 300)
 
-    def at(self, doing: str, step: int | None = None, kind: str | None = None, like: str | None = None) -> None:
+    def at(self, doing: str, step: int | None = None, kind: str | None = None, size: float = 0.0) -> None:
         """Notes progress of the steps; see `Track.at`."""
-        self.steps.at(doing, step, kind, like)
+        self.steps.at(doing, step, kind, size)
 
     @contextmanager
     def watching(self) -> Iterator["Patience"]:

@@ -158,7 +158,6 @@ def train_phases(run: Run, zero: float) -> None:
         phase = plan.schedule.phases(state.choices)[state.phase]
         run_pending(run, phase)
         save(run, phase, permanent=False)
-    like = None if run.recipe.sharding.compile else "a step"
     while current_phase(run) is not None and not stopped_early(run):
         phase = enter_phase(run)
         actives = {s: plan.schedule.active(phase, s) for s in phase.candidates}
@@ -171,7 +170,8 @@ def train_phases(run: Run, zero: float) -> None:
                 kind, batch = "a batch", next(batches)
                 subnet = phase.subnet(run.recipe.seed, state.step)
                 run.profiling.before(state.step + 1)
-                run.patience.at("training", kind=f"a step of {subnet}", like=like)
+                size = 0.0 if run.recipe.sharding.compile else plan.gmacs(subnet)  # compiling takes its own time
+                run.patience.at("training", kind=f"a step of {subnet}", size=size)
                 train_step(run, phase, subnet, actives[subnet], batch, batches.waited)
                 state.wall_seconds = time.perf_counter() - zero
                 run.patience.at("after the step", kind="what follows a step")

@@ -21,8 +21,15 @@ def test_a_small_network_tells_nothing_about_the_steps_of_a_large_one(monkeypatc
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     track = Track()
-    for network, seconds, may in (("small", 1.0, LONG_SECONDS), ("large", 100.0, 180), ("large", 100.0, 300)):
-        track.at("training", kind=f"a step of {network}", like="a step")
+    for network, size, seconds, may in (
+        ("small", 1.0, 10.0, LONG_SECONDS),
+        ("large", 9.0, 80.0, 270),
+        ("large", 9.0, 80.0, 240),
+        ("medium", 4.0, 40.0, 120),
+        ("small", 1.0, 10.0, 60),
+        ("compiled", 0.0, 10.0, LONG_SECONDS),
+    ):
+        track.at("training", kind=f"a step of {network}", size=size)
         assert track.mark is not None
         assert track.allowed(track.mark, 60) == may
         now += seconds
@@ -53,8 +60,8 @@ class Noting(Track):
         super().__init__()
         self.kinds: list[str | None] = []
 
-    def at(self, doing: str, step: int | None = None, kind: str | None = None, like: str | None = None) -> None:
-        super().at(doing, step, kind, like)
+    def at(self, doing: str, step: int | None = None, kind: str | None = None, size: float = 0.0) -> None:
+        super().at(doing, step, kind, size)
         self.kinds.append(kind)
 
 
