@@ -119,7 +119,10 @@ def test_a_job_of_an_array_with_a_spare_node_loses_nodes_and_is_preempted(
     cluster.kill_node(lost)
     job.wait_state("RUNNING", restarts=2)
     job.finish()
-    causes = [restart.cause for restart in restarts(job.events(), job.requeues())]
-    assert causes == []
+    assert job.restarts == 2
+    assert "starts its tasks again, without node1" in job.log()
+    _, preempted, lost_script = (restart.cause for restart in restarts(job.events(), job.requeues()))
+    assert preempted.startswith("stopped by SIGUSR2 after step"), preempted
+    assert lost_script == f"Slurm has lost node{lost}, the node of the batch script"
     assert [event["step"] for event in job.events("start")] == [0, 7, 16, 28]
     assert differences(recipe, job.run, reference) == []
