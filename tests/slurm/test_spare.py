@@ -124,5 +124,8 @@ def test_a_job_of_an_array_with_a_spare_node_loses_nodes_and_is_preempted(
     _, preempted, lost_script = (restart.cause for restart in restarts(job.events(), job.requeues()))
     assert preempted.startswith("stopped by SIGUSR2 after step"), preempted
     assert lost_script == f"Slurm has lost node{lost}, the node of the batch script"
-    assert [event["step"] for event in job.events("start")] == [0, 7, 16, 28]
+    begun = [event["step"] for event in job.events("start")]
+    assert begun[:2] == [0, 7]
+    assert 16 <= begun[2] < 30, "a preempted job saves where its ranks agree to stop"
+    assert begun[3] == max(28, begun[2]), "a lost node costs the steps since the last checkpoint"
     assert differences(recipe, job.run, reference) == []
