@@ -299,8 +299,8 @@ class TrainSettings(Settings):
     patience: PatienceMinutes = 8.0
     """Minutes for which a rank may make no progress: in a step, for a batch, in a save, or waiting for the others. Then
     it hangs: every rank writes its stacks into the run directory, and the run starts again. What is slow at first may
-    take 25 minutes, or 3 times as long as this if that is more: a start, a growth, the first batch of a phase, and a
-    start's first step, measurement, evaluation, and save. So may the first step of each compiled network. What always
+    take 25 minutes, or 3 times as long as this if that is more: a start, its first batch, step, and evaluation, a
+    growth, and the first wait for what other ranks save. So may the first step of each compiled network. What always
     takes long may take 3 times as long as it took; for a step, that counts for each network."""
     rank_curves: bool = False
     """Whether every rank also draws the seconds of its own steps and waits, as a run of its own in TensorBoard."""

@@ -288,10 +288,6 @@ class Checkpoints:
     ) -> Commit:
         """Writes and publishes a checkpoint, then deletes older ones; runs in the thread."""
         began, saves = time.monotonic(), self._patience.saves
-
-        def wrote(what: str) -> None:
-            saves.at("writing a checkpoint", step, f"{what} of a checkpoint")
-
         group = self._background
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".step-{step:08d}.{self._generation}.writing"
@@ -306,7 +302,7 @@ class Checkpoints:
                 return f"{POISONED} in {poisoned[0]}, among {len(poisoned)} tensors of rank {group.rank}"
             try:
                 tensors = {name: parts[name].tensor for name in mine}
-                return write_tensors(temporary, group.rank, tensors, wrote)
+                return write_tensors(temporary, group.rank, tensors, lambda: saves.at("writing a checkpoint", step))
             except OSError as failure:
                 return f"rank {group.rank}: {failure}"
 
@@ -328,17 +324,17 @@ class Checkpoints:
                 self._permanent |= retire(self.folder, step, self.keep, stay | self._permanent)
 
         size, error, poisoned, left = 0, None, False, None
-        saves.at("saving", step, "the beginning of a save")
+        saves.at("saving", step)
         try:
             group.on_rank_0("prepare", lambda: _on_disk(temporary, make_room))
             chunks = self._share_out(parts)
             mine_written = write()
             saves.at("saving: waiting for what the other ranks write", step, "the wait for the other ranks' files")
             written = group.gather(mine_written)
-            saves.at("saving: the checkpoint becomes visible", step, "the end of a save")
+            saves.at("saving: the checkpoint becomes visible", step)
             size = group.on_rank_0("publish", lambda: _on_disk(final, make_visible))
             seconds = time.monotonic() - began
-            saves.at("saving: older checkpoints are deleted", step, "the deletion of older checkpoints")
+            saves.at("saving: older checkpoints are deleted", step)
             try:
                 group.on_rank_0("retire", lambda: _on_disk(self.folder, delete_older))
             except (CheckpointError, Unavailable) as failure:

@@ -266,9 +266,9 @@ def _stored(name: str, value: Any) -> Stored:
 
 
 def write_tensors(
-    folder: Path, rank: int, tensors: Mapping[str, Tensor], wrote: Callable[[str], object] = lambda _: None
+    folder: Path, rank: int, tensors: Mapping[str, Tensor], wrote: Callable[[], object] = lambda: None
 ) -> FileList:
-    """Writes a rank's file, unless there are no tensors, and syncs it to disk; for `wrote` see `tensorfile.write`.
+    """Writes a rank's file, unless there are no tensors, and syncs it to disk; calls `wrote` now and then.
 
     Raises OSError.
     """

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ DTYPES = {
 """Safetensors' name -> dtype."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK = 2**24  # bytes to write and hash at a time
+MOST_UNSYNCED = 2**30  # bytes; a slow disk that takes them one after the other still makes progress that can be seen
 
 
 @dataclass(frozen=True)
@@ -58,25 +60,26 @@ class Layout:
         return cls(header, {name: len(header) + at for name, at in offsets.items()}, len(header) + offset)
 
 
-def write(
-    path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[str], object] = lambda _: None
-) -> tuple[int, str]:
-    """Writes 1-D tensors in host memory and syncs them to disk; calls `wrote` after each block, with what comes next.
+def write(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[], object] = lambda: None) -> tuple[int, str]:
+    """Writes 1-D tensors in host memory and syncs them to disk; calls `wrote` after each block and each sync.
 
     Returns bytes and SHA-256. Raises OSError.
     """
     layout = Layout.of({name: (NAMES[tensor.dtype], tensor.numel()) for name, tensor in tensors.items()})
-    digest = hashlib.sha256()
+    digest, unsynced = hashlib.sha256(), 0
     with open(path, "xb") as file:
         for content in (memoryview(layout.header), *(_bytes(tensors[name]) for name in layout.starts)):
             for start in range(0, len(content), BLOCK):
                 block = content[start : start + BLOCK]
                 digest.update(block)  # of the data in memory, so that a reader notices a disk that corrupted it
                 file.write(block)
-                wrote("a block")
-        file.flush()
-        wrote("the sync")
-        os.fsync(file.fileno())
+                wrote()
+                unsynced += len(block)
+                if unsynced >= MOST_UNSYNCED:
+                    _sync(file)
+                    wrote()
+                    unsynced = 0
+        _sync(file)
     return layout.size, digest.hexdigest()
 
 
@@ -108,6 +111,11 @@ def read(file: BufferedReader, start: int, target: Tensor) -> None:
         done += count
     if host is not target:
         target.copy_(host)
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _bytes(tensor: Tensor) -> memoryview:

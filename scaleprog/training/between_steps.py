@@ -206,7 +206,7 @@ def measure(run: Run, phase: Phase) -> None:
     search, emas = run.recipe.search, run.recipe.ema
     scored = emas.grow_from if search.ema is None else search.ema
     weights = scored % len(emas.momenta) if search.weights == "ema" else None
-    run.patience.at("measuring candidates", kind="the beginning of a measurement")
+    run.patience.at("measuring candidates", kind="a batch")
     with run.reader.stream(requests[done:], sizes[-1]) as batches, run.backend.weights(weights):
         for request, batch in zip(requests[done:], batches, strict=True):
             images, labels = run.plan.data.images(batch, device), batch.labels.to(device, non_blocking=True)
@@ -216,7 +216,8 @@ def measure(run: Run, phase: Phase) -> None:
                     continue
                 kept = patches_seen(run, view, SEARCH_EPOCH, request.step)
                 shown = images if view.cutoff is None else low_pass(images, view.cutoff)
-                run.patience.at("measuring candidates", kind=f"a measurement of {subnet}")
+                size = 0.0 if run.recipe.sharding.compile else run.plan.gmacs(subnet)
+                run.patience.at("measuring candidates", kind=f"a measurement of {subnet}", size=size)
                 logits = run.backend.forward(shown, schedule.active(phase, subnet), kept=kept)
                 found[subnet] += F.cross_entropy(logits.float(), labels, reduction="none").tolist()
             note_damaged(run, batch)

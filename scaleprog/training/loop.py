@@ -163,11 +163,10 @@ def train_phases(run: Run, zero: float) -> None:
         actives = {s: plan.schedule.active(phase, s) for s in phase.candidates}
         pixels = plan.schedule.view(phase.network).pixels
         adapt_workers(run, pixels)
-        kind = f"the first batch of phase {state.phase}"
         with run.reader.stream(PhaseRequests(run, phase), pixels) as batches:
             while state.step < phase.stop and not stopped_early(run):
-                run.patience.at("waiting for data", state.step + 1, kind)
-                kind, batch = "a batch", next(batches)
+                run.patience.at("waiting for data", state.step + 1, kind="a batch")
+                batch = next(batches)
                 subnet = phase.subnet(run.recipe.seed, state.step)
                 run.profiling.before(state.step + 1)
                 size = 0.0 if run.recipe.sharding.compile else plan.gmacs(subnet)  # compiling takes its own time
