@@ -1,6 +1,7 @@
 """One whole run, from top to bottom: its start, the loop over phases and steps, and its results."""
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
@@ -263,7 +264,7 @@ def train_step(run: Run, phase: Phase, subnet: Subnet, active: Active, batch: Ba
     recipe, plan, step = run.recipe, run.plan, run.state.step
     position = phase.position_of(step)
     progress, began = phase.progress_of(step), phase.progress_began
-    takeover = plan.schedule.takeover(run.state.choices)
+    takeover = plan.schedule.takeover(run.state.choices) if recipe.optimizer.decay == "takeover" else math.inf
     lr = learning_rate(recipe.optimizer, progress, plan.schedule.steps, plan.order.steps_per_epoch, began, takeover)
     timer = StepTimer(run.backend.device)
     with run.backend.waits.measured(sampled=(step + 1) % recipe.train.log_every == 0) as in_collectives:
