@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,11 @@ def test_stopped_and_resumed_equals_straight(
 
 
 def test_a_run_within_a_budget_resumed_many_times(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    """Steps 0-26 the smallest network, 26-36 a supernet, then what it chose, then the complete model."""
-    recipe = make_recipe(**WITHIN_A_BUDGET, **HARD | {"augment": HARD["augment"] | {"device": "accelerator"}})
+    """Steps 0-26 the smallest network, 26-36 a supernet, then what it chose, then the complete model, while which the
+    learning rate falls."""
+    hard = HARD | {"augment": HARD["augment"] | {"device": "accelerator"}}
+    hard["optimizer"] = {"schedule": "wsd", "decay": "takeover", "warmup_epochs": 0}
+    recipe = make_recipe(**WITHIN_A_BUDGET, **hard)
     run(recipe, tmp_path / "straight")
     for stop in (3, 25, 26, 31, 35, 36, 40, 70):
         run(recipe, tmp_path / "run", max_steps=stop)
@@ -85,6 +89,9 @@ def test_a_run_within_a_budget_resumed_many_times(make_recipe: Callable[..., Rec
     assert 36 < choice["complete_from"] <= 53
     assert set(phases[36 : choice["complete_from"]]) == {("train", *choice["chosen"])}
     assert set(phases[choice["complete_from"] :]) == {("train", 32, 4)}
+    rates = [row["lr"] for row in step_rows(tmp_path / "run").values()]
+    assert set(rates[: choice["complete_from"] + 1]) == {recipe.optimizer.lr}
+    assert all(before > after for before, after in pairwise(rates[choice["complete_from"] :]))
 
 
 def test_a_run_that_counts_compute_resumed_many_times(
