@@ -93,14 +93,15 @@ def timed(calls: Calls) -> Iterator[None]:
 
 
 def measured(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    """The same function, each of whose calls adds what it takes to `seconds`."""
+    """The same function, each of whose calls adds what it takes to `seconds`, without what reading the clock takes."""
 
     def call(*arguments: Any, **options: Any) -> Any:
+        before = time.thread_time()
         began = time.thread_time()
         try:
             return function(*arguments, **options)
         finally:
-            seconds.append(time.thread_time() - began)
+            seconds.append(time.thread_time() - began - (began - before))
 
     return call
 

@@ -170,12 +170,16 @@ class Track:
             self.mark = None if mark is None else mark._replace(began=time.monotonic())
 
     def _measure(self, mark: Mark | None, now: float) -> None:
-        if mark is not None and mark.kind is not None:
-            if mark.kind in self.least:
-                self.often.add(mark.kind)
-            if mark.size:
-                self.sizes[mark.kind] = mark.size
-            self.least[mark.kind] = min(self.least.get(mark.kind, now - mark.began), now - mark.began)
+        if mark is None or mark.kind is None:
+            return
+        kind, taken = mark.kind, now - mark.began
+        least = self.least.get(kind)
+        if least is not None:
+            self.often.add(kind)
+        elif mark.size:
+            self.sizes[kind] = mark.size
+        if least is None or taken < least:
+            self.least[kind] = taken
 
     def allowed(self, mark: Mark, patience: float) -> float:
         """How many seconds what `mark` says may take, with so many seconds of patience."""
