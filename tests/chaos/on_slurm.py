@@ -24,7 +24,7 @@ def run(cluster: Cluster, fault: Fault, recipe: Recipe, folder: Path, ranks: int
     job = TrainingJob(cluster, recipe, folder, by, nodes, ranks // nodes, hooks=("tests.chaos.faults:arm_task",))
     job.submit()
     job.wait(f"at {fault.moment}", (folder / STRUCK).exists, SECONDS)
-    there = cluster.job_nodes(job.id)
+    there = job.wait("on its nodes", lambda: cluster.job_nodes(job.id), SECONDS)
     first, node = there[0], there[-1]
     if fault.kind.startswith("preemption"):
         cluster.run(["sbatch", "--partition=high", f"--nodes={Settings().nodes}", "--exclusive",
