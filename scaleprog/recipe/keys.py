@@ -404,8 +404,8 @@ class GrowthSettings(Settings):
     window: WindowSettings | None = None
     """Draws the network of every step from the stages, `linear` or by hand, instead of one stage after the other: a
     window, a Gaussian of `spread` stages, moves from the first stage to the last, and a part `mix` of the steps draws
-    evenly (timm's --train-size-schedule progressive). The whole network is there from the first step; a step runs and
-    trains only the layers of what it draws. Default: one stage after the other."""
+    evenly (timm's --train-size-schedule progressive). The whole network is there from the first step; a step runs only
+    the layers of what it draws, and gives the others zero gradients. Default: one stage after the other."""
     steps: Literal["epochs", "compute"] = "epochs"
     """How stages share the run, and what the learning rate follows. epochs: stages of equal length, and the learning
     rate falls by the step; compute: stages of equal cost, so that cheap ones have more steps, and the learning rate

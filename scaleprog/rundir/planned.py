@@ -68,6 +68,7 @@ def read_plan(run: Path, parent: ParentSettings | None = None) -> tuple[Schedule
             fields["complete_steps"],
             subset=fields["patch"] is not None,
             cooldown=cooldown,
+            recycle=fields["recycle"],
         )
     begun = begun_by(parent)
     named = {name: fields[name] for name in SCHEDULE}  # type: ignore[literal-required]

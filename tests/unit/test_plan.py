@@ -345,6 +345,14 @@ def test_the_plan_in_a_run_directory_knows_the_cooldown(schedule: str, tmp_path:
     assert (read[0].policy, read[0].steps) == (planned.policy, 110_000)
 
 
+def test_a_budget_that_repeats_its_searches_is_read_as_it_was_written(tmp_path: Path) -> None:
+    _, planned = outline(deit("autoprog", "growth.recycle=false", "search.budget=0.6"), 1000)
+    write_plan(tmp_path, planned, lambda subnet: 1.0)
+    read = read_plan(tmp_path)
+    assert read is not None
+    assert read[0].policy == planned.policy
+
+
 def test_memory_is_shared_out_by_sharding_alone() -> None:
     one, four = (describe(deit("prog"), world)["stages"][-1]["bytes_per_rank"] for world in (1, 4))
     assert one == 4 * 5 * 22_050_664  # weights, gradients, two moments, one EMA
