@@ -288,6 +288,7 @@ class Client:
 
 def test_mlflow_shows_what_a_longer_recipe_changes_as_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")  # not one in the working directory
     client, tracker = Client(), MLflow()
     monkeypatch.setattr(tracker, "_client", client)
     settings = {f"data.{number}": number for number in range(150)}
