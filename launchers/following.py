@@ -19,7 +19,7 @@ from scaleprog.launchers.snapshot import JobFile
 from scaleprog.launchers.status import cause_of, standing, status
 from scaleprog.recipe import Recipe
 from scaleprog.rundir import slurm_queue
-from scaleprog.rundir.lease import is_alive, launcher_lives, read_owner
+from scaleprog.rundir.lease import between_starts, is_alive, read_owner
 from scaleprog.rundir.reading import read
 from scaleprog.rundir.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, RESULTS
 
@@ -79,8 +79,8 @@ def look(run: Path) -> Look:
         return Look(text, over=False, job=job)
     if owner is not None and is_alive(owner, run):
         return Look(f"running, {owner}", over=False)
-    if owner is not None and launcher_lives(owner) and not is_finished(run):
-        return Look(f"its ranks have ended; their launcher, process {owner.launcher}, still runs", over=False)
+    if not is_finished(run) and (ended := between_starts(owner)):
+        return Look(ended, over=False)
     if unheard is None or is_finished(run):
         return Look(text, over=True, job=job)
     if shutil.which("scontrol") is None:

@@ -19,7 +19,7 @@ from scaleprog.recipe.parent import ParentSettings
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.accuracies import Accuracies
 from scaleprog.rundir.folders import committed_step
-from scaleprog.rundir.lease import ask_to_stop, is_alive, launcher_lives, read_owner, runs
+from scaleprog.rundir.lease import ask_to_stop, between_starts, is_alive, read_owner, runs
 from scaleprog.rundir.planned import read_plan
 from scaleprog.rundir.reading import read, read_object, still_told
 from scaleprog.rundir.records import EVENT, EVENTS, LEFT, METRIC, METRICS, REQUEUES, RESULTS, Results
@@ -195,8 +195,8 @@ def standing(run: Path, troubles: list[str] | None = None) -> tuple[str, str, st
         return job.state.lower(), ", ".join(filter(None, about)), name
     if owner is not None and is_alive(owner, run):
         return "running", f"process {owner.pid} on {owner.host}", owner.job
-    if owner is not None and launcher_lives(owner):
-        return "running", f"its ranks have ended; their launcher, process {owner.launcher}, still runs", owner.job
+    if owner is not None and (ended := between_starts(owner)):
+        return "running", ended, owner.job
     ends = read(run / REQUEUES, LEFT).rows
     last = ends[-1] if ends else {}
     if file is not None and last.get("job") == file.job and not (last.get("requeue") or last.get("here")):
@@ -356,7 +356,7 @@ def cancel(run: Path) -> str:
             raise ScaleprogError(f"{run} is being trained on {owner.host}; run `scaleprog cancel` there")
         ask_to_stop(owner, run)
         done = f"asked process {owner.pid} to save a checkpoint and stop"
-    elif owner is not None and launcher_lives(owner):
+    elif owner is not None and between_starts(owner):
         raise ScaleprogError(
             f"{run}: its ranks have ended, but not their launcher; retry, or end process {owner.launcher}"
         )

@@ -331,11 +331,16 @@ def runs(owner: Owner, folder: Path) -> bool:
     return abs(silent) < SILENT_SECONDS  # a heartbeat in the future comes from a wrong clock or is forged
 
 
-def launcher_lives(owner: Owner) -> bool:
-    """Whether that start's launcher lives, on this host: it may start the ranks again that have ended."""
-    if owner.launcher is None or owner.launcher_started is None or owner.host != socket.gethostname():
-        return False
-    return _started(owner.launcher) == owner.launcher_started
+def between_starts(owner: Owner | None) -> str:
+    """That a start's launcher lives on this host, and may start its ranks again, as a sentence; empty if it does not.
+
+    For a start whose process has ended.
+    """
+    if owner is None or owner.launcher is None or owner.launcher_started is None:
+        return ""
+    if owner.host != socket.gethostname() or _started(owner.launcher) != owner.launcher_started:
+        return ""
+    return f"its ranks have ended; their launcher, process {owner.launcher}, still runs"
 
 
 def ask_to_stop(owner: Owner, folder: Path) -> None:

@@ -35,7 +35,7 @@ from scaleprog.rundir.state import decision_from_json, decision_to_json, pairs
 from scaleprog.training.damaged import count_damaged, note_damaged
 from scaleprog.training.evaluate import evaluate
 from scaleprog.training.inputs import patches_seen
-from scaleprog.training.process import Run, collect_commits, save, stopped_early
+from scaleprog.training.process import Run, collect_commits, save, stopped_early, work_of
 
 HALF_MEASURED = "measuring.json"
 COLLECT_EVERY = 500  # steps between two garbage collections, the same steps on all ranks
@@ -216,8 +216,7 @@ def measure(run: Run, phase: Phase) -> None:
                     continue
                 kept = patches_seen(run, view, SEARCH_EPOCH, request.step)
                 shown = images if view.cutoff is None else low_pass(images, view.cutoff)
-                size = 0.0 if run.recipe.sharding.compile else run.plan.gmacs(subnet)
-                run.patience.at("measuring candidates", kind=f"a measurement of {subnet}", size=size)
+                run.patience.at("measuring candidates", kind=f"a measurement of {subnet}", size=work_of(run, subnet))
                 logits = run.backend.forward(shown, schedule.active(phase, subnet), kept=kept)
                 found[subnet] += F.cross_entropy(logits.float(), labels, reduction="none").tolist()
             note_damaged(run, batch)

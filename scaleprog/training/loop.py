@@ -41,6 +41,7 @@ from scaleprog.training.process import (
     save,
     stopped_early,
     watched_patience,
+    work_of,
 )
 from scaleprog.training.results import finish
 from scaleprog.training.resume import state_of
@@ -170,8 +171,7 @@ def train_phases(run: Run, zero: float) -> None:
                 batch = next(batches)
                 subnet = phase.subnet(run.recipe.seed, state.step)
                 run.profiling.before(state.step + 1)
-                size = 0.0 if run.recipe.sharding.compile else plan.gmacs(subnet)  # compiling takes its own time
-                run.patience.at("training", kind=f"a step of {subnet}", size=size)
+                run.patience.at("training", kind=f"a step of {subnet}", size=work_of(run, subnet))
                 train_step(run, phase, subnet, actives[subnet], batch, batches.waited)
                 state.wall_seconds = time.perf_counter() - zero
                 run.patience.at("after the step", kind="what follows a step")

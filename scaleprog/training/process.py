@@ -15,6 +15,7 @@ from scaleprog.data.reader import TrainReader
 from scaleprog.errors import EXIT_CODE, CheckpointError, OutOfMemory, Preempted, Unavailable
 from scaleprog.files.display import say
 from scaleprog.growth.phase import Phase
+from scaleprog.growth.space import Subnet
 from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.planning.plan import Plan
 from scaleprog.planning.savings import advice, is_out_of_memory
@@ -196,6 +197,11 @@ def watched_patience(recipe: Recipe, folder: Path) -> Iterator[Patience]:
     patience.at("starting", 0, kind="a start")
     with patience.watching():
         yield patience
+
+
+def work_of(run: Run, subnet: Subnet) -> float:
+    """The size of a step on `subnet`, by which its patience is chosen; 0 where compiling may take its own time."""
+    return 0.0 if run.recipe.sharding.compile else run.plan.gmacs(subnet)
 
 
 def tell_hang(recorder: Recorder, stand: Stand) -> None:
