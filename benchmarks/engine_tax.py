@@ -1,11 +1,13 @@
 """What `scaleprog train` costs over a bare loop: images/s of both, side by side, in turns.
 
-    python benchmarks/engine_tax.py [--repeats 30] [--steps 40] [--out docs/results/engine_tax.md]
+    python benchmarks/engine_tax.py [--processes 5] [--repeats 8] [--steps 40] [--out docs/results/engine_tax.md]
 
-Both train the same timm model of the Fashion-MNIST recipe on the same batch size in one process of one thread, a few
-steps of one and then a few steps of the other, so that a machine whose speed drifts slows both. The bare loop has its
-decoded data in memory; `train` reads its shards (cached in memory) with one worker process. What is timed is everything
-between the starts of two steps: waiting for data, logging and all. The median ratio of a pair of turns counts.
+Both train one timm model, that of the Fashion-MNIST recipe, on the same batch size in one process of one thread, a few
+steps of one and then a few steps of the other, so that a machine whose speed drifts slows both. It is one and the same
+model, because where a process happens to place the weights of another changes its speed by some percent. The bare loop
+has its decoded data in memory; `train` reads its shards (cached in memory) with one worker process. What is timed is
+everything between the starts of two steps: waiting for data, logging, EMA and all. Several processes measure, one after
+another; the median ratio of all pairs of turns counts.
 """
 
 import os
@@ -13,47 +15,75 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import scaleprog.training.loop
 from scaleprog.data.evaluation import VALIDATION, EvaluationReader
 from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
+from scaleprog.training.process import Run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("docs/results/engine_tax.md"))
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    total = 2 * options.steps * (options.repeats + 1)
-    overrides = ["sharding.engine=replicated", f"train.max_steps={total}", f"checkpoint.every_steps={10**9}"]
-    recipe = Recipe.load("configs/fashion_mnist/original.yaml", overrides)
-    images, labels = in_memory(recipe)
-    bare, ours = turns(recipe, bare_loop(recipe, images, labels), options.steps)
-    taxes = [mine / theirs - 1 for theirs, mine in zip(bare, ours, strict=True)][1:]  # the first warms up
-    low, median, high = statistics.quantiles(taxes, n=4)
-    rate = options.steps * recipe.train.batch
-    text = (
-        f"Engine tax: **{median:+.1%}** of a bare loop's time per step, the median of {len(taxes)} pairs of turns of "
-        f"{options.steps} steps (quartiles {low:+.1%} and {high:+.1%}).\n\n"
-        "| | images/s, median of the turns |\n|---|---|\n"
-        f"| bare loop | {rate / statistics.median(bare[1:]):.0f} |\n"
-        f"| `scaleprog train` | {rate / statistics.median(ours[1:]):.0f} |\n"
-    )
+    if options.child:
+        print(json.dumps(measure(options.repeats, options.steps)))
+        return
+    again = [sys.executable, *sys.argv, "--child"]
+    found = [
+        json.loads(subprocess.run(again, stdout=subprocess.PIPE, check=True).stdout) for _ in range(options.processes)
+    ]
+    text = page(found, options.steps)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text)
     print(text)
+
+
+def measure(repeats: int, steps: int) -> tuple[list[float], list[float]]:
+    """Seconds of the turns of the bare loop and of `train` in this process; a first pair warms up, and is left out."""
+    torch.set_num_threads(1)
+    total = 2 * steps * (repeats + 1)
+    overrides = ["sharding.engine=replicated", f"train.max_steps={total}", f"checkpoint.every_steps={10**9}"]
+    recipe = Recipe.load("configs/fashion_mnist/original.yaml", overrides)
+    bare, ours = turns(recipe, *in_memory(recipe), steps)
+    return bare[1:], ours[1:]
+
+
+def page(found: list[tuple[list[float], list[float]]], steps: int) -> str:
+    """What the processes measured."""
+    pairs = [list(zip(*each, strict=True)) for each in found]
+    taxes = [[mine / theirs - 1 for theirs, mine in each] for each in pairs]
+    low, median, high = statistics.quantiles(chain.from_iterable(taxes), n=4)
+    each = ", ".join(f"{statistics.median(of):+.1%}" for of in taxes)
+    rate = steps * Recipe.load("configs/fashion_mnist/original.yaml").train.batch
+    bare, ours = (rate / statistics.median(chain.from_iterable(turns)) for turns in zip(*found, strict=True))
+    return (
+        f"Engine tax: **{median:+.1%}** of a bare loop's time per step, the median of {sum(map(len, taxes))} pairs of "
+        f"turns of {steps} steps in {len(found)} processes (quartiles {low:+.1%} and {high:+.1%}; medians of the "
+        f"processes: {each}).\n\n"
+        "| | images/s, median of the turns |\n|---|---|\n"
+        f"| bare loop | {bare:.0f} |\n"
+        f"| `scaleprog train` | {ours:.0f} |\n"
+    )
 
 
 def in_memory(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,34 +96,22 @@ def in_memory(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(images), torch.cat(labels)
 
 
-def bare_loop(recipe: Recipe, images: torch.Tensor, labels: torch.Tensor) -> Iterator[None]:
-    """The loop that one would write by hand, a step each time it is asked."""
-    m = recipe.model
-    model = timm.create_model(
-        m.name,
-        img_size=m.resolution,
-        patch_size=m.patch,
-        in_chans=m.channels,
-        num_classes=m.classes,
-        embed_dim=m.width,
-        depth=m.depth,
-        num_heads=m.heads,
-        dynamic_img_size=True,
-    )
+def bare_loop(model: nn.Module, recipe: Recipe, images: torch.Tensor, labels: torch.Tensor) -> Iterator[None]:
+    """The loop that one would write by hand, a step each time it is asked; between steps, there are no gradients."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optimizer.lr, fused=True)
     batch = recipe.train.batch
     first = 0
     while True:
         logits = model(images[first : first + batch])
         loss = F.cross_entropy(logits, labels[first : first + batch], label_smoothing=recipe.augment.smoothing)
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
         first = (first + batch) % (len(images) - batch)
         yield
 
 
-def turns(recipe: Recipe, bare: Iterator[None], steps: int) -> tuple[list[float], list[float]]:
+def turns(recipe: Recipe, images: torch.Tensor, labels: torch.Tensor, steps: int) -> tuple[list[float], list[float]]:
     """Seconds of `steps` steps of the bare loop and of `train`, in turns.
 
     While the bare loop runs, the worker decodes ahead; so `train` first takes as many untimed steps as eat that lead.
@@ -104,17 +122,19 @@ def turns(recipe: Recipe, bare: Iterator[None], steps: int) -> tuple[list[float]
     began = 0.0
     train_step = scaleprog.training.loop.train_step
 
-    def timed(*arguments: object) -> None:
+    def timed(run: Run, *arguments: Any) -> None:
         nonlocal taken, began
         if taken and taken % (2 * steps) == 0:
             mine.append(time.perf_counter() - began)
+            bare = bare_loop(run.backend.network.model.net, recipe, images, labels)
+            next(bare)  # makes its moments
             began = time.perf_counter()
             for _ in range(steps):
                 next(bare)
             theirs.append(time.perf_counter() - began)
         if taken % (2 * steps) == steps:
             began = time.perf_counter()
-        train_step(*arguments)  # type: ignore[arg-type]
+        train_step(run, *arguments)
         taken += 1
 
     scaleprog.training.loop.train_step = timed  # type: ignore[assignment]

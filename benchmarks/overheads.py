@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from scaleprog.ranks.patience import Patience
+from scaleprog.ranks.patience import Track
 from scaleprog.ranks.stop import Watch
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.recorder import Recorder
@@ -34,7 +34,7 @@ from tests.conftest import draw_patterns, short_recipe
 
 PARTS: dict[str, tuple[tuple[type, str], ...]] = {
     "recording: rows, curves, slow ranks": ((Recorder, "step"), (Recorder, "flush")),
-    "watching for hangs": ((Patience, "at"),),
+    "watching for hangs": ((Track, "at"),),
     "profiling on demand": ((Profiling, "before"), (Profiling, "after")),
     "agreeing on a stop": ((Watch, "agree"),),
 }

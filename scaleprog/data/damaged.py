@@ -22,6 +22,8 @@ def write_names(names: Mapping[int, str], out: Tensor) -> None:
 
 def read_names(rows: Tensor) -> list[str]:
     """The names that `write_names` wrote, in the order of their rows."""
+    if not rows[:, 0].any():  # as a rule
+        return []
     written = rows[rows[:, 0] != 0].tolist()
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in written]
 

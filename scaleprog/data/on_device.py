@@ -43,6 +43,8 @@ def erase(images: Tensor, boxes: Tensor) -> None:
         images: normalized.
         boxes: (B, 5) int64 on the host, see `augment.Erasing`.
     """
+    if not boxes[:, 2].any():
+        return
     generator = torch.Generator(images.device)
     for row, (top, left, height, width, seed) in enumerate(boxes.tolist()):
         if height:

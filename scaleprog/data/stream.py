@@ -140,6 +140,7 @@ class Stream:
         self._copies: deque[torch.cuda.Event] | None = deque() if torch.cuda.is_available() else None
         self._count = slots_of(prefetch)
         self._slots = _shared((self._count if workers else 1, layout.bytes), torch.uint8)
+        self._batches: dict[tuple[int, int], Batch] = {}
         self._taken = 0
         self.waited = 0.0
         """Seconds until the last batch was there; not those until the device had copied an earlier one."""
@@ -161,7 +162,7 @@ class Stream:
             began = time.perf_counter()
             if not self._workers:
                 resolution, fill = next(self._alone)
-                batch = self._layout.batch(self._slots[0], resolution)
+                batch = self._batch(0, resolution)
                 fill(batch)
                 self.waited = time.perf_counter() - began
                 return batch
@@ -171,7 +172,12 @@ class Stream:
             raise
         self.waited = time.perf_counter() - began
         self._taken += 1
-        return self._layout.batch(self._slots[(self._taken - 1) % self._count], resolution)
+        return self._batch((self._taken - 1) % self._count, resolution)
+
+    def _batch(self, slot: int, resolution: int) -> Batch:
+        if (slot, resolution) not in self._batches:
+            self._batches[slot, resolution] = self._layout.batch(self._slots[slot], resolution)
+        return self._batches[slot, resolution]
 
     def __enter__(self) -> Self:
         return self

@@ -204,6 +204,8 @@ class Coordinator:
         dist.barrier(group=self.group)
 
     def _reduce(self, values: list[float], op: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.world == 1:
+            return [float(value) for value in values]
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op, group=self.group)
         return tensor.tolist()

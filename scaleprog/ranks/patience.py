@@ -150,14 +150,16 @@ class Track:
                 long only until one of the others has been measured.
         """
         before, now = self.mark, time.monotonic()
-        self._measure(before, now)
-        if step is None:
-            step = 0 if before is None else before.step
-        self.mark = Mark(doing, step, kind, now, threading.get_ident(), size)
+        if before is not None:
+            self._measure(before, now)
+            if step is None:
+                step = before.step
+        self.mark = Mark(doing, step or 0, kind, now, threading.get_ident(), size)
 
     def rest(self) -> None:
         """Nothing is to be watched until the next `at`."""
-        self._measure(self.mark, time.monotonic())
+        if self.mark is not None:
+            self._measure(self.mark, time.monotonic())
         self.mark = None
 
     @contextmanager
@@ -169,16 +171,18 @@ class Track:
         finally:
             self.mark = None if mark is None else mark._replace(began=time.monotonic())
 
-    def _measure(self, mark: Mark | None, now: float) -> None:
-        if mark is None or mark.kind is None:
+    def _measure(self, mark: Mark, now: float) -> None:
+        kind = mark.kind
+        if kind is None:
             return
-        kind, taken = mark.kind, now - mark.began
-        least = self.least.get(kind)
-        if least is not None:
-            self.often.add(kind)
-        elif mark.size:
-            self.sizes[kind] = mark.size
-        if least is None or taken < least:
+        taken, least = now - mark.began, self.least.get(kind)
+        if least is None:
+            self.least[kind] = taken
+            if mark.size:
+                self.sizes[kind] = mark.size
+            return
+        self.often.add(kind)
+        if taken < least:
             self.least[kind] = taken
 
     def allowed(self, mark: Mark, patience: float) -> float:

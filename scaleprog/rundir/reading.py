@@ -210,7 +210,7 @@ def reason(error: OSError) -> str:
 def to_line(row: object) -> bytes:
     """An object as one line of JSON that `read` takes back."""
     # file names may contain bytes that are not Unicode, which would make the line unreadable
-    return json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    return _ENCODER.encode(row).encode("utf-8", "replace") + b"\n"
 
 
 def _adapter(kind: type[T]) -> TypeAdapter[T]:
@@ -219,6 +219,7 @@ def _adapter(kind: type[T]) -> TypeAdapter[T]:
     return _ADAPTERS[kind]
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 _ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
 
 

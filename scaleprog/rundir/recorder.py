@@ -168,15 +168,15 @@ class Recorder:
 
         Args:
             row: everything known on the host.
-            loss: this rank's mean, 0-D.
-            grad_norm: of the gradients, 0-D.
+            loss: this rank's mean, 0-D, without a graph.
+            grad_norm: of the gradients, 0-D, likewise.
             timer: of the step.
             ids: this rank's samples.
             flops: model FLOPs of the step on all ranks.
             waited: this rank's time in collectives; None: not measured.
         """
         row["time"] = time.time()
-        self._pending.append(_Pending(row, loss.detach(), grad_norm.detach(), timer, ids, flops, waited))
+        self._pending.append(_Pending(row, loss, grad_norm, timer, ids, flops, waited))
 
     def flush(self) -> list[dict[str, Any]]:
         """Resolves the buffered steps on all ranks and writes them. Returns their rows, with mean losses.
@@ -212,8 +212,12 @@ class Recorder:
         shared |= self._over_ranks(steps, means[len(steps) :], wall)
         for step, mean, norm, negated, own in zip(steps, means, norms, most, owns):
             self._skipped += 0 if math.isfinite(norm) else 1
-            step.row |= {"loss": mean, "grad_norm": norm} | own | {"step_seconds": -negated} | shared
-            step.row |= {"cpu_seconds": step.timer.cpu_seconds, "skipped_updates": self._skipped}
+            row = step.row
+            row["loss"], row["grad_norm"] = mean, norm
+            row.update(own)
+            row["step_seconds"] = -negated
+            row.update(shared)
+            row["cpu_seconds"], row["skipped_updates"] = step.timer.cpu_seconds, self._skipped
         self._name_ranks_of_nonfinite(steps, losses)
         self._warn_of_waiting(waiting, steps[-1].row["step"])
         rows = [step.row for step in steps]

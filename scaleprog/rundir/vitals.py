@@ -2,11 +2,11 @@
 
 import os
 import time
-from pathlib import Path
 
 import torch
 
 MIB = 2**20
+PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class StepTimer:
@@ -39,8 +39,9 @@ def memory(device: torch.device) -> dict[str, float]:
 
     `device_peak_mib`: the most that tensors held since this start began.
     """
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    found = {"host_mib": pages * os.sysconf("SC_PAGE_SIZE") / MIB}
+    with open("/proc/self/statm", "rb", buffering=0) as file:
+        pages = int(file.read().split()[1])
+    found = {"host_mib": pages * PAGE / MIB}
     if device.type == "cuda":
         held = torch.cuda.memory_stats(device)
         found |= {

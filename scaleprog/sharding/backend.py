@@ -4,7 +4,7 @@ import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from itertools import chain
 from typing import Any, Protocol
 
@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from scaleprog.growth.operators import LayerMap, Weights
 from scaleprog.models.elastic import Active, ElasticModel, Structure, TokenMix
+from scaleprog.ranks.heap import return_freed_memory
 from scaleprog.ranks.waits import Waits
 from scaleprog.recipe.keys import EmaSettings, ModelSettings, OptimizerSettings, ShardingSettings
-from scaleprog.sharding.ema import Ema, momentum_of
+from scaleprog.sharding.ema import Ema, Place, momentum_of, placed
 from scaleprog.sharding.optimizer import MOMENTS
 from scaleprog.sharding.placement import LocalSlice, Placement, move
 
@@ -30,18 +31,30 @@ class Network:
     """A model that an engine has sharded over the ranks, with its AdamW moments and EMAs, by full parameter name.
 
     Tensors are fp32 and 1-D and hold the elements that `placements` gives to this rank. Writing into them changes the
-    network.
+    network. A parameter's elements are all or a part of a whole, with which AdamW and the EMAs step them.
     """
 
     model: ElasticModel
     forward: Callable[..., Tensor]  # the model, or the engine's wrapper around it
     shapes: dict[str, torch.Size]
     placements: dict[str, Placement]
-    weights: dict[str, Tensor]
-    moments: dict[str, Moments]
+    wholes: dict[str, Tensor]
+    places: dict[str, Place]
+    whole_moments: InitVar[Mapping[str, Moments]]
+    """Of each whole."""
+    weights: dict[str, Tensor] = field(init=False)
+    moments: dict[str, Moments] = field(init=False)
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Running statistics of batch norms, (2, C) fp32 each: means, variances. Every rank holds all of them."""
     emas: list[Ema] = field(default_factory=list)
+
+    def __post_init__(self, whole_moments: Mapping[str, Moments]) -> None:
+        self.weights = placed(self.wholes, self.places)
+        parts = {key: placed({n: m[key] for n, m in whole_moments.items()}, self.places) for key in MOMENTS}
+        self.moments = {
+            name: {key: parts[key][name] for key in MOMENTS} | {"step": whole_moments[whole]["step"]}
+            for name, (whole, _) in self.places.items()
+        }
 
 
 class Load(Protocol):
@@ -149,8 +162,10 @@ class Backend(ABC):
         """
         self._grow(layer_map, inherit, may_skip_layers, given or {})
         gc.collect()  # engines form reference cycles, and training has disabled garbage collection
+        # the old network's blocks do not fit the new one's sizes
+        return_freed_memory()
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the old network's blocks do not fit the new one's sizes
+            torch.cuda.empty_cache()
 
     def _grow(self, layer_map: LayerMap, inherit: bool, may_skip_layers: bool, given: Mapping[str, Tensor]) -> None:
         old = self._network
@@ -227,7 +242,7 @@ class Backend(ABC):
         for name, norm in model.norms.items():
             norm.rows, norm.running = self.lane, norm.untaught(self.device)
             network.statistics[name] = norm.running
-        network.emas = [Ema(network.weights, network.statistics) for _ in self.ema.momenta]
+        network.emas = [Ema(network.wholes, network.statistics, network.places) for _ in self.ema.momenta]
         return network
 
     @property
@@ -272,7 +287,7 @@ class Backend(ABC):
             The norm of the gradients before clipping, 0-D.
         """
         norm = self.update(lr)
-        weights = list(self.network.weights.values())
+        weights = list(self.network.wholes.values())
         statistics = list(self.network.statistics.values())
         skipped = (~norm.isfinite()).float().to(weights[0].device)  # offloaded weights: the host reads it at once
         self._follow_batches(skipped)

@@ -1,6 +1,6 @@
 """Every rank holds the whole model: one process alone, or several that average their gradients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch.func import functional_call
 from scaleprog.models.elastic import ElasticModel
 from scaleprog.sharding.native import NativeBackend
 from scaleprog.sharding.placement import Placement
+
+BUNDLED = 2**20
+"""Elements of a bundle, at most: as many more than the gradients are in memory during a step."""
 
 
 class ReplicatedBackend(NativeBackend):
@@ -25,6 +28,17 @@ class ReplicatedBackend(NativeBackend):
     def wrap(self, model: ElasticModel, may_skip_layers: bool) -> Callable[..., Tensor]:
         model.to_empty(device=self.device)
         return partial(_in_bf16, model) if self.sharding.precision == "bf16" else model
+
+    def bundles(self, shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
+        bundle: list[str] = []
+        room = BUNDLED
+        for name, shape in shapes.items():
+            if bundle and shape.numel() > room:
+                yield bundle
+                bundle, room = [], BUNDLED
+            bundle.append(name)
+            room -= shape.numel()
+        yield bundle
 
     def placement(self, parameter: nn.Parameter) -> Placement:
         return Placement.whole(parameter.numel())

@@ -53,17 +53,22 @@ def mixed_batch(run: Run, batch: Batch, view: View) -> tuple[Tensor, Targets, To
         images, target = mix(images, labels, classes=recipe.model.classes, **drawn)
         targets = Targets(target, target)
     else:
-        side = view.pixels // resolve_family(recipe.model)[2]
-        targets = _own_targets(run, labels, batch.token_labels, side)
+        targets = _own_targets(run, labels, batch.token_labels, view)
         if recipe.augment.mix_token:
+            side = _tokens_beside(run, view)
             partner, inside = (sent(part, device) for part in token_boxes(len(labels), side, **drawn))
             share, own = inside.flatten(1).float().mean(1, keepdim=True), targets.own
             targets, mixed = replace(targets, mixed=own.lerp(own[partner], share)), TokenMix(partner, inside)
     return images if view.cutoff is None else low_pass(images, view.cutoff), targets, mixed
 
 
-def _own_targets(run: Run, labels: Tensor, token_labels: Tensor, side: int) -> Targets:
-    """What a network with `side` x `side` tokens should answer to images that are not mixed.
+def _tokens_beside(run: Run, view: View) -> int:
+    """How many tokens lie side by side in an image as `view` shows it."""
+    return view.pixels // resolve_family(run.recipe.model)[2]
+
+
+def _own_targets(run: Run, labels: Tensor, token_labels: Tensor, view: View) -> Targets:
+    """What a network of `view` should answer to images that are not mixed.
 
     `labels`: on the device; `token_labels`: the batch's, see `Batch`.
     """
@@ -73,7 +78,7 @@ def _own_targets(run: Run, labels: Tensor, token_labels: Tensor, side: int) -> T
         own = mixup_target(labels, classes, smoothing=smoothing)
         return Targets(own, own)
     maps, origins = unpack(token_labels.to(labels.device, non_blocking=True), shards.grid)
-    own, tokens = token_targets(maps, origins, side, classes, smoothing)
+    own, tokens = token_targets(maps, origins, _tokens_beside(run, view), classes, smoothing)
     return Targets(own, own, tokens)
 
 
@@ -91,6 +96,8 @@ def micro_batches(rows: int, most: int | None, unit: int = 1) -> list[slice]:
 def drop_rows(run: Run, phase: Phase, rows: int) -> Tensor | None:
     """This rank's part (layers, 2, rows) of the step's stochastic-depth scales; None if no layer is ever dropped."""
     rate = run.recipe.model.drop_path * phase.regularization.drop_path
+    if not rate:
+        return None
     family, depth = run.plan.family, phase.network.depth
     rates = family.drop_rates(rate, family.split(depth))
     scales = drop_scales(rates, run.recipe.train.batch, run.recipe.seed, run.state.step)

@@ -18,6 +18,7 @@ from scaleprog.growth.space import Subnet
 from scaleprog.models.elastic import Active
 from scaleprog.planning.savings import is_out_of_memory
 from scaleprog.ranks.coordinator import Coordinator, process_group
+from scaleprog.ranks.heap import keep_freed_memory
 from scaleprog.ranks.patience import Patience
 from scaleprog.ranks.stop import AskedToStop
 from scaleprog.recipe import Recipe
@@ -58,6 +59,8 @@ def train_rank(recipe: Recipe, folder: Path, own_process: bool = True) -> dict[s
     `own_process`: whether this process only trains, and may end itself if it hangs.
     """
     began = process_began() if own_process else time.clock_gettime(time.CLOCK_BOOTTIME)
+    if own_process:
+        keep_freed_memory()
     with (
         watched_patience(recipe, folder) if own_process else nullcontext(Patience()) as patience,
         process_group(recipe.train.deterministic, patience.limit) as (coordinator, device),
@@ -165,16 +168,17 @@ def train_phases(run: Run, zero: float) -> None:
         actives = {s: plan.schedule.active(phase, s) for s in phase.candidates}
         pixels = plan.schedule.view(phase.network).pixels
         adapt_workers(run, pixels)
+        marks = run.patience.steps
         with run.reader.stream(PhaseRequests(run, phase), pixels) as batches:
             while state.step < phase.stop and not stopped_early(run):
-                run.patience.at("waiting for data", state.step + 1, kind="a batch")
+                marks.at("waiting for data", state.step + 1, kind="a batch")
                 batch = next(batches)
                 subnet = phase.subnet(run.recipe.seed, state.step)
                 run.profiling.before(state.step + 1)
-                run.patience.at("training", kind=f"a step of {subnet}", size=work_of(run, subnet))
+                marks.at("training", kind=f"a step of {subnet}", size=work_of(run, subnet))
                 train_step(run, phase, subnet, actives[subnet], batch, batches.waited)
                 state.wall_seconds = time.perf_counter() - zero
-                run.patience.at("after the step", kind="what follows a step")
+                marks.at("after the step", kind="what follows a step")
                 if state.step == phase.start + 1:
                     show_growth(run)
                 agreement = run.watch.agree()
