@@ -5,9 +5,9 @@
 Both train one timm model, that of the Fashion-MNIST recipe, on the same batch size in one process of one thread, a few
 steps of one and then a few steps of the other, so that a machine whose speed drifts slows both. It is one and the same
 model, because where a process happens to place the weights of another changes its speed by some percent. The bare loop
-has its decoded data in memory; `train` reads its shards (cached in memory) with one worker process. What is timed is
-everything between the starts of two steps: waiting for data, logging, EMA and all. Several processes measure, one after
-another; the median ratio of all pairs of turns counts.
+has timm's EMA, because the recipe asks for one, and its decoded data in memory; `train` reads its shards (cached in
+memory) with one worker process. What is timed is everything between the starts of two steps: waiting for data, logging
+and all. Several processes measure, one after another; the median ratio of all pairs of turns counts.
 """
 
 import os
@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import scaleprog.training.loop
@@ -99,6 +100,7 @@ def in_memory(recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
 def bare_loop(model: nn.Module, recipe: Recipe, images: torch.Tensor, labels: torch.Tensor) -> Iterator[None]:
     """The loop that one would write by hand, a step each time it is asked; between steps, there are no gradients."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optimizer.lr, fused=True)
+    ema = ModelEmaV3(model, decay=recipe.ema.momenta[0])
     batch = recipe.train.batch
     first = 0
     while True:
@@ -107,6 +109,7 @@ def bare_loop(model: nn.Module, recipe: Recipe, images: torch.Tensor, labels: to
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        ema.update(model)
         first = (first + batch) % (len(images) - batch)
         yield
 

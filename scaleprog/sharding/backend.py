@@ -4,7 +4,7 @@ import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from scaleprog.models.elastic import Active, ElasticModel, Structure, TokenMix
 from scaleprog.ranks.heap import return_freed_memory
 from scaleprog.ranks.waits import Waits
 from scaleprog.recipe.keys import EmaSettings, ModelSettings, OptimizerSettings, ShardingSettings
-from scaleprog.sharding.ema import Ema, Place, momentum_of, placed
+from scaleprog.sharding.ema import Ema, momentum_of
 from scaleprog.sharding.optimizer import MOMENTS
 from scaleprog.sharding.placement import LocalSlice, Placement, move
 
@@ -31,30 +31,18 @@ class Network:
     """A model that an engine has sharded over the ranks, with its AdamW moments and EMAs, by full parameter name.
 
     Tensors are fp32 and 1-D and hold the elements that `placements` gives to this rank. Writing into them changes the
-    network. A parameter's elements are all or a part of a whole, with which AdamW and the EMAs step them.
+    network.
     """
 
     model: ElasticModel
     forward: Callable[..., Tensor]  # the model, or the engine's wrapper around it
     shapes: dict[str, torch.Size]
     placements: dict[str, Placement]
-    wholes: dict[str, Tensor]
-    places: dict[str, Place]
-    whole_moments: InitVar[Mapping[str, Moments]]
-    """Of each whole."""
-    weights: dict[str, Tensor] = field(init=False)
-    moments: dict[str, Moments] = field(init=False)
+    weights: dict[str, Tensor]
+    moments: dict[str, Moments]
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Running statistics of batch norms, (2, C) fp32 each: means, variances. Every rank holds all of them."""
     emas: list[Ema] = field(default_factory=list)
-
-    def __post_init__(self, whole_moments: Mapping[str, Moments]) -> None:
-        self.weights = placed(self.wholes, self.places)
-        parts = {key: placed({n: m[key] for n, m in whole_moments.items()}, self.places) for key in MOMENTS}
-        self.moments = {
-            name: {key: parts[key][name] for key in MOMENTS} | {"step": whole_moments[whole]["step"]}
-            for name, (whole, _) in self.places.items()
-        }
 
 
 class Load(Protocol):
@@ -242,7 +230,7 @@ class Backend(ABC):
         for name, norm in model.norms.items():
             norm.rows, norm.running = self.lane, norm.untaught(self.device)
             network.statistics[name] = norm.running
-        network.emas = [Ema(network.wholes, network.statistics, network.places) for _ in self.ema.momenta]
+        network.emas = [Ema(network.weights, network.statistics) for _ in self.ema.momenta]
         return network
 
     @property
@@ -287,7 +275,7 @@ class Backend(ABC):
             The norm of the gradients before clipping, 0-D.
         """
         norm = self.update(lr)
-        weights = list(self.network.wholes.values())
+        weights = list(self.network.weights.values())
         statistics = list(self.network.statistics.values())
         skipped = (~norm.isfinite()).float().to(weights[0].device)  # offloaded weights: the host reads it at once
         self._follow_batches(skipped)

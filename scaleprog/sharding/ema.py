@@ -17,15 +17,6 @@ def momentum_of(momentum: float, step: int, warmup: bool) -> float:
     return min(momentum, (1 + step) / (10 + step)) if warmup else momentum
 
 
-Place = tuple[str, slice]
-"""Where a parameter's elements lie: the name of a whole, and their part of it."""
-
-
-def placed(wholes: Mapping[str, Tensor], places: Mapping[str, Place]) -> dict[str, Tensor]:
-    """The parts of 1-D tensors, by parameter; they share their memory."""
-    return {name: wholes[whole][part] for name, (whole, part) in places.items()}
-
-
 class Ema:
     """One exponential moving average of a network's weights: w_ema <- m * w_ema + (1 - m) * w.
 
@@ -33,23 +24,11 @@ class Ema:
     in one kernel that the device itself can skip.
     """
 
-    def __init__(
-        self,
-        weights: Mapping[str, Tensor],
-        statistics: Mapping[str, Tensor] | None = None,
-        places: Mapping[str, Place] | None = None,
-    ) -> None:
-        """Starts as a copy.
-
-        Args:
-            weights: 1-D; may hold only this rank's elements.
-            statistics: of batch norms.
-            places: where each parameter lies in `weights`; None: they are named as the parameters.
-        """
-        wholes = {name: tensor.clone() for name, tensor in weights.items()}
-        self.weights = wholes if places is None else placed(wholes, places)
+    def __init__(self, weights: Mapping[str, Tensor], statistics: Mapping[str, Tensor] | None = None) -> None:
+        """Starts as a copy of `weights`, which may hold only this rank's elements, and of batch norms' `statistics`."""
+        self.weights = {name: tensor.clone() for name, tensor in weights.items()}
         self.statistics = {name: tensor.clone() for name, tensor in (statistics or {}).items()}
-        self._averages = [*wholes.values(), *self.statistics.values()]
+        self._averages = [*self.weights.values(), *self.statistics.values()]
         self._sgd = SGD(self._averages, lr=1.0, weight_decay=1.0, maximize=True, fused=True)
 
     def update(self, weights: list[Tensor], statistics: list[Tensor], momentum: float, skipped: Tensor) -> None:
@@ -58,8 +37,8 @@ class Ema:
         `skipped`: 0-D fp32, 1 if the step was skipped, and the average stays as it is, else 0.
         """
         for average, current in zip(self._averages, (*weights, *statistics), strict=True):
-            average.grad = current
+            if average.grad is not current:
+                average.grad = current
         self._sgd.found_inf = skipped
         self._sgd.param_groups[0]["lr"] = 1 - momentum
         self._sgd.step()
-        self._sgd.zero_grad()

@@ -1,6 +1,6 @@
 """Every rank holds the whole model: one process alone, or several that average their gradients."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,9 +12,6 @@ from torch.func import functional_call
 from scaleprog.models.elastic import ElasticModel
 from scaleprog.sharding.native import NativeBackend
 from scaleprog.sharding.placement import Placement
-
-BUNDLED = 2**20
-"""Elements of a bundle, at most: as many more than the gradients are in memory during a step."""
 
 
 class ReplicatedBackend(NativeBackend):
@@ -29,28 +26,18 @@ class ReplicatedBackend(NativeBackend):
         model.to_empty(device=self.device)
         return partial(_in_bf16, model) if self.sharding.precision == "bf16" else model
 
-    def bundles(self, shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
-        bundle: list[str] = []
-        room = BUNDLED
-        for name, shape in shapes.items():
-            if bundle and shape.numel() > room:
-                yield bundle
-                bundle, room = [], BUNDLED
-            bundle.append(name)
-            room -= shape.numel()
-        yield bundle
-
     def placement(self, parameter: nn.Parameter) -> Placement:
         return Placement.whole(parameter.numel())
 
-    def average(self, gradients: list[Tensor]) -> Sequence[Tensor]:
+    def average(self, weights: list[Tensor]) -> None:
         world = dist.get_world_size()
         if world == 1:
-            return gradients
-        flat = torch.cat(gradients).div_(world)
+            return
+        flat = torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None]).div_(world)
         with self.waits:
             dist.all_reduce(flat)
-        return flat.split([gradient.numel() for gradient in gradients])
+        for weight, part in zip(weights, flat.split([weight.numel() for weight in weights]), strict=True):
+            weight.grad = part.view_as(weight)
 
     def refresh_compute_weights(self, changed: bool = True) -> None:
         pass

@@ -16,8 +16,7 @@ from scaleprog.models.elastic import Active, ElasticModel
 from scaleprog.ranks.rendezvous import limit_as_world
 from scaleprog.ranks.waits import Waits
 from scaleprog.sharding.backend import Backend, Network
-from scaleprog.sharding.ema import Place
-from scaleprog.sharding.optimizer import adamw, alike, moments
+from scaleprog.sharding.optimizer import MOMENTS, adamw, alike, moments
 from scaleprog.sharding.placement import Placement
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -107,25 +106,22 @@ class ZeroBackend(Backend):
         groups = alike(shapes, model.no_weight_decay(), self.optimizer, steps)
         self._adamw = adamw(groups, named, self.optimizer)
         self._engine, self._zero, *_ = deepspeed.initialize(model=model, optimizer=self._adamw, config=configuration)
-        placements: dict[str, Placement] = {}
-        places: dict[str, Place] = {}
-        wholes, state = {}, {}
+        placements, weights, state = {}, {}, {}
         of = self._zero.sub_group_to_group_id if self.sharding.stage == 3 else range(len(groups))
         for index, (flat, laid) in enumerate(zip(self._masters, self._laid_out(), strict=True)):
             flat.data.zero_()
-            wholes[str(index)] = flat.detach()
-            state[str(index)] = self._adamw.state[flat] = moments(flat, groups[of[index]].steps)
+            ours = self._adamw.state[flat] = moments(flat, groups[of[index]].steps)
             for parameter, placement, position in laid:
                 name, count = names[id(parameter)], len(placement.local(self._rank))
-                placements[name], places[name] = placement, (str(index), slice(position, position + count))
+                placements[name], weights[name] = placement, flat.detach()[position : position + count]
+                state[name] = {key: ours[key][position : position + count] for key in MOMENTS} | {"step": ours["step"]}
         return Network(
             model,
             self._engine,
             shapes,
             placements={name: placements[name] for name in shapes},
-            wholes=wholes,
-            places={name: places[name] for name in shapes},
-            whole_moments=state,
+            weights={name: weights[name] for name in shapes},
+            moments={name: state[name] for name in shapes},
         )
 
     def _bear_sharded(self, model: ElasticModel, configuration: dict[str, Any]) -> None:
