@@ -151,15 +151,21 @@ class Track:
         """
         before, now = self.mark, time.monotonic()
         if before is not None:
-            self._measure(before, now)
             if step is None:
                 step = before.step
+            if (ended := before.kind) is not None:  # all in one function, because every step comes here several times
+                taken, least = now - before.began, self.least.get(ended)
+                if least is None or taken < least:
+                    self.least[ended] = taken
+                if least is not None:
+                    self.often.add(ended)
+                elif before.size:
+                    self.sizes[ended] = before.size
         self.mark = Mark(doing, step or 0, kind, now, threading.get_ident(), size)
 
     def rest(self) -> None:
         """Nothing is to be watched until the next `at`."""
-        if self.mark is not None:
-            self._measure(self.mark, time.monotonic())
+        self.at("nothing")
         self.mark = None
 
     @contextmanager
@@ -170,20 +176,6 @@ class Track:
             yield
         finally:
             self.mark = None if mark is None else mark._replace(began=time.monotonic())
-
-    def _measure(self, mark: Mark, now: float) -> None:
-        kind = mark.kind
-        if kind is None:
-            return
-        taken, least = now - mark.began, self.least.get(kind)
-        if least is None:
-            self.least[kind] = taken
-            if mark.size:
-                self.sizes[kind] = mark.size
-            return
-        self.often.add(kind)
-        if taken < least:
-            self.least[kind] = taken
 
     def allowed(self, mark: Mark, patience: float) -> float:
         """How many seconds what `mark` says may take, with so many seconds of patience."""

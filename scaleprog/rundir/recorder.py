@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 OLD_BOARD = "tensorboard"  # the folder in which earlier versions drew
 
 
-@dataclass
+@dataclass(slots=True)
 class _Pending:
     """A step whose loss and gradient norm are still on the device."""
 
@@ -225,8 +225,10 @@ class Recorder:
         if self._main:
             self._metrics.write(*rows)
         for row, own in zip(rows, owns):
+            if row["step"] % self.log_every:
+                continue
             self._draw(row)
-            if self._own_board is not None and row["step"] % self.log_every == 0:
+            if self._own_board is not None:
                 self._own_board.draw({key: row[key] for key in PER_RANK} | own)
         return rows
 
