@@ -1,7 +1,7 @@
 """The memory that a training step frees stays with the process, because the next step needs as much again.
 
 glibc returns what is free at the end of its heap to the system, and gets it back page by page: on the CPU, hundreds of
-page faults in each step (docs/results/engine_tax.md).
+page faults in each step (docs/LOG.md, 2026-11-28).
 """
 
 import ctypes
