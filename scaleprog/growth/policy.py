@@ -107,6 +107,7 @@ class Budget:
         subset: whether Subnets see some of the patches of an image, not smaller images.
         cooldown: positions at the end that only the complete model trains, besides the last of the equal parts.
         recycle: whether a search's steps advance the schedule.
+        most: searches, at most, besides the probe; None: one in each stage before the takeover.
     """
 
     ladder: tuple[Subnet, ...]
@@ -120,6 +121,7 @@ class Budget:
     subset: bool = False
     cooldown: int = 0
     recycle: bool = True
+    most: int | None = None
 
     @property
     def part(self) -> int:
@@ -209,6 +211,8 @@ class Budget:
             return self.probe if stage == 1 else min(self.part, choice.complete_from or self.steps)
         if choice.complete_from is None:
             return self.part
+        if self.most is not None and stage - 1 - bool(self.probe) >= self.most:  # the first stage has no search
+            return choice.complete_from
         # another search would delay the takeover by its cost
         candidates = GrowthSpace.of(self.ladder).candidates(choice.subnet, self.rule)
         scored = max(3, len(set(map(self.proxy, candidates))))

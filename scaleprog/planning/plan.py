@@ -162,6 +162,7 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
         recycle=growth.recycle,
         # a setting in steps means nothing if SCALE positions stand for the steps
         complete_steps=search.complete_steps if steps_per_epoch is not None else 0,
+        most=search.most_searches,
     )
     least = make(policy=frugal)
     limit = _limit(recipe, least, partial(gmacs_of, recipe, family, least))

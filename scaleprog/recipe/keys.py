@@ -446,6 +446,9 @@ class SearchSettings(Settings):
     complete_steps: NoOrMoreSteps = 300
     """Fewest steps that a budget leaves for the complete model at the end; a run too short for that trains it from the
     first step."""
+    most_searches: Few | None = None
+    """Most searches under a budget, besides the probe; default: one in each stage before the complete model takes over.
+    Each costs about an 80th of the run."""
     epochs: Epochs | None = None
     """Epochs of supernet training per search; default: 1/80 of the run's epochs."""
     subset: Subset | None = None

@@ -33,6 +33,8 @@ def write_plan(run: Path, schedule: Schedule, gmacs: Callable[[Subnet], float]) 
         "complete_steps": budget.complete_steps if budget else 0,
         "cooldown": schedule.policy.cooldown,
     }
+    if budget is not None and budget.most is not None:
+        fields["most_searches"] = budget.most
     if schedule.compute is not None:
         fields["unit"] = schedule.compute.unit
     if schedule.whole is not None:
@@ -69,6 +71,7 @@ def read_plan(run: Path, parent: ParentSettings | None = None) -> tuple[Schedule
             subset=fields["patch"] is not None,
             cooldown=cooldown,
             recycle=fields["recycle"],
+            most=fields.get("most_searches"),
         )
     begun = begun_by(parent)
     named = {name: fields[name] for name in SCHEDULE}  # type: ignore[literal-required]

@@ -501,6 +501,7 @@ class PlannedSchedule(TypedDict):
     curriculum: bool
     scoring: Annotated[float, Field(ge=0, le=1e12)]
     cooldown: NotRequired[Annotated[int, Field(ge=0, le=10**9)]]
+    most_searches: NotRequired[Annotated[int, Field(ge=1, le=10**9)]]
     unit: NotRequired[Annotated[float, Field(gt=0, le=1e12)]]
     whole: NotRequired[Pair]
     window: NotRequired[tuple[Annotated[float, Field(ge=0, le=1e12)], Annotated[float, Field(ge=0, le=1)]]]

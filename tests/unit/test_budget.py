@@ -1,6 +1,7 @@
 """The budget's search: what it chooses, when the complete model takes over, and what runs of such choices are."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from scaleprog.errors import OverBudget
 from scaleprog.growth.phase import Phase
+from scaleprog.growth.schedule import Schedule
 from scaleprog.growth.search import CLOCKS, BudgetState, Decision, candidate_times, decide_within, step_time
 from scaleprog.growth.space import Choice, Subnet
 from tests.unit.schedules import DEIT, Unrolled, budgeted, of, unroll
@@ -160,6 +162,21 @@ def test_the_first_stage_is_the_smallest_network_and_every_other_search_knows_it
             assert phase.candidates == run.schedule.space.candidates(before.network, run.schedule.policy.rule)
             assert {before.network, DEIT} <= set(phase.candidates)
     assert sum(p.searched for p in rest) == len(run.choices)
+
+
+@given(st.integers(3, 10), st.floats(0.45, 0.9), st.integers(1, 3), st.booleans())
+def test_no_more_searches_than_the_recipe_asks_for(stages: int, limit: float, most: int, promised: bool) -> None:
+    free = of(DEIT, 2000, 20, "corners", limit, promised=promised, stages=stages, patches="resolution", scoring=5.0)
+    capped = budgeted(free, most=most)
+
+    def smallest(schedule: Schedule) -> Callable[[list[Phase]], Choice]:
+        return lambda phases: schedule.policy.expected(phases[-1], *schedule._after(phases, price), price)
+
+    (all_phases, many), (phases, few) = (unroll(schedule, smallest(schedule)) for schedule in (free, capped))
+    probes = bool(free.budget.probe)
+    assert len(few) == min(len(many), probes + most)
+    assert phases[-1].candidates == (DEIT,)
+    assert capped.cost(phases, price) <= free.cost(all_phases, price) + 1, "what is not measured is not paid for"
 
 
 @given(runs(recycle=True))

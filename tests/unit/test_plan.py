@@ -346,7 +346,9 @@ def test_the_plan_in_a_run_directory_knows_the_cooldown(schedule: str, tmp_path:
 
 
 def test_a_budget_that_repeats_its_searches_is_read_as_it_was_written(tmp_path: Path) -> None:
-    _, planned = outline(deit("autoprog", "growth.recycle=false", "search.budget=0.6"), 1000)
+    _, planned = outline(deit("autoprog", "growth.recycle=false", "search.budget=0.6", "search.most_searches=2"), 1000)
+    assert planned.budget is not None
+    assert planned.budget.most == 2
     write_plan(tmp_path, planned, lambda subnet: 1.0)
     read = read_plan(tmp_path)
     assert read is not None
