@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from scaleprog.errors import ScaleprogError
 from scaleprog.files.atomic import write_whole
 from scaleprog.files.display import as_text, say
-from scaleprog.ranks.patience import Stand
+from scaleprog.ranks.pulse import Stand
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.reading import read, read_object, to_line
 from scaleprog.rundir.records import EVENT, EVENTS, Job, Owner, Report

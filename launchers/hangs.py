@@ -21,13 +21,12 @@ from scaleprog.ranks.patience import (
     LOOK_SECONDS,
     STACKS,
     WRITE_SECONDS,
-    Pulse,
-    Stand,
     ask_stacks,
     read_all,
     within,
     write_stacks,
 )
+from scaleprog.ranks.pulse import Pulse, Stand
 from scaleprog.rundir.appending import Lines
 from scaleprog.rundir.records import EVENTS
 

@@ -30,8 +30,9 @@ from scaleprog.files.display import say
 from scaleprog.launchers.exits import CRASHED, MISTAKE, STOPPED, exit_by
 from scaleprog.launchers.hangs import Guard
 from scaleprog.launchers.world import Count, largest
-from scaleprog.ranks.patience import LOOK_SECONDS, PULSE, Pulse, Stand
+from scaleprog.ranks.patience import LOOK_SECONDS
 from scaleprog.ranks.processes import kill_with_children
+from scaleprog.ranks.pulse import PULSE, Pulse, Stand
 from scaleprog.ranks.rendezvous import Place
 from scaleprog.ranks.stop import SIGNALS
 from scaleprog.recipe.worlds import Worlds

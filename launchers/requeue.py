@@ -23,7 +23,7 @@ from scaleprog.launchers.attempt import Attempt, hurried_by, object_in, refused,
 from scaleprog.launchers.attempt import report as report  # also imported from here
 from scaleprog.launchers.exits import CRASHED, FINISHED, MISTAKE, STOPPED
 from scaleprog.launchers.hangs import Hang
-from scaleprog.ranks.patience import stand_of
+from scaleprog.ranks.pulse import stand_of
 from scaleprog.ranks.stop import ignore_stops
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.folders import committed_step

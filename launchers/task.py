@@ -24,8 +24,9 @@ from scaleprog.launchers.attempt import Attempt, has_reported, report
 from scaleprog.launchers.exits import FINISHED, MISTAKE, STOPPED, exit_by
 from scaleprog.launchers.hangs import SETTLE_SECONDS, Guard, said
 from scaleprog.launchers.snapshot import JobFile
-from scaleprog.ranks.patience import GUARD, LOOK_SECONDS, PULSE, WRITE_SECONDS, Pulse, Stand, within
+from scaleprog.ranks.patience import GUARD, LOOK_SECONDS, WRITE_SECONDS, within
 from scaleprog.ranks.processes import kill_with_children
+from scaleprog.ranks.pulse import PULSE, Pulse, Stand
 from scaleprog.ranks.rendezvous import INTERFACES, LOOPBACK, MEET_LIMIT, STORE
 from scaleprog.ranks.stop import SIGNALS, ignore_stops
 from scaleprog.recipe import Recipe

@@ -250,7 +250,7 @@ def cancel(run: RunPath) -> None:
     from scaleprog.launchers.several import cancel_all
     from scaleprog.launchers.snapshot import JOB
     from scaleprog.launchers.status import cancel as cancel_one
-    from scaleprog.rundir.lease import OWNER
+    from scaleprog.rundir.owner import OWNER
 
     runs = runs_at(run)
     if not runs and not any((run / name).exists() for name in (JOB, OWNER)):

@@ -9,7 +9,6 @@ cannot run (`launchers/hangs.py`). This module imports no torch.
 """
 
 import faulthandler
-import json
 import os
 import signal
 import socket
@@ -17,9 +16,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,12 +27,12 @@ from scaleprog.errors import HANG_CODE
 from scaleprog.files.atomic import write_whole
 from scaleprog.files.display import say
 from scaleprog.ranks import processes
+from scaleprog.ranks.pulse import PULSE as PULSE
+from scaleprog.ranks.pulse import Pulse, Stand
+from scaleprog.ranks.pulse import stand_of as stand_of
 
-PULSE = "SCALEPROG_PULSE"
-"""The variable that names a rank's place in its launcher's memory: DESCRIPTOR:RANK."""
 GUARD = "SCALEPROG_GUARD"
 """The variable that holds the number of the process that watches this one, if that is its child."""
-PULSE_BYTES = 4096
 LONG_SECONDS = 25 * 60.0
 """Least time for what may be slow once: a start, a growth, the first step of a network, which may compile."""
 LONG_FACTOR = 3.0
@@ -52,68 +51,6 @@ FOLDER = "stacks"
 PACKAGE = f"{Path(__file__).parents[1]}/"
 TOGETHER = ("/torch/distributed/", "/deepspeed/", f"{PACKAGE}ranks/coordinator.py")
 """In the paths of code that waits for other ranks."""
-
-
-@dataclass(frozen=True)
-class Stand:
-    """Where a rank stands; what its thread tells the launcher."""
-
-    rank: int
-    host: str
-    pid: int
-    generation: int
-    step: int
-    doing: str
-    """What it does, in words."""
-    seconds: float
-    """For how long it has not made progress."""
-    patience: float
-    """Seconds of patience."""
-    beats: int = 0
-    """How often the thread has looked; a launcher counts the time in which this does not change."""
-    hung: bool = False
-    together: bool = False
-    """Whether it waits for other ranks."""
-    where: str = ""
-    """The line of scaleprog in which it is; empty until it is hung, and has collected its stacks."""
-    state: str = ""
-    """What the kernel says of a rank that could not tell by itself where it stands."""
-    stacks: int = -1
-    """The descriptor, in the rank, of the memory with its stacks."""
-    world: int = 0
-    """How many ranks train; 0: unknown."""
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} (host {self.host}, process {self.pid})"
-
-
-class Pulse:
-    """A rank's place in memory that it shares with its launcher."""
-
-    def __init__(self, descriptor: int, rank: int) -> None:
-        self.descriptor, self.rank = descriptor, rank
-
-    @classmethod
-    def current(cls, variables: Mapping[str, str] = os.environ) -> "Pulse | None":
-        """The place that the launcher has given this process; None without one."""
-        descriptor, _, rank = variables.get(PULSE, "").partition(":")
-        return cls(int(descriptor), int(rank)) if rank else None
-
-    def write(self, stand: Stand) -> None:
-        """Shows the launcher where the rank stands."""
-        text = json.dumps(asdict(stand)).encode()
-        os.pwrite(self.descriptor, text[:PULSE_BYTES].ljust(PULSE_BYTES), self.rank * PULSE_BYTES)
-
-    def clear(self) -> None:
-        """Tells the launcher that nothing watches the rank any more."""
-        os.pwrite(self.descriptor, bytes(PULSE_BYTES), self.rank * PULSE_BYTES)
-
-    def read(self) -> Stand | None:
-        """Where the rank stood last; None before its first word, or while it writes."""
-        content = os.pread(self.descriptor, PULSE_BYTES, self.rank * PULSE_BYTES).strip(b"\0 ")
-        with suppress(ValueError, TypeError):
-            return Stand(**json.loads(content))
-        return None
 
 
 class Mark(NamedTuple):
@@ -372,11 +309,6 @@ def within(seconds: float, work: Callable[[], Any]) -> bool:
 def read_all(descriptor: int) -> str:
     """The text of a file in memory."""
     return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
-
-
-def stand_of(values: Mapping[str, Any]) -> Stand:
-    """A Stand from its values as a mapping, of which a reader has checked the types."""
-    return Stand(**{each.name: values[each.name] for each in fields(Stand) if each.name in values})
 
 
 def _workers() -> list[int]:

@@ -18,11 +18,11 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from scaleprog.errors import CheckpointError, ScaleprogError, Superseded, Unavailable
 from scaleprog.files.atomic import lock, open_regular, read_text, unlock, write_whole
@@ -30,95 +30,17 @@ from scaleprog.files.plain_yaml import RECIPE
 from scaleprog.recipe import Recipe
 from scaleprog.rundir import slurm_queue
 from scaleprog.rundir.folders import committed_step
+from scaleprog.rundir.owner import BATCH, FITS, OWNER, Owner
 from scaleprog.rundir.reading import kind_of
-from scaleprog.rundir.records import JOB_ID
 
 if TYPE_CHECKING:  # a caller that only asks who owns a run should not wait for torch
     from scaleprog.ranks.coordinator import Coordinator
 
-OWNER = "owner.json"
 BEAT_SECONDS = 20.0  # between two heartbeats, whatever the rank is doing
 SILENT_SECONDS = 120.0  # without a heartbeat for this long, an unreachable owner on another host counts as gone
 LOCK_SECONDS = 90.0  # longer than the holder of the lock waits for Slurm
 SHARED_SECONDS = 60.0  # a network file system may take this long to show a new file on other nodes
 OWNER_BYTES = 2**16
-BATCH = "batch"
-LARGEST_PID = 2**22
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The latest start in a run directory, according to `owner.json`, which is untrusted."""
-
-    generation: int
-    nonce: str
-    job: str | None
-    restart: int
-    host: str
-    pid: int
-    started: str | None
-    """When the process started, in kernel clock ticks."""
-    step: str | None = None
-    """The Slurm step that the process belongs to: a number, or "batch"; None outside a job, even in a shell that
-    `salloc` started, because such a process may outlive the allocation."""
-    repeat: int = 0
-    """How often the batch script had started the tasks again since Slurm's last restart."""
-    launcher: int | None = None
-    """The process on the same host that starts the ranks again after a crash; None without one."""
-    launcher_started: str | None = None
-
-    @property
-    def attempt(self) -> tuple[int, int]:
-        """Grows with each start of the same job."""
-        return self.restart, self.repeat
-
-    @classmethod
-    def of(cls, values: Any) -> "Owner":
-        """Builds an Owner from parsed JSON. Raises ValueError with the name of the bad field."""
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-        # earlier versions wrote no step and no launcher
-        values = {
-            "nonce": "",
-            "started": None,
-            "repeat": 0,
-            "launcher": None,
-            "launcher_started": None,
-            "step": None if values.get("job") is None else BATCH,
-            **values,
-        }
-        for name, fits in FITS.items():
-            if name not in values or not fits(values[name]):
-                raise ValueError(f"{name} is {json.dumps(values.get(name))[:80]}")
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
-
-    def __str__(self) -> str:
-        job = "" if self.job is None else f"job {self.job} restart {self.restart}, "
-        return f"{job}process {self.pid} on {self.host}"
-
-
-def _whole(least: int, most: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and least <= value <= most
-
-
-def _text(pattern: str) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
-
-
-FITS: dict[str, Callable[[Any], bool]] = {
-    "generation": _whole(1, 2**53),
-    "nonce": _text(r"[0-9A-Za-z]{0,64}"),
-    "job": lambda value: value is None or _text(JOB_ID)(value),
-    "restart": _whole(0, 2**31),
-    "repeat": _whole(0, 2**31),
-    "host": lambda value: isinstance(value, str) and value.isprintable() and 1 <= len(value) <= 255,
-    "pid": _whole(1, LARGEST_PID),
-    "started": lambda value: value is None or _text(r"[0-9]{1,20}")(value),
-    "launcher": lambda value: value is None or _whole(1, LARGEST_PID)(value),
-    "launcher_started": lambda value: value is None or _text(r"[0-9]{1,20}")(value),
-    "step": lambda value: value is None or _text(rf"[0-9]{{1,10}}|{BATCH}")(value),
-}
-"""Checks for the value of each field of an Owner."""
 
 
 @dataclass(frozen=True)

@@ -376,7 +376,7 @@ class Left(TypedDict):
 
 @with_config(STRICT)
 class Standing(TypedDict):
-    """Where a hung rank stands; see `ranks.patience.Stand`."""
+    """Where a hung rank stands; see `ranks.pulse.Stand`."""
 
     rank: Count
     host: Name

@@ -20,7 +20,8 @@ from scaleprog.models.elastic import ElasticModel, Structure
 from scaleprog.planning.plan import Plan
 from scaleprog.planning.savings import advice, is_out_of_memory
 from scaleprog.ranks.coordinator import Coordinator, collectives
-from scaleprog.ranks.patience import Patience, Stand
+from scaleprog.ranks.patience import Patience
+from scaleprog.ranks.pulse import Stand
 from scaleprog.ranks.rendezvous import Place
 from scaleprog.ranks.stop import TIME_LIMIT, Watch
 from scaleprog.recipe import Recipe

@@ -18,7 +18,8 @@ from scaleprog.launchers.attempt import Attempt, report, reports_of
 from scaleprog.launchers.hangs import Guard, Hang
 from scaleprog.launchers.requeue import how_it_ended
 from scaleprog.ranks import patience, processes
-from scaleprog.ranks.patience import LONG_SECONDS, PULSE, Pulse, Stand, Track
+from scaleprog.ranks.patience import LONG_SECONDS, Track
+from scaleprog.ranks.pulse import PULSE, Pulse, Stand
 from scaleprog.ranks.rendezvous import Place
 from scaleprog.rundir.reading import read, read_rows
 from scaleprog.rundir.records import EVENT, EVENTS
