@@ -39,9 +39,10 @@ def measured(**variables: str) -> tuple[int, float]:
 
 
 def test_a_step_uses_the_memory_of_the_one_before_almost_without_page_faults() -> None:
-    faults, returned = measured()
-    assert faults < 5_000  # of 100,000 pages
-    assert returned > 150, "a growth returns it"
+    for _ in range(3):  # by chance, something else lies at the end of the heap, and glibc returns nothing
+        faults, returned = measured()
+        assert faults < 5_000  # of 100,000 pages
+        assert returned > 150, "a growth returns it"
 
 
 def test_what_users_tell_glibc_stands() -> None:
