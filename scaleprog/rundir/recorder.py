@@ -225,10 +225,8 @@ class Recorder:
         if self._main:
             self._metrics.write(*rows)
         for row, own in zip(rows, owns):
-            if row["step"] % self.log_every:
-                continue
             self._draw(row)
-            if self._own_board is not None:
+            if self._own_board is not None and row["step"] % self.log_every == 0:
                 self._own_board.draw({key: row[key] for key in PER_RANK} | own)
         return rows
 

@@ -150,8 +150,7 @@ class Backend(ABC):
         """
         self._grow(layer_map, inherit, may_skip_layers, given or {})
         gc.collect()  # engines form reference cycles, and training has disabled garbage collection
-        # the old network's blocks do not fit the new one's sizes
-        return_freed_memory()
+        return_freed_memory()  # the old network's blocks do not fit the new one's sizes
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
