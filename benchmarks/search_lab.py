@@ -4,7 +4,9 @@
                                     [--out DIR] [--only-table]
 
 A grid names a recipe (`--recipe`: another) and cases, each settings of it; `schedule: 4 * 16x3 + 4 * 28x6` is short for
-`growth.schedule`. A case with `only: FILE` is for that recipe. `group` gives cases a common colour, `curve: true`
+`growth.schedule`; `cost: 0.4` trains for as many epochs as cost 0.4 of the complete model's for the recipe's epochs.
+Where a grid names `budgets`, each of its `methods` is one more case at each: a budget is that of a search, and the cost
+of what does not search. A case with `only: FILE` is for that recipe. `group` gives cases a common colour, `curve: true`
 draws a case's accuracy over its cost.
 
 Runs are trained in niced processes of one thread each, interleaved (all cases of a seed before the next seed). One that
@@ -44,7 +46,7 @@ import yaml
 from benchmarks.figures import draw_cloud
 from scaleprog.errors import ScaleprogError
 from scaleprog.growth.space import Subnet
-from scaleprog.planning.plan import gmacs_of, outline, steps_per_epoch
+from scaleprog.planning.plan import describe, gmacs_of, outline, steps_per_epoch
 from scaleprog.recipe import Recipe
 from scaleprog.reporting.figures import COST, Curve, draw_accuracy, draw_schedules, draw_searches
 from scaleprog.reporting.history import RunRecord as Told
@@ -84,17 +86,39 @@ class Grid:
         values = yaml.safe_load(path.read_text())
         common, cases = values.get("settings", {}), []
         recipe = recipe or values["recipe"]
-        for name, settings in values["cases"].items():
+        named = dict(values["cases"])
+        for budget in values.get("budgets", ()):
+            for method, settings in values["methods"].items():
+                limit = "search.budget" if settings.get("growth.schedule") == "automatic" else "cost"
+                named[f"{100 * budget:g} %, {method}"] = {**settings, limit: budget}
+        for name, settings in named.items():
             settings = {**common, **settings}
             if settings.pop("only", recipe) != recipe:
                 continue
             group, curve = settings.pop("group", name), settings.pop("curve", False)
             if "schedule" in settings:
                 settings["growth.schedule"] = by_hand(settings.pop("schedule"))
-            overrides = tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())
-            cases.append(Case(name, group, recipe, overrides, curve))
+            if "cost" in settings:
+                part = settings.pop("cost")
+                settings |= lasting(part, Recipe.load(recipe, overrides(settings)))
+            cases.append(Case(name, group, recipe, overrides(settings), curve))
         name = path.stem if recipe == values["recipe"] else f"{path.stem}_{Path(recipe).stem}"
         return cls(name, tuple(cases), tuple(values.get("seeds", (0, 1, 2))))
+
+
+def overrides(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Settings as the command line takes them."""
+    return tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())
+
+
+def lasting(part: float, recipe: Recipe) -> dict[str, float]:
+    """The epochs in which a recipe costs, by GMACs, a part of what the complete model costs in the recipe's own epochs.
+
+    The warm-up keeps its share of the epochs. Both have three digits.
+    """
+    times = part * (1 + describe(recipe)["speedup"])
+    lengths = {"train.epochs": recipe.train.epochs, "optimizer.warmup_epochs": recipe.optimizer.warmup_epochs}
+    return {key: float(f"{epochs * times:.3g}") for key, epochs in lengths.items()}
 
 
 def by_hand(text: str) -> list[dict[str, int]]:
