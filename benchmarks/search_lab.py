@@ -46,7 +46,7 @@ import yaml
 from benchmarks.figures import draw_cloud
 from scaleprog.errors import ScaleprogError
 from scaleprog.growth.space import Subnet
-from scaleprog.planning.plan import describe, gmacs_of, outline, steps_per_epoch
+from scaleprog.planning.plan import gmacs_of, outline, steps_per_epoch
 from scaleprog.recipe import Recipe
 from scaleprog.reporting.figures import COST, Curve, draw_accuracy, draw_schedules, draw_searches
 from scaleprog.reporting.history import RunRecord as Told
@@ -59,6 +59,8 @@ from scaleprog.version import ARITHMETIC
 
 CHOICE = "choice"
 """Beside the kinds of steps, what has a price: all measurements of a search."""
+FINE = 1_000_000
+"""Steps of an epoch where only parts of epochs matter, not what shards there are."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,10 @@ def lasting(part: float, recipe: Recipe) -> dict[str, float]:
 
     The warm-up keeps its share of the epochs. Both have three digits.
     """
-    times = part * (1 + describe(recipe)["speedup"])
+    family, schedule = outline(recipe, FINE)
+    gmacs = partial(gmacs_of, recipe, family, schedule)
+    cost = schedule.cost(schedule.expected((), gmacs), gmacs)
+    times = part * gmacs(schedule.full) * schedule.steps / cost
     lengths = {"train.epochs": recipe.train.epochs, "optimizer.warmup_epochs": recipe.optimizer.warmup_epochs}
     return {key: float(f"{epochs * times:.3g}") for key, epochs in lengths.items()}
 

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks.search_lab import Case, Grid, Record, Records, Trial, by_hand, costs, table
+from scaleprog.planning.plan import describe
+from scaleprog.recipe import Recipe
 
 GRIDS = sorted((Path(__file__).parents[2] / "benchmarks/grids").glob("*.yaml"))
 ORIGINAL = Case("Original", "", "configs/fashion_mnist/base.yaml", ("growth.schedule=original",), curve=False)
@@ -25,6 +28,40 @@ def test_every_case_of_a_grid_is_a_recipe_of_its_own(path: Path) -> None:
 def test_a_schedule_by_hand() -> None:
     small, full = {"resolution": 16, "depth": 3}, {"resolution": 28, "depth": 6}
     assert by_hand("2 * 16x3 + 28x6") == [small, small, full]
+
+
+@pytest.mark.parametrize(("recipe", "epochs"), [("base", 8), ("small_data", 16)])
+@pytest.mark.parametrize("schedule", [["28x6"], ["20x6"], ["12x6", "20x6", "28x6"]])
+@pytest.mark.parametrize("steps", ["epochs", "compute"])
+def test_a_case_with_a_cost_trains_as_long_as_that_pays_for(
+    tmp_path: Path, recipe: str, epochs: int, schedule: list[str], steps: str
+) -> None:
+    path = tmp_path / "grid.yaml"
+    method = {"schedule": " + ".join(schedule), "growth.patches": "subset", "growth.steps": steps}
+    grid = {"recipe": f"configs/fashion_mnist/{recipe}.yaml", "cases": {}, "budgets": [0.25], "methods": {"a": method}}
+    path.write_text(yaml.safe_dump(grid))
+    (case,) = Grid.load(path).cases
+    assert case.name == "25 %, a"
+    trained = Recipe.load(case.recipe, case.settings)
+    full = Recipe.load(case.recipe, ["growth.schedule=original"])
+    assert full.train.epochs == epochs
+    cost = trained.train.epochs / (1 + describe(trained)["speedup"])
+    assert cost == pytest.approx(0.25 * epochs, rel=0.01)
+    shares = [of.optimizer.warmup_epochs / of.train.epochs for of in (trained, full)]
+    assert shares[0] == pytest.approx(shares[1], rel=0.01)
+
+
+def test_a_budget_is_that_of_a_search(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    methods = {"a": {"growth.schedule": "automatic"}}
+    path.write_text(
+        yaml.safe_dump({"recipe": ORIGINAL.recipe, "cases": {}, "budgets": [0.4, 0.45], "methods": methods})
+    )
+    settings = {case.name: case.settings for case in Grid.load(path).cases}
+    assert settings == {
+        name: ('growth.schedule="automatic"', f"search.budget={budget}")
+        for name, budget in (("40 %, a", 0.4), ("45 %, a", 0.45))
+    }
 
 
 def test_what_a_schedule_by_hand_would_have_searched_does_not_matter() -> None:
