@@ -1,13 +1,25 @@
 """Pictures of many runs: clouds and frontiers of accuracy over cost."""
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
+from typing import Protocol
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from scaleprog.files.display import as_label
-from scaleprog.reporting.figures import COLORS, COST, MARKERS, STYLE, WIDTH, save
+from scaleprog.reporting.figures import COLORS, COST, LINES, MARKERS, STYLE, WIDTH, save
+
+
+class Gap(Protocol):
+    """A mean difference, and how far it may be off; infinite if nobody knows."""
+
+    @property
+    def mean(self) -> float: ...
+
+    @property
+    def error(self) -> float: ...
 
 
 @matplotlib.rc_context(STYLE)
@@ -54,4 +66,31 @@ def draw_frontier(path: Path, points: Mapping[str, Sequence[tuple[float, float]]
     axes.set(xscale="log", xlabel=COST, ylabel="top-1 (%), better of online and EMA")
     axes.xaxis.set_major_formatter("{x:,.0f}")  # not as a power of ten, which would need parsed math
     axes.legend(loc="lower right")
+    save(figure, path)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_rivals(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, Gap]]]]) -> None:
+    """Draws, in a panel per recipe, each method's distance to Original (points of top-1) over the part of Original's
+    cost that it spends, with intervals."""
+    methods = list(dict.fromkeys(method for curves in panels.values() for method in curves))
+    figure = Figure(figsize=(WIDTH, 3.9 + 0.2 * len(methods) / 3))
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (recipe, curves) in zip(grid, panels.items(), strict=True):
+        axes.axhline(0, color="#999999", linewidth=1)
+        for method, points in curves.items():
+            i = methods.index(method)
+            axes.errorbar(
+                [100 * cost for cost, _ in points],
+                [gap.mean for _, gap in points],
+                [gap.error if gap.error < inf else 0 for _, gap in points],
+                fmt=MARKERS[i % len(MARKERS)] + LINES[i // len(MARKERS) % len(LINES)],
+                color=COLORS[i % len(COLORS)],
+                capsize=3,
+                label=as_label(method),
+            )
+        axes.set(title=recipe, xlabel="cost (% of Original's, by GMACs)")
+    grid[0].set_ylabel("top-1 (points, Original = 0)")
+    labels = {label: line for axes in grid for line, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(list(labels.values()), list(labels), loc="outside lower center", ncols=3)
     save(figure, path)

@@ -32,7 +32,13 @@ def _subnet(kind: str) -> Subnet:
 
 
 def pooled(trials: Sequence[Trial], records: Records) -> dict[str, list[float]]:
-    """What each run had cost at each evaluation, by its digest, in steps of the complete model.
+    """What each run had cost at each evaluation, by its digest, in steps of the complete model, at `shared` prices."""
+    prices = shared(trials, records)
+    return {trial.digest: costs(records[trial].counts, prices[trial.digest]) for trial in trials}
+
+
+def shared(trials: Sequence[Trial], records: Records) -> dict[str, dict[str, float]]:
+    """The prices of each run, by its digest, in steps of the complete model.
 
     A kind of step costs the same in all runs of a recipe: the median of their prices. In one run alone, what else its
     cores did during a stage changes the price by tens of percent. A run that never trains the complete model has set
@@ -46,10 +52,18 @@ def pooled(trials: Sequence[Trial], records: Records) -> dict[str, list[float]]:
         prices = {record.digest: in_complete_steps(record, known) for record in members}
         measured = [prices[record.digest] for record in members if 1 in record.prices.values()]
         common = medians(prices.values()) | medians(measured)
-        for record in members:
-            own = {k: price if k == CHOICE else common[k] for k, price in prices[record.digest].items()}
-            found[record.digest] = costs(record.counts, own)
+        for digest, own in prices.items():
+            found[digest] = {kind: price if kind == CHOICE else common[kind] for kind, price in own.items()}
     return found
+
+
+def of_searches(record: Record, prices: Mapping[str, float]) -> float:
+    """What the searches of a run cost: the steps of its supernets, and the measurements."""
+    return sum(
+        count * prices[kind]
+        for kind, count in record.counts[-1].items()
+        if kind == CHOICE or kind.startswith("supernet ")
+    )
 
 
 def trains_alone(record: Record) -> bool:

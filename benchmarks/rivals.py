@@ -1,11 +1,12 @@
 """How cheap each method gets before it loses accuracy: this search, and what others do, against Original.
 
-    python -m benchmarks.rivals [GRID.yaml] [--recipe FILE] [--seeds 0 1 2] [--chosen-on 0 1 2] [--jobs 2]
+    python -m benchmarks.rivals [GRID.yaml] [--recipe FILE...] [--seeds 0 1 2] [--chosen-on 0 1 2] [--jobs 2]
                                 [--records FILE] [--runs DIR] [--out DIR] [--only-table]
 
 Runs are trained, recorded, and found again as by `benchmarks.search_lab`. A case of the grid is named `BUDGET, METHOD`;
 the cases without a budget train the complete model for the whole length. The best of these is Original: that with the
-highest mean over the seeds `--chosen-on`.
+highest mean over the seeds `--chosen-on`. By these seeds, the best rival is chosen, and by hand what `AutoProg` is; the
+other seeds report.
 
 A cost is counted twice. By GMACs, as EfficientTrain++ counts it: that of the steps, and of a search's measurements. And
 as measured: a step of a kind has one price in all runs of a recipe, the median CPU time of its kind in complete steps;
@@ -26,9 +27,9 @@ from statistics import mean, stdev
 
 from scipy.stats import t
 
-from benchmarks.figures import draw_frontier
-from benchmarks.prices import by_gmacs, pooled
-from benchmarks.search_lab import Grid, Record, Records, Trial, attempt
+from benchmarks.figures import draw_rivals
+from benchmarks.prices import by_gmacs, of_searches, shared
+from benchmarks.search_lab import Grid, Record, Records, Trial, attempt, costs
 from scaleprog.errors import ScaleprogError
 from tests.chaos.harness import put_section
 
@@ -37,7 +38,7 @@ MARGIN = 0.1
 CONFIDENCE = 0.95
 """Of one end of an interval; both ends leave out 10 %."""
 OURS = "AutoProg"
-"""With what the name of a method begins that is this project's."""
+"""The method that is this project's, and with what the names of its variants begin."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Gap:
 
 @dataclass(frozen=True)
 class Row:
-    """A case over its seeds: `cost`, `measured`: parts of Original's cost, by GMACs and by CPU time."""
+    """A case over its seeds: `cost`, `measured`: parts of Original's cost, by GMACs and by CPU time; `search`: the
+    searches' part of the run's own CPU time."""
 
     budget: str
     method: str
@@ -75,6 +77,7 @@ class Row:
     gap: Gap
     cost: float
     measured: float
+    search: float
 
 
 class Runs:
@@ -86,8 +89,10 @@ class Runs:
         self.chosen_on = set(chosen_on)
         self.names = tuple(case.name for case in grid.cases)
         self.found = {(trial.case.name, trial.seed): records[trial] for trial in done}
-        self.measured = {digest: spent[-1] for digest, spent in pooled(done, records).items()}
-        self.gmacs = {trial.digest: by_gmacs(trial, records[trial]) for trial in done}
+        prices = shared(done, records)
+        self.measured = {t.digest: costs(records[t].counts, prices[t.digest])[-1] for t in done}
+        self.searches = {t.digest: of_searches(records[t], prices[t.digest]) for t in done}
+        self.gmacs = {t.digest: by_gmacs(t, records[t]) for t in done}
         whole = [name for name in self.names if not budget_of(name) and self.seeds(name)]
         if not whole:
             raise ScaleprogError(
@@ -100,6 +105,12 @@ class Runs:
     def seeds(self, name: str) -> set[int]:
         """The seeds of which a case has finished."""
         return {seed for case, seed in self.found if case == name}
+
+    def rows(self, *, reporting: bool) -> list[Row]:
+        """The rows over the seeds that report, or over those that chose."""
+        every = {seed for _, seed in self.found}
+        seeds = every - self.chosen_on if reporting else every & self.chosen_on
+        return [row for name in self.names if (row := self.row(name, seeds))]
 
     def of(self, name: str, seeds: Sequence[int] | set[int]) -> list[Record]:
         return [self.found[name, seed] for seed in sorted(seeds)]
@@ -123,8 +134,9 @@ class Runs:
             mean(of[record.digest] for record in mine) / mean(of[record.digest] for record in theirs)
             for of in (self.gmacs, self.measured)
         )
-        gap = self.gap(name, self.original, both)
-        return Row(budget_of(name), method_of(name), tuple(sorted(both)), self.top1(name, both), gap, cost, measured)
+        search = sum(self.searches[r.digest] for r in mine) / sum(self.measured[r.digest] for r in mine)
+        gap, top1 = self.gap(name, self.original, both), self.top1(name, both)
+        return Row(budget_of(name), method_of(name), tuple(sorted(both)), top1, gap, cost, measured, search)
 
 
 def budget_of(name: str) -> str:
@@ -143,20 +155,26 @@ def method_of(name: str) -> str:
 
 def page(recipe: str, runs: Runs) -> str:
     """The section of a recipe."""
-    rows = [row for name in runs.names if (row := runs.row(name))]
-    return "\n\n".join([f"## {recipe}", each_case(rows), cheapest(rows), duels(runs)]) + "\n"
+    parts = [f"## {recipe}"]
+    if reported := runs.rows(reporting=True):
+        parts += ["The seeds that report:", each_case(reported), cheapest(reported), duels(runs)]
+    if chosen := runs.rows(reporting=False):
+        parts += ["The seeds that chose:", each_case(chosen)]
+    return "\n\n".join(parts) + "\n"
 
 
 def each_case(rows: Sequence[Row]) -> str:
     """Every case against Original."""
     lines = [
-        "| budget | method | seeds | top-1 | Δ to Original | cost, GMACs | × cheaper | cost, measured | × cheaper |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| budget | method | seeds | top-1 | Δ to Original | cost, GMACs | × cheaper | cost, measured | × cheaper "
+        "| searches, of the run |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             f"| {row.budget or '–'} | {row.method} | {', '.join(map(str, row.seeds))} | {row.top1:.2f} | {row.gap} "
-            f"| {row.cost:.1%} | {1 / row.cost:.2f} | {row.measured:.1%} | {1 / row.measured:.2f} |"
+            f"| {row.cost:.1%} | {1 / row.cost:.2f} | {row.measured:.1%} | {1 / row.measured:.2f} "
+            f"| {format(row.search, '.1%') if row.search else '–'} |"
         )
     return "\n".join(lines)
 
@@ -196,40 +214,50 @@ def saving(points: Sequence[tuple[float, float]]) -> str:
 
 
 def duels(runs: Runs) -> str:
-    """The best of ours against the best rival at each budget, both chosen on some seeds and compared on the others."""
+    """Ours against the best rival at each budget, on the seeds that report."""
     lines = [
-        f"Ours against the best rival, both chosen on seeds {', '.join(map(str, sorted(runs.chosen_on)))}, and "
-        "compared on the others:\n",
+        f"Ours against the rival that was the best on seeds {', '.join(map(str, sorted(runs.chosen_on)))}:\n",
         "| budget | ours | the best rival | seeds | ours - rival |\n|---|---|---|---|---|",
     ]
-    for budget in dict.fromkeys(budget for name in runs.names if (budget := budget_of(name))):
-        at = [name for name in runs.names if budget_of(name) == budget and runs.seeds(name) & runs.chosen_on]
-        best = {
-            ours: max(names, key=lambda name: runs.top1(name, runs.seeds(name) & runs.chosen_on))
-            for ours in (True, False)
-            if (names := [name for name in at if method_of(name).startswith(OURS) == ours])
-        }
-        if len(best) < 2:
-            continue
-        seeds = (runs.seeds(best[True]) & runs.seeds(best[False])) - runs.chosen_on
-        compared = str(runs.gap(best[True], best[False], seeds)) if seeds else "–"
-        named = ", ".join(map(str, sorted(seeds))) or "–"
-        lines.append(f"| {budget} | {method_of(best[True])} | {method_of(best[False])} | {named} | {compared} |")
+    rivals = best_rivals(runs)
+    for budget, rival in rivals.items():
+        ours, theirs = f"{budget}, {OURS}", f"{budget}, {rival}"
+        seeds = (runs.seeds(ours) & runs.seeds(theirs)) - runs.chosen_on
+        if seeds:
+            gap, named = runs.gap(ours, theirs, seeds), ", ".join(map(str, sorted(seeds)))
+            lines.append(f"| {budget} | {OURS} | {rival} | {named} | {gap} |")
     return "\n".join(lines)
 
 
-def points(runs: Runs) -> dict[str, list[tuple[float, float]]]:
-    """By method, (cost in steps of the complete model by GMACs, top-1) of each run."""
-    drawn: dict[str, list[tuple[float, float]]] = {}
-    for (name, _), record in runs.found.items():
-        drawn.setdefault(method_of(name), []).append((runs.gmacs[record.digest], record.best))
+def best_rivals(runs: Runs) -> dict[str, str]:
+    """By budget, the rival that came closest to Original on the seeds that chose.
+
+    A budget at which nothing was chosen takes the rival of the first at which something was.
+    """
+    budgets = [budget for name in runs.names if (budget := budget_of(name))]
+    chosen = [row for row in runs.rows(reporting=False) if row.budget and not row.method.startswith(OURS)]
+    if not chosen:
+        return {}
+    at = {row.budget: [other for other in chosen if other.budget == row.budget] for row in chosen}
+    best = {budget: max(rows, key=lambda row: row.gap.mean).method for budget, rows in at.items()}
+    first = next(iter(best.values()))
+    return {budget: best.get(budget, first) for budget in dict.fromkeys(budgets)}
+
+
+def curves(runs: Runs) -> dict[str, list[tuple[float, Gap]]]:
+    """By method, the part of Original's cost by GMACs and the distance to Original at each budget, on the seeds that
+    report."""
+    drawn: dict[str, list[tuple[float, Gap]]] = {}
+    for row in sorted(runs.rows(reporting=True), key=lambda row: row.cost):
+        if row.budget:
+            drawn.setdefault(row.method, []).append((row.cost, row.gap))
     return drawn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path, nargs="?", default=Path("benchmarks/grids/rivals.yaml"))
-    parser.add_argument("--recipe")
+    parser.add_argument("--recipe", nargs="+")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--chosen-on", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
@@ -238,19 +266,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only-table", action="store_true", help="train nothing")
     options = parser.parse_args()
-    grid, records = Grid.load(options.grid, options.recipe), Records(options.records)
-    trials = [Trial(case, seed, options.runs) for seed in options.seeds or grid.seeds for case in grid.cases]
-    if not options.only_table:
-        for record in attempt(trials, records, options.jobs):
-            print(f"{record.name}, seed {record.seed}: {record.best:.2f}", flush=True)
-    runs = Runs(grid, trials, records, options.chosen_on)
-    name = Path(grid.cases[0].recipe).parent.name + "/" + Path(grid.cases[0].recipe).stem
-    text = page(name, runs)
-    print(text)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        put_section(options.out / "rivals.md", name, text)
-        draw_frontier(options.out / f"rivals_{name.replace('/', '_')}.png", points(runs))
+    records, drawn = Records(options.records), {}
+    for recipe in options.recipe or [None]:
+        grid = Grid.load(options.grid, recipe)
+        trials = [Trial(case, seed, options.runs) for seed in options.seeds or grid.seeds for case in grid.cases]
+        if not options.only_table:
+            for record in attempt(trials, records, options.jobs):
+                print(f"{record.name}, seed {record.seed}: {record.best:.2f}", flush=True)
+        runs = Runs(grid, trials, records, options.chosen_on)
+        name = Path(grid.cases[0].recipe).parent.name + "/" + Path(grid.cases[0].recipe).stem
+        text = page(name, runs)
+        print(text)
+        if found := curves(runs):
+            drawn[name] = found
+        if options.out is not None:
+            options.out.mkdir(parents=True, exist_ok=True)
+            put_section(options.out / "rivals.md", name, text)
+    if options.out is not None and drawn:
+        draw_rivals(options.out / "rivals.png", drawn)
 
 
 if __name__ == "__main__":

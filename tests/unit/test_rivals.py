@@ -8,7 +8,19 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_rel
 
 from benchmarks.prices import by_gmacs
-from benchmarks.rivals import Gap, Runs, budget_of, cheapest, duels, each_case, method_of, saving
+from benchmarks.rivals import (
+    Gap,
+    Runs,
+    best_rivals,
+    budget_of,
+    cheapest,
+    curves,
+    duels,
+    each_case,
+    method_of,
+    page,
+    saving,
+)
 from benchmarks.search_lab import CHOICE, Case, Grid, Record, Records, Trial
 from scaleprog.errors import ScaleprogError
 from scaleprog.planning.plan import outline, steps_per_epoch
@@ -123,6 +135,57 @@ def test_the_table_of_savings_uses_each_methods_own_budgets(runs: Runs) -> None:
 def test_a_duel_is_chosen_on_some_seeds_and_fought_on_others(runs: Runs) -> None:
     """The wsd variant is the best of all on seed 3, which does not choose."""
     assert "| 50 % | AutoProg | shorter | 2, 3 | +2.20 ± 0.63 |" in duels(runs)
+
+
+def test_the_seeds_that_chose_do_not_report(runs: Runs) -> None:
+    chosen, reported = (runs.rows(reporting=reporting) for reporting in (False, True))
+    assert {row.seeds for row in chosen} == {(0, 1)}
+    assert {row.seeds for row in reported} == {(2, 3)}
+    assert [row.method for row in reported if row.budget] == ["AutoProg", "AutoProg, wsd", "shorter"]
+    assert {method: points[0][1] for method, points in curves(runs).items()} == {
+        row.method: row.gap for row in reported if row.budget
+    }
+    text = page("a/b", runs)
+    assert text.index(each_case(reported)) < text.index(each_case(chosen))
+    assert cheapest(reported) in text
+
+
+def test_where_no_rival_was_chosen_the_one_of_another_budget_fights(tmp_path: Path) -> None:
+    names = {"50 %, AutoProg": 0, "50 %, a": 0, "50 %, b": 0, "25 %, AutoProg": 0, "25 %, a": 0, "25 %, b": 0}
+    cases = [CASES[0], *(Case(n, "", RECIPE, (f"train.epochs={i + 2}",), False) for i, n in enumerate(names))]
+    better = {"50 %, b": 1.0, "25 %, a": 2.0, "25 %, AutoProg": 2.5}
+    records, trials = Records(tmp_path / "records.jsonl"), []
+    for case in cases:
+        for seed in (0, 1, 2):
+            if seed == 0 and case.name.startswith("25"):
+                continue
+            trial = Trial(case, seed, tmp_path)
+            top1, counts = 88.0 + better.get(case.name, 0.0), [{"train 28x6": 100}]
+            records.add(
+                Record(trial.digest, "", seed, "", top1, 0, 0, 0, 0, 100, {"train 28x6": 1.0}, [], [], [], counts)
+            )
+            trials.append(trial)
+    found = Runs(Grid("rivals", tuple(cases), (0, 1, 2)), trials, records, (0,))
+    assert best_rivals(found) == {"50 %": "b", "25 %": "b"}
+    assert "| 25 % | AutoProg | b | 1, 2 | +2.50 ± 0.00 |" in duels(found)
+
+
+def test_what_searches_cost_is_a_part_of_the_run(tmp_path: Path) -> None:
+    searching = Case("50 %, AutoProg", "", RECIPE, ("growth.schedule=automatic",), False)
+    records, trials = Records(tmp_path / "records.jsonl"), []
+    prices = {"train 28x6": 1.0, "supernet 28x6": 0.5, CHOICE: 5.0}
+    for case, counts in (
+        (CASES[0], {"train 28x6": 100}),
+        (searching, {"train 28x6": 35, "supernet 28x6": 20, CHOICE: 1}),
+    ):
+        trial = Trial(case, 0, tmp_path)
+        own = {kind: prices[kind] for kind in counts}
+        records.add(Record(trial.digest, "", 0, "", 88.0, 0.0, 0.0, 0.0, 0.0, 100, own, [], [], [], [counts]))
+        trials.append(trial)
+    row = Runs(Grid("rivals", (CASES[0], searching), (0,)), trials, records, (0,)).row("50 %, AutoProg")
+    assert row is not None
+    assert (row.measured, row.search) == (pytest.approx(0.5), pytest.approx(0.3))
+    assert "| 30.0% |" in each_case([row])
 
 
 def test_without_original_nothing_is_compared(tmp_path: Path) -> None:
