@@ -4,10 +4,11 @@
                                     [--out DIR] [--only-table]
 
 A grid names a recipe (`--recipe`: another) and cases, each settings of it; `schedule: 4 * 16x3 + 4 * 28x6` is short for
-`growth.schedule`; `cost: 0.4` trains for as many epochs as cost 0.4 of the complete model's for the recipe's epochs.
-Where a grid names `budgets`, each of its `methods` is one more case at each, unless there is one of that name: a budget
-is that of a search, and the cost of what does not search. A case with `only: FILE` is for that recipe. `group` gives
-cases a common colour, `curve: true` draws a case's accuracy over its cost.
+`growth.schedule`; `cost: 0.4` trains for as many epochs as cost 0.4 of the complete model's for the recipe's epochs;
+`times: {optimizer.lr: 2}` doubles the recipe's own. Where a grid names `budgets`, each of its `methods` is one more case
+at each, unless there is one of that name: a budget is that of a search, and the cost of what does not search. A case
+with `only: FILE` is for that recipe. `group` gives cases a common colour, `curve: true` draws a case's accuracy over its
+cost.
 
 Runs are trained in niced processes of one thread each, interleaved (all cases of a seed before the next seed). One that
 was interrupted goes on. What is kept of a finished run is a line in the file of records, by which every grid knows it
@@ -35,7 +36,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
+from functools import partial, reduce
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
@@ -100,6 +101,8 @@ class Grid:
             group, curve = settings.pop("group", name), settings.pop("curve", False)
             if "schedule" in settings:
                 settings["growth.schedule"] = by_hand(settings.pop("schedule"))
+            if "times" in settings:
+                settings |= multiplied(settings.pop("times"), Recipe.load(recipe))
             if "cost" in settings:
                 part = settings.pop("cost")
                 settings |= lasting(part, Recipe.load(recipe, overrides(settings)))
@@ -111,6 +114,11 @@ class Grid:
 def overrides(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """Settings as the command line takes them."""
     return tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())
+
+
+def multiplied(factors: Mapping[str, float], recipe: Recipe) -> dict[str, float]:
+    """Numbers of a recipe, times factors, by keys such as `optimizer.lr`."""
+    return {key: factor * reduce(getattr, key.split("."), recipe) for key, factor in factors.items()}
 
 
 def lasting(part: float, recipe: Recipe) -> dict[str, float]:

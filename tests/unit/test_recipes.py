@@ -91,6 +91,18 @@ def test_every_stage_of_table_2_costs_what_timms_own_model_costs(model: str, sch
         assert row["gmacs"] == pytest.approx(gmacs, rel=1e-9)
 
 
+def test_all_scales_have_one_default_search() -> None:
+    default = {("automatic", "epochs", "budget", 1, "wsd", "takeover")}
+    for folder in ("digits", "fashion_mnist", "imagenet"):
+        recipes = [
+            Recipe.load(path) for path in (CONFIGS / folder).glob("*autoprog*.yaml") if "published" not in path.stem
+        ]
+        assert {
+            (growth.schedule, growth.steps, search.method, search.most_searches, optimizer.schedule, optimizer.decay)
+            for growth, search, optimizer in ((r.growth, r.search, r.optimizer) for r in recipes)
+        } == default
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_recipe_has_an_outlook_that_ends_in_the_complete_model(path: Path) -> None:
     recipe = Recipe.load(path)

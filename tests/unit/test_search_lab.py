@@ -51,6 +51,15 @@ def test_a_case_with_a_cost_trains_as_long_as_that_pays_for(
     assert shares[0] == pytest.approx(shares[1], rel=0.01)
 
 
+@pytest.mark.parametrize(("recipe", "lr"), [("base", 6e-3), ("small_data", 4e-3)])
+def test_a_case_multiplies_the_recipes_own_numbers(tmp_path: Path, recipe: str, lr: float) -> None:
+    path = tmp_path / "grid.yaml"
+    cases = {"a": {"times": {"optimizer.lr": 2}}}
+    path.write_text(yaml.safe_dump({"recipe": f"configs/fashion_mnist/{recipe}.yaml", "cases": cases}))
+    (case,) = Grid.load(path).cases
+    assert Recipe.load(case.recipe, case.settings).optimizer.lr == lr
+
+
 def test_a_budget_is_that_of_a_search(tmp_path: Path) -> None:
     path = tmp_path / "grid.yaml"
     methods = {"a": {"growth.schedule": "automatic"}}
