@@ -1,7 +1,7 @@
 """Pictures of many runs: clouds and frontiers of accuracy over cost."""
 
 from collections.abc import Mapping, Sequence
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from typing import Protocol
 
@@ -83,7 +83,7 @@ def draw_rivals(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[flo
             axes.errorbar(
                 [100 * cost for cost, _ in points],
                 [gap.mean for _, gap in points],
-                [gap.error if gap.error < inf else 0 for _, gap in points],
+                [gap.error if gap.error < inf else nan for _, gap in points],
                 fmt=MARKERS[i % len(MARKERS)] + LINES[i // len(MARKERS) % len(LINES)],
                 color=COLORS[i % len(COLORS)],
                 capsize=3,

@@ -59,6 +59,8 @@ def shared(trials: Sequence[Trial], records: Records) -> dict[str, dict[str, flo
 
 def of_searches(record: Record, prices: Mapping[str, float]) -> float:
     """What the searches of a run cost: the steps of its supernets, and the measurements."""
+    if CHOICE not in record.counts[-1]:
+        return 0.0  # a window over the stages trains a supernet, too
     return sum(
         count * prices[kind]
         for kind, count in record.counts[-1].items()

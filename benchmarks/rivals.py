@@ -3,10 +3,10 @@
     python -m benchmarks.rivals [GRID.yaml] [--recipe FILE...] [--seeds 0 1 2] [--chosen-on 0 1 2] [--jobs 2]
                                 [--records FILE] [--runs DIR] [--out DIR] [--only-table]
 
-Runs are trained, recorded, and found again as by `benchmarks.search_lab`. A case of the grid is named `BUDGET, METHOD`;
-the cases without a budget train the complete model for the whole length. The best of these is Original: that with the
-highest mean over the seeds `--chosen-on`. By these seeds, the best rival is chosen, and by hand what `AutoProg` is; the
-other seeds report.
+Runs are trained, recorded, and found again as by `benchmarks.search_lab`. A case of the grid is named `BUDGET,
+METHOD`; the cases without a budget train the complete model for the whole length. The best of these is Original: that
+with the highest mean over the seeds `--chosen-on`, among those that have run the most of them. By these seeds, what
+`AutoProg` is was chosen by hand, too; the other seeds report.
 
 A cost is counted twice. By GMACs, as EfficientTrain++ counts it: that of the steps, and of a search's measurements. And
 as measured: a step of a kind has one price in all runs of a recipe, the median CPU time of its kind in complete steps;
@@ -19,6 +19,7 @@ Top-1 is the better of online and EMA at the end.
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, inf, log
@@ -98,8 +99,11 @@ class Runs:
             raise ScaleprogError(
                 "no run has trained the complete model for the whole length, so nothing can be compared"
             )
+        choosing = {name: self.seeds(name) & self.chosen_on for name in whole}
+        widest = max(choosing.values(), key=len)
         self.original = max(
-            whole, key=lambda name: self.top1(name, self.seeds(name) & self.chosen_on or self.seeds(name))
+            (name for name in whole if choosing[name] >= widest),
+            key=lambda name: self.top1(name, widest or self.seeds(name)),
         )
 
     def seeds(self, name: str) -> set[int]:
@@ -153,14 +157,14 @@ def method_of(name: str) -> str:
 # ---- tables
 
 
-def page(recipe: str, runs: Runs) -> str:
-    """The section of a recipe."""
-    parts = [f"## {recipe}"]
+def page(runs: Runs) -> str:
+    """The tables of a recipe."""
+    parts = []
     if reported := runs.rows(reporting=True):
         parts += ["The seeds that report:", each_case(reported), cheapest(reported), duels(runs)]
     if chosen := runs.rows(reporting=False):
         parts += ["The seeds that chose:", each_case(chosen)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def each_case(rows: Sequence[Row]) -> str:
@@ -186,8 +190,9 @@ def cheapest(rows: Sequence[Row]) -> str:
         "its mean, and by the lower end of its interval, below which it lies in one of twenty such comparisons:\n",
         "| method | by the mean | by the lower end |\n|---|---|---|",
     ]
-    for method in dict.fromkeys(row.method for row in rows if row.budget):
-        own = sorted((row for row in rows if row.method == method), key=lambda row: row.cost)
+    cheap = sorted((row for row in rows if row.budget and row.cost < 1), key=lambda row: row.cost)
+    for method in dict.fromkeys(row.method for row in cheap):
+        own = [row for row in cheap if row.method == method]
         means = [(row.cost, row.gap.mean) for row in own]
         lowest = [(row.cost, row.gap.least) for row in own if row.gap.error < inf]
         lines.append(f"| {method} | {saving(means)} | {saving(lowest)} |")
@@ -214,34 +219,16 @@ def saving(points: Sequence[tuple[float, float]]) -> str:
 
 
 def duels(runs: Runs) -> str:
-    """Ours against the best rival at each budget, on the seeds that report."""
-    lines = [
-        f"Ours against the rival that was the best on seeds {', '.join(map(str, sorted(runs.chosen_on)))}:\n",
-        "| budget | ours | the best rival | seeds | ours - rival |\n|---|---|---|---|---|",
-    ]
-    rivals = best_rivals(runs)
-    for budget, rival in rivals.items():
-        ours, theirs = f"{budget}, {OURS}", f"{budget}, {rival}"
-        seeds = (runs.seeds(ours) & runs.seeds(theirs)) - runs.chosen_on
-        if seeds:
-            gap, named = runs.gap(ours, theirs, seeds), ", ".join(map(str, sorted(seeds)))
-            lines.append(f"| {budget} | {OURS} | {rival} | {named} | {gap} |")
+    """Ours against each rival at each budget, on the seeds that report."""
+    lines = ["| budget | ours | rival | seeds | ours - rival |\n|---|---|---|---|---|"]
+    for name in runs.names:
+        budget, rival = budget_of(name), method_of(name)
+        ours = f"{budget}, {OURS}"
+        seeds = (runs.seeds(ours) & runs.seeds(name)) - runs.chosen_on
+        if seeds and not rival.startswith(OURS):
+            named = ", ".join(map(str, sorted(seeds)))
+            lines.append(f"| {budget} | {OURS} | {rival} | {named} | {runs.gap(ours, name, seeds)} |")
     return "\n".join(lines)
-
-
-def best_rivals(runs: Runs) -> dict[str, str]:
-    """By budget, the rival that came closest to Original on the seeds that chose.
-
-    A budget at which nothing was chosen takes the rival of the first at which something was.
-    """
-    budgets = [budget for name in runs.names if (budget := budget_of(name))]
-    chosen = [row for row in runs.rows(reporting=False) if row.budget and not row.method.startswith(OURS)]
-    if not chosen:
-        return {}
-    at = {row.budget: [other for other in chosen if other.budget == row.budget] for row in chosen}
-    best = {budget: max(rows, key=lambda row: row.gap.mean).method for budget, rows in at.items()}
-    first = next(iter(best.values()))
-    return {budget: best.get(budget, first) for budget in dict.fromkeys(budgets)}
 
 
 def curves(runs: Runs) -> dict[str, list[tuple[float, Gap]]]:
@@ -249,7 +236,7 @@ def curves(runs: Runs) -> dict[str, list[tuple[float, Gap]]]:
     report."""
     drawn: dict[str, list[tuple[float, Gap]]] = {}
     for row in sorted(runs.rows(reporting=True), key=lambda row: row.cost):
-        if row.budget:
+        if row.budget and row.cost < 1:
             drawn.setdefault(row.method, []).append((row.cost, row.gap))
     return drawn
 
@@ -273,10 +260,14 @@ def main() -> None:
         if not options.only_table:
             for record in attempt(trials, records, options.jobs):
                 print(f"{record.name}, seed {record.seed}: {record.best:.2f}", flush=True)
-        runs = Runs(grid, trials, records, options.chosen_on)
         name = Path(grid.cases[0].recipe).parent.name + "/" + Path(grid.cases[0].recipe).stem
-        text = page(name, runs)
-        print(text)
+        try:
+            runs = Runs(grid, trials, records, options.chosen_on)
+        except ScaleprogError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            continue
+        text = page(runs)
+        print(f"## {name}\n\n{text}\n")
         if found := curves(runs):
             drawn[name] = found
         if options.out is not None:

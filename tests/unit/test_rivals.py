@@ -7,11 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_rel
 
-from benchmarks.prices import by_gmacs
+from benchmarks.prices import by_gmacs, of_searches
 from benchmarks.rivals import (
     Gap,
     Runs,
-    best_rivals,
     budget_of,
     cheapest,
     curves,
@@ -133,8 +132,9 @@ def test_the_table_of_savings_uses_each_methods_own_budgets(runs: Runs) -> None:
 
 
 def test_a_duel_is_chosen_on_some_seeds_and_fought_on_others(runs: Runs) -> None:
-    """The wsd variant is the best of all on seed 3, which does not choose."""
-    assert "| 50 % | AutoProg | shorter | 2, 3 | +2.20 ± 0.63 |" in duels(runs)
+    text = duels(runs)
+    assert "| 50 % | AutoProg | shorter | 2, 3 | +2.20 ± 0.63 |" in text
+    assert "wsd" not in text, "a variant is no rival"
 
 
 def test_the_seeds_that_chose_do_not_report(runs: Runs) -> None:
@@ -145,29 +145,34 @@ def test_the_seeds_that_chose_do_not_report(runs: Runs) -> None:
     assert {method: points[0][1] for method, points in curves(runs).items()} == {
         row.method: row.gap for row in reported if row.budget
     }
-    text = page("a/b", runs)
+    text = page(runs)
     assert text.index(each_case(reported)) < text.index(each_case(chosen))
     assert cheapest(reported) in text
 
 
-def test_where_no_rival_was_chosen_the_one_of_another_budget_fights(tmp_path: Path) -> None:
-    names = {"50 %, AutoProg": 0, "50 %, a": 0, "50 %, b": 0, "25 %, AutoProg": 0, "25 %, a": 0, "25 %, b": 0}
-    cases = [CASES[0], *(Case(n, "", RECIPE, (f"train.epochs={i + 2}",), False) for i, n in enumerate(names))]
-    better = {"50 %, b": 1.0, "25 %, a": 2.0, "25 %, AutoProg": 2.5}
+def test_original_is_chosen_among_those_that_ran_on_all_seeds_that_choose(runs: Runs, tmp_path: Path) -> None:
+    lucky = Case("Original, twice the rate", "", RECIPE, ("growth.schedule=original", "optimizer.lr=0.006"), False)
+    records = Records(tmp_path / "records.jsonl")
+    trials = [Trial(case, seed, tmp_path) for case in CASES for seed in range(4)] + [Trial(lucky, 0, tmp_path)]
+    counts, prices = [{"train 28x6": 100}], {"train 28x6": 1.0}
+    records.add(Record(trials[-1].digest, "", 0, "", 95.0, 0.0, 0.0, 0.0, 0.0, 100, prices, [], [], [], counts))
+    found = Runs(Grid("rivals", (*CASES, lucky), (0,)), trials, records, (0, 1))
+    assert found.original == runs.original
+
+
+def test_what_costs_more_than_original_is_neither_drawn_nor_a_saving(tmp_path: Path) -> None:
+    longer = Case("200 %, Original", "", RECIPE, ("growth.schedule=original", "train.epochs=16"), False)
     records, trials = Records(tmp_path / "records.jsonl"), []
-    for case in cases:
-        for seed in (0, 1, 2):
-            if seed == 0 and case.name.startswith("25"):
-                continue
-            trial = Trial(case, seed, tmp_path)
-            top1, counts = 88.0 + better.get(case.name, 0.0), [{"train 28x6": 100}]
-            records.add(
-                Record(trial.digest, "", seed, "", top1, 0, 0, 0, 0, 100, {"train 28x6": 1.0}, [], [], [], counts)
-            )
-            trials.append(trial)
-    found = Runs(Grid("rivals", tuple(cases), (0, 1, 2)), trials, records, (0,))
-    assert best_rivals(found) == {"50 %": "b", "25 %": "b"}
-    assert "| 25 % | AutoProg | b | 1, 2 | +2.50 ± 0.00 |" in duels(found)
+    for case, steps in ((CASES[0], 100), (longer, 200)):
+        trial = Trial(case, 0, tmp_path)
+        counts, prices = [{"train 28x6": steps}], {"train 28x6": 1.0}
+        records.add(Record(trial.digest, "", 0, "", 88.0, 0.0, 0.0, 0.0, 0.0, steps, prices, [], [], [], counts))
+        trials.append(trial)
+    found = Runs(Grid("rivals", (CASES[0], longer), (0,)), trials, records, (1,))
+    assert curves(found) == {}
+    rows = found.rows(reporting=True)
+    assert "| 200 % | Original | 0 | 88.00 | +0.00 | 200.0% | 0.50 |" in each_case(rows)
+    assert cheapest(rows).endswith("|---|---|---|")
 
 
 def test_what_searches_cost_is_a_part_of_the_run(tmp_path: Path) -> None:
@@ -186,6 +191,12 @@ def test_what_searches_cost_is_a_part_of_the_run(tmp_path: Path) -> None:
     assert row is not None
     assert (row.measured, row.search) == (pytest.approx(0.5), pytest.approx(0.3))
     assert "| 30.0% |" in each_case([row])
+
+
+def test_a_window_is_no_search(tmp_path: Path) -> None:
+    counts = [{"supernet 28x3": 50, "supernet 28x6": 50}]
+    record = Record("", "", 0, "", 88.0, 0.0, 0.0, 0.0, 0.0, 100, {}, [], [], [], counts)
+    assert of_searches(record, {"supernet 28x3": 0.5, "supernet 28x6": 1.0}) == 0
 
 
 def test_without_original_nothing_is_compared(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from benchmarks.search_lab import Case, Grid, Record, Records, Trial, by_hand, costs, table
-from scaleprog.planning.plan import describe
+from scaleprog.planning.plan import describe, outline
 from scaleprog.recipe import Recipe
 
 GRIDS = sorted((Path(__file__).parents[2] / "benchmarks/grids").glob("*.yaml"))
@@ -23,6 +23,16 @@ def test_every_case_of_a_grid_is_a_recipe_of_its_own(path: Path) -> None:
     other = Grid.load(path, "configs/fashion_mnist/small_data.yaml")
     assert other.name == f"{path.stem}_small_data"
     assert {Trial(case, 0, Path("runs")).digest for case in other.cases}.isdisjoint(digests)
+    for case in (*grid.cases, *other.cases):
+        outline(Trial(case, 0, Path("runs")).recipe, 1000)  # raises if it could not be trained
+
+
+def test_the_rivals_autoprog_is_the_recipes() -> None:
+    grid = Grid.load(next(path for path in GRIDS if path.stem == "rivals"))
+    (case,) = (case for case in grid.cases if case.name == "50 %, AutoProg")
+    shipped = Recipe.load("configs/fashion_mnist/autoprog.yaml", ["search.budget=0.5", "search.times=modelled"])
+    tried = Recipe.load(case.recipe, case.settings)
+    assert (tried.growth, tried.search, tried.optimizer) == (shipped.growth, shipped.search, shipped.optimizer)
 
 
 def test_a_schedule_by_hand() -> None:
