@@ -262,7 +262,8 @@ def decide_within(
     elif budget.saving <= 0:
         why = "the budget covers it to the end"
     elif early:
-        why = f"too early to save: the loss is {max(0.0, learned):.0%} below a uniform guess's, not yet {needed:.0%}"
+        gone = min(max(0.0, learned), needed - 0.01)  # 9.8 % are not "10%, not yet 10%"
+        why = f"too early to save: the loss is {gone:.0%} below a uniform guess's, not yet {needed:.0%}"
     elif not cheaper:
         why = f"nothing to save: a step on {candidates[cheapest]} costs {prices[cheapest]:.0%} of a complete one"
     else:
