@@ -38,6 +38,10 @@ MARGIN = 0.1
 """Points of top-1 below Original that count as nothing lost."""
 CONFIDENCE = 0.95
 """Of one end of an interval; both ends leave out 10 %."""
+NOTE = """\
+Top-1 is the better of online and EMA at the end. Δ pairs the runs of a seed; its interval holds the mean with 90 %
+confidence (Student's t). Costs are parts of Original's: by GMACs, and by CPU time, with one price for each kind of step.
+`python -m benchmarks.rivals --only-table --out docs/results/frontier` makes these tables from `rivals.jsonl`."""
 OURS = "AutoProg"
 """The method that is this project's, and with what the names of its variants begin."""
 
@@ -159,7 +163,7 @@ def method_of(name: str) -> str:
 
 def page(runs: Runs) -> str:
     """The tables of a recipe."""
-    parts = []
+    parts = [NOTE]
     if reported := runs.rows(reporting=True):
         parts += ["The seeds that report:", each_case(reported), cheapest(reported), duels(runs)]
     if chosen := runs.rows(reporting=False):
