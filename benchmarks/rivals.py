@@ -40,8 +40,9 @@ CONFIDENCE = 0.95
 """Of one end of an interval; both ends leave out 10 %."""
 NOTE = """\
 Top-1 is the better of online and EMA at the end. Δ pairs the runs of a seed; its interval holds the mean with 90 %
-confidence (Student's t). Costs are parts of Original's: by GMACs, and by CPU time, with one price for each kind of step.
+confidence (Student's t). Costs are parts of Original's: by GMACs, and by CPU time, with one price for a kind of step.
 `python -m benchmarks.rivals --only-table --out docs/results/frontier` makes these tables from `rivals.jsonl`."""
+DUEL = "| budget | ours | rival | seeds | ours - rival |\n|---|---|---|---|---|"
 OURS = "AutoProg"
 """The method that is this project's, and with what the names of its variants begin."""
 
@@ -165,7 +166,8 @@ def page(runs: Runs) -> str:
     """The tables of a recipe."""
     parts = [NOTE]
     if reported := runs.rows(reporting=True):
-        parts += ["The seeds that report:", each_case(reported), cheapest(reported), duels(runs)]
+        parts += ["The seeds that report:", each_case(reported), cheapest(reported)]
+        parts += [table] if (table := duels(runs)) else []
     if chosen := runs.rows(reporting=False):
         parts += ["The seeds that chose:", each_case(chosen)]
     return "\n\n".join(parts)
@@ -223,8 +225,8 @@ def saving(points: Sequence[tuple[float, float]]) -> str:
 
 
 def duels(runs: Runs) -> str:
-    """Ours against each rival at each budget, on the seeds that report."""
-    lines = ["| budget | ours | rival | seeds | ours - rival |\n|---|---|---|---|---|"]
+    """Ours against each rival at each budget, on the seeds that report; empty if there is none."""
+    lines = []
     for name in runs.names:
         budget, rival = budget_of(name), method_of(name)
         ours = f"{budget}, {OURS}"
@@ -232,7 +234,7 @@ def duels(runs: Runs) -> str:
         if seeds and not rival.startswith(OURS):
             named = ", ".join(map(str, sorted(seeds)))
             lines.append(f"| {budget} | {OURS} | {rival} | {named} | {runs.gap(ours, name, seeds)} |")
-    return "\n".join(lines)
+    return "\n".join([DUEL, *lines]) if lines else ""
 
 
 def curves(runs: Runs) -> dict[str, list[tuple[float, Gap]]]:

@@ -173,6 +173,7 @@ def test_what_costs_more_than_original_is_neither_drawn_nor_a_saving(tmp_path: P
     rows = found.rows(reporting=True)
     assert "| 200 % | Original | 0 | 88.00 | +0.00 | 200.0% | 0.50 |" in each_case(rows)
     assert cheapest(rows).endswith("|---|---|---|")
+    assert duels(found) == ""
 
 
 def test_what_searches_cost_is_a_part_of_the_run(tmp_path: Path) -> None:
