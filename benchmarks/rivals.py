@@ -42,7 +42,7 @@ NOTE = """\
 Top-1 is the better of online and EMA at the end. Δ pairs the runs of a seed; its interval holds the mean with 90 %
 confidence (Student's t). Costs are parts of Original's: by GMACs, and by CPU time, with one price for a kind of step.
 `python -m benchmarks.rivals --only-table --out docs/results/frontier` makes these tables from `rivals.jsonl`."""
-DUEL = "| budget | ours | rival | seeds | ours - rival |\n|---|---|---|---|---|"
+"""Stands above the tables of each recipe."""
 OURS = "AutoProg"
 """The method that is this project's, and with what the names of its variants begin."""
 
@@ -234,7 +234,8 @@ def duels(runs: Runs) -> str:
         if seeds and not rival.startswith(OURS):
             named = ", ".join(map(str, sorted(seeds)))
             lines.append(f"| {budget} | {OURS} | {rival} | {named} | {runs.gap(ours, name, seeds)} |")
-    return "\n".join([DUEL, *lines]) if lines else ""
+    head = ["| budget | ours | rival | seeds | ours - rival |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *lines]) if lines else ""
 
 
 def curves(runs: Runs) -> dict[str, list[tuple[float, Gap]]]:
