@@ -75,7 +75,7 @@ def draw_rivals(path: Path, panels: Mapping[str, Mapping[str, Sequence[tuple[flo
     cost that it spends, with intervals."""
     methods = list(dict.fromkeys(method for curves in panels.values() for method in curves))
     figure = Figure(figsize=(WIDTH, 3.9 + 0.2 * len(methods) / 3))
-    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    grid = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
     for axes, (recipe, curves) in zip(grid, panels.items(), strict=True):
         axes.axhline(0, color="#999999", linewidth=1)
         for method, points in curves.items():
