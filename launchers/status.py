@@ -65,8 +65,7 @@ class Status:
         images_per_second: the recent rate of training.
         seconds_left: expected training time left.
         damaged: different damaged samples that were replaced so far.
-        slow: a sentence on each rank that has been slow for long, and for which all others wait; empty for a finished
-            run.
+        slow: a sentence on each rank that has been slow for long, the slowest first; empty for a finished run.
         commit_step: the step of the newest checkpoint; 0 if there is none.
         commit_age: seconds since that checkpoint was written.
         restarts: every start after the first.
@@ -246,8 +245,8 @@ def restarts(events: Sequence[Row], ends: Sequence[Row]) -> Iterator[Restart]:
 
 
 def slow_ranks(events: Sequence[Row]) -> list[str]:
-    """A sentence on each straggler of the last start, from the lines of `events.jsonl`."""
-    present: dict[int, str] = {}
+    """A sentence on each straggler of the last start, the slowest first, from the lines of `events.jsonl`."""
+    present: dict[int, tuple[float, str]] = {}
     for event in events:
         if event["event"] == "start":
             present = {}
@@ -255,11 +254,11 @@ def slow_ranks(events: Sequence[Row]) -> list[str]:
             for slow in event["slow"]:
                 who = f"rank {slow['rank']} on {slow['host']}, seen after step {event['step']}"
                 median = f"the median rank {event['median_seconds']:.3g} s"
-                present[slow["rank"]] = f"{who}: {slow['seconds']:.3g} s a step, {median}"
+                present[slow["rank"]] = slow["seconds"], f"{who}: {slow['seconds']:.3g} s a step, {median}"
         elif event["event"] == "straggler_over":
             for slow in event["slow"]:
                 present.pop(slow["rank"], None)
-    return list(present.values())
+    return [sentence for _, sentence in sorted(present.values(), key=lambda slow: -slow[0])]
 
 
 def cause_of(row: Row) -> str:

@@ -58,8 +58,8 @@ def test_a_slow_rank_is_named(ranks: int, sharding: dict[str, Any], make_recipe:
     slow = next(slow for event in events for slow in event["slow"] if slow["rank"] == SLOW)
     assert slow["host"] == socket.gethostname()
     assert slow["seconds"] > SLEPT
-    (sentence,) = status.status(run).slow
-    assert sentence.startswith(f"rank {SLOW} on {socket.gethostname()}")
+    slowest = status.status(run).slow[0]  # intervals of two steps may name others, too, by chance
+    assert slowest.startswith(f"rank {SLOW} on {socket.gethostname()}")
 
 
 def test_an_engine_whose_waits_are_not_known_names_nobody(make_recipe: MakeRecipe, tmp_path: Path) -> None:

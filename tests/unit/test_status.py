@@ -78,8 +78,8 @@ def made_up(make_recipe: MakeRecipe, tmp_path: Path) -> Path:
 
 
 def test_a_straggler_is_named_until_it_ends_or_the_run_starts_again(made_up: Path) -> None:
-    def tell(kind: str, *ranks: int) -> dict[str, Any]:
-        slow = [{"rank": rank, "host": f"node{rank}", "seconds": 0.5, "data_seconds": 0.1} for rank in ranks]
+    def tell(kind: str, *ranks: int, seconds: float = 0.5) -> dict[str, Any]:
+        slow = [{"rank": rank, "host": f"node{rank}", "seconds": seconds, "data_seconds": 0.1} for rank in ranks]
         return {"time": 10.0, "event": kind, "step": 25, "generation": 4, "median_seconds": 0.25, "slow": slow}
 
     def events(*more: dict[str, Any]) -> list[str]:
@@ -99,6 +99,8 @@ def test_a_straggler_is_named_until_it_ends_or_the_run_starts_again(made_up: Pat
     assert len(events(tell("straggler_over", *range(3, 23)))) == 1
     assert events({"time": 11.0, "event": "start", "step": 25, "generation": 5}) == []
     assert "slow" not in status.status(made_up).text()
+    slowest = events(tell("straggler", 1), tell("straggler", 2, seconds=0.75))[0]
+    assert slowest.startswith("rank 2")
 
 
 def test_waiting_that_overlaps_the_devices_work_counts_once(made_up: Path) -> None:
