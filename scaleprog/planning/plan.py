@@ -165,8 +165,11 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
         most=search.most_searches,
     )
     least = make(policy=frugal)
-    limit = _limit(recipe, least, partial(gmacs_of, recipe, family, least))
-    return family, _counted(recipe, family, make(policy=replace(frugal, limit=limit)))
+    price = partial(gmacs_of, recipe, family, least)
+    least = _shorter(recipe, least, price)
+    assert least.budget is not None
+    policy = replace(least.budget, limit=_limit(recipe, least, price))
+    return family, _counted(recipe, family, replace(least, policy=policy))
 
 
 def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
@@ -357,6 +360,30 @@ def _counted(recipe: Recipe, family: type[ElasticModel], schedule: Schedule) -> 
     return replace(schedule, compute=compute)
 
 
+def _shorter(recipe: Recipe, frugal: Schedule, price: Price) -> Schedule:
+    """`frugal`, the schedule of a run with a budget, with searches as short as `search.most_cost` asks for."""
+    search, policy = recipe.search, frugal.budget
+    if policy is None or search.most_cost is None or search.epochs is not None:
+        return frugal
+    limit = search.budget or _prog(frugal, price)
+    run = replace(frugal, policy=replace(policy, limit=limit))
+    searches = [phase for phase in run.expected((), price) if phase.searched]
+    if not searches:
+        return frugal
+    supernets = sum((phase.stop - phase.start) * phase.mean(price) for phase in searches)
+    scoring = run.cost(searches, price) - supernets
+    part = (search.most_cost * limit * run.steps * price(run.full) - scoring) / supernets
+    search_steps = max(1, min(run.search_steps, math.floor(run.search_steps * part)))
+    return replace(frugal, search_steps=search_steps, policy=replace(policy, search_steps=search_steps))
+
+
+def _prog(schedule: Schedule, price: Price) -> float:
+    """The cost of the equispaced ladder, without searches, as a fraction of Original's cost."""
+    mean = sum(map(price, schedule.ladder)) / price(schedule.full) / len(schedule.ladder)
+    cooldown = schedule.policy.cooldown
+    return (mean * (schedule.steps - cooldown) + cooldown) / schedule.steps
+
+
 def _limit(recipe: Recipe, frugal: Schedule, price: Price) -> float:
     """The most that a run may cost, as a fraction of Original's cost. Raises RecipeError if no run can keep to it.
 
@@ -366,9 +393,7 @@ def _limit(recipe: Recipe, frugal: Schedule, price: Price) -> float:
     asked, stages, smallest = recipe.search.budget, len(frugal.ladder), frugal.ladder[0]
     least = frugal.cost(frugal.expected((), price), price) / (price(frugal.full) * frugal.steps)
     if asked is None:
-        mean, cooldown = sum(map(price, frugal.ladder)) / price(frugal.full) / stages, frugal.budget.cooldown
-        prog = (mean * (frugal.steps - cooldown) + cooldown) / frugal.steps
-        return min(1.0, max(prog, least))
+        return min(1.0, max(_prog(frugal, price), least))
     if asked >= least:
         return asked
     if frugal.budget.short:

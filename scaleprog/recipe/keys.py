@@ -449,8 +449,12 @@ class SearchSettings(Settings):
     most_searches: Few | None = None
     """Most searches under a budget, besides the probe; default: one in each stage before the complete model takes over.
     Each costs about an 80th of the run."""
+    most_cost: Part | None = None
+    """The most that all searches under a budget may cost, the probe included, as a fraction of the run's budget. It
+    shortens the training of the supernets, to one step if need be, unless `epochs` gives its length; default: no
+    limit."""
     epochs: Epochs | None = None
-    """Epochs of supernet training per search; default: 1/80 of the run's epochs."""
+    """Epochs of supernet training per search; default: 1/80 of the run's epochs, or less for `most_cost`."""
     subset: Subset | None = None
     """Training images that score a candidate, rounded down to whole batches, at least one; default: 1/25 of all."""
     candidates: CandidateRule = "corners"

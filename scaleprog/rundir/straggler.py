@@ -50,7 +50,7 @@ class Change:
         median = f"the median rank takes {self.median_seconds:.3g} s"
         began = [
             f"rank {slow.rank} on {slow.host} is slow, and every step waits for the slowest rank: a step takes it "
-            f"{slow.seconds:.3g} s without its waits for other ranks ({slow.data_seconds:.2g} s of them for data); {median}"
+            f"{slow.seconds:.3g} s without its waits for others ({slow.data_seconds:.2g} s of them for data); {median}"
             for slow in self.began
         ]
         ended = [

@@ -66,7 +66,25 @@ def test_one_class_leaves_a_search_nothing_to_compare(make_recipe: MakeRecipe) -
 def test_a_search_is_a_part_of_the_run_where_the_recipe_does_not_say(make_recipe: MakeRecipe) -> None:
     plan = Plan.of(make_recipe(search={"subset": None, "epochs": None}, train={"epochs": 40, "batch": 4}))
     assert (plan.order.steps_per_epoch, plan.schedule.search_steps, plan.search_batches) == (40, 20, 1)
-    assert outline(deit("autoprog"), 1000)[1].search_steps == 1250
+    assert outline(deit("autoprog", "search.most_cost=null"), 1000)[1].search_steps == 1250
+
+
+@pytest.mark.parametrize("budget", ["null", "0.45", "0.6", "1.0"])
+@pytest.mark.parametrize("part", [0.01, 0.02, 0.5])
+@pytest.mark.parametrize("most", ["null", "1"])
+def test_searches_are_as_short_as_their_most_cost_asks_for(budget: str, part: float, most: str) -> None:
+    recipe = deit("autoprog", f"search.budget={budget}", f"search.most_cost={part}", f"search.most_searches={most}")
+    family, schedule = outline(recipe, 1000)
+    price = partial(gmacs_of, recipe, family, schedule)
+    searches = [phase for phase in schedule.expected((), price) if phase.searched]
+    spent = schedule.cost(searches, price) / price(schedule.full) / schedule.steps
+    assert spent <= schedule.budget.limit * part
+    assert schedule.search_steps == 1250 or spent > 0.99 * schedule.budget.limit * part, "and no shorter"
+
+
+def test_a_search_whose_length_is_given_has_it() -> None:
+    assert outline(deit("autoprog", "search.epochs=3"), 1000)[1].search_steps == 3000
+    assert outline(deit("autoprog", "search.most_cost=1e-6"), 1000)[1].search_steps == 1
 
 
 @settings(max_examples=10, deadline=None)

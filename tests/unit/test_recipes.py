@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scaleprog.planning.plan import describe, outline
 from scaleprog.recipe import Recipe
+from scaleprog.recipe.keys import SearchSettings
 from tests.conftest import CONFIGS, RECIPES
 
 pytestmark = pytest.mark.process  # counts some twenty networks
@@ -92,14 +93,17 @@ def test_every_stage_of_table_2_costs_what_timms_own_model_costs(model: str, sch
 
 
 def test_all_scales_have_one_default_search() -> None:
-    default = {("automatic", "epochs", "budget", 1, "wsd", "takeover")}
+    def searched(search: SearchSettings) -> tuple[object, ...]:
+        return search.method, search.most_searches, search.most_cost
+
+    default = {("automatic", "epochs", "budget", 1, 0.02, "wsd", "takeover")}
     for folder in ("digits", "fashion_mnist", "imagenet"):
         recipes = [
             Recipe.load(path) for path in (CONFIGS / folder).glob("*autoprog*.yaml") if "published" not in path.stem
         ]
         assert {
-            (growth.schedule, growth.steps, search.method, search.most_searches, optimizer.schedule, optimizer.decay)
-            for growth, search, optimizer in ((r.growth, r.search, r.optimizer) for r in recipes)
+            (r.growth.schedule, r.growth.steps, *searched(r.search), r.optimizer.schedule, r.optimizer.decay)
+            for r in recipes
         } == default
 
 
