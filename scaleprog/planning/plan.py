@@ -76,6 +76,20 @@ class Plan:
         """The shards."""
         return self.data.manifest
 
+    def resumed(self, search: tuple[int, int]) -> "Plan":
+        """The plan of a run that has begun a search, from one step until another: its searches stay as long as that.
+
+        Under `search.most_cost`, their length depends on `search.budget`, which may have changed since.
+        """
+        start, stop = search
+        settings, parent, policy = self.recipe.search, self.recipe.parent, self.schedule.budget
+        if policy is None or settings.most_cost is None or settings.epochs is not None or start == stop:
+            return self
+        if parent is not None and start < parent.step:
+            return self  # it was the parent's search
+        policy = replace(policy, search_steps=stop - start)
+        return replace(self, schedule=replace(self.schedule, search_steps=stop - start, policy=policy))
+
     @property
     def search_batches(self) -> int:
         """Global batches in the search subset."""

@@ -5,7 +5,14 @@ from typing import Any
 
 OLD_STATE = {"due": "pending"}
 """Keys of a checkpoint's state: old name -> current name."""
-FIRST_STATE: dict[str, Any] = {"skipped": [], "arithmetic": 1, "data": {}, "weights": "", "damaged": []}
+FIRST_STATE: dict[str, Any] = {
+    "skipped": [],
+    "arithmetic": 1,
+    "data": {},
+    "weights": "",
+    "damaged": [],
+    "last_search": [0, 0],
+}
 """Keys that the state of the first version did not have, and what they mean for it."""
 
 

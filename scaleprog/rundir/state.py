@@ -26,6 +26,7 @@ class RunState:
     growths: int = 0  # networks built so far
     gated: tuple[tuple[bool, ...], ...] = ()  # the network's structure
     decisions: list[Decision] = field(default_factory=list)
+    last_search: tuple[int, int] = (0, 0)  # the steps from which and until which the last search that began lasts
     measured: list[dict[Subnet, float]] = field(default_factory=list)  # losses at each measurement of this search
     errors: dict[Subnet, float] = field(default_factory=dict)  # of the last measurement: see `decide_within`
     step_seconds: dict[Subnet, list[float]] = field(default_factory=dict)  # of this rank, for the search
@@ -60,6 +61,7 @@ class RunState:
             "skipped": list(self.skipped),
             "damaged": list(self.damaged),
             "gated": [list(group) for group in self.gated],
+            "last_search": list(self.last_search),
             "decisions": [decision_to_json(d) for d in self.decisions],
             "measured": [pairs(losses) for losses in self.measured],
             "errors": pairs(self.errors),
@@ -75,6 +77,7 @@ class RunState:
             **{
                 **values,
                 "gated": tuple(tuple(group) for group in values["gated"]),
+                "last_search": tuple(values["last_search"]),
                 "decisions": [decision_from_json(d) for d in values["decisions"]],
                 "measured": [unpaired(losses) for losses in values["measured"]],
                 "errors": unpaired(values["errors"]),
@@ -199,6 +202,7 @@ class _StateValues(BaseModel):
     growths: Count
     gated: Some[Some[bool]]
     decisions: Some[_DecisionValues]
+    last_search: Annotated[tuple[Count, Count], Field(strict=False)]
     measured: Some[Some[Sized[Positive]]]
     errors: Some[Sized[Amount]]
     step_seconds: Some[Sized[Many[Amount]]]

@@ -135,6 +135,7 @@ def _continued(recipe: Recipe, then: Recipe, run: Path, checkpoint: Path, manife
         )
     now, before = Plan.of(recipe), Plan.of(_found_again(then, recipe))
     state = state_of(checkpoint, before)
+    before = before.resumed(state.last_search)
     try:
         check_data(checkpoint, state, now.data)
     except CheckpointError as error:

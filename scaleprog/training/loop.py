@@ -250,6 +250,8 @@ def enter(run: Run, phases: list[Phase], index: int) -> None:
         run.progress.say(f"stage {phase.stage} {phase.kind}: {', '.join(map(str, phase.candidates))}")
     state.phase, state.growths, state.gated = index, backend.growths, backend.structure.gated
     state.measured, state.errors = [], {}
+    if phase.searched:
+        state.last_search = phase.start, phase.stop
     timed = phase.candidates if phase.searched else ()  # the previous network may be one: keep its times
     state.step_seconds = {subnet: times for subnet, times in state.step_seconds.items() if subnet in timed}
     if phase.start in measuring_steps(run, phase):

@@ -85,6 +85,7 @@ def restore(plan: Plan, checkpoints: Checkpoints, backend: Backend, progress: Pr
     if newest is None:
         return RunState(data=data)
     state = state_of(newest, plan)
+    plan = plan.resumed(state.last_search)
     phases = plan.schedule.phases(state.choices)
     check_data(newest, state, plan.data)
     if state.step < phases[-1].stop:

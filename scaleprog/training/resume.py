@@ -174,6 +174,9 @@ def _impossible(state: RunState, step: int, recipe: Recipe, family: type[Elastic
         yield f"its layer groups have {layers} layers"
     known = names(len(recipe.ema.momenta))
     needed = {name for name in known if name.startswith("top1")}  # earlier versions had no other metric
+    began, ends = state.last_search
+    if not ((began < ends and began <= state.step) or began == ends == 0):
+        yield f"its last search lasts from step {began} until step {ends}"
     if state.accuracies and not needed <= state.accuracies.keys() <= known:
         yield f"its accuracies are {sorted(state.accuracies)}"
     if state.skipped != sorted(set(state.skipped)) or max(state.skipped, default=0) > state.step:
@@ -189,7 +192,8 @@ def misplaced(state: RunState, plan: Plan) -> Iterator[str]:
 
     Later checks rely on earlier ones, so only the first item counts.
     """
-    schedule, settled = plan.schedule, plan.schedule.settled
+    schedule = plan.resumed(state.last_search).schedule
+    settled = schedule.settled
     choices = state.choices[: len(settled)]
     if [choice.subnet for choice in choices] != [choice.subnet for choice in settled]:
         yield "its choices are not those of the run that it continues"

@@ -94,6 +94,7 @@ def begin(
             "these are not the same images in another size or form, build the token labels again"
         )
     state = restore(plan, checkpoints, backend, progress)
+    plan = plan.resumed(state.last_search)
     timed_on = f"{world} x {name_of(device)}, {recipe.sharding}, micro_batch={recipe.train.micro_batch}"
     if state.timed_on != timed_on:  # times of different machines must not be mixed
         if "choice" not in state.pending:  # which has all its times already

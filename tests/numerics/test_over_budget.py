@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 
 from scaleprog.errors import OverBudget
+from scaleprog.growth.phase import Phase
 from scaleprog.growth.space import Subnet
+from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
+from scaleprog.rundir.planned import read_plan
 from scaleprog.rundir.storage import committed, step_of
 from tests.conftest import WITHIN_A_BUDGET, MakeRecipe, run, step_rows
 
@@ -42,3 +45,26 @@ def test_nothing_is_saved_where_nothing_is_cheaper(make_recipe: MakeRecipe, tmp_
     (small, _), (complete, epochs) = [(s["resolution"], s["epochs"]) for s in results["stages"]]
     assert (small, complete) == (16, 32)
     assert epochs == (80 - 36) / 20, "all of the run after the first search"
+
+
+def test_a_larger_budget_makes_no_search_of_a_run_longer(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    def recipe(budget: float) -> Recipe:
+        search = {**WITHIN_A_BUDGET["search"], "budget": budget, "epochs": None, "most_cost": 0.02, "times": "modelled"}
+        return make_recipe(**{**WITHIN_A_BUDGET, "train": {"epochs": 20}, "search": search})
+
+    def search_of(budget: float) -> Phase:
+        return Plan.of(recipe(budget)).schedule.phases(())[-1]
+
+    small, large = search_of(0.5), search_of(0.9)
+    assert small.start == large.start
+    assert small.stop < large.stop
+    run(recipe(0.5), tmp_path, max_steps=small.start + 1)
+    run(recipe(0.9), tmp_path, max_steps=small.stop)  # decided
+    results = run(recipe(0.8), tmp_path)
+    assert sorted(step_rows(tmp_path)) == list(range(1, 401)), "none is repeated"
+    supernet = [row["step"] for row in step_rows(tmp_path).values() if row["phase"] == "supernet"]
+    assert supernet == list(range(small.start + 1, small.stop + 1))
+    planned = read_plan(tmp_path)
+    assert planned is not None
+    assert planned[0].search_steps == len(supernet)
+    assert sum(stage["epochs"] for stage in results["stages"]) == (400 - len(supernet)) / 20

@@ -49,6 +49,7 @@ FIELDS = {
     "growths": counts,
     "gated": tuples(tuples(st.booleans())),
     "decisions": st.lists(decisions, max_size=3),
+    "last_search": st.tuples(counts, counts),
     "measured": st.lists(st.dictionaries(subnets, positive, max_size=4), max_size=3),
     "errors": st.dictionaries(subnets, numbers, max_size=4),
     "step_seconds": st.dictionaries(subnets, st.lists(numbers, min_size=1, max_size=4), max_size=4),
@@ -81,6 +82,7 @@ def test_a_state_survives_json(state: RunState) -> None:
     assert restored == state
     assert type(restored.gated) is tuple
     assert all(type(group) is tuple for group in restored.gated)
+    assert type(restored.last_search) is tuple
     assert all(isinstance(s, Subnet) for s in [*restored.step_seconds, *(c.subnet for c in restored.choices)])
     assert list(restored.step_seconds) == list(state.step_seconds), "in the same order"
     assert json.dumps(restored.to_json(), allow_nan=False) == text
@@ -103,6 +105,7 @@ NOTHING: dict[str, list[Any]] = {  # by key, values that it cannot have
                   [DECISION | {"scores": [math.nan, 1.0]}], [DECISION | {"chosen": [16, 2, 3]}],
                   [DECISION | {"chosen": 3}], [DECISION | {"alpha": "0.5"}], [DECISION | {"complete_from": -1}],
                   [DECISION | {"complete_from": 0.5}], [DECISION | {"why": 3}], [DECISION] * 20_000],
+    "last_search": [3, None, [], [1], [0, 0, 0], [-1, 3], [0.5, 3], ["1", 3], {}],
     "measured": [3, {}, [3], [[3]], [[SUBNET]], [[[16, 2, math.nan]]], [[[16, 2, 0.0]]], [[[16, 2, "1"]]],
                  [[[16.5, 2, 1.0]]], [[[16, 2, 1.0], [16, 2, 2.0]]], [[[2**30, 2, 1.0]]]],
     "errors": [{}, [[16, 2, -1.0]], [[16, 2, math.nan]], [[16, 2, 1.0], [16, 2, 1.0]], [[16, 2]]],
