@@ -375,13 +375,13 @@ def _counted(recipe: Recipe, family: type[ElasticModel], schedule: Schedule) -> 
 
 
 def _shorter(recipe: Recipe, frugal: Schedule, price: Price) -> Schedule:
-    """`frugal`, the schedule of a run with a budget, with searches as short as `search.most_cost` asks for."""
+    """`frugal`, with searches as short as `search.most_cost` asks for; those of a fork's parent do not count."""
     search, policy = recipe.search, frugal.budget
     if policy is None or search.most_cost is None or search.epochs is not None:
         return frugal
     limit = search.budget or _prog(frugal, price)
     run = replace(frugal, policy=replace(policy, limit=limit))
-    searches = [phase for phase in run.expected((), price) if phase.searched]
+    searches = [phase for phase in run.expected((), price)[len(run.begun) :] if phase.searched]
     if not searches:
         return frugal
     supernets = sum((phase.stop - phase.start) * phase.mean(price) for phase in searches)
