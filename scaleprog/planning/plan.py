@@ -40,6 +40,8 @@ MOST_STEPS = 10**9
 """A recipe of a longer run is a mistake."""
 SEARCH_PARTS, SCORING_PARTS = 80, 25
 """Unless the recipe says otherwise, a search takes 1/80 of the run's epochs, and scores on 1/25 of the images."""
+TURNS = 2
+"""However short `search.most_cost` makes a search, its supernet trains so many steps for each candidate."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,11 @@ class Plan:
         Under `search.most_cost`, their length depends on `search.budget`, which may have changed since.
         """
         start, stop = search
-        settings, parent, policy = self.recipe.search, self.recipe.parent, self.schedule.budget
+        settings, begun, policy = self.recipe.search, self.schedule.begun, self.schedule.budget
         if policy is None or settings.most_cost is None or settings.epochs is not None or start == stop:
             return self
-        if parent is not None and start < parent.step:
-            return self  # it was the parent's search
+        if begun and start < begun[-1].stop:
+            return self  # it was the search of a parent with another schedule
         policy = replace(policy, search_steps=stop - start)
         return replace(self, schedule=replace(self.schedule, search_steps=stop - start, policy=policy))
 
@@ -376,19 +378,23 @@ def _counted(recipe: Recipe, family: type[ElasticModel], schedule: Schedule) -> 
 
 def _shorter(recipe: Recipe, frugal: Schedule, price: Price) -> Schedule:
     """`frugal`, with searches as short as `search.most_cost` asks for; those of a fork's parent do not count."""
-    search, policy = recipe.search, frugal.budget
-    if policy is None or search.most_cost is None or search.epochs is not None:
+    search = recipe.search
+    if search.most_cost is None or search.epochs is not None:
         return frugal
     limit = search.budget or _prog(frugal, price)
-    run = replace(frugal, policy=replace(policy, limit=limit))
-    searches = [phase for phase in run.expected((), price)[len(run.begun) :] if phase.searched]
-    if not searches:
-        return frugal
-    supernets = sum((phase.stop - phase.start) * phase.mean(price) for phase in searches)
-    scoring = run.cost(searches, price) - supernets
-    part = (search.most_cost * limit * run.steps * price(run.full) - scoring) / supernets
-    search_steps = max(1, min(run.search_steps, math.floor(run.search_steps * part)))
-    return replace(frugal, search_steps=search_steps, policy=replace(policy, search_steps=search_steps))
+    allowed = search.most_cost * limit * frugal.steps * price(frugal.full)
+    while (policy := frugal.budget) is not None:
+        run = replace(frugal, policy=replace(policy, limit=limit))
+        searches = [phase for phase in run.expected((), price)[len(run.begun) :] if phase.searched]
+        supernets = sum((phase.stop - phase.start) * phase.mean(price) for phase in searches)
+        scoring = run.cost(searches, price) - supernets
+        fewest = TURNS * max((len(phase.candidates) for phase in searches), default=0)
+        if supernets + scoring <= allowed or frugal.search_steps <= fewest:
+            break
+        # shorter searches may leave room for another one
+        search_steps = max(fewest, math.floor(frugal.search_steps * (allowed - scoring) / supernets))
+        frugal = replace(frugal, search_steps=search_steps, policy=replace(policy, search_steps=search_steps))
+    return frugal
 
 
 def _prog(schedule: Schedule, price: Price) -> float:

@@ -136,6 +136,8 @@ def _continued(recipe: Recipe, then: Recipe, run: Path, checkpoint: Path, manife
     now, before = Plan.of(recipe), Plan.of(_found_again(then, recipe))
     state = state_of(checkpoint, before)
     before = before.resumed(state.last_search)
+    if _searches_alike(now, before):
+        now = now.resumed(state.last_search)
     try:
         check_data(checkpoint, state, now.data)
     except CheckpointError as error:
@@ -154,6 +156,8 @@ def _continued(recipe: Recipe, then: Recipe, run: Path, checkpoint: Path, manife
     parent: dict[str, Any] = {"run": str(run), "id": manifest.run, "step": state.step, "position": position}
     if (begun := then.parent) is not None and begun.phases:  # a fork whose own parent had another schedule
         as_then = Plan.of(recipe.model_copy(update={"parent": begun}))
+        if _searches_alike(as_then, before):
+            as_then = as_then.resumed(state.last_search)
         if same_so_far(state, before, as_then):
             parent |= begun.model_dump(mode="json", include={"began", "phases"})
             parent["position"] = begun.position - begun.step + state.step  # counted as in these phases
@@ -189,6 +193,11 @@ def _found_again(then: Recipe, recipe: Recipe) -> Recipe:
     return then.model_copy(update={"data": then.data.model_copy(update=places)})
 
 
+def _searches_alike(now: Plan, then: Plan) -> bool:
+    """Whether the recipes of two plans have the same settings for searches, but perhaps other budgets."""
+    return len({plan.recipe.search.model_copy(update={"budget": None}) for plan in (now, then)}) == 1
+
+
 def same_so_far(state: RunState, then: Plan, now: Plan) -> bool:
     """Whether a run of `now` would have trained the same networks at the same steps as one of `then`, up to `state`."""
     if (then.recipe.train.batch, then.order.steps_per_epoch) != (now.recipe.train.batch, now.order.steps_per_epoch):
@@ -196,14 +205,15 @@ def same_so_far(state: RunState, then: Plan, now: Plan) -> bool:
     if next(misplaced(state, now), None) is not None:
         return False
     mine, theirs = (plan.schedule.phases(state.choices) for plan in (now, then))
+    if state.phase >= len(mine):
+        return False
     here, there = mine[state.phase], theirs[state.phase]
     if there.kind == "supernet":
         layers = [[p.schedule.active(at, s) for s in there.candidates] for p, at in ((now, here), (then, there))]
         if here.candidates != there.candidates or layers[0] != layers[1]:  # of another growth.operator
             return False
     if there.searched:
-        searches = (now.recipe.search, then.recipe.search)
-        if here.stop != there.stop or len({s.model_copy(update={"budget": None}) for s in searches}) > 1:
+        if here.stop != there.stop or not _searches_alike(now, then):
             return False
         if state.step > there.start and now.schedule.recycle != then.schedule.recycle:
             return False

@@ -174,9 +174,6 @@ def _impossible(state: RunState, step: int, recipe: Recipe, family: type[Elastic
         yield f"its layer groups have {layers} layers"
     known = names(len(recipe.ema.momenta))
     needed = {name for name in known if name.startswith("top1")}  # earlier versions had no other metric
-    began, ends = state.last_search
-    if not ((began < ends and began <= state.step) or began == ends == 0):
-        yield f"its last search lasts from step {began} until step {ends}"
     if state.accuracies and not needed <= state.accuracies.keys() <= known:
         yield f"its accuracies are {sorted(state.accuracies)}"
     if state.skipped != sorted(set(state.skipped)) or max(state.skipped, default=0) > state.step:
@@ -212,6 +209,10 @@ def misplaced(state: RunState, plan: Plan) -> Iterator[str]:
     phases = schedule.phases(choices)
     if state.phase >= len(phases):
         yield f"it is in phase {state.phase}, but there are {len(phases)} phases"
+    begun = schedule.begun[-1].stop if schedule.begun else 0  # a fork may cut its parent's last search short
+    own = {(p.start, p.stop) for p in phases if p.searched and p.start <= state.step}
+    if state.last_search not in {(0, 0), *own} and state.last_search[0] >= begun:
+        yield "its last search lasts from step {} until step {}".format(*state.last_search)
     phase, measured = phases[state.phase], state.measured
     if not phase.start <= state.step <= phase.stop:
         yield f"step {state.step} is outside phase {state.phase}"

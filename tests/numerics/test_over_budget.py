@@ -11,6 +11,7 @@ from scaleprog.planning.plan import Plan
 from scaleprog.recipe import Recipe
 from scaleprog.rundir.planned import read_plan
 from scaleprog.rundir.storage import committed, step_of
+from scaleprog.training.fork import fork
 from tests.conftest import WITHIN_A_BUDGET, MakeRecipe, run, step_rows
 
 
@@ -47,24 +48,54 @@ def test_nothing_is_saved_where_nothing_is_cheaper(make_recipe: MakeRecipe, tmp_
     assert epochs == (80 - 36) / 20, "all of the run after the first search"
 
 
+def brief(budget: float, make_recipe: MakeRecipe) -> Recipe:
+    """A run of 400 steps whose search is as short as its budget asks for."""
+    search = {**WITHIN_A_BUDGET["search"], "budget": budget, "epochs": None, "most_cost": 0.02, "times": "modelled"}
+    return make_recipe(**{**WITHIN_A_BUDGET, "train": {"epochs": 20}, "search": search})
+
+
+@pytest.fixture
+def no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search may be shorter than its candidates ask for."""
+    monkeypatch.setattr("scaleprog.planning.plan.TURNS", 0)
+
+
+def search_of(recipe: Recipe) -> Phase:
+    return Plan.of(recipe).schedule.phases(())[-1]
+
+
+def supernet(*folders: Path) -> list[int]:
+    """The steps that trained a supernet."""
+    rows = {step: row for folder in folders for step, row in step_rows(folder).items()}
+    return [step for step, row in rows.items() if row["phase"] == "supernet"]
+
+
+@pytest.mark.usefixtures("no_turns")
 def test_a_larger_budget_makes_no_search_of_a_run_longer(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    def recipe(budget: float) -> Recipe:
-        search = {**WITHIN_A_BUDGET["search"], "budget": budget, "epochs": None, "most_cost": 0.02, "times": "modelled"}
-        return make_recipe(**{**WITHIN_A_BUDGET, "train": {"epochs": 20}, "search": search})
-
-    def search_of(budget: float) -> Phase:
-        return Plan.of(recipe(budget)).schedule.phases(())[-1]
-
-    small, large = search_of(0.5), search_of(0.9)
+    small, large = (search_of(brief(budget, make_recipe)) for budget in (0.5, 0.9))
     assert small.start == large.start
     assert small.stop < large.stop
-    run(recipe(0.5), tmp_path, max_steps=small.start + 1)
-    run(recipe(0.9), tmp_path, max_steps=small.stop)  # decided
-    results = run(recipe(0.8), tmp_path)
+    run(brief(0.5, make_recipe), tmp_path, max_steps=small.start + 1)
+    run(brief(0.9, make_recipe), tmp_path, max_steps=small.stop)  # decided
+    results = run(brief(0.8, make_recipe), tmp_path)
     assert sorted(step_rows(tmp_path)) == list(range(1, 401)), "none is repeated"
-    supernet = [row["step"] for row in step_rows(tmp_path).values() if row["phase"] == "supernet"]
-    assert supernet == list(range(small.start + 1, small.stop + 1))
+    assert supernet(tmp_path) == list(range(small.start + 1, small.stop + 1))
     planned = read_plan(tmp_path)
     assert planned is not None
-    assert planned[0].search_steps == len(supernet)
-    assert sum(stage["epochs"] for stage in results["stages"]) == (400 - len(supernet)) / 20
+    assert planned[0].search_steps == small.stop - small.start
+    assert sum(stage["epochs"] for stage in results["stages"]) == (400 - len(supernet(tmp_path))) / 20
+
+
+@pytest.mark.usefixtures("no_turns")
+@pytest.mark.parametrize("after", [1, 15], ids=["in a search", "after it"])
+def test_nor_of_a_fork(after: int, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    small = search_of(brief(0.5, make_recipe))
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    run(brief(0.5, make_recipe), parent, max_steps=small.start + after)
+    made = fork(brief(0.9, make_recipe), str(parent), child)
+    run(made, child, max_steps=small.start + after + 1)
+    run(fork(brief(0.8, make_recipe), f"{child}@{small.start + after + 1}", tmp_path / "again"), tmp_path / "again")
+    run(made.model_copy(update={"search": brief(0.7, make_recipe).search}), child)
+    for last in (child, tmp_path / "again"):
+        assert max(step_rows(last)) == 400
+        assert supernet(parent, child, last) == list(range(small.start + 1, small.stop + 1))

@@ -70,21 +70,23 @@ def test_a_search_is_a_part_of_the_run_where_the_recipe_does_not_say(make_recipe
 
 
 @pytest.mark.parametrize("budget", ["null", "0.45", "0.6", "1.0"])
-@pytest.mark.parametrize("part", [0.01, 0.02, 0.5])
+@pytest.mark.parametrize("part", [0.005, 0.02, 0.5])
 @pytest.mark.parametrize("most", ["null", "1"])
-def test_searches_are_as_short_as_their_most_cost_asks_for(budget: str, part: float, most: str) -> None:
-    recipe = deit("autoprog", f"search.budget={budget}", f"search.most_cost={part}", f"search.most_searches={most}")
+@pytest.mark.parametrize("stages", [4, 9, 16])
+def test_searches_are_as_short_as_their_most_cost_asks_for(budget: str, part: float, most: str, stages: int) -> None:
+    limits = f"search.budget={budget}", f"search.most_cost={part}", f"search.most_searches={most}"
+    recipe = deit("autoprog", *limits, f"growth.stages={stages}", "growth.resolution_multiple=16")
     family, schedule = outline(recipe, 1000)
     price = partial(gmacs_of, recipe, family, schedule)
     searches = [phase for phase in schedule.expected((), price) if phase.searched]
     spent = schedule.cost(searches, price) / price(schedule.full) / schedule.steps
     assert spent <= schedule.budget.limit * part
-    assert schedule.search_steps == 1250 or spent > 0.99 * schedule.budget.limit * part, "and no shorter"
+    assert schedule.search_steps == 1250 or spent > 0.9 * schedule.budget.limit * part, "and hardly shorter"
 
 
 def test_a_search_whose_length_is_given_has_it() -> None:
     assert outline(deit("autoprog", "search.epochs=3"), 1000)[1].search_steps == 3000
-    assert outline(deit("autoprog", "search.most_cost=1e-6"), 1000)[1].search_steps == 1
+    assert outline(deit("autoprog", "search.most_cost=1e-6"), 1000)[1].search_steps == 2 * 4, "of four candidates"
 
 
 @settings(max_examples=10, deadline=None)
