@@ -450,9 +450,9 @@ class SearchSettings(Settings):
     """Most searches under a budget, besides the probe; default: one in each stage before the complete model takes over.
     Each trains for an 80th of the run, or for less (`most_cost`)."""
     most_cost: Part | None = None
-    """The most that all searches under a budget may cost, the probe included, as a fraction of the run's budget, if each
-    chooses the smallest network. It shortens the training of the supernets, to two steps for each candidate if need be,
-    unless `epochs` gives its length; default: no limit."""
+    """The most that all searches under a budget may cost, the probe included, as a fraction of the run's budget, if
+    each chooses the smallest network. It shortens the training of the supernets, to two steps for each candidate if
+    need be, unless `epochs` gives its length; default: no limit."""
     epochs: Epochs | None = None
     """Epochs of supernet training per search; default: 1/80 of the run's epochs, or less for `most_cost`."""
     subset: Subset | None = None
