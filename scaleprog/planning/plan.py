@@ -19,12 +19,13 @@ from scaleprog.errors import RecipeError
 from scaleprog.files.location import local_path
 from scaleprog.growth.begun import begun_by
 from scaleprog.growth.phase import Regularization, Window
-from scaleprog.growth.policy import Budget, EqualStages, Price
+from scaleprog.growth.policy import Budget, EqualStages
 from scaleprog.growth.schedule import Compute, Schedule, ScheduleKind, rungs
 from scaleprog.growth.space import Subnet
 from scaleprog.models import resolve_family
 from scaleprog.models.cost import gmacs, parameters, units
 from scaleprog.models.elastic import ElasticModel
+from scaleprog.planning.budget import budgeted
 from scaleprog.planning.checks import check_decoded, check_groups, check_growth, check_lanes_of, check_model
 from scaleprog.planning.cost_model import Prediction, check_offload, engines, predict, state_memory
 from scaleprog.planning.devices import Device
@@ -40,8 +41,6 @@ MOST_STEPS = 10**9
 """A recipe of a longer run is a mistake."""
 SEARCH_PARTS, SCORING_PARTS = 80, 25
 """Unless the recipe says otherwise, a search takes 1/80 of the run's epochs, and scores on 1/25 of the images."""
-TURNS = 2
-"""However short `search.most_cost` makes a search, its supernet trains so many steps for each candidate."""
 
 
 @dataclass(frozen=True)
@@ -181,11 +180,7 @@ def outline(recipe: Recipe, steps_per_epoch: int | None) -> tuple[type[ElasticMo
         most=search.most_searches,
     )
     least = make(policy=frugal)
-    price = partial(gmacs_of, recipe, family, least)
-    least = _shorter(recipe, least, price)
-    assert least.budget is not None
-    policy = replace(least.budget, limit=_limit(recipe, least, price))
-    return family, _counted(recipe, family, replace(least, policy=policy))
+    return family, _counted(recipe, family, budgeted(search, least, partial(gmacs_of, recipe, family, least)))
 
 
 def describe(recipe: Recipe, world: int = 1) -> dict[str, Any]:
@@ -374,59 +369,3 @@ def _counted(recipe: Recipe, family: type[ElasticModel], schedule: Schedule) -> 
             "compute, use shorter searches or fewer growth.stages"
         )
     return replace(schedule, compute=compute)
-
-
-def _shorter(recipe: Recipe, frugal: Schedule, price: Price) -> Schedule:
-    """`frugal`, with searches as short as `search.most_cost` asks for; those of a fork's parent do not count."""
-    search = recipe.search
-    if search.most_cost is None or search.epochs is not None:
-        return frugal
-    limit = search.budget or _prog(frugal, price)
-    allowed = search.most_cost * limit * frugal.steps * price(frugal.full)
-    while (policy := frugal.budget) is not None:
-        run = replace(frugal, policy=replace(policy, limit=limit))
-        searches = [phase for phase in run.expected((), price)[len(run.begun) :] if phase.searched]
-        supernets = sum((phase.stop - phase.start) * phase.mean(price) for phase in searches)
-        scoring = run.cost(searches, price) - supernets
-        fewest = TURNS * max((len(phase.candidates) for phase in searches), default=0)
-        if supernets + scoring <= allowed or frugal.search_steps <= fewest:
-            break
-        # shorter searches may leave room for another one
-        search_steps = max(fewest, math.floor(frugal.search_steps * (allowed - scoring) / supernets))
-        frugal = replace(frugal, search_steps=search_steps, policy=replace(policy, search_steps=search_steps))
-    return frugal
-
-
-def _prog(schedule: Schedule, price: Price) -> float:
-    """The cost of the equispaced ladder, without searches, as a fraction of Original's cost."""
-    mean = sum(map(price, schedule.ladder)) / price(schedule.full) / len(schedule.ladder)
-    cooldown = schedule.policy.cooldown
-    return (mean * (schedule.steps - cooldown) + cooldown) / schedule.steps
-
-
-def _limit(recipe: Recipe, frugal: Schedule, price: Price) -> float:
-    """The most that a run may cost, as a fraction of Original's cost. Raises RecipeError if no run can keep to it.
-
-    `frugal`: the run's schedule if it saves as much as it can.
-    """
-    assert frugal.budget is not None
-    asked, stages, smallest = recipe.search.budget, len(frugal.ladder), frugal.ladder[0]
-    least = frugal.cost(frugal.expected((), price), price) / (price(frugal.full) * frugal.steps)
-    if asked is None:
-        return min(1.0, max(_prog(frugal, price), least))
-    if asked >= least:
-        return asked
-    if frugal.budget.short:
-        raise RecipeError(
-            f"search.budget: {asked} of Original's cost, but {frugal.budget.short}; lower it, or train longer"
-        )
-    if frugal.begun:
-        raise RecipeError(
-            f"search.budget: {asked} of Original's cost; with what the run's parent has spent, the cheapest run costs "
-            f"{least:.3f}; raise search.budget, or fork an earlier checkpoint"
-        )
-    raise RecipeError(
-        f"search.budget: {asked} of Original's cost; the cheapest run, which trains {smallest} until the last of "
-        f"{stages} stages, costs {least:.3f} with its searches; raise search.budget or growth.stages, or lower "
-        "growth.smallest or search.complete_steps"
-    )

@@ -57,7 +57,7 @@ def brief(budget: float, make_recipe: MakeRecipe) -> Recipe:
 @pytest.fixture
 def no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """A search may be shorter than its candidates ask for."""
-    monkeypatch.setattr("scaleprog.planning.plan.TURNS", 0)
+    monkeypatch.setattr("scaleprog.planning.budget.TURNS", 0)
 
 
 def search_of(recipe: Recipe) -> Phase:
