@@ -20,7 +20,7 @@ Top-1 is the better of online and EMA at the end.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, inf, log
 from pathlib import Path
@@ -159,6 +159,11 @@ def method_of(name: str) -> str:
     return name.removeprefix(f"{budget_of(name)}, ")
 
 
+def is_variant(method: str) -> bool:
+    """Whether a method is `OURS` with something else in it."""
+    return method.startswith(f"{OURS}, ")
+
+
 # ---- tables
 
 
@@ -248,6 +253,11 @@ def curves(runs: Runs) -> dict[str, list[tuple[float, Gap]]]:
     return drawn
 
 
+def without_variants(drawn: Mapping[str, list[tuple[float, Gap]]]) -> dict[str, list[tuple[float, Gap]]]:
+    """`drawn`, but variants of `OURS` only where that has not run."""
+    return {method: points for method, points in drawn.items() if OURS not in drawn or not is_variant(method)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path, nargs="?", default=Path("benchmarks/grids/rivals.yaml"))
@@ -275,7 +285,7 @@ def main() -> None:
             continue
         text = page(runs)
         print(f"## {name}\n\n{text}\n")
-        if found := curves(runs):
+        if found := without_variants(curves(runs)):
             drawn[name] = found
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)

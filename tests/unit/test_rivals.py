@@ -19,6 +19,7 @@ from benchmarks.rivals import (
     method_of,
     page,
     saving,
+    without_variants,
 )
 from benchmarks.search_lab import CHOICE, Case, Grid, Record, Records, Trial
 from scaleprog.errors import ScaleprogError
@@ -145,6 +146,10 @@ def test_the_seeds_that_chose_do_not_report(runs: Runs) -> None:
     assert {method: points[0][1] for method, points in curves(runs).items()} == {
         row.method: row.gap for row in reported if row.budget
     }
+    drawn = curves(runs)
+    assert set(drawn) - set(without_variants(drawn)) == {"AutoProg, wsd"}
+    del drawn["AutoProg"]
+    assert without_variants(drawn) == drawn
     text = page(runs)
     assert text.index(each_case(reported)) < text.index(each_case(chosen))
     assert cheapest(reported) in text
