@@ -91,6 +91,7 @@ def by_hand(text: str) -> list[dict[str, int]]:
     stages = []
     for part in text.split("+"):
         count, times, size = part.rpartition("*")
+        repeats = int(count) if times else 1
         resolution, depth = map(int, size.split("x"))
-        stages += [{"resolution": resolution, "depth": depth}] * (int(count) if times else 1)
+        stages += [{"resolution": resolution, "depth": depth}] * repeats
     return stages

@@ -159,11 +159,6 @@ def method_of(name: str) -> str:
     return name.removeprefix(f"{budget_of(name)}, ")
 
 
-def is_variant(method: str) -> bool:
-    """Whether a method is `OURS` with something else in it."""
-    return method.startswith(f"{OURS}, ")
-
-
 # ---- tables
 
 
@@ -255,7 +250,9 @@ def curves(runs: Runs) -> dict[str, list[tuple[float, Gap]]]:
 
 def without_variants(drawn: Mapping[str, list[tuple[float, Gap]]]) -> dict[str, list[tuple[float, Gap]]]:
     """`drawn`, but variants of `OURS` only where that has not run."""
-    return {method: points for method, points in drawn.items() if OURS not in drawn or not is_variant(method)}
+    return {
+        method: points for method, points in drawn.items() if OURS not in drawn or not method.startswith(f"{OURS}, ")
+    }
 
 
 def main() -> None:
