@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Grid:
-    """Cases, the first of which is what the others are compared with, and the seeds to run them with."""
+    """Cases, the first of which is what the others are compared with, and the seeds to run them with.
+
+    `ingredients`: by what is told of it and by `alone` or `last`, the names of the case with an ingredient and of the
+    case without it.
+    """
 
     name: str
     cases: tuple[Case, ...]
     seeds: tuple[int, ...]
+    ingredients: Mapping[str, Mapping[str, tuple[str, str]]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path, recipe: str | None = None) -> "Grid":
@@ -60,7 +65,7 @@ class Grid:
                 settings |= lasting(part, Recipe.load(recipe, overrides(settings)))
             cases.append(Case(name, group, recipe, overrides(settings), curve))
         name = path.stem if recipe == values["recipe"] else f"{path.stem}_{Path(recipe).stem}"
-        return cls(name, tuple(cases), tuple(values.get("seeds", (0, 1, 2))))
+        return cls(name, tuple(cases), tuple(values.get("seeds", (0, 1, 2))), values.get("ingredients", {}))
 
 
 def overrides(settings: Mapping[str, Any]) -> tuple[str, ...]:

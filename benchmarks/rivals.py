@@ -94,6 +94,7 @@ class Runs:
         done = [trial for trial in trials if trial in records]
         self.chosen_on = set(chosen_on)
         self.names = tuple(case.name for case in grid.cases)
+        self.ingredients = grid.ingredients
         self.found = {(trial.case.name, trial.seed): records[trial] for trial in done}
         prices = shared(done, records)
         self.measured = {t.digest: costs(records[t].counts, prices[t.digest])[-1] for t in done}
@@ -170,6 +171,8 @@ def page(runs: Runs) -> str:
         parts += [table] if (table := duels(runs)) else []
     if chosen := runs.rows(reporting=False):
         parts += ["The seeds that chose:", each_case(chosen)]
+    if table := ingredients(runs):
+        parts += ["What each ingredient brings, alone in a run that has none, and as the last that a run lacks:", table]
     return "\n\n".join(parts)
 
 
@@ -235,6 +238,20 @@ def duels(runs: Runs) -> str:
             named = ", ".join(map(str, sorted(seeds)))
             lines.append(f"| {budget} | {OURS} | {rival} | {named} | {runs.gap(ours, name, seeds)} |")
     head = ["| budget | ours | rival | seeds | ours - rival |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *lines]) if lines else ""
+
+
+def ingredients(runs: Runs) -> str:
+    """What each ingredient brings alone and last, on the seeds that chose; empty if none has been measured."""
+    lines = []
+    for told, pairs in runs.ingredients.items():
+        cells = []
+        for having, lacking in (pairs["alone"], pairs["last"]):
+            seeds = runs.seeds(having) & runs.seeds(lacking) & runs.chosen_on
+            cells += [str(runs.gap(having, lacking, seeds)), ", ".join(map(str, sorted(seeds)))] if seeds else ["–"] * 2
+        if set(cells) != {"–"}:
+            lines.append(f"| {told} | {' | '.join(cells)} |")
+    head = ["| ingredient | alone | seeds | last | seeds |", "|---|---|---|---|---|"]
     return "\n".join([*head, *lines]) if lines else ""
 
 

@@ -8,7 +8,7 @@ for `growth.schedule`; `cost: 0.4` trains for as many epochs as cost 0.4 of what
 recipe's epochs; `times: {optimizer.lr: 2}` doubles the recipe's own. Where a grid names `budgets`, each of its
 `methods` is one more case at each, unless there is one of that name: a budget is that of a search, and the cost of
 what does not search. A case with `only: FILE` is for that recipe. `group` gives cases a common color, `curve: true`
-draws a case's accuracy over its cost.
+draws a case's accuracy over its cost. `benchmarks.rivals` compares the pairs of cases under `ingredients`.
 
 Runs are trained in niced processes of one thread each, interleaved (all cases of a seed before the next seed). One that
 was interrupted goes on. What is kept of a finished run is a line in the file of records, by which every grid knows it

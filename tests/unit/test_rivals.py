@@ -16,6 +16,7 @@ from benchmarks.rivals import (
     curves,
     duels,
     each_case,
+    ingredients,
     method_of,
     page,
     saving,
@@ -138,6 +139,19 @@ def test_a_duel_is_chosen_on_some_seeds_and_fought_on_others(runs: Runs) -> None
     assert "wsd" not in text, "a variant is no rival"
 
 
+def test_an_ingredient_is_compared_alone_and_last_on_the_seeds_that_chose(runs: Runs) -> None:
+    assert not ingredients(runs)
+    alone, last = ("50 %, AutoProg, wsd", "50 %, shorter"), ("50 %, AutoProg", "50 %, AutoProg, wsd")
+    runs.ingredients = {
+        "wsd": {"alone": alone, "last": last},
+        "half": {"alone": alone, "last": ("50 %, AutoProg", "not run")},
+        "none": {"alone": ("not run", "Original"), "last": ("Original", "not run")},
+    }
+    lines = ingredients(runs).splitlines()[2:]
+    assert lines == ["| wsd | +2.10 ± 0.63 | 0, 1 | +0.05 ± 0.32 | 0, 1 |", "| half | +2.10 ± 0.63 | 0, 1 | – | – |"]
+    assert lines[0] in page(runs)
+
+
 def test_the_seeds_that_chose_do_not_report(runs: Runs) -> None:
     chosen, reported = (runs.rows(reporting=reporting) for reporting in (False, True))
     assert {row.seeds for row in chosen} == {(0, 1)}
@@ -215,3 +229,11 @@ def test_records_of_another_arithmetic_do_not_count(tmp_path: Path) -> None:
     line = Record(trial.digest, "", 0, "", 0.0, 0.0, 0.0, 0.0, 0.0, 100, {}, [], [], [], [], arithmetic=2)
     records.add(line)
     assert trial not in Records(tmp_path / "records.jsonl")
+
+
+def test_the_grids_ingredients_name_its_cases() -> None:
+    grid = Grid.load(Path("benchmarks/grids/rivals.yaml"))
+    names = {case.name for case in grid.cases}
+    pairs = [pair for both in grid.ingredients.values() for pair in (both["alone"], both["last"])]
+    assert pairs
+    assert {name for pair in pairs for name in pair} <= names
