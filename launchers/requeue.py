@@ -313,6 +313,7 @@ def unrecorded(run: Path, start: Attempt, earlier: Sequence[Mapping[str, Any]]) 
         return 0
     trial = run / f".{REQUEUES}.{start}"
     try:
+        trial.unlink(missing_ok=True)  # a link would be followed
         trial.write_text(" " * LINE_BYTES)
     except OSError:
         return missing

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from scaleprog.data.manifest import NAME, Manifest, Shard
 from scaleprog.errors import DataError, WorkerDied
-from scaleprog.files.atomic import lock, read_text, sync_folder, unlock, write_whole
+from scaleprog.files.atomic import lock, open_regular, read_text, sync_folder, unlock, write_whole
 from scaleprog.shards.pool import run_all
 from scaleprog.shards.samples import Sample, write_shard
 
@@ -61,8 +61,14 @@ def finished(out: Path, source: Mapping[str, Any]) -> Manifest | None:
         raise DataError(
             f"{out}: holds shards of another build ({differences}). Choose another folder or remove this one."
         )
+    listed = {shard.name for shard in chain(*manifest.splits.values())}
     for shard in chain(*manifest.splits.values()):
         if not _intact(manifest, shard):
+            if others := [path.name for path in shard_files(out) if path.name not in listed]:
+                raise DataError(
+                    f"{out}: {shard.name} is missing or damaged, but to rebuild the shards would remove {others[0]} "
+                    f"({len(others)} in all), which {NAME} does not list; move what is not of this build elsewhere"
+                )
             print(f"{out}: {shard.name} is missing or damaged; rebuilding all shards")
             return None
     counts = ", ".join(f"{manifest.samples(split)} {split}" for split in manifest.splits)
@@ -122,7 +128,7 @@ def _alone(out: Path) -> Iterator[None]:
     """Inside, no other process builds in `out`. Raises DataError if one does, or OSError."""
     out.mkdir(parents=True, exist_ok=True)
     path = Path(out, LOCK)
-    with path.open("w") as file:
+    with open_regular(path, "r+b", os.O_CREAT | os.O_NOFOLLOW) as file:
         try:
             lock(file, 0, 0)
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -19,7 +19,7 @@ from scaleprog.data.source import GZIPPED, SHARD_NAME, Folder, Shard, Source, in
 from scaleprog.errors import DataError
 from scaleprog.files.display import as_text
 from scaleprog.recipe.numbers import MOST_CLASSES
-from scaleprog.shards.build import SPLITS
+from scaleprog.shards.build import SPLITS, STAGING
 from scaleprog.shards.pool import listed, run_all, some
 from scaleprog.shards.samples import image_extension, members_of
 
@@ -117,6 +117,11 @@ def write_manifest(
     if manifest is None and not isinstance(source, Folder):
         raise DataError(
             f"{out}: no {NAME} can be written behind a URL; add --manifest FILE, and data.manifest: FILE later"
+        )
+    if isinstance(source, Folder) and Path(source.path(STAGING)).exists():
+        raise DataError(
+            f"{out}: an interrupted build has left a part of its shards in {STAGING}; run its command again, or remove "
+            f"{source.path(STAGING)} to index the other shards alone"
         )
     splits = _shards_in(source)
     if classes is None and Path(manifest or source.path(NAME)).exists():

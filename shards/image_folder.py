@@ -199,16 +199,14 @@ def _counts(name: str) -> bool:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """The files in a folder at any depth, sorted. Follows links, but not in circles.
+    """The files in a folder at any depth, sorted. Follows links, but enters no folder twice.
 
     Raises DataError if a folder cannot be listed, or Unavailable if it cannot be listed now.
     """
-    found = []
+    found, entered = [], {folder.resolve()}
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
-        here = Path(parent).resolve()
-        folders[:] = [
-            name for name in folders if _counts(name) and not here.is_relative_to(Path(parent, name).resolve())
-        ]
+        inside = {name: Path(parent, name).resolve() for name in sorted(folders) if _counts(name)}
+        folders[:] = [name for name, place in inside.items() if place not in entered and not entered.add(place)]
         found += [Path(parent, name) for name in names if _counts(name)]
     return sorted(found)
 

@@ -283,8 +283,8 @@ def show_supply(
             )
         console.print(phases)
         console.print(
-            f"predicted speedup over Original by the wall: {supply.speedup(supply.stepping):+.1%}; if no step waited: "
-            f"{supply.speedup(supply.computing):+.1%}",
+            f"predicted speedup over Original by wall-clock time: {supply.speedup(supply.stepping):+.1%}; "
+            f"if no step waited: {supply.speedup(supply.computing):+.1%}",
             highlight=False,
         )
     console.print(

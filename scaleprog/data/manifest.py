@@ -191,7 +191,7 @@ class Manifest:
         if size > MOST_BYTES:
             return f"{path}: {size} bytes, but a shard may have at most {MOST_BYTES}. Build smaller shards."
         if size == shard.bytes:
-            return None
+            return None if os.access(path, os.R_OK) else f"{path}: you may not read this shard. Make it readable."
         state = "truncated" if size < shard.bytes else "not the indexed file"
         return f"{path}: {state}, {size} bytes where {NAME} says {shard.bytes}. Copy it again or rebuild it."
 

@@ -37,6 +37,8 @@ MOST_INFLATED = 1032
 """The most bytes that a byte of gzip stands for."""
 NO_FILE = (errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 """Errors for a path that is not a regular file; another attempt would fail, too."""
+_CHUNK = 2**16
+"""Bytes of a gzipped shard that are inflated at a time: what follows a member in its chunk is copied."""
 _TRIES = 3
 """Downloads of a shard whose checksum differs."""
 
@@ -171,6 +173,8 @@ class Folder:
         except OSError as error:
             if error.errno in NO_FILE:
                 raise DataError(f"{path}: the shard is not a regular file; copy it again or rebuild it") from error
+            if isinstance(error, PermissionError):
+                raise DataError(f"{path}: you may not read this shard; make it readable") from error
             raise Unavailable(f"{path}: cannot read the shard now: {error}") from error
 
 
@@ -253,19 +257,26 @@ def inflated(name: str, content: mmap, path: str) -> mmap:
     """
     if not name.endswith(GZIPPED):
         return content
-    rest, pieces, size = content[:], [], 0
+    inflate, pieces, size, at = None, [], 0, 0
     try:
-        while rest:  # a gzip file may have several members
-            inflate = zlib.decompressobj(zlib.MAX_WBITS | 16)
-            pieces.append(inflate.decompress(rest, MOST_BYTES + 1 - size))
+        while at < len(content):  # a gzip file may have several members, and zeros after them
+            chunk = content[at : at + _CHUNK]
+            if inflate is None:
+                member = chunk.lstrip(b"\0")
+                at, chunk = at + len(chunk) - len(member), member
+                if not chunk:
+                    continue
+                inflate = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            pieces.append(inflate.decompress(chunk, MOST_BYTES + 1 - size))
             size += len(pieces[-1])
             if size > MOST_BYTES:
                 raise DataError(f"{path}: inflates to more than {MOST_BYTES} bytes; build smaller shards")
-            if not inflate.eof:
-                raise DataError(f"{path}: its gzip stream is cut off; {HINT}")
-            rest = inflate.unused_data
+            at += len(chunk) - len(inflate.unused_data)
+            inflate = None if inflate.eof else inflate
     except zlib.error as error:
         raise DataError(f"{path}: not gzip, although its name says so ({error}); {HINT}") from error
+    if inflate is not None:
+        raise DataError(f"{path}: its gzip stream is cut off; {HINT}")
     whole = transfer.memory(max(size, 1))
     whole[:size] = b"".join(pieces)
     return whole

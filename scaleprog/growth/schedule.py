@@ -165,8 +165,14 @@ class Schedule:
 
     def takeover(self, choices: Sequence[Choice]) -> float:
         """The schedule position from which the last network trains; infinite if a search has yet to decide it."""
-        last = (phase for phase in self.phases(choices) if phase.candidates == self.ladder[-1:])
-        return next((phase.progress_of(phase.start) for phase in last), math.inf)
+        *before, last = self.phases(choices)
+        if last.searched:
+            return math.inf
+        for phase in reversed(before):
+            if phase.candidates != last.candidates:
+                break
+            last = phase
+        return last.progress_of(last.start)
 
     @cache  # noqa: B019 - called at every step; schedules and choices are few and hashable
     def _phases(self, choices: tuple[Choice, ...]) -> list[Phase]:

@@ -57,7 +57,7 @@ def _limit(asked: float | None, frugal: Schedule, price: Price) -> float:
     least = frugal.cost(frugal.expected((), price), price) / (price(frugal.full) * frugal.steps)
     if asked is None:
         return min(1.0, max(_prog(frugal, price), least))
-    if asked >= least:
+    if asked >= min(1.0, least):  # 1 is no promise, as none is
         return asked
     if frugal.budget.short:
         raise RecipeError(

@@ -118,10 +118,11 @@ def check_growth(recipe: Recipe, family: type[ElasticModel], full: Subnet, strid
             "growth.adaptive_regularization: true follows the stages, and growth.window draws from all of them at each "
             "step; use false"
         )
-    if growth.window is not None and recipe.optimizer.decay == "takeover":
+    mixed = "growth.window" if growth.window is not None else "growth.schedule: supernet"
+    if recipe.optimizer.decay == "takeover" and (growth.window is not None or growth.schedule == "supernet"):
         raise RecipeError(
-            "optimizer.decay: takeover waits until the last network trains, and growth.window draws from all of them "
-            "at each step; set the part of the steps over which the rate falls, such as 0.2"
+            f"optimizer.decay: takeover waits until the last network trains, and {mixed} draws from all of them at "
+            "each step; set the part of the steps over which the rate falls, such as 0.2"
         )
     if growth.regularization_from != RegularizationSettings() and not growth.adaptive_regularization:
         raise RecipeError("growth.regularization_from: needs growth.adaptive_regularization: true")

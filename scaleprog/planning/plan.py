@@ -15,7 +15,7 @@ from scaleprog.data.order import Order
 from scaleprog.data.reader import DataSet
 from scaleprog.data.store import Store
 from scaleprog.data.token_labels import LabelShards
-from scaleprog.errors import RecipeError
+from scaleprog.errors import DataError, RecipeError
 from scaleprog.files.location import local_path
 from scaleprog.growth.begun import begun_by
 from scaleprog.growth.phase import Regularization, Window
@@ -61,6 +61,8 @@ class Plan:
         for split in ("train", "val"):
             manifest.verify_sizes(split)
             manifest.verify_counts(split)
+        if not manifest.samples("val"):
+            raise DataError(f"{manifest.root}: the split 'val' has no samples to evaluate with; add shards to it")
         if len(manifest.classes) != recipe.model.classes:
             raise RecipeError(
                 f"model.classes: {recipe.model.classes}, but {manifest.root} has {len(manifest.classes)} classes"

@@ -38,6 +38,6 @@ class ParentSettings(Settings):
     step since then had advanced it."""
     began: NoOrMoreSteps = 0
     """The position at which the weights were initialized; not 0 after a probe that found nothing learned."""
-    phases: Annotated[tuple[TrainedSettings, ...], Field(max_length=64)] = ()
+    phases: Annotated[tuple[TrainedSettings, ...], Field(max_length=1024)] = ()
     """Phases that the parent, or one of its own parents, trained up to a step from which on this recipe's schedule
     continues them; empty if its own phases are the same."""

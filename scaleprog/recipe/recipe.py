@@ -209,9 +209,9 @@ def _read(path: Path, parents: tuple[Path, ...], read: list[Path]) -> dict[str, 
 
 
 def _base(recipe: Path, name: str) -> Path:
-    """The file of a recipe's base: beside it, or else the shipped recipe of this name."""
+    """The file of a recipe's base: beside it, or else the shipped file of this name."""
     beside = recipe.parent / name
-    return beside if beside.exists() else shipped.recipes().get(shipped.name_of(name), beside)
+    return beside if beside.exists() else shipped.files().get(shipped.name_of(name), beside)
 
 
 def _override(text: str) -> dict[str, Any]:

@@ -12,10 +12,14 @@ PARTS = "bases"
 """Folders of files that are only parts of a recipe."""
 
 
+def files() -> dict[str, Path]:
+    """All recipes and parts of recipes by name, such as `digits/autoprog` and `bases/autoprog`, in order."""
+    return {str(path.relative_to(CONFIGS).with_suffix("")): path for path in sorted(CONFIGS.glob("**/*.yaml"))}
+
+
 def recipes() -> dict[str, Path]:
-    """The files of all recipes by name, such as `digits/autoprog`, in order."""
-    found = (path for path in CONFIGS.glob("**/*.yaml") if path.parent.name != PARTS)
-    return {str(path.relative_to(CONFIGS).with_suffix("")): path for path in sorted(found)}
+    """`files`, but only those that are whole recipes."""
+    return {name: path for name, path in files().items() if path.parent.name != PARTS}
 
 
 def scripts() -> dict[str, Path]:

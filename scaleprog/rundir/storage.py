@@ -345,10 +345,11 @@ def _write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def tidy(folder: Path, most: int | None = None) -> None:
-    """Removes what interrupted saves and deletions left behind. Restores a sound checkpoint that was being replaced."""
+    """Removes what interrupted saves and deletions left behind. Restores a checkpoint that was being replaced, unless
+    it is damaged."""
     for path in folder.glob(".step-*.old"):
         final = folder / path.name.removeprefix(".").removesuffix(".old")
-        if not final.exists() and _sound(path, most):
+        if not final.exists() and not _damaged(path, most):
             os.rename(path, final)
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -388,19 +389,22 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
-def _sound(path: Path, most: int | None) -> bool:
+def _damaged(path: Path, most: int | None) -> bool:
+    """Whether a checkpoint is certainly of no use: foreign or unreadable ones must not be deleted."""
     try:
         verify(path, most)
-    except (CheckpointError, Unavailable):
+    except (OtherFormat, OtherRun, Unavailable):
         return False
-    return True
+    except CheckpointError:
+        return True
+    return False
 
 
 def _permanent(path: Path) -> bool:
     try:
         return read_manifest(path).permanent
     except (OtherFormat, OtherRun, Unavailable):
-        return True  # foreign or unreadable checkpoints must not be deleted
+        return True  # as in `_damaged`
     except CheckpointError:
         return False
 

@@ -55,7 +55,10 @@ def export_run(run: Path, out: Path, weights: Weights = "best", dtype: Dtype = "
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replaced(out) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             save_file(tensors, temporary, about)
+            temporary.chmod(mode)  # safetensors lets nobody else read it
     except (OSError, SafetensorError) as error:
         raise ScaleprogError(f"{out}: cannot write it: {error}") from error
     keywords = ", ".join(f"{key}={value!r}" for key, value in arguments.items())

@@ -300,6 +300,22 @@ def test_what_an_interruption_left_is_tidied_away(save_checkpoint: Save, checkpo
     assert names(checkpoint_folder) == ["step-00000010"]
 
 
+def test_a_checkpoint_that_cannot_be_read_now_is_not_tidied_away(
+    save_checkpoint: Save, checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_checkpoint(10)
+    path.rename(path.with_name(".step-00000010.old"))  # where a kill between the two renames leaves it
+    monkeypatch.setattr("scaleprog.rundir.storage.open_regular", refuse_to_read)
+    tidy(checkpoint_folder)
+    monkeypatch.undo()
+    assert names(checkpoint_folder) == ["step-00000010"]
+    verify(path)
+
+
+def refuse_to_read(path: Path, **_: Any) -> BinaryIO:
+    raise OSError(errno.EIO, "input/output error", str(path))
+
+
 def test_a_start_that_was_superseded_neither_commits_nor_deletes(
     one_rank: None, checkpoint_folder: Path, save_checkpoint: Save
 ) -> None:

@@ -67,6 +67,7 @@ def test_plain_timm_computes_what_the_run_computed(name: str, make_recipe: MakeR
     recipe = make_recipe(model={"name": name}, growth=GROWN, train={"epochs": 1}, optimizer={"lr": 0.02})
     results = run(recipe, tmp_path / "run")
     said = export_run(tmp_path / "run", tmp_path / "out" / "model.safetensors")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "run" / "recipe.yaml").stat().st_mode
     plain, metadata = read_export(tmp_path / "out" / "model.safetensors")
     better = "online" if results["top1"] > results["top1_ema"] else "ema"
     assert (metadata["weights"], metadata["step"]) == (better, "20")

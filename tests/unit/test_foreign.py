@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import mmap
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from scaleprog.data.manifest import NAME, Manifest, split_of
 from scaleprog.data.shard import ShardReader
+from scaleprog.data.source import inflated
 from scaleprog.errors import DataError
 from scaleprog.shards.check import check, write_manifest
 from tests.conftest import CLASSES, MakeRecipe, pattern, run, step_rows
@@ -192,6 +194,17 @@ def test_gzipped_shards_hold_what_they_held_before(tmp_path: Path) -> None:
         shards = [ShardReader(manifest, "train", on_disk=True).load(index) for index in range(2)]
         found.append([(shard.keys, shard.labels.tolist(), bytes(shard.image(5)[0])) for shard in shards])
     assert sorted(found[0]) == sorted(found[1])
+
+
+@pytest.mark.parametrize("members", [1, 3, 2000])
+def test_a_gzipped_shard_of_several_members_with_zeros_after_them(members: int, tmp_path: Path) -> None:
+    pack(tmp_path / "train-0.tar", [("a.jpg", images(1)[0]), ("a.cls", b"0")])
+    whole = (tmp_path / "train-0.tar").read_bytes()
+    size = len(whole) // members + 1
+    parts = [gzip.compress(whole[at : at + size]) for at in range(0, len(whole), size)]
+    packed = mmap.mmap(-1, sum(map(len, parts)) + 70_000)
+    packed.write(b"".join(parts))
+    assert inflated("train-0.tar.gz", packed, "")[:] == whole
 
 
 @pytest.mark.parametrize(

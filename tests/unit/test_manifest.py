@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scaleprog.data.manifest import NAME, Manifest, Shard
+from scaleprog.data.source import source_of
 from scaleprog.errors import DataError
 
 SHARD = Shard("train-000000.tar", samples=3, bytes=5, sha256="0" * 64)
@@ -156,6 +157,22 @@ def test_save_where_it_cannot(tmp_path: Path):
     with pytest.raises(DataError, match=r"cannot write manifest\.json"):
         Manifest(str(tmp_path), (), {}).save()
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_a_shard_that_may_not_be_read_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    manifest = Manifest(str(tmp_path), ("a",), {"train": (SHARD,)})
+    path = Path(manifest.path(SHARD))
+    path.write_bytes(b"x" * SHARD.bytes)
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may read anything
+    with pytest.raises(DataError, match=rf"{path}: you may not read this shard. Make it readable"):
+        manifest.verify_sizes("train")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("scaleprog.data.source.open_regular", refuse)
+    with pytest.raises(DataError, match=rf"{path}: you may not read this shard; make it readable"):
+        source_of(tmp_path).read(SHARD, False)
 
 
 def test_verify_sizes(tmp_path: Path):

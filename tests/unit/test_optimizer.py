@@ -135,10 +135,18 @@ def test_decay_takeover_waits_for_the_choice_of_a_search(make_recipe: MakeRecipe
     assert schedule.takeover([chosen]) == 500
 
 
-def test_decay_takeover_is_refused_where_every_step_draws_its_size(make_recipe: MakeRecipe) -> None:
-    recipe = make_recipe(
-        growth={"schedule": "linear", "window": {}}, optimizer={"schedule": "wsd", "decay": "takeover"}
-    )
+def test_decay_takeover_begins_with_the_last_stretch_of_the_last_network(make_recipe: MakeRecipe) -> None:
+    small, full = {"resolution": 16, "depth": 4}, {"resolution": 32, "depth": 4}
+    for stages, takeover in (([full, small, full, full], 400), ([full] * 4, 0), ([full, small], 400)):
+        _, schedule = outline(make_recipe(growth={"schedule": stages, "patches": "subset"}, train={"epochs": 40}), 20)
+        assert schedule.takeover([]) == takeover
+
+
+@pytest.mark.parametrize("growth", [{"schedule": "linear", "window": {}}, {"schedule": "supernet"}])
+def test_decay_takeover_is_refused_where_every_step_draws_its_size(
+    growth: dict[str, object], make_recipe: MakeRecipe
+) -> None:
+    recipe = make_recipe(growth=growth, optimizer={"schedule": "wsd", "decay": "takeover"})
     with pytest.raises(RecipeError, match=r"optimizer\.decay: takeover waits until the last network trains"):
         outline(recipe, 20)
 

@@ -41,6 +41,15 @@ def deit_small_gmacs(resolution: int, depth: int) -> float:
 # ---- what a recipe amounts to
 
 
+def test_a_split_without_samples_is_refused(make_recipe: MakeRecipe, patterns: Path, tmp_path: Path) -> None:
+    shutil.copytree(patterns, tmp_path / "shards")
+    manifest = tmp_path / "shards" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(values | {"splits": values["splits"] | {"val": []}}))
+    with pytest.raises(DataError, match="shards: the split 'val' has no samples to evaluate with"):
+        Plan.of(make_recipe(data={"path": str(tmp_path / "shards")}))
+
+
 def test_a_plan_counts_steps_batches_and_layers(make_recipe: MakeRecipe, patterns: Path) -> None:
     plan = Plan.of(make_recipe())
     assert (plan.order.samples, plan.order.steps_per_epoch, plan.order.per_lane) == (160, 20, 2)

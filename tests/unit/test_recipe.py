@@ -67,6 +67,14 @@ def test_a_base_that_is_not_beside_the_recipe_is_the_shipped_one_of_its_name(tmp
     assert Recipe.load(mine).train.epochs == 7, "a file beside it comes first"
 
 
+def test_a_shipped_part_of_recipes_is_a_base_but_no_recipe(tmp_path: Path) -> None:
+    mine = write(tmp_path, "mine.yaml", {"base": ["digits/base.yaml", "bases/autoprog.yaml"]})
+    shipped = Recipe.load("digits/autoprog")
+    assert Recipe.load(mine).optimizer.decay == shipped.optimizer.decay == "takeover"
+    with pytest.raises(RecipeError, match="no such recipe"):
+        Recipe.load("bases/autoprog")
+
+
 def test_of_several_bases_each_is_laid_over_those_before_it(tmp_path: Path) -> None:
     write(tmp_path, "all.yaml", LEAST | {"seed": 1, "optimizer": {"lr": 0.1, "clip": 1}})
     write(tmp_path, "long.yaml", {"seed": 2, "optimizer": {"lr": 0.2}, "train": {"epochs": 9}})

@@ -36,6 +36,16 @@ def test_codes_are_those_of_the_signals_that_the_core_hears() -> None:
     assert {requeue.INTERRUPTED, requeue.USR2, requeue.TERM} == {128 + number for number in SIGNALS}
 
 
+def test_a_trial_of_the_disk_writes_through_no_link(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".requeues.jsonl.7-3").symlink_to(victim)
+    assert requeue.unrecorded(tmp_path / "run", Attempt("7", 3), []) == 0
+    assert victim.read_text() == "precious"
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_the_batch_script_need_not_wait_for_torch() -> None:
     check = "import scaleprog.launchers.requeue, scaleprog.launchers.snapshot, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0

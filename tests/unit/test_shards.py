@@ -235,6 +235,10 @@ def test_every_file_counts_once_whatever_leads_to_it(tmp_path: Path, tree: Path)
     (tree / "tower" / "zz").symlink_to(tree / "tower")
     (tree / "blossom" / "elsewhere").mkdir()
     (tree / "blossom" / "elsewhere" / "back").symlink_to(tree / "blossom")
+    for here, there in ("ab", "ba"):  # as many ways through as links may lead on, if a folder were entered twice
+        (tree / "tower" / here).mkdir()
+        for name in "12":
+            (tree / "tower" / here / name).symlink_to(tree / "tower" / there)
     manifest = image_folder.build(tree, tmp_path / "out", workers=1)
     assert manifest.samples("train") + manifest.samples("val") == 14
 
@@ -432,6 +436,37 @@ def test_damaged_shard_is_built_again(built: Path, tree: Path, capsys):
     image_folder.build(tree, built, samples_per_shard=3, val_fraction=0.2, workers=1)
     assert shard.read_bytes() == whole
     assert "train-000001.tar is missing or damaged; rebuilding all shards" in capsys.readouterr().out
+
+
+def test_shards_that_are_not_of_a_damaged_build_stay(built: Path, tree: Path):
+    shard = built / "train-000001.tar"
+    shutil.copy(shard, built / "train-mine.tar")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"train-000001\.tar is missing or damaged, but .* remove train-mine\.tar"):
+        image_folder.build(tree, built, samples_per_shard=3, val_fraction=0.2, workers=1)
+    assert (built / "train-mine.tar").exists()
+
+
+def test_a_part_of_an_interrupted_build_is_not_indexed(built: Path):
+    (built / NAME).unlink()
+    (built / STAGING).mkdir()
+    with pytest.raises(DataError, match=rf"an interrupted build has left .* in {re.escape(STAGING)}; run its command"):
+        write_manifest(built, workers=1)
+    assert not (built / NAME).exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "FIFO"])
+def test_what_lies_in_place_of_the_lock_is_neither_emptied_nor_waited_for(kind: str, tree: Path, tmp_path: Path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    out.mkdir()
+    other.write_text("precious")
+    if kind == "link":
+        (out / ".building.lock").symlink_to(other)
+    else:
+        os.mkfifo(out / ".building.lock")
+    with pytest.raises(DataError, match="cannot write shards"):
+        image_folder.build(tree, out, workers=1)
+    assert other.read_text() == "precious"
 
 
 def test_another_build_is_not_overwritten(built: Path, tree: Path):

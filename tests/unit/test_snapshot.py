@@ -128,6 +128,21 @@ def test_a_restart_of_train_sbatch_does_not_need_the_working_tree(
     done = run_batch([script, recipe, run], tmp_path, restart=1, python=changed)
     assert done.returncode == 1
     assert fake.calls("scontrol requeue") == [*requeued, "scontrol requeue 7"], done.stderr
+
+    job, (code,) = json.loads((run / "job.json").read_text()), (run / "code").iterdir()
+    (tmp_path / "elsewhere").symlink_to(code)
+    for foreign in ("../elsewhere", "code/evil"):
+        (run / "job.json").write_text(json.dumps(job | {"code": foreign}))
+        done = run_batch([script, recipe, run], tmp_path, restart=1, python=changed)
+        assert (done.returncode, "not the code that this job began with" in done.stderr) == (2, True)
+    (run / "job.json").write_text(json.dumps(job))
+    (code / "torch").symlink_to(tmp_path)
+    assert run_batch([script, recipe, run], tmp_path, restart=1, python=changed).returncode == 2
+    (code / "torch").unlink()
+    (code / "scaleprog" / "version.py").write_text("print('changed')")
+    done = run_batch([script, recipe, run], tmp_path, restart=1, python=changed)
+    assert (done.returncode, "changed" in done.stdout) == (2, False)
+    assert fake.calls("scontrol requeue") == [*requeued, "scontrol requeue 7"]
     fake.show(restarts=0)
     done = run_batch([script, recipe, tmp_path / "other"], tmp_path, python=changed)
     assert done.returncode == 1
