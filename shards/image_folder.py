@@ -205,8 +205,9 @@ def _walk(folder: Path) -> list[Path]:
     """
     found, entered = [], {folder.resolve()}
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
-        inside = {name: Path(parent, name).resolve() for name in sorted(folders) if _counts(name)}
-        folders[:] = [name for name, place in inside.items() if place not in entered and not entered.add(place)]
+        inside = {Path(parent, name).resolve(): name for name in sorted(folders, reverse=True) if _counts(name)}
+        folders[:] = sorted(name for place, name in inside.items() if place not in entered)
+        entered |= inside.keys()
         found += [Path(parent, name) for name in names if _counts(name)]
     return sorted(found)
 
