@@ -1,5 +1,6 @@
 """Which numbers of ranks can train a recipe. No torch: a Slurm job's batch script waits for the answer."""
 
+import math
 from dataclasses import dataclass
 
 from scaleprog.errors import RecipeError
@@ -82,9 +83,10 @@ class Worlds:
 
     def fitted(self, world: int) -> tuple[int, int]:
         """Lanes and batch with which `world` ranks can train: the most lanes for the batch; if none, a larger batch."""
-        unit = world * self._unit
-        batch = max(ceil_div(self.batch, unit) * unit, world * 2 * self.pairs)
-        return max(n for n in range(world, min(self.lanes, batch) + world, world) if self._fills(n, batch)), batch
+        fewest = math.lcm(world, self.groups or 1)
+        unit = fewest * self._unit
+        batch = max(ceil_div(self.batch, unit) * unit, fewest * 2 * self.pairs)
+        return max(n for n in range(fewest, min(self.lanes, batch) + fewest, fewest) if self._fills(n, batch)), batch
 
     def _change(self, world: int) -> str:
         """Settings with which `world` ranks can train."""

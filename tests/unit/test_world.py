@@ -47,9 +47,9 @@ def test_the_largest_number_that_no_rank_would_refuse_is_taken(
             largest("--nodes", count, worlds, each)
 
 
-@given(worlds=worlds, world=st.integers(1, 200))
-def test_the_settings_that_a_refusal_names_work(worlds: Worlds, world: int) -> None:
-    worlds = replace(worlds, shard=1)
+@given(worlds=worlds, world=st.integers(1, 200), groups=st.integers(1, 6))
+def test_the_settings_that_a_refusal_names_work(worlds: Worlds, world: int, groups: int) -> None:
+    worlds = replace(worlds, shard=1, groups=None if worlds.lanes % groups else groups)
     if not (obstacle := worlds.obstacle(world)):
         assert worlds.lanes % world == 0
         return
@@ -66,6 +66,8 @@ def test_lanes_that_cannot_hold_a_batch() -> None:
     with pytest.raises(RecipeError, match=r"an even number, as Mixup.*data\.lanes=2$"):
         Worlds(4, 4, pairs=1).check_lanes()
     Worlds(4, 4).check_lanes()
+    with pytest.raises(RecipeError, match=r"data\.lanes=3 train\.batch=66 \(which changes the training\)$"):
+        Worlds(6, 64, pairs=1, groups=3).check_lanes()
 
 
 def test_repeats_bound_the_lanes_of_a_batch_that_is_mixed() -> None:
