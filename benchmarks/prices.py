@@ -8,11 +8,12 @@ from statistics import median
 from benchmarks.search_lab import CHOICE, Record, Records, Trial, costs
 from scaleprog.growth.space import Subnet
 from scaleprog.planning.plan import gmacs_of, outline, steps_per_epoch
+from scaleprog.recipe import Recipe
 
 
 def by_gmacs(trial: Trial, record: Record) -> float:
     """What a run costs if everything costs what its GMACs say. A search scores each network on whole batches."""
-    family, schedule = outline(trial.recipe, steps_per_epoch(trial.recipe))
+    family, schedule = outline(trial.recipe, _steps_per_epoch(trial.recipe, record))
     gmacs = partial(gmacs_of, trial.recipe, family, schedule)
     complete = gmacs(schedule.full)
     steps = sum(count * gmacs(_subnet(kind)) for kind, count in record.counts[-1].items() if kind != CHOICE)
@@ -23,6 +24,12 @@ def by_gmacs(trial: Trial, record: Record) -> float:
         for target in {schedule.policy.proxy(_subnet(name)) for name in search[-1]}
     )
     return (steps + scored) / complete
+
+
+def _steps_per_epoch(recipe: Recipe, record: Record) -> int | None:
+    """As the run had them, if it trained whole epochs: the shards may not be there any more."""
+    steps, rest = divmod(record.steps, recipe.train.epochs)
+    return steps_per_epoch(recipe) if rest else int(steps)
 
 
 def _subnet(kind: str) -> Subnet:

@@ -1,5 +1,6 @@
 """The table of rivals: what is compared with what, and how sure it is."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,9 @@ def test_a_search_costs_its_measurements(tmp_path: Path) -> None:
     record = Record(trial.digest, "", 0, "", 0.0, 0.0, 0.0, 0.0, 0.0, 100, {}, [], [], [[losses]], counts)
     _, schedule = outline(trial.recipe, steps_per_epoch(trial.recipe))
     assert by_gmacs(trial, record) == pytest.approx(100 + schedule.scoring * 1.503, rel=1e-3), "3 and 6 layers"
+    whole = dataclasses.replace(record, steps=8 * 351)
+    scoring = 351 // 25 / 3  # whole batches of a 25th of the images, whatever shards are here
+    assert by_gmacs(trial, whole) == pytest.approx(100 + scoring * 1.503, rel=1e-3)
 
 
 def test_a_saving_lies_between_two_points_and_never_outside() -> None:
