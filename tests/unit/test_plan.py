@@ -420,3 +420,15 @@ def test_a_run_may_see_a_part_of_the_patches_throughout(tmp_path: Path) -> None:
     for wrong in ((half,), ("growth.schedule=[{resolution: 160, depth: 6}]", "growth.patches=subset")):
         with pytest.raises(RecipeError, match="the last stage must be the complete model, 224 px"):
             outline(deit("original", *wrong), 10)
+
+
+@pytest.mark.parametrize("budget", ["null", "1.0"])
+def test_a_budget_of_all_of_originals_cost_is_no_promise_even_where_searches_exceed_it(budget: str) -> None:
+    settings = [
+        "growth.patches=resolution", "growth.stages=3", "growth.smallest=0.6", "train.epochs=1",
+        "search.most_searches=null", "search.most_cost=null", "search.measurements=5", "search.subset=60000",
+    ]  # fmt: skip
+    recipe = Recipe.load(CONFIGS / "fashion_mnist" / "autoprog.yaml", [*settings, f"search.budget={budget}"])
+    _, schedule = outline(recipe, 937)
+    assert schedule.budget is not None
+    assert (schedule.budget.limit, schedule.budget.promised) == (1.0, False)
