@@ -203,11 +203,13 @@ def _walk(folder: Path) -> list[Path]:
 
     Raises DataError if a folder cannot be listed, or Unavailable if it cannot be listed now.
     """
-    found, entered = [], {folder.resolve()}
+    found, entered = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
-        inside = {Path(parent, name).resolve(): name for name in sorted(folders, reverse=True) if _counts(name)}
-        folders[:] = sorted(name for place, name in inside.items() if place not in entered)
-        entered |= inside.keys()
+        if (place := Path(parent).resolve()) in entered:
+            folders.clear()
+            continue
+        entered.add(place)
+        folders[:] = sorted(filter(_counts, folders))
         found += [Path(parent, name) for name in names if _counts(name)]
     return sorted(found)
 

@@ -118,9 +118,11 @@ def check_growth(recipe: Recipe, family: type[ElasticModel], full: Subnet, strid
             "growth.adaptive_regularization: true follows the stages, and growth.window draws from all of them at each "
             "step; use false"
         )
-    # with growth.steps: compute, a supernet is refused for that
-    mixed = "growth.schedule: supernet" if growth.schedule == "supernet" and growth.steps == "epochs" else None
-    mixed = "growth.window" if growth.window is not None else mixed
+    mixed = ""
+    if growth.window is not None:
+        mixed = "growth.window"
+    elif growth.schedule == "supernet" and growth.steps == "epochs":  # that cannot count compute anyway
+        mixed = "growth.schedule: supernet"
     if recipe.optimizer.decay == "takeover" and mixed:
         raise RecipeError(
             f"optimizer.decay: takeover waits until the last network trains, and {mixed} draws from all of them at "

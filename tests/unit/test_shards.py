@@ -230,6 +230,14 @@ def test_what_is_hidden_or_left_behind_is_no_image_and_no_class(tmp_path: Path, 
     assert image_folder.build(tree, tmp_path / "out", workers=1).splits == sound.splits
 
 
+def test_a_link_to_a_folder_within_changes_no_shard(tmp_path: Path, tree: Path):
+    (tree / "tower" / "b" / "c").mkdir(parents=True)
+    (tree / "tower" / "n.0.JPEG").rename(tree / "tower" / "b" / "c" / "n.0.JPEG")
+    plain = image_folder.build(tree, tmp_path / "plain", workers=1)
+    (tree / "tower" / "zz").symlink_to(tree / "tower" / "b" / "c")
+    assert image_folder.build(tree, tmp_path / "linked", workers=1).splits == plain.splits
+
+
 def test_every_file_counts_once_whatever_leads_to_it(tmp_path: Path, tree: Path):
     (tree / "tower" / "same.JPEG").symlink_to(tree / "tower" / "n.0.JPEG")
     (tree / "tower" / "zz").symlink_to(tree / "tower")
